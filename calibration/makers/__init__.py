@@ -1,0 +1,1 @@
+"""Makers of the generated calibration documents, one module a domain."""

@@ -1,0 +1,262 @@
+"""Checkpoints: a folder of safetensors shards, read tensor by tensor, 16-bit or quantized.
+
+A quantized folder is a Hugging Face folder in compressed-tensors' `pack-quantized` layout:
+
+    NAME.weight_packed      int32 [out, in * bits / 32]     codes, eight 4-bit ones per word
+    NAME.weight_scale       bf16  [out, groups]
+    NAME.weight_zero_point  int32 [out * bits / 32, groups] asymmetric only
+    NAME.weight_shape       int64 [2]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_export.core import pack
+from qwen3_export.core.manifest import MANIFEST, read_manifest, sha256_file
+from qwen3_export.core.qwen3 import Qwen3Config, parse_config
+from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor
+from qwen3_export.core.tensorfile import DTYPES, Entry, Spec, TensorFile
+from qwen3_export.errors import CheckpointError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_IGNORED = (".rotary_emb.inv_freq",)
+_SIDECARS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
+_FLOATS = tuple(DTYPES[name] for name in ("F32", "F16", "BF16"))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: the header of every shard is checked, no tensor is read yet."""
+
+    folder: Path
+    config: Qwen3Config
+    raw_config: Mapping[str, Any]
+    files: Mapping[str, TensorFile]
+    schemes: Mapping[str, QuantScheme]
+
+    @property
+    def name(self) -> str:
+        """What to call it in tables and manifests; never a path."""
+        return self.folder.name
+
+    def entry(self, tensor: str) -> Entry:
+        """Type and shape of a stored tensor."""
+        return self.files[tensor].entries[tensor]
+
+    def read(self, tensor: str) -> NDArray:
+        """One stored tensor in its stored type; CheckpointError when absent."""
+        if tensor not in self.files:
+            raise CheckpointError(f"{self.folder}: tensor {tensor} is missing")
+        return self.files[tensor].read(tensor)
+
+    def rows(self, tensor: str, begin: int, end: int) -> NDArray:
+        """Rows `begin:end` of a stored tensor."""
+        return self.files[tensor].rows(tensor, begin, end)
+
+    def linear(self, module: str) -> QuantizedTensor | NDArray:
+        """A linear's weight `[out, in]`: the codes when it is quantized, else the stored array."""
+        scheme = self.schemes.get(module)
+        if scheme is None:
+            return self.read(f"{module}.weight")
+        return unpack_linear(self.read, module, self._linear_shapes[module], scheme)
+
+    @cached_property
+    def _linear_shapes(self) -> dict[str, tuple[int, int]]:
+        return self.config.all_linears()
+
+    @property
+    def head(self) -> str:
+        """Name of the tensor that the output head multiplies by: the embedding when tied."""
+        return "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any linear is stored as codes."""
+        return bool(self.schemes)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean bits per weight over all parameters, scales included, as stored."""
+        stored = sum(e.end - e.begin for e in self.stored_entries())
+        return 8 * stored / self.config.num_parameters
+
+    def stored_entries(self) -> Iterator[Entry]:
+        """Entries of every tensor that belongs to the model, a tied head's copy left out."""
+        for tensor in self.files:
+            if not (tensor == "lm_head.weight" and self.config.tie_word_embeddings):
+                yield self.entry(tensor)
+
+    def sidecars(self) -> list[Path]:
+        """Tokenizer, generation and licence files that travel with the model byte for byte."""
+        skipped = {"config.json", INDEX, MANIFEST}
+        found = {path for pattern in _SIDECARS for path in self.folder.glob(pattern)}
+        return sorted(path for path in found if path.is_file() and path.name not in skipped)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the configuration and of every shard's bytes."""
+        shards = sorted({file.path for file in self.files.values()})
+        lines = [f"{path.name} {sha256_file(path)}\n" for path in (self.folder / "config.json", *shards)]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a folder, 16-bit or quantized by us, and audit every tensor's name, shape and type.
+
+    Raises CheckpointError naming the file or the tensor, what was found and what was wanted.
+    """
+    raw = _read_json(folder / "config.json", "not a checkpoint folder?")
+    config = parse_config(raw, str(folder / "config.json"))
+    files = _open_shards(folder)
+    schemes = _schemes(folder, raw)
+    checkpoint = Checkpoint(folder.absolute(), config, raw, files, schemes)
+    _audit(checkpoint)
+    return checkpoint
+
+
+def _read_json(path: Path, hint: str | None = None) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})", hint) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+
+
+def _open_shards(folder: Path) -> dict[str, TensorFile]:
+    """`{tensor name: shard}`, following the index when there is one."""
+    if not (folder / INDEX).exists():
+        if not (folder / SINGLE).exists():
+            raise CheckpointError(
+                f"{folder}: neither {SINGLE} nor {INDEX} is there", "only safetensors checkpoints are read"
+            )
+        file = TensorFile(folder / SINGLE)
+        return dict.fromkeys(file.entries, file)
+    index = _read_json(folder / INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / INDEX}: no 'weight_map' object in it")
+    shards: dict[str, TensorFile] = {}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise CheckpointError(f"{folder / INDEX}: tensor {tensor} points outside of the folder: {name!r}")
+        if name not in shards:
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder / name}: shard is missing", "download the checkpoint again")
+            shards[name] = TensorFile(folder / name)
+        if tensor not in shards[name].entries:
+            raise CheckpointError(f"{folder / name}: tensor {tensor} is missing, though the index promises it")
+    return {tensor: shards[name] for tensor, name in weight_map.items()}
+
+
+def _schemes(folder: Path, raw: Mapping[str, Any]) -> dict[str, QuantScheme]:
+    """Schemes per module, from our manifest; a foreign quantized folder is refused by name."""
+    quantization = raw.get("quantization_config")
+    if not quantization:
+        return {}
+    tensors = read_manifest(folder).get("tensors")
+    if not isinstance(tensors, dict):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise CheckpointError(
+            f"{folder}: quantized by another tool ({method!r}) without a {MANIFEST}",
+            "give the 16-bit original, or a folder written by `qwen3-export quantize`",
+        )
+    return {name: QuantScheme.from_dict(item["scheme"], f"{folder / MANIFEST}, {name}") for name, item in tensors.items()}
+
+
+def _audit(checkpoint: Checkpoint) -> None:
+    expected = dict(checkpoint.config.tensor_shapes())
+    for module, scheme in checkpoint.schemes.items():
+        shape = expected.pop(f"{module}.weight", None)
+        if shape is None or len(shape) != 2:
+            raise CheckpointError(f"{checkpoint.folder / MANIFEST}: {module} is no linear of this model")
+        expected.update({name: spec[1] for name, spec in packed_specs(module, (shape[0], shape[1]), scheme).items()})
+    for name, shape in expected.items():
+        if name not in checkpoint.files:
+            raise CheckpointError(f"{checkpoint.folder}: tensor {name} {list(shape)} is missing")
+        found = checkpoint.entry(name)
+        if found.shape != shape:
+            raise CheckpointError(
+                f"{checkpoint.folder}: tensor {name} has shape {list(found.shape)}, config.json asks for {list(shape)}"
+            )
+        if name.endswith(".weight") and found.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{checkpoint.folder}: tensor {name} is stored as {found.dtype}; fp32, fp16 or bf16 was expected"
+            )
+    for name in checkpoint.files:
+        tied_copy = name == "lm_head.weight" and checkpoint.config.tie_word_embeddings
+        if name not in expected and not tied_copy and not name.endswith(_IGNORED):
+            raise CheckpointError(f"{checkpoint.folder}: tensor {name} belongs to no part of a Qwen3 model")
+        if tied_copy:
+            _check_tied(checkpoint)
+
+
+def _check_tied(checkpoint: Checkpoint, rows: int = 4096) -> None:
+    """A head that is tied by the configuration and stored all the same must equal the embedding."""
+    vocab = checkpoint.config.vocab_size
+    if checkpoint.entry("lm_head.weight").shape != checkpoint.entry(checkpoint.head).shape:
+        raise CheckpointError(f"{checkpoint.folder}: lm_head.weight is tied but its shape is not the embedding's")
+    for begin in range(0, vocab, rows):
+        end = min(begin + rows, vocab)
+        head, embedding = (checkpoint.rows(name, begin, end) for name in ("lm_head.weight", checkpoint.head))
+        if head.tobytes() != embedding.tobytes():
+            raise CheckpointError(
+                f"{checkpoint.folder}: config.json ties lm_head to the embedding, but the stored rows "
+                f"{begin}..{end - 1} differ",
+                "set tie_word_embeddings to false in config.json if the head was trained on its own",
+            )
+
+
+def packed_specs(module: str, shape: tuple[int, int], scheme: QuantScheme) -> dict[str, Spec]:
+    """`{tensor name: (dtype, shape)}` under which a quantized linear is stored."""
+    out_features, in_features = shape
+    per_word, groups = 32 // scheme.num_bits, scheme.num_groups(in_features)
+    specs: dict[str, Spec] = {
+        f"{module}.weight_packed": (np.dtype("<i4"), (out_features, math.ceil(in_features / per_word))),
+        f"{module}.weight_scale": (SCALE_TYPES[scheme.scale_dtype], (out_features, groups)),
+    }
+    if not scheme.symmetric:
+        packed_rows = math.ceil(out_features / per_word)
+        specs[f"{module}.weight_zero_point"] = (np.dtype("<i4"), (packed_rows, groups))
+    specs[f"{module}.weight_shape"] = (np.dtype("<i8"), (2,))
+    return specs
+
+
+def pack_linear(tensor: QuantizedTensor) -> dict[str, NDArray]:
+    """`{tensor name: array}` of a quantized linear, as `packed_specs` announces them."""
+    bits = tensor.scheme.num_bits
+    arrays = {
+        f"{tensor.name}.weight_packed": pack.pack_int32(tensor.codes, bits),
+        f"{tensor.name}.weight_scale": tensor.scales,
+    }
+    if tensor.zeros is not None:
+        words = pack.pack_int32(np.ascontiguousarray(tensor.zeros.T), bits)
+        arrays[f"{tensor.name}.weight_zero_point"] = np.ascontiguousarray(words.T)
+    arrays[f"{tensor.name}.weight_shape"] = np.array(tensor.shape, "<i8")
+    return arrays
+
+
+def unpack_linear(
+    read: Callable[[str], NDArray], module: str, shape: tuple[int, int], scheme: QuantScheme
+) -> QuantizedTensor:
+    """Inverse of `pack_linear`; `read(tensor name)` gives the stored arrays."""
+    out_features, in_features = shape
+    codes = pack.unpack_int32(read(f"{module}.weight_packed"), scheme.num_bits, in_features)
+    zeros = None
+    if not scheme.symmetric:
+        words = np.ascontiguousarray(read(f"{module}.weight_zero_point").T)
+        zeros = np.ascontiguousarray(pack.unpack_int32(words, scheme.num_bits, out_features).T)
+    scales = read(f"{module}.weight_scale")
+    return QuantizedTensor(module, shape, scheme, codes, scales, zeros)

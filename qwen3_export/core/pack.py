@@ -1,0 +1,113 @@
+"""Pure pack/unpack pairs. Each layout is drawn once; codes go in and come out unchanged.
+
+    int32 words   compressed-tensors, GPTQ    element i of a word in bits [i*b, (i+1)*b), low first
+    ORT blob      MatMulNBits                 [out, blocks, block*b/8], low nibble first
+    ggml q4_0     18 bytes per 32 weights     fp16 d | 16 bytes: weight j low nibble, j+16 high nibble
+    ggml q4_1     20 bytes per 32 weights     fp16 d | fp16 m | 16 bytes, the same nibbles
+    ggml q8_0     34 bytes per 32 weights     fp16 d | 32 signed bytes
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+GGML_BLOCK = 32
+
+
+def pack_int32(codes: NDArray[np.uint8], num_bits: int) -> NDArray[np.int32]:
+    """`[..., n]` codes → `[..., ceil(n * num_bits / 32)]` words, first code in the lowest bits."""
+    per_word = 32 // num_bits
+    padding = -codes.shape[-1] % per_word
+    if padding:
+        codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)])
+    return pack_bytes(codes, num_bits).view("<i4")
+
+
+def unpack_int32(words: NDArray[np.int32], num_bits: int, count: int) -> NDArray[np.uint8]:
+    """Inverse of `pack_int32`; `count` codes of the last axis are kept."""
+    raw = np.ascontiguousarray(words.astype("<i4", copy=False)).view(np.uint8)
+    return unpack_bytes(raw, num_bits)[..., :count]
+
+
+def pack_bytes(codes: NDArray[np.uint8], num_bits: int) -> NDArray[np.uint8]:
+    """`[..., n]` codes of 2, 4 or 8 bits → `[..., n * num_bits / 8]` bytes, lowest bits first.
+
+    An incomplete last byte is filled with zero bits.
+    """
+    per_byte = 8 // num_bits
+    padding = -codes.shape[-1] % per_byte
+    if padding:
+        codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)])
+    packed = np.ascontiguousarray(codes[..., 0::per_byte])
+    for i in range(1, per_byte):
+        packed = packed | (codes[..., i::per_byte] << np.uint8(i * num_bits))
+    return packed
+
+
+def unpack_bytes(packed: NDArray[np.uint8], num_bits: int) -> NDArray[np.uint8]:
+    """Inverse of `pack_bytes` (padding codes included)."""
+    per_byte = 8 // num_bits
+    mask = np.uint8((1 << num_bits) - 1)
+    codes = np.empty((*packed.shape[:-1], packed.shape[-1] * per_byte), np.uint8)
+    for i in range(per_byte):
+        codes[..., i::per_byte] = (packed >> np.uint8(i * num_bits)) & mask
+    return codes
+
+
+def pack_q4_0(codes: NDArray[np.uint8], scales: NDArray) -> NDArray[np.uint8]:
+    """Codes `[out, in]`, scales `[out, in / 32]` exact in fp16 → bytes `[out, in / 32 * 18]`."""
+    return _ggml_rows([_half_bytes(scales)], _nibbles(codes))
+
+
+def unpack_q4_0(raw: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    """Inverse of `pack_q4_0`: codes `[out, in]` and fp16 scales `[out, in / 32]`."""
+    blocks = raw.reshape(raw.shape[0], -1, 18)
+    return _from_nibbles(blocks[..., 2:]), _half_values(blocks[..., :2])
+
+
+def pack_q4_1(codes: NDArray[np.uint8], scales: NDArray, minimums: NDArray) -> NDArray[np.uint8]:
+    """As `pack_q4_0` with the block's minimum: weight = scale * code + minimum, both fp16."""
+    return _ggml_rows([_half_bytes(scales), _half_bytes(minimums)], _nibbles(codes))
+
+
+def unpack_q4_1(raw: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
+    """Inverse of `pack_q4_1`: codes, scales, minimums."""
+    blocks = raw.reshape(raw.shape[0], -1, 20)
+    return _from_nibbles(blocks[..., 4:]), _half_values(blocks[..., :2]), _half_values(blocks[..., 2:4])
+
+
+def pack_q8_0(codes: NDArray[np.uint8], scales: NDArray) -> NDArray[np.uint8]:
+    """Unsigned 8-bit codes (zero point 128) `[out, in]` → bytes `[out, in / 32 * 34]`."""
+    signed = (codes ^ np.uint8(0x80)).reshape(codes.shape[0], -1, GGML_BLOCK)
+    return _ggml_rows([_half_bytes(scales)], signed)
+
+
+def unpack_q8_0(raw: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    """Inverse of `pack_q8_0`: unsigned codes and fp16 scales."""
+    blocks = raw.reshape(raw.shape[0], -1, 34)
+    codes = (blocks[..., 2:] ^ np.uint8(0x80)).reshape(raw.shape[0], -1)
+    return codes, _half_values(blocks[..., :2])
+
+
+def _nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    blocks = codes.reshape(codes.shape[0], -1, GGML_BLOCK)
+    return blocks[..., :16] | (blocks[..., 16:] << np.uint8(4))
+
+
+def _from_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    codes = np.concatenate([packed & np.uint8(15), packed >> np.uint8(4)], axis=-1)
+    return codes.reshape(packed.shape[0], -1)
+
+
+def _half_bytes(values: NDArray) -> NDArray[np.uint8]:
+    return values.astype("<f2")[..., None].view(np.uint8)
+
+
+def _half_values(raw: NDArray[np.uint8]) -> NDArray[np.float16]:
+    return np.ascontiguousarray(raw).view("<f2")[..., 0]
+
+
+def _ggml_rows(head: list[NDArray[np.uint8]], body: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    blocks = np.concatenate([*head, body], axis=-1)
+    return blocks.reshape(blocks.shape[0], -1)

@@ -1,0 +1,24 @@
+"""How long work tells what it is doing. The base class is silent; the command line draws bars."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Progress:
+    """A silent progress display."""
+
+    @contextmanager
+    def bar(self, label: str, total: int) -> Iterator[Callable[[], None]]:
+        """A bar of `total` steps; call what is yielded once per step."""
+        yield lambda: None
+
+    def log(self, text: str) -> None:
+        """One line for those who asked for details."""
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

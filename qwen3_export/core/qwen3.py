@@ -1,0 +1,266 @@
+"""What a Qwen3 checkpoint is: its configuration, its tensors' names and shapes, its linears.
+
+    model.embed_tokens                       [vocab, hidden]
+    model.layers.N.input_layernorm           [hidden]
+                  .self_attn.q_proj          [heads * head_dim, hidden]      k_proj, v_proj: kv_heads
+                  .self_attn.q_norm, k_norm  [head_dim]
+                  .self_attn.o_proj          [hidden, heads * head_dim]
+                  .post_attention_layernorm  [hidden]
+    dense         .mlp.gate_proj, up_proj    [intermediate, hidden]          down_proj: transposed
+    MoE           .mlp.gate                  [experts, hidden]               the router
+                  .mlp.experts.E.gate_proj …                                 as dense, moe_intermediate
+    model.norm                               [hidden]
+    lm_head                                  [vocab, hidden]                 absent when tied
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_export.errors import CheckpointError
+
+MODEL_TYPES = ("qwen3", "qwen3_moe")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding; `factor` and what follows are YaRN's (Peng et al. 2023)."""
+
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    original_max_position: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+    def inverse_frequencies(self, head_dim: int) -> NDArray[np.float32]:
+        """Rotation speed of each of the `head_dim / 2` pairs, in radians per position."""
+        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        plain = np.float32(1.0) / np.power(np.float32(self.theta), exponents)
+        if self.kind == "default":
+            return plain
+        low, high = (self._pair_with_turns(turns, head_dim) for turns in (self.beta_fast, self.beta_slow))
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(max(high - low, 0.001))
+        keep = np.float32(1.0) - np.clip(ramp, 0, 1).astype(np.float32)
+        return plain / np.float32(self.factor) * (1 - keep) + plain * keep
+
+    def _pair_with_turns(self, turns: float, head_dim: int) -> float:
+        """Index of the pair that makes this many full turns over the original context."""
+        ratio = self.original_max_position / (turns * 2 * math.pi)
+        return head_dim * math.log(ratio) / (2 * math.log(self.theta))
+
+    def cos_sin(self, head_dim: int, positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Tables `[positions, head_dim / 2]`, YaRN's attention factor multiplied in."""
+        angles = np.arange(positions, dtype=np.float32)[:, None] * self.inverse_frequencies(head_dim)
+        scale = np.float32(self.attention_factor)
+        return np.cos(angles) * scale, np.sin(angles) * scale
+
+
+@dataclass(frozen=True)
+class Qwen3Config:
+    """The architecture's numbers, whichever release of transformers wrote the file."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: Rope
+    max_position: int
+    tie_word_embeddings: bool
+    num_experts: int = 0
+    experts_per_token: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    sparse_layers: tuple[int, ...] = ()
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether this layer's MLP is a mixture of experts."""
+        return layer in self.sparse_layers
+
+    def linear_shapes(self, layer: int) -> dict[str, tuple[int, int]]:
+        """`{local name: [out, in]}` of the quantizable linears of one block, in the order they run."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        shapes = {
+            "self_attn.q_proj": (q, self.hidden_size),
+            "self_attn.k_proj": (kv, self.hidden_size),
+            "self_attn.v_proj": (kv, self.hidden_size),
+            "self_attn.o_proj": (self.hidden_size, q),
+        }
+        inner = self.moe_intermediate_size if self.is_sparse(layer) else self.intermediate_size
+        for mlp in self._mlp_prefixes(layer):
+            shapes[f"{mlp}.gate_proj"] = (inner, self.hidden_size)
+            shapes[f"{mlp}.up_proj"] = (inner, self.hidden_size)
+        for mlp in self._mlp_prefixes(layer):
+            shapes[f"{mlp}.down_proj"] = (self.hidden_size, inner)
+        return shapes
+
+    def _mlp_prefixes(self, layer: int) -> list[str]:
+        return [f"mlp.experts.{e}" for e in range(self.num_experts)] if self.is_sparse(layer) else ["mlp"]
+
+    def other_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """`{local name: shape}` of what always stays in 16 bits in one block: norms and router."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "input_layernorm": (self.hidden_size,),
+            "self_attn.q_norm": (self.head_dim,),
+            "self_attn.k_norm": (self.head_dim,),
+            "post_attention_layernorm": (self.hidden_size,),
+        }
+        if self.is_sparse(layer):
+            shapes["mlp.gate"] = (self.num_experts, self.hidden_size)
+        return shapes
+
+    def all_linears(self) -> dict[str, tuple[int, int]]:
+        """`{module name: [out, in]}` of every quantizable linear of the model."""
+        return {
+            f"{block_name(layer)}.{name}": shape
+            for layer in range(self.num_layers)
+            for name, shape in self.linear_shapes(layer).items()
+        }
+
+    def outer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """`{tensor name: shape}` of what lies outside the blocks; `lm_head` only when untied."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocab_size, self.hidden_size),
+            "model.norm.weight": (self.hidden_size,),
+        }
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        return shapes
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """`{tensor name: shape}` of every tensor that a 16-bit checkpoint must hold."""
+        shapes = self.outer_shapes()
+        for layer in range(self.num_layers):
+            inner = {**self.other_shapes(layer), **self.linear_shapes(layer)}
+            shapes.update({f"{block_name(layer)}.{name}.weight": shape for name, shape in inner.items()})
+        return shapes
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights in total, a tied head counted once."""
+        return sum(math.prod(shape) for shape in self.tensor_shapes().values())
+
+
+def block_name(layer: int) -> str:
+    """Module name of a decoder block."""
+    return f"model.layers.{layer}"
+
+
+def parse_config(values: object, where: str) -> Qwen3Config:
+    """Read a `config.json` in the 4.x or the 5.x spelling; CheckpointError names what is wrong."""
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{where}: a JSON object was expected, found {type(values).__name__}")
+    model_type = values.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise CheckpointError(
+            f"{where}: model_type is {model_type!r}, no Qwen3 model",
+            f"supported architectures: {', '.join(MODEL_TYPES)} (text models of the Qwen3 family)",
+        )
+    _refuse_unsupported(values, where)
+    hidden, heads = _size(values, "hidden_size", where), _size(values, "num_attention_heads", where)
+    config = Qwen3Config(
+        model_type=model_type,
+        vocab_size=_size(values, "vocab_size", where),
+        hidden_size=hidden,
+        intermediate_size=_size(values, "intermediate_size", where),
+        num_layers=_size(values, "num_hidden_layers", where),
+        num_heads=heads,
+        num_kv_heads=_size(values, "num_key_value_heads", where, default=heads),
+        head_dim=_size(values, "head_dim", where, default=hidden // heads or 1),
+        rms_norm_eps=_number(values, "rms_norm_eps", where, 1e-6),
+        rope=_rope(values, where),
+        max_position=_size(values, "max_position_embeddings", where),
+        tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+        **(_experts(values, where) if model_type == "qwen3_moe" else {}),
+    )
+    if config.num_heads % config.num_kv_heads or config.head_dim % 2:
+        raise CheckpointError(
+            f"{where}: {config.num_heads} query heads, {config.num_kv_heads} key/value heads of "
+            f"{config.head_dim}: heads must be a multiple of key/value heads and head_dim even"
+        )
+    return config
+
+
+def _refuse_unsupported(values: Mapping[str, Any], where: str) -> None:
+    for key in ("attention_bias", "use_sliding_window"):
+        if values.get(key):
+            raise CheckpointError(f"{where}: {key}: true is not supported (no published Qwen3 model uses it)")
+    if values.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"{where}: hidden_act is {values['hidden_act']!r}, only 'silu' is known for Qwen3")
+
+
+def _experts(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    layers = _size(values, "num_hidden_layers", where)
+    step = _size(values, "decoder_sparse_step", where, default=1)
+    dense_only = values.get("mlp_only_layers") or []
+    spelled = "num_local_experts" if "num_experts" not in values else "num_experts"
+    experts = _size(values, spelled, where)
+    per_token = _size(values, "num_experts_per_tok", where, default=8)
+    if per_token > experts:
+        raise CheckpointError(f"{where}: num_experts_per_tok is {per_token}, but there are {experts} experts")
+    return {
+        "num_experts": experts,
+        "experts_per_token": per_token,
+        "moe_intermediate_size": _size(values, "moe_intermediate_size", where),
+        "norm_topk_prob": bool(values.get("norm_topk_prob", False)),
+        "sparse_layers": tuple(i for i in range(layers) if i not in dense_only and (i + 1) % step == 0),
+    }
+
+
+def _rope(values: Mapping[str, Any], where: str) -> Rope:
+    """`rope_theta` + `rope_scaling` (4.x) or `rope_parameters` (5.x); the newer spelling wins."""
+    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise CheckpointError(f"{where}: rope_parameters must be an object, found {scaling!r}")
+    theta = _number({**values, **scaling}, "rope_theta", where, 10000.0)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return Rope(theta)
+    if kind != "yarn":
+        raise CheckpointError(f"{where}: rope type {kind!r} is not supported; default and yarn are")
+    original = _size(scaling, "original_max_position_embeddings", where, values.get("max_position_embeddings"))
+    factor = _number(scaling, "factor", where, None)
+    return Rope(
+        theta=theta,
+        kind="yarn",
+        factor=factor,
+        original_max_position=original,
+        beta_fast=_number(scaling, "beta_fast", where, 32.0),
+        beta_slow=_number(scaling, "beta_slow", where, 1.0),
+        attention_factor=_number(
+            scaling, "attention_factor", where, 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+        ),
+        truncate=bool(scaling.get("truncate", True)),
+    )
+
+
+def _size(values: Mapping[str, Any], key: str, where: str, default: Any = None) -> int:
+    value = values.get(key)
+    value = default if value is None else value
+    if type(value) is not int or not 0 < value < 2**31:
+        raise CheckpointError(f"{where}: {key} is {value!r}, a positive whole number was expected")
+    return value
+
+
+def _number(values: Mapping[str, Any], key: str, where: str, default: float | None) -> float:
+    value = values.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+        raise CheckpointError(f"{where}: {key} is {value!r}, a positive number was expected")
+    return float(value)

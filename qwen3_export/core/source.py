@@ -1,0 +1,51 @@
+"""SOURCE on the command line → a checkpoint folder: a local path, `reference-model`, or a hub id."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
+from qwen3_export.core.resources import resource
+from qwen3_export.errors import InputError, MissingRuntimeError
+
+REFERENCE_MODEL = "reference-model"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "LICENSE*"]
+
+
+def open_source(spec: str) -> Checkpoint:
+    """Open a SOURCE; raises InputError, CheckpointError or, for an unreachable hub, MissingRuntimeError."""
+    return open_checkpoint(locate(spec))
+
+
+def locate(spec: str) -> Path:
+    """The folder that a SOURCE names; a hub id is downloaded, or found in the local cache."""
+    if spec == REFERENCE_MODEL:
+        return resource("calibration") / REFERENCE_MODEL
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{spec} is a file, a checkpoint folder was expected")
+    if _HUB_ID.fullmatch(spec):
+        return _download(spec)
+    raise InputError(
+        f"{spec}: no such folder", f"give a local folder, a hub id such as Qwen/Qwen3-0.6B, or {REFERENCE_MODEL}"
+    )
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=_WANTED))
+    except RepositoryNotFoundError as error:
+        raise InputError(f"{repository}: neither a local folder nor a repository on the hub") from error
+    except (HfHubHTTPError, OSError) as error:
+        # huggingface_hub reports an unreachable hub, offline mode and an empty cache in several classes.
+        raise MissingRuntimeError(
+            f"{repository}: not in the local cache, and the hub cannot be reached",
+            "check the network, or download the folder elsewhere and give its path",
+        ) from error

@@ -1,0 +1,1 @@
+"""The torch forward pass of Qwen3, one block at a time; shared by solving and by the torch runtime."""

@@ -1,0 +1,152 @@
+"""One Qwen3 decoder block, dense or MoE, cut into the four stages between its linears.
+
+    hidden ─ input_layernorm ─▶ q,k,v ─ q/k norm, RoPE, attention ─▶ o ─ + residual ─┐
+    ┌──────────────────────────────────────────────────────────────────────────────────┘
+    └ post_attention_layernorm ─▶ gate,up ─ SwiGLU ─▶ down ─ + residual ─▶ hidden
+
+    stage      0: q_proj k_proj v_proj   1: o_proj   2: gate_proj up_proj   3: down_proj
+
+Between stages the state of a sequence is `residual` and `x`, the input of the next linears. A
+solver looks at `x`, replaces those weights, and lets the state advance through them. In a sparse
+layer `x` is sent to `experts` `[…, k]` with weights `mix` `[…, k]`; before stage 3 it is
+`[…, k, moe_intermediate]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen3_export.core.qwen3 import Qwen3Config
+
+State = dict[str, Tensor]
+NUM_STAGES = 4
+
+
+@dataclass
+class KVCache:
+    """Keys and values of one layer and one sequence so far, `[batch, kv_heads, length, head_dim]`."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append new positions and return everything."""
+        if self.keys is not None and self.values is not None:
+            keys, values = torch.cat([self.keys, keys], -2), torch.cat([self.values, values], -2)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+@dataclass
+class Block:
+    """Weights of one block by local name (`self_attn.q_proj`, `[out, in]`), replaceable one by one."""
+
+    config: Qwen3Config
+    layer: int
+    weights: dict[str, Tensor] = field(repr=False)
+
+    def stage_linears(self, stage: int) -> list[str]:
+        """Local names of the linears whose input is `x` at this stage."""
+        suffixes = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))[stage]
+        return [name for name in self.config.linear_shapes(self.layer) if name.endswith(suffixes)]
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """`x @ weight.T`."""
+        return F.linear(x, self.weights[name])
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        """RMSNorm over the last axis."""
+        return rms_norm(x, self.weights[name], self.config.rms_norm_eps)
+
+    def enter(self, hidden: Tensor) -> State:
+        """State before stage 0, from hidden states `[batch, tokens, hidden]`."""
+        return {"residual": hidden, "x": self.norm("input_layernorm", hidden)}
+
+    def advance(self, stage: int, state: State, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> State:
+        """Run the linears of `stage` and what follows them, up to the input of the next linears."""
+        if stage == 0:
+            return {**state, "x": self._attend(state["x"], rope, cache)}
+        if stage == 1:
+            residual = state["residual"] + self.linear("self_attn.o_proj", state["x"])
+            return self._route({"residual": residual, "x": self.norm("post_attention_layernorm", residual)})
+        run = self._experts if self.config.is_sparse(self.layer) else self._mlp
+        return run(stage, state)
+
+    def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
+        """Hidden states in, hidden states out, `[batch, tokens, hidden]`."""
+        state = self.enter(hidden)
+        for stage in range(NUM_STAGES):
+            state = self.advance(stage, state, rope, cache)
+        return state["residual"]
+
+    def inputs_of(self, name: str, state: State) -> Tensor:
+        """The vectors `[n, in]` that reach one linear at the present stage."""
+        x = state["x"]
+        if ".experts." not in name:
+            return x.reshape(-1, x.shape[-1])
+        chosen = state["experts"] == int(name.split(".")[2])
+        return x[chosen] if name.endswith("down_proj") else x[chosen.any(-1)]
+
+    def _attend(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        q = rotate(self.norm("self_attn.q_norm", self._heads("q_proj", x)), *rope)
+        k = rotate(self.norm("self_attn.k_norm", self._heads("k_proj", x)), *rope)
+        v = self._heads("v_proj", x)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        length, total = q.shape[-2], k.shape[-2]
+        mask = None
+        if 1 < length < total:
+            mask = torch.ones(length, total, dtype=torch.bool, device=x.device).tril(total - length)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=length == total, enable_gqa=True)
+        return out.transpose(1, 2).flatten(2)
+
+    def _heads(self, name: str, x: Tensor) -> Tensor:
+        return self.linear(f"self_attn.{name}", x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+
+    def _mlp(self, stage: int, state: State) -> State:
+        x = state["x"]
+        if stage == 2:
+            return {**state, "x": F.silu(self.linear("mlp.gate_proj", x)) * self.linear("mlp.up_proj", x)}
+        return {"residual": state["residual"] + self.linear("mlp.down_proj", x)}
+
+    def _route(self, state: State) -> State:
+        """Choose each token's experts: top k of the softmax over all of them, in fp32."""
+        if not self.config.is_sparse(self.layer):
+            return state
+        probabilities = self.linear("mlp.gate", state["x"]).float().softmax(-1)
+        mix, experts = probabilities.topk(self.config.experts_per_token, dim=-1)
+        if self.config.norm_topk_prob:
+            mix = mix / mix.sum(-1, keepdim=True)
+        return {**state, "experts": experts, "mix": mix}
+
+    def _experts(self, stage: int, state: State) -> State:
+        x, experts = state["x"], state["experts"]
+        inner = self.config.moe_intermediate_size if stage == 2 else self.config.hidden_size
+        out = x.new_zeros(*experts.shape, inner)
+        for expert in experts.unique().tolist():
+            chosen = experts == expert
+            prefix = f"mlp.experts.{expert}"
+            if stage == 2:
+                taken = x[chosen.any(-1)]
+                gate, up = self.linear(f"{prefix}.gate_proj", taken), self.linear(f"{prefix}.up_proj", taken)
+                out[chosen] = F.silu(gate) * up
+            else:
+                out[chosen] = self.linear(f"{prefix}.down_proj", x[chosen])
+        if stage == 2:
+            return {**state, "x": out}
+        return {"residual": state["residual"] + (out * state["mix"].unsqueeze(-1)).sum(-2)}
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x²) + eps) * weight` over the last axis."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of `[batch, heads, tokens, head_dim]`: pair i is (i, i + head_dim / 2)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

@@ -1,0 +1,117 @@
+"""The whole model, one block in memory at a time: hidden states of many sequences, logits, greedy text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.qwen3 import Qwen3Config, block_name
+from qwen3_export.core.tensor import QuantizedTensor, dequantize
+from qwen3_export.model.block import Block, KVCache, rms_norm
+from qwen3_export.model.workers import Workers
+
+Rope = tuple[Tensor, Tensor]
+Caches = list[KVCache]
+_HEAD_ROWS = 16384
+
+
+def to_torch(array: NDArray) -> Tensor:
+    """A numpy array as a tensor of the same type, bf16 included."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def load_block(checkpoint: Checkpoint, layer: int, device: str = "cpu") -> Block:
+    """Read one block and dequantize its linears, in fp32."""
+    config, prefix = checkpoint.config, block_name(layer)
+    weights = {
+        name: to_torch(checkpoint.read(f"{prefix}.{name}.weight")).float().to(device)
+        for name in config.other_shapes(layer)
+    }
+    for name in config.linear_shapes(layer):
+        stored = checkpoint.linear(f"{prefix}.{name}")
+        array = dequantize(stored) if isinstance(stored, QuantizedTensor) else stored
+        weights[name] = to_torch(array).float().to(device)
+    return Block(config, layer, weights)
+
+
+def rope_tables(config: Qwen3Config, begin: int, end: int, device: str = "cpu") -> Rope:
+    """Cos and sin `[end - begin, head_dim / 2]` for these positions."""
+    cos, sin = config.rope.cos_sin(config.head_dim, end)
+    return torch.from_numpy(cos[begin:]).to(device), torch.from_numpy(sin[begin:]).to(device)
+
+
+class Decoder:
+    """Runs sequences through the model, block after block.
+
+    `resident` keeps the blocks in memory in fp32 (fast decoding of small models); otherwise each
+    pass reads them again, so that memory is bounded by one block.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, pool: Workers | None = None, resident: bool = False) -> None:
+        self.checkpoint = checkpoint
+        self.config = checkpoint.config
+        self._pool = pool
+        self._resident = [load_block(checkpoint, i) for i in range(self.config.num_layers)] if resident else None
+        self._embedding = to_torch(checkpoint.read("model.embed_tokens.weight"))
+        tied = checkpoint.config.tie_word_embeddings
+        self._head = self._embedding if tied else to_torch(checkpoint.read(checkpoint.head))
+        self._norm = to_torch(checkpoint.read("model.norm.weight")).float()
+
+    def _blocks(self) -> Iterator[Block]:
+        if self._resident is not None:
+            yield from self._resident
+        else:
+            yield from (load_block(self.checkpoint, layer) for layer in range(self.config.num_layers))
+
+    def new_caches(self) -> Caches:
+        """Empty key/value caches of one sequence, one per layer."""
+        return [KVCache() for _ in range(self.config.num_layers)]
+
+    @torch.no_grad()
+    def hidden(
+        self,
+        rows: Sequence[NDArray],
+        caches: Sequence[Caches] | None = None,
+        tick: Callable[[], object] = lambda: None,
+    ) -> list[Tensor]:
+        """Final normed hidden states `[tokens, hidden]` of each row of token ids; caches are extended."""
+        lengths = [_cached(cache) for cache in caches] if caches else [0] * len(rows)
+        states = [self._embedding[torch.from_numpy(ids.astype(np.int64))].float()[None] for ids in rows]
+        ropes = [rope_tables(self.config, past, past + len(ids)) for past, ids in zip(lengths, rows, strict=True)]
+        for block in self._blocks():
+
+            def step(i: int, block: Block = block) -> Tensor:
+                cache = caches[i][block.layer] if caches else None
+                return block.forward(states[i], ropes[i], cache)
+
+            states = self._pool.map(step, range(len(rows))) if self._pool else [step(i) for i in range(len(rows))]
+            tick()
+        return [rms_norm(state[0], self._norm, self.config.rms_norm_eps) for state in states]
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 logits `[tokens, vocab]` of normed hidden states; the head is converted in pieces."""
+        pieces = range(0, self.config.vocab_size, _HEAD_ROWS)
+        return torch.cat([hidden @ self._head[i : i + _HEAD_ROWS].float().T for i in pieces], -1)
+
+    def greedy(self, prompts: Sequence[NDArray], count: int) -> list[NDArray]:
+        """The `count` most likely next tokens of each prompt, all prompts in step."""
+        caches = [self.new_caches() for _ in prompts]
+        rows, texts = list(prompts), [np.empty(0, np.int64) for _ in prompts]
+        for _ in range(count):
+            states = self.hidden(rows, caches)
+            rows = [self.logits(state[-1:]).argmax(-1).numpy() for state in states]
+            texts = [np.concatenate([text, row]) for text, row in zip(texts, rows, strict=True)]
+        return texts
+
+
+def _cached(caches: Caches) -> int:
+    keys = caches[0].keys
+    return 0 if keys is None else keys.shape[-2]

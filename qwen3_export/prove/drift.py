@@ -1,0 +1,153 @@
+"""How far an artifact's answers are from the original's, over every scored position.
+
+    KL(original ‖ artifact) = Σ p (log p − log q)      nats per token
+    top-1 agreement         = share of positions with the same most likely token
+    perplexity              = exp(−mean log-probability of the text's next token)
+
+Against a top-k reference the tokens outside the k are taken as one: by the data-processing
+inequality that KL is a lower bound of the full one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_export.core.progress import Progress
+from qwen3_export.errors import InputError
+from qwen3_export.prove.reference import Continuations, Reference, Truth, log_softmax
+from qwen3_export.run.session import Session, greedy
+
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class RowDrift:
+    """Per scored position of one row: KL, agreement of the top token, both log-probabilities."""
+
+    kl: NDArray[np.float64]
+    same_top: NDArray[np.bool_]
+    reference_logprob: NDArray[np.float64]
+    artifact_logprob: NDArray[np.float64]
+
+
+def row_drift(truth: Truth, logits: NDArray[np.float32], ids: NDArray[np.int32]) -> RowDrift:
+    """Compare one row: `logits` `[len(ids), vocab]` of the artifact; the last position is not scored."""
+    q = log_softmax(logits[:-1])
+    following = ids[1:, None].astype(np.int64)
+    top = q.argmax(-1)
+    if truth.ids is None:
+        kl = (np.exp(truth.logprobs) * (truth.logprobs - q)).sum(-1, dtype=np.float64)
+        same = truth.logprobs.argmax(-1) == top
+    else:
+        kl = _partial_kl(truth, q)
+        same = truth.ids[:, 0] == top
+    artifact = np.take_along_axis(q, following, 1)[:, 0]
+    return RowDrift(kl, same, truth.next_logprob.astype(np.float64), artifact.astype(np.float64))
+
+
+def _partial_kl(truth: Truth, q: NDArray[np.float32]) -> NDArray[np.float64]:
+    assert truth.ids is not None and truth.tail is not None
+    q_top = np.take_along_axis(q, truth.ids.astype(np.int64), 1)
+    inside = (np.exp(truth.logprobs) * (truth.logprobs - q_top)).sum(-1, dtype=np.float64)
+    rest = np.exp(q.astype(np.float64))
+    np.put_along_axis(rest, truth.ids.astype(np.int64), 0.0, 1)
+    q_tail = np.log(np.maximum(rest.sum(-1), 1e-30))
+    tail = truth.tail.astype(np.float64)
+    return inside + np.exp(tail) * (tail - q_tail)
+
+
+def measure(session: Session, reference: Reference, label: str, progress: Progress | None = None) -> dict[str, Any]:
+    """Run every held-out row through the artifact; returns the drift fields of the contract.
+
+    Raises InputError when the artifact's vocabulary or context does not fit the reference.
+    """
+    _check_fit(session, reference, label)
+    rows, drifts = reference.rows, []
+    with (progress or Progress()).bar(f"validate {label}", len(rows.ids)) as tick:
+        for row, ids in enumerate(rows.ids):
+            logits = session.prefill(ids)[:, : reference.vocab_size]
+            if not np.isfinite(logits).all():
+                raise InputError(f"{label}: its logits hold NaN or infinity on held-out row {row}")
+            drifts.append(row_drift(reference.truth(row), logits, ids))
+            tick()
+    result = {**_summary(drifts), "kl_is_lower_bound": reference.is_lower_bound}
+    result["domains"] = {
+        domain: _domain([d for d, found in zip(drifts, rows.domains, strict=True) if found == domain])
+        for domain in sorted(set(rows.domains))
+    }
+    result["generation"] = generation(session, reference.continuations)
+    return result
+
+
+def _check_fit(session: Session, reference: Reference, label: str) -> None:
+    if session.vocab_size < reference.vocab_size:
+        raise InputError(
+            f"{label} has {session.vocab_size} tokens, the reference {reference.vocab_size}: another model?"
+        )
+    longest = max(len(ids) for ids in reference.rows.ids)
+    if session.context < longest:
+        raise InputError(f"{label} holds {session.context} positions, the reference's rows have {longest}")
+
+
+def _summary(drifts: Sequence[RowDrift]) -> dict[str, Any]:
+    kl = np.concatenate([d.kl for d in drifts])
+    low, high = bootstrap(drifts)
+    return {
+        "tokens": len(kl),
+        "kl_mean": float(kl.mean()),
+        "kl_ci95": [low, high],
+        "kl_p99": float(np.quantile(kl, 0.99)),
+        **_common(drifts),
+    }
+
+
+def _common(drifts: Sequence[RowDrift]) -> dict[str, float]:
+    reference = float(np.exp(-np.concatenate([d.reference_logprob for d in drifts]).mean()))
+    artifact = float(np.exp(-np.concatenate([d.artifact_logprob for d in drifts]).mean()))
+    return {
+        "top1_agreement": float(np.concatenate([d.same_top for d in drifts]).mean()),
+        "ppl_reference": reference,
+        "ppl_artifact": artifact,
+        "ppl_ratio": artifact / reference,
+    }
+
+
+def _domain(drifts: Sequence[RowDrift]) -> dict[str, Any]:
+    kl = np.concatenate([d.kl for d in drifts])
+    return {"tokens": len(kl), "kl_mean": float(kl.mean()), **_common(drifts)}
+
+
+def bootstrap(drifts: Sequence[RowDrift]) -> tuple[float, float]:
+    """95 % interval of the mean KL, rows resampled: positions of one row are not independent."""
+    sums = np.array([d.kl.sum() for d in drifts])
+    counts = np.array([len(d.kl) for d in drifts])
+    draws = np.random.default_rng(0).integers(0, len(sums), (_RESAMPLES, len(sums)))
+    means = sums[draws].sum(-1) / counts[draws].sum(-1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def generation(session: Session, text: Continuations) -> dict[str, Any]:
+    """Greedy text beside the original's: share of equal tokens, and how many texts loop."""
+    ours = [greedy(session, prompt, text.tokens.shape[1]) for prompt in text.prompts]
+    equal = [tokens == original for tokens, original in zip(ours, text.tokens, strict=True)]
+    return {
+        "texts": len(ours),
+        "agreement": float(np.mean(equal)),
+        "loops": sum(loops(tokens) for tokens in ours),
+        "loops_reference": sum(loops(tokens) for tokens in text.tokens),
+    }
+
+
+def loops(tokens: NDArray, longest_period: int = 8, repeats: int = 3) -> bool:
+    """Whether a text ends in at least `repeats` copies of the same few tokens."""
+    for period in range(1, longest_period + 1):
+        tail = tokens[-period * repeats :]
+        if len(tail) == period * repeats and (tail.reshape(repeats, period) == tail[:period]).all():
+            return True
+    return False

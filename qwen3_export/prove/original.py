@@ -1,0 +1,145 @@
+"""The original's answers, computed from its checkpoint block by block. The only torch in `prove`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.manifest import sha256_file, staged_file
+from qwen3_export.core.progress import Progress, peak_rss_bytes
+from qwen3_export.core.tensorfile import Spec, TensorFileWriter
+from qwen3_export.errors import MissingRuntimeError
+from qwen3_export.prove.reference import Continuations, Truth, file_metadata, full_truth, top_of
+from qwen3_export.text import Rows
+
+PROMPT_TOKENS, NEW_TOKENS, PROMPTS = 32, 32, 8
+_RESIDENT_PARAMETERS = 1_000_000_000
+
+
+class LiveReference:
+    """A reference whose last hidden states are in memory; logits are computed row by row on demand."""
+
+    is_lower_bound = False
+
+    def __init__(self, checkpoint: Checkpoint, rows: Rows, progress: Progress | None = None) -> None:
+        try:
+            from qwen3_export.model.decoder import Decoder
+            from qwen3_export.model.workers import workers
+        except ImportError as error:
+            raise MissingRuntimeError(
+                "computing the original's logits needs torch",
+                "pip install 'qwen3-export[solve]', or give --reference FILE made on another machine",
+            ) from error
+        progress = progress or Progress()
+        self.rows, self.vocab_size = rows, checkpoint.config.vocab_size
+        self.source_sha256 = checkpoint.sha256
+        resident = checkpoint.config.num_parameters <= _RESIDENT_PARAMETERS
+        with workers() as pool:
+            self._decoder = Decoder(checkpoint, pool, resident)
+            with progress.bar(f"original {checkpoint.name}", checkpoint.config.num_layers) as tick:
+                self._hidden = self._decoder.hidden(rows.ids, tick=tick)
+            prompts = _prompts(rows)
+            self.continuations = Continuations(
+                prompts, np.stack(self._decoder.greedy(prompts, NEW_TOKENS)).astype(np.int32)
+            )
+
+    def logits(self, row: int) -> NDArray[np.float32]:
+        """fp32 logits `[tokens, vocab]` of one row."""
+        return self._decoder.logits(self._hidden[row]).numpy()
+
+    def truth(self, row: int) -> Truth:
+        """The original's full distributions on one row."""
+        return full_truth(self.logits(row), self.rows.ids[row])
+
+
+def _prompts(rows: Rows) -> tuple[NDArray[np.int32], ...]:
+    """The first tokens of some rows, spread evenly over the text."""
+    count = min(PROMPTS, len(rows.ids))
+    chosen = np.linspace(0, len(rows.ids) - 1, count).astype(int)
+    return tuple(rows.ids[i][:PROMPT_TOKENS] for i in chosen)
+
+
+def write_reference(
+    checkpoint: Checkpoint, rows: Rows, output: Path, top_k: int, force: bool, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Write the portable reference file; `top_k` 0 keeps all logits. Returns what was written."""
+    with staged_file(output, force) as partial:
+        live = LiveReference(checkpoint, rows, progress)
+        positions = sum(len(ids) - 1 for ids in rows.ids)
+        domains = sorted(set(rows.domains))
+        head, specs = _head(live, domains), _specs(positions, top_k, live.vocab_size)
+        all_specs = {**{name: (array.dtype, array.shape) for name, array in head.items()}, **specs}
+        metadata = file_metadata(
+            {
+                "source": checkpoint.name,
+                "source_sha256": checkpoint.sha256,
+                "vocab_size": live.vocab_size,
+                "top_k": top_k,
+                "rows_sha256": rows.sha256,
+            },
+            domains,
+        )
+        with TensorFileWriter(partial, all_specs, metadata) as writer:
+            for name, array in head.items():
+                writer.write(name, array)
+            _write_answers(writer, live, top_k, positions, progress or Progress())
+    return {
+        "output": str(output),
+        "source_sha256": checkpoint.sha256,
+        "tokens": rows.tokens,
+        "positions": positions,
+        "rows": len(rows.ids),
+        "domains": domains,
+        "top_k": top_k,
+        "bytes": output.stat().st_size,
+        "sha256": sha256_file(output),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def _head(live: LiveReference, domains: list[str]) -> dict[str, NDArray]:
+    rows, text = live.rows, live.continuations
+    return {
+        "tokens": np.concatenate(rows.ids).astype(np.int32),
+        "row_lengths": np.array([len(ids) for ids in rows.ids], np.int32),
+        "row_domains": np.array([domains.index(domain) for domain in rows.domains], np.int32),
+        "prompts": np.concatenate(text.prompts).astype(np.int32),
+        "prompt_lengths": np.array([len(ids) for ids in text.prompts], np.int32),
+        "continuations": text.tokens,
+    }
+
+
+def _specs(positions: int, top_k: int, vocab: int) -> dict[str, Spec]:
+    single, index = np.dtype(np.float32), np.dtype(np.int32)
+    if top_k == 0:
+        return {"logits": (single, (positions, vocab))}
+    k = min(top_k, vocab)
+    return {
+        "top_ids": (index, (positions, k)),
+        "top_logprobs": (single, (positions, k)),
+        "tail_logprob": (single, (positions,)),
+        "next_logprob": (single, (positions,)),
+    }
+
+
+def _write_answers(writer: TensorFileWriter, live: LiveReference, top_k: int, positions: int, progress: Progress) -> None:
+    rows = range(len(live.rows.ids))
+    with progress.bar("answers", len(rows)) as tick:
+        if top_k == 0:
+            with writer.pieces("logits") as write:
+                for row in rows:
+                    write(live.logits(row)[:-1])
+                    tick()
+            return
+        parts: Mapping[str, list[NDArray]] = {name: [] for name in _specs(positions, top_k, live.vocab_size)}
+        for row in rows:
+            for name, array in top_of(live.truth(row), top_k).items():
+                parts[name].append(array)
+            tick()
+    for name, arrays in parts.items():
+        writer.write(name, np.concatenate(arrays))

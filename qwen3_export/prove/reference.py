@@ -1,0 +1,150 @@
+"""The original's answers on held-out text, live or in a portable file. No torch to read it.
+
+One safetensors file (P scored positions, the last of each row excepted; k most likely tokens):
+
+    tokens        int32 [tokens]      rows one after another     row_lengths  int32 [rows]
+    row_domains   int32 [rows]        into metadata["domains"]
+    top_ids       int32 [P, k]        most likely first          top_logprobs fp32 [P, k]
+    tail_logprob  fp32  [P]           of all other tokens together
+    next_logprob  fp32  [P]           of the token that follows in the text
+    prompt_lengths int32 [g], prompts int32 [sum], continuations int32 [g, n]   greedy text
+
+With `top_k` 0, `logits` fp32 [P, vocab] takes the place of the three in the middle.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_export.core.tensorfile import TensorFile
+from qwen3_export.errors import CheckpointError
+from qwen3_export.text import Rows
+
+FORMAT = "qwen3-export reference 1"
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The original's distributions over the next token, at the scored positions of one row.
+
+    Either full: `logprobs` `[T, vocab]` and `ids` None; or partial: `logprobs` `[T, k]` of the
+    tokens `ids` `[T, k]`, most likely first, and `tail` `[T]`, the log-probability of all others.
+    """
+
+    logprobs: NDArray[np.float32]
+    next_logprob: NDArray[np.float32]
+    ids: NDArray[np.int32] | None = None
+    tail: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """Greedy text of the original: prompts and the tokens that followed, `[g, n]`."""
+
+    prompts: tuple[NDArray[np.int32], ...]
+    tokens: NDArray[np.int32]
+
+
+class Reference(Protocol):
+    """What drift is measured against."""
+
+    rows: Rows
+    vocab_size: int
+    is_lower_bound: bool
+    source_sha256: str
+    continuations: Continuations
+
+    def truth(self, row: int) -> Truth:
+        """The original's answers on one row."""
+
+
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Log-probabilities over the last axis; the sum is taken in fp64."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    total = np.exp(shifted).sum(-1, keepdims=True, dtype=np.float64)
+    return shifted - np.log(total).astype(np.float32)
+
+
+class ReferenceFile:
+    """A reference read from its file; CheckpointError when it is broken."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = TensorFile(path)
+        metadata = self._file.metadata
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(f"{path}: not a reference file of qwen3-export", "`qwen3-export reference` writes one")
+        try:
+            domains = json.loads(metadata["domains"])
+            self.vocab_size, self.source_sha256 = int(metadata["vocab_size"]), metadata["source_sha256"]
+            self.rows = Rows(
+                tuple(_split(self._file.read("tokens"), self._file.read("row_lengths"))),
+                tuple(domains[i] for i in self._file.read("row_domains")),
+            )
+            prompts = _split(self._file.read("prompts"), self._file.read("prompt_lengths"))
+            self.continuations = Continuations(tuple(prompts), self._file.read("continuations"))
+        except (KeyError, ValueError, IndexError) as error:
+            raise CheckpointError(f"{path}: incomplete reference file ({error})") from error
+        self.is_lower_bound = "logits" not in self._file.entries
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        return np.concatenate([[0], np.cumsum([len(ids) - 1 for ids in self.rows.ids])])
+
+    def truth(self, row: int) -> Truth:
+        """The original's answers on one row."""
+        begin, end = (int(i) for i in self._starts[row : row + 2])
+        following = self.rows.ids[row][1:]
+        if not self.is_lower_bound:
+            logprobs = log_softmax(self._file.rows("logits", begin, end))
+            return Truth(logprobs, _pick(logprobs, following))
+        parts = {name: self._file.rows(name, begin, end) for name in ("top_logprobs", "next_logprob")}
+        ids, tail = (self._file.rows(name, begin, end) for name in ("top_ids", "tail_logprob"))
+        return Truth(parts["top_logprobs"], parts["next_logprob"], ids, tail)
+
+
+def _split(flat: NDArray, lengths: NDArray) -> Iterator[NDArray]:
+    ends = np.cumsum(lengths)
+    if len(ends) and ends[-1] != len(flat):
+        raise ValueError(f"{len(flat)} tokens for rows of {ends[-1]} together")
+    return iter(np.split(flat, ends[:-1]))
+
+
+def _pick(logprobs: NDArray[np.float32], ids: NDArray[np.int32]) -> NDArray[np.float32]:
+    return np.take_along_axis(logprobs, ids[:, None].astype(np.int64), 1)[:, 0]
+
+
+def full_truth(logits: NDArray[np.float32], ids: NDArray[np.int32]) -> Truth:
+    """Truth of a row from all its logits `[len(ids), vocab]`; the last position is not scored."""
+    logprobs = log_softmax(logits[:-1])
+    return Truth(logprobs, _pick(logprobs, ids[1:]))
+
+
+def top_of(truth: Truth, k: int) -> dict[str, NDArray]:
+    """The partial form of a full truth, by the names of the file's tensors."""
+    k = min(k, truth.logprobs.shape[1])
+    chosen = np.argpartition(-truth.logprobs, k - 1, axis=1)[:, :k]
+    values = np.take_along_axis(truth.logprobs, chosen, 1)
+    order = np.argsort(-values, axis=1, kind="stable")
+    ids, top = np.take_along_axis(chosen, order, 1), np.take_along_axis(values, order, 1)
+    rest = np.exp(truth.logprobs.astype(np.float64))
+    np.put_along_axis(rest, ids, 0.0, 1)
+    tail = np.log(np.maximum(rest.sum(-1), 1e-30)).astype(np.float32)
+    return {
+        "top_ids": ids.astype(np.int32),
+        "top_logprobs": top,
+        "tail_logprob": tail,
+        "next_logprob": truth.next_logprob,
+    }
+
+
+def file_metadata(values: Mapping[str, Any], domains: list[str]) -> dict[str, str]:
+    """Metadata of a reference file: all values as text."""
+    return {"format": FORMAT, "domains": json.dumps(domains), **{k: str(v) for k, v in values.items()}}

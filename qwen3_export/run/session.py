@@ -1,0 +1,86 @@
+"""What every runtime offers, and which runtime an artifact belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_export.errors import InputError
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """How to open an artifact. `exact` asks for the runtime's highest-precision mode."""
+
+    threads: int | None = None
+    context: int | None = None
+    exact: bool = False
+
+
+class Session(Protocol):
+    """One loaded artifact and one sequence in progress."""
+
+    runtime: str
+    version: str
+    device: str
+    threads: int
+    vocab_size: int
+    context: int
+
+    def prefill(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Start a new sequence; logits `[len(ids), vocab]` of every position."""
+
+    def decode(self, token: int) -> NDArray[np.float32]:
+        """Append one token to the sequence; logits `[vocab]` of the next one."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
+def open_session(artifact: Path, options: RuntimeOptions | None = None) -> Session:
+    """Open an artifact in its own runtime; InputError when it is none, MissingRuntimeError without it."""
+    options = options or RuntimeOptions()
+    if artifact.is_file():
+        with artifact.open("rb") as file:
+            magic = file.read(4)
+        if magic != b"GGUF":
+            raise InputError(f"{artifact}: neither a GGUF file nor an artifact folder")
+        from qwen3_export.run.llamacpp import LlamaSession
+
+        return LlamaSession(artifact, options)
+    if not artifact.is_dir():
+        raise InputError(f"{artifact}: no such artifact")
+    if (artifact / "engine.json").is_file():
+        from qwen3_export.run.tensorrt import open_tensorrt
+
+        return open_tensorrt(artifact, options)
+    if (artifact / "model.onnx").is_file():
+        from qwen3_export.run.ort import OrtSession
+
+        return OrtSession(artifact, options)
+    if (artifact / "config.json").is_file():
+        from qwen3_export.run.torch import TorchSession
+
+        return TorchSession(artifact, options)
+    raise InputError(
+        f"{artifact}: no model.onnx, engine.json or config.json in it", "give an artifact folder or a .gguf file"
+    )
+
+
+def greedy(session: Session, prompt: NDArray[np.int32], count: int) -> NDArray[np.int64]:
+    """The `count` most likely next tokens."""
+    tokens = [int(session.prefill(prompt)[-1].argmax())]
+    while len(tokens) < count:
+        tokens.append(int(session.decode(tokens[-1]).argmax()))
+    return np.asarray(tokens[:count], np.int64)
+
+
+def artifact_bytes(artifact: Path) -> int:
+    """Size of an artifact on disk."""
+    if artifact.is_file():
+        return artifact.stat().st_size
+    return sum(path.stat().st_size for path in artifact.rglob("*") if path.is_file())

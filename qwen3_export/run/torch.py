@@ -1,0 +1,56 @@
+"""A Hugging Face folder, 16-bit or quantized by us, in torch: dequantized to fp32, our own forward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_export.core.checkpoint import open_checkpoint
+from qwen3_export.errors import MissingRuntimeError
+from qwen3_export.run.session import RuntimeOptions
+
+# Above this many parameters the blocks are read anew in each pass instead of being kept in fp32.
+_RESIDENT_PARAMETERS = 1_000_000_000
+
+
+class TorchSession:
+    """See `run.session.Session`."""
+
+    runtime = "torch"
+    device = "cpu"
+
+    def __init__(self, folder: Path, options: RuntimeOptions) -> None:
+        checkpoint = open_checkpoint(folder)
+        try:
+            import torch
+
+            from qwen3_export.model.decoder import Decoder
+        except ImportError as error:
+            raise MissingRuntimeError(
+                f"{folder}: running a Hugging Face folder needs torch", "pip install 'qwen3-export[solve]'"
+            ) from error
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        self.version = torch.__version__
+        self.threads = torch.get_num_threads()
+        self.vocab_size = checkpoint.config.vocab_size
+        self.context = checkpoint.config.max_position
+        self._decoder = Decoder(checkpoint, resident=checkpoint.config.num_parameters <= _RESIDENT_PARAMETERS)
+        self._caches = self._decoder.new_caches()
+
+    def prefill(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Start a new sequence; logits `[len(ids), vocab]`."""
+        self._caches = self._decoder.new_caches()
+        return self._run(ids)
+
+    def decode(self, token: int) -> NDArray[np.float32]:
+        """Append one token; logits `[vocab]`."""
+        return self._run(np.array([token], np.int32))[0]
+
+    def _run(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        return self._decoder.logits(self._decoder.hidden([ids], [self._caches])[0]).numpy()
+
+    def close(self) -> None:
+        """Nothing is held outside of this object."""

@@ -1,0 +1,39 @@
+"""Which numbers an export could not carry over unchanged, and by how much."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_export.core.checkpoint import Checkpoint
+
+Inexact = dict[str, Any]
+_TYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+_ROWS = 4096
+
+
+def max_relative_error(original: NDArray, stored: NDArray) -> float:
+    """Largest |stored - original| / max|original| over a tensor; infinity for an overflow."""
+    largest = float(np.abs(original).max(initial=0))
+    difference = float(np.abs(stored.astype(np.float32) - original.astype(np.float32)).max(initial=0))
+    return difference / largest if largest else difference
+
+
+def cast_errors(checkpoint: Checkpoint, precision: str) -> list[Inexact]:
+    """Unquantized tensors, and scales, that `precision` cannot hold exactly."""
+    wanted, errors = _TYPES[precision], []
+    for name in checkpoint.files:
+        entry = checkpoint.entry(name)
+        if entry.dtype not in _TYPES.values() or np.can_cast(entry.dtype, wanted):
+            continue
+        pieces = range(0, entry.shape[0], _ROWS)
+        error = 0.0
+        for begin in pieces:
+            array = checkpoint.rows(name, begin, min(begin + _ROWS, entry.shape[0]))
+            error = max(error, max_relative_error(array, array.astype(wanted)))
+        if error:
+            errors.append({"name": name, "max_rel_error": error})
+    return errors

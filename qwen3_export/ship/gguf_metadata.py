@@ -1,0 +1,153 @@
+"""GGUF metadata of a Qwen3 model, key by key in the order of llama.cpp's own converter.
+
+general.* · qwen3.* (or qwen3moe.*) · tokenizer.*        Keys: the GGUF specification, and gguf-py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.qwen3 import Qwen3Config, Rope
+from qwen3_export.errors import CheckpointError, UnsupportedError
+
+ARCHITECTURES = {"qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
+
+
+def check_architecture(config: Qwen3Config) -> None:
+    """Raise UnsupportedError for what llama.cpp's loader cannot express."""
+    if config.model_type == "qwen3_moe":
+        if len(config.sparse_layers) != config.num_layers or not config.norm_topk_prob:
+            raise UnsupportedError(
+                "llama.cpp's qwen3moe has experts in every layer and normalises their weights; this model does not",
+                "export it to ONNX, or run the Hugging Face folder",
+            )
+    rope = config.rope
+    if rope.kind == "yarn" and (rope.beta_fast, rope.beta_slow, rope.truncate) != (32.0, 1.0, True):
+        raise UnsupportedError(
+            f"YaRN with beta_fast {rope.beta_fast:g} and beta_slow {rope.beta_slow:g} cannot be written to a qwen3 GGUF",
+            "llama.cpp takes 32 and 1",
+        )
+
+
+def add_metadata(writer: gguf.GGUFWriter, checkpoint: Checkpoint, file_type: int) -> None:
+    """Write all keys but our own."""
+    config = checkpoint.config
+    writer.add_type("model")
+    _sampling(writer, _json(checkpoint.folder / "generation_config.json"))
+    writer.add_name(checkpoint.name.replace("-", " ").replace("_", " ").title())
+    writer.add_size_label(size_label(config))
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.max_position)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    _rope(writer, config.rope)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.num_experts:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.experts_per_token)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_file_type(file_type)
+    if config.num_experts:
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _tokenizer(writer, checkpoint)
+
+
+def size_label(config: Qwen3Config) -> str:
+    """`8.0M`, or `8x4.8M` for experts: how llama.cpp's tools call a model's size."""
+    if not config.num_experts:
+        return _rounded(config.num_parameters)
+    expert = 3 * config.hidden_size * config.moe_intermediate_size * len(config.sparse_layers)
+    return f"{config.num_experts}x{_rounded(config.num_parameters - (config.num_experts - 1) * expert)}"
+
+
+def _rounded(count: int) -> str:
+    for scale, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if count >= scale:
+            break
+    else:
+        scale, unit = 1e3, "K"
+    number = count / scale
+    return f"{number:.1f}{unit}" if len(str(round(number))) < 2 else f"{number:.0f}{unit}"
+
+
+def _sampling(writer: gguf.GGUFWriter, values: dict[str, Any]) -> None:
+    if "top_k" in values:
+        writer.add_sampling_top_k(values["top_k"])
+    if "top_p" in values:
+        writer.add_sampling_top_p(values["top_p"])
+    if "temperature" in values:
+        writer.add_sampling_temp(values["temperature"])
+
+
+def _rope(writer: gguf.GGUFWriter, rope: Rope) -> None:
+    if rope.kind == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope.factor)
+        writer.add_rope_scaling_orig_ctx_len(rope.original_max_position)
+        usual = 0.1 * math.log(rope.factor) + 1.0
+        if not math.isclose(rope.attention_factor, usual):
+            # llama.cpp multiplies its own factor in; its converter's `yarn_attn_factor` is never read.
+            writer.add_rope_scaling_attn_factors(rope.attention_factor / usual)
+    writer.add_rope_freq_base(rope.theta)
+
+
+def _tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
+    """Byte-level BPE as Qwen uses it: tokens, types, merges, special ids, template."""
+    folder = checkpoint.folder
+    tokenizer, config = _json(folder / "tokenizer.json"), _json(folder / "tokenizer_config.json")
+    model = tokenizer.get("model", {})
+    if model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
+        raise CheckpointError(f"{folder / 'tokenizer.json'}: a byte-level BPE tokenizer was expected")
+    tokens, types = _vocabulary(model["vocab"], tokenizer.get("added_tokens", []), config, checkpoint.config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
+    ids = {token: index for index, token in enumerate(tokens)}
+    for role, add in (("bos", writer.add_bos_token_id), ("eos", writer.add_eos_token_id), ("pad", writer.add_pad_token_id)):
+        token = config.get(f"{role}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token in ids:
+            add(ids[token])
+    writer.add_add_bos_token(bool(config.get("add_bos_token", False)))
+    template = folder / "chat_template.jinja"
+    text = template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template")
+    if text:
+        writer.add_chat_template(text)
+
+
+def _vocabulary(
+    vocab: dict[str, int], added: list[dict[str, Any]], config: dict[str, Any], size: int
+) -> tuple[list[str], list[int]]:
+    """Tokens and types by id; ids without a token, which Qwen's tables have, become unused padding."""
+    tokens, types = [f"[PAD{i}]" for i in range(size)], [int(gguf.TokenType.UNUSED)] * size
+    for token, index in vocab.items():
+        tokens[index], types[index] = token, int(gguf.TokenType.NORMAL)
+    overruling = config.get("added_tokens_decoder", {})
+    for item in added:
+        text, index = item["content"], item["id"]
+        special = overruling.get(str(index), item).get("special", False)
+        control = special or (text.startswith("<|") and text.endswith("|>"))
+        tokens[index] = text
+        types[index] = int(gguf.TokenType.CONTROL if control else gguf.TokenType.USER_DEFINED)
+    return tokens, types
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error

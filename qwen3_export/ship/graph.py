@@ -1,0 +1,125 @@
+"""Building an ONNX graph with onnx-ir while its weights stream into one external data file.
+
+A weight is written when it is mentioned and forgotten at once: the graph keeps its place in
+`model.onnx.data`, so memory is bounded by the largest tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+CONTRIB = "com.microsoft"
+# Weights start on page boundaries, so that a runtime can map each of them on its own.
+_ALIGNMENT = 4096
+_IR_VERSION = 10
+
+
+class GraphBuilder:
+    """Collects inputs, nodes and outputs; `save` writes `model.onnx` beside its data file."""
+
+    def __init__(self, folder: Path, opset: int) -> None:
+        self.folder, self._opset = folder, opset
+        self.inputs: list[ir.Value] = []
+        self.outputs: list[ir.Value] = []
+        self._nodes: list[ir.Node] = []
+        self._initializers: dict[str, ir.Value] = {}
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+        self._data = (folder / DATA).open("wb")
+
+    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        """Declare a graph input; axes given by name are dynamic."""
+        value = _typed(name, dtype, shape)
+        self.inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
+        """Declare a node's result as a graph output."""
+        value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
+        self.outputs.append(value)
+
+    def weight(
+        self, name: str, array: NDArray, dtype: ir.DataType | None = None, shape: Sequence[int] | None = None
+    ) -> ir.Value:
+        """Stream a weight into the data file; a second mention of the same name shares the first.
+
+        `dtype` and `shape` describe packed sub-byte types, whose `array` is raw bytes.
+        """
+        if name in self._initializers:
+            return self._initializers[name]
+        self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
+        offset = self._data.tell()
+        self._data.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        kind = dtype or ir.DataType.from_numpy(array.dtype)
+        tensor = ir.ExternalTensor(
+            DATA, offset, array.nbytes, kind, shape=ir.Shape(shape or array.shape), name=name, base_dir=self.folder
+        )
+        return self._register(name, tensor)
+
+    def constant(self, value: Any, dtype: Any = np.int64) -> ir.Value:
+        """A small constant inside `model.onnx`; equal constants are shared."""
+        array = np.asarray(value, dtype)
+        key = (array.dtype.name, array.shape, array.tobytes())
+        if key not in self._constants:
+            name = f"constant_{len(self._constants)}"
+            self._constants[key] = self._register(name, ir.tensor(array, name=name))
+        return self._constants[key]
+
+    def _register(self, name: str, tensor: Any) -> ir.Value:
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        self._initializers[name] = value
+        return value
+
+    def op(self, kind: str, inputs: Sequence[ir.Value | None], name: str, domain: str = "", **attributes: Any) -> ir.Value:
+        """Append a node and return its first output; None stands for an absent optional input."""
+        return self.ops(kind, inputs, name, [name], domain, **attributes)[0]
+
+    def ops(
+        self,
+        kind: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        outputs: Sequence[str],
+        domain: str = "",
+        **attributes: Any,
+    ) -> Sequence[ir.Value]:
+        """As `op`, with all outputs; an empty output name leaves that optional output out."""
+        values = [ir.Value(name=f"{out}_out" if out else "") for out in outputs]
+        self._nodes.append(ir.node(kind, inputs, attributes=attributes, domain=domain, outputs=values, name=name))
+        return values
+
+    def cast(self, value: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
+        """Cast, or the value itself when it has that type already."""
+        return value if value.dtype == dtype else self.op("Cast", [value], name, to=dtype)
+
+    def save(self, metadata: dict[str, str]) -> None:
+        """Write `model.onnx`; the weights are on the disk already."""
+        self._data.flush()
+        graph = ir.Graph(
+            self.inputs,
+            self.outputs,
+            nodes=self._nodes,
+            initializers=list(self._initializers.values()),
+            opset_imports={"": self._opset, **({CONTRIB: 1} if any(n.domain for n in self._nodes) else {})},
+            name="qwen3",
+        )
+        model = ir.Model(graph, ir_version=_IR_VERSION, producer_name="qwen3-export")
+        model.metadata_props.update(metadata)
+        ir.save(model, self.folder / MODEL)
+
+    def __enter__(self) -> GraphBuilder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._data.close()
+
+
+def _typed(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))

@@ -1,0 +1,174 @@
+"""The decoder in ONNX Runtime's fused operators (`com.microsoft`).
+
+    MatMulNBits      B uint8 [out, groups, group·bits/8], low nibble first; scales [out, groups];
+                     zero points packed along groups, absent when symmetric (implicit 2^(bits-1))
+    GroupQueryAttention   q [b, s, heads·d], past and present [b, kv_heads, length, d]
+    RotaryEmbedding       half-split pairs, cos/sin tables [positions, d/2], positions as an input
+    SkipSimplifiedLayerNormalization   residual add and RMSNorm in one
+
+Operator definitions: ONNX Runtime, docs/ContribOperators.md.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qwen3_export.core import pack
+from qwen3_export.core.qwen3 import Qwen3Config
+from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.core.tensor import QuantizedTensor
+from qwen3_export.ship.graph import CONTRIB, GraphBuilder
+
+OPSET = 21
+NUMPY = {
+    ir.DataType.FLOAT: np.dtype(np.float32),
+    ir.DataType.FLOAT16: np.dtype(np.float16),
+    ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+}
+_INT64, _INT32 = ir.DataType.INT64, ir.DataType.INT32
+
+
+def supports(scheme: QuantScheme) -> str | None:
+    """Why `MatMulNBits` cannot hold a scheme, or None when it can."""
+    size = scheme.group_size
+    if scheme.strategy != "group" or size is None:
+        return "one scale per channel has no place in MatMulNBits; use strategy: group"
+    if size < 16 or size & (size - 1):
+        return f"MatMulNBits needs a group_size that is a power of two from 16 on, not {size}"
+    return None
+
+
+class OrtOps:
+    """`ship.decoder.Flavor` for plain ONNX Runtime and onnxruntime-genai."""
+
+    def __init__(self, graph: GraphBuilder, dtype: ir.DataType, accuracy_level: int) -> None:
+        self.graph, self.dtype, self.accuracy_level = graph, dtype, accuracy_level
+        self._numpy = NUMPY[dtype]
+
+    def prepare(self, config: Qwen3Config) -> None:
+        """Inputs, sequence lengths from the attention mask, and the rope tables."""
+        graph, self._config = self.graph, config
+        self._ids = graph.input("input_ids", _INT64, ["batch_size", "sequence_length"])
+        mask = graph.input("attention_mask", _INT64, ["batch_size", "total_sequence_length"])
+        self._positions = graph.input("position_ids", _INT64, ["batch_size", "sequence_length"])
+        count = graph.op("ReduceSum", [mask, graph.constant([1])], "mask.count", keepdims=0)
+        last = graph.op("Sub", [count, graph.constant(1)], "mask.last")
+        self._lengths = graph.op("Cast", [last], "mask.lengths", to=_INT32)
+        total = graph.op("Gather", [graph.op("Shape", [mask], "mask.shape"), graph.constant(1)], "mask.total", axis=0)
+        self._total = graph.op("Cast", [total], "mask.total32", to=_INT32)
+        cos, sin = config.rope.cos_sin(config.head_dim, config.max_position)
+        self._cos = graph.weight("rope.cos", cos.astype(self._numpy))
+        self._sin = graph.weight("rope.sin", sin.astype(self._numpy))
+
+    def embedding(self, table: NDArray) -> ir.Value:
+        """Rows of the table in its stored type, then cast: half the size of an fp32 table, and exact."""
+        self._table = self.graph.weight("model.embed_tokens.weight", self._stored(table))
+        rows = self.graph.op("Gather", [self._table, self._ids], "embedding", axis=0)
+        return self._cast(rows, self._table, "embedding.cast")
+
+    def _stored(self, array: NDArray) -> NDArray:
+        """16-bit arrays stay as they are under fp32 activations; everything else takes their type."""
+        keep = self.dtype == ir.DataType.FLOAT and array.dtype.itemsize == 2
+        return array if keep else array.astype(self._numpy)
+
+    def _cast(self, value: ir.Value, like: ir.Value, name: str) -> ir.Value:
+        return value if like.dtype == self.dtype else self.graph.op("Cast", [value], name, to=self.dtype)
+
+    def norm(self, x: ir.Value, weight: NDArray, name: str) -> ir.Value:
+        """RMSNorm."""
+        scale = self.graph.weight(f"{name}.weight", weight.astype(self._numpy))
+        epsilon = self._config.rms_norm_eps
+        return self.graph.op("SimplifiedLayerNormalization", [x, scale], name, axis=-1, epsilon=epsilon, stash_type=1)
+
+    def add_norm(self, h: ir.Value, delta: ir.Value, weight: NDArray, name: str) -> tuple[ir.Value, ir.Value]:
+        """Sum and norm in one operator; the sum is its fourth output."""
+        scale = self.graph.weight(f"{name}.weight", weight.astype(self._numpy))
+        outputs = self.graph.ops(
+            "SkipSimplifiedLayerNormalization",
+            [h, delta, scale],
+            name,
+            [name, "", "", f"{name}.sum"],
+            CONTRIB,
+            epsilon=self._config.rms_norm_eps,
+        )
+        return outputs[3], outputs[0]
+
+    def linear(self, x: ir.Value, weight: QuantizedTensor | NDArray, name: str) -> ir.Value:
+        """`MatMulNBits` for codes, `MatMul` for 16-bit weights."""
+        if isinstance(weight, QuantizedTensor):
+            return self._quantized(x, weight, name)
+        stored = self.graph.weight(f"{name}.weight", self._stored(np.ascontiguousarray(weight.T)))
+        return self.graph.op("MatMul", [x, self._cast(stored, stored, f"{name}.cast")], name)
+
+    def _quantized(self, x: ir.Value, weight: QuantizedTensor, name: str) -> ir.Value:
+        (out_features, in_features), scheme = weight.shape, weight.scheme
+        groups = scheme.num_groups(in_features)
+        blocks = pack.pack_bytes(weight.codes, scheme.num_bits).reshape(out_features, groups, -1)
+        inputs: list[ir.Value | None] = [
+            x,
+            self.graph.weight(f"{name}.codes", blocks),
+            self.graph.weight(f"{name}.scales", weight.scales.astype(self._numpy)),
+        ]
+        if weight.zeros is not None:
+            inputs.append(self.graph.weight(f"{name}.zeros", pack.pack_bytes(weight.zeros, scheme.num_bits)))
+        return self.graph.op(
+            "MatMulNBits",
+            inputs,
+            name,
+            CONTRIB,
+            K=in_features,
+            N=out_features,
+            bits=scheme.num_bits,
+            block_size=scheme.group_length(in_features),
+            accuracy_level=self.accuracy_level,
+        )
+
+    def attention(
+        self, qkv: tuple[ir.Value, ir.Value, ir.Value], norms: tuple[NDArray, NDArray], layer: int
+    ) -> ir.Value:
+        """Norm and rotate q and k, then grouped-query attention, which also appends to the cache."""
+        config, name = self._config, f"layer.{layer}.attention"
+        q = self._rotate(self._head_norm(qkv[0], norms[0], config.num_heads, f"{name}.q_norm"), f"{name}.q_rope")
+        k = self._rotate(self._head_norm(qkv[1], norms[1], config.num_kv_heads, f"{name}.k_norm"), f"{name}.k_rope")
+        shapes = [["batch_size", config.num_kv_heads, f"{when}_sequence_length", config.head_dim] for when in _WHEN]
+        past = [self.graph.input(f"past_key_values.{layer}.{kind}", self.dtype, shapes[0]) for kind in _KINDS]
+        outputs = self.graph.ops(
+            "GroupQueryAttention",
+            [q, k, qkv[2], *past, self._lengths, self._total],
+            name,
+            [name, f"{name}.key", f"{name}.value"],
+            CONTRIB,
+            num_heads=config.num_heads,
+            kv_num_heads=config.num_kv_heads,
+            scale=float(config.head_dim**-0.5),
+            do_rotary=0,
+        )
+        for kind, value in zip(_KINDS, outputs[1:], strict=True):
+            self.graph.output(value, f"present.{layer}.{kind}", self.dtype, shapes[1])
+        return outputs[0]
+
+    def _head_norm(self, x: ir.Value, weight: NDArray, heads: int, name: str) -> ir.Value:
+        head_dim, constant = self._config.head_dim, self.graph.constant
+        split = self.graph.op("Reshape", [x, constant([0, 0, heads, head_dim])], f"{name}.split")
+        normed = self.norm(split, weight, name)
+        return self.graph.op("Reshape", [normed, constant([0, 0, heads * head_dim])], f"{name}.merge")
+
+    def _rotate(self, x: ir.Value, name: str) -> ir.Value:
+        inputs = [x, self._positions, self._cos, self._sin]
+        return self.graph.op("RotaryEmbedding", inputs, name, CONTRIB, interleaved=0)
+
+    def head(self, x: ir.Value, table: NDArray | None) -> ir.Value:
+        """Logits; a tied head multiplies by the one stored embedding table."""
+        stored = self._table if table is None else self.graph.weight("lm_head.weight", self._stored(table))
+        matrix = self._cast(stored, stored, "head.cast")
+        logits = self.graph.op("FusedMatMul", [x, matrix], "head", CONTRIB, transB=1)
+        if self.dtype == ir.DataType.FLOAT:
+            return logits
+        return self.graph.op("Cast", [logits], "head.fp32", to=ir.DataType.FLOAT)
+
+
+_KINDS = ("key", "value")
+_WHEN = ("past", "total")

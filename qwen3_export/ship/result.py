@@ -1,0 +1,60 @@
+"""What every export shares: the check before it starts, provenance, and the result it reports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.manifest import read_manifest
+from qwen3_export.core.progress import peak_rss_bytes
+from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.errors import UnsupportedError
+from qwen3_export.ship.exactness import Inexact
+
+Supports = Callable[[QuantScheme], str | None]
+_WEIGHTS = (".data", ".gguf", ".plan")
+
+
+def check_schemes(checkpoint: Checkpoint, supports: Supports, target: str) -> None:
+    """Raise UnsupportedError for the first tensor that a target cannot hold."""
+    reasons: dict[QuantScheme, str | None] = {}
+    for name, scheme in checkpoint.schemes.items():
+        if scheme not in reasons:
+            reasons[scheme] = supports(scheme)
+        if reason := reasons[scheme]:
+            raise UnsupportedError(
+                f"{name} ({scheme.label}) cannot be exported to {target}: {reason}",
+                "quantize again with a recipe that fits, e.g. gptq-w4a16-g128 or gptq-w4a16-g32",
+            )
+
+
+def provenance(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where an artifact comes from, for its manifest."""
+    manifest = read_manifest(checkpoint.folder)
+    return {
+        "source": manifest.get("source") or {"name": checkpoint.name, "sha256": checkpoint.sha256},
+        "quantized": {"sha256": checkpoint.sha256, "recipe": manifest["recipe"]["name"]} if checkpoint.schemes else None,
+    }
+
+
+def exactness(inexact: list[Inexact]) -> dict[str, Any]:
+    """The contract's `exact` and `inexact_tensors`."""
+    return {"exact": not inexact, "inexact_tensors": inexact}
+
+
+def export_result(
+    output: Path, files: list[dict[str, Any]], checkpoint: Checkpoint, inexact: list[Inexact], started: float
+) -> dict[str, Any]:
+    """The JSON object of an export command."""
+    weights = sum(item["bytes"] for item in files if Path(item["path"]).suffix in _WEIGHTS)
+    return {
+        "output": str(output),
+        "files": files,
+        "bits_per_weight": 8 * weights / checkpoint.config.num_parameters,
+        "seconds": time.monotonic() - started,
+        "peak_rss_bytes": peak_rss_bytes(),
+        **exactness(inexact),
+    }

@@ -1,0 +1,3 @@
+OPSET = 23
+supports = None
+class StandardOps: ...

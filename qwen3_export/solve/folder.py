@@ -1,0 +1,184 @@
+"""The quantized folder while it is being written, and how it is finished.
+
+    OUTPUT.partial/model-00001-of-000NN.safetensors   embedding, final norm, head: as they came
+                   model-0000K-of-000NN.safetensors   block K - 2, written when it is solved
+                   state/progress.json                what the run is, which blocks are done
+                   state/hidden-0007.rows             hidden states before block 7
+
+Finishing drops `state/`, adds configuration, index, sidecars and manifest; one rename makes OUTPUT.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen3_export.core.checkpoint import INDEX, Checkpoint, pack_linear, packed_specs
+from qwen3_export.core.manifest import sha256_file, to_json, write_atomic, write_manifest
+from qwen3_export.core.qwen3 import block_name
+from qwen3_export.core.recipe import QuantScheme, Recipe
+from qwen3_export.core.tensorfile import Spec, TensorFileWriter
+from qwen3_export.errors import InputError
+from qwen3_export.solve.stream import SolvedLinear
+
+
+@dataclass(frozen=True)
+class QuantizedFolder:
+    """`OUTPUT.partial/` of one run; `identity` is everything that decides its bytes."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    identity: Mapping[str, Any]
+
+    @property
+    def scratch(self) -> Path:
+        """Where progress and activations are kept until the run is done."""
+        return self.folder / "state"
+
+    def resume(self) -> list[dict[str, Any]]:
+        """Results of the blocks that an earlier run finished; InputError when that run was another."""
+        path = self.scratch / "progress.json"
+        if not path.is_file():
+            self._clear()
+            return []
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in self.identity.items():
+            if saved["identity"].get(key) != value:
+                raise InputError(
+                    f"{self.folder} holds an unfinished run with another {key}",
+                    "repeat that run's arguments to finish it, or --no-resume to start over",
+                )
+        return list(saved["blocks"])
+
+    def start_over(self) -> None:
+        """Forget an earlier run."""
+        self._clear()
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.scratch.mkdir()
+
+    def shard(self, layer: int) -> Path:
+        """File of one block; layer -1 is what lies outside the blocks."""
+        total = self.checkpoint.config.num_layers + 1
+        return self.folder / f"model-{layer + 2:05d}-of-{total:05d}.safetensors"
+
+    def write_outer(self) -> None:
+        """Copy embedding, final norm and an untied head byte for byte."""
+        names = self.checkpoint.config.outer_shapes()
+        specs = {name: self._stored(name) for name in names}
+        self._write(self.shard(-1), specs, {})
+
+    def write_block(self, layer: int, linears: Mapping[str, SolvedLinear]) -> None:
+        """Write a block's shard: solved linears packed, everything else copied byte for byte."""
+        prefix, config = block_name(layer), self.checkpoint.config
+        specs: dict[str, Spec] = {}
+        for name in (*config.other_shapes(layer), *config.linear_shapes(layer)):
+            if f"{prefix}.{name}" in linears:
+                tensor = linears[f"{prefix}.{name}"].solved.tensor
+                specs.update(packed_specs(tensor.name, tensor.shape, tensor.scheme))
+            else:
+                specs[f"{prefix}.{name}.weight"] = self._stored(f"{prefix}.{name}.weight")
+        self._write(self.shard(layer), specs, linears)
+
+    def _stored(self, name: str) -> Spec:
+        entry = self.checkpoint.entry(name)
+        return entry.dtype, entry.shape
+
+    def _write(self, path: Path, specs: dict[str, Spec], linears: Mapping[str, SolvedLinear]) -> None:
+        beside = path.with_suffix(".new")
+        with TensorFileWriter(beside, specs) as writer:
+            packed: dict[str, Any] = {}
+            for name in specs:
+                module = name.rpartition(".")[0]
+                if module in linears:
+                    if name not in packed:
+                        packed = pack_linear(linears[module].solved.tensor)
+                    writer.write(name, packed[name])
+                else:
+                    writer.copy(name, self.checkpoint.files[name])
+        beside.replace(path)
+
+    def save_progress(self, blocks: list[dict[str, Any]]) -> None:
+        """Record the finished blocks, after their files are on the disk."""
+        write_atomic(self.scratch / "progress.json", to_json({"identity": dict(self.identity), "blocks": blocks}))
+
+    def finish(self, recipe: Recipe, manifest: Mapping[str, Any], schemes: Mapping[str, QuantScheme]) -> None:
+        """Add configuration, index, sidecars and manifest, and drop the working state."""
+        shards = [self.shard(layer) for layer in range(-1, self.checkpoint.config.num_layers)]
+        write_index(self.folder, shards)
+        config = readable_config(self.checkpoint.raw_config)
+        config["quantization_config"] = quantization_config(schemes, list(self.checkpoint.config.all_linears()))
+        (self.folder / "config.json").write_text(to_json(config), encoding="utf-8")
+        sidecars = {}
+        for path in self.checkpoint.sidecars():
+            shutil.copyfile(path, self.folder / path.name)
+            sidecars[path.name] = sha256_file(path)
+        write_manifest(self.folder, "quantized-checkpoint", {**manifest, "sidecars": sidecars})
+        shutil.rmtree(self.scratch)
+
+
+def write_index(folder: Path, shards: list[Path]) -> None:
+    """`model.safetensors.index.json` of these shards."""
+    from qwen3_export.core.tensorfile import TensorFile
+
+    files = [TensorFile(path) for path in shards]
+    weight_map = {name: file.path.name for file in files for name in file.entries}
+    size = sum(entry.end - entry.begin for file in files for entry in file.entries.values())
+    (folder / INDEX).write_text(to_json({"metadata": {"total_size": size}, "weight_map": weight_map}))
+
+
+def readable_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration in both spellings, so that transformers 4 and 5 read the same model from it.
+
+    transformers 4 falls back to rope_theta 10000 without a word when it finds only `rope_parameters`.
+    """
+    config = dict(raw)
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict):
+        config.setdefault("rope_theta", rope.get("rope_theta"))
+        scaled = rope.get("rope_type", "default") != "default"
+        config.setdefault("rope_scaling", {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None)
+    elif "rope_theta" in config:
+        scaling = config.get("rope_scaling") or {}
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        config["rope_parameters"] = {**scaling, "rope_theta": config["rope_theta"], "rope_type": kind}
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if dtype:
+        config["dtype"] = config["torch_dtype"] = dtype
+    return config
+
+
+def quantization_config(schemes: Mapping[str, QuantScheme], linears: list[str]) -> dict[str, Any]:
+    """compressed-tensors' `quantization_config`: one group of targets per distinct scheme."""
+    distinct = list(dict.fromkeys(schemes.values()))
+    groups = {}
+    for number, scheme in enumerate(distinct):
+        members = [name for name, found in schemes.items() if found == scheme]
+        groups[f"group_{number}"] = {
+            "targets": ["Linear"] if len(distinct) == 1 else members,
+            "weights": {
+                "num_bits": scheme.num_bits,
+                "type": scheme.type,
+                "symmetric": scheme.symmetric,
+                "strategy": scheme.strategy,
+                "group_size": scheme.group_size,
+                "dynamic": False,
+            },
+            "input_activations": None,
+            "output_activations": None,
+        }
+    plain = [name for name in linears if name not in schemes]
+    routers = ["re:.*mlp.gate$"] if any(".experts." in name for name in linears) else []
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ["lm_head", *routers, *plain],
+    }

@@ -1,0 +1,264 @@
+"""Text: the tokenizer, the chat template, and documents cut into rows of token ids.
+
+Documents come as JSONL (`{"text": …}` or `{"messages": […]}`, with an optional `domain`), plain text
+or Parquet. Chats are rendered with the model's own template.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_export.core.resources import resource
+from qwen3_export.errors import CheckpointError, InputError, MissingRuntimeError
+
+BUNDLED_CALIBRATION = "calibration/calibration.jsonl"
+BUNDLED_HELDOUT = "calibration/heldout.jsonl"
+_SHORTEST_WINDOW = 16
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text or one chat, with the domain that it stands for."""
+
+    domain: str
+    content: str | list[dict[str, Any]]
+
+
+class ModelTokenizer:
+    """The tokenizer and the chat template of a checkpoint or artifact folder."""
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self.folder = folder
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing", "copy the tokenizer files of the original model into the folder")
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for every kind of bad file
+            raise CheckpointError(f"{path}: not a tokenizer ({error})") from error
+
+    def encode(self, text: str) -> NDArray[np.int32]:
+        """Token ids of a text; special tokens written in it are recognised, none are added."""
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of token ids."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        path = self.folder / "tokenizer_config.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    @cached_property
+    def template(self) -> str | None:
+        """The chat template's Jinja text, or None for a base model without one."""
+        path = self.folder / "chat_template.jinja"
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        value = self._config.get("chat_template")
+        if isinstance(value, list):
+            value = next((item["template"] for item in value if item.get("name") == "default"), None)
+        return value
+
+    def render(self, messages: list[dict[str, Any]], generate: bool = False, thinking: bool = True) -> str:
+        """A chat as text; `generate` appends the assistant's opening, `thinking` is Qwen3's switch."""
+        if self.template is None:
+            return "\n".join(f"{m['role']}: {m['content']}" for m in messages) + ("\nassistant: " if generate else "")
+        from jinja2.exceptions import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _template_error
+        environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+        try:
+            template = environment.from_string(self.template)
+            return template.render(messages=messages, add_generation_prompt=generate, enable_thinking=thinking)
+        except TemplateError as error:
+            raise InputError(f"the chat template of {self.folder.name} failed: {error}") from error
+
+    def stop_ids(self) -> set[int]:
+        """Ids that end a generation, from `generation_config.json`."""
+        path = self.folder / "generation_config.json"
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        ids = values.get("eos_token_id")
+        if ids is None:
+            eos = self._config.get("eos_token")
+            ids = self._tokenizer.token_to_id(eos) if isinstance(eos, str) else None
+        return set() if ids is None else set(ids) if isinstance(ids, list) else {ids}
+
+    def document_ids(self, document: Document) -> NDArray[np.int32]:
+        """Token ids of a document, its chat rendered."""
+        content = document.content
+        return self.encode(content if isinstance(content, str) else self.render(content))
+
+
+def _template_error(message: str) -> None:
+    from jinja2.exceptions import TemplateError
+
+    raise TemplateError(message)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token rows with their domains, and the hash of exactly these ids."""
+
+    ids: tuple[NDArray[np.int32], ...]
+    domains: tuple[str, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in total."""
+        return sum(len(row) for row in self.ids)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the ids, row lengths included."""
+        digest = hashlib.sha256()
+        for row in self.ids:
+            digest.update(len(row).to_bytes(8, "little") + row.astype("<i4").tobytes())
+        return digest.hexdigest()
+
+
+def calibration_rows(
+    tokenizer: ModelTokenizer, documents: list[Document], samples: int, length: int, seed: int
+) -> Rows:
+    """At most `samples` rows of exactly `length` tokens, spread evenly over the domains.
+
+    The documents of a domain are shuffled, joined and cut; rows are then taken from the domains in
+    turn. Fewer rows come back when the text is too short; none at all is an InputError.
+    """
+    random = np.random.default_rng(seed)
+    per_domain = []
+    for domain in sorted({document.domain for document in documents}):
+        members = [document for document in documents if document.domain == domain]
+        order = random.permutation(len(members))
+        stream = np.concatenate([tokenizer.document_ids(members[i]) for i in order])
+        count = len(stream) // length
+        rows = stream[: count * length].reshape(count, length)
+        per_domain.append([(row, domain) for row in rows[random.permutation(count)]])
+    chosen = [item for turn in _zip_longest(per_domain) for item in turn][:samples]
+    if not chosen:
+        raise InputError(
+            f"the calibration text has fewer than {length} tokens in every domain",
+            "give more text, or a smaller --sequence-length",
+        )
+    ids, domains = zip(*chosen, strict=True)
+    return Rows(ids, domains)
+
+
+def _zip_longest(lists: list[list[Any]]) -> Iterator[list[Any]]:
+    for turn in range(max(map(len, lists), default=0)):
+        yield [items[turn] for items in lists if turn < len(items)]
+
+
+def heldout_rows(tokenizer: ModelTokenizer, documents: list[Document], length: int) -> Rows:
+    """Every document cut into windows of at most `length` tokens, tails under 16 tokens dropped."""
+    ids, domains = [], []
+    for document in documents:
+        tokens = tokenizer.document_ids(document)
+        for begin in range(0, len(tokens), length):
+            window = tokens[begin : begin + length]
+            if len(window) >= _SHORTEST_WINDOW:
+                ids.append(window)
+                domains.append(document.domain)
+    if not ids:
+        raise InputError("the held-out text has no window of 16 tokens", "give more text with --text")
+    return Rows(tuple(ids), tuple(domains))
+
+
+def load_documents(spec: str) -> list[Document]:
+    """Documents of `bundled`, `heldout`, a `.txt`/`.jsonl`/`.parquet` file or `hf:dataset[:split]`."""
+    if spec == "bundled":
+        return _read_jsonl(resource(BUNDLED_CALIBRATION))
+    if spec == "heldout":
+        return _read_jsonl(resource(BUNDLED_HELDOUT))
+    if spec.startswith("hf:"):
+        return _from_hub(spec[3:])
+    path = Path(spec).expanduser()
+    readers = {".jsonl": _read_jsonl, ".txt": _read_text, ".md": _read_text, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise InputError(f"{spec}: unknown kind of text", f"known: bundled, hf:DATASET, {', '.join(readers)} files")
+    try:
+        documents = readers[path.suffix](path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    if not documents:
+        raise InputError(f"{path}: no text in it", "a line is {\"text\": …} or {\"messages\": […]}")
+    return documents
+
+
+def _read_text(path: Path) -> list[Document]:
+    text = path.read_text(encoding="utf-8")
+    return [Document(path.stem, text)] if text.strip() else []
+
+
+def _read_jsonl(path: Path) -> list[Document]:
+    documents = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                documents.append(_document(json.loads(line), path.stem))
+            except (ValueError, TypeError, KeyError) as error:
+                raise InputError(
+                    f"{path}, line {number}: neither text nor messages ({error})",
+                    'a line is {"text": "…"} or {"messages": [{"role": "user", "content": "…"}]}',
+                ) from error
+    return documents
+
+
+def _document(item: Any, domain: str) -> Document:
+    if not isinstance(item, dict):
+        raise TypeError("no JSON object")
+    domain = str(item.get("domain") or domain)
+    messages = item.get("messages")
+    if messages is None:
+        if not isinstance(item["text"], str):
+            raise TypeError("text is no string")
+        return Document(domain, item["text"])
+    if not all(isinstance(m["role"], str) and isinstance(m["content"], str) for m in messages):
+        raise TypeError("a message needs a role and a content")
+    return Document(domain, messages)
+
+
+def _read_parquet(path: Path) -> list[Document]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise MissingRuntimeError(f"{path}: reading Parquet needs pyarrow", "pip install pyarrow") from error
+    try:
+        items = parquet.read_table(path).to_pylist()
+    except Exception as error:  # pyarrow's errors share no public base below Exception
+        raise InputError(f"{path}: not a Parquet file ({error})") from error
+    try:
+        return [_document({k: v for k, v in item.items() if v is not None}, path.stem) for item in items]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: a 'text' or 'messages' column was expected ({error})") from error
+
+
+def _from_hub(spec: str) -> list[Document]:
+    name, _, split = spec.partition(":")
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingRuntimeError(f"hf:{spec} needs the datasets library", "pip install datasets") from error
+    try:
+        items = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # an unreachable hub surfaces as many unrelated classes
+        raise MissingRuntimeError(
+            f"hf:{spec} cannot be loaded ({error})", "check the name and the network, or give a file instead"
+        ) from error
+    return [_document(item, name) for item in items]
