@@ -5,11 +5,11 @@ Usage::
 
     python calibration/generate.py                     write both files
     python calibration/generate.py --check             exit 1 if they differ
-    python calibration/generate.py --stats TOKENIZER   count tokens per domain
+    python calibration/generate.py --stats T.json …    count tokens per domain
 
 The hand-written documents come from ``sources/<file>/<domain>/*.txt``, the rest
 from the seeded makers in ``makers/``.  The result is the same, byte for byte, on
-every machine and with every Python from 3.10.
+every machine and with every Python from 3.11.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from makers import chats, maths, structured
 from makers.common import WORLDS, Content, Dice, Message, World
@@ -63,17 +64,12 @@ def split_marked(text: str, marker: re.Pattern[str]) -> list[tuple[str, str]]:
     head, *rest = marker.split(text)
     if head.strip():
         raise ValueError(f"text before the first marker: {head.strip()[:60]!r}")
-    return [
-        (label, body.strip("\n"))
-        for label, body in zip(rest[::2], rest[1::2], strict=True)
-    ]
+    return [(label, body.strip("\n")) for label, body in zip(rest[::2], rest[1::2], strict=True)]
 
 
 def parse_chat(text: str) -> list[Message]:
     """Return the messages of a hand-written dialogue."""
-    return [
-        {"role": role, "content": body} for role, body in split_marked(text, TURN_LINE)
-    ]
+    return [{"role": role, "content": body} for role, body in split_marked(text, TURN_LINE)]
 
 
 def written_documents(split: str) -> Iterator[Document]:
@@ -184,40 +180,47 @@ def duplicate_share(sequences: list[list[int]]) -> float:
     return repeats / max(total, 1)
 
 
-def stats(tokenizer_file: str) -> int:
-    """Print a Markdown table of documents and tokens per domain."""
+def count_tokens(tokenizer: Any, split: str) -> tuple[dict[str, int], float]:
+    """Return the number of tokens of each document and the share of repeats."""
+    sequences = {}
+    for document in documents(split):
+        text = render(document.content)
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        sequences[document.name] = ids
+    counts = {name: len(ids) for name, ids in sequences.items()}
+    return counts, duplicate_share(list(sequences.values()))
+
+
+def table(split: str, tokenizers: list[Any]) -> Iterator[str]:
+    """Yield the lines of a Markdown table of documents and tokens per domain."""
+    counted = [count_tokens(tokenizer, split) for tokenizer in tokenizers]
+    yield "| domain | documents | hand-written |" + "".join(
+        f" tokens ({tokenizer.get_vocab_size():,} entries) | share |" for tokenizer in tokenizers
+    )
+    yield "|---|---:|---:|" + "---:|---:|" * len(tokenizers)
+    every = documents(split)
+    first = counted[0][0]
+    for domain in (*DOMAINS, "all"):
+        group = [d for d in every if domain in (d.domain, "all")]
+        written = sum(first[d.name] for d in group if "/made-" not in d.name)
+        line = f"| {domain} | {len(group)} "
+        line += f"| {written / max(1, sum(first[d.name] for d in group)):.0%} |"
+        for counts, _ in counted:
+            tokens = sum(counts[d.name] for d in group)
+            line += f" {tokens:,} | {tokens / sum(counts.values()):.1%} |"
+        yield line
+    shares = " and ".join(f"{share:.1%}" for _, share in counted)
+    yield f"\nShare of {NGRAM}-grams of tokens that occur a second time: {shares}."
+
+
+def stats(tokenizer_files: list[str]) -> int:
+    """Print the statistics of both files under one or more tokenizers."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(tokenizer_file)
+    tokenizers = [Tokenizer.from_file(path) for path in tokenizer_files]
     for split in SPLITS:
-        docs: Counter[str] = Counter()
-        written: Counter[str] = Counter()
-        tokens: Counter[str] = Counter()
-        sequences = []
-        for document in documents(split):
-            text = render(document.content)
-            ids = tokenizer.encode(text, add_special_tokens=False).ids
-            docs[document.domain] += 1
-            tokens[document.domain] += len(ids)
-            if "/made-" not in document.name:
-                written[document.domain] += len(ids)
-            sequences.append(ids)
-        total = sum(tokens.values())
-        print(f"{split}.jsonl\n")
-        print("| domain | documents | tokens | share | hand-written |")
-        print("|---|---:|---:|---:|---:|")
-        for domain in DOMAINS:
-            count = tokens[domain]
-            print(
-                f"| {domain} | {docs[domain]} | {count:,} | {count / total:.1%} "
-                f"| {written[domain] / max(count, 1):.0%} |"
-            )
-        print(
-            f"| **all** | {docs.total()} | {total:,} | 100 % "
-            f"| {written.total() / total:.0%} |"
-        )
-        share = duplicate_share(sequences)
-        print(f"\nRepeated {NGRAM}-grams: {share:.1%}\n")
+        print(f"`{target(split).name}`\n")
+        print("\n".join(table(split, tokenizers)) + "\n")
     return 0
 
 
@@ -226,7 +229,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--check", action="store_true", help="exit 1 on differences")
-    group.add_argument("--stats", metavar="TOKENIZER_JSON", help="count tokens")
+    group.add_argument(
+        "--stats",
+        metavar="TOKENIZER_JSON",
+        nargs="+",
+        help="count documents and tokens per domain (needs the package tokenizers)",
+    )
     options = parser.parse_args(arguments)
     if options.check:
         return check()

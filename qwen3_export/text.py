@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,23 @@ from qwen3_export.errors import CheckpointError, InputError, MissingRuntimeError
 BUNDLED_CALIBRATION = "calibration/calibration.jsonl"
 BUNDLED_HELDOUT = "calibration/heldout.jsonl"
 _SHORTEST_WINDOW = 16
+
+
+class TextModel(Protocol):
+    """What turns text into token ids and back: `ModelTokenizer`, or a runtime's own tokenizer."""
+
+    @property
+    def template(self) -> str | None:
+        """The chat template's Jinja text, or None."""
+
+    def encode(self, text: str) -> NDArray[np.int32]:
+        """Token ids of a text; special tokens written in it are recognised, none are added."""
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of token ids."""
+
+    def stop_ids(self) -> set[int]:
+        """Ids that end a generation."""
 
 
 @dataclass(frozen=True)
@@ -72,22 +89,6 @@ class ModelTokenizer:
             value = next((item["template"] for item in value if item.get("name") == "default"), None)
         return value
 
-    def render(self, messages: list[dict[str, Any]], generate: bool = False, thinking: bool = True) -> str:
-        """A chat as text; `generate` appends the assistant's opening, `thinking` is Qwen3's switch."""
-        if self.template is None:
-            return "\n".join(f"{m['role']}: {m['content']}" for m in messages) + ("\nassistant: " if generate else "")
-        from jinja2.exceptions import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _template_error
-        environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
-        try:
-            template = environment.from_string(self.template)
-            return template.render(messages=messages, add_generation_prompt=generate, enable_thinking=thinking)
-        except TemplateError as error:
-            raise InputError(f"the chat template of {self.folder.name} failed: {error}") from error
-
     def stop_ids(self) -> set[int]:
         """Ids that end a generation, from `generation_config.json`."""
         path = self.folder / "generation_config.json"
@@ -98,10 +99,31 @@ class ModelTokenizer:
             ids = self._tokenizer.token_to_id(eos) if isinstance(eos, str) else None
         return set() if ids is None else set(ids) if isinstance(ids, list) else {ids}
 
-    def document_ids(self, document: Document) -> NDArray[np.int32]:
-        """Token ids of a document, its chat rendered."""
-        content = document.content
-        return self.encode(content if isinstance(content, str) else self.render(content))
+
+def document_ids(tokenizer: TextModel, document: Document) -> NDArray[np.int32]:
+    """Token ids of a document, its chat rendered."""
+    content = document.content
+    return tokenizer.encode(content if isinstance(content, str) else render_chat(tokenizer.template, content))
+
+
+def render_chat(
+    template: str | None, messages: list[dict[str, Any]], generate: bool = False, thinking: bool = True
+) -> str:
+    """A chat as text by a Jinja template; `generate` appends the assistant's opening, `thinking` is
+    Qwen3's switch. Without a template (a base model) roles and contents are simply joined."""
+    if template is None:
+        return "\n".join(f"{m['role']}: {m['content']}" for m in messages) + ("\nassistant: " if generate else "")
+    from jinja2.exceptions import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _template_error
+    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+    try:
+        compiled = environment.from_string(template)
+        return compiled.render(messages=messages, add_generation_prompt=generate, enable_thinking=thinking)
+    except TemplateError as error:
+        raise InputError(f"the chat template failed: {error}") from error
 
 
 def _template_error(message: str) -> None:
@@ -132,7 +154,7 @@ class Rows:
 
 
 def calibration_rows(
-    tokenizer: ModelTokenizer, documents: list[Document], samples: int, length: int, seed: int
+    tokenizer: TextModel, documents: list[Document], samples: int, length: int, seed: int
 ) -> Rows:
     """At most `samples` rows of exactly `length` tokens, spread evenly over the domains.
 
@@ -144,7 +166,7 @@ def calibration_rows(
     for domain in sorted({document.domain for document in documents}):
         members = [document for document in documents if document.domain == domain]
         order = random.permutation(len(members))
-        stream = np.concatenate([tokenizer.document_ids(members[i]) for i in order])
+        stream = np.concatenate([document_ids(tokenizer, members[i]) for i in order])
         count = len(stream) // length
         rows = stream[: count * length].reshape(count, length)
         per_domain.append([(row, domain) for row in rows[random.permutation(count)]])
@@ -163,11 +185,11 @@ def _zip_longest(lists: list[list[Any]]) -> Iterator[list[Any]]:
         yield [items[turn] for items in lists if turn < len(items)]
 
 
-def heldout_rows(tokenizer: ModelTokenizer, documents: list[Document], length: int) -> Rows:
+def heldout_rows(tokenizer: TextModel, documents: list[Document], length: int) -> Rows:
     """Every document cut into windows of at most `length` tokens, tails under 16 tokens dropped."""
     ids, domains = [], []
     for document in documents:
-        tokens = tokenizer.document_ids(document)
+        tokens = document_ids(tokenizer, document)
         for begin in range(0, len(tokens), length):
             window = tokens[begin : begin + length]
             if len(window) >= _SHORTEST_WINDOW:
@@ -176,6 +198,15 @@ def heldout_rows(tokenizer: ModelTokenizer, documents: list[Document], length: i
     if not ids:
         raise InputError("the held-out text has no window of 16 tokens", "give more text with --text")
     return Rows(tuple(ids), tuple(domains))
+
+
+def spread(rows: Rows, tokens: int | None) -> Rows:
+    """At most `tokens` tokens of the rows, whole rows, taken evenly over the text and its domains."""
+    if tokens is None or rows.tokens <= tokens:
+        return rows
+    count = max(1, len(rows.ids) * tokens // rows.tokens)
+    chosen = np.linspace(0, len(rows.ids) - 1, count).astype(int)
+    return Rows(tuple(rows.ids[i] for i in chosen), tuple(rows.domains[i] for i in chosen))
 
 
 def load_documents(spec: str) -> list[Document]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import date, timedelta
-from itertools import permutations
+from itertools import pairwise, permutations
 from math import gcd
 
 from .common import (
@@ -19,11 +20,71 @@ from .common import (
     thinking,
 )
 
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+DAYS = (
+    "Monday",
+    "Tuesday",
+    "Wednesday",
+    "Thursday",
+    "Friday",
+    "Saturday",
+    "Sunday",
+)
 MONTHS = (
-    "January February March April May June July August September October November "
-    "December"
-).split()
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+)
+ONES = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+)
+TENS = (
+    "twenty",
+    "thirty",
+    "forty",
+    "fifty",
+    "sixty",
+    "seventy",
+    "eighty",
+    "ninety",
+)
+Order = tuple[int, ...]
+Clue = tuple[str, Callable[[Order], bool]]
+
+DISHES = {
+    "pancakes": ("flour", "milk", "butter", "sugar"),
+    "lentil soup": ("lentils", "carrots", "onions", "tomatoes"),
+    "oat biscuits": ("oats", "butter", "sugar", "raisins"),
+    "rice pudding": ("rice", "milk", "cream", "sugar"),
+    "potato gratin": ("potatoes", "cream", "cheese", "onions"),
+}
 
 
 def long_date(day: date) -> str:
@@ -33,30 +94,26 @@ def long_date(day: date) -> str:
 
 def recipe_scaling(dice: Dice, world: World) -> Content:
     """Scale a recipe, then answer a question about one ingredient."""
-    dish = dice.pick(("pancakes", "lentil soup", "oat biscuits", "flatbread", "rice pudding"))
+    dish = dice.pick(tuple(DISHES))
     base = dice.between(2, 4)
     wanted = base * dice.between(2, 3) + base // 2
-    foods = dice.some(
-        ("flour", "milk", "sugar", "butter", "lentils", "oats", "raisins", "cream"), 4
-    )
+    foods = dice.shuffled(DISHES[dish])
     grams = {food: dice.between(2, 40) * 10 for food in foods}
     first = ", ".join(f"{grams[food]} g {food}" for food in foods)
-    scaled = "\n".join(
-        f"- {food}: {grams[food] * wanted / base:.0f} g (was {grams[food]} g)"
-        for food in foods
-    )
+    scaled = "\n".join(f"- {food}: {grams[food] * wanted / base:.0f} g (was {grams[food]} g)" for food in foods)
     short = foods[dice.between(0, 3)]
-    have = grams[short]
+    have = grams[short] * dice.between(11, 19) // 10
+    servings = have * base / grams[short]
     person = dice.pick(world.people)
     return chat(
-        f"My recipe for {dish} serves {base}: {first}. {person} and the others are "
-        f"coming, so I need it for {wanted}.",
+        f"My recipe for {dish} serves {base}: {first}. {person} and the others are coming, so I need it for {wanted}.",
         f"Multiply everything by {wanted / base:g}:\n\n{scaled}\n\nTaste before you "
         "season: salt and spices rarely need the full factor.",
         f"I only have {have} g of {short} in the house. How far does that go?",
-        f"{have} g of {short} is exactly the amount for {base} servings. For {wanted} "
-        f"you are short of {grams[short] * wanted / base - have:.0f} g, so either buy "
-        "that much more or make a smaller batch first.",
+        f"At {grams[short] / base:g} g a head it is enough for about {servings:.1f} "
+        f"servings. For {wanted} you are short of "
+        f"{grams[short] * wanted / base - have:.0f} g, so either buy that much more or "
+        "make a smaller batch first.",
     )
 
 
@@ -76,16 +133,13 @@ def split_bill(dice: Dice, world: World) -> Content:
             (
                 f"We are {len(people)}: {listing(people)}. The bill is {cents(total)} "
                 f"and we tip {tip} %. What does each of us pay?",
-                f"Dinner came to {cents(total)}. Add {tip} percent and split it among "
-                f"{listing(people)}, please.",
+                f"Dinner came to {cents(total)}. Add {tip} percent and split it among {listing(people)}, please.",
             )
         ),
         f"The tip is {cents(with_tip - total)}, which makes {cents(with_tip)} in all. "
         f"Divided by {len(people)} that is {cents(share)} each.{spare}",
         f"{early} left before dessert and wants to give just {cents(amount)}.",
-        f"Then {cents(with_tip - amount)} remains for the other "
-        f"{plural(others, 'person') if others == 1 else f'{others} people'}: "
-        f"{cents(later)} each{late_spare}.",
+        f"Then {cents(with_tip - amount)} remains for the other {others} people: {cents(later)} each{late_spare}.",
     )
 
 
@@ -119,8 +173,7 @@ def to_json(dice: Dice, world: World) -> Content:
                 (
                     f"{person} from {place} would like {count} of the {good} in "
                     f"{colour}, to arrive no later than {day}.",
-                    f"Note from the phone: {person}, {place}. {colour} {good}, {count} "
-                    f"pieces. Deadline {day}!",
+                    f"Note from the phone: {person}, {place}. {colour} {good}, {count} pieces. Deadline {day}!",
                 )
             ),
             json.dumps(record),
@@ -135,13 +188,11 @@ def date_questions(dice: Dice, world: World) -> Content:
     start = date(*world.date(dice))
     span = dice.between(20, 190)
     end = start + timedelta(days=span)
-    event = dice.pick(("the exhibition", "our lease", "the language course", "the trial"))
+    event = dice.pick(("the exhibition", "our lease", "the course", "the trial"))
     extra = dice.between(2, 6)
     return chat(
-        f"{event.capitalize()} starts on {long_date(start)} and runs for {span} days. "
-        "When is it over?",
-        f"Counting {span} days on from {long_date(start)} brings you to "
-        f"{long_date(end)}, a {DAYS[end.weekday()]}.",
+        f"{event.capitalize()} starts on {long_date(start)} and runs for {span} days. When is it over?",
+        f"Counting {span} days on from {long_date(start)} brings you to {long_date(end)}, a {DAYS[end.weekday()]}.",
         "And what day of the week does it start?",
         f"It starts on a {DAYS[start.weekday()]}. {span} days are "
         f"{plural(span // 7, 'week')} and {plural(span % 7, 'day')}, which is why "
@@ -151,23 +202,19 @@ def date_questions(dice: Dice, world: World) -> Content:
             else f"the end falls {plural(span % 7, 'day')} later in the week."
         ),
         f"They may extend it by {extra} weeks.",
-        f"In that case the new end would be {long_date(end + timedelta(weeks=extra))}, "
-        f"again a {DAYS[end.weekday()]}.",
+        f"In that case the new end would be {long_date(end + timedelta(weeks=extra))}, again a {DAYS[end.weekday()]}.",
     )
 
 
 def sort_list(dice: Dice, world: World) -> Content:
     """Sort a list in two ways and count what is in it."""
     items = [
-        (good, dice.between(1, 60), dice.between(100, 9000))
-        for good in dice.some(world.goods, dice.between(5, 6))
+        (good, dice.between(1, 60), dice.between(100, 9000)) for good in dice.some(world.goods, dice.between(5, 6))
     ]
-    given = "; ".join(f"{good} ({count} in stock, {cents(p)})" for good, count, p in items)
+    given = "; ".join(f"{good} ({n} in stock, {cents(p)})" for good, n, p in items)
     by_price = sorted(items, key=lambda item: item[2])
     rare = [good for good, count, _ in items if count < 20]
-    lines = "\n".join(
-        f"{n}. {good}, {cents(p)}" for n, (good, _, p) in enumerate(by_price, start=1)
-    )
+    lines = "\n".join(f"{n}. {good}, {cents(p)}" for n, (good, _, p) in enumerate(by_price, start=1))
     worth = sum(count * p for _, count, p in items)
     return chat(
         f"Sort these from cheapest to dearest: {given}.",
@@ -189,15 +236,16 @@ def chinese_shop(dice: Dice, world: World) -> Content:
     off = dice.between(7, 9)
     person = dice.pick(world.chinese_people)
     return chat(
-        f"{person}买了{counts[0]}个{goods[0]}，每个{prices[0]}元，又买了{counts[1]}个"
-        f"{goods[1]}，每个{prices[1]}元，一共多少钱？",
-        f"{goods[0]}：{counts[0]} × {prices[0]} = {counts[0] * prices[0]}元；"
-        f"{goods[1]}：{counts[1]} × {prices[1]} = {counts[1] * prices[1]}元。"
+        f"{person}买了{counts[0]}{goods[0]}，每{goods[0][0]}{prices[0]}元，"
+        f"又买了{counts[1]}{goods[1]}，每{goods[1][0]}{prices[1]}元，一共多少钱？",
+        f"{goods[0][1:]}：{counts[0]} × {prices[0]} = {counts[0] * prices[0]}元；"
+        f"{goods[1][1:]}：{counts[1]} × {prices[1]} = {counts[1] * prices[1]}元。"
         f"合计{total}元。",
         f"付了{paid}元，应该找回多少？",
         f"{paid} - {total} = {paid - total}，应找回{paid - total}元。",
         f"如果全场打{off}折呢？",
-        f"打{off}折就是原价的{off * 10}%：{total} × 0.{off} = {total * off / 10:.1f}元，"
+        f"打{off}折就是原价的{off * 10}%："
+        f"{total} × 0.{off} = {total * off / 10:.1f}元，"
         f"比原来便宜{total * (10 - off) / 10:.1f}元。",
     )
 
@@ -218,25 +266,31 @@ def numbers_in_words(dice: Dice, world: World) -> Content:
 
 def words(number: int) -> str:
     """Return the English words of a number below one thousand."""
-    ones = (
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen "
-        "fourteen fifteen sixteen seventeen eighteen nineteen"
-    ).split()
-    tens = "twenty thirty forty fifty sixty seventy eighty ninety".split()
     if number < 20:
-        return ones[number]
+        return ONES[number]
     if number < 100:
-        tail = f"-{ones[number % 10]}" if number % 10 else ""
-        return tens[number // 10 - 2] + tail
+        tail = f"-{ONES[number % 10]}" if number % 10 else ""
+        return TENS[number // 10 - 2] + tail
     tail = f" and {words(number % 100)}" if number % 100 else ""
-    return f"{ones[number // 100]} hundred{tail}"
+    return f"{ONES[number // 100]} hundred{tail}"
 
 
 def roman(number: int) -> str:
     """Return a number as a Roman numeral."""
     table = (
-        (1000, "M"), (900, "CM"), (500, "D"), (400, "CD"), (100, "C"), (90, "XC"),
-        (50, "L"), (40, "XL"), (10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I"),
+        (1000, "M"),
+        (900, "CM"),
+        (500, "D"),
+        (400, "CD"),
+        (100, "C"),
+        (90, "XC"),
+        (50, "L"),
+        (40, "XL"),
+        (10, "X"),
+        (9, "IX"),
+        (5, "V"),
+        (4, "IV"),
+        (1, "I"),
     )
     out = ""
     for value, sign in table:
@@ -264,12 +318,12 @@ def time_zones(dice: Dice, world: World) -> Content:
     hour = dice.between(8, 11)
     minute = dice.pick((0, 15, 30, 45))
     there = hour + b - a
-    shift = "the same day" if 0 <= there < 24 else "the next day" if there > 23 else "the day before"
+    shift = ("the day before", "the same day", "the next day")[there // 24 + 1]
     length = dice.between(35, 95)
     end = hour * 60 + minute + length
     return chat(
-        f"My office in {one} is at UTC{a:+d}, the client in {two} at UTC{b:+d}. If I call "
-        f"at {hour:02d}:{minute:02d} my time, what time is it for them?",
+        f"My office in {one} is at UTC{a:+d}, the client in {two} at UTC{b:+d}. If I "
+        f"call at {hour:02d}:{minute:02d} my time, what time is it for them?",
         f"{two} is {plural(abs(b - a), 'hour')} {'ahead of' if b > a else 'behind'} "
         f"{one}, so it is {there % 24:02d}:{minute:02d} there, {shift}.",
         f"The call takes {length} minutes.",
@@ -281,21 +335,22 @@ def time_zones(dice: Dice, world: World) -> Content:
 def think_product(dice: Dice, world: World) -> Content:
     """Multiply in the head with a check."""
     a, b = world.number(dice), world.factor(dice)
-    tens, ones = divmod(a, 10)
+    ones, near = a % 10, round(a, -2)
+    high = a - ones
     good = dice.pick(world.goods)
     return thinking(
         dice.pick(
             (
                 f"What is {a} × {b}?",
-                f"A shop sells {a} times the {good} for {b} each. What does it take in?",
+                f"A shop sells {plural(a, good)} at {b} each. What does it take in?",
                 f"Work out {b} lots of {a}.",
             )
         ),
-        f"I split {a} into {tens * 10} and {ones}. {tens * 10} × {b} = {tens * 10 * b}. "
-        f"{ones} × {b} = {ones * b}. The sum is {tens * 10 * b} + {ones * b} = {a * b}.\n"
-        f"A rough check: {a} is near {round(a, -2)}, and {round(a, -2)} × {b} = "
-        f"{round(a, -2) * b}, which is of the right size. The last digit should be that "
-        f"of {a % 10} × {b % 10} = {(a % 10) * (b % 10)}, namely {a * b % 10}. It is.",
+        f"I split {a} into {high} and {ones}. {high} × {b} = {high * b}. "
+        f"{ones} × {b} = {ones * b}. The sum is {high * b} + {ones * b} = {a * b}.\n"
+        f"A rough check: {a} is near {near}, and {near} × {b} = {near * b}, which is "
+        f"of the right size. The last digit should be that of {ones} × {b % 10} = "
+        f"{ones * (b % 10)}, namely {a * b % 10}. It is.",
         f"{a} × {b} = **{a * b}**.",
     )
 
@@ -316,22 +371,24 @@ def think_order(dice: Dice, world: World) -> Content:
         f"{listing(names)} took part in a {event}, and there were no ties. "
         + " ".join(text for text, _ in clues)
         + " In what order did they finish?",
-        f"Four people can finish in 24 orders. I apply the clues one at a time.\n"
+        "Four people can finish in 24 orders. I apply the clues one at a time.\n"
         + "\n".join(steps)
         + f"\nThe one that is left is {result}. Reading the clues again: all hold.",
         f"From first to last: {result}.",
     )
 
 
-def ordering_clues(dice: Dice, names: list[str]):
+def ordering_clues(dice: Dice, names: list[str]) -> tuple[list[Clue], Order]:
     """Return clues with their tests, enough to fix one order, and that order."""
     places = tuple(dice.shuffled(range(4)))
     ordinals = ("first", "second", "third", "last")
-    pool = []
+    pool: list[Clue] = []
     for i, a in enumerate(names):
         for j, b in enumerate(names):
             if i != j and places[i] < places[j]:
-                text = dice.pick((f"{a} finished before {b}.", f"{b} came in after {a}."))
+                text = f"{a} finished before {b}."
+                if dice.chance(50):
+                    text = f"{b} came in after {a}."
                 pool.append((text, lambda p, i=i, j=j: p[i] < p[j]))
             if i < j and abs(places[i] - places[j]) != 1:
                 text = f"{a} and {b} were not next to each other."
@@ -364,13 +421,11 @@ def think_weekday(dice: Dice, world: World) -> Content:
         dice.pick(
             (
                 f"Today is {DAYS[start]}. Which day of the week is it in {ahead} days?",
-                f"If a parcel posted on a {DAYS[start]} takes {ahead} days, on what "
-                "weekday does it arrive?",
+                f"If a parcel posted on a {DAYS[start]} takes {ahead} days, on what weekday does it arrive?",
             )
         ),
         f"Weekdays repeat every 7 days. {ahead} = 7 × {weeks} + {rest}, so only the "
-        f"remainder {rest} matters. "
-        + (f"Stepping on: {walk}." if rest else f"It stays {DAYS[start]}."),
+        f"remainder {rest} matters. " + (f"Stepping on: {walk}." if rest else f"It stays {DAYS[start]}."),
         f"It will be a **{DAYS[end]}**.",
     )
 
@@ -380,26 +435,22 @@ def think_meeting(dice: Dice, world: World) -> Content:
     one, two = dice.some(world.people, 2)
     near, far = dice.some(world.places, 2)
     a, b = dice.between(4, 19), dice.between(12, 28)
-    minutes = dice.between(3, 16) * 10
-    metres = (a + b) * 1000 * minutes // 60
-    distance = f"{metres / 1000:.2f}".rstrip("0").rstrip(".")
-    exact = (a + b) * 1000 * minutes % 60 == 0
+    quarters = dice.between(2, 11)
+    minutes, hours = quarters * 15, f"{quarters / 4:g}"
+    distance = f"{(a + b) * quarters / 4:g}"
+    mine, theirs = f"{a * quarters / 4:g}", f"{b * quarters / 4:g}"
     start = dice.between(7, 14) * 60 + dice.pick((0, 10, 25, 40))
-    meet = start + minutes
-    about = "" if exact else "about "
+    begin, meet = stamp(start), stamp(start + minutes)
     return thinking(
-        f"{one} sets out from {near} at {start // 60}:{start % 60:02d} and travels at "
-        f"{a} km/h towards {far}. {two} leaves {far} at the same moment and comes the "
-        f"other way at {b} km/h. The road is {distance} km long. When do they meet, and "
-        f"how far from {near}?",
-        f"They approach each other, so the speeds add: {a} + {b} = {a + b} km/h. The gap "
-        f"of {distance} km closes in {distance}/{a + b} h, {about}{minutes / 60:.3f} h, "
-        f"which is {minutes} minutes. {start // 60}:{start % 60:02d} plus {minutes} "
-        f"minutes is {meet // 60}:{meet % 60:02d}. In that time {one} covers {a} × "
-        f"{minutes}/60 = {a * minutes / 60:.2f} km, and {two} {b * minutes / 60:.2f} km; "
-        f"together {(a + b) * minutes / 60:.2f} km, as it should be.",
-        f"They meet at {meet // 60}:{meet % 60:02d}, {a * minutes / 60:.2f} km from "
-        f"{near}.",
+        f"{one} sets out from {near} at {begin} and travels at {a} km/h towards {far}. "
+        f"{two} leaves {far} at the same moment and comes the other way at {b} km/h. "
+        f"The road is {distance} km long. When do they meet, and how far from {near}?",
+        f"They approach each other, so the speeds add: {a} + {b} = {a + b} km/h. The "
+        f"gap of {distance} km closes in {distance}/{a + b} = {hours} h, which is "
+        f"{minutes} minutes. {begin} plus {minutes} minutes is {meet}. In that time "
+        f"{one} covers {a} × {hours} = {mine} km, and {two} {theirs} km; together "
+        f"{distance} km, as it should be.",
+        f"They meet at {meet}, {mine} km from {near}.",
     )
 
 
@@ -420,8 +471,7 @@ def think_trace(dice: Dice, world: World) -> Content:
         action = "doubled" if i % mod == 0 else f"plus {step * i}"
         rows.append(f"i = {i}: {before} {action} → {value}")
     return thinking(
-        dice.pick(("What does this print?", "Give the output of this program."))
-        + f"\n\n```python\n{code}\n```",
+        dice.pick(("What does this print?", "Give the output of this program.")) + f"\n\n```python\n{code}\n```",
         f"{name} starts at {start}; i runs from 1 to {limit - 1}.\n" + "\n".join(rows),
         f"It prints `{value}`.",
     )
@@ -434,9 +484,11 @@ def think_chickens(dice: Dice, world: World) -> Content:
     person = dice.pick(world.chinese_people)
     return thinking(
         f"{person}家的院子里有鸡和兔共{heads}只，一共有{legs}条腿。鸡和兔各有多少只？",
-        f"先假设全是鸡，那么腿数是 2 × {heads} = {2 * heads}，比实际少 {legs} - {2 * heads}"
-        f" = {legs - 2 * heads}。把一只鸡换成一只兔，腿数增加2，所以兔子有 "
-        f"{legs - 2 * heads} ÷ 2 = {rabbits} 只，鸡有 {heads} - {rabbits} = {chickens} 只。\n"
+        f"先假设全是鸡，那么腿数是 2 × {heads} = {2 * heads}，"
+        f"比实际少 {legs} - {2 * heads} = {legs - 2 * heads}。"
+        "把一只鸡换成一只兔，腿数增加2，"
+        f"所以兔子有 {legs - 2 * heads} ÷ 2 = {rabbits} 只，"
+        f"鸡有 {heads} - {rabbits} = {chickens} 只。\n"
         f"验算：{chickens} × 2 + {rabbits} × 4 = {legs}，正确。",
         f"鸡有**{chickens}**只，兔有**{rabbits}**只。",
     )
@@ -451,14 +503,15 @@ def think_price(dice: Dice, world: World) -> Content:
     food = dice.pick(("coffee", "rice", "olives", "honey", "muesli", "almonds"))
     person = dice.pick(world.people)
     return thinking(
-        f"{food.capitalize()} comes in a {small} g pack for {cents(one)} and in a {large} g "
-        f"pack for {cents(two)}. Which should {person} buy to pay less per kilogram?",
-        f"Price per kilogram is price divided by grams, times 1000.\nSmall: {cents(one)} / "
-        f"{small} × 1000 = {per_one / 100:.2f}.\nLarge: {cents(two)} / {large} × 1000 = "
-        f"{per_two / 100:.2f}.\nThe {better} pack is lower by "
-        f"{abs(per_one - per_two) / 100:.2f}. Worth adding that a lower price only helps if "
-        "the pack gets used up.",
-        f"The **{better}** pack: {min(per_one, per_two) / 100:.2f} per kilogram instead of "
+        f"A small pack of {food} holds {small} g and costs {cents(one)}, a large one "
+        f"{large} g for {cents(two)}. Which should {person} buy to pay less per "
+        "kilogram?",
+        "Price per kilogram is price divided by grams, times 1000.\n"
+        f"Small: {cents(one)} / {small} × 1000 = {per_one / 100:.2f}.\n"
+        f"Large: {cents(two)} / {large} × 1000 = {per_two / 100:.2f}.\n"
+        f"The {better} pack is cheaper. Worth adding that a lower price only helps if "
+        "all of it gets used up.",
+        f"The **{better}** pack: {min(per_one, per_two) / 100:.2f} per kilogram, not "
         f"{max(per_one, per_two) / 100:.2f}.",
     )
 
@@ -492,7 +545,7 @@ def think_schedule(dice: Dice, world: World) -> Content:
     need = dice.pick((30, 40, 45))
     edges = [(9 * 60, 9 * 60), *busy, (17 * 60, 17 * 60)]
     rows, found = [], None
-    for (_, end), (begin, _) in zip(edges, edges[1:], strict=False):
+    for (_, end), (begin, _) in pairwise(edges):
         rows.append(f"{stamp(end)} to {stamp(begin)}: {begin - end} minutes")
         if begin - end >= need:
             found = end
@@ -503,7 +556,8 @@ def think_schedule(dice: Dice, world: World) -> Content:
     return thinking(
         f"{one}'s calendar between 9:00 and 17:00 shows {shown}. {two} needs {need} "
         "minutes with them. What is the earliest slot?",
-        "I list the gaps in order until one is long enough.\n" + "\n".join(rows)
+        "I list the gaps in order until one is long enough.\n"
+        + "\n".join(rows)
         + f"\nThe last of these has the {need} minutes.",
         f"The earliest slot is {answer}.",
     )
@@ -527,16 +581,13 @@ def think_ratio(dice: Dice, world: World) -> Content:
     return thinking(
         f"Share {total} marbles among {listing(names)} in the ratio "
         f"{' : '.join(map(str, parts))}. How many does everyone get?",
-        f"The ratio{hint} has {' + '.join(map(str, parts))} = {sum(parts)} parts. One part "
-        f"is {total} / {sum(parts)} = {unit} marbles. "
+        f"The ratio{hint} has {' + '.join(map(str, parts))} = {sum(parts)} parts. One "
+        f"part is {total} / {sum(parts)} = {unit} marbles. "
         + " ".join(
-            f"{name}: {part} × {unit} = {share}."
-            for name, part, share in zip(names, parts, shares, strict=True)
+            f"{name}: {part} × {unit} = {share}." for name, part, share in zip(names, parts, shares, strict=True)
         )
-        + f" Together {' + '.join(map(str, shares))} = {sum(shares)}, which is all of them.",
-        "\n".join(
-            f"- {name}: {share}" for name, share in zip(names, shares, strict=True)
-        ),
+        + f" Together {' + '.join(map(str, shares))} = {sum(shares)}: all of them.",
+        "\n".join(f"- {name}: {share}" for name, share in zip(names, shares, strict=True)),
     )
 
 

@@ -62,7 +62,10 @@ class Dice:
 
 @dataclass(frozen=True)
 class World:
-    """The names and ranges from which one of the two files is generated."""
+    """The names and ranges from which one of the two files is generated.
+
+    The Chinese goods begin with their measure word, a single character.
+    """
 
     name: str
     seed: int
@@ -102,26 +105,79 @@ CALIBRATION = World(
     numbers=(102, 689),
     small=(3, 4, 6, 7, 9, 12, 14, 17, 21, 23, 26, 29),
     people=(
-        "Amara", "Bruno", "Celia", "Dmitri", "Esther", "Farid", "Greta", "Hugo",
-        "Ines", "Jonas", "Kavya", "Leo", "Mirela", "Noor", "Oskar", "Priya",
-        "Quentin", "Rosa", "Stefan", "Tala",
+        "Amara",
+        "Bruno",
+        "Celia",
+        "Dmitri",
+        "Esther",
+        "Farid",
+        "Greta",
+        "Hugo",
+        "Ines",
+        "Jonas",
+        "Kavya",
+        "Leo",
+        "Mirela",
+        "Noor",
+        "Oskar",
+        "Priya",
+        "Quentin",
+        "Rosa",
+        "Stefan",
+        "Tala",
     ),
     chinese_people=("小明", "李华", "王芳", "张伟", "刘洋", "陈静", "赵磊", "周婷"),
     places=(
-        "Ashford Mill", "Bellhaven", "Cold Spring", "Dunmore", "Eastbrook",
-        "Fernhill", "Grey Harbour", "Hollin Bridge", "Islet Point", "Juniper Flats",
-        "Kestrel Ridge", "Long Meadow",
+        "Ashford Mill",
+        "Bellhaven",
+        "Cold Spring",
+        "Dunmore",
+        "Eastbrook",
+        "Fernhill",
+        "Grey Harbour",
+        "Hollin Bridge",
+        "Islet Point",
+        "Juniper Flats",
+        "Kestrel Ridge",
+        "Long Meadow",
     ),
     chinese_places=("青石镇", "临江市", "白云村", "东湖区", "柳河县", "南山路"),
     goods=(
-        "desk lamp", "garden hose", "wool blanket", "copper kettle", "bread knife",
-        "hiking boots", "paper notebook", "ceramic mug", "bicycle pump",
-        "rain jacket", "wall clock", "storage box", "camping stove", "linen shirt",
-        "tape measure", "picture frame",
+        "desk lamp",
+        "garden hose",
+        "wool blanket",
+        "copper kettle",
+        "bread knife",
+        "hiking boots",
+        "paper notebook",
+        "ceramic mug",
+        "bicycle pump",
+        "rain jacket",
+        "wall clock",
+        "storage box",
+        "camping stove",
+        "linen shirt",
+        "tape measure",
+        "picture frame",
     ),
-    chinese_goods=("铅笔", "笔记本", "苹果", "毛巾", "茶杯", "雨伞", "饼干", "台灯"),
+    chinese_goods=(
+        "支铅笔",
+        "本笔记本",
+        "斤苹果",
+        "条毛巾",
+        "只茶杯",
+        "把雨伞",
+        "盒饼干",
+        "盏台灯",
+    ),
     services=(
-        "billing", "catalog", "gateway", "indexer", "mailer", "scheduler", "thumbs",
+        "billing",
+        "catalog",
+        "gateway",
+        "indexer",
+        "mailer",
+        "scheduler",
+        "thumbs",
         "uploader",
     ),
     colours=("amber", "navy", "olive", "crimson", "ivory", "teal", "slate"),
@@ -134,21 +190,48 @@ HELDOUT = World(
     numbers=(701, 987),
     small=(5, 8, 11, 13, 15, 16, 18, 19, 22, 24, 27, 31),
     people=(
-        "Anneke", "Basil", "Chidi", "Delphine", "Emeka", "Fiona", "Gustav",
-        "Hana", "Ivo", "Jacinta", "Kenji", "Lotte", "Mateus", "Nadia",
+        "Anneke",
+        "Basil",
+        "Chidi",
+        "Delphine",
+        "Emeka",
+        "Fiona",
+        "Gustav",
+        "Hana",
+        "Ivo",
+        "Jacinta",
+        "Kenji",
+        "Lotte",
+        "Mateus",
+        "Nadia",
     ),
     chinese_people=("小红", "孙强", "吴敏", "郑浩", "林雪"),
     places=(
-        "Marlow Cross", "Northgate", "Otter Falls", "Pinewood", "Quarry Bank",
-        "Redcliff", "Saltmarsh", "Thornbury End",
+        "Marlow Cross",
+        "Northgate",
+        "Otter Falls",
+        "Pinewood",
+        "Quarry Bank",
+        "Redcliff",
+        "Saltmarsh",
+        "Thornbury End",
     ),
     chinese_places=("松林镇", "平川市", "红叶谷", "西塘区"),
     goods=(
-        "folding chair", "sewing kit", "cast iron pan", "sleeping bag", "fountain pen",
-        "watering can", "oak shelf", "travel pillow", "hand drill", "glass jar",
-        "door mat", "spice rack",
+        "folding chair",
+        "sewing kit",
+        "cast iron pan",
+        "sleeping bag",
+        "fountain pen",
+        "watering can",
+        "oak shelf",
+        "travel pillow",
+        "hand drill",
+        "glass jar",
+        "door mat",
+        "spice rack",
     ),
-    chinese_goods=("橡皮", "书包", "橙子", "肥皂", "花盆"),
+    chinese_goods=("块橡皮", "个书包", "斤橙子", "块肥皂", "只花盆"),
     services=("auth", "exporter", "ledger", "notifier", "search"),
     colours=("maroon", "beige", "violet", "turquoise", "charcoal"),
 )
@@ -178,9 +261,7 @@ class Recipe:
 def chat(*turns: str) -> list[Message]:
     """Turn alternating user and assistant texts into messages."""
     roles = ("user", "assistant")
-    return [
-        {"role": roles[index % 2], "content": turn} for index, turn in enumerate(turns)
-    ]
+    return [{"role": roles[index % 2], "content": turn} for index, turn in enumerate(turns)]
 
 
 def thinking(question: str, thought: str, answer: str) -> list[Message]:

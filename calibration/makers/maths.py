@@ -59,10 +59,7 @@ def long_multiplication(dice: Dice, world: World) -> str:
     lines = [dice.pick(start), ""]
     for place, digit in enumerate(digits):
         shift = "" if place == 0 else f", shifted by {plural(place, 'place')}"
-        lines.append(
-            f"{names[place].capitalize()}: {a} × {digit} = {a * digit}{shift}: "
-            f"{rows[place]}"
-        )
+        lines.append(f"{names[place].capitalize()}: {a} × {digit} = {a * digit}{shift}: {rows[place]}")
     lines += ["", "Sum of the rows:", " + ".join(map(str, rows)) + f" = {a * b}", ""]
     left, right = a % 9, b % 9
     lines.append(
@@ -88,15 +85,12 @@ def long_division(dice: Dice, world: World) -> str:
         current = rest * 10 + int(digit)
         times = current // divisor
         rest = current - times * divisor
-        lines.append(
-            f"- bring down {digit}: {current} = {divisor} × {times} + {rest}"
-        )
+        lines.append(f"- bring down {digit}: {current} = {divisor} × {times} + {rest}")
     quotient, remainder = divmod(dividend, divisor)
     lines += [
         "",
         f"Reading the digits from top to bottom, q = {quotient} and r = {remainder}.",
-        f"Proof: {divisor} × {quotient} = {divisor * quotient}, "
-        f"plus {remainder} gives {dividend}.",
+        f"Proof: {divisor} × {quotient} = {divisor * quotient}, plus {remainder} gives {dividend}.",
     ]
     return "\n".join(lines)
 
@@ -165,7 +159,7 @@ def linear_equation(dice: Dice, world: World) -> str:
 def quadratic(dice: Dice, world: World) -> str:
     """Solve a quadratic equation by completing the square, in LaTeX."""
     half = world.factor(dice)
-    radius = dice.between(1, 15)
+    radius = dice.pick([n for n in range(1, 16) if n != half])
     b, c = -2 * half, half * half - radius * radius
     opening = dice.pick(
         (
@@ -218,17 +212,17 @@ def two_equations(dice: Dice, world: World) -> str:
             f"The difference, second minus first, is {det}y = {f * a - e * c}, "
             f"so y = {y}. Put this in (1): {a}x {signed(b * y)} = {e}, that is "
             f"{a}x = {e - b * y} and x = {x}.",
-            f"The pair (x, y) = ({x}, {y}) also fits (2): "
-            f"{c * x} {signed(d * y)} = {f}.",
+            f"The pair (x, y) = ({x}, {y}) also fits (2): {c * x} {signed(d * y)} = {f}.",
         ]
     )
 
 
 def tangent(dice: Dice, world: World) -> str:
     """Differentiate a cubic and find a tangent line."""
-    f = [dice.between(1, 4), -world.factor(dice), dice.between(-9, 9), world.factor(dice)]
+    f = [dice.between(1, 4), -world.factor(dice), dice.between(-9, 9)]
+    f.append(world.factor(dice))
     slope = [3 * f[0], 2 * f[1], f[2]]
-    p = dice.between(-3, 4)
+    p = dice.pick((-3, -2, -1, 1, 2, 3, 4))
     m, height = value_at(slope, p), value_at(f, p)
     inflection = Fraction(-f[1], 3 * f[0])
     return "\n".join(
@@ -239,11 +233,9 @@ def tangent(dice: Dice, world: World) -> str:
             "",
             f"$$f'(x) = {polynomial(slope)}.$$",
             "",
-            f"At the given point $f({p}) = {height}$ and $f'({p}) = {m}$. "
-            "The tangent is therefore",
+            f"At the given point $f({p}) = {height}$ and $f'({p}) = {m}$. The tangent is therefore",
             "",
-            f"$$y = {m}(x {signed(-p)}) {signed(height)} "
-            f"= {polynomial([m, height - m * p])}.$$",
+            f"$$y = {m}(x {signed(-p)}) {signed(height)} = {polynomial([m, height - m * p])}.$$",
             "",
             f"The second derivative $f''(x) = {polynomial([6 * f[0], 2 * f[1]])}$ "
             f"vanishes at $x = {latex(inflection)}$, where the graph changes from "
@@ -262,13 +254,14 @@ def integral(dice: Dice, world: World) -> str:
         return Fraction(a * x**3, 3) + Fraction(b * x**2, 2) + c * x
 
     top, bottom = primitive(high), primitive(low)
-    cube, square = latex(Fraction(a, 3)), latex(Fraction(b, 2))
+    cube = "" if a == 3 else latex(Fraction(a, 3))
+    linear = f" {signed(c, 'x')}" if c else ""
+    mean = float((top - bottom) / (high - low))
     return "\n".join(
         [
             f"Compute $\\int_{{{low}}}^{{{high}}} ({polynomial([a, b, c])})\\,dx$.",
             "",
-            f"An antiderivative is $F(x) = {cube}x^3 + {square}x^2 "
-            f"{signed(c, 'x') if c else ''}$.".replace(" $", "$"),
+            f"An antiderivative is $F(x) = {cube}x^3 + {latex(Fraction(b, 2))}x^2{linear}$.",
             "",
             "\\[",
             f"F({high}) = {latex(top)}, \\qquad F({low}) = {latex(bottom)}, \\qquad "
@@ -276,9 +269,9 @@ def integral(dice: Dice, world: World) -> str:
             "\\]",
             "",
             "By the fundamental theorem of calculus the integral equals "
-            f"${latex(top - bottom)} \\approx {float(top - bottom):.3f}$, so the mean "
-            f"value of the integrand over the interval of length {high - low} is "
-            f"about {float((top - bottom) / (high - low)):.3f}.",
+            f"${latex(top - bottom)}$, that is {float(top - bottom):.3f} to three "
+            "decimals, and the mean value of the integrand over the interval of length "
+            f"{high - low} is about {mean:.3f}.",
         ]
     )
 
@@ -336,7 +329,7 @@ def modular_power(dice: Dice, world: World) -> str:
         dice.pick(
             (
                 f"Compute {base}^{exponent} mod {modulus} by repeated squaring.",
-                f"What remainder does {base}^{exponent} leave on division by {modulus}?",
+                f"Which remainder does {base}^{exponent} leave modulo {modulus}?",
             )
         ),
         "",
@@ -355,7 +348,7 @@ def modular_power(dice: Dice, world: World) -> str:
         square = square * square % modulus
     lines += [
         "",
-        f"Because {exponent} = {' + '.join(map(str, used))}, the remainder is {result}.",
+        f"As {exponent} = {' + '.join(map(str, used))}, the remainder is {result}.",
     ]
     return "\n".join(lines)
 
@@ -375,10 +368,7 @@ def compound_interest(dice: Dice, world: World) -> str:
     ]
     for year in range(1, years + 1):
         interest = (balance * rate + 500) // 1000
-        lines.append(
-            f"| {year} | {cents(balance)} | {cents(interest)} "
-            f"| {cents(balance + interest)} |"
-        )
+        lines.append(f"| {year} | {cents(balance)} | {cents(interest)} | {cents(balance + interest)} |")
         balance += interest
     simple = start * rate * years // 1000
     lines += [
@@ -405,15 +395,11 @@ def fractions(dice: Dice, world: World) -> str:
     lines = [
         f"Simplify {shown[0]} + {shown[1]} - {shown[2]}.",
         "",
-        f"The least common multiple of the denominators "
-        f"{', '.join(str(p.denominator) for p in parts)} is {common}.",
+        f"The least common multiple of the denominators {', '.join(str(p.denominator) for p in parts)} is {common}.",
     ]
     for text, top, part in zip(shown, tops, parts, strict=True):
         lines.append(f"  {text} = {top}/{common}  (times {common // part.denominator})")
-    lines.append(
-        f"Numerators: {tops[0]} + {tops[1]} - {tops[2]} = {raw}, so the sum is "
-        f"{raw}/{common}."
-    )
+    lines.append(f"Numerators: {tops[0]} + {tops[1]} - {tops[2]} = {raw}, so the sum is {raw}/{common}.")
     shared = gcd(abs(raw), common)
     if shared > 1:
         lines.append(f"Cancel the factor {shared}: {total}.")
@@ -491,9 +477,7 @@ def bases(dice: Dice, world: World) -> str:
         digits.append("0123456789ABCDEF"[digit])
         lines.append(f"quotient {rest}, remainder {digits[-1]}")
     text = "".join(reversed(digits))
-    weights = " + ".join(
-        f"{int(d, 16)}·{base**k}" for k, d in reversed(list(enumerate(digits)))
-    )
+    weights = " + ".join(f"{int(d, 16)}·{base**k}" for k, d in reversed(list(enumerate(digits))))
     lines += [
         "",
         f"Read upwards: {text} (base {base}). Converting back, {weights} = {number}. "
@@ -514,12 +498,11 @@ def binomials(dice: Dice, world: World) -> str:
     place = dice.pick(world.places)
     return "\n".join(
         [
-            f"The {club} of {place} has {women} women and {men} men. A committee of "
-            f"{size} is chosen by lot.",
+            f"The {club} of {place} has {women} women and {men} men. A committee of {size} is chosen by lot.",
             "",
             f"1. There are C({n},{size}) = {total} possible committees.",
-            f"2. No woman is in C({men},{size}) = {none} of them, so the chance that at "
-            f"least one woman is chosen is 1 - {none}/{total} = "
+            f"2. No woman is in C({men},{size}) = {none} of them, so the chance that "
+            f"at least one woman is chosen is 1 - {none}/{total} = "
             f"{1 - Fraction(none, total)}.",
             f"3. Exactly two women: C({women},2) · C({men},{size - 2}) = "
             f"{comb(women, 2)} · {comb(men, size - 2)} = {two}, a probability of "
@@ -548,23 +531,16 @@ def conversions(dice: Dice, world: World) -> str:
     ]
     for index, (old, new, ratio) in enumerate(dice.some(UNITS, 4), start=1):
         amount = world.number(dice)
-        lines.append(
-            f"{index}. {amount} {old} × {float(ratio):g} = "
-            f"{float(amount * ratio):.2f} {new}"
-        )
+        lines.append(f"{index}. {amount} {old} × {float(ratio):g} = {float(amount * ratio):.2f} {new}")
     for index in (5, 6):
         celsius = dice.between(-30, 45)
         fahrenheit = Fraction(celsius * 9, 5) + 32
         lines.append(
-            f"{index}. {celsius} °C: times 9/5 is {float(Fraction(celsius * 9, 5)):.1f}, "
-            f"plus 32 is {float(fahrenheit):.1f} °F"
+            f"{index}. {celsius} °C: times 9/5 is {float(fahrenheit - 32):.1f}, plus 32 is {float(fahrenheit):.1f} °F"
         )
     seconds = world.number(dice) * 31
     minutes, rest = divmod(seconds, 60)
-    lines.append(
-        f"7. {seconds} s = {minutes} min {rest} s = {minutes // 60} h "
-        f"{minutes % 60} min {rest} s"
-    )
+    lines.append(f"7. {seconds} s = {minutes} min {rest} s = {minutes // 60} h {minutes % 60} min {rest} s")
     return "\n".join(lines)
 
 
@@ -586,8 +562,7 @@ def chinese_problem(dice: Dice, world: World) -> str:
             f"【解】把全部工作看作“1”，甲队每天完成1/{a}，乙队每天完成1/{b}。",
             f"（1）两队每天共完成 1/{a} + 1/{b} = {1 / together}，"
             f"所以需要 1 ÷ {1 / together} = {together} 天，约{float(together):.1f}天。",
-            f"（2）甲队先完成 {days} × 1/{a} = {done}，还剩 {1 - done}。"
-            f"乙队需要 {1 - done} ÷ 1/{b} = {rest} 天。",
+            f"（2）甲队先完成 {days} × 1/{a} = {done}，还剩 {1 - done}。乙队需要 {1 - done} ÷ 1/{b} = {rest} 天。",
             f"答：合做约需{float(together):.1f}天；乙队还要做{float(rest):.1f}天。",
         ]
     )

@@ -1,4 +1,4 @@
-"""Structured text: JSON, YAML, CSV, Markdown tables, logs, XML, TOML, HTTP, …"""
+"""Structured text: JSON, YAML, CSV, tables, logs, XML, TOML, HTTP and others."""
 
 from __future__ import annotations
 
@@ -7,8 +7,33 @@ import json
 from .common import Dice, Recipe, World, cents
 
 WORDS = (
-    "retry", "cache", "queue", "batch", "session", "worker", "buffer", "shard",
-    "token", "replica", "bucket", "stream",
+    "retry",
+    "cache",
+    "queue",
+    "batch",
+    "session",
+    "worker",
+    "buffer",
+    "shard",
+    "token",
+    "replica",
+    "bucket",
+    "stream",
+)
+
+MONTHS = (
+    "Jan",
+    "Feb",
+    "Mar",
+    "Apr",
+    "May",
+    "Jun",
+    "Jul",
+    "Aug",
+    "Sep",
+    "Oct",
+    "Nov",
+    "Dec",
 )
 
 
@@ -82,15 +107,14 @@ def service_yaml(dice: Dice, world: World) -> str:
             "version: 3",
             "services:",
             f"  {first}:",
-            f"    image: registry.example.com/{first}:{dice.between(1, 9)}."
-            f"{dice.between(0, 20)}.{dice.between(0, 9)}",
+            f"    image: registry.example.com/{first}:{dice.between(1, 9)}.{dice.between(0, 20)}.{dice.between(0, 9)}",
             f"    replicas: {dice.between(1, 8)}",
             "    ports:",
             f'      - "{port}:{port + dice.between(1, 99)}"',
             "    environment:",
             f"      {first.upper()}_MODE: {dice.pick(('strict', 'lenient', 'batch'))}",
             f"      {dice.pick(WORDS).upper()}_LIMIT: {dice.between(16, 512)}",
-            f"      GREETING: \"hello from {dice.pick(world.places)}\"",
+            f'      GREETING: "hello from {dice.pick(world.places)}"',
             "    healthcheck:",
             f"      path: /{dice.pick(('healthz', 'ready', 'ping'))}",
             f"      interval: {dice.between(5, 60)}s",
@@ -119,8 +143,7 @@ def pipeline_yaml(dice: Dice, world: World) -> str:
         f"name: {service}-pipeline",
         "on:",
         f"  push: {{branches: [main, release/{dice.between(1, 20)}.x]}}",
-        f'  schedule: [{{cron: "{dice.between(0, 59)} {dice.between(0, 23)} * * '
-        f'{dice.between(0, 6)}"}}]',
+        f'  schedule: [{{cron: "{dice.between(0, 59)} {dice.between(0, 23)} * * {dice.between(0, 6)}"}}]',
         "jobs:",
     ]
     for position, job in enumerate(jobs):
@@ -147,7 +170,7 @@ def sensor_csv(dice: Dice, world: World) -> str:
     for hour in range(dice.between(0, 8), 20, 2):
         temperature += dice.between(-9, 15)
         pressure += dice.between(-8, 8)
-        note = dice.pick(("", "", "", "", "light rain", '"gusts, short"', "recalibrated"))
+        note = dice.pick(("", "", "", "light rain", '"gusts, short"', "recalibrated"))
         lines.append(
             f"{date} {hour:02d}:00,{station},{temperature / 10:.1f},"
             f"{dice.between(31, 97)},{pressure / 10:.1f},{dice.between(0, 140) / 10},"
@@ -194,7 +217,6 @@ def sales_table(dice: Dice, world: World) -> str:
 def access_log(dice: Dice, world: World) -> str:
     """Make lines of a web server's access log."""
     year, month, day = world.date(dice)
-    names = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
     second = dice.between(0, 80000)
     out = []
     for _ in range(dice.between(5, 7)):
@@ -209,11 +231,12 @@ def access_log(dice: Dice, world: World) -> str:
                 f"/api/v{dice.between(1, 3)}/cart/{dice.between(100, 9999)}",
             )
         )
-        verb = dice.pick(("GET", "GET", "GET", "POST", "HEAD", "DELETE"))
+        verbs = ("GET", "POST", "DELETE") if "/api/" in path else ("GET", "GET", "HEAD")
         out.append(
             f"192.0.2.{dice.between(1, 254)} - {dice.pick(('-', 'guest', 'admin'))} "
-            f"[{day:02d}/{names[month - 1]}/{year}:{clock(second)} +0000] "
-            f'"{verb} {path} HTTP/1.1" {dice.pick((200, 200, 200, 304, 404, 500, 302))} '
+            f"[{day:02d}/{MONTHS[month - 1]}/{year}:{clock(second)} +0000] "
+            f'"{dice.pick(verbs)} {path} HTTP/1.1" '
+            f"{dice.pick((200, 200, 200, 304, 404, 500, 302))} "
             f"{dice.between(0, 48000)}"
         )
     return "\n".join(out)
@@ -254,8 +277,7 @@ def catalog_xml(dice: Dice, world: World) -> str:
     """Make a small catalogue in XML."""
     lines = [
         '<?xml version="1.0" encoding="UTF-8"?>',
-        f'<catalog season="{dice.pick(("spring", "summer", "autumn", "winter"))}" '
-        f'year="{dice.between(*world.years)}">',
+        f'<catalog season="{dice.pick(("spring", "summer", "autumn", "winter"))}" year="{dice.between(*world.years)}">',
         f"  <!-- revised for {dice.pick(world.places)} -->",
     ]
     for good in dice.some(world.goods, 3):
@@ -300,7 +322,7 @@ def project_toml(dice: Dice, world: World) -> str:
             f"[[{words[3]}]]",
             f'host = "10.{dice.between(0, 255)}.{dice.between(0, 255)}.7"',
             f"port = 0x{dice.hex(4)}",
-            f"tags = {{ zone = \"{dice.pick('abcdef')}\", rank = {dice.between(1, 50)} }}",
+            f'tags = {{ zone = "{dice.hex(1)}", rank = {dice.between(1, 50)} }}',
         ]
     )
 
@@ -380,10 +402,7 @@ def query_result(dice: Dice, world: World) -> str:
         )
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     bar = "+" + "+".join("-" * (width + 2) for width in widths) + "+"
-    table = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
+    table = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
     order = dice.pick(("hours DESC", "name", "joined", "rate DESC"))
     keys = {
         "hours DESC": lambda line: -int(line.split("|")[4]),
@@ -414,8 +433,7 @@ def timetable(dice: Dice, world: World) -> str:
     for _ in stops[1:]:
         gaps.append(gaps[-1] + dice.between(4, 19))
     lines = [
-        f"**Line {dice.between(2, 98)}** · {stops[0]} – {stops[-1]} · "
-        f"valid from {world.iso_date(dice)}",
+        f"**Line {dice.between(2, 98)}** · {stops[0]} – {stops[-1]} · valid from {world.iso_date(dice)}",
         "",
         "| Stop | " + " | ".join(f"Run {n}" for n in range(1, 5)) + " |",
         "|---" * 5 + "|",
@@ -443,7 +461,7 @@ def chinese_table(dice: Dice, world: World) -> str:
         price, count = dice.between(80, 9900), dice.between(3, 240)
         total += price * count
         note = dice.pick(("", "待补货", "新到", "促销中", "库存偏高"))
-        lines.append(f"| {good} | {cents(price)} | {count} | {cents(price * count)} | {note} |")
+        lines.append(f"| {good[1:]} | {cents(price)} | {count} | {cents(price * count)} | {note} |")
     person = dice.pick(world.chinese_people)
     lines += ["", f"合计：{cents(total)}元。盘点人：{person}。"]
     return "\n".join(lines)
@@ -490,8 +508,7 @@ def unit_file(dice: Dice, world: World) -> str:
             "[Service]",
             f"User={service}",
             f"Environment={word.upper()}_DIR=/var/lib/{service}/{word}",
-            f"ExecStart=/usr/bin/{service}d --port {dice.between(1025, 9999)} "
-            f"--{word}s {dice.between(2, 96)}",
+            f"ExecStart=/usr/bin/{service}d --port {dice.between(1025, 9999)} --{word}s {dice.between(2, 96)}",
             f"Restart={dice.pick(('on-failure', 'always', 'no'))}",
             f"RestartSec={dice.between(1, 30)}",
             f"MemoryMax={dice.between(64, 900)}M",

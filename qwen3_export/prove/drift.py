@@ -141,6 +141,7 @@ def generation(session: Session, text: Continuations) -> dict[str, Any]:
         "agreement": float(np.mean(equal)),
         "loops": sum(loops(tokens) for tokens in ours),
         "loops_reference": sum(loops(tokens) for tokens in text.tokens),
+        "extra_loops": sum(loops(a) and not loops(b) for a, b in zip(ours, text.tokens, strict=True)),
     }
 
 

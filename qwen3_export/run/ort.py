@@ -16,7 +16,10 @@ _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class OrtSession:
-    """See `run.session.Session`."""
+    """See `run.session.Session`. `exact`: codes under Q/DQ are multiplied with fp32 activations too.
+
+    A TensorRT folder is opened by its ONNX, and says so: the plan itself needs a GPU.
+    """
 
     runtime = "onnxruntime"
     device = "cpu"
@@ -32,13 +35,22 @@ class OrtSession:
         self.threads = options.threads or len(os.sched_getaffinity(0))
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = self.threads
-        settings.log_severity_level = 3
+        settings.log_severity_level = 4
+        if (folder / "engine.json").is_file():
+            self.runtime = "onnxruntime (the plan's ONNX)"
+        if options.exact or self.runtime != OrtSession.runtime:
+            settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
         try:
             self._session = onnxruntime.InferenceSession(
                 str(folder / "model.onnx"), settings, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime's errors share no public base below Exception
             reason = str(error).strip().splitlines()[0]
+            if "NOT_IMPLEMENTED" in reason:
+                raise MissingRuntimeError(
+                    f"{folder}: ONNX Runtime has no kernel for it on this device ({reason})",
+                    "export with --precision fp32, or run it where bf16 is supported",
+                ) from error
             raise InputError(f"{folder}: ONNX Runtime cannot load model.onnx ({reason})") from error
         self._read_signature(folder)
         self._empty = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self._past.items()}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.errors import InputError
+from qwen3_export.text import ModelTokenizer, TextModel
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,15 @@ class Session(Protocol):
         """Free the model."""
 
 
+@runtime_checkable
+class HasTokenizer(Protocol):
+    """A session that brings its tokenizer along."""
+
+    @property
+    def tokenizer(self) -> TextModel:
+        """The runtime's own tokenizer."""
+
+
 def open_session(artifact: Path, options: RuntimeOptions | None = None) -> Session:
     """Open an artifact in its own runtime; InputError when it is none, MissingRuntimeError without it."""
     options = options or RuntimeOptions()
@@ -54,10 +64,6 @@ def open_session(artifact: Path, options: RuntimeOptions | None = None) -> Sessi
         return LlamaSession(artifact, options)
     if not artifact.is_dir():
         raise InputError(f"{artifact}: no such artifact")
-    if (artifact / "engine.json").is_file():
-        from qwen3_export.run.tensorrt import open_tensorrt
-
-        return open_tensorrt(artifact, options)
     if (artifact / "model.onnx").is_file():
         from qwen3_export.run.ort import OrtSession
 
@@ -67,7 +73,7 @@ def open_session(artifact: Path, options: RuntimeOptions | None = None) -> Sessi
 
         return TorchSession(artifact, options)
     raise InputError(
-        f"{artifact}: no model.onnx, engine.json or config.json in it", "give an artifact folder or a .gguf file"
+        f"{artifact}: neither model.onnx nor config.json is in it", "give an artifact folder or a .gguf file"
     )
 
 
@@ -77,6 +83,13 @@ def greedy(session: Session, prompt: NDArray[np.int32], count: int) -> NDArray[n
     while len(tokens) < count:
         tokens.append(int(session.decode(tokens[-1]).argmax()))
     return np.asarray(tokens[:count], np.int64)
+
+
+def tokenizer_of(artifact: Path, session: Session) -> TextModel:
+    """The artifact's own tokenizer: in the folder, or inside the GGUF file."""
+    if isinstance(session, HasTokenizer):
+        return session.tokenizer
+    return ModelTokenizer(artifact)
 
 
 def artifact_bytes(artifact: Path) -> int:

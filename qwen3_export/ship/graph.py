@@ -95,9 +95,17 @@ class GraphBuilder:
         self._nodes.append(ir.node(kind, inputs, attributes=attributes, domain=domain, outputs=values, name=name))
         return values
 
-    def cast(self, value: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
-        """Cast, or the value itself when it has that type already."""
-        return value if value.dtype == dtype else self.op("Cast", [value], name, to=dtype)
+    def float_weight(self, name: str, array: NDArray, dtype: ir.DataType) -> ir.Value:
+        """Store a 16- or 32-bit weight for use as `dtype`; `as_type` then gives it that type.
+
+        Under fp32 activations a 16-bit array is stored as it came: half the size, and exact.
+        """
+        keep = dtype == ir.DataType.FLOAT and array.dtype.itemsize == 2
+        return self.weight(name, array if keep else array.astype(dtype.numpy()))
+
+    def as_type(self, value: ir.Value, have: ir.DataType | None, want: ir.DataType, name: str) -> ir.Value:
+        """A Cast node, or the value itself when it has the wanted type already."""
+        return value if have == want else self.op("Cast", [value], name, to=want)
 
     def save(self, metadata: dict[str, str]) -> None:
         """Write `model.onnx`; the weights are on the disk already."""

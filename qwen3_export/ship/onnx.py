@@ -34,7 +34,7 @@ def export_onnx(
     output: Path,
     flavor: str = "ort",
     precision: str = "fp32",
-    accuracy_level: int = 0,
+    accuracy_level: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def export_onnx(
 
 
 def write_graph(
-    checkpoint: Checkpoint, folder: Path, flavor: str, precision: str, accuracy_level: int, progress: Progress
+    checkpoint: Checkpoint, folder: Path, flavor: str, precision: str, accuracy_level: int | None, progress: Progress
 ) -> None:
     """Write `model.onnx` and its data in one flavor."""
     dtype = PRECISIONS[precision]

@@ -11,7 +11,6 @@ Operator definitions: ONNX Runtime, docs/ContribOperators.md.
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -23,11 +22,6 @@ from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.ship.graph import CONTRIB, GraphBuilder
 
 OPSET = 21
-NUMPY = {
-    ir.DataType.FLOAT: np.dtype(np.float32),
-    ir.DataType.FLOAT16: np.dtype(np.float16),
-    ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
-}
 _INT64, _INT32 = ir.DataType.INT64, ir.DataType.INT32
 
 
@@ -42,11 +36,16 @@ def supports(scheme: QuantScheme) -> str | None:
 
 
 class OrtOps:
-    """`ship.decoder.Flavor` for plain ONNX Runtime and onnxruntime-genai."""
+    """`ship.decoder.Flavor` for plain ONNX Runtime and onnxruntime-genai.
 
-    def __init__(self, graph: GraphBuilder, dtype: ir.DataType, accuracy_level: int) -> None:
+    `accuracy_level` of `MatMulNBits`: 0 multiplies with activations as they are, 4 with activations
+    rounded to int8. None takes 0 for 4-bit codes and 4 for 8-bit ones, whose level 0 expands the
+    whole matrix at every call.
+    """
+
+    def __init__(self, graph: GraphBuilder, dtype: ir.DataType, accuracy_level: int | None) -> None:
         self.graph, self.dtype, self.accuracy_level = graph, dtype, accuracy_level
-        self._numpy = NUMPY[dtype]
+        self._numpy = dtype.numpy()
 
     def prepare(self, config: Qwen3Config) -> None:
         """Inputs, sequence lengths from the attention mask, and the rope tables."""
@@ -65,17 +64,9 @@ class OrtOps:
 
     def embedding(self, table: NDArray) -> ir.Value:
         """Rows of the table in its stored type, then cast: half the size of an fp32 table, and exact."""
-        self._table = self.graph.weight("model.embed_tokens.weight", self._stored(table))
+        self._table = self.graph.float_weight("model.embed_tokens.weight", table, self.dtype)
         rows = self.graph.op("Gather", [self._table, self._ids], "embedding", axis=0)
-        return self._cast(rows, self._table, "embedding.cast")
-
-    def _stored(self, array: NDArray) -> NDArray:
-        """16-bit arrays stay as they are under fp32 activations; everything else takes their type."""
-        keep = self.dtype == ir.DataType.FLOAT and array.dtype.itemsize == 2
-        return array if keep else array.astype(self._numpy)
-
-    def _cast(self, value: ir.Value, like: ir.Value, name: str) -> ir.Value:
-        return value if like.dtype == self.dtype else self.graph.op("Cast", [value], name, to=self.dtype)
+        return self.graph.as_type(rows, self._table.dtype, self.dtype, "embedding.cast")
 
     def norm(self, x: ir.Value, weight: NDArray, name: str) -> ir.Value:
         """RMSNorm."""
@@ -100,8 +91,9 @@ class OrtOps:
         """`MatMulNBits` for codes, `MatMul` for 16-bit weights."""
         if isinstance(weight, QuantizedTensor):
             return self._quantized(x, weight, name)
-        stored = self.graph.weight(f"{name}.weight", self._stored(np.ascontiguousarray(weight.T)))
-        return self.graph.op("MatMul", [x, self._cast(stored, stored, f"{name}.cast")], name)
+        stored = self.graph.float_weight(f"{name}.weight", np.ascontiguousarray(weight.T), self.dtype)
+        matrix = self.graph.as_type(stored, stored.dtype, self.dtype, f"{name}.cast")
+        return self.graph.op("MatMul", [x, matrix], name)
 
     def _quantized(self, x: ir.Value, weight: QuantizedTensor, name: str) -> ir.Value:
         (out_features, in_features), scheme = weight.shape, weight.scheme
@@ -123,8 +115,13 @@ class OrtOps:
             N=out_features,
             bits=scheme.num_bits,
             block_size=scheme.group_length(in_features),
-            accuracy_level=self.accuracy_level,
+            accuracy_level=self._level(scheme),
         )
+
+    def _level(self, scheme: QuantScheme) -> int:
+        if self.accuracy_level is not None:
+            return self.accuracy_level
+        return 4 if scheme.num_bits == 8 else 0
 
     def attention(
         self, qkv: tuple[ir.Value, ir.Value, ir.Value], norms: tuple[NDArray, NDArray], layer: int
@@ -162,12 +159,12 @@ class OrtOps:
 
     def head(self, x: ir.Value, table: NDArray | None) -> ir.Value:
         """Logits; a tied head multiplies by the one stored embedding table."""
-        stored = self._table if table is None else self.graph.weight("lm_head.weight", self._stored(table))
-        matrix = self._cast(stored, stored, "head.cast")
+        stored = self._table
+        if table is not None:
+            stored = self.graph.float_weight("lm_head.weight", table, self.dtype)
+        matrix = self.graph.as_type(stored, stored.dtype, self.dtype, "head.cast")
         logits = self.graph.op("FusedMatMul", [x, matrix], "head", CONTRIB, transB=1)
-        if self.dtype == ir.DataType.FLOAT:
-            return logits
-        return self.graph.op("Cast", [logits], "head.fp32", to=ir.DataType.FLOAT)
+        return self.graph.as_type(logits, self.dtype, ir.DataType.FLOAT, "head.fp32")
 
 
 _KINDS = ("key", "value")

@@ -1,0 +1,83 @@
+"""The command line: the only place that prints or exits. One file per group of commands."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+import traceback
+from types import FrameType
+
+from qwen3_export.errors import ExportError
+
+_EXIT_INTERRUPTED = 130
+_EXIT_RESOURCES = 4
+_EXIT_INPUT = 2
+
+
+def main() -> None:
+    """Entry point of `qwen3-export`: run a command, turn every expected failure into one line."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code."""
+    import click
+    import typer.main
+
+    from qwen3_export.cli.app import app
+
+    try:
+        code = typer.main.get_command(app).main(arguments, prog_name="qwen3-export", standalone_mode=False)
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except BaseException as error:
+        if any(argument in ("-v", "--verbose") for argument in arguments) and not isinstance(error, SystemExit):
+            traceback.print_exc()
+        return _report(error)
+    return code if isinstance(code, int) else 0
+
+
+def _report(error: BaseException) -> int:
+    """Print `error: …` and `hint: …`, and return the exit code; unknown errors are our bugs and re-raised."""
+    if isinstance(error, ExportError):
+        return _say(str(error), error.hint, error.exit_code)
+    usage = _usage_message(error)
+    if usage is not None:
+        return _say(usage, "`qwen3-export COMMAND --help` shows the usage", _EXIT_INPUT)
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+        hint = "a quantize run keeps its finished blocks: repeat the command to go on"
+        return _say("interrupted", hint, _EXIT_INTERRUPTED)
+    if isinstance(error, MemoryError):
+        return _say("out of memory", "close other programs, or use a machine with more", _EXIT_RESOURCES)
+    if isinstance(error, OSError):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = "free some room and repeat the command: a quantize run goes on where it stopped"
+            return _say(f"the disk is full{_where(error)}", hint, _EXIT_RESOURCES)
+        if error.errno is not None:
+            return _say(f"{error.strerror}{_where(error)}", None, _EXIT_INPUT)
+    raise error
+
+
+def _usage_message(error: BaseException) -> str | None:
+    """The message of a command-line mistake; typer may carry its own copy of click."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if names & {"UsageError", "ClickException"} and hasattr(error, "format_message"):
+        return str(error.format_message()).replace("\n", " ")
+    return None
+
+
+def _where(error: OSError) -> str:
+    return f": {error.filename}" if error.filename else ""
+
+
+def _say(message: str, hint: str | None, code: int) -> int:
+    print(f"error: {message.splitlines()[0] if message else 'unknown'}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+    return code
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

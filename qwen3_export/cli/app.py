@@ -1,0 +1,51 @@
+"""The Typer application and what all commands share: output options, progress, JSON or a table."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+from qwen3_export import __version__
+from qwen3_export.cli.console import Console
+
+app = typer.Typer(
+    name="qwen3-export",
+    help="Take a Qwen3 checkpoint to an edge device, and prove that it arrived intact.",
+    epilog="Start with `qwen3-export demo`, which does everything on a small model that comes along.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+recipes = typer.Typer(help="List and show recipes.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(recipes, name="recipes")
+
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no log lines.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Log every step; tracebacks on errors.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+
+
+def console(json: bool, quiet: bool, verbose: bool) -> Console:
+    """The display of one command."""
+    return Console(json=json, quiet=quiet, verbose=verbose)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"qwen3-export {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        Optional[bool],  # noqa: UP045  (typer reads this annotation at run time)
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit."),
+    ] = None,
+) -> None:
+    pass
+
+
+from qwen3_export.cli import demo, prove, ship, solve  # noqa: E402, F401  (they register their commands)

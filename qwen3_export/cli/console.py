@@ -1,0 +1,94 @@
+"""Progress on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from qwen3_export.core.progress import Progress
+
+
+class Console(Progress):
+    """Bars with ETA when stderr is a terminal, plain lines otherwise, nothing when quiet."""
+
+    def __init__(self, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+        self.json, self.quiet, self.verbose = json, quiet, verbose
+        self._live = sys.stderr.isatty() and not quiet
+
+    @contextmanager
+    def bar(self, label: str, total: int) -> Iterator[Callable[[], None]]:
+        """See `Progress.bar`."""
+        if not self._live:
+            started = time.monotonic()
+            yield lambda: None
+            self.say(f"{label}: done in {time.monotonic() - started:.1f} s")
+            return
+        from rich.console import Console as RichConsole
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with RichProgress(*columns, console=RichConsole(stderr=True)) as bars:
+            task = bars.add_task(label, total=total)
+            yield lambda: bars.advance(task)
+
+    def say(self, text: str) -> None:
+        """A line of progress for everyone but the quiet."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def log(self, text: str) -> None:
+        """A line for those who asked for details."""
+        if self.verbose:
+            self.say(text)
+
+    def result(self, values: dict[str, Any], lines: Callable[[], None]) -> None:
+        """Print the result: one JSON object, or what `lines` prints for people."""
+        if self.json:
+            print(json.dumps(values, ensure_ascii=False))
+        else:
+            lines()
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout; the first two columns are text, the others numbers."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+
+    # Without a terminal the table is as wide as it needs to be: a log must not lose columns.
+    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "160"))
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for index, header in enumerate(headers):
+        grid.add_column(header, justify="left" if index < 2 else "right", no_wrap=True)
+    for row in rows:
+        grid.add_row(*row)
+    RichConsole(width=width).print(grid)
+
+
+def fields(values: dict[str, Any]) -> None:
+    """`name  value` lines on stdout."""
+    width = max(map(len, values))
+    for name, value in values.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def size(count: float) -> str:
+    """Bytes for people: `7.9 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

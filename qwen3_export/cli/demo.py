@@ -1,0 +1,175 @@
+"""`demo`: the main job on the embedded model, end to end.
+
+    reference-model ─▶ RTN and GPTQ folders ─▶ ONNX, GGUF, TensorRT ─▶ drift and latency ─▶ one table
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console
+from qwen3_export.cli.console import Console, size, table
+from qwen3_export.cli.prove import verdict
+from qwen3_export.core.checkpoint import open_checkpoint
+from qwen3_export.core.manifest import staged_folder, write_manifest
+from qwen3_export.core.recipe import load_recipe
+from qwen3_export.core.source import REFERENCE_MODEL, open_source
+from qwen3_export.errors import MissingRuntimeError
+
+# What a healthy artifact of the embedded model stays under, nats per token.
+LIMITS = {"16 bit": 1e-3, "8 bit": 2e-3, "4 bit": 0.05}
+_SAMPLES, _LENGTH, _HELD_OUT = 128, 256, 10_000
+
+
+@dataclass(frozen=True)
+class Product:
+    """One artifact of the demo: its file name, the modules it needs, its gate, and how it is made."""
+
+    name: str
+    needs: tuple[str, ...]
+    limit: str
+    make: Callable[[Path], float]
+
+
+@app.command(epilog="Example: qwen3-export demo --output demo-output")
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for artifacts and the report.")] = Path("demo-output"),
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Quantize the embedded model, export it to every format, validate each in its own runtime."""
+    show, started = console(json, quiet, verbose), time.monotonic()
+    _need_torch()
+    with staged_folder(output, force) as folder:
+        made, skipped = _make(folder, show)
+        result = _prove(folder, made, show)
+        result = _relocate(result, folder, output)
+        result |= {"output": str(output), "seconds": time.monotonic() - started, "skipped": skipped}
+        from qwen3_export.prove.report import write_report
+
+        write_report(folder / "report", result, title="Demo on the embedded reference model")
+        write_manifest(folder, "demo", {"artifacts": list(made)})
+    show.result(result, lambda: _print(result))
+    if not result["passed"]:
+        raise typer.Exit(1)
+
+
+def _need_torch() -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise MissingRuntimeError("the demo quantizes, and needs torch", "pip install 'qwen3-export[solve]'")
+
+
+def _make(folder: Path, show: Console) -> tuple[dict[str, tuple[float, str]], dict[str, str]]:
+    """Quantize and export; `{file name: (bits per weight, kind of limit)}` and what was left out, why."""
+    quantized = {name: _quantize(folder, name, show) for name in ("rtn-w4a16-g128", "gptq-w4a16-g128", "gptq-w4a16-g32")}
+    made: dict[str, tuple[float, str]] = {name: (bits, "4 bit") for name, bits in quantized.items()}
+    skipped = {}
+    for product in _products(folder, show):
+        missing = [module for module in product.needs if importlib.util.find_spec(module) is None]
+        if missing:
+            skipped[product.name] = f"{', '.join(missing)} is not installed"
+            show.say(f"skipped {product.name}: {skipped[product.name]}")
+        else:
+            made[product.name] = (product.make(folder / product.name), product.limit)
+    return made, skipped
+
+
+def _quantize(folder: Path, recipe: str, show: Console) -> float:
+    from qwen3_export.solve.quantize import Settings, quantize
+
+    settings = Settings(samples=_SAMPLES, sequence_length=_LENGTH)
+    result = quantize(open_source(REFERENCE_MODEL), load_recipe(recipe), folder / recipe, settings, show)
+    return result["bits_per_weight"]
+
+
+def _products(folder: Path, show: Console) -> list[Product]:
+    def onnx(source: str) -> Callable[[Path], float]:
+        def make(output: Path) -> float:
+            from qwen3_export.ship.onnx import export_onnx
+
+            return export_onnx(_open(folder, source), output, progress=show)["bits_per_weight"]
+
+        return make
+
+    def gguf(source: str, kind: str | None = None) -> Callable[[Path], float]:
+        def make(output: Path) -> float:
+            from qwen3_export.ship.gguf import export_gguf
+
+            return export_gguf(_open(folder, source), output, kind, progress=show)["bits_per_weight"]
+
+        return make
+
+    def plan(output: Path) -> float:
+        from qwen3_export.ship.tensorrt import export_tensorrt
+
+        return export_tensorrt(_open(folder, "gptq-w4a16-g128"), output, progress=show)["bits_per_weight"]
+
+    to_onnx, to_gguf = ("onnx_ir", "onnxruntime"), ("gguf", "xllamacpp")
+    return [
+        Product("onnx-fp32", to_onnx, "16 bit", onnx(REFERENCE_MODEL)),
+        Product("onnx-gptq-g128", to_onnx, "4 bit", onnx("gptq-w4a16-g128")),
+        Product("onnx-gptq-g32", to_onnx, "4 bit", onnx("gptq-w4a16-g32")),
+        Product("bf16.gguf", to_gguf, "16 bit", gguf(REFERENCE_MODEL, "bf16")),
+        Product("q8_0.gguf", to_gguf, "8 bit", gguf(REFERENCE_MODEL, "q8_0")),
+        Product("gptq-g128-q4_0.gguf", to_gguf, "4 bit", gguf("gptq-w4a16-g128")),
+        Product("gptq-g32-q4_0.gguf", to_gguf, "4 bit", gguf("gptq-w4a16-g32")),
+        Product("tensorrt-gptq-g128", ("onnx_ir", "onnxruntime", "tensorrt_rtx"), "4 bit", plan),
+    ]
+
+
+def _open(folder: Path, source: str) -> Any:
+    return open_source(source) if source == REFERENCE_MODEL else open_checkpoint(folder / source)
+
+
+def _prove(folder: Path, made: dict[str, tuple[float, str]], show: Console) -> dict[str, Any]:
+    """Validate and bench everything against the original; one result per artifact."""
+    from qwen3_export.prove.latency import Workload, bench
+    from qwen3_export.prove.validate import open_reference, validate
+
+    reference = open_reference(REFERENCE_MODEL, tokens=_HELD_OUT, progress=show)
+    results = []
+    for name, (bits, kind) in made.items():
+        drift = validate([folder / name], reference, {"max_kl": LIMITS[kind]}, progress=show)["results"][0]
+        results.append({**drift, "bits_per_weight": bits})
+    speeds = bench([folder / name for name in made], Workload((128, 512), new_tokens=32, repeat=3), show)["results"]
+    results = [{**drift, **speed} for drift, speed in zip(results, speeds, strict=True)]
+    return {"results": results, "passed": all(item["gate"]["passed"] for item in results)}
+
+
+def _relocate(result: dict[str, Any], partial: Path, output: Path) -> dict[str, Any]:
+    """Paths as they will be when the folder has its name."""
+    for item in result["results"]:
+        item["artifact"] = str(output / Path(item["artifact"]).relative_to(partial))
+    return result
+
+
+def _print(result: dict[str, Any]) -> None:
+    headers = ["artifact", "runtime", "bits/weight", "size", "KL (nats)", "top-1", "ppl ratio"]
+    rows = [
+        [
+            Path(item["artifact"]).name,
+            item["runtime"],
+            f"{item['bits_per_weight']:.2f}",
+            size(item["bytes"]),
+            f"{item['kl_mean']:.5f}",
+            f"{100 * item['top1_agreement']:.1f} %",
+            f"{item['ppl_ratio']:.4f}",
+            f"{item['prefill'][-1]['tokens_per_second']:.0f}",
+            f"{item['decode']['tokens_per_second_p50']:.0f}",
+            verdict(item),
+        ]
+        for item in result["results"]
+    ]
+    table([*headers, "prefill tok/s", "decode tok/s", "verdict"], rows)
+    for name, reason in result["skipped"].items():
+        print(f"skipped {name}: {reason}")
+    print(f"{result['seconds']:.0f} s; artifacts and report in {result['output']}")

@@ -1,0 +1,216 @@
+"""Commands that run artifacts and prove them: reference, validate, bench, run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console
+from qwen3_export.cli.console import Console, fields, size, table
+from qwen3_export.cli.solve import Source
+from qwen3_export.core.source import locate, open_source
+from qwen3_export.errors import InputError
+
+Artifacts = Annotated[list[str], typer.Argument(help="ONNX, TensorRT or Hugging Face folders, or .gguf files.")]
+Texts = Annotated[
+    Optional[list[str]], typer.Option("--text", help="Text file in place of the bundled one; repeatable.")
+]
+Tokens = Annotated[Optional[int], typer.Option(min=64, help="Use at most this many tokens of the text.")]
+Report = Annotated[Optional[Path], typer.Option(help="Folder for report.json, report.md and report.xml (JUnit).")]
+Threads = Annotated[Optional[int], typer.Option(min=1, help="Threads of the runtime (default: all).")]
+
+
+def find(artifact: str) -> Path:
+    """An artifact's path; `reference-model` and hub ids work here too."""
+    path = Path(artifact)
+    return path if path.exists() else locate(artifact)
+
+
+@app.command(epilog="Example: qwen3-export reference reference-model --output original.safetensors")
+def reference(
+    source: Source,
+    output: Annotated[Path, typer.Option(help="File to write.")],
+    text: Texts = None,
+    tokens: Tokens = None,
+    window: Annotated[int, typer.Option(min=32, help="Tokens per row.")] = 256,
+    top_k: Annotated[int, typer.Option(min=0, help="Most likely tokens kept per position; 0 keeps all.")] = 64,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write the original's answers on held-out text to a file that a device can carry."""
+    from qwen3_export.prove.original import write_reference
+    from qwen3_export.prove.validate import held_out
+
+    checkpoint, show = open_source(source), console(json, quiet, verbose)
+    if window > checkpoint.config.max_position:
+        raise InputError(f"--window {window}: the model has {checkpoint.config.max_position} positions")
+    rows = held_out(checkpoint.folder, text or (), window, tokens)
+    result = write_reference(checkpoint, rows, output, top_k, force, show)
+    shown = {k: result[k] for k in ("output", "positions", "rows", "top_k")} | {"size": size(result["bytes"])}
+    show.result(result, lambda: fields(shown))
+
+
+@app.command(epilog="Example: qwen3-export validate model-onnx --reference original.safetensors --max-kl 0.05")
+def validate(
+    artifacts: Artifacts,
+    reference: Annotated[str, typer.Option(help="A reference file, or the original itself.")],
+    gate: Annotated[Optional[Path], typer.Option(help="YAML or JSON file of limits.")] = None,
+    max_kl: Annotated[Optional[float], typer.Option(help="Largest mean KL, nats per token.")] = None,
+    min_top1: Annotated[Optional[float], typer.Option(help="Smallest share of equal top tokens.")] = None,
+    max_ppl_ratio: Annotated[Optional[float], typer.Option(help="Largest perplexity ratio.")] = None,
+    text: Texts = None,
+    tokens: Tokens = None,
+    exact: Annotated[bool, typer.Option("--exact", help="The runtime's highest-precision mode.")] = False,
+    threads: Threads = None,
+    report: Report = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure accuracy drift in the artifact's own runtime; exit 1 when a limit is exceeded."""
+    from qwen3_export.prove.gate import read_limits
+    from qwen3_export.prove.report import write_report
+    from qwen3_export.prove.validate import open_reference
+    from qwen3_export.prove.validate import validate as run
+    from qwen3_export.run.session import RuntimeOptions
+
+    show, limits = console(json, quiet, verbose), read_limits(gate) if gate else {}
+    given = {"max_kl": max_kl, "min_top1": min_top1, "max_ppl_ratio": max_ppl_ratio}
+    limits.update({name: value for name, value in given.items() if value is not None})
+    paths = [find(artifact) for artifact in artifacts]
+    truth = open_reference(reference, text or (), tokens, show)
+    result = run(paths, truth, limits, RuntimeOptions(threads=threads, exact=exact), show)
+    if report:
+        write_report(report, result, force)
+    show.result(result, lambda: _validated(result))
+    if not result["passed"]:
+        raise typer.Exit(1)
+
+
+def _validated(result: dict[str, Any]) -> None:
+    rows = [
+        [
+            Path(item["artifact"]).name,
+            item["runtime"],
+            str(item["tokens"]),
+            f"{'≥ ' if item['kl_is_lower_bound'] else ''}{item['kl_mean']:.5f}",
+            f"{item['kl_ci95'][0]:.5f} … {item['kl_ci95'][1]:.5f}",
+            f"{100 * item['top1_agreement']:.2f} %",
+            f"{item['ppl_ratio']:.4f}",
+            f"{item['generation']['loops']}/{item['generation']['loops_reference']}",
+            verdict(item),
+        ]
+        for item in result["results"]
+    ]
+    headers = ["artifact", "runtime", "tokens", "KL (nats)", "95 %", "top-1", "ppl ratio", "loops/original's", "verdict"]
+    table(headers, rows)
+    for item in result["results"]:
+        for check in item["gate"]["checks"]:
+            if not check["passed"]:
+                print(f"{item['artifact']}: {check['name']} is {check['value']:.6g}, the limit is {check['limit']:g}")
+
+
+def verdict(item: dict[str, Any]) -> str:
+    """`pass`, `FAIL`, or `-` when nothing was asked."""
+    if not item["gate"]["checks"]:
+        return "-"
+    return "pass" if item["gate"]["passed"] else "FAIL"
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise InputError(f"--prompt-tokens {text}: numbers such as 128,512 were expected")
+    return counts
+
+
+@app.command(epilog="Example: qwen3-export bench model-onnx model.gguf --prompt-tokens 128,512 --new-tokens 32")
+def bench(
+    artifacts: Artifacts,
+    prompt_tokens: Annotated[str, typer.Option(help="Prompt lengths, comma-separated.")] = "128,512",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode after the shortest prompt.")] = 64,
+    threads: Threads = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Timed runs after one warm-up.")] = 5,
+    text: Texts = None,
+    report: Report = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure prefill, decode, load time and peak memory on this device."""
+    from qwen3_export.prove.latency import Workload
+    from qwen3_export.prove.latency import bench as run
+    from qwen3_export.prove.report import write_report
+
+    show = console(json, quiet, verbose)
+    workload = Workload(_counts(prompt_tokens), new_tokens, repeat, threads, tuple(text or ()))
+    result = run([find(artifact) for artifact in artifacts], workload, show)
+    if report:
+        write_report(report, result, force)
+    show.result(result, lambda: _benched(result))
+
+
+def _benched(result: dict[str, Any]) -> None:
+    rows = []
+    for item in result["results"]:
+        for index, prefill in enumerate(item["prefill"]):
+            decode = item["decode"]
+            rows.append(
+                [
+                    Path(item["artifact"]).name if index == 0 else "",
+                    item["runtime"] if index == 0 else "",
+                    str(prefill["prompt_tokens"]),
+                    f"{prefill['tokens_per_second']:.0f}",
+                    f"{decode['tokens_per_second_p50']:.0f}" if index == 0 else "",
+                    f"{1000 * decode['p99']:.1f}" if index == 0 else "",
+                    f"{item['load_seconds']:.2f}" if index == 0 else "",
+                    size(item["peak_rss_bytes"]) if index == 0 else "",
+                ]
+            )
+    headers = ["artifact", "runtime", "prompt", "prefill tok/s", "decode tok/s", "p99 ms/tok", "load s", "peak memory"]
+    table(headers, rows)
+
+
+@app.command(epilog='Example: qwen3-export run model-onnx --prompt "What does ocean mean?" --max-new-tokens 32')
+def run(
+    artifact: Annotated[str, typer.Argument(help="ONNX or Hugging Face folder, or .gguf file.")],
+    prompt: Annotated[str, typer.Option(help="What the user says.")],
+    system: Annotated[Optional[str], typer.Option(help="A system message before it.")] = None,
+    thinking: Annotated[bool, typer.Option("--thinking/--no-thinking", help="Qwen3's switch.")] = True,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Nucleus sampling; with a temperature.")] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Generate text with an artifact, chat template applied."""
+    from qwen3_export.run.generate import Sampling, chat
+
+    show = console(json, quiet, verbose)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    on_text = None if json else _stream
+    result = chat(find(artifact), messages, thinking, sampling, threads, on_text)
+    show.result(result, lambda: _spoken(show, result))
+
+
+def _stream(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _spoken(show: Console, result: dict[str, Any]) -> None:
+    print()
+    show.say(f"{result['new_tokens']} tokens, {result['tokens_per_second']:.1f} per second, stop: {result['stop']}")

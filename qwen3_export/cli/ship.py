@@ -1,0 +1,152 @@
+"""Commands that write formats: onnx, gguf, tensorrt. With --recipe, a 16-bit source is quantized on the way."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console
+from qwen3_export.cli.console import Console, fields, size
+from qwen3_export.cli.solve import Source
+from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.manifest import refuse_existing
+from qwen3_export.core.recipe import load_recipe
+from qwen3_export.core.source import open_source
+from qwen3_export.errors import MissingRuntimeError
+
+RecipeOption = Annotated[Optional[str], typer.Option(help="Quantize a 16-bit source with this recipe first.")]
+
+
+@contextmanager
+def _prepared(source: str, recipe: str | None, output: Path, force: bool, show: Console) -> Iterator[Checkpoint]:
+    """The source, or, with a recipe, a quantized copy of it beside the output that is removed afterwards."""
+    checkpoint = open_source(source)
+    refuse_existing(output, force)
+    if recipe is None:
+        yield checkpoint
+        return
+    from qwen3_export.solve.quantize import Settings, quantize
+
+    chosen = load_recipe(recipe)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.quantized-", dir=output.parent))
+    try:
+        quantize(checkpoint, chosen, folder / checkpoint.name, Settings(), show)
+        yield open_source(str(folder / checkpoint.name))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@app.command(
+    epilog="Example: qwen3-export onnx quantized --output model-onnx",
+)
+def onnx(
+    source: Source,
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    flavor: Annotated[str, typer.Option(help="`ort`: ONNX Runtime's fused operators; `standard`: ai.onnx only.")] = (
+        "ort"
+    ),
+    precision: Annotated[str, typer.Option(help="Activations: fp32, fp16 or bf16.")] = "fp32",
+    accuracy_level: Annotated[
+        Optional[int],
+        typer.Option(min=0, max=4, help="MatMulNBits: 0 exact activations, 4 int8 activations (default 0; 8 bits: 4)."),
+    ] = None,
+    recipe: RecipeOption = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write an ONNX folder for onnxruntime and onnxruntime-genai; codes land unchanged."""
+    _need("onnx_ir", "onnx")
+    from qwen3_export.ship.onnx import export_onnx
+
+    show = console(json, quiet, verbose)
+    with _prepared(source, recipe, output, force, show) as checkpoint:
+        result = export_onnx(checkpoint, output, flavor, precision, accuracy_level, force, show)
+    show.result(result, lambda: _exported(result))
+
+
+@app.command(epilog="Example: qwen3-export gguf quantized --output model.gguf")
+def gguf(
+    source: Source,
+    output: Annotated[Path, typer.Option(help="File to write.")],
+    type_name: Annotated[
+        Optional[str], typer.Option("--type", help="bf16, f16, q8_0, q4_0, q4_1 (default: what holds the codes).")
+    ] = None,
+    recipe: RecipeOption = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a GGUF file for llama.cpp; codes are repacked bit for bit."""
+    _need("gguf", "gguf")
+    from qwen3_export.ship.gguf import export_gguf
+
+    show = console(json, quiet, verbose)
+    with _prepared(source, recipe, output, force, show) as checkpoint:
+        result = export_gguf(checkpoint, output, type_name, force, show)
+    show.result(result, lambda: _exported(result))
+
+
+@app.command(epilog="Example: qwen3-export tensorrt quantized --output model-trt --sm 8.9 --sm 12.0")
+def tensorrt(
+    source: Source,
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    engine: Annotated[str, typer.Option(help="`rtx`: TensorRT-RTX, needs no GPU; `trt`: TensorRT, on its device.")] = (
+        "rtx"
+    ),
+    sm: Annotated[
+        Optional[list[str]], typer.Option(help="Compute capability, repeatable (default 8.6, 8.9, 12.0).")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Activations and unquantized weights: fp16 or bf16.")] = "fp16",
+    max_prompt: Annotated[Optional[int], typer.Option(min=1, help="Longest prompt at once (default 1024).")] = None,
+    max_context: Annotated[Optional[int], typer.Option(min=1, help="Longest cache (default 4096).")] = None,
+    recipe: RecipeOption = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write an ONNX for TensorRT and build its plan ahead of time."""
+    _need("onnx_ir", "tensorrt")
+    from qwen3_export.ship.tensorrt import DEFAULT_CAPABILITIES, Profile, export_tensorrt
+
+    show = console(json, quiet, verbose)
+    with _prepared(source, recipe, output, force, show) as checkpoint:
+        context = checkpoint.config.max_position
+        profile = Profile(max_prompt or min(1024, context), max_context or min(4096, context))
+        capabilities = tuple(sm) if sm else DEFAULT_CAPABILITIES
+        result = export_tensorrt(checkpoint, output, engine, capabilities, precision, profile, force, show)
+    show.result(result, lambda: _exported(result))
+
+
+def _need(module: str, extra: str) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec(module) is None:
+        raise MissingRuntimeError(f"this export needs {module}", f"pip install 'qwen3-export[{extra}]'")
+
+
+def _exported(result: dict[str, Any]) -> None:
+    inexact = result["inexact_tensors"]
+    worst = max(inexact, key=lambda item: item["max_rel_error"]) if inexact else None
+    fields(
+        {
+            "output": result["output"],
+            "size": size(sum(item["bytes"] for item in result["files"])),
+            "bits per weight": f"{result['bits_per_weight']:.2f}",
+            "exact": "every number of the source arrived unchanged"
+            if worst is None
+            else f"no: {len(inexact)} tensors changed, at most {worst['max_rel_error']:.1e} ({worst['name']})",
+            "time": f"{result['seconds']:.1f} s",
+            "peak memory": size(result["peak_rss_bytes"]),
+        }
+    )

@@ -1,0 +1,150 @@
+"""Commands that look at checkpoints and quantize them: inspect, quantize, recipes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console, recipes
+from qwen3_export.cli.console import fields, size, table
+from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.recipe import load_recipe, recipe_names
+from qwen3_export.core.source import open_source
+from qwen3_export.errors import InputError, MissingRuntimeError
+
+Source = Annotated[str, typer.Argument(help="A folder, a hub id, or `reference-model`.")]
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """`8GiB`, `500MB` or a plain number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.strip().lower())
+    if not match:
+        raise InputError(f"--memory {text}: a size such as 8GiB was expected")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+@app.command(epilog="Example: qwen3-export inspect reference-model")
+def inspect(source: Source, json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """Show a checkpoint's architecture, size, types, and what is quantized and how."""
+    values = describe(open_source(source))
+    shown = {k: ", ".join(f"{a} ({b})" for a, b in v.items()) if isinstance(v, dict) else v for k, v in values.items()}
+    console(json, quiet, verbose).result(values, lambda: fields(shown))
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `inspect` prints."""
+    config = checkpoint.config
+    dtypes: dict[str, int] = {}
+    for entry in checkpoint.stored_entries():
+        dtypes[str(entry.dtype)] = dtypes.get(str(entry.dtype), 0) + 1
+    schemes: dict[str, int] = {}
+    for scheme in checkpoint.schemes.values():
+        schemes[scheme.label] = schemes.get(scheme.label, 0) + 1
+    return {
+        "source": checkpoint.name,
+        "architecture": config.model_type,
+        "parameters": config.num_parameters,
+        "layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "max_position": config.max_position,
+        "rope": f"{config.rope.kind}, theta {config.rope.theta:g}"
+        + (f", factor {config.rope.factor:g}" if config.rope.kind == "yarn" else ""),
+        "experts": config.num_experts,
+        "experts_per_token": config.experts_per_token,
+        "tied_head": config.tie_word_embeddings,
+        "dtypes": dtypes,
+        "quantized": schemes,
+        "bits_per_weight": round(checkpoint.bits_per_weight, 3),
+    }
+
+
+@app.command(
+    epilog="Example: qwen3-export quantize reference-model --recipe gptq-w4a16-g128 --output quantized "
+    "--samples 32 --sequence-length 256"
+)
+def quantize(
+    source: Source,
+    recipe: Annotated[str, typer.Option(help="A shipped recipe's name, or a YAML file.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    calibration: Annotated[
+        str, typer.Option(help="`bundled`, a .txt/.jsonl/.parquet file, or hf:DATASET[:SPLIT].")
+    ] = "bundled",
+    samples: Annotated[Optional[int], typer.Option(min=1, help="Calibration rows (default: the recipe's).")] = None,
+    sequence_length: Annotated[
+        Optional[int], typer.Option(min=16, help="Tokens per row (default: the recipe's).")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the calibration rows.")] = 0,
+    memory: Annotated[Optional[str], typer.Option(help="Refuse to start when more is needed, e.g. 8GiB.")] = None,
+    device: Annotated[str, typer.Option(help="`cpu` or `cuda`.")] = "cpu",
+    threads: Annotated[Optional[int], typer.Option(min=1, help="Default: all. Never changes the bytes.")] = None,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")] = True,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Quantize a checkpoint block by block and write a quantized folder."""
+    chosen, checkpoint = load_recipe(recipe), open_source(source)
+    limit = parse_bytes(memory) if memory else None
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"--device {device}: cpu or cuda was expected")
+    try:
+        import torch  # noqa: F401  (asked for here, so that its absence is a clear error)
+    except ImportError as error:
+        raise MissingRuntimeError("quantizing needs torch", "pip install 'qwen3-export[solve]'") from error
+    from qwen3_export.solve.quantize import Settings
+    from qwen3_export.solve.quantize import quantize as run
+
+    show = console(json, quiet, verbose)
+    settings = Settings(calibration, samples, sequence_length, seed, limit, device, threads, resume, force)
+    result = run(checkpoint, chosen, output, settings, show)
+    show.result(result, lambda: _quantized(result))
+
+
+def _quantized(result: dict[str, Any]) -> None:
+    worst = max(result["layers"], key=lambda layer: layer["error"])
+    fields(
+        {
+            "output": result["output"],
+            "recipe": result["recipe"],
+            "quantized linears": result["tensors"],
+            "bits per weight": f"{result['bits_per_weight']:.2f} (embedding and norms included)",
+            "size": size(result["bytes"]),
+            "largest error": f"{worst['error']:.2e} ({worst['name']})",
+            "time": f"{result['seconds']:.1f} s",
+            "peak memory": size(result["peak_rss_bytes"]),
+            "resumed blocks": result["resumed_blocks"],
+        }
+    )
+
+
+@recipes.command("list", epilog="Example: qwen3-export recipes list")
+def list_recipes(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """List the shipped recipes."""
+    found = [load_recipe(name) for name in recipe_names()]
+    values = {"recipes": [{"name": r.name, "method": r.method, "description": r.description} for r in found]}
+    rows = [[r.name, r.description, r.method] for r in found]
+    console(json, quiet, verbose).result(values, lambda: table(["recipe", "what it does", "method"], rows))
+
+
+@recipes.command("show", epilog="Example: qwen3-export recipes show gptq-w4a16-g128")
+def show_recipe(
+    name: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Print a recipe as YAML: a start for your own."""
+    import yaml
+
+    values = load_recipe(name).to_dict()
+    console(json, quiet, verbose).result(values, lambda: print(yaml.safe_dump(values, sort_keys=False), end=""))

@@ -1,0 +1,76 @@
+"""`validate`: every artifact in its own runtime, against one reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen3_export.core.progress import Progress
+from qwen3_export.core.source import open_source
+from qwen3_export.errors import InputError
+from qwen3_export.prove.drift import measure
+from qwen3_export.prove.gate import check
+from qwen3_export.prove.reference import Reference, ReferenceFile
+from qwen3_export.run.session import RuntimeOptions, artifact_bytes, open_session
+from qwen3_export.text import ModelTokenizer, Rows, heldout_rows, load_documents, spread
+
+WINDOW = 256
+
+
+def held_out(folder: Path, texts: Sequence[str] = (), window: int = WINDOW, tokens: int | None = None) -> Rows:
+    """Held-out rows for a model's tokenizer: the bundled text, or files in its place."""
+    documents = [document for text in texts or ["heldout"] for document in load_documents(text)]
+    return spread(heldout_rows(ModelTokenizer(folder), documents, window), tokens)
+
+
+def open_reference(
+    spec: str, texts: Sequence[str] = (), tokens: int | None = None, progress: Progress | None = None
+) -> Reference:
+    """A reference file, or the original itself; `texts` and `tokens` choose the original's text."""
+    path = Path(spec)
+    if path.is_file():
+        if texts or tokens:
+            raise InputError(f"{spec}: a reference file brings its own text", "leave --text and --tokens away")
+        return ReferenceFile(path)
+    from qwen3_export.prove.original import LiveReference
+
+    checkpoint = open_source(spec)
+    return LiveReference(checkpoint, held_out(checkpoint.folder, texts, tokens=tokens), progress)
+
+
+def validate(
+    artifacts: Sequence[Path],
+    reference: Reference,
+    limits: Mapping[str, float] | None = None,
+    options: RuntimeOptions | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """`{results: [one per artifact], passed}`, the contract's fields; raises what a runtime raises."""
+    results = [_validate_one(artifact, reference, limits or {}, options, progress) for artifact in artifacts]
+    return {"results": results, "passed": all(result["gate"]["passed"] for result in results)}
+
+
+def _validate_one(
+    artifact: Path,
+    reference: Reference,
+    limits: Mapping[str, float],
+    options: RuntimeOptions | None,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    session = open_session(artifact, options)
+    try:
+        drift = measure(session, reference, artifact.name, progress)
+        result = {
+            "artifact": str(artifact),
+            "runtime": session.runtime,
+            "runtime_version": session.version,
+            "device": session.device,
+            "reference_sha256": reference.source_sha256,
+            **drift,
+            "bytes": artifact_bytes(artifact),
+        }
+    finally:
+        session.close()
+    result["gate"] = check(result, limits)
+    return result

@@ -1,0 +1,98 @@
+"""Text from an artifact: chat template, prefill, decode until a stop token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_export.errors import InputError
+from qwen3_export.run.session import RuntimeOptions, Session, open_session, tokenizer_of
+from qwen3_export.text import TextModel, render_chat
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; temperature 0 takes the most likely one."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 0.95
+    seed: int = 0
+
+
+def chat(
+    artifact: Path,
+    messages: list[dict[str, str]],
+    thinking: bool,
+    sampling: Sampling,
+    threads: int | None = None,
+    on_text: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Answer a chat; `on_text` gets the text as it grows. Returns text, counts, speed and stop reason."""
+    session = open_session(artifact, RuntimeOptions(threads=threads))
+    try:
+        tokenizer = tokenizer_of(artifact, session)
+        ids = tokenizer.encode(render_chat(tokenizer.template, messages, generate=True, thinking=thinking))
+        room = session.context - len(ids)
+        if room < 1:
+            raise InputError(f"the prompt has {len(ids)} tokens, {artifact.name} holds {session.context}")
+        started = time.perf_counter()
+        tokens, stop = _generate(session, tokenizer, ids, min(sampling.max_new_tokens, room), sampling, on_text)
+        seconds = time.perf_counter() - started
+        return {
+            "text": tokenizer.decode(tokens),
+            "prompt_tokens": len(ids),
+            "new_tokens": len(tokens),
+            "tokens_per_second": len(tokens) / seconds,
+            "stop": stop,
+            "runtime": session.runtime,
+        }
+    finally:
+        session.close()
+
+
+def _generate(
+    session: Session,
+    tokenizer: TextModel,
+    ids: NDArray[np.int32],
+    limit: int,
+    sampling: Sampling,
+    on_text: Callable[[str], None] | None,
+) -> tuple[list[int], str]:
+    random, stops = np.random.default_rng(sampling.seed), tokenizer.stop_ids()
+    tokens: list[int] = []
+    shown = ""
+    logits = session.prefill(ids)[-1]
+    while len(tokens) < limit:
+        token = choose(logits, sampling, random)
+        if token in stops:
+            return tokens, "end"
+        tokens.append(token)
+        if on_text:
+            text = tokenizer.decode(tokens)
+            # A character can be spread over several tokens: wait until it is whole.
+            if not text.endswith("\ufffd"):
+                on_text(text[len(shown) :])
+                shown = text
+        if len(tokens) < limit:
+            logits = session.decode(token)
+    return tokens, "length"
+
+
+def choose(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> int:
+    """The next token: the most likely one, or a draw from the nucleus of mass `top_p`."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    scaled = (logits - logits.max()).astype(np.float64) / sampling.temperature
+    probabilities = np.exp(scaled)
+    probabilities /= probabilities.sum()
+    order = np.argsort(-probabilities, kind="stable")
+    count = int(np.searchsorted(np.cumsum(probabilities[order]), sampling.top_p)) + 1
+    nucleus = order[:count]
+    return int(random.choice(nucleus, p=probabilities[nucleus] / probabilities[nucleus].sum()))
