@@ -153,9 +153,7 @@ class Rows:
         return digest.hexdigest()
 
 
-def calibration_rows(
-    tokenizer: TextModel, documents: list[Document], samples: int, length: int, seed: int
-) -> Rows:
+def calibration_rows(tokenizer: TextModel, documents: list[Document], samples: int, length: int, seed: int) -> Rows:
     """At most `samples` rows of exactly `length` tokens, spread evenly over the domains.
 
     The documents of a domain are shuffled, joined and cut; rows are then taken from the domains in
@@ -226,7 +224,7 @@ def load_documents(spec: str) -> list[Document]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     if not documents:
-        raise InputError(f"{path}: no text in it", "a line is {\"text\": …} or {\"messages\": […]}")
+        raise InputError(f"{path}: no text in it", 'a line is {"text": …} or {"messages": […]}')
     return documents
 
 

@@ -1,6 +1,6 @@
 """`demo`: the main job on the embedded model, end to end.
 
-    reference-model ─▶ RTN and GPTQ folders ─▶ ONNX, GGUF, TensorRT ─▶ drift and latency ─▶ one table
+reference-model ─▶ RTN and GPTQ folders ─▶ ONNX, GGUF, TensorRT ─▶ drift and latency ─▶ one table
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def _need_torch() -> None:
 
 def _make(folder: Path, show: Console) -> tuple[dict[str, tuple[float, str]], dict[str, str]]:
     """Quantize and export; `{file name: (bits per weight, kind of limit)}` and what was left out, why."""
-    quantized = {name: _quantize(folder, name, show) for name in ("rtn-w4a16-g128", "gptq-w4a16-g128", "gptq-w4a16-g32")}
+    quantized = {
+        name: _quantize(folder, name, show) for name in ("rtn-w4a16-g128", "gptq-w4a16-g128", "gptq-w4a16-g32")
+    }
     made: dict[str, tuple[float, str]] = {name: (bits, "4 bit") for name, bits in quantized.items()}
     skipped = {}
     for product in _products(folder, show):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -14,12 +14,10 @@ from qwen3_export.core.source import locate, open_source
 from qwen3_export.errors import InputError
 
 Artifacts = Annotated[list[str], typer.Argument(help="ONNX, TensorRT or Hugging Face folders, or .gguf files.")]
-Texts = Annotated[
-    Optional[list[str]], typer.Option("--text", help="Text file in place of the bundled one; repeatable.")
-]
-Tokens = Annotated[Optional[int], typer.Option(min=64, help="Use at most this many tokens of the text.")]
-Report = Annotated[Optional[Path], typer.Option(help="Folder for report.json, report.md and report.xml (JUnit).")]
-Threads = Annotated[Optional[int], typer.Option(min=1, help="Threads of the runtime (default: all).")]
+Texts = Annotated[list[str] | None, typer.Option("--text", help="Text file in place of the bundled one; repeatable.")]
+Tokens = Annotated[int | None, typer.Option(min=64, help="Use at most this many tokens of the text.")]
+Report = Annotated[Path | None, typer.Option(help="Folder for report.json, report.md and report.xml (JUnit).")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime (default: all).")]
 
 
 def find(artifact: str) -> Path:
@@ -58,10 +56,10 @@ def reference(
 def validate(
     artifacts: Artifacts,
     reference: Annotated[str, typer.Option(help="A reference file, or the original itself.")],
-    gate: Annotated[Optional[Path], typer.Option(help="YAML or JSON file of limits.")] = None,
-    max_kl: Annotated[Optional[float], typer.Option(help="Largest mean KL, nats per token.")] = None,
-    min_top1: Annotated[Optional[float], typer.Option(help="Smallest share of equal top tokens.")] = None,
-    max_ppl_ratio: Annotated[Optional[float], typer.Option(help="Largest perplexity ratio.")] = None,
+    gate: Annotated[Path | None, typer.Option(help="YAML or JSON file of limits.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Largest mean KL, nats per token.")] = None,
+    min_top1: Annotated[float | None, typer.Option(help="Smallest share of equal top tokens.")] = None,
+    max_ppl_ratio: Annotated[float | None, typer.Option(help="Largest perplexity ratio.")] = None,
     text: Texts = None,
     tokens: Tokens = None,
     exact: Annotated[bool, typer.Option("--exact", help="The runtime's highest-precision mode.")] = False,
@@ -107,7 +105,17 @@ def _validated(result: dict[str, Any]) -> None:
         ]
         for item in result["results"]
     ]
-    headers = ["artifact", "runtime", "tokens", "KL (nats)", "95 %", "top-1", "ppl ratio", "loops/original's", "verdict"]
+    headers = [
+        "artifact",
+        "runtime",
+        "tokens",
+        "KL (nats)",
+        "95 %",
+        "top-1",
+        "ppl ratio",
+        "loops/original's",
+        "verdict",
+    ]
     table(headers, rows)
     for item in result["results"]:
         for check in item["gate"]["checks"]:
@@ -184,7 +192,7 @@ def _benched(result: dict[str, Any]) -> None:
 def run(
     artifact: Annotated[str, typer.Argument(help="ONNX or Hugging Face folder, or .gguf file.")],
     prompt: Annotated[str, typer.Option(help="What the user says.")],
-    system: Annotated[Optional[str], typer.Option(help="A system message before it.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message before it.")] = None,
     thinking: Annotated[bool, typer.Option("--thinking/--no-thinking", help="Qwen3's switch.")] = True,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.0,

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -20,7 +20,7 @@ from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
 from qwen3_export.errors import MissingRuntimeError
 
-RecipeOption = Annotated[Optional[str], typer.Option(help="Quantize a 16-bit source with this recipe first.")]
+RecipeOption = Annotated[str | None, typer.Option(help="Quantize a 16-bit source with this recipe first.")]
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def onnx(
     ),
     precision: Annotated[str, typer.Option(help="Activations: fp32, fp16 or bf16.")] = "fp32",
     accuracy_level: Annotated[
-        Optional[int],
+        int | None,
         typer.Option(min=0, max=4, help="MatMulNBits: 0 exact activations, 4 int8 activations (default 0; 8 bits: 4)."),
     ] = None,
     recipe: RecipeOption = None,
@@ -78,7 +78,7 @@ def gguf(
     source: Source,
     output: Annotated[Path, typer.Option(help="File to write.")],
     type_name: Annotated[
-        Optional[str], typer.Option("--type", help="bf16, f16, q8_0, q4_0, q4_1 (default: what holds the codes).")
+        str | None, typer.Option("--type", help="bf16, f16, q8_0, q4_0, q4_1 (default: what holds the codes).")
     ] = None,
     recipe: RecipeOption = None,
     force: Force = False,
@@ -104,11 +104,11 @@ def tensorrt(
         "rtx"
     ),
     sm: Annotated[
-        Optional[list[str]], typer.Option(help="Compute capability, repeatable (default 8.6, 8.9, 12.0).")
+        list[str] | None, typer.Option(help="Compute capability, repeatable (default 8.6, 8.9, 12.0).")
     ] = None,
     precision: Annotated[str, typer.Option(help="Activations and unquantized weights: fp16 or bf16.")] = "fp16",
-    max_prompt: Annotated[Optional[int], typer.Option(min=1, help="Longest prompt at once (default 1024).")] = None,
-    max_context: Annotated[Optional[int], typer.Option(min=1, help="Longest cache (default 4096).")] = None,
+    max_prompt: Annotated[int | None, typer.Option(min=1, help="Longest prompt at once (default 1024).")] = None,
+    max_context: Annotated[int | None, typer.Option(min=1, help="Longest cache (default 4096).")] = None,
     recipe: RecipeOption = None,
     force: Force = False,
     json: Json = False,

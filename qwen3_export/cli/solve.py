@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -78,14 +78,12 @@ def quantize(
     calibration: Annotated[
         str, typer.Option(help="`bundled`, a .txt/.jsonl/.parquet file, or hf:DATASET[:SPLIT].")
     ] = "bundled",
-    samples: Annotated[Optional[int], typer.Option(min=1, help="Calibration rows (default: the recipe's).")] = None,
-    sequence_length: Annotated[
-        Optional[int], typer.Option(min=16, help="Tokens per row (default: the recipe's).")
-    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Calibration rows (default: the recipe's).")] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=16, help="Tokens per row (default: the recipe's).")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Chooses the calibration rows.")] = 0,
-    memory: Annotated[Optional[str], typer.Option(help="Refuse to start when more is needed, e.g. 8GiB.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Refuse to start when more is needed, e.g. 8GiB.")] = None,
     device: Annotated[str, typer.Option(help="`cpu` or `cuda`.")] = "cpu",
-    threads: Annotated[Optional[int], typer.Option(min=1, help="Default: all. Never changes the bytes.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: all. Never changes the bytes.")] = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")] = True,
     force: Force = False,
     json: Json = False,

@@ -173,7 +173,9 @@ def _schemes(folder: Path, raw: Mapping[str, Any]) -> dict[str, QuantScheme]:
             f"{folder}: quantized by another tool ({method!r}) without a {MANIFEST}",
             "give the 16-bit original, or a folder written by `qwen3-export quantize`",
         )
-    return {name: QuantScheme.from_dict(item["scheme"], f"{folder / MANIFEST}, {name}") for name, item in tensors.items()}
+    return {
+        name: QuantScheme.from_dict(item["scheme"], f"{folder / MANIFEST}, {name}") for name, item in tensors.items()
+    }
 
 
 def _audit(checkpoint: Checkpoint) -> None:

@@ -1,7 +1,7 @@
 """Outputs that exist whole or not at all, and `qwen3-export.json`, which says what they are.
 
-    OUTPUT.partial   being written, locked by the run that writes it
-    OUTPUT           appears by one rename, complete and flushed to the disk
+OUTPUT.partial   being written, locked by the run that writes it
+OUTPUT           appears by one rename, complete and flushed to the disk
 """
 
 from __future__ import annotations

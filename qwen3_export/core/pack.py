@@ -1,10 +1,10 @@
 """Pure pack/unpack pairs. Each layout is drawn once; codes go in and come out unchanged.
 
-    int32 words   compressed-tensors, GPTQ    element i of a word in bits [i*b, (i+1)*b), low first
-    ORT blob      MatMulNBits                 [out, blocks, block*b/8], low nibble first
-    ggml q4_0     18 bytes per 32 weights     fp16 d | 16 bytes: weight j low nibble, j+16 high nibble
-    ggml q4_1     20 bytes per 32 weights     fp16 d | fp16 m | 16 bytes, the same nibbles
-    ggml q8_0     34 bytes per 32 weights     fp16 d | 32 signed bytes
+int32 words   compressed-tensors, GPTQ    element i of a word in bits [i*b, (i+1)*b), low first
+ORT blob      MatMulNBits                 [out, blocks, block*b/8], low nibble first
+ggml q4_0     18 bytes per 32 weights     fp16 d | 16 bytes: weight j low nibble, j+16 high nibble
+ggml q4_1     20 bytes per 32 weights     fp16 d | fp16 m | 16 bytes, the same nibbles
+ggml q8_0     34 bytes per 32 weights     fp16 d | 32 signed bytes
 """
 
 from __future__ import annotations

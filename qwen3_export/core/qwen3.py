@@ -1,16 +1,16 @@
 """What a Qwen3 checkpoint is: its configuration, its tensors' names and shapes, its linears.
 
-    model.embed_tokens                       [vocab, hidden]
-    model.layers.N.input_layernorm           [hidden]
-                  .self_attn.q_proj          [heads * head_dim, hidden]      k_proj, v_proj: kv_heads
-                  .self_attn.q_norm, k_norm  [head_dim]
-                  .self_attn.o_proj          [hidden, heads * head_dim]
-                  .post_attention_layernorm  [hidden]
-    dense         .mlp.gate_proj, up_proj    [intermediate, hidden]          down_proj: transposed
-    MoE           .mlp.gate                  [experts, hidden]               the router
-                  .mlp.experts.E.gate_proj …                                 as dense, moe_intermediate
-    model.norm                               [hidden]
-    lm_head                                  [vocab, hidden]                 absent when tied
+model.embed_tokens                       [vocab, hidden]
+model.layers.N.input_layernorm           [hidden]
+              .self_attn.q_proj          [heads * head_dim, hidden]      k_proj, v_proj: kv_heads
+              .self_attn.q_norm, k_norm  [head_dim]
+              .self_attn.o_proj          [hidden, heads * head_dim]
+              .post_attention_layernorm  [hidden]
+dense         .mlp.gate_proj, up_proj    [intermediate, hidden]          down_proj: transposed
+MoE           .mlp.gate                  [experts, hidden]               the router
+              .mlp.experts.E.gate_proj …                                 as dense, moe_intermediate
+model.norm                               [hidden]
+lm_head                                  [vocab, hidden]                 absent when tied
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The quantized tensor, as it lives in memory between a solver, the disk and every format.
 
-    codes   uint8   [out, in]       unsigned, one per weight, unpacked
-    scales  scale_dtype [out, groups]  the number that every runtime multiplies by
-    zeros   uint8   [out, groups]   or None: symmetric, implicit 2 ** (num_bits - 1)
+codes   uint8   [out, in]       unsigned, one per weight, unpacked
+scales  scale_dtype [out, groups]  the number that every runtime multiplies by
+zeros   uint8   [out, groups]   or None: symmetric, implicit 2 ** (num_bits - 1)
 
-    weight[o, i] = (codes[o, i] - zeros[o, g]) * scales[o, g]     g = i // group_length, in fp32
+weight[o, i] = (codes[o, i] - zeros[o, g]) * scales[o, g]     g = i // group_length, in fp32
 """
 
 from __future__ import annotations
@@ -62,12 +62,14 @@ class QuantizedTensor:
 def dequantize(tensor: QuantizedTensor) -> NDArray[np.float32]:
     """`(codes - zeros) * scales` in fp32, shape `[out, in]`."""
     out_features, in_features = tensor.shape
-    zeros = tensor.zeros if tensor.zeros is not None else np.uint8(tensor.scheme.midpoint)
+    zeros = tensor.zeros
+    if zeros is None:
+        zeros = np.full((out_features, 1), tensor.scheme.midpoint, np.uint8)
     if tensor.g_idx is not None:
-        spread_zeros = zeros[:, tensor.g_idx] if tensor.zeros is not None else zeros
-        return (tensor.codes.astype(np.float32) - spread_zeros) * tensor.scales32[:, tensor.g_idx]
+        spread = zeros[:, tensor.g_idx] if tensor.zeros is not None else zeros
+        return (tensor.codes.astype(np.float32) - spread) * tensor.scales32[:, tensor.g_idx]
     groups = tensor.scheme.num_groups(in_features)
     weight = tensor.codes.astype(np.float32).reshape(out_features, groups, -1)
-    weight -= zeros[:, :, None] if tensor.zeros is not None else zeros
+    weight -= zeros[:, :, None]
     weight *= tensor.scales32[:, :, None]
     return weight.reshape(tensor.shape)

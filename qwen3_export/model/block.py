@@ -105,7 +105,8 @@ class Block:
         return out.transpose(1, 2).flatten(2)
 
     def _heads(self, name: str, x: Tensor) -> Tensor:
-        return self.linear(f"self_attn.{name}", x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+        split = (*x.shape[:-1], -1, self.config.head_dim)
+        return self.linear(f"self_attn.{name}", x).reshape(split).transpose(1, 2)
 
     def _mlp(self, stage: int, state: State) -> State:
         x = state["x"]
@@ -127,7 +128,7 @@ class Block:
         x, experts = state["x"], state["experts"]
         inner = self.config.moe_intermediate_size if stage == 2 else self.config.hidden_size
         out = x.new_zeros(*experts.shape, inner)
-        for expert in experts.unique().tolist():
+        for expert in torch.unique(experts).tolist():
             chosen = experts == expert
             prefix = f"mlp.experts.{expert}"
             if stage == 2:

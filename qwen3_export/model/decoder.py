@@ -87,7 +87,7 @@ class Decoder:
         ropes = [rope_tables(self.config, past, past + len(ids)) for past, ids in zip(lengths, rows, strict=True)]
         for block in self._blocks():
 
-            def step(i: int, block: Block = block) -> Tensor:
+            def step(i: int, block: Block = block, states: list[Tensor] = states) -> Tensor:
                 cache = caches[i][block.layer] if caches else None
                 return block.forward(states[i], ropes[i], cache)
 

@@ -51,7 +51,8 @@ def row_drift(truth: Truth, logits: NDArray[np.float32], ids: NDArray[np.int32])
 
 
 def _partial_kl(truth: Truth, q: NDArray[np.float32]) -> NDArray[np.float64]:
-    assert truth.ids is not None and truth.tail is not None
+    assert truth.ids is not None
+    assert truth.tail is not None
     q_top = np.take_along_axis(q, truth.ids.astype(np.int64), 1)
     inside = (np.exp(truth.logprobs) * (truth.logprobs - q_top)).sum(-1, dtype=np.float64)
     rest = np.exp(q.astype(np.float64))

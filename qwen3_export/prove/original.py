@@ -127,7 +127,9 @@ def _specs(positions: int, top_k: int, vocab: int) -> dict[str, Spec]:
     }
 
 
-def _write_answers(writer: TensorFileWriter, live: LiveReference, top_k: int, positions: int, progress: Progress) -> None:
+def _write_answers(
+    writer: TensorFileWriter, live: LiveReference, top_k: int, positions: int, progress: Progress
+) -> None:
     rows = range(len(live.rows.ids))
     with progress.bar("answers", len(rows)) as tick:
         if top_k == 0:

@@ -80,7 +80,9 @@ class ReferenceFile:
         self._file = TensorFile(path)
         metadata = self._file.metadata
         if metadata.get("format") != FORMAT:
-            raise CheckpointError(f"{path}: not a reference file of qwen3-export", "`qwen3-export reference` writes one")
+            raise CheckpointError(
+                f"{path}: not a reference file of qwen3-export", "`qwen3-export reference` writes one"
+            )
         try:
             domains = json.loads(metadata["domains"])
             self.vocab_size, self.source_sha256 = int(metadata["vocab_size"]), metadata["source_sha256"]

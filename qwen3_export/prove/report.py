@@ -30,7 +30,16 @@ def markdown(result: Mapping[str, Any], title: str) -> str:
             [_drift_row(item) for item in drifts],
         )
     if speeds:
-        headers = ["artifact", "runtime", "prompt", "prefill tok/s", "decode tok/s", "p99 s/tok", "load s", "peak bytes"]
+        headers = [
+            "artifact",
+            "runtime",
+            "prompt",
+            "prefill tok/s",
+            "decode tok/s",
+            "p99 s/tok",
+            "load s",
+            "peak bytes",
+        ]
         lines += _table(headers, [row for item in speeds for row in _speed_rows(item)])
     for item in drifts:
         lines += [f"## {_name(item)}", ""]

@@ -114,11 +114,13 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 _errors: list[str] = []
 
 
-@_Log
 def _on_log(level: int, text: bytes | None, _data: object) -> None:
     """Keep the errors: llama.cpp tells the cause first and nothing but "failed" after it."""
     if level == _ERROR_LEVEL and text and text.strip():
         _errors.append(text.decode("utf-8", "replace").strip())
+
+
+_log_callback = _Log(_on_log)
 
 
 @cache
@@ -131,10 +133,12 @@ def library() -> C.CDLL:
     if found != PINNED:
         raise MissingRuntimeError(f"xllamacpp {found} is installed, {PINNED} is needed", _INSTALL)
     _check_cpu()
-    # On a busy machine spinning OpenMP threads cost several times what waiting ones do.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Threads that wait for each other spin briefly: sleeping at every operation makes decoding of a
+    # small model many times slower, spinning without end does the same on a busy machine.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     spec = importlib.util.find_spec("xllamacpp")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     try:
         lib = C.CDLL(str(Path(spec.origin).parent / "xllamacpp.abi3.so"))
     except OSError as error:
@@ -143,7 +147,7 @@ def library() -> C.CDLL:
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
     _check_structures(lib)
-    lib.llama_log_set(_on_log, None)
+    lib.llama_log_set(_log_callback, None)
     lib.llama_backend_init()
     return lib
 

@@ -64,7 +64,9 @@ class OrtSession:
         for item in self._session.get_inputs():
             if item.name.startswith("past_key_values."):
                 if item.type not in _TYPES:
-                    raise MissingRuntimeError(f"{folder}: a {item.type} cache cannot be fed to ONNX Runtime on this device")
+                    raise MissingRuntimeError(
+                        f"{folder}: a {item.type} cache cannot be fed to ONNX Runtime on this device"
+                    )
                 shape = (1, item.shape[1], 0, item.shape[3])
                 self._past[item.name] = (shape, _TYPES[item.type])
         self.vocab_size = int(outputs["logits"].shape[-1])

@@ -33,7 +33,7 @@ class TorchSession:
             ) from error
         if options.threads:
             torch.set_num_threads(options.threads)
-        self.version = torch.__version__
+        self.version = str(torch.__version__)
         self.threads = torch.get_num_threads()
         self.vocab_size = checkpoint.config.vocab_size
         self.context = checkpoint.config.max_position

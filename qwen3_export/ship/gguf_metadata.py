@@ -16,21 +16,22 @@ from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.qwen3 import Qwen3Config, Rope
 from qwen3_export.errors import CheckpointError, UnsupportedError
 
+_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 ARCHITECTURES = {"qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
 
 
 def check_architecture(config: Qwen3Config) -> None:
     """Raise UnsupportedError for what llama.cpp's loader cannot express."""
-    if config.model_type == "qwen3_moe":
-        if len(config.sparse_layers) != config.num_layers or not config.norm_topk_prob:
-            raise UnsupportedError(
-                "llama.cpp's qwen3moe has experts in every layer and normalises their weights; this model does not",
-                "export it to ONNX, or run the Hugging Face folder",
-            )
+    everywhere = len(config.sparse_layers) == config.num_layers and config.norm_topk_prob
+    if config.model_type == "qwen3_moe" and not everywhere:
+        raise UnsupportedError(
+            "llama.cpp's qwen3moe has experts in every layer and normalises their weights; this model does not",
+            "run the Hugging Face folder instead",
+        )
     rope = config.rope
     if rope.kind == "yarn" and (rope.beta_fast, rope.beta_slow, rope.truncate) != (32.0, 1.0, True):
         raise UnsupportedError(
-            f"YaRN with beta_fast {rope.beta_fast:g} and beta_slow {rope.beta_slow:g} cannot be written to a qwen3 GGUF",
+            f"YaRN with beta_fast {rope.beta_fast:g} and beta_slow {rope.beta_slow:g} cannot be written to a GGUF",
             "llama.cpp takes 32 and 1",
         )
 
@@ -71,11 +72,7 @@ def size_label(config: Qwen3Config) -> str:
 
 
 def _rounded(count: int) -> str:
-    for scale, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if count >= scale:
-            break
-    else:
-        scale, unit = 1e3, "K"
+    scale, unit = next((pair for pair in _UNITS if count >= pair[0]), _UNITS[-1])
     number = count / scale
     return f"{number:.1f}{unit}" if len(str(round(number))) < 2 else f"{number:.0f}{unit}"
 
@@ -115,7 +112,11 @@ def _tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     writer.add_token_types(types)
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
     ids = {token: index for index, token in enumerate(tokens)}
-    for role, add in (("bos", writer.add_bos_token_id), ("eos", writer.add_eos_token_id), ("pad", writer.add_pad_token_id)):
+    for role, add in (
+        ("bos", writer.add_bos_token_id),
+        ("eos", writer.add_eos_token_id),
+        ("pad", writer.add_pad_token_id),
+    ):
         token = config.get(f"{role}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if token in ids:

@@ -77,7 +77,9 @@ class GraphBuilder:
         self._initializers[name] = value
         return value
 
-    def op(self, kind: str, inputs: Sequence[ir.Value | None], name: str, domain: str = "", **attributes: Any) -> ir.Value:
+    def op(
+        self, kind: str, inputs: Sequence[ir.Value | None], name: str, domain: str = "", **attributes: Any
+    ) -> ir.Value:
         """Append a node and return its first output; None stands for an absent optional input."""
         return self.ops(kind, inputs, name, [name], domain, **attributes)[0]
 

@@ -130,7 +130,9 @@ class OrtOps:
         config, name = self._config, f"layer.{layer}.attention"
         q = self._rotate(self._head_norm(qkv[0], norms[0], config.num_heads, f"{name}.q_norm"), f"{name}.q_rope")
         k = self._rotate(self._head_norm(qkv[1], norms[1], config.num_kv_heads, f"{name}.k_norm"), f"{name}.k_rope")
-        shapes = [["batch_size", config.num_kv_heads, f"{when}_sequence_length", config.head_dim] for when in _WHEN]
+        shapes: list[list[int | str]] = [
+            ["batch_size", config.num_kv_heads, f"{when}_sequence_length", config.head_dim] for when in _WHEN
+        ]
         past = [self.graph.input(f"past_key_values.{layer}.{kind}", self.dtype, shapes[0]) for kind in _KINDS]
         outputs = self.graph.ops(
             "GroupQueryAttention",

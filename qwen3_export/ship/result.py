@@ -36,7 +36,9 @@ def provenance(checkpoint: Checkpoint) -> dict[str, Any]:
     manifest = read_manifest(checkpoint.folder)
     return {
         "source": manifest.get("source") or {"name": checkpoint.name, "sha256": checkpoint.sha256},
-        "quantized": {"sha256": checkpoint.sha256, "recipe": manifest["recipe"]["name"]} if checkpoint.schemes else None,
+        "quantized": {"sha256": checkpoint.sha256, "recipe": manifest["recipe"]["name"]}
+        if checkpoint.schemes
+        else None,
     }
 
 

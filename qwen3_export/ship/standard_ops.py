@@ -10,6 +10,8 @@ diagonal keeps the rows of padding finite. Operators: the ONNX specification, op
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -110,7 +112,7 @@ class StandardOps:
         inputs: list[ir.Value | None] = [self._codes(weight.codes, scheme, f"{name}.codes")]
         if scheme.strategy == "channel":
             inputs.append(self.graph.weight(f"{name}.scales", scales[0]))
-            layout = {"axis": 1}
+            layout: dict[str, Any] = {"axis": 1}
         else:
             inputs.append(self.graph.weight(f"{name}.scales", scales))
             layout = {"axis": 0, "block_size": scheme.group_length(in_features)}
@@ -166,7 +168,7 @@ class StandardOps:
             f"past_key_values.{layer}.{kind}", self.dtype, ["batch_size", heads, "past_sequence_length", head_dim]
         )
         present = self.graph.op("Concat", [past, value], f"present.{layer}.{kind}", axis=2)
-        shape = ["batch_size", heads, "total_sequence_length", head_dim]
+        shape: list[int | str] = ["batch_size", heads, "total_sequence_length", head_dim]
         self.graph.output(present, f"present.{layer}.{kind}", self.dtype, shape)
         return present
 

@@ -46,7 +46,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _logger(trt: Any) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc,name-defined]
+    class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
@@ -67,7 +67,7 @@ def _logger(trt: Any) -> Any:
 
 
 def _writer(trt: Any, file: Any) -> Any:
-    class Writer(trt.IStreamWriter):  # type: ignore[misc,name-defined]
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
             self.error: OSError | None = None

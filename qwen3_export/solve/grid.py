@@ -54,7 +54,7 @@ def find_grid(weight: Tensor, scheme: QuantScheme, search: str, importance: Tens
     """
     if search not in SEARCHES:
         raise RecipeError(f"scale_search is {search!r}; one of {list(SEARCHES)} was expected")
-    groups = weight.unflatten(1, (scheme.num_groups(weight.shape[1]), -1))
+    groups = weight.reshape(weight.shape[0], scheme.num_groups(weight.shape[1]), -1)
     grid = _range_grid(groups, scheme, 1.0)
     if search == "absmax":
         return Grid(scheme, *grid)

@@ -37,7 +37,7 @@ class RowFile:
 
     def write(self, row: int, tensor: Tensor) -> None:
         """Replace row `row`."""
-        data = memoryview(tensor.contiguous().cpu().view(torch.uint8).numpy().reshape(-1))
+        data = memoryview(tensor.contiguous().cpu().view(torch.uint8).numpy().reshape(-1))  # type: ignore[arg-type]
         offset = row * self._bytes
         while len(data):
             written = os.pwrite(self._descriptor, data, offset)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,7 @@ from torch import Tensor
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.recipe import Recipe
+from qwen3_export.core.tensor import dequantize
 from qwen3_export.model.block import NUM_STAGES, Block, State
 from qwen3_export.model.decoder import Rope, load_block, rope_tables, to_torch
 from qwen3_export.model.workers import Workers
@@ -94,7 +96,7 @@ def solve_block(job: Job, layer: int) -> dict[str, SolvedLinear]:
         results: dict[str, SolvedLinear] = {}
         for stage in range(NUM_STAGES):
             results.update(_solve_stage(job, block, stage, states))
-            states.advance(lambda _, state, k=stage: _advance(job, block, k, state, rope), job.pool)
+            states.advance(partial(_advance, job, block, stage, rope), job.pool)
         states.take("residual").keep_as(job.hidden_path(layer + 1))
     finally:
         before.close()
@@ -102,7 +104,7 @@ def solve_block(job: Job, layer: int) -> dict[str, SolvedLinear]:
     return results
 
 
-def _advance(job: Job, block: Block, stage: int, state: State, rope: Rope) -> State:
+def _advance(job: Job, block: Block, stage: int, rope: Rope, _row: int, state: State) -> State:
     moved = {name: tensor.to(job.device) for name, tensor in state.items()}
     after = block.advance(stage, moved, rope)
     # An untouched field must stay the same object, so that it is not written to the disk again.
@@ -136,8 +138,6 @@ def _solve_linears(
     weights = {name: block.weights[name.removeprefix(f"{prefix}.")] for name in chosen}
     solved = job.method.solve(Group(weights, chosen, hessian, tokens), job.options, job.pool)
     if hessian is not None:
-        from qwen3_export.core.tensor import dequantize
-
         for name, result in solved.items():
             shipped = torch.from_numpy(dequantize(result.tensor)).to(job.device)
             block.weights[name.removeprefix(f"{prefix}.")] = shipped

@@ -1,7 +1,7 @@
 """Round to nearest: code = clamp(round(w / s) + z), no calibration.
 
-    min over s, z of Σ (w − (code − z)·s)²   per group       scale_search: mse
-    s = 2·max|w| / (2^bits − 1)              per group       scale_search: absmax
+min over s, z of Σ (w − (code − z)·s)²   per group       scale_search: mse
+s = 2·max|w| / (2^bits − 1)              per group       scale_search: absmax
 """
 
 from __future__ import annotations

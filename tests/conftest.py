@@ -1,0 +1,129 @@
+"""Shared fixtures: the reference model, small random models, and artifacts made once per session."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.qwen3 import Qwen3Config, parse_config
+from qwen3_export.core.recipe import load_recipe
+from qwen3_export.core.resources import resource
+from qwen3_export.core.source import open_source
+from qwen3_export.core.tensorfile import write_tensors
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def reference_folder() -> Path:
+    return resource("calibration") / "reference-model"
+
+
+@pytest.fixture(scope="session")
+def reference_model() -> Checkpoint:
+    return open_source("reference-model")
+
+
+def tiny_config(**changes: Any) -> dict[str, Any]:
+    """A config.json for a model that is tested in milliseconds; head_dim differs from hidden / heads."""
+    values: dict[str, Any] = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 128,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    }
+    return {**values, **changes}
+
+
+def tiny_moe_config(**changes: Any) -> dict[str, Any]:
+    moe = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "tie_word_embeddings": False,
+    }
+    return tiny_config(**{**moe, **changes})
+
+
+def random_tensors(config: Qwen3Config, seed: int = 0, dtype: Any = ml_dtypes.bfloat16) -> dict[str, np.ndarray]:
+    """Random weights by tensor name: norms near one, matrices scaled by their inputs."""
+    random = np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in config.tensor_shapes().items():
+        if len(shape) == 1:
+            values = 1 + 0.2 * random.standard_normal(shape)
+        else:
+            values = random.standard_normal(shape) / np.sqrt(shape[1]) * 1.5
+        tensors[name] = values.astype(np.float32).astype(dtype)
+    return tensors
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray] | None = None) -> Path:
+    """A single-file checkpoint folder; `tensors` None makes random ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if tensors is None:
+        tensors = random_tensors(parse_config(config, "test"))
+    write_tensors(folder / "model.safetensors", tensors.items())
+    return folder
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """`make_checkpoint(config=…, tensors=…, name=…)` → folder."""
+
+    def make(config: dict[str, Any] | None = None, tensors: Any = None, name: str = "tiny") -> Path:
+        return write_checkpoint(tmp_path / name, config or tiny_config(), tensors)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`quantized(recipe)` → the reference model quantized with few rows, made once per session."""
+    from qwen3_export.solve.quantize import Settings, quantize
+
+    base, made = tmp_path_factory.mktemp("quantized"), {}
+
+    def get(recipe: str) -> Path:
+        if recipe not in made:
+            folder = base / Path(recipe).stem
+            settings = Settings(samples=32, sequence_length=256)
+            quantize(open_source("reference-model"), load_recipe(recipe), folder, settings)
+            made[recipe] = folder
+        return made[recipe]
+
+    return get
+
+
+def cli(*arguments: str | Path, cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-c", "from qwen3_export.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
