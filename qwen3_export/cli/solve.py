@@ -84,6 +84,7 @@ def quantize(
     memory: Annotated[str | None, typer.Option(help="Refuse to start when more is needed, e.g. 8GiB.")] = None,
     device: Annotated[str, typer.Option(help="`cpu` or `cuda`.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Default: all. Never changes the bytes.")] = None,
+    layout: Annotated[str, typer.Option(help="`compressed-tensors`, `gptq` or `awq`.")] = "compressed-tensors",
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")] = True,
     force: Force = False,
     json: Json = False,
@@ -103,7 +104,7 @@ def quantize(
     from qwen3_export.solve.quantize import quantize as run
 
     show = console(json, quiet, verbose)
-    settings = Settings(calibration, samples, sequence_length, seed, limit, device, threads, resume, force)
+    settings = Settings(calibration, samples, sequence_length, seed, limit, device, threads, resume, force, layout)
     result = run(checkpoint, chosen, output, settings, show)
     show.result(result, lambda: _quantized(result))
 

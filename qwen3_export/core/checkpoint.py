@@ -1,33 +1,26 @@
 """Checkpoints: a folder of safetensors shards, read tensor by tensor, 16-bit or quantized.
 
-A quantized folder is a Hugging Face folder in compressed-tensors' `pack-quantized` layout:
-
-    NAME.weight_packed      int32 [out, in * bits / 32]     codes, eight 4-bit ones per word
-    NAME.weight_scale       bf16  [out, groups]
-    NAME.weight_zero_point  int32 [out * bits / 32, groups] asymmetric only
-    NAME.weight_shape       int64 [2]
+In a quantized folder a linear is stored as several tensors, in one of `core.layouts`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.core import pack
+from qwen3_export.core.layouts import DEFAULT, layout
 from qwen3_export.core.manifest import MANIFEST, read_manifest, sha256_file
 from qwen3_export.core.qwen3 import Qwen3Config, parse_config
 from qwen3_export.core.recipe import QuantScheme
-from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor
-from qwen3_export.core.tensorfile import DTYPES, Entry, Spec, TensorFile
+from qwen3_export.core.tensor import QuantizedTensor
+from qwen3_export.core.tensorfile import DTYPES, Entry, TensorFile
 from qwen3_export.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -45,6 +38,7 @@ class Checkpoint:
     raw_config: Mapping[str, Any]
     files: Mapping[str, TensorFile]
     schemes: Mapping[str, QuantScheme]
+    layout: str = DEFAULT
 
     @property
     def name(self) -> str:
@@ -70,7 +64,7 @@ class Checkpoint:
         scheme = self.schemes.get(module)
         if scheme is None:
             return self.read(f"{module}.weight")
-        return unpack_linear(self.read, module, self._linear_shapes[module], scheme)
+        return layout(self.layout).unpack(self.read, module, self._linear_shapes[module], scheme)
 
     @cached_property
     def _linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -121,7 +115,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config = parse_config(raw, str(folder / "config.json"))
     files = _open_shards(folder)
     schemes = _schemes(folder, raw)
-    checkpoint = Checkpoint(folder.absolute(), config, raw, files, schemes)
+    stored_as = str(read_manifest(folder).get("layout", DEFAULT)) if schemes else DEFAULT
+    checkpoint = Checkpoint(folder.absolute(), config, raw, files, schemes, stored_as)
     _audit(checkpoint)
     return checkpoint
 
@@ -184,7 +179,8 @@ def _audit(checkpoint: Checkpoint) -> None:
         shape = expected.pop(f"{module}.weight", None)
         if shape is None or len(shape) != 2:
             raise CheckpointError(f"{checkpoint.folder / MANIFEST}: {module} is no linear of this model")
-        expected.update({name: spec[1] for name, spec in packed_specs(module, (shape[0], shape[1]), scheme).items()})
+        specs = layout(checkpoint.layout).specs(module, (shape[0], shape[1]), scheme)
+        expected.update({name: spec[1] for name, spec in specs.items()})
     for name, shape in expected.items():
         if name not in checkpoint.files:
             raise CheckpointError(f"{checkpoint.folder}: tensor {name} {list(shape)} is missing")
@@ -219,46 +215,3 @@ def _check_tied(checkpoint: Checkpoint, rows: int = 4096) -> None:
                 f"{begin}..{end - 1} differ",
                 "set tie_word_embeddings to false in config.json if the head was trained on its own",
             )
-
-
-def packed_specs(module: str, shape: tuple[int, int], scheme: QuantScheme) -> dict[str, Spec]:
-    """`{tensor name: (dtype, shape)}` under which a quantized linear is stored."""
-    out_features, in_features = shape
-    per_word, groups = 32 // scheme.num_bits, scheme.num_groups(in_features)
-    specs: dict[str, Spec] = {
-        f"{module}.weight_packed": (np.dtype("<i4"), (out_features, math.ceil(in_features / per_word))),
-        f"{module}.weight_scale": (SCALE_TYPES[scheme.scale_dtype], (out_features, groups)),
-    }
-    if not scheme.symmetric:
-        packed_rows = math.ceil(out_features / per_word)
-        specs[f"{module}.weight_zero_point"] = (np.dtype("<i4"), (packed_rows, groups))
-    specs[f"{module}.weight_shape"] = (np.dtype("<i8"), (2,))
-    return specs
-
-
-def pack_linear(tensor: QuantizedTensor) -> dict[str, NDArray]:
-    """`{tensor name: array}` of a quantized linear, as `packed_specs` announces them."""
-    bits = tensor.scheme.num_bits
-    arrays = {
-        f"{tensor.name}.weight_packed": pack.pack_int32(tensor.codes, bits),
-        f"{tensor.name}.weight_scale": tensor.scales,
-    }
-    if tensor.zeros is not None:
-        words = pack.pack_int32(np.ascontiguousarray(tensor.zeros.T), bits)
-        arrays[f"{tensor.name}.weight_zero_point"] = np.ascontiguousarray(words.T)
-    arrays[f"{tensor.name}.weight_shape"] = np.array(tensor.shape, "<i8")
-    return arrays
-
-
-def unpack_linear(
-    read: Callable[[str], NDArray], module: str, shape: tuple[int, int], scheme: QuantScheme
-) -> QuantizedTensor:
-    """Inverse of `pack_linear`; `read(tensor name)` gives the stored arrays."""
-    out_features, in_features = shape
-    codes = pack.unpack_int32(read(f"{module}.weight_packed"), scheme.num_bits, in_features)
-    zeros = None
-    if not scheme.symmetric:
-        words = np.ascontiguousarray(read(f"{module}.weight_zero_point").T)
-        zeros = np.ascontiguousarray(pack.unpack_int32(words, scheme.num_bits, out_features).T)
-    scales = read(f"{module}.weight_scale")
-    return QuantizedTensor(module, shape, scheme, codes, scales, zeros)

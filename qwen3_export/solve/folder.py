@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen3_export.core.checkpoint import INDEX, Checkpoint, pack_linear, packed_specs
+from qwen3_export.core.checkpoint import INDEX, Checkpoint
+from qwen3_export.core.layouts import layout
 from qwen3_export.core.manifest import sha256_file, to_json, write_atomic, write_manifest
 from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.recipe import QuantScheme, Recipe
@@ -32,6 +33,7 @@ class QuantizedFolder:
 
     folder: Path
     checkpoint: Checkpoint
+    layout: str
     identity: Mapping[str, Any]
 
     @property
@@ -81,7 +83,7 @@ class QuantizedFolder:
         for name in (*config.other_shapes(layer), *config.linear_shapes(layer)):
             if f"{prefix}.{name}" in linears:
                 tensor = linears[f"{prefix}.{name}"].solved.tensor
-                specs.update(packed_specs(tensor.name, tensor.shape, tensor.scheme))
+                specs.update(layout(self.layout).specs(tensor.name, tensor.shape, tensor.scheme))
             else:
                 specs[f"{prefix}.{name}.weight"] = self._stored(f"{prefix}.{name}.weight")
         self._write(self.shard(layer), specs, linears)
@@ -98,7 +100,7 @@ class QuantizedFolder:
                 module = name.rpartition(".")[0]
                 if module in linears:
                     if name not in packed:
-                        packed = pack_linear(linears[module].solved.tensor)
+                        packed = layout(self.layout).pack(linears[module].solved.tensor)
                     writer.write(name, packed[name])
                 else:
                     writer.copy(name, self.checkpoint.files[name])
@@ -113,7 +115,7 @@ class QuantizedFolder:
         shards = [self.shard(layer) for layer in range(-1, self.checkpoint.config.num_layers)]
         write_index(self.folder, shards)
         config = readable_config(self.checkpoint.raw_config)
-        config["quantization_config"] = quantization_config(schemes, list(self.checkpoint.config.all_linears()))
+        config["quantization_config"] = layout(self.layout).config(schemes, list(self.checkpoint.config.all_linears()))
         (self.folder / "config.json").write_text(to_json(config), encoding="utf-8")
         sidecars = {}
         for path in self.checkpoint.sidecars():
@@ -152,33 +154,3 @@ def readable_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     if dtype:
         config["dtype"] = config["torch_dtype"] = dtype
     return config
-
-
-def quantization_config(schemes: Mapping[str, QuantScheme], linears: list[str]) -> dict[str, Any]:
-    """compressed-tensors' `quantization_config`: one group of targets per distinct scheme."""
-    distinct = list(dict.fromkeys(schemes.values()))
-    groups = {}
-    for number, scheme in enumerate(distinct):
-        members = [name for name, found in schemes.items() if found == scheme]
-        groups[f"group_{number}"] = {
-            "targets": ["Linear"] if len(distinct) == 1 else members,
-            "weights": {
-                "num_bits": scheme.num_bits,
-                "type": scheme.type,
-                "symmetric": scheme.symmetric,
-                "strategy": scheme.strategy,
-                "group_size": scheme.group_size,
-                "dynamic": False,
-            },
-            "input_activations": None,
-            "output_activations": None,
-        }
-    plain = [name for name in linears if name not in schemes]
-    routers = ["re:.*mlp.gate$"] if any(".experts." in name for name in linears) else []
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": ["lm_head", *routers, *plain],
-    }

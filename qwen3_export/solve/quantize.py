@@ -12,10 +12,11 @@ import torch
 
 from qwen3_export import __version__
 from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
+from qwen3_export.core.layouts import DEFAULT, layout
 from qwen3_export.core.manifest import staged_folder
 from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.core.recipe import QuantScheme, Recipe
-from qwen3_export.errors import InputError, MissingRuntimeError
+from qwen3_export.errors import InputError, MissingRuntimeError, RecipeError
 from qwen3_export.model.workers import workers
 from qwen3_export.solve.folder import QuantizedFolder
 from qwen3_export.solve.limits import check_disk, check_memory
@@ -37,6 +38,7 @@ class Settings:
     threads: int | None = None
     resume: bool = True
     force: bool = False
+    layout: str = DEFAULT
 
 
 def quantize(
@@ -56,6 +58,7 @@ def quantize(
         )
     method, options = load_method(recipe)
     recipe.check_against(checkpoint.config.all_linears())
+    _check_layout(checkpoint, recipe, settings.layout)
     rows = _calibration(checkpoint, recipe, settings, progress) if method.NEEDS_INPUTS else None
     check_memory(checkpoint.config, rows, settings.memory)
     identity = {
@@ -63,10 +66,11 @@ def quantize(
         "recipe": recipe.sha256,
         "calibration": rows.sha256 if rows else None,
         "seed": settings.seed,
+        "layout": settings.layout,
         "version": __version__,
     }
     with staged_folder(output, settings.force, resume=True) as partial, workers(settings.threads) as pool:
-        target = QuantizedFolder(partial, checkpoint, identity)
+        target = QuantizedFolder(partial, checkpoint, settings.layout, identity)
         if not settings.resume:
             target.start_over()
         check_disk(checkpoint, recipe, rows, partial)
@@ -75,6 +79,17 @@ def quantize(
         manifest = _manifest(checkpoint, recipe, rows, settings, blocks)
         target.finish(recipe, manifest, _schemes(recipe, blocks))
     return _result(output, manifest, resumed, time.monotonic() - started)
+
+
+def _check_layout(checkpoint: Checkpoint, recipe: Recipe, name: str) -> None:
+    """Raise RecipeError when the layout cannot hold what the recipe would make, before the long work."""
+    chosen, linears = layout(name), checkpoint.config.all_linears()
+    schemes = {linear: scheme for linear in linears if (scheme := recipe.scheme_for(linear))}
+    for linear, scheme in schemes.items():
+        if reason := chosen.supports(scheme):
+            raise RecipeError(f"{linear} ({scheme.label}) does not fit the {name} layout: {reason}")
+        chosen.specs(linear, linears[linear], scheme)
+    chosen.config(schemes, list(linears))
 
 
 def _calibration(checkpoint: Checkpoint, recipe: Recipe, settings: Settings, progress: Progress) -> Rows:
@@ -142,6 +157,7 @@ def _manifest(
         if rows is None
         else {"sha256": rows.sha256, "rows": len(rows.ids), "tokens": rows.tokens, "domains": _counts(rows)},
         "seed": settings.seed,
+        "layout": settings.layout,
         "versions": {"qwen3-export": __version__, "torch": torch.__version__.split("+")[0]},
         "policy": {
             "router": "16 bit",

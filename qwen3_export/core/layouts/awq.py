@@ -1,0 +1,87 @@
+"""The AWQ layout of AutoAWQ's `gemm` kernels; 4 bits, always with zero points, transposed.
+
+NAME.qweight  int32 [in, out / 8]       eight outputs per word, in the order 0 2 4 6 1 3 5 7
+NAME.qzeros   int32 [groups, out / 8]   the same order
+NAME.scales   fp16  [groups, out]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_export.core.layouts.gptq import uniform
+from qwen3_export.core.pack import pack_int32, unpack_int32
+from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor
+from qwen3_export.core.tensorfile import Spec
+from qwen3_export.errors import RecipeError
+
+_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
+_PER_WORD = 8
+
+
+def supports(scheme: QuantScheme) -> str | None:
+    """4 bits in groups, with scales that fp16 holds."""
+    if scheme.num_bits != 4 or scheme.strategy != "group":
+        return "the AWQ kernels take 4-bit groups only"
+    return "its scales are fp16: use scale_dtype bf16 or fp16" if scheme.scale_dtype == "fp32" else None
+
+
+def specs(module: str, shape: tuple[int, int], scheme: QuantScheme) -> dict[str, Spec]:
+    """See the package docstring."""
+    (out_features, in_features), groups = shape, scheme.num_groups(shape[1])
+    if out_features % _PER_WORD:
+        raise RecipeError(f"{module}: {out_features} outputs cannot be packed by {_PER_WORD} in the awq layout")
+    return {
+        f"{module}.qweight": (np.dtype("<i4"), (in_features, out_features // _PER_WORD)),
+        f"{module}.qzeros": (np.dtype("<i4"), (groups, out_features // _PER_WORD)),
+        f"{module}.scales": (np.dtype("<f2"), (groups, out_features)),
+    }
+
+
+def pack(tensor: QuantizedTensor) -> dict[str, NDArray]:
+    """See the package docstring; a symmetric tensor gets its implicit zero point written out."""
+    zeros = tensor.zeros
+    if zeros is None:
+        zeros = np.full(tensor.scales.shape, tensor.scheme.midpoint, np.uint8)
+    return {
+        f"{tensor.name}.qweight": pack_int32(_interleave(tensor.codes.T), 4),
+        f"{tensor.name}.qzeros": pack_int32(_interleave(zeros.T), 4),
+        f"{tensor.name}.scales": np.ascontiguousarray(tensor.scales.astype("<f2").T),
+    }
+
+
+def unpack(read: Callable[[str], NDArray], module: str, shape: tuple[int, int], scheme: QuantScheme) -> QuantizedTensor:
+    """See the package docstring."""
+    codes = _straighten(unpack_int32(read(f"{module}.qweight"), 4, shape[0]))
+    zeros = None if scheme.symmetric else _straighten(unpack_int32(read(f"{module}.qzeros"), 4, shape[0]))
+    scales = np.ascontiguousarray(read(f"{module}.scales").T).astype(SCALE_TYPES[scheme.scale_dtype])
+    return QuantizedTensor(module, shape, scheme, codes, scales, zeros)
+
+
+def _interleave(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    words = rows.reshape(rows.shape[0], -1, _PER_WORD)[..., _ORDER]
+    return words.reshape(rows.shape)
+
+
+def _straighten(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Inverse of `_interleave`, transposed back to `[out, …]`."""
+    words = rows.reshape(rows.shape[0], -1, _PER_WORD)[..., np.argsort(_ORDER)]
+    return np.ascontiguousarray(words.reshape(rows.shape).T)
+
+
+def config(schemes: Mapping[str, QuantScheme], linears: list[str]) -> dict[str, Any]:
+    """AWQ's `quantization_config`; it has one scheme for all linears."""
+    scheme = uniform(schemes, linears, "awq")
+    return {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": 4,
+        "group_size": scheme.group_size,
+        "zero_point": True,
+        "modules_to_not_convert": ["lm_head", *(["mlp.gate"] if any(".experts." in n for n in linears) else [])],
+    }
