@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_export.core.checkpoint import read_sidecar
 from qwen3_export.core.resources import resource
 from qwen3_export.errors import CheckpointError, InputError, MissingRuntimeError
 
@@ -75,29 +77,40 @@ class ModelTokenizer:
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        path = self.folder / "tokenizer_config.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_sidecar(self.folder / "tokenizer_config.json")
 
     @cached_property
     def template(self) -> str | None:
         """The chat template's Jinja text, or None for a base model without one."""
         path = self.folder / "chat_template.jinja"
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            return read_template(path)
         value = self._config.get("chat_template")
-        if isinstance(value, list):
-            value = next((item["template"] for item in value if item.get("name") == "default"), None)
+        if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+            value = next((item.get("template") for item in value if item.get("name") == "default"), None)
+        if not isinstance(value, str | None):
+            raise CheckpointError(f"{self.folder / 'tokenizer_config.json'}: chat_template is no text")
         return value
 
     def stop_ids(self) -> set[int]:
         """Ids that end a generation, from `generation_config.json`."""
         path = self.folder / "generation_config.json"
-        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        ids = values.get("eos_token_id")
+        ids = read_sidecar(path).get("eos_token_id")
         if ids is None:
             eos = self._config.get("eos_token")
             ids = self._tokenizer.token_to_id(eos) if isinstance(eos, str) else None
-        return set() if ids is None else set(ids) if isinstance(ids, list) else {ids}
+        found = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        if not all(type(token) is int for token in found):
+            raise CheckpointError(f"{path}: eos_token_id is {ids!r}, a token id or a list of them was expected")
+        return set(found)
+
+
+def read_template(path: Path) -> str:
+    """A chat template file's text; CheckpointError when it is no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not a text file ({error})") from error
 
 
 def document_ids(tokenizer: TextModel, document: Document) -> NDArray[np.int32]:
@@ -113,7 +126,6 @@ def render_chat(
     Qwen3's switch. Without a template (a base model) roles and contents are simply joined."""
     if template is None:
         return "\n".join(f"{m['role']}: {m['content']}" for m in messages) + ("\nassistant: " if generate else "")
-    from jinja2.exceptions import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -122,7 +134,7 @@ def render_chat(
     try:
         compiled = environment.from_string(template)
         return compiled.render(messages=messages, add_generation_prompt=generate, enable_thinking=thinking)
-    except TemplateError as error:
+    except Exception as error:  # a template is a program: it can fail in every way
         raise InputError(f"the chat template failed: {error}") from error
 
 
@@ -215,7 +227,7 @@ def load_documents(spec: str) -> list[Document]:
         return _read_jsonl(resource(BUNDLED_HELDOUT))
     if spec.startswith("hf:"):
         return _from_hub(spec[3:])
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))
     readers = {".jsonl": _read_jsonl, ".txt": _read_text, ".md": _read_text, ".parquet": _read_parquet}
     if path.suffix not in readers:
         raise InputError(f"{spec}: unknown kind of text", f"known: bundled, hf:DATASET, {', '.join(readers)} files")
@@ -241,7 +253,7 @@ def _read_jsonl(path: Path) -> list[Document]:
                 continue
             try:
                 documents.append(_document(json.loads(line), path.stem))
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise InputError(
                     f"{path}, line {number}: neither text nor messages ({error})",
                     'a line is {"text": "…"} or {"messages": [{"role": "user", "content": "…"}]}',
@@ -257,9 +269,11 @@ def _document(item: Any, domain: str) -> Document:
     if messages is None:
         if not isinstance(item["text"], str):
             raise TypeError("text is no string")
+        item["text"].encode()  # half a surrogate pair is valid JSON and no text
         return Document(domain, item["text"])
     if not all(isinstance(m["role"], str) and isinstance(m["content"], str) for m in messages):
         raise TypeError("a message needs a role and a content")
+    "".join(m["content"] for m in messages).encode()
     return Document(domain, messages)
 
 

@@ -23,15 +23,14 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
-    import click
-    import typer.main
-
-    from qwen3_export.cli.app import app
-
     try:
+        import typer.main
+
+        from qwen3_export.cli.app import app
+
         code = typer.main.get_command(app).main(arguments, prog_name="qwen3-export", standalone_mode=False)
-    except click.exceptions.Exit as end:
-        return end.exit_code
+        if code == _EXIT_INTERRUPTED:
+            raise KeyboardInterrupt  # typer has turned it into this code
     except BaseException as error:
         if any(argument in ("-v", "--verbose") for argument in arguments) and not isinstance(error, SystemExit):
             traceback.print_exc()
@@ -43,6 +42,9 @@ def _report(error: BaseException) -> int:
     """Print `error: …` and `hint: …`, and return the exit code; unknown errors are our bugs and re-raised."""
     if isinstance(error, ExportError):
         return _say(str(error), error.hint, error.exit_code)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error, file=sys.stderr)
+        return _EXIT_INPUT
     usage = _usage_message(error)
     if usage is not None:
         return _say(usage, "`qwen3-export COMMAND --help` shows the usage", _EXIT_INPUT)
@@ -69,7 +71,9 @@ def _usage_message(error: BaseException) -> str | None:
 
 
 def _where(error: OSError) -> str:
-    return f": {error.filename}" if error.filename else ""
+    # Of a copy the second name is the one that is being written.
+    name = error.filename2 or error.filename
+    return f": {name}" if name else ""
 
 
 def _say(message: str, hint: str | None, code: int) -> int:

@@ -10,12 +10,13 @@ import typer
 from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console
 from qwen3_export.cli.console import Console, fields, size, table
 from qwen3_export.cli.solve import Source
+from qwen3_export.core.manifest import refuse_existing
 from qwen3_export.core.source import locate, open_source
 from qwen3_export.errors import InputError
 
 Artifacts = Annotated[list[str], typer.Argument(help="ONNX, TensorRT or Hugging Face folders, or .gguf files.")]
 Texts = Annotated[list[str] | None, typer.Option("--text", help="Text file in place of the bundled one; repeatable.")]
-Tokens = Annotated[int | None, typer.Option(min=64, help="Use at most this many tokens of the text.")]
+Tokens = Annotated[int | None, typer.Option(min=64, help="Use about this many tokens of the text.")]
 Report = Annotated[Path | None, typer.Option(help="Folder for report.json, report.md and report.xml (JUnit).")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime (default: all).")]
 
@@ -80,6 +81,8 @@ def validate(
     show, limits = console(json, quiet, verbose), read_limits(gate) if gate else {}
     given = {"max_kl": max_kl, "min_top1": min_top1, "max_ppl_ratio": max_ppl_ratio}
     limits.update({name: value for name, value in given.items() if value is not None})
+    if report:
+        refuse_existing(report.absolute(), force)
     paths = [find(artifact) for artifact in artifacts]
     truth = open_reference(reference, text or (), tokens, show)
     result = run(paths, truth, limits, RuntimeOptions(threads=threads, exact=exact), show)
@@ -160,6 +163,8 @@ def bench(
     from qwen3_export.prove.report import write_report
 
     show = console(json, quiet, verbose)
+    if report:
+        refuse_existing(report.absolute(), force)
     workload = Workload(_counts(prompt_tokens), new_tokens, repeat, threads, tuple(text or ()))
     result = run([find(artifact) for artifact in artifacts], workload, show)
     if report:
@@ -207,12 +212,22 @@ def run(
     from qwen3_export.run.generate import Sampling, chat
 
     show = console(json, quiet, verbose)
+    _check_text("--prompt", prompt)
+    _check_text("--system", system or "")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     on_text = None if json else _stream
     result = chat(find(artifact), messages, thinking, sampling, threads, on_text)
     show.result(result, lambda: _spoken(show, result))
+
+
+def _check_text(option: str, text: str) -> None:
+    """Bytes that are no UTF-8 arrive as lone surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{option}: not valid UTF-8") from error
 
 
 def _stream(text: str) -> None:

@@ -130,6 +130,14 @@ def _read_json(path: Path, hint: str | None = None) -> Any:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
 
 
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """The object in a JSON file beside the tensors, empty when there is none; CheckpointError when it is broken."""
+    values = _read_json(path) if path.is_file() else {}
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: a JSON object was expected, found {type(values).__name__}")
+    return values
+
+
 def _open_shards(folder: Path) -> dict[str, TensorFile]:
     """`{tensor name: shard}`, following the index when there is one."""
     if not (folder / INDEX).exists():

@@ -57,6 +57,7 @@ def write_atomic(path: Path, text: str) -> None:
     """Replace a small text file in one step."""
     beside = path.with_name(path.name + ".new")
     beside.write_text(text, encoding="utf-8")
+    _flush(beside)
     beside.replace(path)
 
 
@@ -85,6 +86,8 @@ def staged_folder(output: Path, force: bool = False, resume: bool = False) -> It
     InputError when the output exists or when another run holds the folder.
     """
     output = output.absolute()
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file, a folder was expected", "choose another --output")
     refuse_existing(output, force)
     partial = partial_path(output)
     partial.mkdir(parents=True, exist_ok=True)
@@ -150,7 +153,7 @@ def _move_into_place(partial: Path, output: Path) -> None:
         replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
         output.rename(replaced)
         partial.rename(output)
-        shutil.rmtree(replaced) if replaced.is_dir() else replaced.unlink()
+        shutil.rmtree(replaced) if not replaced.is_symlink() else replaced.unlink()
     else:
         partial.rename(output)
     _flush(output.parent)

@@ -199,7 +199,7 @@ class Recipe:
             raise RecipeError(f"{where}: 'options' and 'calibration' must be mappings")
         check_keys(calibration, ["samples", "sequence_length"], f"{where}, calibration")
         for key, value in calibration.items():
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise RecipeError(f"{where}, calibration: {key} is {value!r}, a positive number was expected")
         return cls(
             name=values["name"],
@@ -255,7 +255,7 @@ def load_recipe(spec: str) -> Recipe:
         raise RecipeError(f"no recipe is called {spec!r} and no such file exists", hint)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         first = str(error).splitlines()[0]
         raise RecipeError(f"{path}: not a readable YAML file ({first})") from error
     return Recipe.from_dict(values, str(path))

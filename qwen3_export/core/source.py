@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from qwen3_export.errors import InputError, MissingRuntimeError
 
 REFERENCE_MODEL = "reference-model"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# A name that ends so was meant as a path: no question for the hub.
+_FILES = (".gguf", ".onnx", ".safetensors")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "LICENSE*"]
 
 
@@ -23,12 +26,12 @@ def locate(spec: str) -> Path:
     """The folder that a SOURCE names; a hub id is downloaded, or found in the local cache."""
     if spec == REFERENCE_MODEL:
         return resource("calibration") / REFERENCE_MODEL
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))
     if path.is_dir():
         return path
     if path.exists():
         raise InputError(f"{spec} is a file, a checkpoint folder was expected")
-    if _HUB_ID.fullmatch(spec):
+    if _HUB_ID.fullmatch(spec) and path.suffix not in _FILES:
         return _download(spec)
     raise InputError(
         f"{spec}: no such folder", f"give a local folder, a hub id such as Qwen/Qwen3-0.6B, or {REFERENCE_MODEL}"
@@ -37,15 +40,15 @@ def locate(spec: str) -> Path:
 
 def _download(repository: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(repository, allow_patterns=_WANTED))
-    except RepositoryNotFoundError as error:
+    except (RepositoryNotFoundError, HFValidationError) as error:
         raise InputError(f"{repository}: neither a local folder nor a repository on the hub") from error
     except (HfHubHTTPError, OSError) as error:
         # huggingface_hub reports an unreachable hub, offline mode and an empty cache in several classes.
         raise MissingRuntimeError(
-            f"{repository}: not in the local cache, and the hub cannot be reached",
+            f"{repository}: no such folder, not in the hub's local cache, and the hub cannot be reached",
             "check the network, or download the folder elsewhere and give its path",
         ) from error

@@ -43,6 +43,7 @@ DTYPES: dict[str, np.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_LIMIT = 100_000_000
 _PIECE = 16 << 20
+_MOST_AXES = 64
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,10 @@ class TensorFile:
                 header, start = self._read_header(file)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        metadata = header.pop("__metadata__", None)
+        self.metadata: dict[str, str] = {} if metadata is None else metadata
+        if not isinstance(self.metadata, dict) or not all(isinstance(v, str) for v in self.metadata.values()):
+            raise self._fail("its __metadata__ is no object of texts")
         self.entries = {name: self._entry(name, item, start) for name, item in header.items()}
         self._check_layout(start)
 
@@ -95,8 +99,8 @@ class TensorFile:
             dtype, shape, (begin, end) = DTYPES[item["dtype"]], tuple(item["shape"]), item["data_offsets"]
         except (KeyError, TypeError, ValueError) as error:
             raise self._fail(f"tensor {name}: its header entry is malformed or its dtype unknown ({error})") from error
-        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-            raise self._fail(f"tensor {name}: shape and offsets must be whole numbers, not negative")
+        if len(shape) > _MOST_AXES or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
+            raise self._fail(f"tensor {name}: shape and offsets must be whole numbers, not negative, on <= 64 axes")
         wanted = math.prod(shape) * dtype.itemsize
         if end - begin != wanted:
             raise self._fail(f"tensor {name}: {list(shape)} needs {wanted} bytes, its offsets span {end - begin}")

@@ -106,8 +106,8 @@ class Decoder:
         caches = [self.new_caches() for _ in prompts]
         rows, texts = list(prompts), [np.empty(0, np.int64) for _ in prompts]
         for _ in range(count):
-            states = self.hidden(rows, caches)
-            rows = [self.logits(state[-1:]).argmax(-1).numpy() for state in states]
+            last = torch.cat([state[-1:] for state in self.hidden(rows, caches)])
+            rows = list(self.logits(last).argmax(-1, keepdim=True).numpy())
             texts = [np.concatenate([text, row]) for text, row in zip(texts, rows, strict=True)]
         return texts
 

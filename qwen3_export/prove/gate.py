@@ -25,7 +25,7 @@ def read_limits(path: Path) -> dict[str, float]:
     """Read a gate file, YAML or JSON: `{max_kl: 0.02, min_top1: 0.9, …}`; InputError when malformed."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{path}: not a readable gate file ({str(error).splitlines()[0]})") from error
     if not isinstance(values, dict) or not values:
         raise InputError(f"{path}: a mapping of limits was expected", f"known limits: {', '.join(LIMITS)}")

@@ -96,6 +96,8 @@ def _text(artifact: Path, session: Session, workload: Workload) -> NDArray[np.in
         if len(ids) >= max(workload.prompt_tokens):
             break
         ids = np.concatenate([ids, document_ids(tokenizer, document)])
+    if int(ids.max(initial=0)) >= session.vocab_size:
+        raise InputError(f"{artifact}: the tokenizer has more tokens than the model's vocabulary")
     return np.resize(ids, max(workload.prompt_tokens))
 
 

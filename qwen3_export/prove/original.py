@@ -13,7 +13,7 @@ from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.manifest import sha256_file, staged_file
 from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.core.tensorfile import Spec, TensorFileWriter
-from qwen3_export.errors import MissingRuntimeError
+from qwen3_export.errors import InputError, MissingRuntimeError
 from qwen3_export.prove.reference import Continuations, Truth, file_metadata, full_truth, top_of
 from qwen3_export.text import Rows
 
@@ -37,6 +37,8 @@ class LiveReference:
             ) from error
         progress = progress or Progress()
         self.rows, self.vocab_size = rows, checkpoint.config.vocab_size
+        if max(int(ids.max()) for ids in rows.ids) >= self.vocab_size:
+            raise InputError(f"{checkpoint.folder}: the tokenizer has more tokens than the model's vocabulary")
         self.source_sha256 = checkpoint.sha256
         resident = checkpoint.config.num_parameters <= _RESIDENT_PARAMETERS
         with workers() as pool:

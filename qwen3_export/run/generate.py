@@ -39,6 +39,8 @@ def chat(
     try:
         tokenizer = tokenizer_of(artifact, session)
         ids = tokenizer.encode(render_chat(tokenizer.template, messages, generate=True, thinking=thinking))
+        if int(ids.max(initial=0)) >= session.vocab_size:
+            raise InputError(f"the prompt has token {ids.max()}, {artifact.name} knows {session.vocab_size}")
         room = session.context - len(ids)
         if room < 1:
             raise InputError(f"the prompt has {len(ids)} tokens, {artifact.name} holds {session.context}")

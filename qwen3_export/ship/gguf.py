@@ -35,6 +35,7 @@ from qwen3_export.ship.gguf_metadata import ARCHITECTURES, add_metadata, check_a
 from qwen3_export.ship.result import check_schemes, export_result, provenance
 
 TYPES = {"bf16": Type.BF16, "f16": Type.F16, "q8_0": Type.Q8_0, "q4_0": Type.Q4_0, "q4_1": Type.Q4_1}
+_ELEMENTS_AT_ONCE = 4 << 20
 _FILE_TYPES = {
     Type.F16: gguf.LlamaFileType.MOSTLY_F16,
     Type.BF16: gguf.LlamaFileType.MOSTLY_BF16,
@@ -159,18 +160,27 @@ def _plain_type(name: str, shape: tuple[int, ...], wanted: Type) -> Type:
 
 def encode(tensor: str, array: NDArray, kind: Type, inexact: list[Inexact]) -> NDArray:
     """A 16- or 32-bit array as data of a ggml type; what changes is noted in `inexact`."""
-    if kind == Type.F16:
-        data = array.astype(np.float16)
-        error = max_relative_error(array, data)
-    elif kind == Type.F32:
+    if kind == Type.BF16 and array.dtype.name == "bfloat16":
+        return array.view(np.uint8)
+    if array.ndim == 1:
         return array.astype(np.float32)
-    else:
-        single = array.astype(np.float32)
-        data = gguf.quants.quantize(single, kind)
-        error = max_relative_error(single, gguf.quants.dequantize(data, kind))
-    if error:
+    at_once = max(1, _ELEMENTS_AT_ONCE // array.shape[1])
+    pieces = [_encode_rows(array[i : i + at_once], kind) for i in range(0, len(array), at_once)]
+    if error := max(error for _, error in pieces):
         inexact.append({"name": tensor, "max_rel_error": error})
-    return data
+    return np.concatenate([data for data, _ in pieces])
+
+
+def _encode_rows(array: NDArray, kind: Type) -> tuple[NDArray, float]:
+    """Some rows, and how far the furthest number moved; fp32 copies of a whole embedding would be large."""
+    single = array.astype(np.float32)
+    if kind == Type.F32:
+        return single, 0.0
+    if kind == Type.F16:
+        half = single.astype(np.float16)
+        return half, max_relative_error(single, half)
+    data = gguf.quants.quantize(single, kind)
+    return data, max_relative_error(single, gguf.quants.dequantize(data, kind))
 
 
 def _quantized(checkpoint: Checkpoint, module: str, name: str, inexact: list[Inexact]) -> Planned:

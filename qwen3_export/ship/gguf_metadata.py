@@ -5,18 +5,20 @@ general.* · qwen3.* (or qwen3moe.*) · tokenizer.*        Keys: the GGUF specif
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import gguf
+import yaml
 
-from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.checkpoint import Checkpoint, read_sidecar
 from qwen3_export.core.qwen3 import Qwen3Config, Rope
 from qwen3_export.errors import CheckpointError, UnsupportedError
+from qwen3_export.text import ModelTokenizer, read_template
 
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+_ROLES = ("bos", "eos", "pad")
 ARCHITECTURES = {"qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
 
 
@@ -40,9 +42,7 @@ def add_metadata(writer: gguf.GGUFWriter, checkpoint: Checkpoint, file_type: int
     """Write all keys but our own."""
     config = checkpoint.config
     writer.add_type("model")
-    _sampling(writer, _json(checkpoint.folder / "generation_config.json"))
-    writer.add_name(checkpoint.name.replace("-", " ").replace("_", " ").title())
-    writer.add_size_label(size_label(config))
+    _general(writer, checkpoint)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_position)
     writer.add_embedding_length(config.hidden_size)
@@ -77,13 +77,18 @@ def _rounded(count: int) -> str:
     return f"{number:.1f}{unit}" if len(str(round(number))) < 2 else f"{number:.0f}{unit}"
 
 
-def _sampling(writer: gguf.GGUFWriter, values: dict[str, Any]) -> None:
-    if "top_k" in values:
-        writer.add_sampling_top_k(values["top_k"])
-    if "top_p" in values:
-        writer.add_sampling_top_p(values["top_p"])
-    if "temperature" in values:
-        writer.add_sampling_temp(values["temperature"])
+def _general(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
+    """Sampling defaults, name and origin, read by gguf-py as the converter reads them: from
+    `generation_config.json`, the folder's name and the front matter of its README.md."""
+    read_sidecar(checkpoint.folder / "generation_config.json")  # gguf-py would pass over a broken one
+    try:
+        found = gguf.Metadata.load(None, checkpoint.folder, None, checkpoint.config.num_parameters)
+    except (ValueError, yaml.YAMLError) as error:
+        first = str(error).splitlines()[0]
+        raise CheckpointError(f"{checkpoint.folder}: README.md has broken front matter ({first})") from error
+    found.name = found.name or checkpoint.name
+    found.size_label = found.size_label or size_label(checkpoint.config)
+    found.set_gguf_meta_model(writer)
 
 
 def _rope(writer: gguf.GGUFWriter, rope: Rope) -> None:
@@ -100,32 +105,47 @@ def _rope(writer: gguf.GGUFWriter, rope: Rope) -> None:
 
 def _tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     """Byte-level BPE as Qwen uses it: tokens, types, merges, special ids, template."""
-    folder = checkpoint.folder
-    tokenizer, config = _json(folder / "tokenizer.json"), _json(folder / "tokenizer_config.json")
+    folder, size = checkpoint.folder, checkpoint.config.vocab_size
+    checked = ModelTokenizer(folder)
+    tokenizer, config = read_sidecar(folder / "tokenizer.json"), read_sidecar(folder / "tokenizer_config.json")
     model = tokenizer.get("model", {})
     if model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise CheckpointError(f"{folder / 'tokenizer.json'}: a byte-level BPE tokenizer was expected")
-    tokens, types = _vocabulary(model["vocab"], tokenizer.get("added_tokens", []), config, checkpoint.config.vocab_size)
+    added = tokenizer.get("added_tokens") or []
+    last = max([*model["vocab"].values(), *(item["id"] for item in added)], default=0)
+    if last >= size:
+        raise CheckpointError(f"{folder / 'tokenizer.json'}: it has token {last}, the model's vocabulary {size} tokens")
+    tokens, types = _vocabulary(model["vocab"], added, config, size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
-    ids = {token: index for index, token in enumerate(tokens)}
-    for role, add in (
-        ("bos", writer.add_bos_token_id),
-        ("eos", writer.add_eos_token_id),
-        ("pad", writer.add_pad_token_id),
-    ):
-        token = config.get(f"{role}_token")
+    for role, index in _special_ids(tokens, config, checkpoint.raw_config).items():
+        getattr(writer, f"add_{role}_token_id")(index)
+    writer.add_add_bos_token(bool(config.get("add_bos_token", False)))
+    processor = tokenizer.get("post_processor") or {}
+    if any(item.get("type") == "ByteLevel" for item in processor.get("processors", [processor])):
+        writer.add_add_eos_token(False)
+    template = folder / "chat_template.jinja"
+    text = read_template(template) if template.is_file() else config.get("chat_template")
+    if checked.template or text:
+        writer.add_chat_template(text)
+
+
+def _special_ids(tokens: list[str], tokenizer: dict[str, Any], model: Mapping[str, Any]) -> dict[str, int]:
+    """Ids by role: the tokenizer's settings first, then what only `config.json` names."""
+    ids, found = {token: index for index, token in enumerate(tokens)}, {}
+    for role in _ROLES:
+        token = tokenizer.get(f"{role}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if token in ids:
-            add(ids[token])
-    writer.add_add_bos_token(bool(config.get("add_bos_token", False)))
-    template = folder / "chat_template.jinja"
-    text = template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template")
-    if text:
-        writer.add_chat_template(text)
+            found[role] = ids[token]
+    for role in _ROLES:
+        index = model.get(f"{role}_token_id")
+        if type(index) is int and 0 <= index < len(tokens):
+            found.setdefault(role, index)
+    return found
 
 
 def _vocabulary(
@@ -143,12 +163,3 @@ def _vocabulary(
         tokens[index] = text
         types[index] = int(gguf.TokenType.CONTROL if control else gguf.TokenType.USER_DEFINED)
     return tokens, types
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error

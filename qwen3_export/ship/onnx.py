@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.checkpoint import Checkpoint, read_sidecar
 from qwen3_export.core.manifest import file_list, staged_folder, to_json, write_manifest
 from qwen3_export.core.progress import Progress
 from qwen3_export.errors import InputError
@@ -120,7 +120,4 @@ def genai_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _generation(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    import json
-
-    path = checkpoint.folder / "generation_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_sidecar(checkpoint.folder / "generation_config.json")

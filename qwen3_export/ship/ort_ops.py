@@ -39,7 +39,7 @@ class OrtOps:
     """`ship.decoder.Flavor` for plain ONNX Runtime and onnxruntime-genai.
 
     `accuracy_level` of `MatMulNBits`: 0 multiplies with activations as they are, 4 with activations
-    rounded to int8. None takes 0 for 4-bit codes and 4 for 8-bit ones, whose level 0 expands the
+    rounded to int8. None takes 0 for 4-bit codes and 4 for others, whose level 0 expands the
     whole matrix at every call.
     """
 
@@ -121,7 +121,7 @@ class OrtOps:
     def _level(self, scheme: QuantScheme) -> int:
         if self.accuracy_level is not None:
             return self.accuracy_level
-        return 4 if scheme.num_bits == 8 else 0
+        return 0 if scheme.num_bits == 4 else 4
 
     def attention(
         self, qkv: tuple[ir.Value, ir.Value, ir.Value], norms: tuple[NDArray, NDArray], layer: int

@@ -47,7 +47,10 @@ class QuantizedFolder:
         if not path.is_file():
             self._clear()
             return []
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path} cannot be read ({error})", "--no-resume starts over") from error
         for key, value in self.identity.items():
             if saved["identity"].get(key) != value:
                 raise InputError(
@@ -59,6 +62,11 @@ class QuantizedFolder:
     def start_over(self) -> None:
         """Forget an earlier run."""
         self._clear()
+
+    def drop_unless_resumable(self) -> None:
+        """Leave nothing behind of a run that failed before its first block was done."""
+        if not (self.scratch / "progress.json").is_file():
+            shutil.rmtree(self.folder)
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():
@@ -138,7 +146,8 @@ def write_index(folder: Path, shards: list[Path]) -> None:
 def readable_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration in both spellings, so that transformers 4 and 5 read the same model from it.
 
-    transformers 4 falls back to rope_theta 10000 without a word when it finds only `rope_parameters`.
+    transformers 4 falls back to rope_theta 10000 without a word when it finds only `rope_parameters`,
+    and to 128 experts when it finds only `num_local_experts`.
     """
     config = dict(raw)
     rope = config.get("rope_parameters")
@@ -150,6 +159,8 @@ def readable_config(raw: Mapping[str, Any]) -> dict[str, Any]:
         scaling = config.get("rope_scaling") or {}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         config["rope_parameters"] = {**scaling, "rope_theta": config["rope_theta"], "rope_type": kind}
+    if "num_local_experts" in config:
+        config.setdefault("num_experts", config["num_local_experts"])
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype:
         config["dtype"] = config["torch_dtype"] = dtype

@@ -46,6 +46,7 @@ def disk_needed(checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None) -> in
     """Estimated bytes in OUTPUT.partial at its fullest: the artifact and the activations."""
     config = checkpoint.config
     total = sum(entry.end - entry.begin for entry in checkpoint.stored_entries())
+    total += sum(path.stat().st_size for path in checkpoint.sidecars())
     for name, shape in config.all_linears().items():
         if scheme := recipe.scheme_for(name):
             entry = checkpoint.entry(f"{name}.weight")
@@ -63,6 +64,6 @@ def check_disk(checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None, partia
     needed, free = disk_needed(checkpoint, recipe, rows) - present, shutil.disk_usage(partial).free
     if needed > free:
         raise ResourceError(
-            f"{partial.parent}: about {needed / 2**20:.0f} MiB are needed, {free / 2**20:.0f} MiB are free",
+            f"{partial.parent}: about {needed / 2**20:.1f} MiB are needed, {free / 2**20:.1f} MiB are free",
             "free some room, or write --output to another disk",
         )

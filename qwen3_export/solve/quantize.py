@@ -71,13 +71,17 @@ def quantize(
     }
     with staged_folder(output, settings.force, resume=True) as partial, workers(settings.threads) as pool:
         target = QuantizedFolder(partial, checkpoint, settings.layout, identity)
-        if not settings.resume:
-            target.start_over()
-        check_disk(checkpoint, recipe, rows, partial)
-        job = Job(checkpoint, recipe, method, options, rows, pool, target.scratch, settings.device)
-        blocks, resumed = _run(job, target, progress)
-        manifest = _manifest(checkpoint, recipe, rows, settings, blocks)
-        target.finish(recipe, manifest, _schemes(recipe, blocks))
+        try:
+            if not settings.resume:
+                target.start_over()
+            check_disk(checkpoint, recipe, rows, partial)
+            job = Job(checkpoint, recipe, method, options, rows, pool, target.scratch, settings.device)
+            blocks, resumed = _run(job, target, progress)
+            manifest = _manifest(checkpoint, recipe, rows, settings, blocks)
+            target.finish(recipe, manifest, _schemes(recipe, blocks))
+        except Exception:
+            target.drop_unless_resumable()
+            raise
     return _result(output, manifest, resumed, time.monotonic() - started)
 
 
@@ -114,7 +118,6 @@ def _run(job: Job, target: QuantizedFolder, progress: Progress) -> tuple[list[di
         target.write_outer()
         if job.rows is not None:
             embed_rows(job)
-        target.save_progress(blocks)
     layers = job.checkpoint.config.num_layers
     with progress.bar(f"quantize {job.checkpoint.name} ({job.recipe.name})", layers) as tick:
         for layer in range(layers):

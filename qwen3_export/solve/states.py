@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qwen3_export.errors import InputError
 from qwen3_export.model.block import State
 from qwen3_export.model.workers import Workers
 
@@ -32,7 +33,7 @@ class RowFile:
         """Row `row`."""
         buffer = bytearray(self._bytes)
         if os.preadv(self._descriptor, [buffer], row * self._bytes) != self._bytes:
-            raise EOFError(f"{self.path}: row {row} is not there")
+            raise InputError(f"{self.path}: row {row} is not there", "--no-resume starts over")
         return torch.frombuffer(buffer, dtype=self._dtype).reshape(self._shape)
 
     def write(self, row: int, tensor: Tensor) -> None:
