@@ -71,6 +71,11 @@ class ModelTokenizer:
         """Token ids of a text; special tokens written in it are recognised, none are added."""
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
+    @property
+    def ordinary_tokens(self) -> int:
+        """Number of tokens that are no special ones; they come first."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=False)
+
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of token ids."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)

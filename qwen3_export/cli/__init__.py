@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _report(error: BaseException) -> int:
-    """Print `error: …` and `hint: …`, and return the exit code; unknown errors are our bugs and re-raised."""
+    """Print `error: …` and `hint: …`, and return the exit code."""
     if isinstance(error, ExportError):
         return _say(str(error), error.hint, error.exit_code)
     if type(error).__name__ == "NoArgsIsHelpError":
@@ -59,7 +59,10 @@ def _report(error: BaseException) -> int:
             return _say(f"the disk is full{_where(error)}", hint, _EXIT_RESOURCES)
         if error.errno is not None:
             return _say(f"{error.strerror}{_where(error)}", None, _EXIT_INPUT)
-    raise error
+    if isinstance(error, SystemExit):
+        raise error
+    hint = "this is a bug of qwen3-export: please report it with the traceback, which --verbose shows"
+    return _say(f"unexpected {type(error).__name__}: {error}", hint, _EXIT_INPUT)
 
 
 def _usage_message(error: BaseException) -> str | None:

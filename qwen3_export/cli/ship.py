@@ -55,7 +55,11 @@ def onnx(
     precision: Annotated[str, typer.Option(help="Activations: fp32, fp16 or bf16.")] = "fp32",
     accuracy_level: Annotated[
         int | None,
-        typer.Option(min=0, max=4, help="MatMulNBits: 0 exact activations, 4 int8 activations (default: 0 for 4-bit codes, else 4)."),
+        typer.Option(
+            min=0,
+            max=4,
+            help="MatMulNBits: 0 exact activations, 4 int8 ones (default: 0 for 4 bits, else 4).",
+        ),
     ] = None,
     recipe: RecipeOption = None,
     force: Force = False,

@@ -76,7 +76,10 @@ def quantize(
     recipe: Annotated[str, typer.Option(help="A shipped recipe's name, or a YAML file.")],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     calibration: Annotated[
-        str, typer.Option(help="`bundled`, a .txt/.jsonl/.parquet file, or hf:DATASET[:SPLIT].")
+        str,
+        typer.Option(
+            help="`bundled`, `self` (the model writes it), a .txt/.jsonl/.parquet file, or hf:DATASET[:SPLIT]."
+        ),
     ] = "bundled",
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration rows (default: the recipe's).")] = None,
     sequence_length: Annotated[int | None, typer.Option(min=16, help="Tokens per row (default: the recipe's).")] = None,

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.core.layouts import DEFAULT, layout
@@ -139,14 +140,14 @@ def read_sidecar(path: Path) -> dict[str, Any]:
 
 
 def _open_shards(folder: Path) -> dict[str, TensorFile]:
-    """`{tensor name: shard}`, following the index when there is one."""
-    if not (folder / INDEX).exists():
-        if not (folder / SINGLE).exists():
-            raise CheckpointError(
-                f"{folder}: neither {SINGLE} nor {INDEX} is there", "only safetensors checkpoints are read"
-            )
+    """`{tensor name: shard}`: the single file, as transformers prefers it, or what the index names."""
+    if (folder / SINGLE).exists():
         file = TensorFile(folder / SINGLE)
         return dict.fromkeys(file.entries, file)
+    if not (folder / INDEX).exists():
+        raise CheckpointError(
+            f"{folder}: neither {SINGLE} nor {INDEX} is there", "only safetensors checkpoints are read"
+        )
     index = _read_json(folder / INDEX)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -176,19 +177,24 @@ def _schemes(folder: Path, raw: Mapping[str, Any]) -> dict[str, QuantScheme]:
             f"{folder}: quantized by another tool ({method!r}) without a {MANIFEST}",
             "give the 16-bit original, or a folder written by `qwen3-export quantize`",
         )
-    return {
-        name: QuantScheme.from_dict(item["scheme"], f"{folder / MANIFEST}, {name}") for name, item in tensors.items()
-    }
+    schemes = {}
+    for name, item in tensors.items():
+        if not isinstance(item, dict) or not isinstance(item.get("scheme"), dict):
+            raise CheckpointError(f"{folder / MANIFEST}: {name} has no scheme")
+        schemes[name] = QuantScheme.from_dict(item["scheme"], f"{folder / MANIFEST}, {name}")
+    return schemes
 
 
 def _audit(checkpoint: Checkpoint) -> None:
-    expected = dict(checkpoint.config.tensor_shapes())
+    expected, packed = checkpoint.config.tensor_shapes(), dict[str, np.dtype]()
     for module, scheme in checkpoint.schemes.items():
         shape = expected.pop(f"{module}.weight", None)
         if shape is None or len(shape) != 2:
             raise CheckpointError(f"{checkpoint.folder / MANIFEST}: {module} is no linear of this model")
+        scheme.check_shape(module, shape)
         specs = layout(checkpoint.layout).specs(module, (shape[0], shape[1]), scheme)
         expected.update({name: spec[1] for name, spec in specs.items()})
+        packed.update({name: spec[0] for name, spec in specs.items()})
     for name, shape in expected.items():
         if name not in checkpoint.files:
             raise CheckpointError(f"{checkpoint.folder}: tensor {name} {list(shape)} is missing")
@@ -197,9 +203,11 @@ def _audit(checkpoint: Checkpoint) -> None:
             raise CheckpointError(
                 f"{checkpoint.folder}: tensor {name} has shape {list(found.shape)}, config.json asks for {list(shape)}"
             )
-        if name.endswith(".weight") and found.dtype not in _FLOATS:
+        wanted = (packed[name],) if name in packed else _FLOATS
+        if found.dtype not in wanted:
             raise CheckpointError(
-                f"{checkpoint.folder}: tensor {name} is stored as {found.dtype}; fp32, fp16 or bf16 was expected"
+                f"{checkpoint.folder}: tensor {name} is stored as {found.dtype}; "
+                f"{' or '.join(dtype.name for dtype in wanted)} was expected"
             )
     for name in checkpoint.files:
         tied_copy = name == "lm_head.weight" and checkpoint.config.tie_word_embeddings

@@ -50,15 +50,19 @@ def rope_tables(config: Qwen3Config, begin: int, end: int, device: str = "cpu") 
 class Decoder:
     """Runs sequences through the model, block after block.
 
-    `resident` keeps the blocks in memory in fp32 (fast decoding of small models); otherwise each
-    pass reads them again, so that memory is bounded by one block.
+    A small model's blocks stay in memory in fp32, which makes decoding fast; those of a model beyond
+    `RESIDENT_PARAMETERS` are read again in each pass, so that memory is bounded by one block.
     """
 
-    def __init__(self, checkpoint: Checkpoint, pool: Workers | None = None, resident: bool = False) -> None:
+    RESIDENT_PARAMETERS = 1_000_000_000
+
+    def __init__(self, checkpoint: Checkpoint, pool: Workers | None = None) -> None:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self._pool = pool
-        self._resident = [load_block(checkpoint, i) for i in range(self.config.num_layers)] if resident else None
+        self._resident: list[Block] | None = None
+        if self.config.num_parameters <= self.RESIDENT_PARAMETERS:
+            self._resident = [load_block(checkpoint, layer) for layer in range(self.config.num_layers)]
         self._embedding = to_torch(checkpoint.read("model.embed_tokens.weight"))
         tied = checkpoint.config.tie_word_embeddings
         self._head = self._embedding if tied else to_torch(checkpoint.read(checkpoint.head))
@@ -100,6 +104,16 @@ class Decoder:
         """fp32 logits `[tokens, vocab]` of normed hidden states; the head is converted in pieces."""
         pieces = range(0, self.config.vocab_size, _HEAD_ROWS)
         return torch.cat([hidden @ self._head[i : i + _HEAD_ROWS].float().T for i in pieces], -1)
+
+    @torch.no_grad()
+    def step(self, ids: NDArray, caches: Caches) -> Tensor:
+        """Append `ids` `[batch, tokens]` to sequences of one length, in step; logits `[batch, vocab]` of the next."""
+        past = _cached(caches)
+        state = self._embedding[torch.from_numpy(ids.astype(np.int64))].float()
+        rope = rope_tables(self.config, past, past + ids.shape[1])
+        for block in self._blocks():
+            state = block.forward(state, rope, caches[block.layer])
+        return self.logits(rms_norm(state[:, -1], self._norm, self.config.rms_norm_eps))
 
     def greedy(self, prompts: Sequence[NDArray], count: int) -> list[NDArray]:
         """The `count` most likely next tokens of each prompt, all prompts in step."""

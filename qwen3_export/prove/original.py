@@ -18,7 +18,6 @@ from qwen3_export.prove.reference import Continuations, Truth, file_metadata, fu
 from qwen3_export.text import Rows
 
 PROMPT_TOKENS, NEW_TOKENS, PROMPTS = 32, 32, 8
-_RESIDENT_PARAMETERS = 1_000_000_000
 
 
 class LiveReference:
@@ -40,9 +39,8 @@ class LiveReference:
         if max(int(ids.max()) for ids in rows.ids) >= self.vocab_size:
             raise InputError(f"{checkpoint.folder}: the tokenizer has more tokens than the model's vocabulary")
         self.source_sha256 = checkpoint.sha256
-        resident = checkpoint.config.num_parameters <= _RESIDENT_PARAMETERS
         with workers() as pool:
-            self._decoder = Decoder(checkpoint, pool, resident)
+            self._decoder = Decoder(checkpoint, pool)
             with progress.bar(f"original {checkpoint.name}", checkpoint.config.num_layers) as tick:
                 self._hidden = self._decoder.hidden(rows.ids, tick=tick)
             prompts = _prompts(rows)

@@ -11,9 +11,6 @@ from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.errors import MissingRuntimeError
 from qwen3_export.run.session import RuntimeOptions
 
-# Above this many parameters the blocks are read anew in each pass instead of being kept in fp32.
-_RESIDENT_PARAMETERS = 1_000_000_000
-
 
 class TorchSession:
     """See `run.session.Session`."""
@@ -25,7 +22,6 @@ class TorchSession:
         checkpoint = open_checkpoint(folder)
         try:
             import torch
-
             from qwen3_export.model.decoder import Decoder
         except ImportError as error:
             raise MissingRuntimeError(
@@ -37,7 +33,7 @@ class TorchSession:
         self.threads = torch.get_num_threads()
         self.vocab_size = checkpoint.config.vocab_size
         self.context = checkpoint.config.max_position
-        self._decoder = Decoder(checkpoint, resident=checkpoint.config.num_parameters <= _RESIDENT_PARAMETERS)
+        self._decoder = Decoder(checkpoint)
         self._caches = self._decoder.new_caches()
 
     def prefill(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import ml_dtypes
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.errors import UnsupportedError
 
 Inexact = dict[str, Any]
 _TYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
@@ -22,8 +24,14 @@ def max_relative_error(original: NDArray, stored: NDArray) -> float:
     return difference / largest if largest else difference
 
 
+def refuse_overflow(name: str, error: float, kind: str) -> None:
+    """Raise UnsupportedError when a tensor's error is not finite: no runtime gives numbers for such a file."""
+    if not math.isfinite(error):
+        raise UnsupportedError(f"{name}: its values overflow in {kind}", "bf16 has the range of fp32: use that")
+
+
 def cast_errors(checkpoint: Checkpoint, precision: str) -> list[Inexact]:
-    """Unquantized tensors, and scales, that `precision` cannot hold exactly."""
+    """Unquantized tensors, and scales, that `precision` cannot hold exactly; UnsupportedError on overflow."""
     wanted, errors = _TYPES[precision], []
     for name in checkpoint.files:
         entry = checkpoint.entry(name)
@@ -33,7 +41,10 @@ def cast_errors(checkpoint: Checkpoint, precision: str) -> list[Inexact]:
         error = 0.0
         for begin in pieces:
             array = checkpoint.rows(name, begin, min(begin + _ROWS, entry.shape[0]))
-            error = max(error, max_relative_error(array, array.astype(wanted)))
+            with np.errstate(over="ignore"):
+                stored = array.astype(wanted)
+            error = max(error, max_relative_error(array, stored))
+        refuse_overflow(name, error, precision)
         if error:
             errors.append({"name": name, "max_rel_error": error})
     return errors

@@ -30,7 +30,7 @@ from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.recipe import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.errors import InputError, UnsupportedError
-from qwen3_export.ship.exactness import Inexact, max_relative_error
+from qwen3_export.ship.exactness import Inexact, max_relative_error, refuse_overflow
 from qwen3_export.ship.gguf_metadata import ARCHITECTURES, add_metadata, check_architecture
 from qwen3_export.ship.result import check_schemes, export_result, provenance
 
@@ -165,8 +165,11 @@ def encode(tensor: str, array: NDArray, kind: Type, inexact: list[Inexact]) -> N
     if array.ndim == 1:
         return array.astype(np.float32)
     at_once = max(1, _ELEMENTS_AT_ONCE // array.shape[1])
-    pieces = [_encode_rows(array[i : i + at_once], kind) for i in range(0, len(array), at_once)]
-    if error := max(error for _, error in pieces):
+    with np.errstate(over="ignore", invalid="ignore"):
+        pieces = [_encode_rows(array[i : i + at_once], kind) for i in range(0, len(array), at_once)]
+    error = max(error for _, error in pieces)
+    refuse_overflow(tensor, error, kind.name.lower())
+    if error:
         inexact.append({"name": tensor, "max_rel_error": error})
     return np.concatenate([data for data, _ in pieces])
 

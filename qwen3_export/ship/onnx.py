@@ -47,6 +47,7 @@ def export_onnx(
         if value not in choices:
             raise InputError(f"{option} {value}: one of {', '.join(choices)} was expected")
     check_schemes(checkpoint, ort_ops.supports if flavor == "ort" else standard_ops.supports, f"onnx ({flavor})")
+    inexact = cast_errors(checkpoint, precision)
     with staged_folder(output, force) as folder:
         write_graph(checkpoint, folder, flavor, precision, accuracy_level, progress)
         for path in checkpoint.sidecars():
@@ -54,7 +55,6 @@ def export_onnx(
         if flavor == "ort":
             config = genai_config(checkpoint)
             (folder / "genai_config.json").write_text(to_json(config), encoding="utf-8")
-        inexact = cast_errors(checkpoint, precision)
         values = {"flavor": flavor, "precision": precision, **provenance(checkpoint), **exactness(inexact)}
         write_manifest(folder, "onnx", values)
         files = file_list(folder)

@@ -30,8 +30,8 @@ def supports(scheme: QuantScheme) -> str | None:
     size = scheme.group_size
     if scheme.strategy != "group" or size is None:
         return "one scale per channel has no place in MatMulNBits; use strategy: group"
-    if size < 16 or size & (size - 1):
-        return f"MatMulNBits needs a group_size that is a power of two from 16 on, not {size}"
+    if size not in (16, 32, 64, 128, 256):
+        return f"MatMulNBits needs a group_size that is a power of two from 16 to 256, not {size}"
     return None
 
 

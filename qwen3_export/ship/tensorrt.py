@@ -78,6 +78,7 @@ def export_tensorrt(
     check_request(checkpoint, engine, capabilities, precision)
     context = checkpoint.config.max_position
     profile = profile or Profile(min(1024, context), min(4096, context))
+    inexact = cast_errors(checkpoint, precision)
     with staged_folder(output, force) as folder:
         write_graph(checkpoint, folder, "standard", precision, None, progress)
         with progress.bar("build plan", 1) as tick:
@@ -97,7 +98,6 @@ def export_tensorrt(
         (folder / ENGINE).write_text(to_json(described), encoding="utf-8")
         for path in checkpoint.sidecars():
             shutil.copyfile(path, folder / path.name)
-        inexact = cast_errors(checkpoint, precision)
         write_manifest(folder, "tensorrt", {**origin, **described, **exactness(inexact)})
         files = file_list(folder)
     result = export_result(output, files, checkpoint, inexact, started)

@@ -21,6 +21,7 @@ from qwen3_export.model.workers import workers
 from qwen3_export.solve.folder import QuantizedFolder
 from qwen3_export.solve.limits import check_disk, check_memory
 from qwen3_export.solve.method import load_method
+from qwen3_export.solve.self_text import self_rows
 from qwen3_export.solve.stream import Job, SolvedLinear, embed_rows, solve_block
 from qwen3_export.text import ModelTokenizer, Rows, calibration_rows, load_documents
 
@@ -101,8 +102,11 @@ def _calibration(checkpoint: Checkpoint, recipe: Recipe, settings: Settings, pro
     length = settings.sequence_length or recipe.calibration.get("sequence_length", 512)
     if length > checkpoint.config.max_position:
         raise InputError(f"--sequence-length {length}: the model has {checkpoint.config.max_position} positions")
+    tokenizer = ModelTokenizer(checkpoint.folder)
+    if settings.calibration == "self":
+        return self_rows(checkpoint, tokenizer, samples, length, settings.seed, progress)
     documents = load_documents(settings.calibration)
-    rows = calibration_rows(ModelTokenizer(checkpoint.folder), documents, samples, length, settings.seed)
+    rows = calibration_rows(tokenizer, documents, samples, length, settings.seed)
     if max(int(ids.max()) for ids in rows.ids) >= checkpoint.config.vocab_size:
         raise InputError(f"{checkpoint.folder}: the tokenizer has more tokens than the model's vocabulary")
     if len(rows.ids) < samples:

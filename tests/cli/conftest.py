@@ -1,0 +1,64 @@
+"""Small models and their artifacts, made once per session through the command line itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.helpers import call, small_disk, write_text_model
+
+SHORT = ("--samples", "8", "--sequence-length", "64")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer model with the reference model's tokenizer."""
+    return write_text_model(tmp_path_factory.mktemp("models") / "text-model")
+
+
+@pytest.fixture(scope="session")
+def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `model`, with enough layers that a run can be stopped between two of them."""
+    return write_text_model(tmp_path_factory.mktemp("models") / "deep-model", num_hidden_layers=8)
+
+
+@pytest.fixture(scope="session")
+def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`model` quantized, exported to every format, and its reference file, by what they are."""
+    folder = tmp_path_factory.mktemp("made")
+    paths = {
+        "quantized": folder / "quantized",
+        "onnx": folder / "model-onnx",
+        "gguf": folder / "model.gguf",
+        "tensorrt": folder / "model-trt",
+        "reference": folder / "original.safetensors",
+    }
+    commands: list[tuple[Any, ...]] = [
+        ("quantize", model, "--recipe", "gptq-w4a16-g32", "--output", paths["quantized"], *SHORT),
+        ("onnx", paths["quantized"], "--output", paths["onnx"]),
+        ("gguf", paths["quantized"], "--output", paths["gguf"]),
+        ("tensorrt", paths["quantized"], "--output", paths["tensorrt"], "--sm", "8.9"),
+        ("reference", model, "--output", paths["reference"], "--tokens", "512"),
+    ]
+    for command in commands:
+        outcome = call(*command)
+        assert outcome.code == 0, outcome.err
+    return paths
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """`disk(size)` → a folder on a file system of that many bytes."""
+    with ExitStack() as stack:
+
+        def make(size: int, *options: str) -> Path:
+            try:
+                return stack.enter_context(small_disk(tmp_path / f"disk-{size}", size, *options))
+            except PermissionError:
+                pytest.skip("needs the right to mount a file system")
+
+        yield make

@@ -1,0 +1,69 @@
+"""Recipes that do not exist, are malformed or cannot be applied: exit 2 before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import SHORT
+from tests.cli.helpers import call, names, refused
+
+GOOD = "name: mine\nmethod: gptq\nrules:\n  - match: '*'\n    scheme: {num_bits: 4, group_size: 32}\n"
+
+# The file's text, and what the error or its hint must say.
+BAD: dict[str, tuple[str, tuple[str, ...]]] = {
+    "no YAML": ("rules: [", ("recipe.yaml", "YAML")),
+    "deeper than any recipe": ("[" * 5000, ("recipe.yaml", "YAML")),
+    "code in it": ("!!python/object/apply:os.system ['id']", ("recipe.yaml", "YAML")),
+    "empty": ("", ("recipe.yaml", "mapping")),
+    "a list": ("- 1", ("recipe.yaml", "mapping")),
+    "no method": ("name: mine\nrules: []", ("method",)),
+    "unknown method": (GOOD.replace("gptq", "gtpq"), ("gtpq", "gptq")),
+    "method outside": (GOOD.replace("gptq", "../rtn"), ("../rtn",)),
+    "unknown key": (GOOD + "bogus: 1\n", ("bogus",)),
+    "unknown scheme key": (GOOD.replace("num_bits", "num_bit"), ("num_bit", "did you mean 'num_bits'")),
+    "unknown option": (GOOD + "options: {perc_damp: 0.1}\n", ("perc_damp", "did you mean 'percdamp'")),
+    "option of another kind": (GOOD + "options: {percdamp: much}\n", ("percdamp", "much")),
+    "3 bits": (GOOD.replace("num_bits: 4", "num_bits: 3"), ("num_bits", "3")),
+    "groups of 100": (GOOD.replace("32", "100"), ("model.layers.0.self_attn.q_proj", "100", "128")),
+    "groups of -1": (GOOD.replace("32", "-1"), ("group_size", "-1")),
+    "pattern without a match": (GOOD.replace("'*'", "'nothing'"), ("nothing", "model.layers.0.self_attn.q_proj")),
+    "no samples": (GOOD + "calibration: {samples: 0}\n", ("samples", "0")),
+    "longer than the model": (GOOD + "calibration: {sequence_length: 4096}\n", ("4096", "512")),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_recipe_is_refused(case: str, model: Path, tmp_path: Path) -> None:
+    text, words = BAD[case]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    refused(call("quantize", model, "--recipe", recipe, "--output", tmp_path / "out"), 2, *words)
+    refused(call("onnx", model, "--recipe", recipe, "--output", tmp_path / "out"), 2, *words)
+    assert names(tmp_path) == ["recipe.yaml"]
+
+
+def test_unsolvable_recipe_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(GOOD + "options: {percdamp: -1.0}\n")
+    refused(call("quantize", model, "--recipe", recipe, "--output", tmp_path / "out", *SHORT), 2, "percdamp")
+    assert names(tmp_path) == ["recipe.yaml"]
+
+
+def test_unknown_name_proposes_near_ones(model: Path, tmp_path: Path) -> None:
+    outcome = call("quantize", model, "--recipe", "gptq-w4a16-g12", "--output", tmp_path / "out")
+    refused(outcome, 2, "gptq-w4a16-g12", "did you mean gptq-w4a16-g128")
+    refused(call("recipes", "show", "gptq-w4a16-g12"), 2, "did you mean gptq-w4a16-g128")
+    refused(call("recipes", "show", "nothing-like-it"), 2, "recipes list")
+    assert names(tmp_path) == []
+
+
+def test_codes_that_a_format_cannot_hold(model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: c\nmethod: rtn\nrules: [{match: '*', scheme: {num_bits: 4, strategy: channel}}]\n")
+    assert call("quantize", model, "--recipe", recipe, "--output", tmp_path / "quantized").code == 0
+    before = names(tmp_path)
+    refused(call("gguf", tmp_path / "quantized", "--output", tmp_path / "out.gguf"), 2, "q_proj", "multiple of 32")
+    refused(call("tensorrt", tmp_path / "quantized", "--output", tmp_path / "out"), 2, "q_proj")
+    assert names(tmp_path) == before
