@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.core.checkpoint import read_sidecar
+from qwen3_export.core.checkpoint import read_sidecar, read_text_sidecar
 from qwen3_export.core.resources import resource
 from qwen3_export.errors import CheckpointError, InputError, MissingRuntimeError
 
@@ -89,7 +89,7 @@ class ModelTokenizer:
         """The chat template's Jinja text, or None for a base model without one."""
         path = self.folder / "chat_template.jinja"
         if path.is_file():
-            return read_template(path)
+            return read_text_sidecar(path)
         value = self._config.get("chat_template")
         if isinstance(value, list) and all(isinstance(item, dict) for item in value):
             value = next((item.get("template") for item in value if item.get("name") == "default"), None)
@@ -108,14 +108,6 @@ class ModelTokenizer:
         if not all(type(token) is int for token in found):
             raise CheckpointError(f"{path}: eos_token_id is {ids!r}, a token id or a list of them was expected")
         return set(found)
-
-
-def read_template(path: Path) -> str:
-    """A chat template file's text; CheckpointError when it is no UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: not a text file ({error})") from error
 
 
 def document_ids(tokenizer: TextModel, document: Document) -> NDArray[np.int32]:

@@ -139,6 +139,14 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     return values
 
 
+def read_text_sidecar(path: Path) -> str:
+    """A text file beside the tensors, such as a chat template; CheckpointError when it is no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not a text file ({error})") from error
+
+
 def _open_shards(folder: Path) -> dict[str, TensorFile]:
     """`{tensor name: shard}`: the single file, as transformers prefers it, or what the index names."""
     if (folder / SINGLE).exists():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -32,6 +32,8 @@ class Workers:
         except BaseException:
             for future in futures:
                 future.cancel()
+            # What still runs may write to files that the caller is about to close.
+            wait(futures)
             raise
 
 

@@ -29,7 +29,7 @@ from qwen3_export.core.progress import Progress
 from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.recipe import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
-from qwen3_export.errors import InputError, UnsupportedError
+from qwen3_export.errors import InputError, ResourceError, UnsupportedError
 from qwen3_export.ship.exactness import Inexact, max_relative_error, refuse_overflow
 from qwen3_export.ship.gguf_metadata import ARCHITECTURES, add_metadata, check_architecture
 from qwen3_export.ship.result import check_schemes, export_result, provenance
@@ -257,6 +257,10 @@ def _write(checkpoint: Checkpoint, path: Path, plan: list[Planned], file_type: i
             for item in plan:
                 writer.write_tensor_data(np.ascontiguousarray(item.make()))
                 tick()
+    except OSError as error:
+        if error.errno is None:  # numpy's writer tells how much it wrote, and not why
+            raise ResourceError(f"{path.parent}: the disk is full ({error})", "free some room") from error
+        raise
     finally:
         writer.close()
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import gguf
 import yaml
 
-from qwen3_export.core.checkpoint import Checkpoint, read_sidecar
+from qwen3_export.core.checkpoint import Checkpoint, read_sidecar, read_text_sidecar
 from qwen3_export.core.qwen3 import Qwen3Config, Rope
 from qwen3_export.errors import CheckpointError, UnsupportedError
-from qwen3_export.text import ModelTokenizer, read_template
 
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 _ROLES = ("bos", "eos", "pad")
@@ -106,15 +106,9 @@ def _rope(writer: gguf.GGUFWriter, rope: Rope) -> None:
 def _tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     """Byte-level BPE as Qwen uses it: tokens, types, merges, special ids, template."""
     folder, size = checkpoint.folder, checkpoint.config.vocab_size
-    checked = ModelTokenizer(folder)
     tokenizer, config = read_sidecar(folder / "tokenizer.json"), read_sidecar(folder / "tokenizer_config.json")
-    model = tokenizer.get("model", {})
-    if model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise CheckpointError(f"{folder / 'tokenizer.json'}: a byte-level BPE tokenizer was expected")
-    added = tokenizer.get("added_tokens") or []
-    last = max([*model["vocab"].values(), *(item["id"] for item in added)], default=0)
-    if last >= size:
-        raise CheckpointError(f"{folder / 'tokenizer.json'}: it has token {last}, the model's vocabulary {size} tokens")
+    model, added = tokenizer.get("model", {}), tokenizer.get("added_tokens") or []
+    _check_tokenizer(folder / "tokenizer.json", model, added, size)
     tokens, types = _vocabulary(model["vocab"], added, config, size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
@@ -128,9 +122,23 @@ def _tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     if any(item.get("type") == "ByteLevel" for item in processor.get("processors", [processor])):
         writer.add_add_eos_token(False)
     template = folder / "chat_template.jinja"
-    text = read_template(template) if template.is_file() else config.get("chat_template")
-    if checked.template or text:
+    text = read_text_sidecar(template) if template.is_file() else config.get("chat_template")
+    if not isinstance(text, str | list | None) or not all(isinstance(item, str | dict) for item in text or ()):
+        raise CheckpointError(f"{folder / 'tokenizer_config.json'}: chat_template is no text")
+    if text:
         writer.add_chat_template(text)
+
+
+def _check_tokenizer(path: Path, model: Any, added: Any, size: int) -> None:
+    """Raise CheckpointError when `tokenizer.json` is not what the reading below takes for granted."""
+    parts = {"vocab": dict, "merges": list}
+    whole = isinstance(model, dict) and all(isinstance(model.get(key), kind) for key, kind in parts.items())
+    listed = isinstance(added, list) and all(isinstance(item, dict) and "content" in item for item in added)
+    if not whole or not listed or model.get("type") != "BPE":
+        raise CheckpointError(f"{path}: a byte-level BPE tokenizer was expected")
+    for index in (*model["vocab"].values(), *(item.get("id") for item in added)):
+        if type(index) is not int or not 0 <= index < size:
+            raise CheckpointError(f"{path}: it has token {index}, the model's vocabulary {size} tokens")
 
 
 def _special_ids(tokens: list[str], tokenizer: dict[str, Any], model: Mapping[str, Any]) -> dict[str, int]:

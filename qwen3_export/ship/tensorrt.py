@@ -144,7 +144,7 @@ def _build(folder: Path, engine: str, capabilities: Sequence[str], profile: Prof
         raise UnsupportedError(f"the TensorRT builder failed ({reason})") from None
     if "error" in answer:
         if answer["kind"] == "resource":
-            raise ResourceError(answer["error"])
+            raise ResourceError(answer["error"], "free some room, or use a machine with more of it")
         raise UnsupportedError(f"TensorRT: {answer['error']}")
     return answer
 

@@ -55,13 +55,13 @@ def find_grid(weight: Tensor, scheme: QuantScheme, search: str, importance: Tens
     if search not in SEARCHES:
         raise RecipeError(f"scale_search is {search!r}; one of {list(SEARCHES)} was expected")
     groups = weight.reshape(weight.shape[0], scheme.num_groups(weight.shape[1]), -1)
-    grid = _range_grid(groups, scheme, 1.0)
+    grid = range_grid(groups, scheme, 1.0)
     if search == "absmax":
         return Grid(scheme, *grid)
     columns = None if importance is None else importance.reshape(groups.shape[1:])
     best, error = list(grid), _error(groups, *grid, scheme, columns)
     for shrink in _SHRINK:
-        candidate = _range_grid(groups, scheme, shrink)
+        candidate = range_grid(groups, scheme, shrink)
         candidate_error = _error(groups, *candidate, scheme, columns)
         better = candidate_error < error
         error = torch.where(better, candidate_error, error)
@@ -69,7 +69,7 @@ def find_grid(weight: Tensor, scheme: QuantScheme, search: str, importance: Tens
     return Grid(scheme, best[0], best[1])
 
 
-def _range_grid(groups: Tensor, scheme: QuantScheme, shrink: float) -> tuple[Tensor, Tensor]:
+def range_grid(groups: Tensor, scheme: QuantScheme, shrink: float) -> tuple[Tensor, Tensor]:
     """Scales and zeros `[out, groups]` that cover `shrink` times each group's range."""
     if scheme.symmetric:
         scale = round_scale(groups.abs().amax(-1) * (shrink * 2 / scheme.max_code), scheme.scale_dtype)

@@ -4,6 +4,7 @@ A method module defines
 
     Options        frozen dataclass of the recipe's `options`, with defaults
     NEEDS_INPUTS   whether it looks at the linears' inputs
+    needs_original(options) -> bool     whether the original model must run beside the quantized one
     solve(group, options, pool) -> {local name: Solved}
 
 A group holds the linears that read the same input (q, k, v; o; gate, up; down): what a method sees
@@ -30,6 +31,7 @@ from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.errors import RecipeError
 from qwen3_export.solve import methods
 from qwen3_export.solve.grid import TORCH_SCALES, Grid
+from qwen3_export.solve.moments import Moments
 
 ROWS_AT_ONCE = 512
 
@@ -39,13 +41,16 @@ class Group:
     """Linears of one stage that share their input.
 
     `weights` `[out, in]` fp32 by module name; `hessian` `[in, in]` is the mean of x xᵀ over the
-    `tokens` calibration vectors that reached them, None for a method that needs no inputs.
+    `tokens` calibration vectors that reached them, None for a method that needs no inputs. `fitted`
+    and `held_out` are the moments of most rows and of every eighth, where the original ran beside.
     """
 
     weights: Mapping[str, Tensor]
     schemes: Mapping[str, QuantScheme]
     hessian: Tensor | None = None
     tokens: int = 0
+    fitted: Moments | None = None
+    held_out: Moments | None = None
 
 
 @dataclass(frozen=True)

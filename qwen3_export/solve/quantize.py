@@ -13,7 +13,7 @@ import torch
 from qwen3_export import __version__
 from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
 from qwen3_export.core.layouts import DEFAULT, layout
-from qwen3_export.core.manifest import staged_folder
+from qwen3_export.core.manifest import refuse_existing, staged_folder
 from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.core.recipe import QuantScheme, Recipe
 from qwen3_export.errors import InputError, MissingRuntimeError, RecipeError
@@ -22,7 +22,7 @@ from qwen3_export.solve.folder import QuantizedFolder
 from qwen3_export.solve.limits import check_disk, check_memory
 from qwen3_export.solve.method import load_method
 from qwen3_export.solve.self_text import self_rows
-from qwen3_export.solve.stream import Job, SolvedLinear, embed_rows, solve_block
+from qwen3_export.solve.stream import Job, SolvedLinear, embed_rows, forget_hidden, solve_block
 from qwen3_export.text import ModelTokenizer, Rows, calibration_rows, load_documents
 
 
@@ -51,6 +51,7 @@ def quantize(
     that was stopped goes on from its last finished block and ends with the same bytes.
     """
     progress, started = progress or Progress(), time.monotonic()
+    refuse_existing(output.absolute(), settings.force)
     if checkpoint.is_quantized:
         raise InputError(f"{checkpoint.folder} is quantized already", "give the 16-bit original")
     if settings.device != "cpu" and not torch.cuda.is_available():
@@ -130,7 +131,7 @@ def _run(job: Job, target: QuantizedFolder, progress: Progress) -> tuple[list[di
                 target.write_block(layer, linears)
                 blocks.append(_block_result(job.recipe, linears, progress))
                 target.save_progress(blocks)
-                job.hidden_path(layer).unlink(missing_ok=True)
+                forget_hidden(job, layer)
             tick()
     return blocks, resumed
 

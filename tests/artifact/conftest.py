@@ -27,9 +27,9 @@ def tokenizer(reference_folder: Path) -> ModelTokenizer:
 
 @pytest.fixture(scope="session")
 def rows(tokenizer: ModelTokenizer) -> list[NDArray[np.int32]]:
-    """One held-out row of each domain, up to 160 tokens."""
-    found = heldout_rows(tokenizer, load_documents("heldout"), 160)
-    first = {domain: ids for domain, ids in zip(reversed(found.domains), reversed(found.ids), strict=True)}
+    """One held-out row of each domain, up to 96 tokens."""
+    found = heldout_rows(tokenizer, load_documents("heldout"), 96)
+    first = dict(zip(reversed(found.domains), reversed(found.ids), strict=True))
     return list(first.values())
 
 

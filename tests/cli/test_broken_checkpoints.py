@@ -43,9 +43,7 @@ def _claim_huge_header(folder: Path) -> None:
 
 def _overlap(folder: Path) -> None:
     def change(header: dict[str, Any]) -> None:
-        other = header["model.layers.0.self_attn.k_proj.weight"]["data_offsets"][0]
-        begin, end = header[Q_PROJ]["data_offsets"]
-        header[Q_PROJ]["data_offsets"] = [other, other + end - begin]
+        header[Q_PROJ]["data_offsets"] = [place - 64 for place in header[Q_PROJ]["data_offsets"]]
 
     _change_header(folder, change)
 
@@ -59,16 +57,22 @@ def _point_outside(folder: Path) -> None:
 
 
 def _shard(folder: Path, file: str) -> None:
-    """An index that places every tensor in `file`."""
+    """An index that places every tensor in `file`, in place of the single file."""
     raw = (folder / WEIGHTS).read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     places = {name: file for name in header if name != "__metadata__"}
     (folder / INDEX).write_text(json.dumps({"weight_map": places}))
+    (folder / WEIGHTS).unlink()
 
 
 def _escape(folder: Path) -> None:
     shutil.copyfile(folder / WEIGHTS, folder.parent / "outside.safetensors")
     _shard(folder, "../outside.safetensors")
+
+
+def _break_index(folder: Path) -> None:
+    _shard(folder, WEIGHTS)
+    (folder / INDEX).write_text("{")
 
 
 def _drop_tensor(folder: Path) -> None:
@@ -101,7 +105,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "tensor of another name": (_drop_tensor, (Q_PROJ, "missing")),
     "missing shard": (lambda folder: _shard(folder, "model-00001-of-00002.safetensors"), ("00001-of-00002", "missing")),
     "shard outside": (_escape, ("outside.safetensors", "outside of the folder")),
-    "index no JSON": (_write(INDEX, b"{"), (INDEX, "JSON")),
+    "index no JSON": (_break_index, (INDEX, "JSON")),
     "no weights": (_remove(WEIGHTS), (WEIGHTS,)),
     "no config": (_remove("config.json"), ("config.json",)),
     "config no JSON": (_write("config.json", b"{"), ("config.json", "JSON")),
@@ -112,7 +116,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "another hidden size": (_config(hidden_size=256), ("model.embed_tokens.weight", "256")),
     "more layers": (_config(num_hidden_layers=3), ("model.layers.2", "missing")),
     "fewer layers": (_config(num_hidden_layers=1), ("model.layers.1",)),
-    "another head_dim": (_config(head_dim=64), (Q_PROJ, "256")),
+    "another head_dim": (_config(head_dim=64), ("model.layers.0.self_attn.q_norm.weight", "64")),
     "an untied head": (_config(tie_word_embeddings=False), ("lm_head.weight", "missing")),
     "quantized by another tool": (_config(quantization_config={"quant_method": "nobody"}), ("nobody",)),
 }

@@ -170,7 +170,7 @@ def test_a_text_file_is_one_document_of_its_own_domain(tmp_path: Path, suffix: s
         '{"text": "\\ud800"}',
         "[" * 100_000,
     ],
-    ids=str,
+    ids=lambda line: str(line)[:30],
 )
 def test_a_broken_line_is_an_error_with_file_and_line(tmp_path: Path, line: Any) -> None:
     path = write_lines(tmp_path / "broken.jsonl", {"text": "fine"}, "", line)

@@ -6,8 +6,10 @@
     for each column j:   q_j = round(w_j)         e = (w_j − q_j) / U_jj
                          W_:,k −= e · U_jk        for all k > j
 
-Scales are searched before the solve by the diag(H)-weighted error and stay fixed. `act_order` visits
-columns by falling diag H; the order changes the solve, never the layout, so no `g_idx` is written.
+With `scale_search: mse` or `absmax` scales are chosen before the solve, by the diag(H)-weighted error, and
+stay fixed; `solve` searches them group by group inside it. `act_order` visits columns by falling
+diag H; the order changes the solve, never the layout, so no `g_idx` is written. The rungs beyond the
+paper are in `solve.shift` and `solve.refine`.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from qwen3_export.errors import RecipeError
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.grid import Grid, find_grid, round_to
 from qwen3_export.solve.method import Group, Solved, assemble, check_finite, ratio, row_pieces
+from qwen3_export.solve.refine import descend, group_order, refit_scales, search_columns
+from qwen3_export.solve.shift import shifted
 
 NEEDS_INPUTS = True
 _BLOCK = 128
@@ -29,12 +33,19 @@ _BLOCK = 128
 
 @dataclass(frozen=True)
 class Options:
-    """`percdamp`: damping as a share of the mean Hessian diagonal. `act_order`: solve the columns
-    with the largest inputs first. `scale_search`: `mse` or `absmax`."""
+    """Options of the recipe.
+
+    `percdamp`: damping as a share of the mean Hessian diagonal. `act_order`: solve the columns with
+    the largest inputs first. `scale_search`: `solve`, `mse` or `absmax`. `descent`: passes of
+    coordinate descent afterwards, scales refitted between them. `target_shift`: aim at the original
+    model's outputs, not at this layer's; the original then runs beside the quantized model.
+    """
 
     percdamp: float = 0.01
     act_order: bool = True
     scale_search: str = "mse"
+    descent: int = 0
+    target_shift: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,21 +56,34 @@ class Factor:
     upper: Tensor
 
 
+def needs_original(options: Options) -> bool:
+    """The shift compares with the original model's activations."""
+    return options.target_shift
+
+
 def solve(group: Group, options: Options, pool: Workers) -> dict[str, Solved]:
-    """Solve all linears of the group against their common Hessian; error = tr(ΔHΔᵀ) / tr(WHWᵀ)."""
+    """Solve all linears of the group against their common Hessian; error = tr(ΔHΔᵀ) / tr(WHWᵀ).
+
+    Raises RecipeError for inputs or weights that are not finite.
+    """
     hessian = group.hessian
     if hessian is None:
         raise ValueError("GPTQ was called without inputs")
     first = next(iter(group.weights))
     if not torch.isfinite(hessian).all():
         raise RecipeError(f"{first}: its inputs hold NaN or infinity", "the checkpoint is damaged, or its config wrong")
-    factor = factorise(hessian, options.percdamp, options.act_order, first)
+    problems = {scheme: _problem(hessian, scheme, options, first) for scheme in set(group.schemes.values())}
     solved = {}
     for name, weight in group.weights.items():
         check_finite(name, weight)
+        problem = problems[group.schemes[name]]
+        target = _target(weight, group, options)
 
-        def piece(rows: slice, weight: Tensor = weight, name: str = name) -> tuple[Grid, Tensor, float, float]:
-            return _solve_rows(weight[rows], group.schemes[name], hessian, factor, options.scale_search)
+        def piece(
+            rows: slice, target: Tensor = target, problem: Problem = problem
+        ) -> tuple[Grid, Tensor, float, float]:
+            grid, codes = _solve_rows(target[rows], problem, options)
+            return grid, codes, *_error(target[rows], grid, codes, hessian)
 
         pieces = pool.map(piece, row_pieces(weight))
         tensor = assemble(name, [p[0] for p in pieces], [p[1] for p in pieces])
@@ -67,28 +91,75 @@ def solve(group: Group, options: Options, pool: Workers) -> dict[str, Solved]:
     return solved
 
 
-def _solve_rows(
-    weight: Tensor, scheme: QuantScheme, hessian: Tensor, factor: Factor, search: str
-) -> tuple[Grid, Tensor, float, float]:
-    grid = find_grid(weight, scheme, search, hessian.diagonal())
+@dataclass(frozen=True)
+class Problem:
+    """One Hessian for one scheme: its columns' order, factor, and damped form for the descent."""
+
+    scheme: QuantScheme
+    hessian: Tensor
+    factor: Factor
+    damped: Tensor | None
+
+
+def _problem(hessian: Tensor, scheme: QuantScheme, options: Options, name: str) -> Problem:
+    order = None
+    if options.scale_search == "solve" and scheme.strategy == "group":
+        order = group_order(hessian, scheme.group_length(len(hessian)))
+    factor = factorise(hessian, options.percdamp, options.act_order, name, order)
+    damped = None
+    if options.descent:
+        damped = hessian.clone()
+        damped.diagonal().add_(_damping(hessian.diagonal(), options.percdamp))
+    return Problem(scheme, hessian, factor, damped)
+
+
+def _target(weight: Tensor, group: Group, options: Options) -> Tensor:
+    if not options.target_shift or group.fitted is None or group.held_out is None:
+        return weight
+    return shifted(weight, group.fitted, group.held_out, options.percdamp)[0]
+
+
+def _solve_rows(weight: Tensor, problem: Problem, options: Options) -> tuple[Grid, Tensor]:
+    scheme, factor = problem.scheme, problem.factor
+    if options.scale_search == "solve" and scheme.strategy == "group":
+        codes, grid = search_columns(weight, scheme, factor.order, factor.upper)
+    else:
+        search = "mse" if options.scale_search == "solve" else options.scale_search
+        grid = find_grid(weight, scheme, search, problem.hessian.diagonal())
+        codes = round_columns(weight, grid.columns(weight.shape[1]), factor)
+    for turn in range(options.descent):
+        assert problem.damped is not None
+        if turn > 0:
+            grid = refit_scales(weight, codes, grid, problem.damped)
+        codes = descend(weight, codes, grid, problem.damped, factor.order)
+    return grid, codes
+
+
+def _error(weight: Tensor, grid: Grid, codes: Tensor, hessian: Tensor) -> tuple[float, float]:
+    """tr(ΔHΔᵀ) and tr(WHWᵀ) of some rows."""
     full = grid.columns(weight.shape[1])
-    codes = round_columns(weight, full, factor)
     delta = (codes - full.zeros) * full.scales - weight
     error, total = (float(((m @ hessian) * m).double().sum()) for m in (delta, weight))
-    return grid, codes, error, total
+    return error, total
 
 
-def factorise(hessian: Tensor, percdamp: float, act_order: bool, name: str) -> Factor:
-    """Order the columns, damp, invert, factorise: fp32, or fp64 when fp32 is not enough.
+def _damping(diagonal: Tensor, percdamp: float) -> Tensor:
+    """What is added to each diagonal element; one where no input ever arrived."""
+    return torch.where(diagonal == 0, torch.ones_like(diagonal), percdamp * diagonal.mean())
+
+
+def factorise(hessian: Tensor, percdamp: float, act_order: bool, name: str, order: Tensor | None = None) -> Factor:
+    """Order the columns (unless `order` says how), damp, invert, factorise: fp32, or fp64 when needed.
 
     A column that no input ever reached gets a unit diagonal: it is rounded and compensates nothing.
     """
     diagonal = hessian.diagonal().clone()
-    order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(diagonal))
+    if order is None and act_order:
+        order = diagonal.argsort(descending=True, stable=True)
+    elif order is None:
+        order = torch.arange(len(diagonal), device=hessian.device)
     damped = hessian[order][:, order]
-    mean = diagonal.mean()
-    extra = torch.where(diagonal[order] == 0, torch.ones_like(diagonal), percdamp * mean)
-    damped.diagonal().add_(extra)
+    damped.diagonal().add_(_damping(diagonal, percdamp)[order])
     for dtype in (torch.float32, torch.float64):
         lower, failed = torch.linalg.cholesky_ex(damped.to(dtype))
         if not failed:

@@ -24,6 +24,11 @@ class Options:
     scale_search: str = "mse"
 
 
+def needs_original(_options: Options) -> bool:
+    """Rounding needs no inputs at all."""
+    return False
+
+
 def solve(group: Group, options: Options, pool: Workers) -> dict[str, Solved]:
     """Round every weight of the group; the error is relative to the weight's own energy."""
     solved = {}

@@ -1,0 +1,148 @@
+"""ONNX folders of flavor `standard`: the ONNX checker accepts them, numbers read back with the onnx library
+equal the solver's, and the logits of ONNX Runtime, and of onnx's own reference evaluator (the specification
+in Python), equal those of our torch forward pass."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
+
+from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.core.tensor import QuantizedTensor
+from qwen3_export.ship.onnx import export_onnx
+from tests.artifact.support import (
+    SAME,
+    Exported,
+    OnnxWeights,
+    graph_name,
+    largest_difference,
+    load_graph,
+    logits,
+    mean_kl,
+    random_ids,
+    round_to_nearest,
+)
+from tests.artifact.test_onnx_ort import EVERY, QUANTIZED, Batch, OnnxFolder
+
+
+def check_codes(exported: Exported) -> None:
+    """Codes, scales and zeros of every DequantizeLinear, as `[out, in]`."""
+    weights = OnnxWeights(exported.path)
+    for module in exported.linears:
+        wanted = exported.source.linear(module)
+        assert isinstance(wanted, QuantizedTensor)
+        codes, scales, *zeros = weights.inputs(f"{graph_name(module)}.dequantized")
+        signed = wanted.scheme.midpoint if wanted.scheme.symmetric else 0
+        np.testing.assert_array_equal(codes.astype(np.int16).T + signed, wanted.codes, module)
+        grid = (-1, len(wanted.scales))
+        np.testing.assert_array_equal(scales.reshape(grid).T, wanted.scales.astype(np.float32), module)
+        if wanted.zeros is None:
+            assert zeros == []
+        else:
+            np.testing.assert_array_equal(zeros[0].astype(np.uint8).reshape(grid).T, wanted.zeros, module)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_every_code_and_scale_is_the_solvers(onnx_folder: OnnxFolder, name: str) -> None:
+    check_codes(onnx_folder(name, flavor="standard"))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_checker_accepts_it_and_all_operators_are_standard(onnx_folder: OnnxFolder, name: str) -> None:
+    exported = onnx_folder(name, flavor="standard")
+    onnx.checker.check_model(str(exported.path / "model.onnx"), full_check=True)
+    model = load_graph(exported.path)
+    assert {node.domain for node in model.graph.node} == {""}
+    assert [(item.domain, item.version) for item in model.opset_import] == [("", 23)]
+    counts, layers = Counter(node.op_type for node in model.graph.node), exported.source.config.num_layers
+    assert counts["Attention"] == layers
+    assert counts["DequantizeLinear"] == (0 if name == "original" else 7 * layers)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_logits_equal_torch_in_exact_mode(
+    onnx_folder: OnnxFolder, torch_logits: Callable, rows: list[NDArray], name: str
+) -> None:
+    folder = onnx_folder(name, flavor="standard").path
+    assert largest_difference(logits(folder, rows, exact=True), torch_logits(name)) < SAME
+
+
+def test_fused_as_it_runs_by_default_it_stays_close(
+    onnx_folder: OnnxFolder, torch_logits: Callable, rows: list[NDArray]
+) -> None:
+    """ONNX Runtime fuses DequantizeLinear and MatMul into one that rounds activations to 8 bits."""
+    fused = logits(onnx_folder("gptq-w4a16-g128", flavor="standard").path, rows)
+    assert mean_kl(torch_logits("gptq-w4a16-g128"), fused) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["original", "gptq-w4a16-g128"])
+def test_left_padded_batch_equals_its_rows_alone(onnx_folder: OnnxFolder, rows: list[NDArray], name: str) -> None:
+    folder = onnx_folder(name, flavor="standard").path
+    a, b = rows[0][:37], rows[1][:20]
+    alone = logits(folder, [np.append(a, [11]).astype(np.int32), np.append(b, [12]).astype(np.int32)], exact=True)
+    batch, padding = Batch(folder), len(a) - len(b)
+    ids = np.stack([a, np.pad(b, (padding, 0))]).astype(np.int64)
+    mask = np.ones_like(ids)
+    mask[1, :padding] = 0
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    together = batch.step(ids, mask, positions)
+    assert np.isfinite(together).all()
+    assert np.abs(together[0] - alone[0][:-1]).max() < SAME
+    assert np.abs(together[1, padding:] - alone[1][:-1]).max() < SAME
+    mask = np.concatenate([mask, np.ones((2, 1), np.int64)], 1)
+    step = batch.step(np.array([[11], [12]]), mask, positions[:, -1:] + 1)
+    assert np.abs(step[:, 0] - np.stack([alone[0][-1], alone[1][-1]])).max() < SAME
+
+
+def test_chunks_with_a_cache_equal_one_prefill(onnx_folder: OnnxFolder, rows: list[NDArray]) -> None:
+    folder, ids = onnx_folder("gptq-w4a16-g32-asym", flavor="standard").path, rows[0][:64].astype(np.int64)
+    whole, batch, pieces = logits(folder, [rows[0][:64]], exact=True)[0], Batch(folder), []
+    for begin, end in ((0, 1), (1, 24), (24, 63), (63, 64)):
+        mask, positions = np.ones((1, end), np.int64), np.arange(begin, end)[None]
+        pieces.append(batch.step(ids[None, begin:end], mask, positions)[0])
+    assert np.abs(np.concatenate(pieces) - whole).max() < SAME
+
+
+SCHEMES = [
+    QuantScheme(4, group_size=32),
+    QuantScheme(4, group_size=32, symmetric=False),
+    QuantScheme(4, strategy="channel"),
+    QuantScheme(4, strategy="channel", symmetric=False),
+    QuantScheme(8, group_size=32),
+    QuantScheme(8, group_size=32, symmetric=False),
+    QuantScheme(8, strategy="channel"),
+    QuantScheme(8, strategy="channel", symmetric=False),
+]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label)
+def test_other_schemes_in_two_runtimes(make_checkpoint: Callable, tmp_path: Path, scheme: QuantScheme) -> None:
+    checkpoint = round_to_nearest(make_checkpoint(), tmp_path / "quantized", ("*", scheme))
+    folder, ids = tmp_path / "onnx", random_ids(40)
+    check_codes(Exported(folder, export_onnx(checkpoint, folder, "standard"), checkpoint))
+    onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
+    wanted = logits(checkpoint.folder, [ids])
+    assert largest_difference(logits(folder, [ids], exact=True), wanted) < SAME
+    assert largest_difference([reference_evaluator(folder, checkpoint, ids)], wanted) < SAME
+
+
+def reference_evaluator(folder: Path, checkpoint: Checkpoint, ids: NDArray) -> NDArray[np.float32]:
+    """Logits by onnx's own Python implementation of every operator."""
+    config = checkpoint.config
+    empty = np.zeros((1, config.num_kv_heads, 0, config.head_dim), np.float32)
+    feeds = {
+        "input_ids": ids[None].astype(np.int64),
+        "attention_mask": np.ones((1, len(ids)), np.int64),
+        "position_ids": np.arange(len(ids))[None],
+    }
+    for layer in range(config.num_layers):
+        feeds |= {f"past_key_values.{layer}.{kind}": empty for kind in ("key", "value")}
+    return ReferenceEvaluator(str(folder / "model.onnx")).run(["logits"], feeds)[0][0]

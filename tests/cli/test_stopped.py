@@ -1,0 +1,209 @@
+"""Runs that are stopped: Ctrl-C, SIGTERM, kill -9, a full disk. They go on and end with the same bytes."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen3_export.core.manifest import partial_path
+from qwen3_export.core.recipe import load_recipe
+from qwen3_export.core.source import open_source
+from qwen3_export.solve.limits import disk_needed
+from tests.cli.helpers import call, fill, finish, finished_blocks, hashes, names, refused, start, wait_for
+
+OPTIONS = ("--recipe", "gptq-w4a16-g32", "--samples", "32", "--sequence-length", "128")
+LAYERS = 8
+
+
+@pytest.fixture(scope="module")
+def undisturbed(deep_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Hashes of every file of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert call("quantize", deep_model, *OPTIONS, "--output", out, "--threads", "1").code == 0
+    return hashes(out)
+
+
+def _start(model: Path, out: Path) -> subprocess.Popen[str]:
+    return start("quantize", model, *OPTIONS, "--output", out)
+
+
+def _stopped(model: Path, out: Path, number: int) -> None:
+    """Leave an unfinished run with at least one finished block."""
+    process = _start(model, out)
+    wait_for(lambda: finished_blocks(out), process)
+    process.send_signal(number)
+    assert finish(process).code == (130 if number != signal.SIGKILL else -signal.SIGKILL)
+    assert names(out.parent) == [f"{out.name}.partial"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_goes_on(
+    number: signal.Signals, deep_model: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = _start(deep_model, out)
+    wait_for(lambda: finished_blocks(out), process)
+    process.send_signal(number)
+    refused(finish(process), 130, "interrupted", "repeat the command")
+    done = finished_blocks(out)
+    assert 0 < done < LAYERS
+    assert names(tmp_path) == ["out.partial"]
+    outcome = call("quantize", deep_model, *OPTIONS, "--output", out, "--json", "--threads", "2")
+    assert outcome.json["resumed_blocks"] == done
+    assert hashes(out) == undisturbed
+    assert names(tmp_path) == ["out"]
+
+
+def test_interrupt_while_starting_is_clean(deep_model: Path, tmp_path: Path) -> None:
+    process = _start(deep_model, tmp_path / "out")
+    time.sleep(0.7)
+    process.send_signal(signal.SIGINT)
+    refused(finish(process), 130, "interrupted")
+    assert not (tmp_path / "out").exists()
+
+
+def test_killed_run_goes_on(deep_model: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    out, moments = tmp_path / "out", random.Random(0)
+    killed = 0
+    for _ in range(6):
+        process = _start(deep_model, out)
+        wait_for(lambda: partial_path(out).exists(), process)
+        time.sleep(moments.uniform(0, 0.5))
+        process.kill()
+        if finish(process).code == 0:
+            break
+        killed += 1
+        assert names(tmp_path) == ["out.partial"]
+    assert killed > 1
+    if not out.exists():
+        assert call("quantize", deep_model, *OPTIONS, "--output", out).code == 0
+    assert hashes(out) == undisturbed
+    assert names(tmp_path) == ["out"]
+
+
+def test_resume_needs_the_same_arguments(deep_model: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    out, base = tmp_path / "out", tmp_path / "saved"
+    _stopped(deep_model, out, signal.SIGKILL)
+    shutil.copytree(partial_path(out), base)
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five " * 2000)
+    others: dict[str, tuple[Any, ...]] = {
+        "recipe": ("--recipe", "gptq-w4a16-g128"),
+        "seed": ("--seed", "1"),
+        "calibration": ("--calibration", text),
+        "layout": ("--layout", "gptq"),
+    }
+    before = hashes(partial_path(out))
+    for name, change in others.items():
+        outcome = call("quantize", deep_model, *OPTIONS, *change, "--output", out)
+        # Another text also means other rows under the same seed: the first difference is named.
+        refused(outcome, 2, "another calibration" if name == "seed" else f"another {name}", "--no-resume")
+        assert hashes(partial_path(out)) == before
+    outcome = call("quantize", deep_model, *OPTIONS, "--output", out, "--json", "--no-resume")
+    assert outcome.json["resumed_blocks"] == 0
+    assert hashes(out) == undisturbed
+
+
+def test_damaged_state_is_refused(deep_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    _stopped(deep_model, out, signal.SIGINT)
+    state = partial_path(out) / "state"
+    kept = next(state.glob("*-000*.rows"))
+    kept.write_bytes(kept.read_bytes()[:1000])
+    refused(call("quantize", deep_model, *OPTIONS, "--output", out), 2, kept.name, "--no-resume")
+    (state / "progress.json").write_text("{")
+    refused(call("quantize", deep_model, *OPTIONS, "--output", out), 2, "progress.json", "--no-resume")
+    assert call("quantize", deep_model, *OPTIONS, "--output", out, "--no-resume").code == 0
+
+
+def test_second_run_on_one_folder_is_refused(deep_model: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = _start(deep_model, out)
+    wait_for(lambda: finished_blocks(out), first)
+    first.send_signal(signal.SIGSTOP)
+    for more in ((), ("--no-resume",), ("--force",)):
+        refused(call("quantize", deep_model, *OPTIONS, "--output", out, *more), 2, "another run is writing", "out")
+    refused(call("onnx", deep_model, "--output", out), 2, "another run is writing")
+    first.send_signal(signal.SIGCONT)
+    assert finish(first).code == 0
+    assert hashes(out) == undisturbed
+    assert names(tmp_path) == ["out"]
+
+
+def test_two_exports_to_one_file(made: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "model.gguf"
+    first = start("gguf", made["quantized"], "--output", out)
+    wait_for(lambda: partial_path(out).exists(), first)
+    first.send_signal(signal.SIGSTOP)
+    refused(call("gguf", made["quantized"], "--output", out), 2, "another run is writing")
+    first.send_signal(signal.SIGCONT)
+    assert finish(first).code == 0
+    assert hashes(out) == hashes(made["gguf"])
+    assert names(tmp_path) == ["model.gguf"]
+
+
+def test_export_takes_over_what_a_dead_one_left(made: dict[str, Path], tmp_path: Path) -> None:
+    folder, file = tmp_path / "onnx.partial", tmp_path / "model.gguf.partial"
+    folder.mkdir()
+    (folder / "model.onnx.data").write_bytes(b"half")
+    (folder / "leftover").mkdir()
+    file.write_bytes(b"GGUF" + b"\1" * (16 << 20))
+    assert call("onnx", made["quantized"], "--output", tmp_path / "onnx").code == 0
+    assert call("gguf", made["quantized"], "--output", tmp_path / "model.gguf").code == 0
+    assert hashes(tmp_path / "onnx") == hashes(made["onnx"])
+    assert hashes(tmp_path / "model.gguf") == hashes(made["gguf"])
+    assert names(tmp_path) == ["model.gguf", "onnx"]
+
+
+def test_interrupted_export_leaves_nothing(made: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "trt"
+    process = start("tensorrt", made["quantized"], "--output", out)
+    wait_for(lambda: (partial_path(out) / "model.onnx").exists(), process)
+    process.send_signal(signal.SIGTERM)
+    refused(finish(process), 130, "interrupted")
+    assert names(tmp_path) == []
+
+
+def test_disk_that_fills_up_during_the_run(
+    deep_model: Path, undisturbed: dict[str, str], disk: Callable[..., Path]
+) -> None:
+    place = disk(32 << 20)
+    out = place / "out"
+    process = _start(deep_model, out)
+    wait_for(lambda: finished_blocks(out), process)
+    process.send_signal(signal.SIGSTOP)
+    fill(place / "filler")
+    process.send_signal(signal.SIGCONT)
+    refused(finish(process), 4, "disk is full", "goes on where it stopped")
+    done = finished_blocks(out)
+    assert 0 < done < LAYERS
+    assert names(place) == ["filler", "out.partial"]
+    refused(call("quantize", deep_model, *OPTIONS, "--output", out), 4, "MiB are needed", "free some room")
+    assert finished_blocks(out) == done
+    (place / "filler").unlink()
+    outcome = call("quantize", deep_model, *OPTIONS, "--output", out, "--json")
+    assert outcome.json["resumed_blocks"] == done
+    assert hashes(out) == undisturbed
+    assert names(place) == ["out"]
+
+
+def test_disk_that_is_full_at_the_end(deep_model: Path, disk: Callable[..., Path]) -> None:
+    """The estimate knows tensors and sidecars, not the last kilobytes of JSON."""
+    recipe = "rtn-w4a16-g32"
+    needed = disk_needed(open_source(str(deep_model)), load_recipe(recipe), None)
+    place = disk((needed // 4096 + 2) * 4096)
+    command = ("quantize", deep_model, "--recipe", recipe, "--output", place / "out")
+    refused(call(*command), 4, "disk is full")
+    assert finished_blocks(place / "out") == LAYERS
+    assert names(place) == ["out.partial"]
+    subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
+    assert call(*command, "--json").json["resumed_blocks"] == LAYERS
+    assert names(place) == ["out"]

@@ -1,0 +1,333 @@
+"""The block loop: what each linear was solved against, and that nothing but the input decides the bytes.
+
+The Hessians are compared with X^T X / n over the inputs that a plain forward pass of the finished
+quantized model sends through each linear: a linear's inputs depend only on what was solved before it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qwen3_export.core.checkpoint import open_checkpoint
+from qwen3_export.core.manifest import read_manifest, sha256_file
+from qwen3_export.core.progress import Progress
+from qwen3_export.core.qwen3 import block_name
+from qwen3_export.core.recipe import Recipe
+from qwen3_export.core.tensor import QuantizedTensor, dequantize
+from qwen3_export.errors import InputError, RecipeError
+from qwen3_export.model import block as block_module
+from qwen3_export.model.decoder import load_block, rope_tables, to_torch
+from qwen3_export.model.workers import workers
+from qwen3_export.solve import stream
+from qwen3_export.solve.method import Group
+from qwen3_export.solve.methods import gptq
+from qwen3_export.solve.quantize import Settings, quantize
+from qwen3_export.solve.states import RowFile, States
+from qwen3_export.text import ModelTokenizer, calibration_rows, load_documents
+from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
+
+CONFIGS = {
+    "dense": tiny_config(vocab_size=8192),
+    "moe": tiny_moe_config(vocab_size=8192, num_experts=4, mlp_only_layers=[1], norm_topk_prob=False),
+}
+# Every rung of the solver beyond the paper.
+ALL_RUNGS = {"scale_search": "solve", "descent": 2, "target_shift": True}
+SAMPLES, LENGTH = 11, 48
+
+
+def recipe(method: str = "gptq", **options: Any) -> Recipe:
+    scheme = {"num_bits": 4, "group_size": 16}
+    rules = [{"match": "*.1.*.v_proj", "scheme": None}, {"match": "*", "scheme": scheme}]
+    return Recipe.from_dict({"name": "test", "method": method, "rules": rules, "options": options}, "test")
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, reference_folder: Path) -> Path:
+    """A tiny model with a tokenizer and a calibration text."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("source") / request.param, CONFIGS[request.param])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(reference_folder / name, folder / name)
+    words = " ".join(f"{i} times {i} is {i * i}, and the {i}th row ends." for i in range(400))
+    (folder.parent / "calibration.txt").write_text(words)
+    return folder
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    assert not folder.with_name(f"{folder.name}.partial").exists()
+    return {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def settings(source: Path) -> Settings:
+    return Settings(str(source.parent / "calibration.txt"), SAMPLES, LENGTH, threads=2)
+
+
+@pytest.fixture(scope="module", params=[{}, ALL_RUNGS], ids=["paper", "all-rungs"])
+def options(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def wanted(source: Path, settings: Settings, options: dict[str, Any]) -> dict[str, str]:
+    """`{file name: sha256}` of a run that was never stopped, on two threads."""
+    output = source.parent / f"wanted-{len(options)}"
+    if not output.exists():
+        quantize(open_checkpoint(source), recipe(**options), output, settings)
+    return hashes(output)
+
+
+@pytest.fixture
+def run(source: Path, tmp_path: Path, settings: Settings) -> Callable[..., dict[str, str]]:
+    """`run(name, recipe, setting=…)` quantizes and returns `{file name: sha256}` of the output."""
+
+    def quantized(name: str, chosen: Recipe, progress: Progress | None = None, **changes: Any) -> dict[str, str]:
+        quantize(open_checkpoint(source), chosen, tmp_path / name, replace(settings, **changes), progress)
+        return hashes(tmp_path / name)
+
+    return quantized
+
+
+def inputs_of_linears(folder: Path, rows: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """Inputs `[n, in]` of every linear of a quantized model, from a plain forward pass in fp32."""
+    checkpoint, seen = open_checkpoint(folder), defaultdict(list)
+
+    def spy(block: block_module.Block, name: str, x: torch.Tensor) -> torch.Tensor:
+        seen[f"{block_name(block.layer)}.{name}"].append(x.reshape(-1, x.shape[-1]))
+        return F.linear(x, block.weights[name])
+
+    monkeypatch.setattr(block_module.Block, "linear", spy)
+    embedding = to_torch(checkpoint.read("model.embed_tokens.weight")).float()
+    rope, states = rope_tables(checkpoint.config, 0, LENGTH), [embedding[torch.from_numpy(ids)][None] for ids in rows]
+    for layer in range(checkpoint.config.num_layers):
+        block = load_block(checkpoint, layer)
+        states = [block.forward(state, rope) for state in states]
+    monkeypatch.undo()
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+def test_every_linear_is_solved_against_the_inputs_it_will_get(
+    source: Path,
+    tmp_path: Path,
+    settings: Settings,
+    run: Callable[..., dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    groups: dict[str, Group] = {}
+    plain = gptq.solve
+
+    def spy(group: Group, options: Any, pool: Any) -> Any:
+        groups.update(dict.fromkeys(group.weights, group))
+        return plain(group, options, pool)
+
+    monkeypatch.setattr(gptq, "solve", spy)
+    # 11 rows in pieces of 4: the last piece is a short one.
+    monkeypatch.setattr(stream, "TOKENS_AT_ONCE", 4 * LENGTH + 1)
+    run("out", recipe())
+    monkeypatch.undo()
+
+    documents = load_documents(settings.calibration)
+    rows = calibration_rows(ModelTokenizer(source), documents, SAMPLES, LENGTH, settings.seed)
+    inputs = inputs_of_linears(tmp_path / "out", list(rows.ids), monkeypatch)
+    checkpoint, manifest = open_checkpoint(tmp_path / "out"), read_manifest(tmp_path / "out")
+    assert set(groups) == set(checkpoint.schemes)
+    assert f"{block_name(1)}.self_attn.v_proj" not in groups
+    for name, group in groups.items():
+        x = inputs.get(name, torch.empty(0, group.weights[name].shape[1])).double()
+        wanted = x.T @ x / max(len(x), 1)
+        assert group.tokens == len(x) == manifest["tensors"][name]["tokens"]
+        assert group.hessian is not None
+        np.testing.assert_allclose(group.hessian, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+        assert_error_is(manifest["tensors"][name]["error"], source, tmp_path / "out", name, wanted.numpy())
+
+
+def assert_error_is(reported: float, source: Path, folder: Path, name: str, hessian: np.ndarray) -> None:
+    """tr(D H D^T) / tr(W H W^T) of what is on the disk."""
+    weight = open_checkpoint(source).read(f"{name}.weight").astype(np.float64)
+    tensor = open_checkpoint(folder).linear(name)
+    assert isinstance(tensor, QuantizedTensor)
+    delta = dequantize(tensor) - weight
+    error, total = (float(np.trace(m @ hessian @ m.T)) for m in (delta, weight))
+    assert reported == pytest.approx(error / total if total else 0, rel=1e-3, abs=1e-9)
+
+
+def test_expert_tokens_are_counted_for_every_expert(run: Callable[..., dict[str, str]], tmp_path: Path) -> None:
+    run("out", recipe())
+    manifest, config = read_manifest(tmp_path / "out"), open_checkpoint(tmp_path / "out").config
+    if not config.sparse_layers:
+        assert manifest["experts"] is None
+        return
+    counts = []
+    for layer in config.sparse_layers:
+        prefix = f"{block_name(layer)}.mlp.experts."
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            found = [manifest["tensors"][f"{prefix}{e}.{part}"]["tokens"] for e in range(config.num_experts)]
+            assert sum(found) == SAMPLES * LENGTH * config.experts_per_token
+            counts += found
+    assert manifest["experts"]["min_tokens"] == min(counts)
+    assert manifest["experts"]["below_floor"] == counts.count(0)
+
+
+def test_neither_threads_nor_memory_change_a_byte(
+    run: Callable[..., dict[str, str]], options: dict[str, Any], wanted: dict[str, str]
+) -> None:
+    assert {"config.json", "qwen3-export.json", "model-00003-of-00003.safetensors", "tokenizer.json"} < set(wanted)
+    assert run("one", recipe(**options), threads=1) == wanted
+    assert run("three", recipe(**options), threads=3, memory=64 << 30) == wanted
+
+
+def test_rounding_does_not_depend_on_threads_or_text(run: Callable[..., dict[str, str]]) -> None:
+    rounded = run("two", recipe("rtn"))
+    assert run("three", recipe("rtn"), threads=3, calibration="/nowhere.txt") == rounded
+
+
+@pytest.mark.parametrize(
+    ("changes", "other"),
+    [({"seed": 1}, {}), ({"samples": SAMPLES - 1}, {}), ({}, {"act_order": False}), ({}, {"scale_search": "absmax"})],
+    ids=["seed", "text", "order", "search"],
+)
+@pytest.mark.parametrize("options", [{}], ids=["paper"], indirect=True)
+def test_what_should_change_the_bytes_changes_those_of_every_block(
+    run: Callable[..., dict[str, str]], wanted: dict[str, str], changes: dict[str, Any], other: dict[str, Any]
+) -> None:
+    found = run("other", recipe(**other), **changes)
+    shards = [name for name in wanted if name.startswith("model-0000")]
+    # The first shard holds what is never quantized; the others hold a block each.
+    assert [found[shard] == wanted[shard] for shard in shards] == [True, False, False]
+
+
+class Interrupted(Progress):
+    """Stops the run, as Ctrl-C does, when `blocks` blocks are done."""
+
+    def __init__(self, blocks: int) -> None:
+        self.left = blocks
+
+    @contextmanager
+    def bar(self, label: str, total: int) -> Iterator[Callable[[], None]]:
+        def tick() -> None:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+        yield tick
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_bytes(
+    source: Path, tmp_path: Path, settings: Settings, options: dict[str, Any], wanted: dict[str, str]
+) -> None:
+    checkpoint, output = open_checkpoint(source), tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        quantize(checkpoint, recipe(**options), output, settings, Interrupted(1))
+    assert not output.exists()
+    with pytest.raises(InputError, match=r"unfinished run with another (seed|calibration)"):
+        quantize(checkpoint, recipe(**options), output, replace(settings, seed=5))
+    with pytest.raises(InputError, match="unfinished run with another recipe"):
+        quantize(checkpoint, recipe(percdamp=0.5), output, settings)
+    assert quantize(checkpoint, recipe(**options), output, settings)["resumed_blocks"] == 1
+    assert hashes(output) == wanted
+
+
+@pytest.mark.parametrize("options", [{}], ids=["paper"], indirect=True)
+def test_a_stopped_run_can_be_started_over(run: Callable[..., dict[str, str]], wanted: dict[str, str]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", recipe(percdamp=0.5), Interrupted(1))
+    assert run("stopped", recipe(), resume=False) == wanted
+
+
+def test_a_damaged_weight_stops_the_run_with_its_name(source: Path, tmp_path: Path, settings: Settings) -> None:
+    from qwen3_export.core.tensorfile import write_tensors
+
+    folder, name = shutil.copytree(source, tmp_path / "damaged"), "model.layers.1.self_attn.o_proj"
+    checkpoint = open_checkpoint(source)
+    tensors = {tensor: checkpoint.read(tensor).copy() for tensor in checkpoint.files}
+    tensors[f"{name}.weight"][3, 3] = np.nan
+    write_tensors(folder / "model.safetensors", tensors.items())
+    with pytest.raises(RecipeError, match=rf"{name}: .* NaN"):
+        quantize(open_checkpoint(folder), recipe(), tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_needs_more_memory_than_allowed_stops_before_it_starts(
+    source: Path, tmp_path: Path, settings: Settings
+) -> None:
+    with pytest.raises(InputError, match="--memory allows"):
+        quantize(open_checkpoint(source), recipe(), tmp_path / "out", replace(settings, memory=1 << 20))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_quantized_folder_is_not_quantized_again(
+    tmp_path: Path, settings: Settings, run: Callable[..., dict[str, str]]
+) -> None:
+    run("once", recipe("rtn"))
+    with pytest.raises(InputError, match="quantized already"):
+        quantize(open_checkpoint(tmp_path / "once"), recipe("rtn"), tmp_path / "twice", settings)
+
+
+def test_rows_of_a_file_are_read_back_bit_for_bit(tmp_path: Path) -> None:
+    file = RowFile(tmp_path / "a.rows", (2, 3), torch.float32)
+    rows = torch.randn(5, 2, 3)
+    for row in (3, 0, 4, 1, 2):
+        file.write(row, rows[row])
+    assert all(torch.equal(file.read(row), rows[row]) for row in range(5))
+    with pytest.raises(InputError, match="row 5 is not there"):
+        file.read(5)
+    file.keep_as(tmp_path / "b.rows")
+    assert (tmp_path / "b.rows").stat().st_size == 5 * 6 * 4
+    file.close(remove=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_states_keep_fields_of_every_type_and_drop_what_is_gone(tmp_path: Path) -> None:
+    states = States(tmp_path, 4)
+    with workers(2) as pool:
+        states.advance(lambda row, _: {"x": torch.full((2,), float(row)), "n": torch.tensor([row])}, pool)
+        files = {path.name for path in tmp_path.iterdir()}
+        states.advance(lambda row, state: {"x": state["x"] * 2, "n": state["n"]}, pool)
+        assert len(files & {path.name for path in tmp_path.iterdir()}) == 1
+        assert [state["x"].tolist() for state in map(states.read, range(4))] == [[2.0 * row] * 2 for row in range(4)]
+        assert [int(states.read(row)["n"]) for row in range(4)] == [0, 1, 2, 3]
+        assert states.read(0)["n"].dtype == torch.int64
+        states.advance(lambda row, state: {"x": state["x"]}, pool)
+        assert set(states.read(0)) == {"x"}
+    states.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_come_in_the_order_of_the_items_on_one_torch_thread_each() -> None:
+    def work(item: int) -> tuple[int, int]:
+        time.sleep(0.002 * (10 - item))
+        return item, torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    with workers(3) as pool:
+        assert pool.map(work, range(10)) == [(item, 1) for item in range(10)]
+    assert torch.get_num_threads() == before
+
+
+def test_when_one_item_fails_nothing_runs_on_behind_the_callers_back() -> None:
+    running, finished = threading.Event(), threading.Event()
+
+    def work(item: int) -> None:
+        if item == 0:
+            running.wait(5)
+            raise ValueError("the first one")
+        running.set()
+        time.sleep(0.2)
+        finished.set()
+
+    with workers(2) as pool:
+        with pytest.raises(ValueError, match="the first one"):
+            pool.map(work, range(50))
+        assert finished.is_set()
