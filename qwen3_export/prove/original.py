@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.manifest import sha256_file, staged_file
 from qwen3_export.core.progress import Progress, peak_rss_bytes
-from qwen3_export.core.tensorfile import Spec, TensorFileWriter
+from qwen3_export.core.tensorfile import TensorFileWriter
 from qwen3_export.errors import InputError, MissingRuntimeError
-from qwen3_export.prove.reference import Continuations, Truth, file_metadata, full_truth, top_of
+from qwen3_export.prove.reference import Continuations, Truth, answer_specs, file_metadata, full_truth, top_of
 from qwen3_export.text import Rows
 
 PROMPT_TOKENS, NEW_TOKENS, PROMPTS = 32, 32, 8
@@ -72,7 +72,7 @@ def write_reference(
         live = LiveReference(checkpoint, rows, progress)
         positions = sum(len(ids) - 1 for ids in rows.ids)
         domains = sorted(set(rows.domains))
-        head, specs = _head(live, domains), _specs(positions, top_k, live.vocab_size)
+        head, specs = _head(live, domains), answer_specs(positions, top_k, live.vocab_size)
         all_specs = {**{name: (array.dtype, array.shape) for name, array in head.items()}, **specs}
         metadata = file_metadata(
             {
@@ -114,19 +114,6 @@ def _head(live: LiveReference, domains: list[str]) -> dict[str, NDArray]:
     }
 
 
-def _specs(positions: int, top_k: int, vocab: int) -> dict[str, Spec]:
-    single, index = np.dtype(np.float32), np.dtype(np.int32)
-    if top_k == 0:
-        return {"logits": (single, (positions, vocab))}
-    k = min(top_k, vocab)
-    return {
-        "top_ids": (index, (positions, k)),
-        "top_logprobs": (single, (positions, k)),
-        "tail_logprob": (single, (positions,)),
-        "next_logprob": (single, (positions,)),
-    }
-
-
 def _write_answers(
     writer: TensorFileWriter, live: LiveReference, top_k: int, positions: int, progress: Progress
 ) -> None:
@@ -138,7 +125,7 @@ def _write_answers(
                     write(live.logits(row)[:-1])
                     tick()
             return
-        parts: Mapping[str, list[NDArray]] = {name: [] for name in _specs(positions, top_k, live.vocab_size)}
+        parts: Mapping[str, list[NDArray]] = {name: [] for name in answer_specs(positions, top_k, live.vocab_size)}
         for row in rows:
             for name, array in top_of(live.truth(row), top_k).items():
                 parts[name].append(array)

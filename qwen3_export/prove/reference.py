@@ -15,7 +15,7 @@ With `top_k` 0, `logits` fp32 [P, vocab] takes the place of the three in the mid
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.core.tensorfile import TensorFile
+from qwen3_export.core.tensorfile import Spec, TensorFile
 from qwen3_export.errors import CheckpointError
 from qwen3_export.text import Rows
 
@@ -87,14 +87,39 @@ class ReferenceFile:
             domains = json.loads(metadata["domains"])
             self.vocab_size, self.source_sha256 = int(metadata["vocab_size"]), metadata["source_sha256"]
             self.rows = Rows(
-                tuple(_split(self._file.read("tokens"), self._file.read("row_lengths"))),
-                tuple(domains[i] for i in self._file.read("row_domains")),
+                tuple(self._split("tokens", "row_lengths", shortest=2)),
+                tuple(str(domains[i]) for i in self._integers("row_domains", len(domains))),
             )
-            prompts = _split(self._file.read("prompts"), self._file.read("prompt_lengths"))
-            self.continuations = Continuations(tuple(prompts), self._file.read("continuations"))
-        except (KeyError, ValueError, IndexError) as error:
-            raise CheckpointError(f"{path}: incomplete reference file ({error})") from error
-        self.is_lower_bound = "logits" not in self._file.entries
+            prompts = tuple(self._split("prompts", "prompt_lengths", shortest=1))
+            texts = self._integers("continuations", self.vocab_size, axes=2)
+            self.continuations = Continuations(prompts, texts)
+            if len(self.rows.ids) != len(self.rows.domains) or len(prompts) != len(texts):
+                raise ValueError("rows and domains, or prompts and continuations, are not as many")
+            self._check_answers(int(metadata["top_k"]))
+            self.is_lower_bound = "logits" not in self._answers
+        except (KeyError, ValueError, IndexError, TypeError) as error:
+            raise CheckpointError(f"{path}: damaged reference file ({error})") from error
+
+    def _integers(self, name: str, limit: int, axes: int = 1) -> NDArray[np.int32]:
+        """A small int32 tensor whose values are in `range(limit)`."""
+        array = self._file.read(name)
+        if array.dtype != np.int32 or array.ndim != axes or array.min(initial=0) < 0 or array.max(initial=0) >= limit:
+            raise ValueError(f"{name} holds something else than {axes} axes of numbers below {limit}")
+        return array
+
+    def _split(self, name: str, lengths_name: str, shortest: int) -> list[NDArray[np.int32]]:
+        """Token ids cut into rows."""
+        flat, lengths = self._integers(name, self.vocab_size), self._integers(lengths_name, 2**31)
+        if not len(lengths) or lengths.min() < shortest or lengths.sum(dtype=np.int64) != len(flat):
+            raise ValueError(f"{lengths_name} do not cut {name} into rows")
+        return np.split(flat, np.cumsum(lengths)[:-1])
+
+    def _check_answers(self, top_k: int) -> None:
+        self._answers = answer_specs(sum(len(ids) - 1 for ids in self.rows.ids), top_k, self.vocab_size)
+        for name, (dtype, shape) in self._answers.items():
+            found = self._file.entries[name]
+            if (found.dtype, found.shape) != (dtype, shape):
+                raise ValueError(f"{name} is {found.dtype} {list(found.shape)}, not {dtype} {list(shape)}")
 
     @cached_property
     def _starts(self) -> NDArray[np.int64]:
@@ -104,19 +129,30 @@ class ReferenceFile:
         """The original's answers on one row."""
         begin, end = (int(i) for i in self._starts[row : row + 2])
         following = self.rows.ids[row][1:]
+        answers = {name: self._file.rows(name, begin, end) for name in self._answers}
+        if not all(np.isfinite(array).all() for array in answers.values()):
+            raise CheckpointError(f"{self._file.path}: row {row} holds NaN or infinity")
         if not self.is_lower_bound:
-            logprobs = log_softmax(self._file.rows("logits", begin, end))
+            logprobs = log_softmax(answers["logits"])
             return Truth(logprobs, _pick(logprobs, following))
-        parts = {name: self._file.rows(name, begin, end) for name in ("top_logprobs", "next_logprob")}
-        ids, tail = (self._file.rows(name, begin, end) for name in ("top_ids", "tail_logprob"))
-        return Truth(parts["top_logprobs"], parts["next_logprob"], ids, tail)
+        ids = answers["top_ids"]
+        if ids.min(initial=0) < 0 or ids.max(initial=0) >= self.vocab_size:
+            raise CheckpointError(f"{self._file.path}: row {row} names a token beyond the vocabulary")
+        return Truth(answers["top_logprobs"], answers["next_logprob"], ids, answers["tail_logprob"])
 
 
-def _split(flat: NDArray, lengths: NDArray) -> Iterator[NDArray]:
-    ends = np.cumsum(lengths)
-    if len(ends) and ends[-1] != len(flat):
-        raise ValueError(f"{len(flat)} tokens for rows of {ends[-1]} together")
-    return iter(np.split(flat, ends[:-1]))
+def answer_specs(positions: int, top_k: int, vocab: int) -> dict[str, Spec]:
+    """`{tensor name: (dtype, shape)}` of the answers; `top_k` 0 stands for all logits."""
+    single, index = np.dtype(np.float32), np.dtype(np.int32)
+    if top_k == 0:
+        return {"logits": (single, (positions, vocab))}
+    k = min(top_k, vocab)
+    return {
+        "top_ids": (index, (positions, k)),
+        "top_logprobs": (single, (positions, k)),
+        "tail_logprob": (single, (positions,)),
+        "next_logprob": (single, (positions,)),
+    }
 
 
 def _pick(logprobs: NDArray[np.float32], ids: NDArray[np.int32]) -> NDArray[np.float32]:

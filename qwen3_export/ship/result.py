@@ -51,7 +51,8 @@ def export_result(
     output: Path, files: list[dict[str, Any]], checkpoint: Checkpoint, inexact: list[Inexact], started: float
 ) -> dict[str, Any]:
     """The JSON object of an export command."""
-    weights = sum(item["bytes"] for item in files if Path(item["path"]).suffix in _WEIGHTS)
+    holds_weights = [item for item in files if len(files) == 1 or Path(item["path"]).suffix in _WEIGHTS]
+    weights = sum(item["bytes"] for item in holds_weights)
     return {
         "output": str(output),
         "files": files,

@@ -17,8 +17,11 @@ from qwen3_export.text import Rows
 _BASE_BYTES = 450 << 20
 
 
-def memory_needed(config: Qwen3Config, rows: Rows | None) -> int:
-    """Estimated peak memory in bytes: one block in fp32, and the largest linear's work on top."""
+def memory_needed(config: Qwen3Config, rows: Rows | None, original: bool) -> int:
+    """Estimated peak memory in bytes: one block in fp32, and the largest linear's work on top.
+
+    `original`: the original model runs beside the quantized one, with a block and moments of its own.
+    """
     layers = range(config.num_layers)
     block = max(sum(math.prod(shape) for shape in config.linear_shapes(layer).values()) for layer in layers)
     shapes = [shape for layer in layers for shape in set(config.linear_shapes(layer).values())]
@@ -26,15 +29,17 @@ def memory_needed(config: Qwen3Config, rows: Rows | None) -> int:
     # Weight, codes, scales and zeros per column, rest: about five matrices while one linear is solved.
     total = 4 * (block + 5 * largest)
     if rows is not None:
-        # Hessian, permuted and damped copy, inverse, factor; inputs of one piece twice.
-        total += 4 * (4 * widest * widest + 2 * TOKENS_AT_ONCE * widest)
+        # Moments of two sets of rows and their mean; damped, permuted and inverse Hessian, its factor.
+        squares = 14 if original else 8
+        total += 4 * (squares * widest * widest + 3 * TOKENS_AT_ONCE * widest)
+        total += 4 * block if original else 0
         total += 2 * config.vocab_size * config.hidden_size
     return total + _BASE_BYTES
 
 
-def check_memory(config: Qwen3Config, rows: Rows | None, limit: int | None) -> None:
+def check_memory(config: Qwen3Config, rows: Rows | None, original: bool, limit: int | None) -> None:
     """Raise InputError when the run needs more than `--memory`."""
-    needed = memory_needed(config, rows)
+    needed = memory_needed(config, rows, original)
     if limit is not None and needed > limit:
         raise InputError(
             f"this run needs about {needed / 2**30:.2f} GiB of memory, --memory allows {limit / 2**30:.2f} GiB",
@@ -42,8 +47,8 @@ def check_memory(config: Qwen3Config, rows: Rows | None, limit: int | None) -> N
         )
 
 
-def disk_needed(checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None) -> int:
-    """Estimated bytes in OUTPUT.partial at its fullest: the artifact and the activations."""
+def disk_needed(checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None, original: bool) -> int:
+    """Estimated bytes in OUTPUT.partial at its fullest: the artifact and the activations, of both models."""
     config = checkpoint.config
     total = sum(entry.end - entry.begin for entry in checkpoint.stored_entries())
     total += sum(path.stat().st_size for path in checkpoint.sidecars())
@@ -54,14 +59,14 @@ def disk_needed(checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None) -> in
     if rows is not None:
         widest = max(shape[1] for layer in range(config.num_layers) for shape in config.linear_shapes(layer).values())
         per_token = 3 * config.hidden_size + widest * (1 + max(config.experts_per_token, 1))
-        total += 4 * rows.tokens * per_token
+        total += 4 * rows.tokens * per_token * (2 if original else 1)
     return total
 
 
-def check_disk(checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None, partial: Path) -> None:
+def check_disk(checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None, original: bool, partial: Path) -> None:
     """Raise ResourceError when the file system has too little room for the run."""
     present = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-    needed, free = disk_needed(checkpoint, recipe, rows) - present, shutil.disk_usage(partial).free
+    needed, free = disk_needed(checkpoint, recipe, rows, original) - present, shutil.disk_usage(partial).free
     if needed > free:
         raise ResourceError(
             f"{partial.parent}: about {needed / 2**20:.1f} MiB are needed, {free / 2**20:.1f} MiB are free",

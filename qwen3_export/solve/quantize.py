@@ -62,7 +62,8 @@ def quantize(
     recipe.check_against(checkpoint.config.all_linears())
     _check_layout(checkpoint, recipe, settings.layout)
     rows = _calibration(checkpoint, recipe, settings, progress) if method.NEEDS_INPUTS else None
-    check_memory(checkpoint.config, rows, settings.memory)
+    original = method.needs_original(options)
+    check_memory(checkpoint.config, rows, original, settings.memory)
     identity = {
         "source": checkpoint.sha256,
         "recipe": recipe.sha256,
@@ -76,7 +77,7 @@ def quantize(
         try:
             if not settings.resume:
                 target.start_over()
-            check_disk(checkpoint, recipe, rows, partial)
+            check_disk(checkpoint, recipe, rows, original, partial)
             job = Job(checkpoint, recipe, method, options, rows, pool, target.scratch, settings.device)
             blocks, resumed = _run(job, target, progress)
             manifest = _manifest(checkpoint, recipe, rows, settings, blocks)

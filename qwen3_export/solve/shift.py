@@ -1,45 +1,65 @@
 """The target shift: quantize not W, but the weight that repairs what the layers before have broken.
 
     min over W′ of ‖X W′ᵀ − X̃ Wᵀ − (R̃ − R)‖² + λ‖W′ − W‖²
-    W′ = W + (W·drift + residual)(H + λI)⁻¹
+    W′ = W + α (W·drift + residual)(H + λI)⁻¹
 
 X are the inputs in the quantized model, X̃ in the original; R̃ − R only for the linears that write to
-the residual stream. In aim this is GPTAQ (Li et al. 2025). It fits the calibration text, so the step
-is shortened to what held-out calibration rows confirm: the factor α ∈ [0, 1] that minimises their
-error, which is a parabola in α.
+the residual stream. In aim this is GPTAQ (Li et al. 2025). The full step fits the calibration text,
+so it is shortened to what held-out calibration rows confirm: their error is a parabola in α, and the
+α in [0, 1] that minimises it is taken, for each linear. With fewer than eight rows none is held out,
+and nothing is shifted.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from qwen3_export.model.workers import Workers
 from qwen3_export.solve.moments import Moments
 
-
-def shifted(weight: Tensor, fitted: Moments, held_out: Moments, damping: float) -> tuple[Tensor, float]:
-    """The new target `[out, in]` and the α that was taken; `damping` is a share of the mean diagonal."""
-    step = _step(weight, fitted, damping)
-    wanted = _wanted(weight, held_out)
-    confirmed = float((step * wanted).double().sum())
-    curvature = float(((step @ held_out.hessian) * step).double().sum())
-    alpha = min(max(confirmed / curvature, 0.0), 1.0) if curvature > 0 else 0.0
-    if alpha == 0.0:
-        return weight, 0.0
-    return weight + alpha * _step(weight, fitted.join(held_out), damping), alpha
+ROWS_AT_ONCE = 512
 
 
-def _wanted(weight: Tensor, moments: Moments) -> Tensor:
-    """`W·drift + residual`: the correlation of the missing output with the inputs, `[out, in]`."""
+@dataclass(frozen=True)
+class Shift:
+    """What all linears with the same inputs share: moments, and the Cholesky factor of H + λI."""
+
+    fitted: Moments
+    held_out: Moments
+    lower: Tensor
+
+    def target(self, weight: Tensor, pool: Workers) -> Tensor:
+        """The weight `[out, in]` to quantize in place of `weight`."""
+        pieces = [slice(i, min(i + ROWS_AT_ONCE, len(weight))) for i in range(0, len(weight), ROWS_AT_ONCE)]
+        parts = pool.map(lambda rows: self._step(weight, rows), pieces)
+        confirmed, curvature = (sum(part[i] for part in parts) for i in (1, 2))
+        alpha = min(max(confirmed / curvature, 0.0), 1.0) if curvature > 0 else 0.0
+        return weight + alpha * torch.cat([part[0] for part in parts])
+
+    def _step(self, weight: Tensor, rows: slice) -> tuple[Tensor, float, float]:
+        """The full step of some output rows, and their share of the held-out parabola."""
+        step = torch.cholesky_solve(_missing(weight, rows, self.fitted).T, self.lower).T
+        confirmed = (step * _missing(weight, rows, self.held_out)).double().sum()
+        curvature = ((step @ self.held_out.hessian) * step).double().sum()
+        return step, float(confirmed), float(curvature)
+
+
+def prepare(fitted: Moments, held_out: Moments, damping: Tensor) -> Shift | None:
+    """Factorise once for a group of linears; None when nothing is held out or H is not definite.
+
+    `damping` `[in]` is added to the Hessian's diagonal.
+    """
+    if held_out.tokens == 0:
+        return None
+    lower, failed = torch.linalg.cholesky_ex(fitted.hessian + torch.diag(damping))
+    return None if failed else Shift(fitted, held_out, lower)
+
+
+def _missing(weight: Tensor, rows: slice, moments: Moments) -> Tensor:
+    """`W·drift + residual`: the missing output's correlation with the inputs, `[rows, in]`."""
     assert moments.drift is not None
-    wanted = weight @ moments.drift
-    return wanted if moments.residual is None else wanted + moments.residual
-
-
-def _step(weight: Tensor, moments: Moments, damping: float) -> Tensor:
-    damped = moments.hessian.clone()
-    diagonal = damped.diagonal()
-    extra = damping * diagonal.mean()
-    diagonal.add_(torch.where(diagonal == 0, torch.ones_like(diagonal), extra))
-    lower = torch.linalg.cholesky(damped.double())
-    return torch.cholesky_solve(_wanted(weight, moments).double().T, lower).T.float()
+    missing = weight[rows] @ moments.drift
+    return missing if moments.residual is None else missing + moments.residual[rows]

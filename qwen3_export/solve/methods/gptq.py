@@ -25,7 +25,7 @@ from qwen3_export.model.workers import Workers
 from qwen3_export.solve.grid import Grid, find_grid, round_to
 from qwen3_export.solve.method import Group, Solved, assemble, check_finite, ratio, row_pieces
 from qwen3_export.solve.refine import descend, group_order, refit_scales, search_columns
-from qwen3_export.solve.shift import shifted
+from qwen3_export.solve.shift import prepare
 
 NEEDS_INPUTS = True
 _BLOCK = 128
@@ -73,11 +73,15 @@ def solve(group: Group, options: Options, pool: Workers) -> dict[str, Solved]:
     if not torch.isfinite(hessian).all():
         raise RecipeError(f"{first}: its inputs hold NaN or infinity", "the checkpoint is damaged, or its config wrong")
     problems = {scheme: _problem(hessian, scheme, options, first) for scheme in set(group.schemes.values())}
+    shift = None
+    if options.target_shift and group.fitted is not None and group.held_out is not None:
+        damping = _damping(group.fitted.hessian.diagonal(), options.percdamp)
+        shift = prepare(group.fitted, group.held_out, damping)
     solved = {}
     for name, weight in group.weights.items():
         check_finite(name, weight)
         problem = problems[group.schemes[name]]
-        target = _target(weight, group, options)
+        target = weight if shift is None else shift.target(weight, pool)
 
         def piece(
             rows: slice, target: Tensor = target, problem: Problem = problem
@@ -111,12 +115,6 @@ def _problem(hessian: Tensor, scheme: QuantScheme, options: Options, name: str) 
         damped = hessian.clone()
         damped.diagonal().add_(_damping(hessian.diagonal(), options.percdamp))
     return Problem(scheme, hessian, factor, damped)
-
-
-def _target(weight: Tensor, group: Group, options: Options) -> Tensor:
-    if not options.target_shift or group.fitted is None or group.held_out is None:
-        return weight
-    return shifted(weight, group.fitted, group.held_out, options.percdamp)[0]
 
 
 def _solve_rows(weight: Tensor, problem: Problem, options: Options) -> tuple[Grid, Tensor]:

@@ -1,0 +1,254 @@
+"""TensorRT folders. The plan's header is read after its documented layout, the ONNX beside it runs in ONNX Runtime;
+running the plan itself needs a GPU and is not tested here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
+from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.core.source import open_source
+from qwen3_export.errors import ExportError, InputError, MissingRuntimeError, ResourceError, UnsupportedError
+from qwen3_export.run.session import RuntimeOptions, open_session
+from qwen3_export.ship import tensorrt
+from qwen3_export.ship.tensorrt import Profile, check_header, export_tensorrt
+from tests.artifact.support import Exported, largest_difference, load_graph, logits, round_to_nearest
+from tests.artifact.test_onnx_standard import check_codes
+from tests.conftest import tiny_config
+
+PLANS = ["original", "gptq-w4a16-g128", "gptq-w4a16-g32"]
+CAPABILITIES = ("8.9", "12.0")
+MASK = 0x08 | 0x10
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, source: Callable[[str], Path]) -> Callable[[str], Exported]:
+    base, made = tmp_path_factory.mktemp("tensorrt"), {}
+
+    def get(name: str) -> Exported:
+        if name not in made:
+            checkpoint, output = open_source(str(source(name))), base / name
+            result = export_tensorrt(checkpoint, output, capabilities=CAPABILITIES, profile=Profile(128, 512))
+            made[name] = Exported(output, result, checkpoint)
+        return made[name]
+
+    return get
+
+
+def header(plan: Path) -> dict[str, Any]:
+    """The fields of a TensorRT-RTX 1.7 plan's first 64 bytes that are known."""
+    values = struct.unpack("<4sIQQ4B4sQQQQ", plan.read_bytes()[:64])
+    magic, _, _, size, *version, again, mask, _, _, weights = values
+    return {"magic": (magic, again), "size": size, "version": version, "mask": mask, "weights": weights}
+
+
+def onnx_weight_bytes(folder: Path) -> int:
+    total = 0
+    for tensor in load_graph(folder).graph.initializer:
+        places = {item.key: item.value for item in tensor.external_data}
+        total += int(places["length"]) if places else len(tensor.raw_data)
+    return total
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_header_of_the_plan(folder: Callable, name: str) -> None:
+    exported = folder(name)
+    plan = exported.path / "model.plan"
+    found = header(plan)
+    assert found["magic"] == (b"vtrt", b"vtrt")
+    assert found["size"] == plan.stat().st_size
+    assert found["mask"] == MASK
+    described = json.loads((exported.path / "engine.json").read_text())
+    assert ".".join(map(str, found["version"])) == described["version"]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_plan_stores_the_onnx_weights_and_no_more(folder: Callable, name: str) -> None:
+    """A matrix that the builder dequantized, or an embedding stored twice, would show here."""
+    exported = folder(name)
+    ratio = header(exported.path / "model.plan")["weights"] / onnx_weight_bytes(exported.path)
+    assert ratio == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_engine_json(folder: Callable, name: str) -> None:
+    exported = folder(name)
+    described = json.loads((exported.path / "engine.json").read_text())
+    version = described.pop("version")
+    assert version.count(".") >= 2
+    assert described == {
+        "engine": "rtx",
+        "compute_capabilities": ["8.9", "12.0"],
+        "precision": "fp16",
+        "profile": {"max_prompt": 128, "max_context": 512},
+        "source_sha256": open_source("reference-model").sha256,
+    }
+    listed = {item["path"]: item["bytes"] for item in exported.result["files"]}
+    assert listed == {path.name: path.stat().st_size for path in exported.path.iterdir()}
+    plan_bits = 8 * listed["model.plan"] / exported.source.config.num_parameters
+    assert exported.result["bits_per_weight"] == pytest.approx(plan_bits)
+    manifest = json.loads((exported.path / "qwen3-export.json").read_text())
+    assert (manifest["kind"], manifest["engine"]) == ("tensorrt", "rtx")
+    assert manifest["inexact_tensors"] == exported.result["inexact_tensors"]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_onnx_beside_the_plan(folder: Callable, torch_logits: Callable, rows: list[NDArray], name: str) -> None:
+    exported = folder(name)
+    onnx.checker.check_model(str(exported.path / "model.onnx"), full_check=True)
+    assert {node.domain for node in load_graph(exported.path).graph.node} == {""}
+    session = open_session(exported.path, RuntimeOptions(threads=1))
+    assert "plan" in session.runtime, "a report must not pass this off as a run of the plan"
+    session.close()
+    ours, truth = logits(exported.path, rows), torch_logits(name)
+    assert largest_difference(ours, truth) < 0.05
+    same = [a.argmax(-1) == b.argmax(-1) for a, b in zip(ours, truth, strict=True)]
+    assert np.concatenate(same).mean() > 0.99
+
+
+@pytest.mark.parametrize("name", PLANS[1:])
+def test_codes_are_the_solvers_and_scales_have_the_activations_type(folder: Callable, name: str) -> None:
+    exported = folder(name)
+    check_codes(exported)
+    scales = [t for t in load_graph(exported.path).graph.initializer if t.name.endswith(".scales")]
+    assert len(scales) == len(exported.linears)
+    assert {tensor.data_type for tensor in scales} == {onnx.TensorProto.FLOAT16}
+
+
+def test_16_bit_weights_build_for_the_oldest_capability(make_checkpoint: Callable, tmp_path: Path) -> None:
+    result = export_tensorrt(open_checkpoint(make_checkpoint()), tmp_path / "trt", capabilities=("7.5", "12.1"))
+    assert header(tmp_path / "trt" / "model.plan")["mask"] == 0x01 | 0x20
+    assert json.loads((tmp_path / "trt" / "engine.json").read_text())["profile"] == {
+        "max_prompt": 128,
+        "max_context": 128,
+    }
+    assert result["peak_rss_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    "scheme", [QuantScheme(4, group_size=16), QuantScheme(4, group_size=64)], ids=lambda s: s.label
+)
+def test_other_groups_and_bf16(make_checkpoint: Callable, tmp_path: Path, scheme: QuantScheme) -> None:
+    """bf16 activations keep the scales exact; ONNX Runtime has no kernels for them on a CPU."""
+    source = make_checkpoint(tiny_config(hidden_size=128, intermediate_size=128))
+    checkpoint = round_to_nearest(source, tmp_path / "quantized", ("*", scheme))
+    result = export_tensorrt(checkpoint, tmp_path / "trt", capabilities=("8.6",), precision="bf16")
+    assert (result["exact"], result["inexact_tensors"]) == (True, [])
+    check_codes(Exported(tmp_path / "trt", result, checkpoint))
+    ratio = header(tmp_path / "trt" / "model.plan")["weights"] / onnx_weight_bytes(tmp_path / "trt")
+    assert ratio == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("offset", [0, 16, 27, 32], ids=["magic", "size", "version", "capabilities"])
+def test_a_header_that_is_not_what_was_asked_for(folder: Callable, tmp_path: Path, offset: int) -> None:
+    plan = folder("gptq-w4a16-g128").path / "model.plan"
+    version = ".".join(map(str, header(plan)["version"]))
+    check_header(plan, version, CAPABILITIES)
+    data = bytearray(plan.read_bytes())
+    data[offset] ^= 0x40
+    (tmp_path / "model.plan").write_bytes(data)
+    with pytest.raises(UnsupportedError, match="header"):
+        check_header(tmp_path / "model.plan", version, CAPABILITIES)
+
+
+def refused(checkpoint: Checkpoint, tmp_path: Path, error: type[ExportError], match: str, **options: Any) -> None:
+    """The request raises, and nothing is written."""
+    with pytest.raises(error, match=match) as caught:
+        export_tensorrt(checkpoint, tmp_path / "out" / "trt", **options)
+    assert not list((tmp_path / "out").glob("*"))
+    assert caught.type is error
+
+
+UNFIT = [
+    (QuantScheme(4, group_size=32, symmetric=False), "zero points"),
+    (QuantScheme(8, group_size=32), "4-bit"),
+    (QuantScheme(4, strategy="channel"), "4-bit groups"),
+    (QuantScheme(4, group_size=256), "256"),
+]
+
+
+@pytest.mark.parametrize(("scheme", "reason"), UNFIT, ids=lambda value: getattr(value, "label", None))
+def test_schemes_that_do_not_fit(make_checkpoint: Callable, tmp_path: Path, scheme: QuantScheme, reason: str) -> None:
+    source = make_checkpoint(tiny_config(hidden_size=256, intermediate_size=256, head_dim=64))
+    checkpoint = round_to_nearest(source, tmp_path / "quantized", ("*", scheme))
+    refused(checkpoint, tmp_path, UnsupportedError, reason)
+
+
+REQUESTS = [
+    ({"capabilities": ("9.0",)}, InputError, r"--sm 9\.0"),
+    ({"capabilities": ("8.9", "89")}, InputError, "--sm 89"),
+    ({"capabilities": ()}, InputError, "--sm"),
+    ({"engine": "openvino"}, InputError, "openvino"),
+    ({"precision": "fp32"}, InputError, "fp32"),
+    ({"capabilities": ("7.5", "8.9")}, UnsupportedError, r"7\.5"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "match"), REQUESTS, ids=lambda value: value if type(value) is str else "")
+def test_requests_that_cannot_be_met(
+    quantized: Callable, tmp_path: Path, options: dict, error: type[ExportError], match: str
+) -> None:
+    refused(open_checkpoint(quantized("gptq-w4a16-g128")), tmp_path, error, match, **options)
+
+
+def test_bf16_needs_more_than_7_5(make_checkpoint: Callable, tmp_path: Path) -> None:
+    options = {"capabilities": ("7.5",), "precision": "bf16"}
+    refused(open_checkpoint(make_checkpoint()), tmp_path, UnsupportedError, r"7\.5", **options)
+
+
+@pytest.mark.parametrize(("engine", "module"), [("trt", "tensorrt"), ("rtx", "tensorrt_rtx")])
+def test_engine_without_its_package(
+    make_checkpoint: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, module: str
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == module else find(name, *rest))
+    checkpoint = open_checkpoint(make_checkpoint())
+    refused(checkpoint, tmp_path, MissingRuntimeError, module, engine=engine)
+    with pytest.raises(MissingRuntimeError) as caught:
+        export_tensorrt(checkpoint, tmp_path / "trt", engine=engine)
+    assert "pip install" in caught.value.hint
+
+
+BROKEN_BUILDERS = [
+    (-9, "", "", ResourceError, "memory"),
+    (-11, "", "Internal Error: CHECK failed\n", UnsupportedError, "CHECK failed"),
+    (0, json.dumps({"error": "the disk is full", "kind": "resource"}), "", ResourceError, "disk is full"),
+    (0, json.dumps({"error": "no kernel", "kind": "unsupported"}), "", UnsupportedError, "no kernel"),
+]
+
+
+@pytest.mark.parametrize(("code", "out", "err", "error", "match"), BROKEN_BUILDERS)
+def test_builder_that_fails(
+    make_checkpoint: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    out: str,
+    err: str,
+    error: type[ExportError],
+    match: str,
+) -> None:
+    answer = subprocess.CompletedProcess([], code, out, err)
+    monkeypatch.setattr(tensorrt.subprocess, "run", lambda *_, **__: answer)
+    refused(open_checkpoint(make_checkpoint()), tmp_path, error, match)
+
+
+def test_a_graph_that_tensorrt_refuses_is_one_error(
+    make_checkpoint: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real builder, given zero points behind the back of our own check."""
+    scheme = QuantScheme(4, group_size=32, symmetric=False)
+    checkpoint = round_to_nearest(make_checkpoint(), tmp_path / "quantized", ("*", scheme))
+    monkeypatch.setattr(tensorrt, "supports", lambda scheme: None)
+    refused(checkpoint, tmp_path, UnsupportedError, "TensorRT")

@@ -1,0 +1,177 @@
+"""`reference`, `validate`, `bench` and their reports; `run` in every runtime."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.helpers import call, names, refused
+
+TOKENS = ("--tokens", "512")
+
+
+def _drift(artifact: Path, reference: object, *options: object) -> dict[str, Any]:
+    return call("validate", artifact, "--reference", reference, *options, "--json").json["results"][0]
+
+
+@pytest.fixture(scope="module")
+def direct(made: dict[str, Path], model: Path) -> dict[str, Any]:
+    """The ONNX folder against the original itself."""
+    return _drift(made["onnx"], model, *TOKENS)
+
+
+def test_a_file_of_all_logits_is_as_good_as_the_original(
+    direct: dict[str, Any], made: dict[str, Path], model: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "all.safetensors"
+    assert call("reference", model, "--output", file, "--top-k", "0", *TOKENS).code == 0
+    from_file = _drift(made["onnx"], file)
+    assert from_file["kl_is_lower_bound"] is direct["kl_is_lower_bound"] is False
+    assert from_file == direct
+
+
+def test_a_file_of_top_tokens_gives_a_lower_bound_and_says_so(direct: dict[str, Any], made: dict[str, Path]) -> None:
+    from_file = _drift(made["onnx"], made["reference"])
+    assert from_file["kl_is_lower_bound"] is True
+    assert 0 < from_file["kl_mean"] <= direct["kl_mean"]
+    for field in ("tokens", "top1_agreement", "generation", "reference_sha256"):
+        assert from_file[field] == direct[field]
+    assert from_file["ppl_reference"] == pytest.approx(direct["ppl_reference"], rel=1e-6)
+    assert "≥" in call("validate", made["onnx"], "--reference", made["reference"]).out
+
+
+def test_more_top_tokens_give_a_tighter_bound(
+    direct: dict[str, Any], made: dict[str, Path], model: Path, tmp_path: Path
+) -> None:
+    bounds = []
+    for count in (1, 16, 256, 8192):
+        file = tmp_path / f"top-{count}.safetensors"
+        assert call("reference", model, "--output", file, "--top-k", count, *TOKENS).code == 0
+        bounds.append(_drift(made["onnx"], file)["kl_mean"])
+    assert bounds == sorted(bounds)
+    assert bounds[0] < bounds[1] < bounds[2]
+    assert bounds[-1] == pytest.approx(direct["kl_mean"], rel=1e-4)
+
+
+def test_the_original_does_not_drift_from_itself(model: Path, tmp_path: Path) -> None:
+    result = _drift(model, model, *TOKENS)
+    assert result["kl_mean"] < 1e-9
+    assert result["top1_agreement"] == 1
+    assert result["generation"]["agreement"] == 1
+
+
+def test_own_text(model: Path, made: dict[str, Path], tmp_path: Path) -> None:
+    first, second = tmp_path / "first.txt", tmp_path / "second.jsonl"
+    first.write_text("The sea was calm and the boats came home early. " * 20)
+    second.write_text(json.dumps({"text": "def add(a, b):\n    return a + b\n" * 20, "domain": "code"}) + "\n")
+    file = tmp_path / "own.safetensors"
+    written = call("reference", model, "--output", file, "--text", first, "--text", second, "--json").json
+    assert written["domains"] == ["code", "first"]
+    result = _drift(made["onnx"], file)
+    assert set(result["domains"]) == {"code", "first"}
+    assert result["tokens"] == written["positions"]
+    live = _drift(made["onnx"], model, "--text", first, "--text", second)
+    assert live["tokens"] == result["tokens"]
+    command = ("bench", made["onnx"], "--text", first, "--prompt-tokens", "16", "--new-tokens", "2", "--repeat", "1")
+    assert call(*command).code == 0
+
+
+def test_windows_are_as_long_as_asked(model: Path, tmp_path: Path) -> None:
+    short = call("reference", model, "--output", tmp_path / "a", "--window", "64", *TOKENS, "--json").json
+    long = call("reference", model, "--output", tmp_path / "b", "--window", "512", *TOKENS, "--json").json
+    assert short["rows"] > long["rows"]
+    assert short["tokens"] / short["rows"] <= 64
+
+
+def test_report_folder(made: dict[str, Path], tmp_path: Path) -> None:
+    report = tmp_path / "report"
+    command = ("validate", made["onnx"], made["gguf"], "--reference", made["reference"], "--report", report)
+    outcome = call(*command, "--max-kl", "1", "--min-top1", "1", "--json")
+    assert outcome.code == 1
+    assert {"report.json", "report.md", "report.xml", "qwen3-export.json"} <= set(names(report))
+    assert json.loads((report / "report.json").read_text()) == outcome.json
+    text = (report / "report.md").read_text()
+    assert "model-onnx" in text
+    assert "model.gguf" in text
+    assert "FAIL" in text
+    suite = ElementTree.parse(report / "report.xml").getroot()
+    assert (suite.get("tests"), suite.get("failures")) == ("4", "2")
+    assert [case.get("name") for case in suite.iter("testcase")] == ["max_kl", "min_top1"] * 2
+    assert all("min_top1 is 0." in failure.get("message", "") for failure in suite.iter("failure"))
+    refused(call(*command), 2, "report exists already")
+    assert call(*command, "--force", "--max-kl", "1").code == 0
+    assert ElementTree.parse(report / "report.xml").getroot().get("failures") == "0"
+
+
+def test_bench_report(made: dict[str, Path], tmp_path: Path) -> None:
+    report = tmp_path / "report"
+    command = ("bench", made["onnx"], "--prompt-tokens", "16", "--new-tokens", "2", "--repeat", "1", "--report", report)
+    outcome = call(*command, "--json")
+    assert json.loads((report / "report.json").read_text()) == outcome.json
+    assert "decode tok/s" in (report / "report.md").read_text()
+
+
+def test_gate_file_and_options(made: dict[str, Path], tmp_path: Path) -> None:
+    as_yaml, as_json = tmp_path / "gate.yaml", tmp_path / "gate.json"
+    as_yaml.write_text("max_kl: 0.5\nmax_bytes: 100000000\nmax_extra_loops: 8\n")
+    as_json.write_text('{"min_top1": 1.0}')
+    common = ("validate", made["onnx"], "--reference", made["reference"])
+    passed = call(*common, "--gate", as_yaml, "--json")
+    assert passed.code == 0
+    checks = passed.json["results"][0]["gate"]["checks"]
+    assert [check["name"] for check in checks] == ["max_kl", "max_bytes", "max_extra_loops"]
+    assert call(*common, "--gate", as_json).code == 1
+    overruled = call(*common, "--gate", as_yaml, "--max-kl", "0", "--max-ppl-ratio", "100", "--json")
+    assert overruled.code == 1
+    failed = [check["name"] for check in overruled.json["results"][0]["gate"]["checks"] if not check["passed"]]
+    assert failed == ["max_kl"]
+
+
+def test_one_failing_artifact_fails_the_run(made: dict[str, Path], model: Path) -> None:
+    common = ("--reference", made["reference"], "--max-kl", "0.000001", "--json")
+    outcome = call("validate", model, made["onnx"], *common)
+    assert outcome.code == 1
+    assert [result["gate"]["passed"] for result in outcome.json["results"]] == [True, False]
+
+
+@pytest.mark.parametrize("kind", ["quantized", "onnx", "gguf"])
+def test_run_answers_with_text(kind: str, made: dict[str, Path]) -> None:
+    command = ("run", made[kind], "--prompt", "What is the sea?", "--max-new-tokens", "8")
+    outcome = call(*command)
+    assert outcome.code == 0
+    assert outcome.out.strip()
+    assert "8 tokens" in outcome.err
+    with_json = call(*command, "--json").json
+    assert with_json["text"].strip() == outcome.out.strip()
+    assert with_json["text"] == call(*command, "--json").json["text"]
+
+
+@pytest.mark.parametrize("kind", ["quantized", "onnx", "gguf"])
+def test_thinking_changes_the_prompt(kind: str, made: dict[str, Path]) -> None:
+    command = ("run", made[kind], "--prompt", "What is the sea?", "--max-new-tokens", "1", "--json")
+    lengths = [call(*command, *more).json["prompt_tokens"] for more in ((), ("--thinking",), ("--no-thinking",))]
+    assert lengths[0] == lengths[1] < lengths[2]
+    assert call(*command, "--system", "Be brief.").json["prompt_tokens"] > lengths[0]
+
+
+def test_greedy_text_is_the_same_in_torch_and_onnx(made: dict[str, Path]) -> None:
+    for prompt in ("What is the sea?", "def main():", "你好"):
+        options = ("--prompt", prompt, "--max-new-tokens", "24", "--json")
+        texts = [call("run", made[kind], *options).json["text"] for kind in ("quantized", "onnx", "tensorrt")]
+        assert texts[0] == texts[1]
+        assert texts[2]
+
+
+def test_sampling_is_seeded(made: dict[str, Path]) -> None:
+    options = ("--prompt", "What is the sea?", "--max-new-tokens", "12", "--temperature", "1.5", "--json")
+    texts = [call("run", made["onnx"], *options, "--seed", seed).json["text"] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_generation_stops_where_the_context_ends(made: dict[str, Path]) -> None:
+    values = call("run", made["onnx"], "--prompt", "word " * 400, "--max-new-tokens", "1000", "--json").json
+    assert values["prompt_tokens"] + values["new_tokens"] <= 512
