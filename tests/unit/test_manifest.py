@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -36,6 +34,12 @@ def fill(staged: Staged, partial: Path, text: str = "new") -> None:
     (partial / "data.txt" if staged is staged_folder else partial).write_text(text)
 
 
+def fill_and_raise(staged: Staged, block: AbstractContextManager[Path], error: type[BaseException]) -> None:
+    with block as partial:
+        fill(staged, partial)
+        raise error("stop")
+
+
 def content(output: Path) -> str:
     return (output / "data.txt" if output.is_dir() else output).read_text()
 
@@ -56,9 +60,8 @@ def test_an_output_appears_when_the_block_ends_and_not_before(staged: Staged, tm
 @both
 @pytest.mark.parametrize("error", [ValueError, InputError, KeyboardInterrupt, SystemExit, MemoryError])
 def test_nothing_is_left_when_the_block_fails(staged: Staged, tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), staged(tmp_path / "out") as partial:
-        fill(staged, partial)
-        raise error("stop")
+    with pytest.raises(error):
+        fill_and_raise(staged, staged(tmp_path / "out"), error)
     assert names(tmp_path) == []
 
 
@@ -75,12 +78,11 @@ def test_an_output_with_a_relative_path_survives_a_change_of_folder(
 
 
 def test_a_resumable_folder_is_kept_as_it_stands_when_the_block_fails(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), staged_folder(tmp_path / "out", resume=True) as partial:
-        fill(staged_folder, partial, "half")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        fill_and_raise(staged_folder, staged_folder(tmp_path / "out", resume=True), KeyboardInterrupt)
     assert names(tmp_path) == ["out.partial"]
     with staged_folder(tmp_path / "out", resume=True) as partial:
-        assert content(partial) == "half"
+        assert content(partial) == "new"
         fill(staged_folder, partial, "whole")
     assert content(tmp_path / "out") == "whole"
 
@@ -131,9 +133,8 @@ def test_force_replaces_a_folder_that_is_ours(tmp_path: Path) -> None:
 
 def test_force_keeps_the_old_folder_when_the_block_fails(tmp_path: Path) -> None:
     ours(tmp_path / "out")
-    with pytest.raises(ValueError, match="stop"), staged_folder(tmp_path / "out", force=True) as partial:
-        fill(staged_folder, partial)
-        raise ValueError("stop")
+    with pytest.raises(ValueError, match="stop"):
+        fill_and_raise(staged_folder, staged_folder(tmp_path / "out", force=True), ValueError)
     assert content(tmp_path / "out") == "old"
     assert names(tmp_path) == ["out"]
 
@@ -184,46 +185,47 @@ def test_a_file_is_not_replaced_by_a_folder_nor_a_folder_by_a_file(tmp_path: Pat
     assert (tmp_path / "file").read_text() == "old"
 
 
-def hold(staged: Staged, output: Path, ready: Event, release: Event) -> None:
-    with staged(output) as partial:
-        fill(staged, partial, "theirs")
-        ready.set()
-        release.wait(30)
+HOLDER = """
+import sys
+from pathlib import Path
+from qwen3_export.core import manifest
+
+with getattr(manifest, sys.argv[1])(Path(sys.argv[2])) as partial:
+    (partial / "data.txt" if partial.is_dir() else partial).write_text("theirs")
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
 
 
 @contextmanager
-def other_process(staged: Staged, output: Path) -> Iterator[tuple[Any, Event]]:
-    """Another process that is writing the same output; yields it and the event that lets it finish."""
-    context = multiprocessing.get_context("fork")
-    ready, release = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(staged, output, ready, release))
-    process.start()
+def other_process(staged: Staged, output: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that writes the same output until its input is closed."""
+    command = [sys.executable, "-c", HOLDER, staged.__name__, str(output)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
     try:
-        assert ready.wait(30)
-        yield process, release
+        assert process.stdout.readline() == "ready\n"
+        yield process
     finally:
-        release.set()
-        process.join(30)
+        process.communicate(timeout=30)
 
 
 @both
 def test_an_output_that_another_process_writes_is_refused(staged: Staged, tmp_path: Path) -> None:
-    with other_process(staged, tmp_path / "out") as (process, release):
-        with pytest.raises(InputError, match="another run is writing .*out") as caught, staged(tmp_path / "out"):
+    with other_process(staged, tmp_path / "out") as process:
+        with pytest.raises(InputError, match=r"another run is writing .*/out") as caught, staged(tmp_path / "out"):
             pytest.fail("the block must not run")
         assert caught.value.hint is not None
-        release.set()
-        process.join(30)
-    assert process.exitcode == 0
+    assert process.returncode == 0
     assert content(tmp_path / "out") == "theirs"
     assert names(tmp_path) == ["out"]
 
 
 @both
 def test_the_lock_dies_with_its_process(staged: Staged, tmp_path: Path) -> None:
-    with other_process(staged, tmp_path / "out") as (process, _):
-        os.kill(process.pid, signal.SIGKILL)
-        process.join(30)
+    with other_process(staged, tmp_path / "out") as process:
+        process.kill()
+        process.wait(30)
         with staged(tmp_path / "out") as partial:
             fill(staged, partial, "mine")
     assert content(tmp_path / "out") == "mine"
