@@ -1,4 +1,9 @@
-"""ONNX folders in ONNX Runtime, with the cache kept in the runtime's own buffers. Needs numpy alone."""
+"""ONNX folders in ONNX Runtime. Needs numpy alone.
+
+`GroupQueryAttention` appends to its cache in place when past and present are the same buffer, so a
+decoded token costs no copy of what came before; the buffer doubles when it is full. A folder in
+standard operators returns a longer cache each time, which becomes the next past.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,7 @@ from numpy.typing import NDArray
 from qwen3_export.errors import InputError, MissingRuntimeError
 from qwen3_export.run.session import RuntimeOptions
 
+_SMALLEST_CACHE = 256
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -53,13 +59,14 @@ class OrtSession:
                 ) from error
             raise InputError(f"{folder}: ONNX Runtime cannot load model.onnx ({reason})") from error
         self._read_signature(folder)
-        self._empty = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self._past.items()}
+        self._binding = self._session.io_binding()
+        self._length = self._capacity = 0
         self._cache: dict[str, Any] = {}
-        self._length = 0
+        if self._in_place:
+            self._grow(_SMALLEST_CACHE)
 
     def _read_signature(self, folder: Path) -> None:
         outputs = {item.name: item for item in self._session.get_outputs()}
-        self._outputs = list(outputs)
         self._past: dict[str, tuple[tuple[int, ...], Any]] = {}
         for item in self._session.get_inputs():
             if item.name.startswith("past_key_values."):
@@ -70,12 +77,27 @@ class OrtSession:
                 shape = (1, item.shape[1], 0, item.shape[3])
                 self._past[item.name] = (shape, _TYPES[item.type])
         self.vocab_size = int(outputs["logits"].shape[-1])
-        context = self._session.get_modelmeta().custom_metadata_map.get("qwen3_export.context")
-        self.context = int(context) if context else 2**31
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        self.context = int(metadata.get("qwen3_export.context", 2**31))
+        self._in_place = metadata.get("qwen3_export.flavor") == "ort"
+
+    def _grow(self, capacity: int) -> None:
+        """Buffers for at least `capacity` positions, bound as past and present alike."""
+        self._capacity = max(capacity, 2 * self._capacity)
+        for name, (shape, dtype) in self._past.items():
+            buffer = np.zeros((1, shape[1], self._capacity, shape[3]), dtype)
+            if self._length:
+                buffer[:, :, : self._length] = self._cache[name][:, :, : self._length]
+            self._cache[name] = buffer
+            place = ("cpu", 0, dtype, buffer.shape, buffer.ctypes.data)
+            self._binding.bind_input(name, *place)
+            self._binding.bind_output(name.replace("past_key_values", "present"), *place)
 
     def prefill(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """Start a new sequence; logits `[len(ids), vocab]`."""
-        self._cache, self._length = dict(self._empty), 0
+        self._length = 0
+        if not self._in_place:
+            self._cache = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self._past.items()}
         return self._run(ids)
 
     def decode(self, token: int) -> NDArray[np.float32]:
@@ -83,25 +105,32 @@ class OrtSession:
         return self._run(np.array([token]))[0]
 
     def _run(self, ids: NDArray) -> NDArray[np.float32]:
-        count = len(ids)
-        total = self._length + count
-        binding = self._session.io_binding()
+        total, binding = self._length + len(ids), self._binding
+        if self._in_place and total > self._capacity:
+            self._grow(total)
         binding.bind_cpu_input("input_ids", ids.astype(np.int64)[None])
         binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
         binding.bind_cpu_input("position_ids", np.arange(self._length, total, dtype=np.int64)[None])
+        if not self._in_place:
+            self._bind_moving()
+        # Outputs come back in the order in which they were first bound: the caches, then the logits.
+        binding.bind_output("logits")
+        self._session.run_with_iobinding(binding)
+        *presents, logits = binding.get_outputs()
+        if not self._in_place:
+            self._cache = dict(zip(self._past, presents, strict=True))
+        self._length = total
+        return logits.numpy()[0].astype(np.float32, copy=False)
+
+    def _bind_moving(self) -> None:
+        """The last present as past, and a new present of the runtime's own."""
         for name, value in self._cache.items():
             if isinstance(value, np.ndarray):
-                binding.bind_cpu_input(name, value)
+                self._binding.bind_cpu_input(name, value)
             else:
-                binding.bind_ortvalue_input(name, value)
-        for name in self._outputs:
-            binding.bind_output(name)
-        self._session.run_with_iobinding(binding)
-        results = dict(zip(self._outputs, binding.get_outputs(), strict=True))
-        self._cache = {name: results[name.replace("past_key_values", "present")] for name in self._past}
-        self._length = total
-        return results["logits"].numpy()[0].astype(np.float32, copy=False)
+                self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_output(name.replace("past_key_values", "present"))
 
     def close(self) -> None:
         """Free the model."""
-        del self._session
+        del self._binding, self._session

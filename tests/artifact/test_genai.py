@@ -3,17 +3,22 @@ with tokenizer.json, our renderer and our own ONNX Runtime session."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime_genai as genai
 import pytest
 from numpy.typing import NDArray
 
+from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.run.session import RuntimeOptions, greedy, open_session
+from qwen3_export.ship.onnx import export_onnx
 from qwen3_export.text import ModelTokenizer, render_chat
 from tests.artifact.support import THREADS
+from tests.conftest import tiny_config
 
 PROMPTS = [
     "The quick brown fox",
@@ -31,11 +36,9 @@ FOLDERS = [
 ]
 
 
-def genai_greedy(model: genai.Model, ids: NDArray, shared_cache: bool) -> list[int]:
+def genai_greedy(model: genai.Model, ids: NDArray, **options: Any) -> list[int]:
     parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(
-        do_sample=False, max_length=len(ids) + NEW_TOKENS, past_present_share_buffer=shared_cache
-    )
+    parameters.set_search_options(do_sample=False, **options)
     generator, tokens = genai.Generator(model, parameters), []
     generator.append_tokens(ids)
     while not generator.is_done():
@@ -56,16 +59,38 @@ def test_greedy_text_is_our_sessions(
         ours = greedy(session, ids, NEW_TOKENS).tolist()
         end = next((i + 1 for i, token in enumerate(ours) if token in stops), NEW_TOKENS)
         for shared_cache in (True, False):
-            assert genai_greedy(model, ids, shared_cache) == ours[:end], prompt
+            options = {"max_length": len(ids) + NEW_TOKENS, "past_present_share_buffer": shared_cache}
+            assert genai_greedy(model, ids, **options) == ours[:end], prompt
     session.close()
 
 
 def test_a_chat_ends_at_a_stop_token(onnx_folder: Callable, tokenizer: ModelTokenizer) -> None:
-    """The reference model answers small sums and stops; without eos ids in genai_config.json it would not."""
+    """With the folder's own settings: the reference model answers small sums, and its eos ids end the text."""
     model = genai.Model(str(onnx_folder("original").path))
-    tokens = genai_greedy(model, tokenizer.encode(PROMPTS[-1]), shared_cache=True)
+    tokens = genai_greedy(model, tokenizer.encode(PROMPTS[-1]))
     assert tokens[-1] in tokenizer.stop_ids()
-    assert len(tokens) < NEW_TOKENS
+    assert 3 < len(tokens) < NEW_TOKENS
+
+
+def test_settings(onnx_folder: Callable) -> None:
+    exported = onnx_folder("gptq-w4a16-g128")
+    settings = json.loads((exported.path / "genai_config.json").read_text())
+    model, decoder, search = settings["model"], settings["model"]["decoder"], settings["search"]
+    assert (model["context_length"], model["vocab_size"]) == (2048, 8192)
+    assert (model["eos_token_id"], model["pad_token_id"], model["bos_token_id"]) == ([8187, 8185], 8185, 8185)
+    assert (decoder["num_hidden_layers"], decoder["head_size"], decoder["hidden_size"]) == (6, 128, 256)
+    assert (decoder["num_attention_heads"], decoder["num_key_value_heads"]) == (4, 2)
+    wanted = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    assert {key: search[key] for key in wanted} == wanted
+    assert search["max_length"] == 2048
+
+
+def test_a_long_context_does_not_reserve_its_whole_cache(make_checkpoint: Callable, tmp_path: Path) -> None:
+    """genai allocates the cache of `max_length` before it starts: 9 GB for Qwen3-0.6B at 40,960 positions."""
+    export_onnx(open_checkpoint(make_checkpoint(tiny_config(max_position_embeddings=40960))), tmp_path / "onnx")
+    settings = json.loads((tmp_path / "onnx" / "genai_config.json").read_text())
+    assert settings["model"]["context_length"] == 40960
+    assert settings["search"]["max_length"] == 4096
 
 
 def test_tokenizer_and_chat_template(onnx_folder: Callable, tokenizer: ModelTokenizer, reference_folder: Path) -> None:

@@ -351,6 +351,31 @@ def check_experts(tensors: dict[str, Any], checkpoint: Any, kind: Type) -> None:
         np.testing.assert_array_equal(router.data, checkpoint.read(f"model.layers.{layer}.mlp.gate.weight"))
 
 
+# One block of the converter's file of such a model; experts come when the last of them was read.
+EXPERT_BLOCK = [
+    "attn_norm",
+    "ffn_down_exps",
+    "ffn_gate_exps",
+    "ffn_up_exps",
+    "ffn_gate_inp",
+    "ffn_norm",
+    "attn_k_norm",
+    "attn_k",
+    "attn_output",
+    "attn_q_norm",
+    "attn_q",
+    "attn_v",
+]
+
+
+def test_order_of_expert_tensors(tmp_path: Path, reference_folder: Path) -> None:
+    folder = tiny_with_tokenizer(tmp_path / "moe", reference_folder, tiny_moe_config())
+    export_gguf(open_checkpoint(folder), tmp_path / "moe.gguf")
+    blocks = [f"blk.{layer}.{name}.weight" for layer in range(2) for name in EXPERT_BLOCK]
+    wanted = ["output.weight", "token_embd.weight", *blocks, "output_norm.weight"]
+    assert list(gguf_tensors(tmp_path / "moe.gguf")) == wanted
+
+
 def test_expert_metadata(tmp_path: Path, reference_folder: Path) -> None:
     folder = tiny_with_tokenizer(tmp_path / "moe", reference_folder, tiny_moe_config())
     export_gguf(open_checkpoint(folder), tmp_path / "moe.gguf")

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
 from qwen3_export.core.recipe import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.ship.onnx import export_onnx
@@ -131,18 +131,30 @@ def test_other_schemes_in_two_runtimes(make_checkpoint: Callable, tmp_path: Path
     onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
     wanted = logits(checkpoint.folder, [ids])
     assert largest_difference(logits(folder, [ids], exact=True), wanted) < SAME
-    assert largest_difference([reference_evaluator(folder, checkpoint, ids)], wanted) < SAME
+    every = np.ones((1, len(ids)), np.int64)
+    by_the_specification = reference_evaluator(folder, checkpoint, ids[None], every, every.cumsum(1) - 1)
+    assert largest_difference(list(by_the_specification), wanted) < SAME
 
 
-def reference_evaluator(folder: Path, checkpoint: Checkpoint, ids: NDArray) -> NDArray[np.float32]:
+def test_left_padding_by_the_specification(make_checkpoint: Callable, tmp_path: Path) -> None:
+    """ONNX Runtime forgives a row of the mask that allows nothing; by the specification it is NaN."""
+    folder, ids = make_checkpoint(), random_ids(20)
+    export_onnx(open_checkpoint(folder), tmp_path / "onnx", "standard")
+    alone, mask = logits(folder, [ids, ids[:12]]), np.ones((2, 20), np.int64)
+    mask[1, :8] = 0
+    batch, positions = np.stack([ids, np.pad(ids[:12], (8, 0))]), np.maximum(mask.cumsum(1) - 1, 0)
+    found = reference_evaluator(tmp_path / "onnx", open_checkpoint(folder), batch, mask, positions)
+    assert np.isfinite(found).all()
+    assert largest_difference([found[0], found[1, 8:]], alone) < SAME
+
+
+def reference_evaluator(
+    folder: Path, checkpoint: Checkpoint, ids: NDArray, mask: NDArray, positions: NDArray
+) -> NDArray[np.float32]:
     """Logits by onnx's own Python implementation of every operator."""
     config = checkpoint.config
-    empty = np.zeros((1, config.num_kv_heads, 0, config.head_dim), np.float32)
-    feeds = {
-        "input_ids": ids[None].astype(np.int64),
-        "attention_mask": np.ones((1, len(ids)), np.int64),
-        "position_ids": np.arange(len(ids))[None],
-    }
+    empty = np.zeros((len(ids), config.num_kv_heads, 0, config.head_dim), np.float32)
+    feeds = {"input_ids": ids.astype(np.int64), "attention_mask": mask, "position_ids": positions}
     for layer in range(config.num_layers):
         feeds |= {f"past_key_values.{layer}.{kind}": empty for kind in ("key", "value")}
-    return ReferenceEvaluator(str(folder / "model.onnx")).run(["logits"], feeds)[0][0]
+    return ReferenceEvaluator(str(folder / "model.onnx")).run(["logits"], feeds)[0]
