@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,7 +78,17 @@ class ModelTokenizer:
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of token ids."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        kept = [int(i) for i in ids if not (skip_special and int(i) in self._special)]
+        return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+    @cached_property
+    def _special(self) -> set[int]:
+        """Ids of special tokens; where the two files differ, transformers follows tokenizer_config.json."""
+        flags = {str(i): token.special for i, token in self._tokenizer.get_added_tokens_decoder().items()}
+        stated = self._config.get("added_tokens_decoder")
+        for i, item in stated.items() if isinstance(stated, dict) else ():
+            flags[i] = bool(item.get("special")) if isinstance(item, dict) else False
+        return {int(i) for i, special in flags.items() if special and i.isdigit()}
 
     @cached_property
     def _config(self) -> dict[str, Any]:
@@ -125,9 +135,11 @@ def render_chat(
         return "\n".join(f"{m['role']}: {m['content']}" for m in messages) + ("\nassistant: " if generate else "")
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     environment.globals["raise_exception"] = _template_error
-    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     try:
         compiled = environment.from_string(template)
         return compiled.render(messages=messages, add_generation_prompt=generate, enable_thinking=thinking)

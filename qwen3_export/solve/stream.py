@@ -15,6 +15,7 @@ number of threads or the memory, so the bytes depend on neither.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -119,7 +120,9 @@ def solve_block(job: Job, layer: int) -> dict[str, SolvedLinear]:
             for walk in walks:
                 walk.states.advance(partial(_advance, job, walk.block, stage, rope), job.pool)
         for walk in walks:
-            walk.states.take("residual").keep_as(job.hidden_path(layer + 1, walk.stream))
+            # Closed at once: a file that is deleted while it is open keeps its room on the disk.
+            with closing(walk.states.take("residual")) as hidden:
+                hidden.keep_as(job.hidden_path(layer + 1, walk.stream))
     finally:
         for walk in walks:
             walk.states.close()

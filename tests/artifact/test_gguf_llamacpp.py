@@ -45,8 +45,8 @@ def test_expanded_q4_1_differs_by_its_fp16_minimums_alone(
 ) -> None:
     name = "gptq-w4a16-g32-asym"
     expanded = logits(expanded_gguf(name), rows, exact=True)
-    assert SAME < largest_difference(expanded, torch_logits(name)) < 0.1
-    assert mean_kl(torch_logits(name), expanded) < 1e-5
+    assert SAME < largest_difference(expanded, torch_logits(name)) < 0.02
+    assert mean_kl(torch_logits(name), expanded) < 1e-6
 
 
 # KL measured: 1.4e-5 (activations in bf16), 2.5e-7 (fp16), 1.2e-4 to 3e-4 (8 bits).

@@ -119,6 +119,22 @@ def test_decoding_token_by_token_equals_one_prefill(onnx_folder: OnnxFolder, row
     session.close()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("flavor", ["ort", "standard"])
+def test_decoding_while_the_cache_grows(
+    onnx_folder: OnnxFolder, rows: list[NDArray], reference_folder: Path, flavor: str, precision: str
+) -> None:
+    """The session's buffers double when they are full: a prompt and its continuation cross 256 and 512 positions."""
+    folder = onnx_folder("original", flavor=flavor, precision=precision).path
+    session, ids = open_session(folder, RuntimeOptions(threads=THREADS)), np.concatenate(rows)[:516]
+    tolerance = 2 * SAME if precision == "fp32" else 0.05
+    (truth,) = logits(reference_folder, [ids])
+    for begin, end in ((250, 262), (508, 516), (3, 8)):
+        pieces = [session.prefill(ids[:begin]), *(session.decode(int(token))[None] for token in ids[begin:end])]
+        assert np.abs(np.concatenate(pieces) - truth[:end]).max() < tolerance
+    session.close()
+
+
 def test_a_new_prefill_forgets_the_last_sequence(onnx_folder: OnnxFolder, rows: list[NDArray]) -> None:
     session = open_session(onnx_folder("gptq-w4a16-g128").path, RuntimeOptions(threads=1))
     fresh = session.prefill(rows[0])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
@@ -137,7 +138,6 @@ def test_other_schemes_in_two_runtimes(make_checkpoint: Callable, tmp_path: Path
 
 
 def test_left_padding_by_the_specification(make_checkpoint: Callable, tmp_path: Path) -> None:
-    """ONNX Runtime forgives a row of the mask that allows nothing; by the specification it is NaN."""
     folder, ids = make_checkpoint(), random_ids(20)
     export_onnx(open_checkpoint(folder), tmp_path / "onnx", "standard")
     alone, mask = logits(folder, [ids, ids[:12]]), np.ones((2, 20), np.int64)
@@ -146,6 +146,27 @@ def test_left_padding_by_the_specification(make_checkpoint: Callable, tmp_path: 
     found = reference_evaluator(tmp_path / "onnx", open_checkpoint(folder), batch, mask, positions)
     assert np.isfinite(found).all()
     assert largest_difference([found[0], found[1, 8:]], alone) < SAME
+
+
+def test_mask_of_a_padded_chunk_behind_a_cache(make_checkpoint: Callable, tmp_path: Path) -> None:
+    """Slot i sees the earlier slots that hold a token, and itself: a row that allows nothing could become NaN."""
+    export_onnx(open_checkpoint(make_checkpoint()), tmp_path / "onnx", "standard")
+    model = onnx.load(str(tmp_path / "onnx" / "model.onnx"))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("mask.allowed_out", onnx.TensorProto.BOOL, None))
+    mask = np.array([[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1]])
+    past, total = 3, mask.shape[1]
+    feeds = {
+        "input_ids": np.zeros((2, total - past), np.int64),
+        "attention_mask": mask,
+        "position_ids": np.zeros((2, total - past), np.int64),
+    }
+    caches = [value.name for value in model.graph.input if value.name.startswith("past")]
+    feeds |= dict.fromkeys(caches, np.zeros((2, 2, past, 32), np.float32))
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    (allowed,) = session.run(["mask.allowed_out"], feeds)
+    slots, queries = np.arange(total), np.arange(past, total)[:, None]
+    wanted = ((slots <= queries) & (mask[:, None] == 1)) | (slots == queries)
+    np.testing.assert_array_equal(allowed[:, 0], wanted)
 
 
 def reference_evaluator(

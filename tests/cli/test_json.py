@@ -106,7 +106,19 @@ def test_reference(model: Path, tmp_path: Path) -> None:
 def test_validate(made: dict[str, Path]) -> None:
     artifacts = [made["quantized"], made["onnx"], made["gguf"], made["tensorrt"]]
     values = _one_object(
-        call("validate", *artifacts, "--reference", made["reference"], "--max-kl", "1", "--min-top1", "0.1", "--json")
+        call(
+            "validate",
+            *artifacts,
+            "--reference",
+            made["reference"],
+            "--max-kl",
+            "1",
+            "--min-top1",
+            "0.1",
+            "--threads",
+            "1",
+            "--json",
+        )
     )
     assert values["passed"] is True
     assert [result["artifact"] for result in values["results"]] == [str(path) for path in artifacts]

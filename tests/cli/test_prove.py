@@ -89,7 +89,17 @@ def test_windows_are_as_long_as_asked(model: Path, tmp_path: Path) -> None:
 
 def test_report_folder(made: dict[str, Path], tmp_path: Path) -> None:
     report = tmp_path / "report"
-    command = ("validate", made["onnx"], made["gguf"], "--reference", made["reference"], "--report", report)
+    command = (
+        "validate",
+        made["onnx"],
+        made["gguf"],
+        "--reference",
+        made["reference"],
+        "--threads",
+        "1",
+        "--report",
+        report,
+    )
     outcome = call(*command, "--max-kl", "1", "--min-top1", "1", "--json")
     assert outcome.code == 1
     assert {"report.json", "report.md", "report.xml", "qwen3-export.json"} <= set(names(report))

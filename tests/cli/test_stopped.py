@@ -175,7 +175,7 @@ def test_interrupted_export_leaves_nothing(made: dict[str, Path], tmp_path: Path
 def test_disk_that_fills_up_during_the_run(
     deep_model: Path, undisturbed: dict[str, str], disk: Callable[..., Path]
 ) -> None:
-    place = disk(32 << 20)
+    place = disk(48 << 20)
     out = place / "out"
     process = _start(deep_model, out)
     wait_for(lambda: finished_blocks(out), process)
@@ -193,6 +193,18 @@ def test_disk_that_fills_up_during_the_run(
     assert outcome.json["resumed_blocks"] == done
     assert hashes(out) == undisturbed
     assert names(place) == ["out"]
+
+
+@pytest.mark.parametrize("recipe", ["gptq-w4a16-g32", "rtn-w4a16-g32"])
+def test_estimate_of_the_disk_is_enough(recipe: str, deep_model: Path, disk: Callable[..., Path]) -> None:
+    """What the preflight asks for suffices, however many blocks there are."""
+    command = ("quantize", deep_model, "--recipe", recipe, *OPTIONS[2:], "--json")
+    probe = disk(64 << 10)
+    refusal = call(*command, "--output", probe / "out")
+    refused(refusal, 4, "MiB are needed")
+    needed = float(refusal.err.partition("about ")[2].split()[0])
+    place = disk(int((needed + 0.1) * (1 << 20)) // 4096 * 4096)
+    assert call(*command, "--output", place / "out").code == 0
 
 
 def test_disk_that_is_full_at_the_end(deep_model: Path, disk: Callable[..., Path]) -> None:

@@ -62,7 +62,7 @@ def written(
 def test_the_live_reference_says_what_a_plain_forward_pass_says(
     checkpoint: Checkpoint, rows: Rows, live: LiveReference
 ) -> None:
-    decoder = Decoder(checkpoint, resident=True)
+    decoder = Decoder(checkpoint)
     for row, ids in enumerate(rows.ids):
         logits = decoder.logits(decoder.hidden([ids])[0]).numpy()
         np.testing.assert_allclose(live.logits(row), logits, rtol=1e-5, atol=1e-5)
@@ -75,7 +75,7 @@ def test_the_live_reference_says_what_a_plain_forward_pass_says(
 def test_the_continuations_are_the_originals_greedy_text(
     checkpoint: Checkpoint, rows: Rows, live: LiveReference
 ) -> None:
-    decoder = Decoder(checkpoint, resident=True)
+    decoder = Decoder(checkpoint)
     assert len(live.continuations.prompts) == 4
     for prompt, text in zip(live.continuations.prompts, live.continuations.tokens, strict=True):
         assert any(np.array_equal(prompt, ids[:32]) for ids in rows.ids)
