@@ -43,7 +43,9 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What to call it in tables and manifests; never a path."""
+        """What to call it in tables and manifests; never a path. A hub cache names folders by commit."""
+        if self.folder.parent.name == "snapshots":
+            return self.folder.parent.parent.name.rpartition("--")[2]
         return self.folder.name
 
     def entry(self, tensor: str) -> Entry:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.errors import InputError, MissingRuntimeError
-from qwen3_export.run.session import RuntimeOptions
+from qwen3_export.run.session import RuntimeOptions, check_ids
 
 PINNED = "2026.10.11549"
 _INSTALL = "pip install 'qwen3-export[llamacpp]'"
@@ -230,11 +230,7 @@ class LlamaSession:
 
     def _run(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
         count = len(ids)
-        if self._length + count > self.context or ids.min() < 0 or ids.max() >= self.vocab_size:
-            raise InputError(
-                f"{self._path}: {self._length + count} tokens with ids up to {ids.max()} do not fit a context of "
-                f"{self.context} and a vocabulary of {self.vocab_size}"
-            )
+        check_ids(self, self._path, ids, self._length)
         _errors.clear()
         status = self._lib.llama_decode(self._context, self._arrays.fill(ids, self._length))
         if status:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.errors import InputError, MissingRuntimeError
-from qwen3_export.run.session import RuntimeOptions
+from qwen3_export.run.session import RuntimeOptions, check_ids
 
 _SMALLEST_CACHE = 256
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -37,7 +37,7 @@ class OrtSession:
             raise MissingRuntimeError(
                 f"{folder}: running an ONNX folder needs onnxruntime", "pip install 'qwen3-export[ort]'"
             ) from error
-        self.version = onnxruntime.__version__
+        self.version, self._folder = onnxruntime.__version__, folder
         self.threads = options.threads or len(os.sched_getaffinity(0))
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = self.threads
@@ -105,6 +105,7 @@ class OrtSession:
         return self._run(np.array([token]))[0]
 
     def _run(self, ids: NDArray) -> NDArray[np.float32]:
+        check_ids(self, self._folder, ids, self._length)
         total, binding = self._length + len(ids), self._binding
         if self._in_place and total > self._capacity:
             self._grow(total)

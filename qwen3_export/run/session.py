@@ -77,6 +77,14 @@ def open_session(artifact: Path, options: RuntimeOptions | None = None) -> Sessi
     )
 
 
+def check_ids(session: Session, name: Path, ids: NDArray, past: int) -> None:
+    """Raise InputError when tokens are no tokens of the model, or too many after `past` others."""
+    if not len(ids) or past + len(ids) > session.context:
+        raise InputError(f"{name}: {past + len(ids)} tokens, between 1 and {session.context} were expected")
+    if ids.min() < 0 or ids.max() >= session.vocab_size:
+        raise InputError(f"{name}: token ids {ids.min()} to {ids.max()}, the vocabulary has {session.vocab_size}")
+
+
 def greedy(session: Session, prompt: NDArray[np.int32], count: int) -> NDArray[np.int64]:
     """The `count` most likely next tokens."""
     tokens = [int(session.prefill(prompt)[-1].argmax())]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.errors import MissingRuntimeError
-from qwen3_export.run.session import RuntimeOptions
+from qwen3_export.run.session import RuntimeOptions, check_ids
 
 
 class TorchSession:
@@ -34,11 +34,11 @@ class TorchSession:
         self.vocab_size = checkpoint.config.vocab_size
         self.context = checkpoint.config.max_position
         self._decoder = Decoder(checkpoint)
-        self._caches = self._decoder.new_caches()
+        self._caches, self._length, self._folder = self._decoder.new_caches(), 0, folder
 
     def prefill(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """Start a new sequence; logits `[len(ids), vocab]`."""
-        self._caches = self._decoder.new_caches()
+        self._caches, self._length = self._decoder.new_caches(), 0
         return self._run(ids)
 
     def decode(self, token: int) -> NDArray[np.float32]:
@@ -46,6 +46,8 @@ class TorchSession:
         return self._run(np.array([token], np.int32))[0]
 
     def _run(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        check_ids(self, self._folder, ids, self._length)
+        self._length += len(ids)
         return self._decoder.logits(self._decoder.hidden([ids], [self._caches])[0]).numpy()
 
     def close(self) -> None:

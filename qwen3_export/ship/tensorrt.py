@@ -28,7 +28,7 @@ from qwen3_export.core.progress import Progress
 from qwen3_export.core.recipe import QuantScheme
 from qwen3_export.errors import InputError, MissingRuntimeError, ResourceError, UnsupportedError
 from qwen3_export.ship.exactness import cast_errors
-from qwen3_export.ship.graph import MODEL
+from qwen3_export.ship.graph import DATA, MODEL
 from qwen3_export.ship.onnx import write_graph
 from qwen3_export.ship.result import check_schemes, exactness, export_result, provenance
 
@@ -37,6 +37,8 @@ MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
 INSTALL = {"rtx": "pip install 'qwen3-export[tensorrt]'", "trt": "pip install tensorrt (on a machine with its GPU)"}
 # Bit of each compute capability in a TensorRT-RTX plan's header.
 CAPABILITIES = {"7.5": 0x01, "8.0": 0x02, "8.6": 0x04, "8.9": 0x08, "12.0": 0x10, "12.1": 0x20}
+# A plan may store constants of its own, and rounds sizes up; expanded 4-bit weights would quadruple.
+_EXPANDED, _SLACK_BYTES = 1.02, 64 << 10
 DEFAULT_CAPABILITIES = ("8.6", "8.9", "12.0")
 
 
@@ -86,6 +88,7 @@ def export_tensorrt(
             tick()
         if engine == "rtx":
             check_header(folder / PLAN, built["version"], capabilities)
+            check_weights(folder)
         origin = provenance(checkpoint)
         described = {
             "engine": engine,
@@ -161,4 +164,17 @@ def check_header(path: Path, version: str, capabilities: Sequence[str]) -> None:
         raise UnsupportedError(
             f"{path.name}: header says {size} bytes, version {found}, capabilities {mask:#x}; "
             f"{path.stat().st_size} bytes, version {version}, capabilities {wanted:#x} were expected"
+        )
+
+
+def check_weights(folder: Path) -> None:
+    """Raise UnsupportedError when the plan holds clearly more weight bytes than its ONNX: codes were expanded."""
+    with (folder / PLAN).open("rb") as file:
+        file.seek(56)
+        stored = int.from_bytes(file.read(8), "little")
+    given = (folder / DATA).stat().st_size
+    if stored > _EXPANDED * given + _SLACK_BYTES:
+        raise UnsupportedError(
+            f"the plan has {stored} bytes of weights, its ONNX {given}: TensorRT expanded quantized weights",
+            "use a group_size of 32, 64 or 128 that is smaller than the matrices",
         )

@@ -35,13 +35,16 @@ def _start(model: Path, out: Path) -> subprocess.Popen[str]:
     return start("quantize", model, *OPTIONS, "--output", out)
 
 
-def _stopped(model: Path, out: Path, number: int) -> None:
-    """Leave an unfinished run with at least one finished block."""
-    process = _start(model, out)
+@pytest.fixture(scope="module")
+def killed(deep_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was killed after a finished block."""
+    out = tmp_path_factory.mktemp("killed") / "out"
+    process = _start(deep_model, out)
     wait_for(lambda: finished_blocks(out), process)
-    process.send_signal(number)
-    assert finish(process).code == (130 if number != signal.SIGKILL else -signal.SIGKILL)
-    assert names(out.parent) == [f"{out.name}.partial"]
+    process.kill()
+    assert finish(process).code == -signal.SIGKILL
+    assert names(out.parent) == ["out.partial"]
+    return partial_path(out)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -89,10 +92,11 @@ def test_killed_run_goes_on(deep_model: Path, undisturbed: dict[str, str], tmp_p
     assert names(tmp_path) == ["out"]
 
 
-def test_resume_needs_the_same_arguments(deep_model: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
-    out, base = tmp_path / "out", tmp_path / "saved"
-    _stopped(deep_model, out, signal.SIGKILL)
-    shutil.copytree(partial_path(out), base)
+def test_resume_needs_the_same_arguments(
+    deep_model: Path, killed: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(killed, partial_path(out))
     text = tmp_path / "text.txt"
     text.write_text("one two three four five " * 2000)
     others: dict[str, tuple[Any, ...]] = {
@@ -112,16 +116,16 @@ def test_resume_needs_the_same_arguments(deep_model: Path, undisturbed: dict[str
     assert hashes(out) == undisturbed
 
 
-def test_damaged_state_is_refused(deep_model: Path, tmp_path: Path) -> None:
+def test_damaged_state_is_refused(deep_model: Path, killed: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    _stopped(deep_model, out, signal.SIGINT)
+    shutil.copytree(killed, partial_path(out))
     state = partial_path(out) / "state"
     kept = next(state.glob("*-000*.rows"))
     kept.write_bytes(kept.read_bytes()[:1000])
     refused(call("quantize", deep_model, *OPTIONS, "--output", out), 2, kept.name, "--no-resume")
     (state / "progress.json").write_text("{")
     refused(call("quantize", deep_model, *OPTIONS, "--output", out), 2, "progress.json", "--no-resume")
-    assert call("quantize", deep_model, *OPTIONS, "--output", out, "--no-resume").code == 0
+    assert names(tmp_path) == ["out.partial"]
 
 
 def test_second_run_on_one_folder_is_refused(deep_model: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:

@@ -94,8 +94,10 @@ def weighted(delta: np.ndarray, hessian: torch.Tensor) -> float:
 
 
 @by_order
-@pytest.mark.parametrize("in_features", [8, 32, 127, 128, 129, 160, 256, 300])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("in_features", "symmetric"),
+    [(8, True), (32, False), (127, True), (128, True), (129, False), (160, False), (256, True), (300, True)],
+)
 def test_codes_are_those_of_the_papers_equations(in_features: int, act_order: bool, symmetric: bool) -> None:
     sample = problem(32, in_features)
     scheme = QuantScheme(symmetric=symmetric, strategy="channel")

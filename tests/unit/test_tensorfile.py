@@ -350,7 +350,7 @@ def damage(draw: st.DrawFn) -> Callable[[bytes], bytes]:
     return apply
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(damage())
 def test_damaged_files_open_or_are_checkpoint_errors(
     tmp_path: Path, valid: bytes, damage: Callable[[bytes], bytes]
@@ -374,7 +374,7 @@ entries = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), entries | json_values, max_size=3))
 def test_any_json_header_opens_or_is_a_checkpoint_error(tmp_path: Path, header: dict[str, Any]) -> None:
     text = json.dumps(header).encode()
