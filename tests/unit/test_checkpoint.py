@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from qwen3_export.core.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
-from qwen3_export.core.manifest import MANIFEST
+from qwen3_export.core.manifest import MANIFEST, read_manifest
 from qwen3_export.core.qwen3 import parse_config
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.source import open_source
@@ -299,8 +299,8 @@ def mixed(tmp_path: Path, tensors: Tensors) -> Path:
     return tmp_path / "mixed"
 
 
-def test_a_quantized_folder_opens_with_its_schemes(mixed: Path, tensors: Tensors) -> None:
-    checkpoint = open_checkpoint(mixed)
+def test_a_quantized_folder_holds_what_its_manifest_says(mixed: Path, tensors: Tensors) -> None:
+    checkpoint, manifest = open_checkpoint(mixed), read_manifest(mixed)["tensors"]
     assert checkpoint.is_quantized
     for module in checkpoint.config.all_linears():
         found, wanted = checkpoint.linear(module), tensors[f"{module}.weight"]
@@ -310,8 +310,10 @@ def test_a_quantized_folder_opens_with_its_schemes(mixed: Path, tensors: Tensors
             continue
         assert isinstance(found, QuantizedTensor)
         assert found.scheme.num_bits == (4 if ".mlp." in module else 8)
-        step = found.scales32.repeat(found.scheme.group_length(wanted.shape[1]), 1)
-        assert (np.abs(dequantize(found) - wanted.astype(np.float32)) <= 1.5 * step).mean() > 0.99
+        exact = wanted.astype(np.float64)
+        error = ((dequantize(found) - exact) ** 2).sum() / (exact**2).sum()
+        assert manifest[module]["error"] == pytest.approx(error, rel=1e-4)
+        assert 0 < error < 0.01
 
 
 def test_everything_that_is_not_quantized_is_copied_bit_for_bit(mixed: Path, tensors: Tensors) -> None:
