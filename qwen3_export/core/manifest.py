@@ -20,6 +20,8 @@ from qwen3_export import __version__
 from qwen3_export.errors import InputError
 
 MANIFEST = "qwen3-export.json"
+# In a partial folder: what is in here was written by a run of ours and may be removed by the next.
+_MARKER = ".qwen3-export-partial"
 
 
 def sha256_file(path: Path) -> str:
@@ -93,10 +95,12 @@ def staged_folder(output: Path, force: bool = False, resume: bool = False) -> It
     partial.mkdir(parents=True, exist_ok=True)
     with _locked(partial, os.O_RDONLY):
         refuse_existing(output, force)
+        _claim(partial)
         if not resume:
-            _empty(partial)
+            clear_partial(partial)
         try:
             yield partial
+            (partial / _MARKER).unlink(missing_ok=True)
             _move_into_place(partial, output)
         except BaseException:
             if not resume:
@@ -159,9 +163,19 @@ def _move_into_place(partial: Path, output: Path) -> None:
     _flush(output.parent)
 
 
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+def _claim(partial: Path) -> None:
+    """Mark a partial folder as ours; InputError when it holds what somebody else put there."""
+    ours = any((partial / name).exists() for name in (_MARKER, MANIFEST))
+    if not ours and any(partial.iterdir()):
+        raise InputError(f"{partial} holds files that qwen3-export did not write", "move them away: it is needed")
+    (partial / _MARKER).touch()
+
+
+def clear_partial(partial: Path) -> None:
+    """Empty a claimed partial folder."""
+    for path in partial.iterdir():
+        if path.name != _MARKER:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _flush(path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from qwen3_export.core.checkpoint import INDEX, Checkpoint
 from qwen3_export.core.layouts import layout
-from qwen3_export.core.manifest import sha256_file, to_json, write_atomic, write_manifest
+from qwen3_export.core.manifest import clear_partial, sha256_file, to_json, write_atomic, write_manifest
 from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.recipe import QuantScheme, Recipe
 from qwen3_export.core.tensorfile import Spec, TensorFileWriter
@@ -69,8 +69,7 @@ class QuantizedFolder:
             shutil.rmtree(self.folder)
 
     def _clear(self) -> None:
-        for path in self.folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        clear_partial(self.folder)
         self.scratch.mkdir()
 
     def shard(self, layer: int) -> Path:

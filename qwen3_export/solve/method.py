@@ -107,6 +107,8 @@ def _to_numpy(tensor: Tensor) -> Any:
     return tensor.numpy()
 
 
-def ratio(error: float, total: float) -> float:
-    """Relative error, 0 for an all-zero weight."""
-    return error / total if total > 0 and math.isfinite(error) else 0.0
+def ratio(name: str, error: float, total: float) -> float:
+    """Relative error, 0 for an all-zero weight; RecipeError when it is not finite."""
+    if not math.isfinite(error) or not math.isfinite(total):
+        raise RecipeError(f"{name}: its error is not finite", "the weight or its inputs are too large for fp32")
+    return error / total if total > 0 else 0.0

@@ -92,6 +92,7 @@ def test_what_an_earlier_run_left_behind_is_started_over(staged: Staged, tmp_pat
     leftover = tmp_path / "out.partial"
     if staged is staged_folder:
         (leftover / "sub").mkdir(parents=True)
+        (leftover / ".qwen3-export-partial").touch()
         (leftover / "link").symlink_to(tmp_path)
         (leftover / "sub" / "old.txt").write_text("old")
     else:
@@ -271,3 +272,23 @@ def test_a_small_file_is_replaced_in_one_step(tmp_path: Path) -> None:
         write_atomic(path, json.dumps({"blocks": value}))
         assert json.loads(path.read_text()) == {"blocks": value}
     assert names(tmp_path) == ["progress.json"]
+
+
+def test_a_partial_folder_that_somebody_else_filled_is_left_alone(tmp_path: Path) -> None:
+    foreign = tmp_path / "out.partial"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="did not write"), staged_folder(tmp_path / "out"):
+        pass
+    assert (foreign / "thesis.txt").read_text() == "years of work"
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_run_of_ours_left_is_cleared(tmp_path: Path) -> None:
+    left = tmp_path / "out.partial"
+    left.mkdir()
+    (left / ".qwen3-export-partial").touch()
+    (left / "model.onnx").write_text("half")
+    with staged_folder(tmp_path / "out") as partial:
+        (partial / "whole").write_text("done")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]

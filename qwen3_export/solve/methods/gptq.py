@@ -91,7 +91,7 @@ def solve(group: Group, options: Options, pool: Workers) -> dict[str, Solved]:
 
         pieces = pool.map(piece, row_pieces(weight))
         tensor = assemble(name, [p[0] for p in pieces], [p[1] for p in pieces])
-        solved[name] = Solved(tensor, ratio(sum(p[2] for p in pieces), sum(p[3] for p in pieces)))
+        solved[name] = Solved(tensor, ratio(name, sum(p[2] for p in pieces), sum(p[3] for p in pieces)))
     return solved
 
 

@@ -45,7 +45,7 @@ def solve(group: Group, options: Options, pool: Workers) -> dict[str, Solved]:
 
         pieces = pool.map(piece, row_pieces(weight))
         tensor = assemble(name, [p[0] for p in pieces], [p[1] for p in pieces])
-        error = ratio(sum(p[2] for p in pieces), float(weight.double().square().sum()))
+        error = ratio(name, sum(p[2] for p in pieces), float(weight.double().square().sum()))
         solved[name] = Solved(tensor, error)
         assert tensor.scheme == scheme
     return solved
