@@ -5,6 +5,7 @@ reference-model ─▶ RTN and GPTQ folders ─▶ ONNX, GGUF, TensorRT ─▶ d
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console
 from qwen3_export.cli.console import Console, size, table
 from qwen3_export.cli.prove import verdict
 from qwen3_export.core.checkpoint import open_checkpoint
+from qwen3_export.core.imports import uninterrupted
 from qwen3_export.core.manifest import staged_folder, write_manifest
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import REFERENCE_MODEL, open_source
@@ -66,6 +68,8 @@ def demo(
 def _need_torch() -> None:
     if importlib.util.find_spec("torch") is None:
         raise MissingRuntimeError("the demo quantizes, and needs torch", "pip install 'qwen3-export[solve]'")
+    with uninterrupted():
+        importlib.import_module("torch")
 
 
 def _make(folder: Path, show: Console) -> tuple[dict[str, tuple[float, str]], dict[str, str]]:

@@ -15,6 +15,7 @@ from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console
 from qwen3_export.cli.console import Console, fields, size
 from qwen3_export.cli.solve import Source
 from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.imports import uninterrupted
 from qwen3_export.core.manifest import refuse_existing
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
@@ -31,7 +32,8 @@ def _prepared(source: str, recipe: str | None, output: Path, force: bool, show: 
     if recipe is None:
         yield checkpoint
         return
-    from qwen3_export.solve.quantize import Settings, quantize
+    with uninterrupted():
+        from qwen3_export.solve.quantize import Settings, quantize
 
     chosen = load_recipe(recipe)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -133,10 +135,13 @@ def tensorrt(
 
 
 def _need(module: str, extra: str) -> None:
+    import importlib
     import importlib.util
 
     if importlib.util.find_spec(module) is None:
         raise MissingRuntimeError(f"this export needs {module}", f"pip install 'qwen3-export[{extra}]'")
+    with uninterrupted():
+        importlib.import_module(module)
 
 
 def _exported(result: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import typer
 from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console, recipes
 from qwen3_export.cli.console import fields, size, table
 from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.imports import uninterrupted
 from qwen3_export.core.recipe import load_recipe, recipe_names
 from qwen3_export.core.source import open_source
 from qwen3_export.errors import InputError, MissingRuntimeError
@@ -100,7 +101,8 @@ def quantize(
     if device not in ("cpu", "cuda"):
         raise InputError(f"--device {device}: cpu or cuda was expected")
     try:
-        import torch  # noqa: F401  (asked for here, so that its absence is a clear error)
+        with uninterrupted():
+            import torch  # noqa: F401  (asked for here, so that its absence is a clear error)
     except ImportError as error:
         raise MissingRuntimeError("quantizing needs torch", "pip install 'qwen3-export[solve]'") from error
     from qwen3_export.solve.quantize import Settings

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.imports import uninterrupted
 from qwen3_export.core.manifest import sha256_file, staged_file
 from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.core.tensorfile import TensorFileWriter
@@ -27,8 +28,9 @@ class LiveReference:
 
     def __init__(self, checkpoint: Checkpoint, rows: Rows, progress: Progress | None = None) -> None:
         try:
-            from qwen3_export.model.decoder import Decoder
-            from qwen3_export.model.workers import workers
+            with uninterrupted():
+                from qwen3_export.model.decoder import Decoder
+                from qwen3_export.model.workers import workers
         except ImportError as error:
             raise MissingRuntimeError(
                 "computing the original's logits needs torch",

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_export.core.imports import uninterrupted
 from qwen3_export.errors import InputError, MissingRuntimeError
 from qwen3_export.run.session import RuntimeOptions, check_ids
 
@@ -32,7 +33,8 @@ class OrtSession:
 
     def __init__(self, folder: Path, options: RuntimeOptions) -> None:
         try:
-            import onnxruntime
+            with uninterrupted():
+                import onnxruntime
         except ImportError as error:
             raise MissingRuntimeError(
                 f"{folder}: running an ONNX folder needs onnxruntime", "pip install 'qwen3-export[ort]'"

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import open_checkpoint
+from qwen3_export.core.imports import uninterrupted
 from qwen3_export.errors import MissingRuntimeError
 from qwen3_export.run.session import RuntimeOptions, check_ids
 
@@ -21,8 +22,9 @@ class TorchSession:
     def __init__(self, folder: Path, options: RuntimeOptions) -> None:
         checkpoint = open_checkpoint(folder)
         try:
-            import torch
-            from qwen3_export.model.decoder import Decoder
+            with uninterrupted():
+                import torch
+                from qwen3_export.model.decoder import Decoder
         except ImportError as error:
             raise MissingRuntimeError(
                 f"{folder}: running a Hugging Face folder needs torch", "pip install 'qwen3-export[solve]'"
