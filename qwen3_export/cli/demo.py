@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console
-from qwen3_export.cli.console import Console, size, table
+from qwen3_export.cli.console import Console, nats, size, table
 from qwen3_export.cli.prove import verdict
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.imports import uninterrupted
@@ -166,7 +166,7 @@ def _print(result: dict[str, Any]) -> None:
             item["runtime"],
             f"{item['bits_per_weight']:.2f}",
             size(item["bytes"]),
-            f"{item['kl_mean']:.5f}",
+            nats(item),
             f"{100 * item['top1_agreement']:.1f} %",
             f"{item['ppl_ratio']:.4f}",
             f"{item['prefill'][-1]['tokens_per_second']:.0f}",

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console
-from qwen3_export.cli.console import Console, fields, size, table
+from qwen3_export.cli.console import Console, fields, nats, size, table
 from qwen3_export.cli.solve import Source
 from qwen3_export.core.manifest import refuse_existing
 from qwen3_export.core.source import locate, open_source
@@ -88,6 +88,8 @@ def validate(
     result = run(paths, truth, limits, RuntimeOptions(threads=threads, exact=exact), show)
     if report:
         write_report(report, result, force)
+    if truth.is_lower_bound and "max_kl" in limits:
+        show.say("note: the reference keeps the likeliest tokens only: KL is a lower bound, a pass of max_kl is weak")
     show.result(result, lambda: _validated(result))
     if not result["passed"]:
         raise typer.Exit(1)
@@ -99,7 +101,7 @@ def _validated(result: dict[str, Any]) -> None:
             Path(item["artifact"]).name,
             item["runtime"],
             str(item["tokens"]),
-            f"{'≥ ' if item['kl_is_lower_bound'] else ''}{item['kl_mean']:.5f}",
+            nats(item),
             f"{item['kl_ci95'][0]:.5f} … {item['kl_ci95'][1]:.5f}",
             f"{100 * item['top1_agreement']:.2f} %",
             f"{item['ppl_ratio']:.4f}",

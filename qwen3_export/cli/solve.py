@@ -12,6 +12,7 @@ from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console, reci
 from qwen3_export.cli.console import fields, size, table
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.imports import uninterrupted
+from qwen3_export.core.manifest import refuse_existing
 from qwen3_export.core.recipe import load_recipe, recipe_names
 from qwen3_export.core.source import open_source
 from qwen3_export.errors import InputError, MissingRuntimeError
@@ -98,6 +99,7 @@ def quantize(
     """Quantize a checkpoint block by block and write a quantized folder."""
     chosen, checkpoint = load_recipe(recipe), open_source(source)
     limit = parse_bytes(memory) if memory else None
+    refuse_existing(output.absolute(), force)
     if device not in ("cpu", "cuda"):
         raise InputError(f"--device {device}: cpu or cuda was expected")
     try:

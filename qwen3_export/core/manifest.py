@@ -68,7 +68,7 @@ def refuse_existing(output: Path, force: bool) -> None:
     if not (output.exists() or output.is_symlink()):
         return
     if not force:
-        raise InputError(f"{output} exists already", "choose another --output, or --force to replace it")
+        raise InputError(f"{output} exists already", "choose another place, or --force to replace it")
     if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).is_file():
         raise InputError(
             f"{output} is a folder that qwen3-export did not write: it is not replaced", "remove it yourself"

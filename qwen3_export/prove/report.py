@@ -61,7 +61,7 @@ def _drift_row(item: Mapping[str, Any]) -> list[str]:
         _name(item),
         f"{item['runtime']} {item['runtime_version']}",
         str(item["bytes"]),
-        f"{item['kl_mean']:.6f}",
+        f"{'≥ ' if item.get('kl_is_lower_bound') else ''}{item['kl_mean']:.6f}",
         f"{low:.6f} … {high:.6f}",
         f"{item['kl_p99']:.5f}",
         f"{item['top1_agreement']:.4f}",

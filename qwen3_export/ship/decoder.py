@@ -63,7 +63,7 @@ def build_decoder(flavor: Flavor, checkpoint: Checkpoint, progress: Progress) ->
     flavor.prepare(config)
     h = flavor.embedding(checkpoint.read("model.embed_tokens.weight"))
     delta: ir.Value | None = None
-    with progress.bar("export layers", config.num_layers) as tick:
+    with progress.bar(f"export layers of {graph.folder.name.removesuffix('.partial')}", config.num_layers) as tick:
         for layer in range(config.num_layers):
             h, delta = _block(flavor, checkpoint, layer, h, delta)
             tick()

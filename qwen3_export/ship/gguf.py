@@ -253,7 +253,7 @@ def _write(checkpoint: Checkpoint, path: Path, plan: list[Planned], file_type: i
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with progress.bar("export tensors", len(plan)) as tick:
+        with progress.bar(f"export tensors of {path.name.removesuffix('.partial')}", len(plan)) as tick:
             for item in plan:
                 writer.write_tensor_data(np.ascontiguousarray(item.make()))
                 tick()

@@ -155,16 +155,30 @@ def test_two_exports_to_one_file(made: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_export_takes_over_what_a_dead_one_left(made: dict[str, Path], tmp_path: Path) -> None:
-    folder, file = tmp_path / "onnx.partial", tmp_path / "model.gguf.partial"
-    folder.mkdir()
-    (folder / "model.onnx.data").write_bytes(b"half")
-    (folder / "leftover").mkdir()
-    file.write_bytes(b"GGUF" + b"\1" * (16 << 20))
-    assert call("onnx", made["quantized"], "--output", tmp_path / "onnx").code == 0
-    assert call("gguf", made["quantized"], "--output", tmp_path / "model.gguf").code == 0
-    assert hashes(tmp_path / "onnx") == hashes(made["onnx"])
-    assert hashes(tmp_path / "model.gguf") == hashes(made["gguf"])
-    assert names(tmp_path) == ["model.gguf", "onnx"]
+    for kind, waits_for in (("tensorrt", "out.partial/model.onnx"), ("gguf", "out.partial")):
+        place = tmp_path / kind
+        place.mkdir()
+        process = start(kind, made["quantized"], "--output", place / "out")
+        wait_for((place / waits_for).exists, process)
+        process.kill()
+        assert finish(process).code == -signal.SIGKILL
+        assert names(place) == ["out.partial"]
+    assert call("onnx", made["quantized"], "--output", tmp_path / "tensorrt" / "out").code == 0
+    assert hashes(tmp_path / "tensorrt" / "out") == hashes(made["onnx"])
+    assert call("gguf", made["quantized"], "--output", tmp_path / "gguf" / "out").code == 0
+    assert hashes(tmp_path / "gguf" / "out") == hashes(made["gguf"])
+    assert names(tmp_path / "tensorrt") == names(tmp_path / "gguf") == ["out"]
+
+
+def test_foreign_partial_folder_is_left_alone(made: dict[str, Path], model: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "thesis.txt").write_text("precious")
+    quantize = ("quantize", model, "--recipe", "rtn-w4a16-g32")
+    for command in (("onnx", made["quantized"]), quantize, (*quantize, "--no-resume")):
+        refused(call(*command, "--output", tmp_path / "out"), 2, "out.partial")
+        assert names(partial) == ["thesis.txt"]
+    assert names(tmp_path) == ["out.partial"]
 
 
 def test_interrupted_export_leaves_nothing(made: dict[str, Path], tmp_path: Path) -> None:
