@@ -191,5 +191,5 @@ def file_list(folder: Path) -> list[dict[str, Any]]:
     return [
         {"path": str(path.relative_to(folder)), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != _MARKER
     ]
