@@ -27,7 +27,7 @@ from qwen3_export.errors import MissingRuntimeError
 
 # What a healthy artifact of the embedded model stays under, nats per token.
 LIMITS = {"16 bit": 1e-3, "8 bit": 2e-3, "4 bit": 0.05}
-_SAMPLES, _LENGTH, _HELD_OUT = 128, 256, 10_000
+_SAMPLES, _LENGTH, _HELD_OUT = 64, 256, 10_000
 
 
 @dataclass(frozen=True)
