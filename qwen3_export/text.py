@@ -1,7 +1,13 @@
 """Text: the tokenizer, the chat template, and documents cut into rows of token ids.
 
-Documents come as JSONL (`{"text": …}` or `{"messages": […]}`, with an optional `domain`), plain text
-or Parquet. Chats are rendered with the model's own template.
+Documents come as JSONL, plain text or Parquet. A line or row is one of
+
+    {"text": "…"}
+    {"messages": [{"role": "user", "content": "…"}, …], "tools": […]}
+
+with an optional `domain`. Chats are rendered with the model's own template, which decides where a
+thought goes that stands in `reasoning_content` or as `<think>…</think>` in the content, and where an
+answer without one gets the empty think block. Tool calls stand in `tool_calls`, tools in `tools`.
 """
 
 from __future__ import annotations
@@ -9,8 +15,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +33,7 @@ from qwen3_export.errors import CheckpointError, InputError, MissingRuntimeError
 BUNDLED_CALIBRATION = "calibration/calibration.jsonl"
 BUNDLED_HELDOUT = "calibration/heldout.jsonl"
 _SHORTEST_WINDOW = 16
+_THOUGHT = re.compile(r"<think>(?!\s*</think>)\s*\S")
 
 
 class TextModel(Protocol):
@@ -46,10 +55,11 @@ class TextModel(Protocol):
 
 @dataclass(frozen=True)
 class Document:
-    """One text or one chat, with the domain that it stands for."""
+    """One text or one chat, with the domain that it stands for, and the tools that a chat may call."""
 
     domain: str
     content: str | list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
 
 
 class ModelTokenizer:
@@ -120,19 +130,33 @@ class ModelTokenizer:
         return set(found)
 
 
+def document_text(tokenizer: TextModel, document: Document) -> str:
+    """A document as the model reads it, its chat rendered."""
+    content = document.content
+    return content if isinstance(content, str) else render_chat(tokenizer.template, content, tools=document.tools)
+
+
 def document_ids(tokenizer: TextModel, document: Document) -> NDArray[np.int32]:
     """Token ids of a document, its chat rendered."""
-    content = document.content
-    return tokenizer.encode(content if isinstance(content, str) else render_chat(tokenizer.template, content))
+    return tokenizer.encode(document_text(tokenizer, document))
+
+
+def form_of(text: str, is_chat: bool) -> str:
+    """`text`, `chat`, or `chat-thinking` when a rendered chat holds a thought that is not empty."""
+    return ("chat-thinking" if _THOUGHT.search(text) else "chat") if is_chat else "text"
 
 
 def render_chat(
-    template: str | None, messages: list[dict[str, Any]], generate: bool = False, thinking: bool = True
+    template: str | None,
+    messages: list[dict[str, Any]],
+    generate: bool = False,
+    thinking: bool = True,
+    tools: list[dict[str, Any]] | None = None,
 ) -> str:
     """A chat as text by a Jinja template; `generate` appends the assistant's opening, `thinking` is
     Qwen3's switch. Without a template (a base model) roles and contents are simply joined."""
     if template is None:
-        return "\n".join(f"{m['role']}: {m['content']}" for m in messages) + ("\nassistant: " if generate else "")
+        return "\n".join(map(_plain, messages)) + ("\nassistant: " if generate else "")
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(
@@ -142,9 +166,15 @@ def render_chat(
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     try:
         compiled = environment.from_string(template)
-        return compiled.render(messages=messages, add_generation_prompt=generate, enable_thinking=thinking)
+        return compiled.render(messages=messages, tools=tools, add_generation_prompt=generate, enable_thinking=thinking)
     except Exception as error:  # a template is a program: it can fail in every way
         raise InputError(f"the chat template failed: {error}") from error
+
+
+def _plain(message: Mapping[str, Any]) -> str:
+    calls = message.get("tool_calls")
+    parts = (message.get("reasoning_content"), message["content"], json.dumps(calls) if calls else None)
+    return f"{message['role']}: " + "\n".join(part for part in parts if part)
 
 
 def _template_error(message: str) -> None:
@@ -155,10 +185,12 @@ def _template_error(message: str) -> None:
 
 @dataclass(frozen=True)
 class Rows:
-    """Token rows with their domains, and the hash of exactly these ids."""
+    """Token rows with their domains, the hash of exactly these ids, and how many documents of each
+    form (see `form_of`) the rows were cut from, where that is known."""
 
     ids: tuple[NDArray[np.int32], ...]
     domains: tuple[str, ...]
+    documents: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -181,22 +213,26 @@ def calibration_rows(tokenizer: TextModel, documents: list[Document], samples: i
     turn. Fewer rows come back when the text is too short; none at all is an InputError.
     """
     random = np.random.default_rng(seed)
-    per_domain = []
+    per_domain, forms = [], list[str]()
     for domain in sorted({document.domain for document in documents}):
         members = [document for document in documents if document.domain == domain]
-        order = random.permutation(len(members))
-        stream = np.concatenate([document_ids(tokenizer, members[i]) for i in order])
+        texts = [(document_text(tokenizer, members[i]), members[i]) for i in random.permutation(len(members))]
+        pieces = [tokenizer.encode(text) for text, _ in texts]
+        stream = np.concatenate(pieces)
+        owners = np.repeat(np.arange(len(pieces)) + len(forms), [len(piece) for piece in pieces])
+        forms += [form_of(text, not isinstance(document.content, str)) for text, document in texts]
         count = len(stream) // length
-        rows = stream[: count * length].reshape(count, length)
-        per_domain.append([(row, domain) for row in rows[random.permutation(count)]])
+        rows, owned = (values[: count * length].reshape(count, length) for values in (stream, owners))
+        per_domain.append([(rows[i], domain, owned[i]) for i in random.permutation(count)])
     chosen = [item for turn in _zip_longest(per_domain) for item in turn][:samples]
     if not chosen:
         raise InputError(
             f"the calibration text has fewer than {length} tokens in every domain",
             "give more text, or a smaller --sequence-length",
         )
-    ids, domains = zip(*chosen, strict=True)
-    return Rows(ids, domains)
+    ids, domains, owned_by = zip(*chosen, strict=True)
+    counted = Counter(forms[i] for i in np.unique(np.concatenate(owned_by)))
+    return Rows(ids, domains, dict(sorted(counted.items())))
 
 
 def _zip_longest(lists: list[list[Any]]) -> Iterator[list[Any]]:
@@ -226,6 +262,11 @@ def spread(rows: Rows, tokens: int | None) -> Rows:
     count = max(1, len(rows.ids) * tokens // rows.tokens)
     chosen = np.linspace(0, len(rows.ids) - 1, count).astype(int)
     return Rows(tuple(rows.ids[i] for i in chosen), tuple(rows.domains[i] for i in chosen))
+
+
+def source_name(spec: str) -> str:
+    """What a manifest calls a source of text: its keyword, or a file's name without the folders before it."""
+    return spec if spec in ("bundled", "heldout", "self") or spec.startswith("hf:") else Path(spec).name
 
 
 def load_documents(spec: str) -> list[Document]:
@@ -280,25 +321,57 @@ def _document(item: Any, domain: str) -> Document:
             raise TypeError("text is no string")
         item["text"].encode()  # half a surrogate pair is valid JSON and no text
         return Document(domain, item["text"])
-    if not all(isinstance(m["role"], str) and isinstance(m["content"], str) for m in messages):
-        raise TypeError("a message needs a role and a content")
-    "".join(m["content"] for m in messages).encode()
-    return Document(domain, messages)
+    if not isinstance(messages, list) or not messages:
+        raise TypeError("messages is no list with a message")
+    tools = item.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise TypeError("tools is no list of objects")
+    chat = [_message(message) for message in messages]
+    json.dumps([chat, tools], ensure_ascii=False).encode()
+    return Document(domain, chat, tools or None)
+
+
+def _message(message: Any) -> dict[str, Any]:
+    """A message with text as its content, which beside tool calls may be absent; TypeError when it is none."""
+    if not isinstance(message, dict):
+        raise TypeError("a message is no JSON object")
+    calls = message.get("tool_calls") or []
+    content = message.get("content")
+    content = "" if content is None and calls else content
+    if not isinstance(message.get("role"), str) or not isinstance(content, str):
+        raise TypeError("a message needs a role and a content, both text")
+    if not isinstance(message.get("reasoning_content"), str | None):
+        raise TypeError("reasoning_content is no string")
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise TypeError("a tool call needs a function with a name")
+    return {**message, "content": content}
 
 
 def _read_parquet(path: Path) -> list[Document]:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise MissingRuntimeError(f"{path}: reading Parquet needs pyarrow", "pip install pyarrow") from error
+        raise MissingRuntimeError(
+            f"{path}: reading Parquet needs pyarrow", "pip install 'qwen3-export[parquet]'"
+        ) from error
     try:
         items = parquet.read_table(path).to_pylist()
     except Exception as error:  # pyarrow's errors share no public base below Exception
         raise InputError(f"{path}: not a Parquet file ({error})") from error
     try:
-        return [_document({k: v for k, v in item.items() if v is not None}, path.stem) for item in items]
-    except (KeyError, TypeError) as error:
+        return [_document(_without_nulls(item), path.stem) for item in items]
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: a 'text' or 'messages' column was expected ({error})") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the nulls that fill a column's common struct: in JSON the keys would simply be absent."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _from_hub(spec: str) -> list[Document]:
@@ -313,4 +386,7 @@ def _from_hub(spec: str) -> list[Document]:
         raise MissingRuntimeError(
             f"hf:{spec} cannot be loaded ({error})", "check the name and the network, or give a file instead"
         ) from error
-    return [_document(item, name) for item in items]
+    try:
+        return [_document(_without_nulls(item), name) for item in items]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"hf:{spec}: a 'text' or 'messages' column was expected ({error})") from error

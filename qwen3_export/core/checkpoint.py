@@ -1,6 +1,7 @@
 """Checkpoints: a folder of safetensors shards, read tensor by tensor, 16-bit or quantized.
 
-In a quantized folder a linear is stored as several tensors, in one of `core.layouts`.
+In a quantized folder a linear is stored as several tensors, in one of `core.layouts`; what other tools
+wrote is recognised by `core.foreign`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,23 +17,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.core.layouts import DEFAULT, layout
+from qwen3_export.core import foreign
+from qwen3_export.core.layouts import DEFAULT, Stored, layout
 from qwen3_export.core.manifest import MANIFEST, read_manifest, sha256_file
 from qwen3_export.core.qwen3 import Qwen3Config, parse_config
-from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
-from qwen3_export.core.tensorfile import DTYPES, Entry, TensorFile
-from qwen3_export.errors import CheckpointError
+from qwen3_export.core.tensorfile import DTYPES, Entry, Spec, TensorFile
+from qwen3_export.errors import CheckpointError, RecipeError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _IGNORED = (".rotary_emb.inv_freq",)
 _SIDECARS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
+# What other tools say about their quantization: true of their folder alone.
+_TOOLS = (foreign.FALLBACK, "quantization_config.json", "quant_config.json")
 _FLOATS = tuple(DTYPES[name] for name in ("F32", "F16", "BF16"))
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: the header of every shard is checked, no tensor is read yet."""
+    """An opened checkpoint: the header of every shard is checked, no weight is read yet.
+
+    `quantization` is another tool's `quantization_config`, empty for a folder of ours; `reordered` names
+    the linears whose groups are not consecutive inputs, as GPTQ's `desc_act` leaves them.
+    """
 
     folder: Path
     config: Qwen3Config
@@ -40,6 +48,8 @@ class Checkpoint:
     files: Mapping[str, TensorFile]
     schemes: Mapping[str, QuantScheme]
     layout: str = DEFAULT
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    reordered: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -63,15 +73,31 @@ class Checkpoint:
         return self.files[tensor].rows(tensor, begin, end)
 
     def linear(self, module: str) -> QuantizedTensor | NDArray:
-        """A linear's weight `[out, in]`: the codes when it is quantized, else the stored array."""
+        """A linear's weight `[out, in]`: the codes when it is quantized, else the stored array.
+
+        Raises CheckpointError when a code or a scale is no number.
+        """
         scheme = self.schemes.get(module)
         if scheme is None:
             return self.read(f"{module}.weight")
-        return layout(self.layout).unpack(self.read, module, self._linear_shapes[module], scheme)
+        try:
+            tensor: QuantizedTensor = layout(self.layout).unpack(
+                self.stored, module, self._linear_shapes[module], scheme
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder}: {error}", "download the checkpoint again") from error
+        if not np.isfinite(tensor.scales32).all():
+            raise CheckpointError(f"{self.folder}: {module} has a scale that is no finite number")
+        return tensor
 
     @cached_property
     def _linear_shapes(self) -> dict[str, tuple[int, int]]:
         return self.config.all_linears()
+
+    @cached_property
+    def stored(self) -> Stored:
+        """The tensors as the layouts read them."""
+        return Stored({name: file.entries[name] for name, file in self.files.items()}, self.read, self.quantization)
 
     @property
     def head(self) -> str:
@@ -97,7 +123,7 @@ class Checkpoint:
 
     def sidecars(self) -> list[Path]:
         """Tokenizer, generation and licence files that travel with the model byte for byte."""
-        skipped = {"config.json", INDEX, MANIFEST}
+        skipped = {"config.json", INDEX, MANIFEST, *_TOOLS}
         found = {path for pattern in _SIDECARS for path in self.folder.glob(pattern)}
         return sorted(path for path in found if path.is_file() and path.name not in skipped)
 
@@ -110,18 +136,32 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open a folder, 16-bit or quantized by us, and audit every tensor's name, shape and type.
+    """Open a folder, 16-bit or quantized, and audit every tensor's name, shape and type.
 
     Raises CheckpointError naming the file or the tensor, what was found and what was wanted.
     """
     raw = _read_json(folder / "config.json", "not a checkpoint folder?")
     config = parse_config(raw, str(folder / "config.json"))
     files = _open_shards(folder)
-    schemes = _schemes(folder, raw)
-    stored_as = str(read_manifest(folder).get("layout", DEFAULT)) if schemes else DEFAULT
-    checkpoint = Checkpoint(folder.absolute(), config, raw, files, schemes, stored_as)
+    manifest, quantization = read_manifest(folder), foreign.quantization_of(folder, raw, files)
+    checkpoint = Checkpoint(folder.absolute(), config, raw, files, {})
+    if quantization and isinstance(manifest.get("tensors"), dict):
+        stored_as = str(manifest.get("layout", DEFAULT))
+        checkpoint = replace(checkpoint, schemes=_schemes(folder, manifest["tensors"]), layout=stored_as)
+        quantization = {}
+    elif quantization:
+        checkpoint = replace(checkpoint, quantization=quantization)
+        where = str(folder / "config.json")
+        stored_as, schemes = foreign.read_schemes(where, checkpoint.stored, config.all_linears())
+        checkpoint = replace(checkpoint, schemes=schemes, layout=stored_as)
     _audit(checkpoint)
-    return checkpoint
+    if not quantization:
+        return checkpoint
+    try:
+        schemes, reordered = foreign.settle(stored_as, checkpoint.stored, schemes, config.all_linears())
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    return replace(checkpoint, schemes=schemes, reordered=reordered)
 
 
 def _read_json(path: Path, hint: str | None = None) -> Any:
@@ -175,18 +215,8 @@ def _open_shards(folder: Path) -> dict[str, TensorFile]:
     return {tensor: shards[name] for tensor, name in weight_map.items()}
 
 
-def _schemes(folder: Path, raw: Mapping[str, Any]) -> dict[str, QuantScheme]:
-    """Schemes per module, from our manifest; a foreign quantized folder is refused by name."""
-    quantization = raw.get("quantization_config")
-    if not quantization:
-        return {}
-    tensors = read_manifest(folder).get("tensors")
-    if not isinstance(tensors, dict):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise CheckpointError(
-            f"{folder}: quantized by another tool ({method!r}) without a {MANIFEST}",
-            "give the 16-bit original, or a folder written by `qwen3-export quantize`",
-        )
+def _schemes(folder: Path, tensors: Mapping[str, Any]) -> dict[str, QuantScheme]:
+    """Schemes per module, from our manifest."""
     schemes = {}
     for name, item in tensors.items():
         if not isinstance(item, dict) or not isinstance(item.get("scheme"), dict):
@@ -201,8 +231,7 @@ def _audit(checkpoint: Checkpoint) -> None:
         shape = expected.pop(f"{module}.weight", None)
         if shape is None or len(shape) != 2:
             raise CheckpointError(f"{checkpoint.folder / MANIFEST}: {module} is no linear of this model")
-        scheme.check_shape(module, shape)
-        specs = layout(checkpoint.layout).specs(module, (shape[0], shape[1]), scheme)
+        specs = _specs(checkpoint, module, (shape[0], shape[1]), scheme)
         expected.update({name: spec[1] for name, spec in specs.items()})
         packed.update({name: spec[0] for name, spec in specs.items()})
     for name, shape in expected.items():
@@ -225,6 +254,16 @@ def _audit(checkpoint: Checkpoint) -> None:
             raise CheckpointError(f"{checkpoint.folder}: tensor {name} belongs to no part of a Qwen3 model")
         if tied_copy:
             _check_tied(checkpoint)
+
+
+def _specs(checkpoint: Checkpoint, module: str, shape: tuple[int, int], scheme: QuantScheme) -> dict[str, Spec]:
+    """What a quantized linear must be stored as; another tool's own way when it is another tool's."""
+    stored = checkpoint.stored if checkpoint.quantization else None
+    try:
+        scheme.check_shape(module, shape)
+        return layout(checkpoint.layout).specs(module, shape, scheme, stored)
+    except RecipeError as error:
+        raise CheckpointError(f"{checkpoint.folder}: {error}") from error
 
 
 def _check_tied(checkpoint: Checkpoint, rows: int = 4096) -> None:

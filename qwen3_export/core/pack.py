@@ -16,7 +16,12 @@ GGML_BLOCK = 32
 
 
 def pack_int32(codes: NDArray[np.uint8], num_bits: int) -> NDArray[np.int32]:
-    """`[..., n]` codes → `[..., ceil(n * num_bits / 32)]` words, first code in the lowest bits."""
+    """`[..., n]` codes → `[..., ceil(n * num_bits / 32)]` words, first code in the lowest bits.
+
+    Three-bit codes go across words: 32 of them fill three.
+    """
+    if num_bits == 3:
+        return _pack_bits(codes, num_bits)
     per_word = 32 // num_bits
     padding = -codes.shape[-1] % per_word
     if padding:
@@ -27,7 +32,20 @@ def pack_int32(codes: NDArray[np.uint8], num_bits: int) -> NDArray[np.int32]:
 def unpack_int32(words: NDArray[np.int32], num_bits: int, count: int) -> NDArray[np.uint8]:
     """Inverse of `pack_int32`; `count` codes of the last axis are kept."""
     raw = np.ascontiguousarray(words.astype("<i4", copy=False)).view(np.uint8)
+    if num_bits == 3:
+        bits = np.unpackbits(raw, axis=-1, count=count * num_bits, bitorder="little")
+        grouped = bits.reshape(*raw.shape[:-1], count, num_bits)
+        return np.packbits(grouped, axis=-1, bitorder="little")[..., 0]
     return unpack_bytes(raw, num_bits)[..., :count]
+
+
+def _pack_bits(codes: NDArray[np.uint8], num_bits: int) -> NDArray[np.int32]:
+    bits = np.unpackbits(codes[..., None], axis=-1, count=num_bits, bitorder="little")
+    stream = bits.reshape(*codes.shape[:-1], -1)
+    padding = -stream.shape[-1] % 32
+    if padding:
+        stream = np.pad(stream, [(0, 0)] * (stream.ndim - 1) + [(0, padding)])
+    return np.packbits(stream, axis=-1, bitorder="little").view("<i4")
 
 
 def pack_bytes(codes: NDArray[np.uint8], num_bits: int) -> NDArray[np.uint8]:

@@ -19,6 +19,9 @@ class Progress:
     def log(self, text: str) -> None:
         """One line for those who asked for details."""
 
+    def warn(self, text: str) -> None:
+        """One line that everyone should see."""
+
 
 def peak_rss_bytes() -> int:
     """Largest resident memory of this process so far, in bytes.

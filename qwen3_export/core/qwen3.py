@@ -95,6 +95,11 @@ class Qwen3Config:
         """Whether this layer's MLP is a mixture of experts."""
         return layer in self.sparse_layers
 
+    @property
+    def expert_width(self) -> int:
+        """Inputs of an expert's widest linear."""
+        return max(self.hidden_size, self.moe_intermediate_size)
+
     def linear_shapes(self, layer: int) -> dict[str, tuple[int, int]]:
         """`{local name: [out, in]}` of the quantizable linears of one block, in the order they run."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim

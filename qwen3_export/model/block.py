@@ -14,6 +14,7 @@ layer `x` is sent to `experts` `[…, k]` with weights `mix` `[…, k]`; before 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -43,11 +44,17 @@ class KVCache:
 
 @dataclass
 class Block:
-    """Weights of one block by local name (`self_attn.q_proj`, `[out, in]`), replaceable one by one."""
+    """Weights of one block by local name (`self_attn.q_proj`, `[out, in]`), replaceable one by one.
+
+    `rounders` are the functions that round some linears' inputs; see `model.activations`. Where
+    `outputs` is given, every linear leaves its output there.
+    """
 
     config: Qwen3Config
     layer: int
     weights: dict[str, Tensor] = field(repr=False)
+    rounders: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict, repr=False)
+    outputs: dict[str, Tensor] | None = field(default=None, repr=False)
 
     def stage_linears(self, stage: int) -> list[str]:
         """Local names of the linears whose input is `x` at this stage."""
@@ -55,8 +62,12 @@ class Block:
         return [name for name in self.config.linear_shapes(self.layer) if name.endswith(suffixes)]
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        """`x @ weight.T`."""
-        return F.linear(x, self.weights[name])
+        """`x @ weight.T`, the inputs rounded first where the linear's scheme says so."""
+        rounder = self.rounders.get(name)
+        y = F.linear(x if rounder is None else rounder(x), self.weights[name])
+        if self.outputs is not None:
+            self.outputs[name] = y
+        return y
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         """RMSNorm over the last axis."""

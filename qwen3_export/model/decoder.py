@@ -12,6 +12,7 @@ from torch import Tensor
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.qwen3 import Qwen3Config, block_name
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
+from qwen3_export.model.activations import rounder
 from qwen3_export.model.block import Block, KVCache, rms_norm
 from qwen3_export.model.workers import Workers
 
@@ -34,11 +35,24 @@ def load_block(checkpoint: Checkpoint, layer: int, device: str = "cpu") -> Block
         name: to_torch(checkpoint.read(f"{prefix}.{name}.weight")).float().to(device)
         for name in config.other_shapes(layer)
     }
+    block = Block(config, layer, weights)
     for name in config.linear_shapes(layer):
         stored = checkpoint.linear(f"{prefix}.{name}")
-        array = dequantize(stored) if isinstance(stored, QuantizedTensor) else stored
-        weights[name] = to_torch(array).float().to(device)
-    return Block(config, layer, weights)
+        if isinstance(stored, QuantizedTensor):
+            put_quantized(block, name, stored, device)
+        else:
+            weights[name] = to_torch(stored).float().to(device)
+    return block
+
+
+def put_quantized(
+    block: Block, name: str, tensor: QuantizedTensor, device: str = "cpu", in_place: bool = False
+) -> None:
+    """Make one linear of a block compute as the quantized tensor does; `in_place` where nobody else has its weight."""
+    weight = torch.from_numpy(dequantize(tensor)).to(device)
+    block.weights[name] = block.weights[name].copy_(weight) if in_place else weight
+    if tensor.scheme.activations:
+        block.rounders[name] = rounder(tensor.scheme, tensor.input_scale)
 
 
 def rope_tables(config: Qwen3Config, begin: int, end: int, device: str = "cpu") -> Rope:

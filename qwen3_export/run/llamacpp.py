@@ -106,6 +106,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_memory_clear": (None, [C.c_void_p, C.c_bool]),
     "llama_decode": (C.c_int32, [C.c_void_p, _Batch]),
     "llama_get_logits": (C.POINTER(C.c_float), [C.c_void_p]),
+    "llama_model_meta_val_str": (C.c_int32, [C.c_void_p, C.c_char_p, C.c_char_p, C.c_size_t]),
     "llama_model_chat_template": (C.c_char_p, [C.c_void_p, C.c_char_p]),
     "llama_vocab_is_eog": (C.c_bool, [C.c_void_p, C.c_int32]),
     "llama_tokenize": (C.c_int32, [C.c_void_p, C.c_char_p, C.c_int32, C.c_void_p, C.c_int32, C.c_bool, C.c_bool]),
@@ -243,6 +244,12 @@ class LlamaSession:
     def tokenizer(self) -> LlamaTokenizer:
         """llama.cpp's own tokenizer, from the file's vocabulary."""
         return LlamaTokenizer(self._lib, self._model, self.vocab_size)
+
+    def metadata(self, key: str) -> str | None:
+        """A value of the file's header as text, None when there is none."""
+        buffer = C.create_string_buffer(4096)
+        length = self._lib.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace") if length >= 0 else None
 
     def close(self) -> None:
         """Free the model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -9,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_export.core.coverage import GGUF_KEY, Summary, read_coverage, summary_of
 from qwen3_export.errors import InputError
 from qwen3_export.text import ModelTokenizer, TextModel
 
@@ -49,6 +51,14 @@ class HasTokenizer(Protocol):
     @property
     def tokenizer(self) -> TextModel:
         """The runtime's own tokenizer."""
+
+
+@runtime_checkable
+class HasMetadata(Protocol):
+    """A session whose artifact is one file with a header."""
+
+    def metadata(self, key: str) -> str | None:
+        """A value of the header as text, None when there is none."""
 
 
 def open_session(artifact: Path, options: RuntimeOptions | None = None) -> Session:
@@ -98,6 +108,19 @@ def tokenizer_of(artifact: Path, session: Session) -> TextModel:
     if isinstance(session, HasTokenizer):
         return session.tokenizer
     return ModelTokenizer(artifact)
+
+
+def artifact_coverage(artifact: Path, session: Session) -> Summary | None:
+    """How many calibration tokens the artifact's experts saw; None for a model without experts."""
+    if not isinstance(session, HasMetadata):
+        return read_coverage(artifact)
+    if not (session.metadata("general.architecture") or "").endswith("moe"):
+        return None
+    text = session.metadata(GGUF_KEY)
+    try:
+        return summary_of(json.loads(text or "{}"))
+    except ValueError:
+        return summary_of({})
 
 
 def artifact_bytes(artifact: Path) -> int:

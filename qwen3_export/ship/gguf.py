@@ -10,6 +10,7 @@ A scale is repeated for each 32 weights of its group. Tensors are written one at
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,15 +25,16 @@ from numpy.typing import NDArray
 from qwen3_export import __version__
 from qwen3_export.core import pack
 from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.coverage import GGUF_KEY
 from qwen3_export.core.manifest import sha256_file, staged_file
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.qwen3 import block_name
-from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.errors import InputError, ResourceError, UnsupportedError
 from qwen3_export.ship.exactness import Inexact, max_relative_error, refuse_overflow
 from qwen3_export.ship.gguf_metadata import ARCHITECTURES, add_metadata, check_architecture
-from qwen3_export.ship.result import check_schemes, export_result, provenance
+from qwen3_export.ship.result import check_schemes, export_result, not_integer, provenance
 
 TYPES = {"bf16": Type.BF16, "f16": Type.F16, "q8_0": Type.Q8_0, "q4_0": Type.Q4_0, "q4_1": Type.Q4_1}
 _ELEMENTS_AT_ONCE = 4 << 20
@@ -78,6 +80,8 @@ def type_for(scheme: QuantScheme) -> Type:
 
 def supports(scheme: QuantScheme) -> str | None:
     """Why no ggml type holds a scheme's codes, or None when one does."""
+    if reason := not_integer(scheme):
+        return reason
     if scheme.num_bits not in (4, 8) or (scheme.num_bits == 8 and not scheme.symmetric):
         return f"no ggml block type has {scheme.num_bits}-bit {'symmetric' if scheme.symmetric else 'asymmetric'} codes"
     if scheme.strategy != "group" or scheme.group_size is None or scheme.group_size % pack.GGML_BLOCK:
@@ -245,6 +249,8 @@ def _write(checkpoint: Checkpoint, path: Path, plan: list[Planned], file_type: i
         writer.add_string("qwen3_export.version", __version__)
         writer.add_string("qwen3_export.source.sha256", origin["source"]["sha256"])
         writer.add_string("qwen3_export.recipe", origin["quantized"]["recipe"])
+        if origin["experts"] is not None:
+            writer.add_string(GGUF_KEY, json.dumps(origin["experts"]))
     for item in plan:
         shape, dtype = _stored_shape(item)
         nbytes = int(np.prod(shape)) * dtype.itemsize

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from qwen3_export.core import pack
 from qwen3_export.core.qwen3 import Qwen3Config
-from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.ship.graph import CONTRIB, GraphBuilder
+from qwen3_export.ship.result import not_integer
 
 OPSET = 21
 _INT64, _INT32 = ir.DataType.INT64, ir.DataType.INT32
@@ -28,6 +29,10 @@ _INT64, _INT32 = ir.DataType.INT64, ir.DataType.INT32
 def supports(scheme: QuantScheme) -> str | None:
     """Why `MatMulNBits` cannot hold a scheme, or None when it can."""
     size = scheme.group_size
+    if reason := not_integer(scheme):
+        return reason
+    if scheme.num_bits not in (2, 4, 8):
+        return f"MatMulNBits runs with 2, 4 and 8 bits, not {scheme.num_bits}"
     if scheme.strategy != "group" or size is None:
         return "one scale per channel has no place in MatMulNBits; use strategy: group"
     if size not in (16, 32, 64, 128, 256):

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.coverage import read_coverage
 from qwen3_export.core.manifest import read_manifest
 from qwen3_export.core.progress import peak_rss_bytes
-from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import UnsupportedError
 from qwen3_export.ship.exactness import Inexact
 
@@ -29,17 +30,36 @@ def check_schemes(checkpoint: Checkpoint, supports: Supports, target: str) -> No
                 f"{name} ({scheme.label}) cannot be exported to {target}: {reason}",
                 "quantize again with a recipe that fits, e.g. gptq-w4a16-g128 or gptq-w4a16-g32",
             )
+    for name in checkpoint.schemes:
+        if name in checkpoint.reordered:
+            raise UnsupportedError(
+                f"{name} cannot be exported to {target}: its groups are not consecutive inputs (g_idx, from desc_act)",
+                "quantize the 16-bit original with gptq-w4a16-g128, whose act_order needs no g_idx, or with "
+                "desc_act: false; the folder itself runs as it is",
+            )
+
+
+def not_integer(scheme: QuantScheme) -> str | None:
+    """Why an export that carries integer weights alone cannot hold a scheme, or None when it can."""
+    if scheme.type == "float":
+        return f"its {scheme.num_bits}-bit floats have no exact place there; the folder itself runs in vLLM and SGLang"
+    if scheme.activations:
+        return f"activations rounded by {scheme.activations} have no place there; the folder itself runs in vLLM"
+    return None
 
 
 def provenance(checkpoint: Checkpoint) -> dict[str, Any]:
     """Where an artifact comes from, for its manifest."""
     manifest = read_manifest(checkpoint.folder)
-    return {
+    origin = {
         "source": manifest.get("source") or {"name": checkpoint.name, "sha256": checkpoint.sha256},
-        "quantized": {"sha256": checkpoint.sha256, "recipe": manifest["recipe"]["name"]}
-        if checkpoint.schemes
-        else None,
+        "experts": read_coverage(checkpoint.folder),
     }
+    if not checkpoint.schemes:
+        return {**origin, "quantized": None}
+    foreign = checkpoint.quantization.get("quant_method")
+    recipe = f"{foreign} of another tool" if foreign else manifest["recipe"]["name"]
+    return {**origin, "quantized": {"sha256": checkpoint.sha256, "recipe": recipe}}
 
 
 def exactness(inexact: list[Inexact]) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from qwen3_export.core import pack
 from qwen3_export.core.qwen3 import Qwen3Config
-from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.ship.graph import GraphBuilder
+from qwen3_export.ship.result import not_integer
 
 OPSET = 23
 _INT64, _BOOL, _FLOAT = ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.FLOAT
@@ -34,6 +35,8 @@ _CODES = {
 
 def supports(scheme: QuantScheme) -> str | None:
     """Why `DequantizeLinear` cannot hold a scheme, or None when it can."""
+    if reason := not_integer(scheme):
+        return reason
     if scheme.num_bits not in (4, 8):
         return f"DequantizeLinear has no {scheme.num_bits}-bit type in opset {OPSET}"
     return None

@@ -25,12 +25,12 @@ from typing import Any
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.manifest import file_list, staged_folder, to_json, write_manifest
 from qwen3_export.core.progress import Progress
-from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import InputError, MissingRuntimeError, ResourceError, UnsupportedError
 from qwen3_export.ship.exactness import cast_errors
 from qwen3_export.ship.graph import DATA, MODEL
 from qwen3_export.ship.onnx import write_graph
-from qwen3_export.ship.result import check_schemes, exactness, export_result, provenance
+from qwen3_export.ship.result import check_schemes, exactness, export_result, not_integer, provenance
 
 PLAN, ENGINE = "model.plan", "engine.json"
 MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
@@ -52,6 +52,10 @@ class Profile:
 
 def supports(scheme: QuantScheme) -> str | None:
     """Why TensorRT cannot hold a scheme, or None when it can."""
+    if reason := not_integer(scheme):
+        return reason
+    if scheme.signed_scales:
+        return "TensorRT takes no negative scales: leave signed_scales off"
     if not scheme.symmetric:
         return "TensorRT takes no zero points"
     if scheme.num_bits != 4 or scheme.strategy != "group":

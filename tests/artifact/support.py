@@ -19,7 +19,8 @@ from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
-from qwen3_export.core.recipe import QuantScheme, Recipe, Rule
+from qwen3_export.core.recipe import Recipe, Rule
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.run.session import RuntimeOptions, open_session
 from tests.conftest import tiny_config, write_checkpoint
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.qwen3 import parse_config
-from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.errors import CheckpointError, InputError, UnsupportedError
 from qwen3_export.ship.gguf import export_gguf

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import open_checkpoint
-from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import InputError
 from qwen3_export.run.session import RuntimeOptions, open_session
 from qwen3_export.ship.gguf import export_gguf

@@ -17,7 +17,7 @@ import pytest
 from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
-from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.source import open_source
 from qwen3_export.errors import ExportError, InputError, MissingRuntimeError, ResourceError, UnsupportedError
 from qwen3_export.run.session import RuntimeOptions, open_session

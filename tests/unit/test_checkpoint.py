@@ -341,7 +341,6 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda m: m.pop("tensors"), "quantized by another tool .'compressed-tensors'. without"),
         (lambda m: m["tensors"].update({"model.norm": m["tensors"][Q_PROJ]}), "model.norm is no linear of this model"),
         (lambda m: m["tensors"].pop(Q_PROJ), f"tensor {Q_PROJ}.weight .* is missing"),
         (lambda m: m["tensors"].update({Q_PROJ: 3}), f"{Q_PROJ} has no scheme"),
@@ -361,9 +360,24 @@ def test_a_manifest_that_does_not_fit_its_tensors_is_refused(
         open_checkpoint(mixed)
 
 
-@pytest.mark.parametrize("quantization", [{"quant_method": "gptq", "bits": 4}, "awq", ["fp8"]])
-def test_a_folder_quantized_by_another_tool_is_refused_by_its_method(
-    make_checkpoint: Callable[..., Path], quantization: Any
+def test_without_its_manifest_a_folder_is_read_as_one_of_another_tool(mixed: Path) -> None:
+    before = open_checkpoint(mixed)
+    (mixed / MANIFEST).unlink()
+    after = open_checkpoint(mixed)
+    assert after.schemes == before.schemes
+    np.testing.assert_array_equal(after.linear(Q_PROJ).codes, before.linear(Q_PROJ).codes)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "quantized by gptq, as it says, but every linear is stored in 16 bits"),
+        ({"quant_method": "hqq"}, "quant_method 'hqq'; gptq, awq, fp8, compressed-tensors can be read"),
+        ("awq", "an object was expected, found str"),
+        (["fp8"], "an object was expected, found list"),
+    ],
+)
+def test_a_quantization_that_is_not_there_or_not_known_is_refused(
+    make_checkpoint: Callable[..., Path], quantization: Any, message: str
 ) -> None:
-    folder = make_checkpoint(tiny_config(quantization_config=quantization))
-    refuses(folder, "quantized by another tool")
+    refuses(make_checkpoint(tiny_config(quantization_config=quantization)), message)

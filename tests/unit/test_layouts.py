@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3_export.core.layouts import layout
-from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.core.layouts import Stored, layout
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor
 from qwen3_export.errors import InputError, RecipeError
 
@@ -54,7 +54,7 @@ def test_every_layout_gives_the_tensor_back_as_announced(sample: tuple[str, Quan
     specs = module.specs(tensor.name, tensor.shape, tensor.scheme)
     assert list(arrays) == list(specs)
     assert {key: (array.dtype, array.shape) for key, array in arrays.items()} == specs
-    found = module.unpack(arrays.__getitem__, tensor.name, tensor.shape, tensor.scheme)
+    found = module.unpack(Stored(arrays, arrays.__getitem__), tensor.name, tensor.shape, tensor.scheme)
     np.testing.assert_array_equal(found.codes, tensor.codes)
     assert found.scales.dtype == tensor.scales.dtype
     assert found.scales.tobytes() == tensor.scales.tobytes()
@@ -113,7 +113,7 @@ def test_the_awq_words_are_those_of_a_plain_loop(symmetric: bool) -> None:
 
 
 def test_an_unknown_layout_lists_the_known_ones() -> None:
-    with pytest.raises(InputError, match="layout 'marlin': one of awq, compressed-tensors, gptq"):
+    with pytest.raises(InputError, match="layout 'marlin': one of awq, compressed-tensors, fp8, gptq"):
         layout("marlin")
 
 

@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
+from qwen3_export.core.checkpoint import open_checkpoint
+from qwen3_export.core.manifest import read_manifest
+from qwen3_export.core.recipe import Recipe
 from qwen3_export.errors import CheckpointError, InputError
+from qwen3_export.solve.quantize import Settings, quantize
 from qwen3_export.text import (
     Document,
     ModelTokenizer,
     Rows,
     calibration_rows,
     document_ids,
+    form_of,
     heldout_rows,
     load_documents,
     render_chat,
+    source_name,
     spread,
 )
+from tests.conftest import tiny_config, write_checkpoint
 
 
 class ByteModel:
@@ -167,6 +176,19 @@ def test_a_text_file_is_one_document_of_its_own_domain(tmp_path: Path, suffix: s
         {"messages": [{"content": "hello"}]},
         {"messages": [{"role": "user", "content": None}]},
         {"messages": [{"role": 1, "content": "hello"}]},
+        {"messages": []},
+        {"messages": {}},
+        {"messages": [[]]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]},
+        {"messages": [{"role": "assistant", "content": "a", "reasoning_content": 3}]},
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": []}]},
+        {"messages": [{"role": "assistant", "tool_calls": ["add"]}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": "add"}]}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": {}}}]}]},
+        {"messages": [{"role": "user", "content": "hello"}], "tools": "no JSON"},
+        {"messages": [{"role": "user", "content": "hello"}], "tools": ["add"]},
+        {"messages": [{"role": "user", "content": "hello"}], "tools": {"name": "add"}},
+        '{"messages": [{"role": "assistant", "tool_calls": [{"name": "\\ud800"}]}]}',
         '{"text": "\\ud800"}',
         "[" * 100_000,
     ],
@@ -210,6 +232,112 @@ def test_the_bundled_texts_have_several_domains_and_no_document_in_common(spec: 
     other = load_documents("heldout" if spec == "bundled" else "bundled")
     assert len({document.domain for document in documents}) >= 5
     assert not {str(document.content) for document in documents} & {str(document.content) for document in other}
+
+
+def test_tools_and_calls_of_a_chat_are_kept(tmp_path: Path) -> None:
+    tool, call = {"name": "add", "parameters": {}}, {"function": {"name": "add", "arguments": {"a": 1}}}
+    chat = [CHAT[0], {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "2"}]
+    path = write_lines(
+        tmp_path / "a.jsonl", {"messages": chat, "tools": [tool]}, {"messages": chat, "tools": json.dumps([tool])}
+    )
+    wanted = [chat[0], {**chat[1], "content": ""}, chat[2]]
+    assert load_documents(str(path)) == [Document("a", wanted, [tool])] * 2
+    assert render_chat(None, wanted).splitlines()[1] == f"assistant: {json.dumps([call])}"
+
+
+@pytest.mark.parametrize(
+    ("text", "is_chat", "form"),
+    [
+        ("<think>\nwhy\n</think>", False, "text"),
+        ("user: hello", True, "chat"),
+        ("<think>\n\n</think>\n\n12", True, "chat"),
+        ("<think></think>12", True, "chat"),
+        ("<think>\n\n</think>\n<think>why</think>", True, "chat-thinking"),
+        ("<think>\n  why\n</think>\n\n12", True, "chat-thinking"),
+    ],
+)
+def test_the_form_of_a_document(text: str, is_chat: bool, form: str) -> None:
+    assert form_of(text, is_chat) == form
+
+
+def test_the_documents_that_the_rows_were_cut_from_are_counted() -> None:
+    thinking = [{"role": "assistant", "content": "<think>" + "w" * 20 + "</think>"}]
+    chats = [Document("chats", thinking)] * 3 + [Document("chats", [{"role": "user", "content": "u" * 40}])] * 2
+    documents = [*numbered("texts", 4, 10), *chats]
+    everything = calibration_rows(BYTES, documents, 1000, 5, seed=0)
+    assert everything.documents == {"chat": 2, "chat-thinking": 3, "text": 4}
+    # One row of each domain: 12 bytes of a chat, which may touch two of them, and two texts of 10 bytes.
+    few = calibration_rows(BYTES, documents, 2, 12, seed=0)
+    assert few.documents["text"] == 2
+    assert 1 <= few.documents.get("chat", 0) + few.documents.get("chat-thinking", 0) <= 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("bundled", "bundled"),
+        ("self", "self"),
+        ("hf:owner/data:train", "hf:owner/data:train"),
+        ("/home/me/secret project/own.jsonl", "own.jsonl"),
+        ("../own.txt", "own.txt"),
+        ("~/own.parquet", "own.parquet"),
+    ],
+)
+def test_a_source_is_called_by_its_keyword_or_its_file_name(spec: str, name: str) -> None:
+    assert source_name(spec) == name
+
+
+def test_the_manifest_says_what_the_calibration_text_was(tmp_path: Path, reference_folder: Path) -> None:
+    source = write_checkpoint(tmp_path / "tiny", tiny_config(vocab_size=8192))
+    for path in reference_folder.glob("tokenizer*"):
+        (source / path.name).write_bytes(path.read_bytes())
+    lines = [{"text": f"The {i}th line ends here. " * 8, "domain": "lines"} for i in range(9)]
+    chats = [{"messages": [*CHAT, {"role": "assistant", "content": f"<think>{i}</think>{i} " * 9}]} for i in range(9)]
+    own = write_lines(tmp_path / "own text.jsonl", *lines, *chats)
+    recipe = Recipe.from_dict(
+        {"name": "test", "method": "gptq", "rules": [{"match": "*", "scheme": {"group_size": 32}}]}, "test"
+    )
+    quantize(open_checkpoint(source), recipe, tmp_path / "out", Settings(str(own), 6, 32, seed=5))
+    found = read_manifest(tmp_path / "out")["calibration"]
+    assert {key: found[key] for key in ("source", "seed", "samples", "sequence_length", "rows", "tokens")} == {
+        "source": "own text.jsonl",
+        "seed": 5,
+        "samples": 6,
+        "sequence_length": 32,
+        "rows": 6,
+        "tokens": 6 * 32,
+    }
+    assert found["domains"] == {"lines": 3, "own text": 3}
+    assert set(found["documents"]) == {"text", "chat-thinking"}
+    assert str(tmp_path) not in (tmp_path / "out" / "qwen3-export.json").read_text()
+
+
+def test_no_text_needs_a_network(tmp_path: Path, reference_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: Any) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    (tmp_path / "a.txt").write_text("plain text " * 40)
+    write_lines(tmp_path / "a.jsonl", {"text": "plain text " * 40}, {"messages": CHAT})
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["plain text " * 40]}), tmp_path / "a.parquet")
+    for spec in ("bundled", "heldout", *(str(path) for path in tmp_path.iterdir())):
+        assert calibration_rows(ModelTokenizer(reference_folder), load_documents(spec), 4, 16, 0).ids
+
+
+@pytest.mark.parametrize(
+    "columns", [{"words": ["a"]}, {"text": [3]}, {"messages": [[]]}, {"messages": [[{"role": "user"}]]}], ids=str
+)
+def test_a_parquet_file_without_text_is_an_error(tmp_path: Path, columns: dict[str, Any]) -> None:
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet: a 'text' or 'messages' column was expected"):
+        load_documents(str(tmp_path / "a.parquet"))
+
+
+def test_bytes_that_are_no_parquet_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(InputError, match=r"a\.parquet: not a Parquet file"):
+        load_documents(str(tmp_path / "a.parquet"))
 
 
 def test_a_chat_without_a_template_is_roles_and_contents() -> None:

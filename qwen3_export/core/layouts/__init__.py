@@ -3,21 +3,69 @@
 A layout module defines, for a linear called `module` with weight `[out, in]`:
 
     supports(scheme) -> None | reason
-    specs(module, shape, scheme) -> {tensor name: (dtype, shape)}       in the order of the file
+    specs(module, shape, scheme, stored) -> {tensor name: (dtype, shape)}   in the order of the file
     pack(tensor) -> {tensor name: array}                                as `specs` announces them
-    unpack(read, module, shape, scheme) -> QuantizedTensor              its inverse
+    unpack(stored, module, shape, scheme) -> QuantizedTensor            its inverse
     config(schemes, linears) -> quantization_config                     raises RecipeError if it cannot say
+
+`specs` without `stored` is what we write; with it, what other tools wrote is announced as they wrote it,
+as far as the layout allows: another scale type, no g_idx, a bias of zeros.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_export.core.recipe import DEFAULT_LAYOUT as DEFAULT
+from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.core.tensor import SCALE_TYPES
 from qwen3_export.errors import InputError
 
-DEFAULT = "compressed-tensors"
+__all__ = ["DEFAULT", "Stored", "group_index", "layout"]
+_FLOATS = tuple(SCALE_TYPES[name] for name in ("fp16", "bf16", "fp32"))
+
+
+class Described(Protocol):
+    """A tensor's type and shape."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Its type."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A folder's tensors, read when asked for, and the `quantization_config` of another tool, if it is one's."""
+
+    entries: Mapping[str, Described]
+    read: Callable[[str], NDArray]
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def dtype(self, name: str, *allowed: np.dtype) -> np.dtype:
+        """The stored type when it is among the allowed ones (by default floats), else the first of them."""
+        allowed = allowed or _FLOATS
+        found = self.entries[name].dtype if name in self else None
+        return found if found in allowed else allowed[0]
+
+    def shape(self, name: str, wanted: tuple[int, ...]) -> tuple[int, ...]:
+        """The stored shape when only axes of one tell it from the wanted one, else the wanted one."""
+        found = self.entries[name].shape if name in self else wanted
+        return found if [n for n in found if n != 1] == [n for n in wanted if n != 1] else wanted
 
 
 def layout(name: str) -> ModuleType:
@@ -26,3 +74,22 @@ def layout(name: str) -> ModuleType:
     if name.replace("-", "_") not in known:
         raise InputError(f"layout {name!r}: one of {', '.join(n.replace('_', '-') for n in known)} was expected")
     return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+
+
+def group_index(stored: Stored, name: str, shape: tuple[int, int], scheme: QuantScheme) -> NDArray[np.int32] | None:
+    """The group of each input; None when it is not stored or says what the layout says without it.
+
+    Raises ValueError when the groups are not those of `group_size` inputs each.
+    """
+    if name not in stored:
+        return None
+    index, plain = stored.read(name), np.arange(shape[1], dtype=np.int32) // scheme.group_length(shape[1])
+    # compressed-tensors wrote -1 for linears without an order.
+    if np.array_equal(index, plain) or (index == -1).all():
+        return None
+    if not np.array_equal(np.sort(index), plain):
+        raise ValueError(
+            f"{name}: it puts inputs into the groups {index.min()} to {index.max()}; "
+            f"{scheme.num_groups(shape[1])} groups of {scheme.group_length(shape[1])} inputs each were expected"
+        )
+    return index

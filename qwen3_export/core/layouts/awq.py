@@ -7,15 +7,16 @@ NAME.scales   fp16  [groups, out]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.core.layouts.gptq import uniform
+from qwen3_export.core.layouts import Stored
+from qwen3_export.core.layouts.gptq import foreign_floats, uniform
 from qwen3_export.core.pack import pack_int32, unpack_int32
-from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor
 from qwen3_export.core.tensorfile import Spec
 from qwen3_export.errors import RecipeError
@@ -26,21 +27,22 @@ _PER_WORD = 8
 
 def supports(scheme: QuantScheme) -> str | None:
     """4 bits in groups, with scales that fp16 holds."""
-    if scheme.num_bits != 4 or scheme.strategy != "group":
+    if (scheme.type, scheme.num_bits, scheme.strategy) != ("int", 4, "group"):
         return "the AWQ kernels take 4-bit groups only"
     return "its scales are fp16: use scale_dtype bf16 or fp16" if scheme.scale_dtype == "fp32" else None
 
 
-def specs(module: str, shape: tuple[int, int], scheme: QuantScheme) -> dict[str, Spec]:
+def specs(module: str, shape: tuple[int, int], scheme: QuantScheme, stored: Stored | None = None) -> dict[str, Spec]:
     """See the package docstring."""
     (out_features, in_features), groups = shape, scheme.num_groups(shape[1])
     if out_features % _PER_WORD:
         raise RecipeError(f"{module}: {out_features} outputs cannot be packed by {_PER_WORD} in the awq layout")
-    return {
+    found: dict[str, Spec] = {
         f"{module}.qweight": (np.dtype("<i4"), (in_features, out_features // _PER_WORD)),
         f"{module}.qzeros": (np.dtype("<i4"), (groups, out_features // _PER_WORD)),
         f"{module}.scales": (np.dtype("<f2"), (groups, out_features)),
     }
+    return {**found, **foreign_floats(stored, module, found)} if stored else found
 
 
 def pack(tensor: QuantizedTensor) -> dict[str, NDArray]:
@@ -55,12 +57,17 @@ def pack(tensor: QuantizedTensor) -> dict[str, NDArray]:
     }
 
 
-def unpack(read: Callable[[str], NDArray], module: str, shape: tuple[int, int], scheme: QuantScheme) -> QuantizedTensor:
+def unpack(stored: Stored, module: str, shape: tuple[int, int], scheme: QuantScheme) -> QuantizedTensor:
     """See the package docstring."""
-    codes = _straighten(unpack_int32(read(f"{module}.qweight"), 4, shape[0]))
-    zeros = None if scheme.symmetric else _straighten(unpack_int32(read(f"{module}.qzeros"), 4, shape[0]))
-    scales = np.ascontiguousarray(read(f"{module}.scales").T).astype(SCALE_TYPES[scheme.scale_dtype])
+    codes = _straighten(unpack_int32(stored.read(f"{module}.qweight"), 4, shape[0]))
+    zeros = None if scheme.symmetric else zero_points(stored, module, shape, scheme)
+    scales = np.ascontiguousarray(stored.read(f"{module}.scales").T).astype(SCALE_TYPES[scheme.scale_dtype])
     return QuantizedTensor(module, shape, scheme, codes, scales, zeros)
+
+
+def zero_points(stored: Stored, module: str, shape: tuple[int, int], scheme: QuantScheme) -> NDArray[np.uint8]:
+    """The stored zero points `[out, groups]`."""
+    return _straighten(unpack_int32(stored.read(f"{module}.qzeros"), scheme.num_bits, shape[0]))
 
 
 def _interleave(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -1,96 +1,244 @@
-"""compressed-tensors' `pack-quantized`: what vLLM, SGLang and transformers load as it is.
+"""compressed-tensors: what vLLM, SGLang and transformers load as it is. Its format follows from the scheme.
 
-NAME.weight_packed      int32 [out, in * bits / 32]     low bits first
-NAME.weight_scale       bf16  [out, groups]
-NAME.weight_zero_point  int32 [out * bits / 32, groups] asymmetric only
-NAME.weight_shape       int64 [2]
+pack-quantized        integers, inputs left alone
+    NAME.weight_packed      int32 [out, in * bits / 32]     low bits first, across words for 3 bits
+    NAME.weight_scale       [out, groups]
+    NAME.weight_zero_point  int32 [out * bits / 32, groups] asymmetric only, packed along out
+    NAME.weight_shape       int64 [2]
+    NAME.weight_g_idx       int32 [in]              group of each input; in older folders of other tools only
+int-quantized, float-quantized      8-bit weights whose inputs are rounded, and all FP8
+    NAME.weight             int8 (code − 128) or E4M3 [out, in]
+    NAME.weight_scale       [out, 1], [rows, groups] for blocks, [1] for a whole tensor
+    NAME.weight_zero_point  int8, asymmetric only
+    NAME.input_scale        [1], static activations only
+mxfp4-pack-quantized, nvfp4-pack-quantized
+    NAME.weight_packed      uint8 [out, in / 2]             two E2M1 codes, low nibble first
+    NAME.weight_scale       uint8 exponents, or E4M3 [out, groups]
+    NAME.weight_global_scale  fp32 [1]                      nvfp4 only; scales are divided by it
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.core.pack import pack_int32, unpack_int32
-from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.core.layouts import Stored, group_index
+from qwen3_export.core.pack import pack_bytes, pack_int32, unpack_bytes, unpack_int32
+from qwen3_export.core.scheme import ACTIVATION_GROUP, QuantScheme
 from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor
 from qwen3_export.core.tensorfile import Spec
 
+_E4M3, _INT8, _BYTE = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype("i1"), np.dtype("u1")
+_FP4 = {"e8m0": "mxfp4-pack-quantized", "e4m3": "nvfp4-pack-quantized"}
+# Written by some releases beside symmetric weights or inputs, and then all zeros.
+IDLE = ("weight_zero_point", "input_zero_point", "bias")
 
-def supports(_scheme: QuantScheme) -> str | None:
-    """Every integer scheme fits."""
+
+def format_of(scheme: QuantScheme) -> str:
+    """compressed-tensors' name of the format that holds a scheme."""
+    if scheme.type == "float":
+        return _FP4.get(scheme.scale_dtype, "float-quantized" if scheme.activations else "naive-quantized")
+    return "int-quantized" if scheme.activations else "pack-quantized"
+
+
+def supports(scheme: QuantScheme) -> str | None:
+    """Everything fits but integers in blocks."""
+    if scheme.type == "int" and not scheme.activations and not scheme.per_row:
+        return "packed integers have a scale per channel or group"
     return None
 
 
-def specs(module: str, shape: tuple[int, int], scheme: QuantScheme) -> dict[str, Spec]:
+def specs(module: str, shape: tuple[int, int], scheme: QuantScheme, stored: Stored | None = None) -> dict[str, Spec]:
     """See the package docstring."""
-    out_features, in_features = shape
-    per_word, groups = 32 // scheme.num_bits, scheme.num_groups(in_features)
-    found: dict[str, Spec] = {
-        f"{module}.weight_packed": (np.dtype("<i4"), (out_features, math.ceil(in_features / per_word))),
-        f"{module}.weight_scale": (SCALE_TYPES[scheme.scale_dtype], (out_features, groups)),
-    }
-    if not scheme.symmetric:
-        rows = math.ceil(out_features / per_word)
-        found[f"{module}.weight_zero_point"] = (np.dtype("<i4"), (rows, groups))
-    found[f"{module}.weight_shape"] = (np.dtype("<i8"), (2,))
-    return found
+    (out_features, in_features), kind = shape, format_of(scheme)
+    scale = SCALE_TYPES[scheme.scale_dtype]
+    found: dict[str, Spec] = {}
+    if _is_packed(kind, module, stored):
+        found[f"{module}.weight_packed"] = (np.dtype("<i4"), (out_features, _words(in_features, scheme)))
+        found[f"{module}.weight_scale"] = (scale, scheme.grid(shape))
+        if not scheme.symmetric:
+            words = (_words(out_features, scheme), scheme.num_groups(in_features))
+            found[f"{module}.weight_zero_point"] = (np.dtype("<i4"), words)
+        found[f"{module}.weight_shape"] = (np.dtype("<i8"), (2,))
+    elif kind in _FP4.values():
+        found[f"{module}.weight_packed"] = (_BYTE, (out_features, in_features // 2))
+        found[f"{module}.weight_scale"] = (_BYTE if scheme.scale_dtype == "e8m0" else _E4M3, scheme.grid(shape))
+        if scheme.scale_dtype == "e4m3":
+            found[f"{module}.weight_global_scale"] = (np.dtype("<f4"), (1,))
+    else:
+        found[f"{module}.weight"] = (_E4M3 if scheme.type == "float" else _INT8, shape)
+        found[f"{module}.weight_scale"] = (scale, _scale_shape(shape, scheme))
+        if not scheme.symmetric:
+            found[f"{module}.weight_zero_point"] = (_INT8, scheme.grid(shape))
+        if scheme.activations == "static-tensor":
+            found[f"{module}.input_scale"] = (SCALE_TYPES["bf16"], (1,))
+    return {**found, **_foreign(stored, module, shape, scheme, found)} if stored else found
+
+
+def _is_packed(kind: str, module: str, stored: Stored | None) -> bool:
+    """Whether integers are packed: by their scheme where we write them, by the tensor's name where others did."""
+    if kind not in ("pack-quantized", "int-quantized"):
+        return False
+    if stored is None or (f"{module}.weight_packed" in stored) == (f"{module}.weight" in stored):
+        return kind == "pack-quantized"
+    return f"{module}.weight_packed" in stored
+
+
+def _foreign(
+    stored: Stored, module: str, shape: tuple[int, int], scheme: QuantScheme, found: Mapping[str, Spec]
+) -> dict[str, Spec]:
+    """What other releases store in another type or shape, or beside the tensors that are needed."""
+    specs: dict[str, Spec] = {}
+    for name, (dtype, wanted) in found.items():
+        suffix = name.rpartition(".")[2]
+        if suffix == "weight_zero_point" and stored.dtype(name, dtype, _INT8) == _INT8:
+            specs[name] = (_INT8, stored.shape(name, scheme.grid(shape)))
+        elif suffix == "input_scale":
+            specs[name] = (stored.dtype(name), stored.shape(name, wanted))
+        elif suffix == "weight_shape":
+            specs[name] = (stored.dtype(name, dtype, np.dtype("<i4")), wanted)
+        elif suffix in ("weight_scale", "weight_global_scale"):
+            specs[name] = (dtype, stored.shape(name, wanted))
+    if (order := f"{module}.weight_g_idx") in stored:
+        specs[order] = (np.dtype("<i4"), shape[1:])
+    for suffix in IDLE:
+        if (name := f"{module}.{suffix}") in stored and name not in found:
+            specs[name] = (stored.entries[name].dtype, stored.entries[name].shape)
+    return specs
+
+
+def _words(count: int, scheme: QuantScheme) -> int:
+    return math.ceil(count * scheme.num_bits / 32)
+
+
+def _scale_shape(shape: tuple[int, int], scheme: QuantScheme) -> tuple[int, ...]:
+    return (1,) if scheme.strategy == "tensor" else scheme.grid(shape)
 
 
 def pack(tensor: QuantizedTensor) -> dict[str, NDArray]:
     """See the package docstring."""
-    bits = tensor.scheme.num_bits
+    name, scheme, kind = tensor.name, tensor.scheme, format_of(tensor.scheme)
+    arrays: dict[str, NDArray]
+    if kind == "pack-quantized":
+        arrays = {f"{name}.weight_packed": pack_int32(tensor.codes, scheme.num_bits)}
+        arrays[f"{name}.weight_scale"] = tensor.scales
+        if tensor.zeros is not None:
+            words = pack_int32(np.ascontiguousarray(tensor.zeros.T), scheme.num_bits)
+            arrays[f"{name}.weight_zero_point"] = np.ascontiguousarray(words.T)
+        return {**arrays, f"{name}.weight_shape": np.array(tensor.shape, "<i8")}
+    if kind in _FP4.values():
+        scales = tensor.scales.view(_BYTE) if scheme.scale_dtype == "e8m0" else tensor.scales
+        arrays = {f"{name}.weight_packed": pack_bytes(tensor.codes, 4), f"{name}.weight_scale": scales}
+        if tensor.global_scale is not None:
+            arrays[f"{name}.weight_global_scale"] = np.array([tensor.global_scale], "<f4")
+        return arrays
+    codes = tensor.codes.view(_E4M3) if scheme.type == "float" else _signed(tensor.codes)
     arrays = {
-        f"{tensor.name}.weight_packed": pack_int32(tensor.codes, bits),
-        f"{tensor.name}.weight_scale": tensor.scales,
+        f"{name}.weight": codes,
+        f"{name}.weight_scale": tensor.scales.reshape(_scale_shape(tensor.shape, scheme)),
     }
     if tensor.zeros is not None:
-        words = pack_int32(np.ascontiguousarray(tensor.zeros.T), bits)
-        arrays[f"{tensor.name}.weight_zero_point"] = np.ascontiguousarray(words.T)
-    arrays[f"{tensor.name}.weight_shape"] = np.array(tensor.shape, "<i8")
+        arrays[f"{name}.weight_zero_point"] = _signed(tensor.zeros)
+    if tensor.input_scale is not None:
+        arrays[f"{name}.input_scale"] = np.array([tensor.input_scale], SCALE_TYPES["bf16"])
     return arrays
 
 
-def unpack(read: Callable[[str], NDArray], module: str, shape: tuple[int, int], scheme: QuantScheme) -> QuantizedTensor:
+def _signed(codes: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """Unsigned codes with the zero point 128 taken off; its own inverse on the bits."""
+    return (codes ^ np.uint8(0x80)).view(np.int8)
+
+
+def unpack(stored: Stored, module: str, shape: tuple[int, int], scheme: QuantScheme) -> QuantizedTensor:
     """See the package docstring."""
-    out_features, in_features = shape
-    codes = unpack_int32(read(f"{module}.weight_packed"), scheme.num_bits, in_features)
-    zeros = None
-    if not scheme.symmetric:
-        words = np.ascontiguousarray(read(f"{module}.weight_zero_point").T)
-        zeros = np.ascontiguousarray(unpack_int32(words, scheme.num_bits, out_features).T)
-    return QuantizedTensor(module, shape, scheme, codes, read(f"{module}.weight_scale"), zeros)
+    kind, scales = format_of(scheme), stored.read(f"{module}.weight_scale").reshape(scheme.grid(shape))
+    if kind in _FP4.values():
+        codes, scales = unpack_bytes(stored.read(f"{module}.weight_packed"), 4), scales.view(_scale_type(scheme))
+        shared = float(stored.read(f"{module}.weight_global_scale").item()) if scheme.scale_dtype == "e4m3" else None
+        return QuantizedTensor(module, shape, scheme, codes, scales, global_scale=shared)
+    if _is_packed(kind, module, stored):
+        codes = unpack_int32(stored.read(f"{module}.weight_packed"), scheme.num_bits, shape[1])
+    else:
+        weight = stored.read(f"{module}.weight").view(np.uint8)
+        codes = weight if scheme.type == "float" else _unsigned(weight, scheme)
+    zeros = None if scheme.symmetric else _zero_points(stored, module, shape, scheme)
+    static = scheme.activations == "static-tensor"
+    fixed = float(stored.read(f"{module}.input_scale").item()) if static else None
+    order = group_index(stored, f"{module}.weight_g_idx", shape, scheme)
+    return QuantizedTensor(module, shape, scheme, codes, scales, zeros, order, input_scale=fixed)
+
+
+def _scale_type(scheme: QuantScheme) -> np.dtype:
+    return SCALE_TYPES[scheme.scale_dtype]
+
+
+def _unsigned(stored: NDArray[np.uint8], scheme: QuantScheme) -> NDArray[np.uint8]:
+    """Signed codes, each in a byte, with the midpoint added."""
+    return stored + np.uint8(scheme.midpoint)
+
+
+def _zero_points(stored: Stored, module: str, shape: tuple[int, int], scheme: QuantScheme) -> NDArray[np.uint8]:
+    zeros = stored.read(f"{module}.weight_zero_point")
+    if zeros.dtype == _INT8:
+        return _unsigned(zeros.view(np.uint8), scheme).reshape(scheme.grid(shape))
+    return np.ascontiguousarray(unpack_int32(np.ascontiguousarray(zeros.T), scheme.num_bits, shape[0]).T)
 
 
 def config(schemes: Mapping[str, QuantScheme], linears: list[str]) -> dict[str, Any]:
     """One group of targets per distinct scheme; what stays in 16 bits is in `ignore`."""
-    distinct = list(dict.fromkeys(schemes.values()))
+    distinct, formats = list(dict.fromkeys(schemes.values())), {format_of(scheme) for scheme in schemes.values()}
     groups = {}
     for number, scheme in enumerate(distinct):
         members = [name for name, found in schemes.items() if found == scheme]
         groups[f"group_{number}"] = {
             "targets": ["Linear"] if len(distinct) == 1 else members,
-            "weights": {
-                "num_bits": scheme.num_bits,
-                "type": scheme.type,
-                "symmetric": scheme.symmetric,
-                "strategy": scheme.strategy,
-                "group_size": scheme.group_size,
-                "dynamic": False,
-            },
-            "input_activations": None,
+            "weights": _weights(scheme),
+            "input_activations": _activations(scheme),
             "output_activations": None,
+            **({"format": format_of(scheme)} if len(formats) > 1 else {}),
         }
     plain = [name for name in linears if name not in schemes]
     routers = ["re:.*mlp.gate$"] if any(".experts." in name for name in linears) else []
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ["lm_head", *routers, *plain],
+    }
+
+
+def _weights(scheme: QuantScheme) -> dict[str, Any]:
+    nvfp4 = scheme.scale_dtype == "e4m3"
+    found: dict[str, Any] = {
+        "num_bits": scheme.num_bits,
+        "type": scheme.type,
+        "symmetric": scheme.symmetric,
+        "strategy": "tensor_group" if nvfp4 else scheme.strategy,
+        "group_size": scheme.group_size,
+        "dynamic": False,
+    }
+    if scheme.block_shape:
+        found["block_structure"] = list(scheme.block_shape)
+    if scheme.scale_dtype in _FP4:
+        found["scale_dtype"] = found["zp_dtype"] = "torch.float8_e4m3fn" if nvfp4 else "torch.uint8"
+    return found
+
+
+def _activations(scheme: QuantScheme) -> dict[str, Any] | None:
+    if scheme.activations is None:
+        return None
+    strategies = {"dynamic-token": "token", "dynamic-group": "group", "static-tensor": "tensor"}
+    return {
+        "num_bits": scheme.num_bits,
+        "type": scheme.type,
+        "symmetric": True,
+        "strategy": strategies[scheme.activations],
+        "group_size": ACTIVATION_GROUP if scheme.activations == "dynamic-group" else None,
+        "dynamic": scheme.activations != "static-tensor",
     }

@@ -4,39 +4,59 @@ NAME.qweight  int32 [in * bits / 32, out]       packed along inputs, low bits fi
 NAME.qzeros   int32 [groups, out * bits / 32]   symmetric: zero - 1 (format `gptq`); else `gptq_v2`
 NAME.scales   fp16  [groups, out]
 NAME.g_idx    int32 [in]                        group of each input; ours is always i // group_size
+
+Format `gptq` stores zero points less one. AutoGPTQ takes the one off each zero point, GPTQModel off
+all of a word's at once, 0x11111111 for 4 bits, so that a 0 borrows from its neighbour. The two differ in
+words with a 0; the folder's `meta` says who wrote it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_export.core.layouts import Stored, group_index
 from qwen3_export.core.pack import pack_int32, unpack_int32
-from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor
 from qwen3_export.core.tensorfile import Spec
 from qwen3_export.errors import RecipeError
 
 
 def supports(scheme: QuantScheme) -> str | None:
-    """Scales are fp16 here, which holds bf16 ones of our range exactly."""
+    """Integers; scales are fp16 here, which holds bf16 ones of our range exactly."""
+    if scheme.type != "int" or scheme.activations or not scheme.per_row:
+        return "it holds integers with a scale per channel or group, inputs left alone"
     return "its scales are fp16: use scale_dtype bf16 or fp16" if scheme.scale_dtype == "fp32" else None
 
 
-def specs(module: str, shape: tuple[int, int], scheme: QuantScheme) -> dict[str, Spec]:
+def specs(module: str, shape: tuple[int, int], scheme: QuantScheme, stored: Stored | None = None) -> dict[str, Spec]:
     """See the package docstring."""
     (out_features, in_features), groups = shape, scheme.num_groups(shape[1])
-    per_word = 32 // scheme.num_bits
-    if in_features % per_word or out_features % per_word:
-        raise RecipeError(f"{module}: {list(shape)} cannot be packed by {per_word} in the gptq layout")
-    return {
-        f"{module}.qweight": (np.dtype("<i4"), (in_features // per_word, out_features)),
-        f"{module}.qzeros": (np.dtype("<i4"), (groups, out_features // per_word)),
+    # Whole words only; 32 three-bit codes fill three.
+    together = 32 if scheme.num_bits == 3 else 32 // scheme.num_bits
+    if in_features % together or out_features % together:
+        raise RecipeError(f"{module}: {list(shape)} cannot be packed by {together} in the gptq layout")
+    found: dict[str, Spec] = {
+        f"{module}.qweight": (np.dtype("<i4"), (in_features * scheme.num_bits // 32, out_features)),
+        f"{module}.qzeros": (np.dtype("<i4"), (groups, out_features * scheme.num_bits // 32)),
         f"{module}.scales": (np.dtype("<f2"), (groups, out_features)),
-        f"{module}.g_idx": (np.dtype("<i4"), (in_features,)),
+    }
+    if stored is None or f"{module}.g_idx" in stored:
+        found[f"{module}.g_idx"] = (np.dtype("<i4"), (in_features,))
+    return {**found, **foreign_floats(stored, module, found)} if stored else found
+
+
+def foreign_floats(stored: Stored, module: str, found: Mapping[str, Spec]) -> dict[str, Spec]:
+    """Scales in the type that another tool chose, and the bias that some write: zeros, as Qwen3 has none."""
+    scales, bias = f"{module}.scales", f"{module}.bias"
+    shape = found[scales][1]
+    return {
+        scales: (stored.dtype(scales), shape),
+        **({bias: (stored.dtype(bias), shape[1:])} if bias in stored else {}),
     }
 
 
@@ -55,16 +75,32 @@ def pack(tensor: QuantizedTensor) -> dict[str, NDArray]:
     }
 
 
-def unpack(read: Callable[[str], NDArray], module: str, shape: tuple[int, int], scheme: QuantScheme) -> QuantizedTensor:
+def unpack(stored: Stored, module: str, shape: tuple[int, int], scheme: QuantScheme) -> QuantizedTensor:
     """See the package docstring."""
-    out_features, in_features = shape
-    words = np.ascontiguousarray(read(f"{module}.qweight").T)
-    codes = unpack_int32(words, scheme.num_bits, in_features)
-    zeros = None
-    if not scheme.symmetric:
-        zeros = np.ascontiguousarray(unpack_int32(read(f"{module}.qzeros"), scheme.num_bits, out_features).T)
-    scales = np.ascontiguousarray(read(f"{module}.scales").T).astype(SCALE_TYPES[scheme.scale_dtype])
-    return QuantizedTensor(module, shape, scheme, codes, scales, zeros)
+    words = np.ascontiguousarray(stored.read(f"{module}.qweight").T)
+    codes = unpack_int32(words, scheme.num_bits, shape[1])
+    zeros = None if scheme.symmetric else zero_points(stored, module, shape, scheme)
+    scales = np.ascontiguousarray(stored.read(f"{module}.scales").T).astype(SCALE_TYPES[scheme.scale_dtype])
+    order = group_index(stored, f"{module}.g_idx", shape, scheme)
+    return QuantizedTensor(module, shape, scheme, codes, scales, zeros, order)
+
+
+def zero_points(stored: Stored, module: str, shape: tuple[int, int], scheme: QuantScheme) -> NDArray[np.uint8]:
+    """The zero points `[out, groups]`; see the module docstring for those of format `gptq`."""
+    bits, words = scheme.num_bits, stored.read(f"{module}.qzeros")
+    less_one = bool(stored.config) and format_of(stored.config) == "gptq"
+    whole_words = bits != 3 and "gptqmodel" in str(stored.config.get("meta")).lower()
+    if less_one and whole_words:
+        words = (words.view("<u4") + np.uint32(0xFFFFFFFF // scheme.max_code)).view("<i4")
+    zeros = unpack_int32(words, bits, shape[0])
+    if less_one and not whole_words:
+        zeros = (zeros + np.uint8(1)) & np.uint8(scheme.max_code)
+    return np.ascontiguousarray(zeros.T)
+
+
+def format_of(config: Mapping[str, Any]) -> str:
+    """The checkpoint format that a `quantization_config` names; AutoGPTQ knew only one and named none."""
+    return str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
 
 
 def config(schemes: Mapping[str, QuantScheme], linears: list[str]) -> dict[str, Any]:

@@ -1,0 +1,67 @@
+"""How a runtime rounds a linear's inputs to 8 bits before it multiplies, done in floats.
+
+    dynamic-token   scale = max|x| / 448 (E4M3) or / 127.5 (int8), one per token
+    dynamic-group   the same, one per 128 inputs of a token
+    static-tensor   scale = input_scale, one for all tokens, from calibration
+
+    x → clamp(round(x / scale)) · scale
+
+The divisors are those of compressed-tensors, which owns the layout; vLLM divides by 127.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qwen3_export.core.scheme import ACTIVATION_GROUP, QuantScheme
+
+LARGEST_E4M3 = 448.0
+_HALF_RANGE_INT8 = 127.5
+
+
+def largest_unit(scheme: QuantScheme) -> float:
+    """Number of scales that the largest input lies away from zero."""
+    return LARGEST_E4M3 if scheme.type == "float" else _HALF_RANGE_INT8
+
+
+def rounder(scheme: QuantScheme, input_scale: float | None) -> Callable[[Tensor], Tensor]:
+    """The function `[…, in] → […, in]` that rounds inputs as the scheme says; fp32 in and out."""
+    if scheme.activations == "static-tensor":
+        assert input_scale is not None
+        fixed = torch.tensor(input_scale)
+        return lambda x: _round(x, fixed.to(x.device), scheme)
+    if scheme.activations == "dynamic-token":
+        return lambda x: _round(x, _scale(x, scheme), scheme)
+
+    def by_group(x: Tensor) -> Tensor:
+        groups = x.reshape(*x.shape[:-1], -1, ACTIVATION_GROUP)
+        return _round(groups, _scale(groups, scheme), scheme).flatten(-2)
+
+    return by_group
+
+
+def round_e4m3(x: Tensor) -> Tensor:
+    """To the nearest E4M3 number, ties to even, saturating at 448; fp32 in and out.
+
+    On the bits: a conversion to float8 and back takes several times as long on a CPU.
+    """
+    x = x.clamp(-LARGEST_E4M3, LARGEST_E4M3)
+    bits = x.view(torch.int32)
+    # Round 23 bits of mantissa to 3: add half a unit, less one when the last bit that stays is even.
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF).view(torch.float32)
+    return torch.where(x.abs() < 2.0**-6, torch.round(x * 512) / 512, normal)
+
+
+def _scale(x: Tensor, scheme: QuantScheme) -> Tensor:
+    scale = x.abs().amax(-1, keepdim=True) / largest_unit(scheme)
+    return torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
+
+
+def _round(x: Tensor, scale: Tensor, scheme: QuantScheme) -> Tensor:
+    units = x / scale
+    if scheme.type == "int":
+        return units.round_().clamp_(-128, 127).mul_(scale)
+    return round_e4m3(units).mul_(scale)
