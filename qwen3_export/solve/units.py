@@ -1,0 +1,70 @@
+"""The units that mixed precision mixes: linears of one block that share a scheme.
+
+    fused      q,k,v │ o │ gate,up │ down      vLLM and SGLang multiply these together
+    separate   q │ k │ v │ o │ gate │ up │ down
+
+In a sparse block a unit has the linears of all experts.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from qwen3_export.core.qwen3 import Qwen3Config
+from qwen3_export.core.scheme import QuantScheme
+
+# Patterns of a block's linears, by stage.
+_FUSED = (("self_attn.[qkv]_proj",), ("self_attn.o_proj",), ("{mlp}.[gu]*_proj",), ("{mlp}.down_proj",))
+_SEPARATE = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("{mlp}.gate_proj", "{mlp}.up_proj"),
+    ("{mlp}.down_proj",),
+)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Linears of one block and stage; `shapes` is `{local name: [out, in]}`."""
+
+    layer: int
+    stage: int
+    pattern: str
+    shapes: Mapping[str, tuple[int, int]] = field(hash=False)
+
+    @property
+    def match(self) -> str:
+        """The pattern of a recipe's rule."""
+        return f"*.layers.{self.layer}.{self.pattern}"
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def bits(self, scheme: QuantScheme | None) -> int:
+        """Storage in bits, scales and zero points included; None is 16 bits."""
+        if scheme is None:
+            return 16 * self.weights
+        return sum(round(scheme.bits_per_weight(shape) * math.prod(shape)) for shape in self.shapes.values())
+
+    def sharing_input(self) -> Iterator[list[str]]:
+        """Local names of the linears that read the same input: all of the unit's, or those of one expert."""
+        owners = dict.fromkeys(name.rpartition(".")[0] for name in self.shapes)
+        yield from ([name for name in self.shapes if name.rpartition(".")[0] == owner] for owner in owners)
+
+
+def units(config: Qwen3Config, fused: bool) -> list[Unit]:
+    """All units of a model, in the order they run."""
+    found = []
+    for layer in range(config.num_layers):
+        shapes = config.linear_shapes(layer)
+        mlp = "mlp.experts.*" if config.is_sparse(layer) else "mlp"
+        for stage, patterns in enumerate(_FUSED if fused else _SEPARATE):
+            for pattern in (pattern.format(mlp=mlp) for pattern in patterns):
+                members = {name: shape for name, shape in shapes.items() if fnmatch.fnmatchcase(name, pattern)}
+                found.append(Unit(layer, stage, pattern, members))
+    return found
