@@ -21,10 +21,11 @@ from qwen3_export.core.checkpoint import INDEX, Checkpoint
 from qwen3_export.core.layouts import layout
 from qwen3_export.core.manifest import clear_partial, sha256_file, to_json, write_atomic, write_manifest
 from qwen3_export.core.qwen3 import block_name
-from qwen3_export.core.recipe import QuantScheme, Recipe
+from qwen3_export.core.recipe import Recipe
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensorfile import Spec, TensorFileWriter
 from qwen3_export.errors import InputError
-from qwen3_export.solve.stream import SolvedLinear
+from qwen3_export.solve.job import SolvedBlock
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,11 @@ class QuantizedFolder:
         """Copy embedding, final norm and an untied head byte for byte."""
         names = self.checkpoint.config.outer_shapes()
         specs = {name: self._stored(name) for name in names}
-        self._write(self.shard(-1), specs, {})
+        self._write(self.shard(-1), specs, SolvedBlock({}, {}))
 
-    def write_block(self, layer: int, linears: Mapping[str, SolvedLinear]) -> None:
-        """Write a block's shard: solved linears packed, everything else copied byte for byte."""
+    def write_block(self, layer: int, solved: SolvedBlock) -> None:
+        """Write a block's shard: solved linears packed, everything else copied byte for byte, but for a fold."""
+        linears = solved.linears
         prefix, config = block_name(layer), self.checkpoint.config
         specs: dict[str, Spec] = {}
         for name in (*config.other_shapes(layer), *config.linear_shapes(layer)):
@@ -93,22 +95,24 @@ class QuantizedFolder:
                 specs.update(layout(self.layout).specs(tensor.name, tensor.shape, tensor.scheme))
             else:
                 specs[f"{prefix}.{name}.weight"] = self._stored(f"{prefix}.{name}.weight")
-        self._write(self.shard(layer), specs, linears)
+        self._write(self.shard(layer), specs, solved)
 
     def _stored(self, name: str) -> Spec:
         entry = self.checkpoint.entry(name)
         return entry.dtype, entry.shape
 
-    def _write(self, path: Path, specs: dict[str, Spec], linears: Mapping[str, SolvedLinear]) -> None:
+    def _write(self, path: Path, specs: dict[str, Spec], solved: SolvedBlock) -> None:
         beside = path.with_suffix(".new")
         with TensorFileWriter(beside, specs) as writer:
             packed: dict[str, Any] = {}
             for name in specs:
                 module = name.rpartition(".")[0]
-                if module in linears:
+                if module in solved.linears:
                     if name not in packed:
-                        packed = layout(self.layout).pack(linears[module].solved.tensor)
+                        packed = layout(self.layout).pack(solved.linears[module].solved.tensor)
                     writer.write(name, packed[name])
+                elif name in solved.replaced:
+                    writer.write(name, solved.replaced[name])
                 else:
                     writer.copy(name, self.checkpoint.files[name])
         beside.replace(path)

@@ -1,85 +1,163 @@
-"""The integer grid: which scale and zero point a group of weights gets, and rounding onto it.
+"""The grid of numbers that a weight may take: its scales and zero points, and rounding onto it.
 
 A scale is rounded to its storage precision here, before any code is chosen: what is optimised is
-what is shipped. bf16 scales are also kept in fp16's normal range, so that bf16, fp16 and fp32
-runtimes multiply by the same number.
+what is shipped. bf16 scales of integers are also kept in fp16's normal range, so that bf16, fp16 and
+fp32 runtimes multiply by the same number.
+
+Solvers hold codes as fp32 numbers: integers 0 … max_code, or the value itself of an E4M3 or E2M1
+float, whose zero point is 0. `weight = (code - zero) * scale` holds for all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import LARGEST_SCALE, SMALLEST_SCALE
 from qwen3_export.errors import RecipeError
+from qwen3_export.model.activations import round_e4m3
 
-TORCH_SCALES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SEARCHES = ("absmax", "mse")
+TORCH_SCALES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "e8m0": torch.float8_e8m0fnu,
+    "e4m3": torch.float8_e4m3fn,
+}
+# Largest value of E2M1 and E4M3, by bits.
+LARGEST_FLOAT = {4: 6.0, 8: 448.0}
+SEARCHES = ("absmax", "mse", "hessian")
 _SHRINK = [1.0 - 0.025 * step for step in range(-2, 22)]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Scales and zero points `[out, groups]` in fp32, scales exact in the scheme's storage type."""
+    """Scales and zero points `[rows, groups]` in fp32, scales exact in the scheme's storage type."""
 
     scheme: QuantScheme
     scales: Tensor
     zeros: Tensor
 
-    def columns(self, in_features: int) -> Grid:
-        """The same grid with one entry per input column, `[out, in]`."""
-        length = self.scheme.group_length(in_features)
-        return Grid(self.scheme, self.scales.repeat_interleave(length, 1), self.zeros.repeat_interleave(length, 1))
+    def columns(self, shape: Sequence[int]) -> Grid:
+        """The same grid with one entry per weight, `[out, in]`."""
+        tall, wide = self.scheme.rows_per_scale(shape[0]), self.scheme.group_length(shape[1])
+
+        def spread(values: Tensor) -> Tensor:
+            values = values.repeat_interleave(wide, 1)[:, : shape[1]]
+            return values if tall == 1 else values.repeat_interleave(tall, 0)[: shape[0]]
+
+        return Grid(self.scheme, spread(self.scales), spread(self.zeros))
 
 
-def round_scale(scale: Tensor, dtype: str) -> Tensor:
-    """To storage precision and range, back in fp32."""
-    return scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(TORCH_SCALES[dtype]).float()
+def round_scale(scale: Tensor, scheme: QuantScheme, global_scale: float = 1.0) -> Tensor:
+    """To storage precision and range, back in fp32; stored is `scale * global_scale`, which NVFP4 has."""
+    dtype = scheme.scale_dtype
+    if dtype == "e8m0":
+        return torch.exp2(torch.log2(scale.clamp(min=2.0**-126)).round())
+    if dtype == "e4m3":
+        stored = (scale * global_scale).clamp(2.0**-9, LARGEST_FLOAT[8]).to(TORCH_SCALES[dtype])
+        return stored.float() / global_scale
+    smallest = SMALLEST_SCALE if scheme.type == "int" else 2.0**-100
+    magnitude = scale.abs().clamp(smallest, LARGEST_SCALE)
+    return torch.copysign(magnitude, scale).to(TORCH_SCALES[dtype]).float()
 
 
-def round_to(weight: Tensor, scales: Tensor, zeros: Tensor, max_code: int) -> Tensor:
-    """Codes in fp32: `clamp(round(w / s) + z, 0, max_code)`."""
-    return torch.clamp(torch.round(weight / scales) + zeros, 0, max_code)
+def round_to(weight: Tensor, scales: Tensor, zeros: Tensor, scheme: QuantScheme) -> Tensor:
+    """Codes in fp32: `clamp(round(w / s) + z, 0, max_code)`, or the nearest float of the scheme's type."""
+    units = weight / scales
+    if scheme.type == "int":
+        return torch.clamp(units.round_().add_(zeros), 0, scheme.max_code)
+    if scheme.num_bits == 8:
+        return round_e4m3(units)
+    units = units.clamp_(-LARGEST_FLOAT[4], LARGEST_FLOAT[4])
+    size = units.abs()
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    return torch.round(units / step) * step
 
 
-def find_grid(weight: Tensor, scheme: QuantScheme, search: str, importance: Tensor | None = None) -> Grid:
+def shared_global_scale(weights: Sequence[Tensor], scheme: QuantScheme) -> float:
+    """What NVFP4's e4m3 scales are multiplied by, common to linears that a runtime fuses; 1 elsewhere."""
+    if scheme.scale_dtype != "e4m3":
+        return 1.0
+    largest = max(float(weight.abs().max()) for weight in weights)
+    return float(torch.tensor(LARGEST_FLOAT[8] * LARGEST_FLOAT[4] / max(largest, 1e-30)))
+
+
+def cut(weight: Tensor, scheme: QuantScheme) -> Tensor:
+    """What shares one scale side by side: `[rows, groups, weights]`; ragged blocks are filled with zeros."""
+    tall, wide = scheme.rows_per_scale(len(weight)), scheme.group_length(weight.shape[1])
+    if tall == 1:
+        return weight.reshape(len(weight), -1, wide)
+    rows, groups = scheme.grid((weight.shape[0], weight.shape[1]))
+    padded = F.pad(weight, (0, groups * wide - weight.shape[1], 0, rows * tall - len(weight)))
+    return padded.reshape(rows, tall, groups, wide).transpose(1, 2).reshape(rows, groups, -1)
+
+
+def find_grid(
+    weight: Tensor, scheme: QuantScheme, search: str, importance: Tensor | None = None, global_scale: float = 1.0
+) -> Grid:
     """Scales and zeros of a weight `[out, in]`.
 
     `absmax` covers the whole range; `mse` tries 24 shrunken ranges and keeps, per group, the one
     with the least squared error, each column weighted by `importance` `[in]` (the Hessian's
-    diagonal) when that is given. Raises RecipeError for an unknown search.
+    diagonal) when that is given; `hessian` weighs the error by the groups' own blocks of the Hessian,
+    given as `importance` `[groups, length, length]`. Raises RecipeError for an unknown search.
     """
     if search not in SEARCHES:
         raise RecipeError(f"scale_search is {search!r}; one of {list(SEARCHES)} was expected")
-    groups = weight.reshape(weight.shape[0], scheme.num_groups(weight.shape[1]), -1)
-    grid = range_grid(groups, scheme, 1.0)
+    groups = cut(weight, scheme)
+    best = list(range_grid(groups, scheme, 1.0, global_scale))
     if search == "absmax":
-        return Grid(scheme, *grid)
-    columns = None if importance is None else importance.reshape(groups.shape[1:])
-    best, error = list(grid), _error(groups, *grid, scheme, columns)
+        return Grid(scheme, best[0], best[1])
+    if importance is not None and search == "mse":
+        importance = cut(importance.expand(scheme.rows_per_scale(len(weight)), -1), scheme)
+    weigh = partial(_weighted, importance=importance, blocks=search == "hessian")
+    error = weigh(_rounding_error(groups, best[0], best[1], scheme))
     for shrink in _SHRINK:
-        candidate = range_grid(groups, scheme, shrink)
-        candidate_error = _error(groups, *candidate, scheme, columns)
+        candidate = range_grid(groups, scheme, shrink, global_scale)
+        candidate_error = weigh(_rounding_error(groups, *candidate, scheme))
         better = candidate_error < error
         error = torch.where(better, candidate_error, error)
         best = [torch.where(better, new, old) for new, old in zip(candidate, best, strict=True)]
     return Grid(scheme, best[0], best[1])
 
 
-def range_grid(groups: Tensor, scheme: QuantScheme, shrink: float) -> tuple[Tensor, Tensor]:
-    """Scales and zeros `[out, groups]` that cover `shrink` times each group's range."""
+def range_grid(groups: Tensor, scheme: QuantScheme, shrink: float, global_scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Scales and zeros `[rows, groups]` that cover `shrink` times each group's range.
+
+    With signed scales the weight of the largest magnitude meets the lowest code, -2^(bits-1).
+    """
+    if scheme.type == "float":
+        scale = round_scale(groups.abs().amax(-1) * (shrink / LARGEST_FLOAT[scheme.num_bits]), scheme, global_scale)
+        return scale, torch.zeros_like(scale)
     if scheme.symmetric:
-        scale = round_scale(groups.abs().amax(-1) * (shrink * 2 / scheme.max_code), scheme.scale_dtype)
+        low, high = groups.amin(-1), groups.amax(-1)
+        largest = torch.where(-low > high, low, high)
+        if scheme.signed_scales:
+            scale = round_scale(largest * (-shrink / scheme.midpoint), scheme)
+        else:
+            scale = round_scale(largest.abs() * (shrink * 2 / scheme.max_code), scheme)
         return scale, torch.full_like(scale, scheme.midpoint)
     low, high = groups.amin(-1).clamp(max=0) * shrink, groups.amax(-1).clamp(min=0) * shrink
-    scale = round_scale((high - low) / scheme.max_code, scheme.scale_dtype)
+    scale = round_scale((high - low) / scheme.max_code, scheme)
     return scale, torch.clamp(torch.round(-low / scale), 0, scheme.max_code)
 
 
-def _error(groups: Tensor, scales: Tensor, zeros: Tensor, scheme: QuantScheme, importance: Tensor | None) -> Tensor:
+def _rounding_error(groups: Tensor, scales: Tensor, zeros: Tensor, scheme: QuantScheme) -> Tensor:
     scales, zeros = scales.unsqueeze(-1), zeros.unsqueeze(-1)
-    delta = (round_to(groups, scales, zeros, scheme.max_code) - zeros).mul_(scales).sub_(groups).square_()
+    return (round_to(groups, scales, zeros, scheme) - zeros).mul_(scales).sub_(groups)
+
+
+def _weighted(delta: Tensor, importance: Tensor | None, blocks: bool) -> Tensor:
+    """Σ δ², Σ importance·δ², or δᵀ H δ with the group's own block of the Hessian; `[rows, groups]`."""
+    if blocks and importance is not None:
+        through = torch.bmm(delta.transpose(0, 1), importance).transpose(0, 1)
+        return through.mul_(delta).sum(-1)
+    delta.square_()
     return delta.sum(-1) if importance is None else (delta * importance).sum(-1)

@@ -7,9 +7,14 @@ import shutil
 from pathlib import Path
 
 from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.progress import peak_rss_bytes
 from qwen3_export.core.qwen3 import Qwen3Config
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.errors import InputError, ResourceError
+from qwen3_export.solve.experts import SAMPLE_TOKENS
+from qwen3_export.solve.outputs import PIECE
+from qwen3_export.solve.outputs import TOKENS_AT_ONCE as _BACK_TOKENS
+from qwen3_export.solve.outputs import TOP_TOKENS as _TOP_TOKENS
 from qwen3_export.solve.stream import TOKENS_AT_ONCE
 from qwen3_export.text import Rows
 
@@ -17,29 +22,45 @@ from qwen3_export.text import Rows
 _BASE_BYTES = 700 << 20
 
 
-def memory_needed(config: Qwen3Config, rows: Rows | None, original: bool = False) -> int:
-    """Estimated peak memory in bytes: one block in fp32, and the largest linear's work on top.
+def memory_needed(
+    config: Qwen3Config, rows: Rows | None, original: bool = False, floor: int = 0, outputs: int = 0
+) -> int:
+    """Estimated peak memory in bytes: one block in fp32 and its codes, and the largest linear's work on top.
 
     `original`: the original model runs beside the quantized one, with a block and moments of its own.
+    `floor`: tokens below which an expert is lent its layer's; see `solve.experts`. The number of experts
+    counts in the block alone: one expert's moments are in memory at a time. `outputs`: rows of the pass
+    back through the model, which keeps every linear's output and slope of a few rows.
     """
     layers = range(config.num_layers)
     block = max(sum(math.prod(shape) for shape in config.linear_shapes(layer).values()) for layer in layers)
     shapes = [shape for layer in layers for shape in set(config.linear_shapes(layer).values())]
     largest, widest = max(math.prod(shape) for shape in shapes), max(shape[1] for shape in shapes)
     # Weight, codes, scales and zeros per column, rest: about five matrices while one linear is solved.
-    total = 4 * (block + 5 * largest)
+    # Thousands of small pieces leave holes in memory, measured as a third of what is alive.
+    total = (7 if config.sparse_layers else 5) * block + 4 * 5 * largest
     if rows is not None:
         # Moments of two sets of rows and their mean; damped, permuted and inverse Hessian, its factor.
         squares = 14 if original else 8
         total += 4 * (squares * widest * widest + 3 * TOKENS_AT_ONCE * widest)
         total += 4 * block if original else 0
+        if config.sparse_layers:
+            # The layer's common moments, and the tokens that are passed through one expert.
+            lent = min(max(floor, SAMPLE_TOKENS), rows.tokens)
+            total += 4 * (config.expert_width**2 + lent * (config.hidden_size + 3 * config.moe_intermediate_size))
         total += 2 * config.vocab_size * config.hidden_size
+        if outputs:
+            # Beside it no moments are alive, but what either leaves behind is not given back at once.
+            per_token = sum(shape[0] for shape in config.linear_shapes(0).values())
+            total += 4 * (2 * _BACK_TOKENS * per_token + 2 * _TOP_TOKENS * config.vocab_size)
     return total + _BASE_BYTES
 
 
-def check_memory(config: Qwen3Config, rows: Rows | None, original: bool, limit: int | None) -> None:
+def check_memory(
+    config: Qwen3Config, rows: Rows | None, original: bool, limit: int | None, floor: int = 0, outputs: int = 0
+) -> None:
     """Raise InputError when the run needs more than `--memory`."""
-    needed = memory_needed(config, rows, original)
+    needed = memory_needed(config, rows, original, floor, outputs)
     if limit is not None and needed > limit:
         raise InputError(
             f"this run needs about {needed / 2**30:.2f} GiB of memory, --memory allows {limit / 2**30:.2f} GiB",
@@ -47,7 +68,18 @@ def check_memory(config: Qwen3Config, rows: Rows | None, original: bool, limit: 
         )
 
 
-def disk_needed(checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None, original: bool = False) -> int:
+def hold_memory(limit: int | None) -> None:
+    """Raise ResourceError when the process has taken more than `--memory`: the estimate was wrong."""
+    if limit is not None and (peak := peak_rss_bytes()) > limit:
+        raise ResourceError(
+            f"the run has taken {peak / 2**30:.2f} GiB of memory, --memory allows {limit / 2**30:.2f} GiB",
+            "finished blocks are kept: the same command with more --memory, or without it, goes on",
+        )
+
+
+def disk_needed(
+    checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None, original: bool = False, outputs: int = 0
+) -> int:
     """Estimated bytes in OUTPUT.partial at its fullest: the artifact and the activations, of both models."""
     config = checkpoint.config
     total = sum(entry.end - entry.begin for entry in checkpoint.stored_entries())
@@ -60,13 +92,19 @@ def disk_needed(checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None, origi
         widest = max(shape[1] for layer in range(config.num_layers) for shape in config.linear_shapes(layer).values())
         per_token = 3 * config.hidden_size + widest * (1 + max(config.experts_per_token, 1))
         total += 4 * rows.tokens * per_token * (2 if original else 1)
+        if outputs:
+            tokens = min(outputs, len(rows.ids)) * len(rows.ids[0])
+            kept = sum(min(PIECE, shape[0]) * shape[0] for shape in config.linear_shapes(0).values())
+            total += 4 * (config.num_layers * kept + tokens * config.hidden_size * (config.num_layers + 2))
     return total
 
 
-def check_disk(checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None, original: bool, partial: Path) -> None:
+def check_disk(
+    checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None, original: bool, partial: Path, outputs: int = 0
+) -> None:
     """Raise ResourceError when the file system has too little room for the run."""
     present = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-    needed, free = disk_needed(checkpoint, recipe, rows, original) - present, shutil.disk_usage(partial).free
+    needed, free = disk_needed(checkpoint, recipe, rows, original, outputs) - present, shutil.disk_usage(partial).free
     if needed > free:
         raise ResourceError(
             f"{partial.parent}: about {needed / 2**20:.1f} MiB are needed, {free / 2**20:.1f} MiB are free",

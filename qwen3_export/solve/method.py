@@ -3,13 +3,15 @@
 A method module defines
 
     Options        frozen dataclass of the recipe's `options`, with defaults
-    NEEDS_INPUTS   whether it looks at the linears' inputs
+    needs_inputs(options) -> bool       whether it looks at the linears' inputs
     needs_original(options) -> bool     whether the original model must run beside the quantized one
+    needs_outputs(options) -> int       rows on which the outputs' importance is measured (`solve.outputs`)
     solve(group, options, pool) -> {local name: Solved}
 
 A group holds the linears that read the same input (q, k, v; o; gate, up; down): what a method sees
 at once. It is a stage of a block, not a whole block as it runs: later stages of the block are
-calibrated on what the earlier ones have become.
+calibrated on what the earlier ones have become. An option called `fold` asks the block loop to move
+scales between neighbours first (`solve.fold`).
 """
 
 from __future__ import annotations
@@ -18,17 +20,20 @@ import dataclasses
 import importlib
 import math
 import pkgutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qwen3_export.core.recipe import QuantScheme, Recipe, check_keys
-from qwen3_export.core.tensor import QuantizedTensor
+from qwen3_export.core.recipe import Recipe
+from qwen3_export.core.scheme import QuantScheme, check_keys
+from qwen3_export.core.tensor import E2M1, SCALE_TYPES, QuantizedTensor
 from qwen3_export.errors import RecipeError
+from qwen3_export.model.activations import largest_unit
+from qwen3_export.model.workers import Workers
 from qwen3_export.solve import methods
 from qwen3_export.solve.grid import TORCH_SCALES, Grid
 from qwen3_export.solve.moments import Moments
@@ -42,7 +47,9 @@ class Group:
 
     `weights` `[out, in]` fp32 by module name; `hessian` `[in, in]` is the mean of x xᵀ over the
     `tokens` calibration vectors that reached them, None for a method that needs no inputs. `fitted`
-    and `held_out` are the moments of most rows and of every eighth, where the original ran beside.
+    and `held_out` are the moments of most rows and of every eighth, where the original ran beside;
+    `input_peak` is the largest |x|, from which a static input scale is made; `outputs` are the pieces
+    of G by name (`solve.outputs`), where they were measured.
     """
 
     weights: Mapping[str, Tensor]
@@ -51,6 +58,8 @@ class Group:
     tokens: int = 0
     fitted: Moments | None = None
     held_out: Moments | None = None
+    input_peak: float = 0.0
+    outputs: Mapping[str, list[Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,10 +86,17 @@ def load_method(recipe: Recipe) -> tuple[ModuleType, Any]:
     return module, module.Options(**recipe.options)
 
 
-def row_pieces(weight: Tensor) -> list[slice]:
-    """Slices of output rows, cut the same way whatever the number of threads."""
-    rows = weight.shape[0]
-    return [slice(begin, min(begin + ROWS_AT_ONCE, rows)) for begin in range(0, rows, ROWS_AT_ONCE)]
+def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise RecipeError when an option's text is not one of its choices."""
+    if value not in choices:
+        raise RecipeError(f"options: {key} is {value!r}; one of {list(choices)} was expected")
+
+
+def row_pieces(weight: Tensor, scheme: QuantScheme) -> list[slice]:
+    """Slices of output rows, cut the same way whatever the number of threads, never through a scale's rows."""
+    rows, together = weight.shape[0], scheme.rows_per_scale(weight.shape[0])
+    step = max(ROWS_AT_ONCE // together, 1) * together
+    return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 
 
 def check_finite(name: str, weight: Tensor) -> None:
@@ -89,22 +105,81 @@ def check_finite(name: str, weight: Tensor) -> None:
         raise RecipeError(f"{name}: the weight holds NaN or infinity", "the checkpoint is damaged: compare its hash")
 
 
-def assemble(name: str, grids: list[Grid], codes: list[Tensor]) -> QuantizedTensor:
-    """Join row pieces of grids and fp32 codes into one tensor for the disk."""
-    scheme, joined = grids[0].scheme, torch.cat(codes).to(torch.uint8).cpu().numpy()
-    scales = torch.cat([grid.scales for grid in grids]).to(TORCH_SCALES[scheme.scale_dtype]).cpu()
+@dataclass(frozen=True)
+class Rows:
+    """Some solved output rows: grid, codes in fp32, their squared error and what it is relative to."""
+
+    grid: Grid
+    codes: Tensor
+    error: float
+    total: float
+
+
+def solve_rows(
+    name: str, weight: Tensor, group: Group, solve: Callable[[slice], Rows], pool: Workers,
+    global_scale: float = 1.0, cut: Sequence[slice] | None = None,
+) -> Solved:  # fmt: skip
+    """Solve a weight `[out, in]` by pieces of output rows (`cut`) and join them into one tensor for the disk."""
+    scheme = group.schemes[name]
+    pieces = pool.map(solve, cut or row_pieces(weight, scheme))
+    codes = _code_bytes(torch.cat([piece.codes for piece in pieces]), scheme).cpu().numpy()
+    scales = torch.cat([piece.grid.scales for piece in pieces])
+    if scheme.scale_dtype == "e4m3":
+        scales = scales * global_scale
+    stored = scales.to(TORCH_SCALES[scheme.scale_dtype]).cpu()
     zeros = None
     if not scheme.symmetric:
-        zeros = torch.cat([grid.zeros for grid in grids]).to(torch.uint8).cpu().numpy()
-    return QuantizedTensor(name, joined.shape, scheme, joined, _to_numpy(scales), zeros)
+        zeros = torch.cat([piece.grid.zeros for piece in pieces]).to(torch.uint8).cpu().numpy()
+    static = scheme.activations == "static-tensor"
+    tensor = QuantizedTensor(
+        name,
+        codes.shape,
+        scheme,
+        codes,
+        _to_numpy(stored),
+        zeros,
+        global_scale=global_scale if scheme.scale_dtype == "e4m3" else None,
+        input_scale=_input_scale(group.input_peak, scheme) if static else None,
+    )
+    return Solved(tensor, ratio(name, sum(piece.error for piece in pieces), sum(piece.total for piece in pieces)))
+
+
+def _code_bytes(codes: Tensor, scheme: QuantScheme) -> Tensor:
+    """Codes as they are stored, one per byte."""
+    if scheme.type == "int":
+        return codes.to(torch.uint8)
+    if scheme.num_bits == 8:
+        return codes.to(torch.float8_e4m3fn).view(torch.uint8)
+    sizes = torch.from_numpy(E2M1[:8]).to(codes.device)
+    return (torch.bucketize(codes.abs(), sizes) + 8 * torch.signbit(codes)).to(torch.uint8)
+
+
+def _input_scale(peak: float, scheme: QuantScheme) -> float:
+    """The static scale of a linear's inputs, a bf16 number as the layout stores it; 1 where no token arrived."""
+    scale = torch.tensor(peak / largest_unit(scheme)).to(torch.bfloat16)
+    return float(scale) if scale > 0 else 1.0
 
 
 def _to_numpy(tensor: Tensor) -> Any:
-    if tensor.dtype == torch.bfloat16:
-        import ml_dtypes
-
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    """With the bits unchanged; numpy knows bf16 and the float8 types through ml_dtypes."""
+    for name, dtype in TORCH_SCALES.items():
+        if tensor.dtype == dtype and name not in ("fp16", "fp32"):
+            bits = torch.int16 if tensor.element_size() == 2 else torch.uint8
+            return tensor.view(bits).numpy().view(SCALE_TYPES[name])
     return tensor.numpy()
+
+
+def check_inputs(group: Group) -> None:
+    """Raise RecipeError when the group's inputs hold NaN or infinity."""
+    if group.hessian is not None and not torch.isfinite(group.hessian).all():
+        first = next(iter(group.weights))
+        raise RecipeError(f"{first}: its inputs hold NaN or infinity", "the checkpoint is damaged, or its config wrong")
+
+
+def energy(matrix: Tensor, hessian: Tensor | None) -> float:
+    """tr(M H Mᵀ), or tr(M Mᵀ) without inputs, summed in fp64."""
+    through = matrix if hessian is None else matrix @ hessian
+    return float((through * matrix).double().sum())
 
 
 def ratio(name: str, error: float, total: float) -> float:

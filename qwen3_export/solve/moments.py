@@ -3,6 +3,8 @@
     hessian   mean x xᵀ           [in, in]   x: its inputs in the quantized model so far
     drift     mean (x̃ − x) xᵀ     [in, in]   x̃: the same inputs in the original model
     residual  mean (r̃ − r) xᵀ     [out, in]  r̃, r: the residual streams that its output is added to
+    mean_abs  mean |x|            [in]
+    peak      max |x|             [in]
 
 Sums run over column strips side by side, each over the rows in their order, so that they do not
 depend on the number of threads.
@@ -38,6 +40,8 @@ class Moments:
     hessian: Tensor
     drift: Tensor | None = None
     residual: Tensor | None = None
+    mean_abs: Tensor | None = None
+    peak: Tensor | None = None
 
     def join(self, other: Moments) -> Moments:
         """Moments over both sets of tokens."""
@@ -49,7 +53,9 @@ class Moments:
 
         hessian = self.hessian * mine + other.hessian * theirs
         drift, residual = mean(self.drift, other.drift), mean(self.residual, other.residual)
-        return Moments(self.tokens + other.tokens, hessian, drift, residual)
+        peak = None if self.peak is None or other.peak is None else torch.maximum(self.peak, other.peak)
+        mean_abs = mean(self.mean_abs, other.mean_abs)
+        return Moments(self.tokens + other.tokens, hessian, drift, residual, mean_abs, peak)
 
 
 def collect(
@@ -58,11 +64,15 @@ def collect(
     """Moments over `rows`, `at_once` of them in memory; `size` is the linear's number of inputs."""
     hessian, tokens = torch.zeros(size, size, device=device), 0
     others: dict[str, Tensor] = {}
+    sum_abs, peak = torch.zeros(size, device=device), torch.zeros(size, device=device)
     strips = [slice(i, min(i + _STRIP, size)) for i in range(0, size, _STRIP)]
     for begin in range(0, len(rows), at_once):
         samples = pool.map(sample, rows[begin : begin + at_once])
         x = torch.cat([item.x for item in samples])
         tokens += len(x)
+        if len(x):
+            sum_abs += x.abs().sum(0)
+            peak = torch.maximum(peak, x.abs().amax(0))
 
         def upper(columns: slice, x: Tensor = x) -> None:
             hessian[: columns.stop, columns].addmm_(x[:, : columns.stop].T, x[:, columns])
@@ -75,7 +85,8 @@ def collect(
     count = max(tokens, 1)
     triangle = hessian.triu() / count
     means = {name: total / count for name, total in others.items()}
-    return Moments(tokens, triangle + triangle.triu(1).T, means.get("drift"), means.get("residual"))
+    full = triangle + triangle.triu(1).T
+    return Moments(tokens, full, means.get("drift"), means.get("residual"), sum_abs / count, peak)
 
 
 def _add_cross(

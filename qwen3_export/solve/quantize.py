@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from qwen3_export import __version__
 from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
-from qwen3_export.core.layouts import DEFAULT, layout
+from qwen3_export.core.coverage import summarise, summary_of
+from qwen3_export.core.layouts import layout
 from qwen3_export.core.manifest import refuse_existing, staged_folder
 from qwen3_export.core.progress import Progress, peak_rss_bytes
-from qwen3_export.core.recipe import QuantScheme, Recipe
+from qwen3_export.core.qwen3 import block_name
+from qwen3_export.core.recipe import Recipe
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import InputError, MissingRuntimeError, RecipeError
 from qwen3_export.model.workers import workers
 from qwen3_export.solve.folder import QuantizedFolder
-from qwen3_export.solve.limits import check_disk, check_memory
+from qwen3_export.solve.job import Job, SolvedLinear
+from qwen3_export.solve.limits import check_disk, check_memory, hold_memory
 from qwen3_export.solve.method import load_method
+from qwen3_export.solve.outputs import measure
 from qwen3_export.solve.self_text import self_rows
-from qwen3_export.solve.stream import Job, SolvedLinear, embed_rows, forget_hidden, solve_block
-from qwen3_export.text import ModelTokenizer, Rows, calibration_rows, load_documents
+from qwen3_export.solve.stream import embed_rows, forget_hidden, solve_block
+from qwen3_export.text import ModelTokenizer, Rows, calibration_rows, load_documents, source_name
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Settings:
     threads: int | None = None
     resume: bool = True
     force: bool = False
-    layout: str = DEFAULT
+    layout: str | None = None
 
 
 def quantize(
@@ -59,11 +65,15 @@ def quantize(
             f"--device {settings.device}: this torch sees no CUDA device", "install a CUDA build of torch, or use cpu"
         )
     method, options = load_method(recipe)
+    settings = replace(settings, layout=settings.layout or recipe.layout)
+    assert settings.layout is not None
     recipe.check_against(checkpoint.config.all_linears())
     _check_layout(checkpoint, recipe, settings.layout)
-    rows = _calibration(checkpoint, recipe, settings, progress) if method.NEEDS_INPUTS else None
+    rows = _calibration(checkpoint, recipe, settings, progress) if _needs_inputs(recipe, method, options) else None
     original = method.needs_original(options)
-    check_memory(checkpoint.config, rows, original, settings.memory)
+    floor = recipe.experts.floor(checkpoint.config.expert_width)
+    outputs = method.needs_outputs(options)
+    check_memory(checkpoint.config, rows, original, settings.memory, floor, outputs)
     identity = {
         "source": checkpoint.sha256,
         "recipe": recipe.sha256,
@@ -72,20 +82,28 @@ def quantize(
         "layout": settings.layout,
         "version": __version__,
     }
-    with staged_folder(output, settings.force, resume=True) as partial, workers(settings.threads) as pool:
+    with staged_folder(output, settings.force, resume=True) as partial, workers(settings.threads, fast=True) as pool:
         target = QuantizedFolder(partial, checkpoint, settings.layout, identity)
         try:
             if not settings.resume:
                 target.start_over()
-            check_disk(checkpoint, recipe, rows, original, partial)
+            check_disk(checkpoint, recipe, rows, original, partial, outputs)
             job = Job(checkpoint, recipe, method, options, rows, pool, target.scratch, settings.device)
-            blocks, resumed = _run(job, target, progress)
+            blocks, resumed = _run(job, target, settings, progress)
             manifest = _manifest(checkpoint, recipe, rows, settings, blocks)
-            target.finish(recipe, manifest, _schemes(recipe, blocks))
+            target.finish(recipe, manifest, _schemes(blocks))
+            if rows is not None:
+                _report_experts(manifest["experts"], progress)
         except Exception:
             target.drop_unless_resumable()
             raise
     return _result(output, manifest, resumed, time.monotonic() - started)
+
+
+def _needs_inputs(recipe: Recipe, method: ModuleType, options: Any) -> bool:
+    """Whether the calibration rows must run through the model: for the method, a fold, or static input scales."""
+    static = any(rule.scheme and rule.scheme.activations == "static-tensor" for rule in recipe.rules)
+    return static or method.needs_inputs(options) or getattr(options, "fold", "none") != "none"
 
 
 def _check_layout(checkpoint: Checkpoint, recipe: Recipe, name: str) -> None:
@@ -99,9 +117,14 @@ def _check_layout(checkpoint: Checkpoint, recipe: Recipe, name: str) -> None:
     chosen.config(schemes, list(linears))
 
 
-def _calibration(checkpoint: Checkpoint, recipe: Recipe, settings: Settings, progress: Progress) -> Rows:
+def _size(recipe: Recipe, settings: Settings) -> tuple[int, int]:
+    """Calibration rows that are asked for, and tokens in each."""
     samples = settings.samples or recipe.calibration.get("samples", 128)
-    length = settings.sequence_length or recipe.calibration.get("sequence_length", 512)
+    return samples, settings.sequence_length or recipe.calibration.get("sequence_length", 512)
+
+
+def _calibration(checkpoint: Checkpoint, recipe: Recipe, settings: Settings, progress: Progress) -> Rows:
+    samples, length = _size(recipe, settings)
     if length > checkpoint.config.max_position:
         raise InputError(f"--sequence-length {length}: the model has {checkpoint.config.max_position} positions")
     tokenizer = ModelTokenizer(checkpoint.folder)
@@ -116,7 +139,17 @@ def _calibration(checkpoint: Checkpoint, recipe: Recipe, settings: Settings, pro
     return rows
 
 
-def _run(job: Job, target: QuantizedFolder, progress: Progress) -> tuple[list[dict[str, Any]], int]:
+def _with_outputs(job: Job, seed: int, resumed: int, progress: Progress) -> Job:
+    """The job with the outputs' importance measured, or found from an earlier run, if its method asks for it."""
+    count, layers = job.method.needs_outputs(job.options), job.checkpoint.config.num_layers
+    if not count or job.rows is None or resumed == layers:
+        return job
+    with progress.bar("which outputs matter", 2 * layers) as tick:
+        found = measure(job.checkpoint, job.rows, count, seed, job.pool, job.scratch, job.device, tick)
+    return replace(job, outputs=found)
+
+
+def _run(job: Job, target: QuantizedFolder, settings: Settings, progress: Progress) -> tuple[list[dict[str, Any]], int]:
     """Solve the blocks that are not done yet; returns all blocks' results and how many were there."""
     blocks = target.resume()
     resumed = len(blocks)
@@ -124,47 +157,54 @@ def _run(job: Job, target: QuantizedFolder, progress: Progress) -> tuple[list[di
         target.write_outer()
         if job.rows is not None:
             embed_rows(job)
+    job = _with_outputs(job, settings.seed, resumed, progress)
     layers = job.checkpoint.config.num_layers
     with progress.bar(f"quantize {job.checkpoint.name} ({job.recipe.name})", layers) as tick:
         for layer in range(layers):
             if layer >= resumed:
-                linears = solve_block(job, layer)
-                target.write_block(layer, linears)
-                blocks.append(_block_result(job.recipe, linears, progress))
+                solved = solve_block(job, layer)
+                target.write_block(layer, solved)
+                linears = _linears_result(job.recipe, solved.linears, progress)
+                blocks.append({"linears": linears, "expert_tokens": solved.expert_tokens})
                 target.save_progress(blocks)
                 forget_hidden(job, layer)
+                hold_memory(settings.memory)
             tick()
     return blocks, resumed
 
 
-def _block_result(recipe: Recipe, linears: Mapping[str, SolvedLinear], progress: Progress) -> dict[str, Any]:
-    result = {}
+def _linears_result(recipe: Recipe, linears: Mapping[str, SolvedLinear], progress: Progress) -> dict[str, Any]:
+    result: dict[str, Any] = {}
     for name, linear in linears.items():
         scheme = linear.solved.tensor.scheme
+        method = "rtn" if linear.fallback == "rtn" else recipe.method
         result[name] = {
-            "method": recipe.method,
+            "method": method,
             "scheme": scheme.to_dict(),
             "error": linear.solved.error,
             "tokens": linear.tokens,
         }
-        progress.log(f"{name}  {recipe.method} {scheme.label}  error {linear.solved.error:.3e}  {linear.tokens} tokens")
+        if linear.fallback == "share":
+            result[name]["calibrated_on"] = "shared"
+        progress.log(f"{name}  {method} {scheme.label}  error {linear.solved.error:.3e}  {linear.tokens} tokens")
     return result
 
 
-def _schemes(recipe: Recipe, blocks: list[dict[str, Any]]) -> dict[str, QuantScheme]:
-    return {name: QuantScheme.from_dict(item["scheme"]) for block in blocks for name, item in block.items()}
+def _tensors(blocks: list[dict[str, Any]]) -> dict[str, Any]:
+    return {name: item for block in blocks for name, item in block["linears"].items()}
+
+
+def _schemes(blocks: list[dict[str, Any]]) -> dict[str, QuantScheme]:
+    return {name: QuantScheme.from_dict(item["scheme"]) for name, item in _tensors(blocks).items()}
 
 
 def _manifest(
     checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None, settings: Settings, blocks: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    tensors = {name: item for block in blocks for name, item in block.items()}
     return {
         "source": {"name": checkpoint.name, "sha256": checkpoint.sha256},
         "recipe": recipe.to_dict(),
-        "calibration": None
-        if rows is None
-        else {"sha256": rows.sha256, "rows": len(rows.ids), "tokens": rows.tokens, "domains": _counts(rows)},
+        "calibration": None if rows is None else _calibration_record(recipe, rows, settings),
         "seed": settings.seed,
         "layout": settings.layout,
         "versions": {"qwen3-export": __version__, "torch": torch.__version__.split("+")[0]},
@@ -174,19 +214,46 @@ def _manifest(
             "embedding": "16 bit",
             "lm_head": "tied to the embedding" if checkpoint.config.tie_word_embeddings else "16 bit",
         },
-        "experts": _experts(tensors),
-        "tensors": tensors,
+        "experts": _experts(recipe, checkpoint.config.expert_width, blocks),
+        "tensors": _tensors(blocks),
     }
 
 
-def _counts(rows: Rows) -> dict[str, int]:
-    return {domain: rows.domains.count(domain) for domain in sorted(set(rows.domains))}
+def _calibration_record(recipe: Recipe, rows: Rows, settings: Settings) -> dict[str, Any]:
+    """What the model was calibrated on; a file by its name alone, so that no path of this machine leaves it."""
+    samples, length = _size(recipe, settings)
+    return {
+        "source": source_name(settings.calibration),
+        "sha256": rows.sha256,
+        "seed": settings.seed,
+        "samples": samples,
+        "sequence_length": length,
+        "rows": len(rows.ids),
+        "tokens": rows.tokens,
+        "domains": {domain: rows.domains.count(domain) for domain in sorted(set(rows.domains))},
+        "documents": dict(rows.documents),
+    }
 
 
-def _experts(tensors: Mapping[str, Any]) -> dict[str, int] | None:
-    """Fewest tokens that any expert saw, and how many experts' linears saw none."""
-    tokens = [item["tokens"] for name, item in tensors.items() if ".experts." in name]
-    return {"min_tokens": min(tokens), "below_floor": sum(count == 0 for count in tokens)} if tokens else None
+def _experts(recipe: Recipe, width: int, blocks: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Tokens of every expert by layer, and their summary; None for a model without experts."""
+    tokens = {block_name(layer): block["expert_tokens"] for layer, block in enumerate(blocks) if block["expert_tokens"]}
+    found = summarise(tokens, recipe.experts.floor(width), recipe.experts.fallback)
+    return None if found is None else {**found, "tokens_per_expert": tokens}
+
+
+def _report_experts(experts: Mapping[str, Any] | None, progress: Progress) -> None:
+    if experts is None:
+        return
+    total = sum(map(len, experts["tokens_per_expert"].values()))
+    fewest, below, floor = experts["min_tokens"], experts["below_floor"], experts["floor"]
+    progress.log(f"experts: {total}, each saw {fewest} calibration tokens or more; {below} fewer than {floor}")
+    if below:
+        done = {"share": "calibrated on their layer's tokens too", "rtn": "rounded without calibration"}
+        progress.warn(
+            f"{below} of {total} experts saw fewer than {floor} calibration tokens (the fewest {fewest}) and were "
+            f"{done[experts['fallback']]}; more --samples or a wider text reaches them"
+        )
 
 
 def _result(output: Path, manifest: Mapping[str, Any], resumed: int, seconds: float) -> dict[str, Any]:
@@ -204,5 +271,5 @@ def _result(output: Path, manifest: Mapping[str, Any], resumed: int, seconds: fl
         "peak_rss_bytes": peak_rss_bytes(),
         "resumed_blocks": resumed,
         "layers": [{"name": name, **item} for name, item in manifest["tensors"].items()],
-        "experts": manifest["experts"],
+        "experts": summary_of(manifest["experts"]),
     }

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.solve.grid import Grid, range_grid, round_scale, round_to
 
 _BLOCK = 128
@@ -28,7 +28,9 @@ def group_order(hessian: Tensor, length: int) -> Tensor:
     return (inside + torch.arange(len(diagonal), device=hessian.device)[:, None] * length)[groups].reshape(-1)
 
 
-def search_columns(weight: Tensor, scheme: QuantScheme, order: Tensor, upper: Tensor) -> tuple[Tensor, Grid]:
+def search_columns(
+    weight: Tensor, scheme: QuantScheme, order: Tensor, upper: Tensor, global_scale: float = 1.0
+) -> tuple[Tensor, Grid]:
     """GPTQ with the scale search inside; `order` from `group_order`. Codes `[out, in]` and their grid."""
     length = scheme.group_length(weight.shape[1])
     rest, codes = weight.T[order].contiguous(), torch.empty_like(weight.T)
@@ -37,7 +39,7 @@ def search_columns(weight: Tensor, scheme: QuantScheme, order: Tensor, upper: Te
     for begin in range(0, len(rest), length):
         end = begin + length
         triangle = upper[begin:end, begin:end]
-        found, scale, zero, errors = _best_scale(rest[begin:end], scheme, triangle)
+        found, scale, zero, errors = _best_scale(rest[begin:end], scheme, triangle, global_scale)
         group = int(order[begin]) // length
         scales[group], zeros[group] = scale, zero
         codes[order[begin:end]] = found
@@ -45,16 +47,18 @@ def search_columns(weight: Tensor, scheme: QuantScheme, order: Tensor, upper: Te
     return codes.T.contiguous(), Grid(scheme, scales.T.contiguous(), zeros.T.contiguous())
 
 
-def _best_scale(part: Tensor, scheme: QuantScheme, upper: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _best_scale(
+    part: Tensor, scheme: QuantScheme, upper: Tensor, global_scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Solve one group `[length, out]` with every candidate scale; codes, scale, zero, errors of the best."""
     length, rows = part.shape
-    candidates = [range_grid(part.T.unsqueeze(1), scheme, shrink) for shrink in _SHRINK]
+    candidates = [range_grid(part.T.unsqueeze(1), scheme, shrink, global_scale) for shrink in _SHRINK]
     scale, zero = (torch.cat([c[i].T for c in candidates]) for i in range(2))
     trial = part[:, None].expand(length, len(_SHRINK), rows).clone().reshape(length, -1)
     flat_scale, flat_zero = scale.reshape(-1), zero.reshape(-1)
     codes, errors = torch.empty_like(trial), torch.empty_like(trial)
     for j in range(length):
-        codes[j] = round_to(trial[j], flat_scale, flat_zero, scheme.max_code)
+        codes[j] = round_to(trial[j], flat_scale, flat_zero, scheme)
         errors[j] = (trial[j] - (codes[j] - flat_zero) * flat_scale) / upper[j, j]
         trial[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
     total = errors.square().sum(0).reshape(len(_SHRINK), rows)
@@ -68,7 +72,7 @@ def descend(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, order: T
 
     `hessian` is the damped one. The objective never rises: every step is an exact minimisation.
     """
-    full = grid.columns(weight.shape[1])
+    full = grid.columns(weight.shape)
     ordered = hessian[order][:, order]
     scales, zeros, target = (m.T[order] for m in (full.scales, full.zeros, weight))
     work = codes.T[order].clone()
@@ -80,7 +84,7 @@ def descend(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, order: T
         block = ordered[begin:end, begin:end]
         for j in range(end - begin):
             at = begin + j
-            code = round_to(values[at] - local[j] / block[j, j], scales[at], zeros[at], grid.scheme.max_code)
+            code = round_to(values[at] - local[j] / block[j, j], scales[at], zeros[at], grid.scheme)
             steps[j] = (code - work[at]) * scales[at]
             work[at] = code
             local.addr_(block[:, j], steps[j])
@@ -90,10 +94,10 @@ def descend(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, order: T
     return result.T.contiguous()
 
 
-def refit_scales(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor) -> Grid:
+def refit_scales(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, global_scale: float = 1.0) -> Grid:
     """Scales that minimise the objective for these codes, rounded to storage; kept where they help a row."""
     pieces = [
-        _refit_rows(weight[i : i + _REFIT_ROWS], codes[i : i + _REFIT_ROWS], _rows(grid, i), hessian)
+        _refit_rows(weight[i : i + _REFIT_ROWS], codes[i : i + _REFIT_ROWS], _rows(grid, i), hessian, global_scale)
         for i in range(0, len(weight), _REFIT_ROWS)
     ]
     return Grid(grid.scheme, torch.cat(pieces), grid.zeros)
@@ -103,7 +107,7 @@ def _rows(grid: Grid, begin: int) -> Grid:
     return Grid(grid.scheme, grid.scales[begin : begin + _REFIT_ROWS], grid.zeros[begin : begin + _REFIT_ROWS])
 
 
-def _refit_rows(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor) -> Tensor:
+def _refit_rows(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, global_scale: float) -> Tensor:
     rows, size = weight.shape
     groups = grid.scales.shape[1]
     units = codes.reshape(rows, groups, -1) - grid.zeros.unsqueeze(-1)
@@ -118,8 +122,8 @@ def _refit_rows(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor) -> T
     system = system + ridge * torch.eye(groups, device=weight.device)
     solved = torch.linalg.solve(system.double(), wanted.double()).float()
     # A scale that would change its sign or vanish stays as it was.
-    usable = torch.where(solved > 0.25 * grid.scales, solved, grid.scales)
-    scales = round_scale(usable, grid.scheme.scale_dtype)
+    usable = torch.where(solved / grid.scales > 0.25, solved, grid.scales)
+    scales = round_scale(usable, grid.scheme, global_scale)
 
     def error(candidate: Tensor) -> Tensor:
         return ((system @ candidate.unsqueeze(-1)).squeeze(-1) * candidate).sum(1) - 2 * (wanted * candidate).sum(1)

@@ -6,6 +6,7 @@ from a random ordinary token (as in LLM-QAT, Liu et al. 2023). Tokens are drawn 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.progress import Progress
 from qwen3_export.model.decoder import Decoder
-from qwen3_export.text import ModelTokenizer, Rows
+from qwen3_export.text import ModelTokenizer, Rows, form_of
 
 _ROWS_AT_ONCE = 32
 _OPENING = "<|im_start|>user\n"
@@ -42,7 +43,11 @@ def self_rows(
             starts[::2] = opening
             ids.extend(_write(decoder, starts, length, random, tick))
     domains = tuple("self-chat" if row % 2 == 0 else "self-text" for row in range(samples))
-    return Rows(tuple(ids), domains)
+    forms = Counter(
+        form_of(tokenizer.decode(row.tolist(), skip_special=False), domain == "self-chat")
+        for row, domain in zip(ids, domains, strict=True)
+    )
+    return Rows(tuple(ids), domains, dict(sorted(forms.items())))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -65,9 +65,9 @@ class States:
         self._files: dict[str, RowFile] = {}
         self._generation = 0
 
-    def read(self, row: int) -> State:
-        """State of one row, batch axis included."""
-        return {name: file.read(row) for name, file in self._files.items()}
+    def read(self, row: int, fields: Collection[str] | None = None) -> State:
+        """State of one row, batch axis included; all of its fields or some."""
+        return {name: file.read(row) for name, file in self._files.items() if fields is None or name in fields}
 
     def advance(self, step: Callable[[int, State], State], pool: Workers) -> None:
         """Replace every row's state by `step(row, state)`; unchanged fields are not written again."""

@@ -2,9 +2,10 @@
 
     for each block:                         for each stage (q,k,v │ o │ gate,up │ down):
         read its tensors                        H = mean x xᵀ over all rows
-        enter all rows                          solve the stage's linears against H
-        solve its four stages       ──▶         replace them by what was shipped
-        write its shard                         advance all rows through them
+        fold scales, if asked                   solve the stage's linears against H
+        enter all rows                          replace them by what was shipped
+        solve its four stages       ──▶         advance all rows through them
+        write its shard
         keep the rows' hidden states
 
 Each shard and the hidden states after it are on disk before the block counts as done: a killed run
@@ -14,67 +15,31 @@ number of threads or the memory, so the bytes depend on neither.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.qwen3 import block_name
-from qwen3_export.core.recipe import Recipe
-from qwen3_export.core.tensor import dequantize
 from qwen3_export.model.block import NUM_STAGES, Block, State
-from qwen3_export.model.decoder import Rope, load_block, rope_tables, to_torch
-from qwen3_export.model.workers import Workers
-from qwen3_export.solve.method import Group, Solved
+from qwen3_export.model.decoder import Rope, load_block, put_quantized, rope_tables, to_torch
+from qwen3_export.solve.experts import Inputs, Layer, count_tokens
+from qwen3_export.solve.fold import ROUTER, apply, search, sites, stored
+from qwen3_export.solve.job import QUANTIZED, Job, SolvedBlock, SolvedLinear
+from qwen3_export.solve.method import Group
+from qwen3_export.solve.methods.rtn import round_group
 from qwen3_export.solve.moments import Moments, Sample, collect
-from qwen3_export.solve.states import RowFile, States
-from qwen3_export.text import Rows
+from qwen3_export.solve.states import States
 
 TOKENS_AT_ONCE = 4096
 HELD_OUT = 8
-QUANTIZED, ORIGINAL = "quantized", "original"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the block loop needs to know."""
-
-    checkpoint: Checkpoint
-    recipe: Recipe
-    method: ModuleType
-    options: Any
-    rows: Rows | None
-    pool: Workers
-    scratch: Path
-    device: str = "cpu"
-
-    def hidden_path(self, layer: int, stream: str = QUANTIZED) -> Path:
-        """Where the rows' hidden states before block `layer` are kept, of one of the two models."""
-        return self.scratch / f"{stream}-{layer:04d}.rows"
-
-    @property
-    def streams(self) -> tuple[str, ...]:
-        """The models that run: the quantized one, and the original beside it if the method asks."""
-        return (QUANTIZED, ORIGINAL) if self.method.needs_original(self.options) else (QUANTIZED,)
-
-    def hidden_file(self, path: Path) -> RowFile:
-        """Hidden states `[1, tokens, hidden]` per row, fp32."""
-        assert self.rows is not None
-        return RowFile(path, (1, len(self.rows.ids[0]), self.checkpoint.config.hidden_size))
-
-
-@dataclass(frozen=True)
-class SolvedLinear:
-    """One quantized linear with what the manifest says about it."""
-
-    solved: Solved
-    tokens: int
+# Where a sparse layer's tokens have been sent to their experts.
+ROUTED = 2
+# A fold is searched on every fourth row.
+FOLD_EVERY = 4
 
 
 def embed_rows(job: Job) -> None:
@@ -104,18 +69,23 @@ class Walk:
     states: States
 
 
-def solve_block(job: Job, layer: int) -> dict[str, SolvedLinear]:
+def solve_block(job: Job, layer: int) -> SolvedBlock:
     """Quantize one block; with inputs, leave the hidden states after it in `hidden_path(layer + 1)`."""
-    block = load_block(job.checkpoint, layer, job.device)
-    if not job.method.NEEDS_INPUTS:
-        names = [name for stage in range(NUM_STAGES) for name in block.stage_linears(stage)]
-        return _solve_linears(job, block, names, None)
-    assert job.rows is not None
-    rope = rope_tables(job.checkpoint.config, 0, len(job.rows.ids[0]), job.device)
+    block, config = load_block(job.checkpoint, layer, job.device), job.checkpoint.config
+    experts = config.num_experts if config.is_sparse(layer) else 0
+    if job.rows is None:
+        groups = [_groups(block.stage_linears(stage)) for stage in range(NUM_STAGES)]
+        found = [_solve_linears(job, block, names, None) for stage in groups for names in stage]
+        return SolvedBlock({name: linear for part in found for name, linear in part.items()}, {}, [0] * experts)
+    rope = rope_tables(config, 0, len(job.rows.ids[0]), job.device)
+    replaced = _fold(job, block, rope) if job.fold != "none" else {}
     walks = [_enter(job, block, stream) for stream in job.streams]
     try:
         results: dict[str, SolvedLinear] = {}
+        counts: list[int] = []
         for stage in range(NUM_STAGES):
+            if experts and stage == ROUTED:
+                counts = count_tokens(walks[0].states, experts, job.pool)
             results.update(_solve_stage(job, stage, walks))
             for walk in walks:
                 walk.states.advance(partial(_advance, job, walk.block, stage, rope), job.pool)
@@ -126,19 +96,49 @@ def solve_block(job: Job, layer: int) -> dict[str, SolvedLinear]:
     finally:
         for walk in walks:
             walk.states.close()
-    return results
+    return SolvedBlock(results, replaced, counts)
 
 
-def _enter(job: Job, block: Block, stream: str) -> Walk:
-    """All rows at the entrance of the block; the original's weights are never replaced."""
+def _fold(job: Job, block: Block, rope: Rope) -> dict[str, NDArray]:
+    """Walk some rows through the block as it is, choose the scales of every site, then move them all."""
     assert job.rows is not None
-    own = Block(block.config, block.layer, dict(block.weights))
+    prefix, chosen, schemes = block_name(block.layer), [], job.schemes(block)
+    walk = _enter(job, block, QUANTIZED, range(0, len(job.rows.ids), FOLD_EVERY))
+    try:
+        for stage in range(NUM_STAGES):
+            layer = _layer(job, walk, -(-job.floor // FOLD_EVERY))
+            for site in (site for site in sites(block) if site.stage == stage):
+                # The last target is the router where there is one: its input is that of all experts.
+                inputs = layer.inputs(site.targets[-1])
+                if inputs.fallback != "rtn":
+                    scales = search(job.fold, site, block, inputs.moments, schemes, job.pool)
+                    chosen += [(site, scales)] if scales is not None else []
+            walk.states.advance(partial(_advance, job, walk.block, stage, rope), job.pool)
+    finally:
+        walk.states.close()
+    replaced: dict[str, NDArray] = {}
+    for site, scales in chosen:
+        name = f"{prefix}.{site.source}.weight"
+        changed = apply(block, site, scales, job.checkpoint.entry(name).dtype)
+        if changed is not None:
+            replaced[name] = changed
+        if ROUTER in site.targets:
+            router = f"{prefix}.{ROUTER}.weight"
+            replaced[router] = stored(block.weights[ROUTER], job.checkpoint.entry(router).dtype)
+    return replaced
+
+
+def _enter(job: Job, block: Block, stream: str, rows: Sequence[int] | None = None) -> Walk:
+    """All rows, or some, at the entrance of the block; the original's weights are never replaced."""
+    assert job.rows is not None
+    chosen = range(len(job.rows.ids)) if rows is None else rows
+    own = block if stream == QUANTIZED else Block(block.config, block.layer, dict(block.weights))
     folder = job.scratch / f"{stream}-states"
     folder.mkdir(exist_ok=True)
-    states = States(folder, len(job.rows.ids))
+    states = States(folder, len(chosen))
     before = job.hidden_file(job.hidden_path(block.layer, stream))
     try:
-        states.advance(lambda row, _: own.enter(before.read(row).to(job.device)), job.pool)
+        states.advance(lambda row, _: own.enter(before.read(chosen[row]).to(job.device)), job.pool)
     finally:
         before.close()
     return Walk(stream, own, states)
@@ -153,11 +153,12 @@ def _advance(job: Job, block: Block, stage: int, rope: Rope, _row: int, state: S
 
 def _solve_stage(job: Job, stage: int, walks: list[Walk]) -> dict[str, SolvedLinear]:
     results: dict[str, SolvedLinear] = {}
-    block = walks[0].block
+    block, schemes = walks[0].block, job.schemes(walks[0].block)
+    layer = _layer(job, walks[0], job.floor)
     for names in _groups(block.stage_linears(stage)):
-        wanted = [name for name in names if job.recipe.scheme_for(f"{block_name(block.layer)}.{name}")]
+        wanted = [name for name in names if name in schemes]
         if wanted:
-            results.update(_solve_linears(job, block, wanted, _moments(job, wanted[0], walks)))
+            results.update(_solve_linears(job, block, wanted, _inputs(job, wanted[0], walks, layer)))
     return results
 
 
@@ -167,45 +168,70 @@ def _groups(names: list[str]) -> Iterator[list[str]]:
     yield from ([name for name in names if name.rpartition(".")[0] == owner] for owner in owners)
 
 
-def _solve_linears(
-    job: Job, block: Block, names: list[str], moments: tuple[Moments, Moments] | None
-) -> dict[str, SolvedLinear]:
+def _solve_linears(job: Job, block: Block, names: list[str], inputs: Inputs | None) -> dict[str, SolvedLinear]:
     """Solve some linears of a block and put what will be shipped in their place."""
-    prefix = block_name(block.layer)
-    schemes = {f"{prefix}.{name}": job.recipe.scheme_for(f"{prefix}.{name}") for name in names}
-    chosen = {name: scheme for name, scheme in schemes.items() if scheme is not None}
+    prefix, local = block_name(block.layer), job.schemes(block)
+    chosen = {f"{prefix}.{name}": local[name] for name in names if name in local}
+    if not chosen:
+        return {}
     weights = {name: block.weights[name.removeprefix(f"{prefix}.")] for name in chosen}
-    group = Group(weights, chosen)
-    if moments is not None:
-        joined = moments[0].join(moments[1])
-        known = joined.drift is not None
-        group = Group(weights, chosen, joined.hessian, joined.tokens, *(moments if known else (None, None)))
-    solved = job.method.solve(group, job.options, job.pool)
-    if moments is not None:
-        for name, result in solved.items():
-            shipped = torch.from_numpy(dequantize(result.tensor)).to(job.device)
-            block.weights[name.removeprefix(f"{prefix}.")] = shipped
-    return {name: SolvedLinear(result, group.tokens) for name, result in solved.items()}
+    if inputs is None:
+        solved = job.method.solve(Group(weights, chosen), job.options, job.pool)
+        return {name: SolvedLinear(result, 0) for name, result in solved.items()}
+    moments, (fitted, held_out) = inputs.moments, inputs.parts or (None, None)
+    peak = 0.0 if moments.peak is None else float(moments.peak.max())
+    group = Group(
+        weights, chosen, moments.hessian, inputs.tokens, fitted, held_out, peak, _outputs(job, block, weights)
+    )
+    if inputs.fallback == "rtn":
+        solved = round_group(replace(group, hessian=None), "mse", job.pool)
+    else:
+        solved = job.method.solve(group, job.options, job.pool)
+    for name, result in solved.items():
+        # In its place, so that freed weights do not leave holes in memory that the codes then break up.
+        put_quantized(block, name.removeprefix(f"{prefix}."), result.tensor, job.device, len(job.streams) == 1)
+    return {name: SolvedLinear(result, inputs.tokens, inputs.fallback) for name, result in solved.items()}
 
 
-def _moments(job: Job, name: str, walks: list[Walk]) -> tuple[Moments, Moments]:
-    """Moments of one linear's inputs over most rows, and over every eighth, which is held out."""
-    assert job.rows is not None
-    rows, size = range(len(job.rows.ids)), walks[0].block.weights[name].shape[1]
-    at_once = max(1, TOKENS_AT_ONCE // len(job.rows.ids[0]))
+def _outputs(job: Job, block: Block, weights: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+    """How much the answer depends on the linears' outputs, by module name, where it was measured."""
+    if job.outputs is None:
+        return {}
+    prefix = f"{block_name(block.layer)}."
+    found = {n: job.outputs.of(block.layer, n.removeprefix(prefix), len(weight)) for n, weight in weights.items()}
+    return {name: pieces for name, pieces in found.items() if pieces is not None}
 
-    def over(chosen: list[int]) -> Moments:
-        return collect(partial(_sample, name, walks, job.device), chosen, at_once, size, job.device, job.pool)
 
+def _layer(job: Job, walk: Walk, floor: int) -> Layer:
+    collect_all = partial(_collect, job, walks=[walk], rows=list(range(walk.states.rows)))
+    return Layer(walk.block, walk.states, floor, job.recipe.experts.fallback, collect_all, job.pool, job.device)
+
+
+def _inputs(job: Job, name: str, walks: list[Walk], layer: Layer) -> Inputs:
+    """Moments of one linear's inputs, over most rows and over every eighth, which is held out; an
+    expert's over all of them, with what stands in where they are too few."""
+    if ".experts." in name:
+        return layer.inputs(name)
+    rows = range(walks[0].states.rows)
     held_out = [row for row in rows if row % HELD_OUT == HELD_OUT - 1]
-    return over([row for row in rows if row not in held_out]), over(held_out)
+    fitted = _collect(job, name, walks, [row for row in rows if row not in held_out])
+    parts = fitted, _collect(job, name, walks, held_out)
+    joined = parts[0].join(parts[1])
+    return Inputs(joined, joined.tokens, parts if joined.drift is not None else None)
+
+
+def _collect(job: Job, name: str, walks: list[Walk], rows: list[int]) -> Moments:
+    assert job.rows is not None
+    at_once, size = max(1, TOKENS_AT_ONCE // len(job.rows.ids[0])), walks[0].block.weights[name].shape[1]
+    return collect(partial(_sample, name, walks, job.device), rows, at_once, size, job.device, job.pool)
 
 
 def _sample(name: str, walks: list[Walk], device: str, row: int) -> Sample:
     """One row's inputs of a linear; with the original beside, how far they are from it."""
-    block, state = walks[0].block, walks[0].states.read(row)
+    alone, block = len(walks) == 1, walks[0].block
+    state = walks[0].states.read(row, ("x", "experts") if alone else None)
     x = block.inputs_of(name, state).to(device)
-    if len(walks) == 1 or ".experts." in name:
+    if alone:
         return Sample(x)
     original = walks[1].states.read(row)
     drift = walks[1].block.inputs_of(name, original).to(device) - x

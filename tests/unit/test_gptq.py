@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import dequantize
 from qwen3_export.errors import RecipeError
 from qwen3_export.model.workers import Workers, workers
@@ -81,7 +81,7 @@ def assert_same_but_for_ties(found: np.ndarray, wanted: Solution) -> None:
 
 
 def column_grid(weight: torch.Tensor, scheme: QuantScheme, hessian: torch.Tensor) -> Grid:
-    return find_grid(weight, scheme, "mse", hessian.diagonal()).columns(weight.shape[1])
+    return find_grid(weight, scheme, "mse", hessian.diagonal()).columns(weight.shape)
 
 
 def solve(sample: Problem, scheme: QuantScheme, options: gptq.Options, pool: Workers) -> gptq.Solved:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import LARGEST_SCALE, SMALLEST_SCALE, dequantize
 from qwen3_export.errors import RecipeError
 from qwen3_export.model.workers import Workers, workers

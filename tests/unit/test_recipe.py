@@ -14,7 +14,8 @@ import yaml
 
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.qwen3 import parse_config
-from qwen3_export.core.recipe import QuantScheme, Recipe, load_recipe, recipe_names
+from qwen3_export.core.recipe import Recipe, load_recipe, recipe_names
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import RecipeError
 from qwen3_export.solve.method import load_method
 from tests.conftest import tiny_moe_config
@@ -88,15 +89,17 @@ def test_an_unknown_key_without_a_neighbour_lists_the_known_ones(load: Callable[
 @pytest.mark.parametrize(
     "changes",
     [
-        {"num_bits": 3},
+        {"num_bits": 5},
         {"num_bits": 4.0},
         {"num_bits": "4"},
         {"num_bits": True},
         {"num_bits": [4]},
-        {"type": "float"},
+        {"type": "complex"},
         {"symmetric": 1},
         {"symmetric": "yes"},
-        {"strategy": "block"},
+        {"strategy": "row"},
+        {"activations": "dynamic"},
+        {"signed_scales": 1},
         {"scale_dtype": "fp8"},
         {"group_size": 0},
         {"group_size": -32},
@@ -132,6 +135,13 @@ def test_a_wrong_scheme_value_is_refused_by_name(load: Callable[..., Recipe], ch
         {"calibration": {"samples": -1}},
         {"calibration": {"samples": True}},
         {"calibration": {"sequence_length": 1.5}},
+        {"experts": "share"},
+        {"experts": 0},
+        {"experts": {"min_tokens": -1}},
+        {"experts": {"min_tokens": True}},
+        {"experts": {"min_tokens": "64"}},
+        {"experts": {"fallback": "skip"}},
+        {"experts": {"fallback": None}},
     ],
 )
 def test_a_wrong_type_is_refused_before_anything_runs(load: Callable[..., Recipe], changes: dict[str, Any]) -> None:
@@ -226,6 +236,8 @@ def test_the_hash_ignores_name_and_description_and_nothing_else(load: Callable[.
         load(method="gptq"),
         load(options={"scale_search": "absmax"}),
         load(calibration={"samples": 3}),
+        load(experts={"min_tokens": 64}),
+        load(experts={"fallback": "rtn"}),
         load(rules=rules(("*", {**W4, "group_size": 16}))),
         load(rules=rules(("*.mlp.*", W4))),
         load(rules=rules(("*.o_proj", None), ("*", W4))),
@@ -235,7 +247,7 @@ def test_the_hash_ignores_name_and_description_and_nothing_else(load: Callable[.
 
 def test_the_hash_is_that_of_the_sorted_json(load: Callable[..., Recipe]) -> None:
     values = load().to_dict()
-    del values["name"], values["description"]
+    del values["name"], values["description"], values["layout"]
     assert load().sha256 == hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

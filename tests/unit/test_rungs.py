@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.workers import Workers, workers
 from qwen3_export.solve.grid import Grid, find_grid
 from qwen3_export.solve.method import Group
@@ -37,7 +37,7 @@ def problem() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def objective(weight: torch.Tensor, codes: torch.Tensor, grid: Grid, hessian: torch.Tensor) -> float:
-    full = grid.columns(weight.shape[1])
+    full = grid.columns(weight.shape)
     delta = ((codes - full.zeros) * full.scales - weight).double()
     return float(((delta @ hessian.double()) * delta).sum())
 
@@ -47,7 +47,7 @@ def start(
 ) -> tuple[torch.Tensor, Grid, Factor]:
     factor = factorise(hessian, 0.01, True, "test")
     grid = find_grid(weight, scheme, "mse", hessian.diagonal())
-    return round_columns(weight, grid.columns(IN), factor), grid, factor
+    return round_columns(weight, grid.columns((OUT, IN)), factor), grid, factor
 
 
 def test_groups_stay_together_in_group_order(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -67,7 +67,7 @@ def test_the_search_inside_the_solve_is_plain_gptq_on_the_scales_it_chose(
     order = group_order(hessian, 32)
     factor = factorise(hessian, 0.01, True, "test", order)
     codes, grid = search_columns(weight, scheme, order, factor.upper)
-    again = round_columns(weight, grid.columns(IN), factor)
+    again = round_columns(weight, grid.columns((OUT, IN)), factor)
     assert (codes == again).float().mean() > 0.999  # sums in another order may move a tie
     assert codes.min() >= 0
     assert codes.max() <= scheme.max_code
@@ -81,7 +81,7 @@ def test_the_search_inside_the_solve_beats_scales_chosen_before_in_the_same_orde
     factor = factorise(hessian, 0.01, True, "test", order)
     codes, grid = search_columns(weight, SCHEME, order, factor.upper)
     before = find_grid(weight, SCHEME, "mse", hessian.diagonal())
-    plain = round_columns(weight, before.columns(IN), factor)
+    plain = round_columns(weight, before.columns((OUT, IN)), factor)
     assert objective(weight, codes, grid, hessian) < objective(weight, plain, before, hessian)
 
 

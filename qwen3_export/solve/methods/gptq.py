@@ -15,19 +15,23 @@ paper are in `solve.shift` and `solve.refine`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from qwen3_export.core.recipe import QuantScheme
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import RecipeError
 from qwen3_export.model.workers import Workers
-from qwen3_export.solve.grid import Grid, find_grid, round_to
-from qwen3_export.solve.method import Group, Solved, assemble, check_finite, ratio, row_pieces
+from qwen3_export.solve.fold import FOLDS
+from qwen3_export.solve.grid import Grid, find_grid, round_to, shared_global_scale
+from qwen3_export.solve.method import Group, Rows, Solved, check_choice, check_finite, check_inputs, energy, solve_rows
 from qwen3_export.solve.refine import descend, group_order, refit_scales, search_columns
+from qwen3_export.solve.shape import factors, shaped, tasks
 from qwen3_export.solve.shift import prepare
 
-NEEDS_INPUTS = True
+SEARCHES = ("absmax", "mse", "solve")
 _BLOCK = 128
 
 
@@ -38,7 +42,10 @@ class Options:
     `percdamp`: damping as a share of the mean Hessian diagonal. `act_order`: solve the columns with
     the largest inputs first. `scale_search`: `solve`, `mse` or `absmax`. `descent`: passes of
     coordinate descent afterwards, scales refitted between them. `target_shift`: aim at the original
-    model's outputs, not at this layer's; the original then runs beside the quantized model.
+    model's outputs, not at this layer's; the original then runs beside the quantized model. `fold`:
+    `none`, `awq` or `smoothquant` before the solve; see `solve.fold`. `output_rows`: on so many rows a
+    pass back through the original measures which outputs matter, and errors are shaped along them
+    (`solve.shape`); 0 leaves it out.
     """
 
     percdamp: float = 0.01
@@ -46,6 +53,12 @@ class Options:
     scale_search: str = "mse"
     descent: int = 0
     target_shift: bool = False
+    fold: str = "none"
+    output_rows: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("scale_search", self.scale_search, SEARCHES)
+        check_choice("fold", self.fold, FOLDS)
 
 
 @dataclass(frozen=True)
@@ -56,9 +69,19 @@ class Factor:
     upper: Tensor
 
 
+def needs_inputs(_options: Options) -> bool:
+    """The Hessian is theirs."""
+    return True
+
+
 def needs_original(options: Options) -> bool:
     """The shift compares with the original model's activations."""
     return options.target_shift
+
+
+def needs_outputs(options: Options) -> int:
+    """Rows of the backward pass."""
+    return options.output_rows
 
 
 def solve(group: Group, options: Options, pool: Workers) -> dict[str, Solved]:
@@ -69,10 +92,9 @@ def solve(group: Group, options: Options, pool: Workers) -> dict[str, Solved]:
     hessian = group.hessian
     if hessian is None:
         raise ValueError("GPTQ was called without inputs")
-    first = next(iter(group.weights))
-    if not torch.isfinite(hessian).all():
-        raise RecipeError(f"{first}: its inputs hold NaN or infinity", "the checkpoint is damaged, or its config wrong")
-    problems = {scheme: _problem(hessian, scheme, options, first) for scheme in set(group.schemes.values())}
+    check_inputs(group)
+    first, weights = next(iter(group.weights)), list(group.weights.values())
+    problems = {scheme: _problem(hessian, weights, scheme, options, first) for scheme in set(group.schemes.values())}
     shift = None
     if options.target_shift and group.fitted is not None and group.held_out is not None:
         damping = _damping(group.fitted.hessian.diagonal(), options.percdamp)
@@ -83,16 +105,40 @@ def solve(group: Group, options: Options, pool: Workers) -> dict[str, Solved]:
         problem = problems[group.schemes[name]]
         target = weight if shift is None else shift.target(weight, pool)
 
-        def piece(
-            rows: slice, target: Tensor = target, problem: Problem = problem
-        ) -> tuple[Grid, Tensor, float, float]:
-            grid, codes = _solve_rows(target[rows], problem, options)
-            return grid, codes, *_error(target[rows], grid, codes, hessian)
+        uppers = factors(group.outputs.get(name, []))
+        cut = _cut(weight, group.schemes[name], uppers)
 
-        pieces = pool.map(piece, row_pieces(weight))
-        tensor = assemble(name, [p[0] for p in pieces], [p[1] for p in pieces])
-        solved[name] = Solved(tensor, ratio(name, sum(p[2] for p in pieces), sum(p[3] for p in pieces)))
+        def piece(
+            rows: slice,
+            target: Tensor = target,
+            problem: Problem = problem,
+            uppers: list[Tensor] = uppers,
+        ) -> Rows:
+            own = [upper for begin, upper in _placed(uppers) if rows.start <= begin < rows.stop]
+            solve_rows_of = partial(_solve_rows, problem=problem, options=options)
+            part = target[rows]
+            grid, codes = shaped(part, own, solve_rows_of, problem.scheme) if own else solve_rows_of(part)
+            full = grid.columns(part.shape)
+            delta = (codes - full.zeros) * full.scales - part
+            return Rows(grid, codes, energy(delta, hessian), energy(part, hessian))
+
+        solved[name] = solve_rows(name, weight, group, piece, pool, problem.global_scale, cut)
     return solved
+
+
+def _placed(uppers: list[Tensor]) -> list[tuple[int, Tensor]]:
+    """Each factor with the first row of its piece."""
+    begins = [0, *accumulate(len(upper) for upper in uppers)]
+    return list(zip(begins, uppers, strict=False))
+
+
+def _cut(weight: Tensor, scheme: QuantScheme, uppers: list[Tensor]) -> list[slice] | None:
+    """Rows that are solved together where errors are shaped along them: whole pieces of G."""
+    if not uppers or not scheme.per_row:
+        uppers.clear()
+        return None
+    begins = [*(begin for begin, _ in _placed(uppers)), len(weight)]
+    return [slice(begins[task.start], begins[task.stop]) for task in tasks(len(uppers))]
 
 
 @dataclass(frozen=True)
@@ -103,9 +149,10 @@ class Problem:
     hessian: Tensor
     factor: Factor
     damped: Tensor | None
+    global_scale: float = 1.0
 
 
-def _problem(hessian: Tensor, scheme: QuantScheme, options: Options, name: str) -> Problem:
+def _problem(hessian: Tensor, weights: list[Tensor], scheme: QuantScheme, options: Options, name: str) -> Problem:
     order = None
     if options.scale_search == "solve" and scheme.strategy == "group":
         order = group_order(hessian, scheme.group_length(len(hessian)))
@@ -114,31 +161,23 @@ def _problem(hessian: Tensor, scheme: QuantScheme, options: Options, name: str) 
     if options.descent:
         damped = hessian.clone()
         damped.diagonal().add_(_damping(hessian.diagonal(), options.percdamp))
-    return Problem(scheme, hessian, factor, damped)
+    return Problem(scheme, hessian, factor, damped, shared_global_scale(weights, scheme))
 
 
 def _solve_rows(weight: Tensor, problem: Problem, options: Options) -> tuple[Grid, Tensor]:
-    scheme, factor = problem.scheme, problem.factor
+    scheme, factor, unit = problem.scheme, problem.factor, problem.global_scale
     if options.scale_search == "solve" and scheme.strategy == "group":
-        codes, grid = search_columns(weight, scheme, factor.order, factor.upper)
+        codes, grid = search_columns(weight, scheme, factor.order, factor.upper, unit)
     else:
         search = "mse" if options.scale_search == "solve" else options.scale_search
-        grid = find_grid(weight, scheme, search, problem.hessian.diagonal())
-        codes = round_columns(weight, grid.columns(weight.shape[1]), factor)
+        grid = find_grid(weight, scheme, search, problem.hessian.diagonal(), unit)
+        codes = round_columns(weight, grid.columns(weight.shape), factor)
     for turn in range(options.descent):
         assert problem.damped is not None
-        if turn > 0:
-            grid = refit_scales(weight, codes, grid, problem.damped)
+        if turn > 0 and scheme.per_row:
+            grid = refit_scales(weight, codes, grid, problem.damped, unit)
         codes = descend(weight, codes, grid, problem.damped, factor.order)
     return grid, codes
-
-
-def _error(weight: Tensor, grid: Grid, codes: Tensor, hessian: Tensor) -> tuple[float, float]:
-    """tr(ΔHΔᵀ) and tr(WHWᵀ) of some rows."""
-    full = grid.columns(weight.shape[1])
-    delta = (codes - full.zeros) * full.scales - weight
-    error, total = (float(((m @ hessian) * m).double().sum()) for m in (delta, weight))
-    return error, total
 
 
 def _damping(diagonal: Tensor, percdamp: float) -> Tensor:
@@ -182,7 +221,7 @@ def round_columns(weight: Tensor, grid: Grid, factor: Factor) -> Tensor:
         end = min(begin + _BLOCK, count)
         errors = torch.empty_like(rest[begin:end])
         for j in range(begin, end):
-            codes[j] = round_to(rest[j], scales[j], zeros[j], grid.scheme.max_code)
+            codes[j] = round_to(rest[j], scales[j], zeros[j], grid.scheme)
             error = (rest[j] - (codes[j] - zeros[j]) * scales[j]) / upper[j, j]
             rest[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
             errors[j - begin] = error

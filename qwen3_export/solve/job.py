@@ -1,0 +1,87 @@
+"""What the block loop needs to know, and what it finds: plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from numpy.typing import NDArray
+
+from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.qwen3 import block_name
+from qwen3_export.core.recipe import Recipe
+from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.model.block import Block
+from qwen3_export.model.workers import Workers
+from qwen3_export.solve.method import Solved
+from qwen3_export.solve.outputs import Outputs
+from qwen3_export.solve.states import RowFile
+from qwen3_export.text import Rows
+
+QUANTIZED, ORIGINAL = "quantized", "original"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the block loop needs to know."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    method: ModuleType
+    options: Any
+    rows: Rows | None
+    pool: Workers
+    scratch: Path
+    device: str = "cpu"
+    outputs: Outputs | None = None
+
+    def hidden_path(self, layer: int, stream: str = QUANTIZED) -> Path:
+        """Where the rows' hidden states before block `layer` are kept, of one of the two models."""
+        return self.scratch / f"{stream}-{layer:04d}.rows"
+
+    @property
+    def fold(self) -> str:
+        """Which scales are moved between neighbours before the solve: a name of `solve.fold.FOLDS`."""
+        return getattr(self.options, "fold", "none")
+
+    def schemes(self, block: Block) -> dict[str, QuantScheme]:
+        """Schemes of a block's linears by local name; what stays in 16 bits is absent."""
+        names = block.config.linear_shapes(block.layer)
+        found = {name: self.recipe.scheme_for(f"{block_name(block.layer)}.{name}") for name in names}
+        return {name: scheme for name, scheme in found.items() if scheme is not None}
+
+    @property
+    def floor(self) -> int:
+        """Tokens below which the recipe's rule for experts applies."""
+        return self.recipe.experts.floor(self.checkpoint.config.expert_width)
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The models that run: the quantized one, and the original beside it if the method asks."""
+        return (QUANTIZED, ORIGINAL) if self.method.needs_original(self.options) else (QUANTIZED,)
+
+    def hidden_file(self, path: Path) -> RowFile:
+        """Hidden states `[1, tokens, hidden]` per row, fp32."""
+        assert self.rows is not None
+        return RowFile(path, (1, len(self.rows.ids[0]), self.checkpoint.config.hidden_size))
+
+
+@dataclass(frozen=True)
+class SolvedLinear:
+    """One quantized linear with what the manifest says about it; `fallback` is that of a starved expert."""
+
+    solved: Solved
+    tokens: int
+    fallback: str | None = None
+
+
+@dataclass(frozen=True)
+class SolvedBlock:
+    """A block's quantized linears, its norms and router `{tensor name: array}` where a fold changed them,
+    and how many tokens each expert of a sparse layer saw."""
+
+    linears: dict[str, SolvedLinear]
+    replaced: dict[str, NDArray] = field(default_factory=dict)
+    expert_tokens: list[int] = field(default_factory=list)

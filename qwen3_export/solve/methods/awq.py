@@ -1,0 +1,50 @@
+"""AWQ (Lin et al. 2023): make the channels that matter large before rounding, then clip each group's range.
+
+    min over s of ‖X Wᵀ − (X / s) Q(W · s)ᵀ‖²     s folded into what feeds the linear   (`solve.fold`)
+    min over shrink of δᵀ H_g δ   per group       δ = w − Q(w), range shrunken          (scale search)
+
+The clip search weighs the rounding error by the group's own block H_g of H = mean x xᵀ, which is the
+paper's output error of that group, without its sampling of tokens and rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen3_export.model.workers import Workers
+from qwen3_export.solve.fold import FOLDS
+from qwen3_export.solve.grid import SEARCHES
+from qwen3_export.solve.method import Group, Solved, check_choice
+from qwen3_export.solve.methods.rtn import round_group
+
+
+@dataclass(frozen=True)
+class Options:
+    """`scale_search`: `hessian` (the clip search), `mse` or `absmax`. `fold`: `awq`, or `none` to clip only."""
+
+    scale_search: str = "hessian"
+    fold: str = "awq"
+
+    def __post_init__(self) -> None:
+        check_choice("scale_search", self.scale_search, SEARCHES)
+        check_choice("fold", self.fold, FOLDS)
+
+
+def needs_inputs(_options: Options) -> bool:
+    """Both searches weigh errors by the inputs."""
+    return True
+
+
+def needs_original(_options: Options) -> bool:
+    """AWQ compares a layer with itself."""
+    return False
+
+
+def needs_outputs(_options: Options) -> int:
+    """Rows are rounded on their own."""
+    return 0
+
+
+def solve(group: Group, options: Options, pool: Workers) -> dict[str, Solved]:
+    """Clip and round the weights of a group, whose scales were folded before."""
+    return round_group(group, options.scale_search, pool)
