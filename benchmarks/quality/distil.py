@@ -1,0 +1,164 @@
+"""Small trained models of other shapes, distilled from the reference model in a few minutes on two cores.
+
+A student starts from the reference model's own weights, widened or cut into experts, and is then
+trained to give the reference model's distributions on the bundled calibration text.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+
+from benchmarks.quality.checkpoints import copy_sidecars
+from benchmarks.quality.folders import Experts, load
+from qwen3_export.core.source import locate
+from qwen3_export.text import ModelTokenizer, calibration_rows, load_documents
+
+LENGTH, BATCH = 256, 8
+STEPS = {"small": 150, "moe": 80}
+RATE, BALANCE, NOISE = 1e-3, 0.01, 0.1
+KEPT_LAYERS = (0, 1, 3, 5)
+EXPERTS, CHOSEN, EXPERT_WIDTH = 8, 2, 384
+
+
+def make(name: str, folder: Path) -> None:
+    """Initialise, train and write one student; seeded, so the same machine makes the same model."""
+    torch.manual_seed(0)
+    teacher = load(locate("reference-model"))
+    student = {"small": widened, "moe": with_experts}[name](teacher)
+    rows = calibration_rows(ModelTokenizer(locate("reference-model")), load_documents("bundled"), 10_000, LENGTH, 0)
+    ids = torch.stack([torch.from_numpy(row).long() for row in rows.ids])
+    train(student, teacher, ids, STEPS[name])
+    write(student, folder)
+
+
+def write(student: nn.Module, folder: Path) -> None:
+    """A Hugging Face folder in bf16, one tensor per expert."""
+    config = student.config.to_dict() | {"dtype": "bfloat16", "architectures": [type(student).__name__]}
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    tied = {"lm_head.weight"} if student.config.tie_word_embeddings else set()
+    state = {k: v.to(torch.bfloat16).contiguous() for k, v in student.state_dict().items() if k not in tied}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    copy_sidecars(folder)
+
+
+def train(student: nn.Module, teacher: nn.Module, ids: Tensor, steps: int) -> None:
+    """AdamW with a cosine schedule on KL(teacher ‖ student), experts kept in balance."""
+    student.train()
+    optimizer = torch.optim.AdamW(student.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
+    order = torch.cat([torch.randperm(len(ids)) for _ in range(steps * BATCH // len(ids) + 1)])
+    routed: list[Tensor] = []
+    hooks = [m.register_forward_hook(lambda _m, _i, out: routed.append(out[0])) for m in routers(student)]
+    for step in range(steps):
+        batch = ids[order[step * BATCH : (step + 1) * BATCH]]
+        routed.clear()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            wanted = teacher(batch).logits.float().log_softmax(-1)
+        with torch.autocast("cpu", torch.bfloat16):
+            given = student(batch, use_cache=False).logits
+        loss = (wanted.exp() * (wanted - given.float().log_softmax(-1))).sum(-1).mean()
+        (loss + BALANCE * imbalance(routed)).backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        if step % 20 == 0 or step == steps - 1:
+            print(f"distil: step {step}, KL {loss.item():.4f}", file=sys.stderr, flush=True)
+    for hook in hooks:
+        hook.remove()
+
+
+def routers(model: nn.Module) -> list[nn.Module]:
+    return [module.gate for module in model.modules() if hasattr(module, "experts")]
+
+
+def imbalance(routed: list[Tensor]) -> Tensor:
+    """The load-balancing loss of Switch Transformers: experts × share of tokens · mean probability."""
+    total = torch.zeros(())
+    for logits in routed:
+        probabilities = logits.float().softmax(-1)
+        share = functional.one_hot(probabilities.topk(CHOSEN).indices, EXPERTS).float().mean((0, 1))
+        total = total + EXPERTS * (share * probabilities.mean(0)).sum()
+    return total
+
+
+def widened(teacher: nn.Module) -> nn.Module:
+    """Hidden 384, four layers, four key/value heads, intermediate 896, a head of its own."""
+    old = teacher.config
+    config = Qwen3Config(
+        **{**shared(old), "hidden_size": 384, "num_hidden_layers": len(KEPT_LAYERS), "intermediate_size": 896},
+        num_key_value_heads=old.num_attention_heads,
+        tie_word_embeddings=False,
+    )
+    student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    state, source = student.state_dict(), teacher.state_dict()
+    repeats = old.num_attention_heads // old.num_key_value_heads
+    # RMSNorm divides by the root mean square, which the new channels, near zero at first, make smaller.
+    gain = (old.hidden_size / config.hidden_size) ** 0.5
+    for name, target in state.items():
+        parts = name.split(".")
+        if parts[1] == "layers":
+            parts[2] = str(KEPT_LAYERS[int(parts[2])])
+        old_weight = source[".".join(parts)]
+        if parts[-2] in ("k_proj", "v_proj"):
+            old_weight = old_weight.unflatten(0, (-1, old.head_dim)).repeat_interleave(repeats, 0).flatten(0, 1)
+        if parts[-2].endswith("norm") and len(target) == config.hidden_size:
+            old_weight = old_weight * gain
+        elif target.ndim == 2:
+            target.normal_(0, NOISE * float(old_weight.std()))
+        target[tuple(slice(size) for size in old_weight.shape)] = old_weight
+    student.load_state_dict(state)
+    return student
+
+
+def with_experts(teacher: nn.Module) -> nn.Module:
+    """Every MLP as eight experts of half its width, two at a time."""
+    old = teacher.config
+    config = Qwen3MoeConfig(
+        **shared(old),
+        num_key_value_heads=old.num_key_value_heads,
+        tie_word_embeddings=True,
+        num_experts=EXPERTS,
+        num_experts_per_tok=CHOSEN,
+        moe_intermediate_size=EXPERT_WIDTH,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+    )
+    student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for block, dense in zip(student.model.layers, teacher.model.layers, strict=True):
+        block.mlp.experts = Experts(EXPERTS, old.hidden_size, EXPERT_WIDTH)
+        nn.init.normal_(block.mlp.gate.weight, std=old.hidden_size**-0.5)
+        for expert in block.mlp.experts:
+            cut(expert, dense.mlp)
+    common = {k: v for k, v in teacher.state_dict().items() if ".mlp." not in k}
+    student.load_state_dict(common, strict=False)
+    student.tie_weights()
+    return student
+
+
+@torch.no_grad()
+def cut(expert: nn.Module, dense: nn.Module) -> None:
+    """A random half of the channels, twice as strong because the mean of two experts is taken, plus noise."""
+    kept = torch.randperm(dense.gate_proj.out_features)[:EXPERT_WIDTH]
+    expert.gate_proj.weight.copy_(noisy(dense.gate_proj.weight[kept]))
+    expert.up_proj.weight.copy_(noisy(dense.up_proj.weight[kept]))
+    expert.down_proj.weight.copy_(noisy(2 * dense.down_proj.weight[:, kept]))
+
+
+def noisy(weight: Tensor) -> Tensor:
+    return weight + NOISE * weight.std() * torch.randn_like(weight)
+
+
+def shared(old: Qwen3Config) -> dict:
+    """What every student has in common with the reference model."""
+    shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+    other = ("max_position_embeddings", "rms_norm_eps", "rope_parameters", "eos_token_id", "pad_token_id")
+    return {key: getattr(old, key) for key in (*shape, *other)}
