@@ -54,6 +54,10 @@ class Console(Progress):
         if self.verbose:
             self.say(text)
 
+    def warn(self, text: str) -> None:
+        """A warning, for everyone but the quiet."""
+        self.say(f"warning: {text}")
+
     def result(self, values: dict[str, Any], lines: Callable[[], None]) -> None:
         """Print the result: one JSON object, or what `lines` prints for people."""
         if self.json:

@@ -96,6 +96,8 @@ def validate(
 
 
 def _validated(result: dict[str, Any]) -> None:
+    from qwen3_export.prove.gate import explain
+
     rows = [
         [
             Path(item["artifact"]).name,
@@ -125,7 +127,7 @@ def _validated(result: dict[str, Any]) -> None:
     for item in result["results"]:
         for check in item["gate"]["checks"]:
             if not check["passed"]:
-                print(f"{item['artifact']}: {check['name']} is {check['value']:.6g}, the limit is {check['limit']:g}")
+                print(f"{item['artifact']}: {explain(check)}")
 
 
 def verdict(item: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -12,7 +12,7 @@ from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console, reci
 from qwen3_export.cli.console import fields, size, table
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.imports import uninterrupted
-from qwen3_export.core.manifest import refuse_existing
+from qwen3_export.core.manifest import refuse_existing, staged_file
 from qwen3_export.core.recipe import load_recipe, recipe_names
 from qwen3_export.core.source import open_source
 from qwen3_export.errors import InputError, MissingRuntimeError
@@ -89,7 +89,10 @@ def quantize(
     memory: Annotated[str | None, typer.Option(help="Refuse to start when more is needed, e.g. 8GiB.")] = None,
     device: Annotated[str, typer.Option(help="`cpu` or `cuda`.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Default: all. Never changes the bytes.")] = None,
-    layout: Annotated[str, typer.Option(help="`compressed-tensors`, `gptq` or `awq`.")] = "compressed-tensors",
+    layout: Annotated[
+        str | None,
+        typer.Option(help="`compressed-tensors`, `gptq`, `awq` or `fp8` (default: the recipe's)."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")] = True,
     force: Force = False,
     json: Json = False,
@@ -102,11 +105,7 @@ def quantize(
     refuse_existing(output.absolute(), force)
     if device not in ("cpu", "cuda"):
         raise InputError(f"--device {device}: cpu or cuda was expected")
-    try:
-        with uninterrupted():
-            import torch  # noqa: F401  (asked for here, so that its absence is a clear error)
-    except ImportError as error:
-        raise MissingRuntimeError("quantizing needs torch", "pip install 'qwen3-export[solve]'") from error
+    _need_torch()
     from qwen3_export.solve.quantize import Settings
     from qwen3_export.solve.quantize import quantize as run
 
@@ -114,6 +113,14 @@ def quantize(
     settings = Settings(calibration, samples, sequence_length, seed, limit, device, threads, resume, force, layout)
     result = run(checkpoint, chosen, output, settings, show)
     show.result(result, lambda: _quantized(result))
+
+
+def _need_torch() -> None:
+    try:
+        with uninterrupted():
+            import torch  # noqa: F401  (asked for here, so that its absence is a clear error)
+    except ImportError as error:
+        raise MissingRuntimeError("quantizing needs torch", "pip install 'qwen3-export[solve]'") from error
 
 
 def _quantized(result: dict[str, Any]) -> None:
@@ -154,3 +161,91 @@ def show_recipe(
 
     values = load_recipe(name).to_dict()
     console(json, quiet, verbose).result(values, lambda: print(yaml.safe_dump(values, sort_keys=False), end=""))
+
+
+@recipes.command("search", epilog="Example: qwen3-export recipes search reference-model --target-bpw 4.5")
+def search_recipe(
+    source: Source,
+    target_bpw: Annotated[float, typer.Option(help="Bits per weight of the decoder's linears, scales included.")],
+    output: Annotated[
+        Optional[Path],  # noqa: UP045  (typer reads this annotation at run time)
+        typer.Option(help="YAML file to write (default: NAME-mixed-BPWbpw.yaml)."),
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(help="`bundled`, a .txt/.jsonl/.parquet file, or hf:DATASET.")
+    ] = "bundled",
+    samples: Annotated[int, typer.Option(min=1, help="Calibration rows.")] = 128,
+    sequence_length: Annotated[int, typer.Option(min=16, help="Tokens per row.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the calibration rows.")] = 0,
+    measure_rows: Annotated[int, typer.Option(min=1, help="Further rows, that the KL is measured on.")] = 16,
+    method: Annotated[str, typer.Option(help="`gptq`, `awq` or `rtn`.")] = "gptq",
+    bits: Annotated[str, typer.Option(help="What may be mixed: 2, 3, 4, 8 and 16.")] = "4,8",
+    grids: Annotated[
+        str, typer.Option(help="Below 8 bits: `symmetric`, `signed` scales, `asymmetric`.")
+    ] = "signed,asymmetric",
+    fused: Annotated[
+        bool, typer.Option("--fused/--separate", help="One scheme for q,k,v and one for gate,up, as vLLM needs it.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: all. Never changes the recipe.")] = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Find the mixed-precision recipe that loses least within a size budget."""
+    checkpoint = open_source(source)
+    path = output or Path(f"{checkpoint.name}-mixed-{target_bpw:g}bpw.yaml")
+    refuse_existing(path.absolute(), force)
+    _need_torch()
+    from qwen3_export.solve.search import Settings, outcome, search, to_yaml
+
+    show = console(json, quiet, verbose)
+    settings = Settings(
+        target_bpw,
+        _bits(bits),
+        _words(grids),
+        method,
+        calibration,
+        samples,
+        sequence_length,
+        seed,
+        measure_rows,
+        fused,
+        threads,
+    )
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with staged_file(path, force) as partial:
+        found = search(checkpoint, settings, partial.parent, show)
+        partial.write_text(to_yaml(found.recipe), encoding="utf-8")
+    values = outcome(found, settings, path)
+    show.result(values, lambda: _searched(values))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _bits(text: str) -> tuple[int, ...]:
+    words = _words(text)
+    if not words or not all(word.isdecimal() for word in words):
+        raise InputError(f"--bits {text}: numbers of bits such as 4,8 were expected")
+    return tuple(int(word) for word in words)
+
+
+def _searched(values: dict[str, Any]) -> None:
+    shares: dict[str, int] = {}
+    for unit in values["units"]:
+        shares[unit["scheme"]] = shares.get(unit["scheme"], 0) + unit["weights"]
+    total, uniform = sum(shares.values()), values["expected_uniform_kl"]
+    schemes = ", ".join(f"{label} {count / total:.0%}" for label, count in sorted(shares.items()))
+    fields(
+        {
+            "output": values["output"],
+            "bits per weight": f"{values['bits_per_weight']:.3f} (the decoder's linears, scales included)",
+            "schemes": schemes,
+            "sum of single KLs": f"{values['expected_kl']:.5f}"
+            + (f", {values['expected_kl'] / uniform:.2f} times the best single scheme of this size" if uniform else ""),
+            "time": f"{values['seconds']:.1f} s",
+            "peak memory": size(values["peak_rss_bytes"]),
+        }
+    )

@@ -18,6 +18,8 @@ LIMITS: dict[str, tuple[str, bool]] = {
     "max_ppl_ratio": ("ppl_ratio", True),
     "max_bytes": ("bytes", True),
     "max_extra_loops": ("generation.extra_loops", True),
+    "min_expert_tokens": ("experts.min_tokens", False),
+    "max_experts_below_floor": ("experts.below_floor", True),
 }
 
 
@@ -35,14 +37,30 @@ def read_limits(path: Path) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
 
 
+def refuse_without_experts(limits: Mapping[str, float], artifact: Path, experts: Mapping[str, Any] | None) -> None:
+    """Raise InputError when a limit is on experts and the artifact's model has none."""
+    for name in limits:
+        if LIMITS[name][0].startswith("experts.") and experts is None:
+            raise InputError(
+                f"{name}: {artifact} is a dense model, it has no experts", "leave this limit away for dense models"
+            )
+
+
 def check(result: Mapping[str, Any], limits: Mapping[str, float]) -> dict[str, Any]:
-    """`{passed, checks: [{name, value, limit, passed}]}`; a value that is NaN fails."""
+    """`{passed, checks: [{name, value, limit, passed}]}`; a value that is NaN or unknown (None) fails."""
     checks = []
     for name, limit in limits.items():
         path, at_most = LIMITS[name]
         value: Any = result
         for key in path.split("."):
             value = value[key]
-        passed = value <= limit if at_most else value >= limit
+        passed = value is not None and (value <= limit if at_most else value >= limit)
         checks.append({"name": name, "value": value, "limit": limit, "passed": bool(passed)})
     return {"passed": all(item["passed"] for item in checks), "checks": checks}
+
+
+def explain(check: Mapping[str, Any]) -> str:
+    """One check in words, for a failure's message."""
+    if check["value"] is None:
+        return f"{check['name']}: the artifact does not say how many tokens its experts were calibrated on"
+    return f"{check['name']} is {check['value']:.6g}, the limit is {check['limit']:g}"

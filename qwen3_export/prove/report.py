@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_export.core.manifest import staged_folder, to_json, write_manifest
+from qwen3_export.prove.gate import explain
 
 
 def write_report(folder: Path, result: Mapping[str, Any], force: bool = False, title: str = "Validation") -> None:
@@ -102,8 +103,7 @@ def junit(result: Mapping[str, Any]) -> bytes:
             case = ElementTree.SubElement(suite, "testcase", classname=_name(item), name=check["name"])
             if not check["passed"]:
                 failures += 1
-                message = f"{check['name']} is {check['value']}, the limit is {check['limit']}"
-                ElementTree.SubElement(case, "failure", message=message)
+                ElementTree.SubElement(case, "failure", message=explain(check))
     suite.set("tests", str(len(suite)))
     suite.set("failures", str(failures))
     return ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)

@@ -10,9 +10,9 @@ from qwen3_export.core.progress import Progress
 from qwen3_export.core.source import open_source
 from qwen3_export.errors import InputError
 from qwen3_export.prove.drift import measure
-from qwen3_export.prove.gate import check
+from qwen3_export.prove.gate import check, refuse_without_experts
 from qwen3_export.prove.reference import Reference, ReferenceFile
-from qwen3_export.run.session import RuntimeOptions, artifact_bytes, open_session
+from qwen3_export.run.session import RuntimeOptions, artifact_bytes, artifact_coverage, open_session
 from qwen3_export.text import ModelTokenizer, Rows, heldout_rows, load_documents, spread
 
 WINDOW = 256
@@ -60,6 +60,8 @@ def _validate_one(
 ) -> dict[str, Any]:
     session = open_session(artifact, options)
     try:
+        experts = artifact_coverage(artifact, session)
+        refuse_without_experts(limits, artifact, experts)
         drift = measure(session, reference, artifact.name, progress)
         result = {
             "artifact": str(artifact),
@@ -69,6 +71,7 @@ def _validate_one(
             "reference_sha256": reference.source_sha256,
             **drift,
             "bytes": artifact_bytes(artifact),
+            "experts": experts,
         }
     finally:
         session.close()

@@ -25,7 +25,7 @@ BAD: dict[str, tuple[str, tuple[str, ...]]] = {
     "unknown scheme key": (GOOD.replace("num_bits", "num_bit"), ("num_bit", "did you mean 'num_bits'")),
     "unknown option": (GOOD + "options: {perc_damp: 0.1}\n", ("perc_damp", "did you mean 'percdamp'")),
     "option of another kind": (GOOD + "options: {percdamp: much}\n", ("percdamp", "much")),
-    "3 bits": (GOOD.replace("num_bits: 4", "num_bits: 3"), ("num_bits", "3")),
+    "5 bits": (GOOD.replace("num_bits: 4", "num_bits: 5"), ("num_bits", "5")),
     "groups of 100": (GOOD.replace("32", "100"), ("model.layers.0.self_attn.q_proj", "100", "128")),
     "groups of -1": (GOOD.replace("32", "-1"), ("group_size", "-1")),
     "pattern without a match": (GOOD.replace("'*'", "'nothing'"), ("nothing", "model.layers.0.self_attn.q_proj")),

@@ -67,10 +67,16 @@ def test_quantize_counts_what_experts_saw(tmp_path: Path) -> None:
     mixture = {k: v for k, v in tiny_moe_config().items() if "expert" in k or k in ("model_type", "architectures")}
     model = write_text_model(tmp_path / "moe", **{**mixture, **sizes, "norm_topk_prob": True})
     command = ("quantize", model, "--recipe", "gptq-w4a16-g32", *SHORT, "--output", tmp_path / "out", "--json")
-    values = _one_object(call(*command))
-    experts = [layer["tokens"] for layer in values["layers"] if ".experts." in layer["name"]]
-    assert values["experts"] == {"min_tokens": min(experts), "below_floor": sum(count == 0 for count in experts)}
-    assert sum(experts) == 2 * 3 * 2 * 8 * 64
+    outcome = call(*command)
+    values = _one_object(outcome)
+    linears = [layer for layer in values["layers"] if ".experts." in layer["name"]]
+    experts = [layer["tokens"] for layer in linears if layer["name"].endswith("up_proj")]
+    floor = 2 * 128
+    below = sum(count < floor for count in experts)
+    assert values["experts"] == {"min_tokens": min(experts), "below_floor": below, "floor": floor, "fallback": "share"}
+    assert f"warning: {below} of 8 experts saw fewer than {floor} calibration tokens" in outcome.err
+    assert sum(layer["tokens"] for layer in linears) == 3 * sum(experts) == 2 * 3 * 2 * 8 * 64
+    assert sum(layer.get("calibrated_on") == "shared" for layer in linears) == 3 * below
 
 
 @pytest.mark.parametrize("kind", ["onnx", "gguf", "tensorrt"])
