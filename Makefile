@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: setup demo test lint bench clean
 
@@ -10,7 +11,10 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or later is needed (set PYTHON=…)"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[solve,onnx,gguf,tensorrt,dev]'
+	$(PIP) -e '.[solve,onnx,gguf,tensorrt,dev]'
+	# The tests' judge of GPTQ and AWQ folders. Its build looks for torch, so it builds in this environment.
+	$(PIP) --no-deps defuser device-smi logbar pypcre threadpoolctl tokenicer pillow setuptools wheel
+	$(PIP) --no-deps --no-build-isolation gptqmodel
 	touch $(STAMP)
 
 demo: $(STAMP)
