@@ -1,6 +1,6 @@
 """GPTQModel in a process of its own: importing it changes transformers and starts threads.
 
-    python -m tests.reference.gptqmodel_process JOBS.json
+    python gptqmodel_process.py JOBS.json
 
 A job `{"quantize": SOURCE, "rows": FILE, "config": {…}, "output": FOLDER}` writes a folder, `{"load": FOLDER,
 "rows": FILE, "output": FILE}` answers what it holds: of every quantized linear the units (codes less zero

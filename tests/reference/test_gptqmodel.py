@@ -31,6 +31,7 @@ pytestmark = pytest.mark.skipif(
 # Eleven bits of mantissa, through every layer.
 IN_FP16 = 2e-2
 VOCABULARY = 8192
+PROCESS = Path(__file__).with_name("gptqmodel_process.py")
 
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "w4 g128": ("gptq", {"num_bits": 4, "group_size": 128}),
@@ -91,8 +92,9 @@ class Room:
     def run(self) -> dict[str, Answer]:
         """`{name: answer}` of every folder that was asked about."""
         (self.folder / "jobs.json").write_text(json.dumps(self.jobs))
-        command = [sys.executable, "-m", "tests.reference.gptqmodel_process", str(self.folder / "jobs.json")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        command = [sys.executable, str(PROCESS), str(self.folder / "jobs.json")]
+        # It writes logs where it runs.
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd=self.folder)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         loads = [job for job in self.jobs if "load" in job]
         return {
