@@ -92,7 +92,7 @@ def shared_global_scale(weights: Sequence[Tensor], scheme: QuantScheme) -> float
 def cut(weight: Tensor, scheme: QuantScheme) -> Tensor:
     """What shares one scale side by side: `[rows, groups, weights]`; ragged blocks are filled with zeros."""
     tall, wide = scheme.rows_per_scale(len(weight)), scheme.group_length(weight.shape[1])
-    if tall == 1:
+    if tall == 1 and weight.shape[1] % wide == 0:
         return weight.reshape(len(weight), -1, wide)
     rows, groups = scheme.grid((weight.shape[0], weight.shape[1]))
     padded = F.pad(weight, (0, groups * wide - weight.shape[1], 0, rows * tall - len(weight)))

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from qwen3_export.core.checkpoint import open_checkpoint
+from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
+from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.model.activations import rounder
 from qwen3_export.model.block import NUM_STAGES
 from qwen3_export.model.decoder import load_block, rope_tables
 from qwen3_export.model.workers import Workers, workers
@@ -18,6 +20,7 @@ from qwen3_export.solve.fold import ROUTER, Site, apply, search, sites
 from qwen3_export.solve.grid import find_grid, range_grid, round_to
 from qwen3_export.solve.moments import Sample, collect
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
+from tests.reference.models import TOLERANCE, load_theirs, random_rows, relative_error, their_logits
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 MODELS = {
@@ -62,6 +65,68 @@ def test_a_fold_alone_changes_the_block_by_rounding_only(folder: Path) -> None:
     touched = {name for site in found_sites for name in site.targets}
     assert {name for name in block.weights if name.endswith("_proj")} <= touched
     torch.testing.assert_close(folded.forward(x, rope), wanted, rtol=2e-5, atol=2e-5)
+
+
+def folded_copy(checkpoint: Checkpoint, folder: Path) -> Path:
+    """The whole model with random scales moved at every site of every block, as a plain fp32 folder."""
+    tensors = {name: checkpoint.read(name).astype(np.float32) for name in checkpoint.files}
+    for layer in range(checkpoint.config.num_layers):
+        block = load_block(checkpoint, layer)
+        for number, site in enumerate(sites(block)):
+            apply(block, site, scales_for(site, 100 * layer + number), BF16)
+        tensors |= {f"{block_name(layer)}.{name}.weight": weight.numpy() for name, weight in block.weights.items()}
+    return write_checkpoint(folder, dict(checkpoint.raw_config), tensors)
+
+
+def test_folds_alone_leave_transformers_logits_of_the_whole_model_unchanged_to_rounding(
+    folder: Path, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(folder)
+    before, after = load_theirs(folder), load_theirs(folded_copy(checkpoint, tmp_path / "folded"))
+    changed = 0.0
+    for ids in random_rows(checkpoint.config.vocab_size):
+        wanted = their_logits(before, ids)
+        assert relative_error(their_logits(after, ids), wanted) <= TOLERANCE
+    for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+        if name.endswith(("layernorm.weight", "proj.weight", "experts.gate_up_proj", "experts.down_proj")):
+            changed = relative_error(new.detach().numpy(), old.detach().numpy())
+            assert changed > 0.1, name
+        elif name.endswith(("q_norm.weight", "k_norm.weight", "embed_tokens.weight")):
+            assert torch.equal(old, new), name
+    assert changed
+
+
+@torch.no_grad()
+def test_smoothquant_moves_half_of_the_range_from_activations_to_weights(tmp_path: Path, pool: Workers) -> None:
+    """Xiao et al. 2023, equation 4 with α = ½: s = max|x|^½ / max|w|^½, centred; only norms are divided."""
+    block = load_block(open_checkpoint(write_checkpoint(tmp_path / "model", tiny_config())), 0)
+    generator = torch.Generator().manual_seed(7)
+    scheme = QuantScheme(num_bits=8, strategy="channel", activations="dynamic-token")
+    for site in sites(block):
+        x = torch.randn(300, len(site.index), generator=generator)
+        x[:, 3] *= 50
+        moments = collect(lambda _, x=x: Sample(x), [0], 1, len(site.index), "cpu", pool)
+        schemes = dict.fromkeys([*site.targets, site.source], scheme)
+        scales = search("smoothquant", site, block, moments, schemes, pool)
+        if not site.is_norm:
+            assert scales is None
+            continue
+        assert scales is not None
+        largest = torch.stack([block.weights[name].abs().amax(0) for name in site.targets]).amax(0)
+        wanted = (x.abs().amax(0) / largest).sqrt()
+        torch.testing.assert_close(scales / scales[0], wanted / wanted[0], rtol=1e-4, atol=0)
+
+        def error(spread: torch.Tensor, x: torch.Tensor = x, site: Site = site) -> float:
+            total = 0.0
+            for name in site.targets:
+                scaled = block.weights[name] * spread
+                grid = find_grid(scaled, scheme, "absmax").columns(scaled.shape)
+                rounded = (round_to(scaled, grid.scales, grid.zeros, scheme) - grid.zeros) * grid.scales
+                found = rounder(scheme, None)(x / spread) @ rounded.T
+                total += float((found - x @ block.weights[name].T).double().square().sum())
+            return total
+
+        assert error(scales) < 0.3 * error(torch.ones_like(scales))
 
 
 @torch.no_grad()

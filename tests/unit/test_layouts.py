@@ -11,37 +11,72 @@ from hypothesis import strategies as st
 
 from qwen3_export.core.layouts import Stored, layout
 from qwen3_export.core.scheme import QuantScheme
-from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor
+from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor, dequantize
 from qwen3_export.errors import InputError, RecipeError
 
-LAYOUTS = ["compressed-tensors", "gptq", "awq"]
+LAYOUTS = ["compressed-tensors", "gptq", "awq", "fp8"]
 # AutoAWQ packs outputs 0, 2, 4, 6, 1, 3, 5, 7 of eight into one word, the first into the lowest bits.
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
+E4M3_NAN = (0x7F, 0xFF)
 
 
 def random_tensor(scheme: QuantScheme, shape: tuple[int, int], seed: int = 0) -> QuantizedTensor:
-    random = np.random.default_rng(seed)
-    grid = (shape[0], scheme.num_groups(shape[1]))
+    random, grid = np.random.default_rng(seed), scheme.grid(shape)
     codes = random.integers(0, scheme.max_code + 1, shape, np.uint8)
+    if scheme.type == "float" and scheme.num_bits == 8:
+        codes[np.isin(codes, E4M3_NAN)] = 0
     # Exact in bf16 and fp16 alike, as every scale that the grid search gives.
     scales = (random.integers(128, 256, grid) * 2.0**-13).astype(SCALE_TYPES[scheme.scale_dtype])
+    if scheme.signed_scales:
+        scales = scales * random.choice([-1, 1], grid).astype(scales.dtype)
     zeros = None if scheme.symmetric else random.integers(0, scheme.max_code + 1, grid, np.uint8)
-    return QuantizedTensor("block.linear", shape, scheme, codes, scales, zeros)
+    shared = 37.5 if scheme.scale_dtype == "e4m3" else None
+    fixed = 0.03125 if scheme.activations == "static-tensor" else None
+    return QuantizedTensor("block.linear", shape, scheme, codes, scales, zeros, global_scale=shared, input_scale=fixed)
+
+
+@st.composite
+def integer_schemes(draw: st.DrawFn, name: str) -> QuantScheme:
+    symmetric = draw(st.booleans())
+    return QuantScheme(
+        num_bits=4 if name == "awq" else draw(st.sampled_from([2, 3, 4, 8])),
+        symmetric=symmetric,
+        strategy="group" if name == "awq" else draw(st.sampled_from(["group", "channel"])),
+        group_size=draw(st.sampled_from([8, 16, 32])),
+        scale_dtype=draw(st.sampled_from(["bf16", "fp16"])),
+        signed_scales=symmetric and draw(st.booleans()),
+    )
+
+
+@st.composite
+def eight_bit_schemes(draw: st.DrawFn, name: str) -> QuantScheme:
+    """Whole bytes: FP8, and INT8 whose inputs are rounded."""
+    kind = "float" if name == "fp8" else draw(st.sampled_from(["float", "int"]))
+    block = name == "fp8" or (kind == "float" and draw(st.booleans()))
+    activations = st.sampled_from(["dynamic-token", "static-tensor"] + ([None] if kind == "float" else []))
+    return QuantScheme(
+        num_bits=8,
+        type=kind,
+        strategy="block" if block else draw(st.sampled_from(["channel", "tensor"])),
+        block_shape=(draw(st.integers(1, 40)), draw(st.integers(1, 40))) if block else None,
+        scale_dtype=draw(st.sampled_from(["bf16", "fp32"])),
+        activations="dynamic-group" if block else draw(activations),
+    )
 
 
 @st.composite
 def tensors(draw: st.DrawFn) -> tuple[str, QuantizedTensor]:
     name = draw(st.sampled_from(LAYOUTS))
-    bits = 4 if name == "awq" else draw(st.sampled_from([2, 4, 8]))
-    group = draw(st.sampled_from([16, 32]))
-    scheme = QuantScheme(
-        num_bits=bits,
-        symmetric=draw(st.booleans()),
-        strategy="group" if name == "awq" else draw(st.sampled_from(["group", "channel"])),
-        group_size=group,
-        scale_dtype=draw(st.sampled_from(["bf16", "fp16"])),
-    )
-    shape = draw(st.integers(1, 3)) * 16, draw(st.integers(1, 3)) * group
+    small = st.sampled_from([("e8m0", 32), ("e4m3", 16)])
+    kinds = [eight_bit_schemes(name)] if name == "fp8" else [integer_schemes(name)]
+    if name == "compressed-tensors":
+        of = small.map(lambda s: QuantScheme(type="float", scale_dtype=s[0], group_size=s[1]))
+        kinds += [eight_bit_schemes(name), of]
+    scheme = draw(st.one_of(kinds))
+    # Three-bit codes fill whole words 32 at a time, where the layout knows no unfinished ones.
+    step = 32 if name in ("gptq", "awq") else scheme.group_size or 8
+    rows = draw(st.integers(1, 3)) * (32 if name in ("gptq", "awq") else draw(st.sampled_from([1, 7, 16])))
+    shape = rows, draw(st.integers(1, 3)) * step
     return name, random_tensor(scheme, shape, draw(st.integers(0, 99)))
 
 
@@ -61,6 +96,8 @@ def test_every_layout_gives_the_tensor_back_as_announced(sample: tuple[str, Quan
     assert (found.zeros is None) == tensor.scheme.symmetric
     if tensor.zeros is not None:
         np.testing.assert_array_equal(found.zeros, tensor.zeros)
+    assert (found.global_scale, found.input_scale) == (tensor.global_scale, tensor.input_scale)
+    np.testing.assert_array_equal(dequantize(found), dequantize(tensor))
 
 
 def words(values: np.ndarray, bits: int) -> int:

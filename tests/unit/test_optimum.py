@@ -22,7 +22,7 @@ from qwen3_export.model.workers import Workers, workers
 from qwen3_export.solve.grid import Grid, find_grid
 from qwen3_export.solve.method import Group
 from qwen3_export.solve.methods import gptq
-from qwen3_export.solve.refine import descend, search_columns
+from qwen3_export.solve.refine import descend
 
 ROWS, PERCDAMP = 48, 0.01
 
