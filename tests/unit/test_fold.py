@@ -11,6 +11,8 @@ import torch
 
 from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
 from qwen3_export.core.qwen3 import block_name
+from qwen3_export.core.recipe import Recipe
+from qwen3_export.core.resources import resource
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.activations import rounder
 from qwen3_export.model.block import NUM_STAGES
@@ -19,8 +21,10 @@ from qwen3_export.model.workers import Workers, workers
 from qwen3_export.solve.fold import ROUTER, Site, apply, search, sites
 from qwen3_export.solve.grid import find_grid, range_grid, round_to
 from qwen3_export.solve.moments import Sample, collect
+from qwen3_export.solve.quantize import Settings, quantize
+from tests.artifact.support import VOCABULARY, with_tokenizer
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
-from tests.reference.models import TOLERANCE, load_theirs, random_rows, relative_error, their_logits
+from tests.reference.models import TOLERANCE, load_theirs, our_logits, random_rows, relative_error, their_logits
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 MODELS = {
@@ -205,3 +209,43 @@ def test_every_site_runs_at_its_targets_stage(folder: Path) -> None:
         linears = block.stage_linears(site.stage)
         assert site.stage < NUM_STAGES
         assert all(name in linears for name in site.targets if name != ROUTER)
+
+
+def with_outliers(checkpoint: Checkpoint, folder: Path) -> Path:
+    """The same function with every ninth channel of the norms 64 times as large, powers of two throughout."""
+    tensors = {name: checkpoint.read(name) for name in checkpoint.files}
+    for layer in range(checkpoint.config.num_layers):
+        block = load_block(checkpoint, layer)
+        for site in (site for site in sites(block) if site.is_norm):
+            scales = torch.ones(len(site.index))
+            scales[::9] = 2.0**-6
+            apply(block, site, scales, BF16)
+        tensors |= {
+            f"{block_name(layer)}.{name}.weight": weight.numpy().astype(BF16) for name, weight in block.weights.items()
+        }
+    write_checkpoint(folder, dict(checkpoint.raw_config), tensors)
+    return with_tokenizer(folder, resource("calibration") / "reference-model")
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "rtn"])
+@pytest.mark.parametrize("config", [tiny_config(), tiny_moe_config()], ids=["dense", "moe"])
+def test_what_is_shipped_after_a_fold_is_the_same_model_and_better(
+    tmp_path: Path, config: dict[str, object], method: str
+) -> None:
+    plain = open_checkpoint(write_checkpoint(tmp_path / "plain", {**config, "vocab_size": VOCABULARY}))
+    source = with_outliers(plain, tmp_path / "outliers")
+    rows = random_rows(VOCABULARY, [40])
+    wanted = our_logits(source, rows)[0]
+    np.testing.assert_allclose(wanted, our_logits(plain.folder, rows)[0], rtol=0, atol=1e-4)
+    errors = {}
+    for fold in ("none", "awq"):
+        scheme = {"num_bits": 4, "group_size": 32 if config["model_type"] == "qwen3" else 16}
+        values = {"name": fold, "method": method, "rules": [{"match": "*", "scheme": scheme}]}
+        recipe = Recipe.from_dict({**values, "options": {"fold": fold}, "experts": {"min_tokens": 0}}, "test")
+        quantize(open_checkpoint(source), recipe, tmp_path / fold, Settings(samples=12, sequence_length=64))
+        errors[fold] = float(((our_logits(tmp_path / fold, rows)[0] - wanted) ** 2).mean())
+    norm = "model.layers.0.input_layernorm.weight"
+    before, after = (open_checkpoint(path).read(norm).astype(np.float32) for path in (source, tmp_path / "awq"))
+    # The outliers are gone from the norm that is shipped.
+    assert (before[::9] / after[::9]).mean() > 4 * (before / after)[1::9].mean()
+    assert errors["awq"] < 0.8 * errors["none"]
