@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,22 @@ def start(*arguments: object, env: dict[str, str] | None = None, cwd: Path | Non
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd
     )
+
+
+def run_silently(arguments: list[str]) -> None:
+    """Run a command line in this process and end it: what `fork` starts."""
+    with open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+        code = run(arguments)
+    os._exit(code)
+
+
+def fork(*arguments: object) -> BaseProcess:
+    """Start a command line in a process that has its imports done already, to stop it at moments that count."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["qwen3_export.cli", "qwen3_export.solve.quantize", "tests.cli.helpers"])
+    process = context.Process(target=run_silently, args=([str(argument) for argument in arguments],))
+    process.start()
+    return process
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 120) -> Outcome:
