@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -94,3 +95,9 @@ def test_the_recipe_shown_is_a_recipe(tmp_path: Path) -> None:
         options = ("--output", tmp_path / f"out-{number}", "--samples", "4", "--sequence-length", "128")
         outcome = call("quantize", "reference-model", "--recipe", recipe, *options)
         assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "qwen3_export/solve/methods").glob("[a-z]*.py")), ids=lambda p: p.stem)
+def test_each_method_opens_with_the_equation_that_it_solves(path: Path) -> None:
+    opening = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[:4]
+    assert any("min over" in line or re.search(r"\bcode = ", line) for line in opening), opening

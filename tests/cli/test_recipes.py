@@ -1,0 +1,34 @@
+"""Every recipe that is shipped makes a folder that runs, as near to the original as its bits allow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen3_export.core.checkpoint import open_checkpoint
+from qwen3_export.core.recipe import load_recipe
+from qwen3_export.core.resources import resource
+from tests.cli.conftest import SHORT
+from tests.cli.helpers import call
+from tests.reference.models import our_logits, random_rows
+
+# Largest change of the logits as a share of their size. Random weights are the hardest to round; logits of
+# another model change by 1.4.
+ALLOWED = {8: 0.2, 4: 0.6, 3: 0.9, 2: 1.25}
+NAMES = sorted(path.stem for path in resource("recipes").iterdir() if path.suffix == ".yaml")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_recipe_quantizes(name: str, model: Path, tmp_path: Path) -> None:
+    outcome = call("quantize", model, "--recipe", name, *SHORT, "--output", tmp_path / "out", "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["tensors"] == 14
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert set(checkpoint.schemes.values()) <= {rule.scheme for rule in load_recipe(name).rules}
+    rows = random_rows(8192, [30])
+    wanted, found = our_logits(model, rows)[0], our_logits(tmp_path / "out", rows)[0]
+    fewest = min(scheme.num_bits for scheme in checkpoint.schemes.values())
+    change = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+    assert change < ALLOWED[fewest]
