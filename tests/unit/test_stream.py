@@ -108,7 +108,8 @@ def inputs_of_linears(folder: Path, rows: list[np.ndarray], monkeypatch: pytest.
 
     def spy(block: block_module.Block, name: str, x: torch.Tensor) -> torch.Tensor:
         seen[f"{block_name(block.layer)}.{name}"].append(x.reshape(-1, x.shape[-1]))
-        return F.linear(x, block.weights[name])
+        rounded = block.rounders[name](x) if name in block.rounders else x
+        return F.linear(rounded, block.weights[name])
 
     monkeypatch.setattr(block_module.Block, "linear", spy)
     embedding = to_torch(checkpoint.read("model.embed_tokens.weight")).float()
@@ -153,6 +154,35 @@ def test_every_linear_is_solved_against_the_inputs_it_will_get(
         assert group.hessian is not None
         np.testing.assert_allclose(group.hessian, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
         assert_error_is(manifest["tensors"][name]["error"], source, tmp_path / "out", name, wanted.numpy())
+
+
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_a_static_input_scale_is_the_largest_input_that_calibration_saw(
+    source: Path,
+    tmp_path: Path,
+    settings: Settings,
+    run: Callable[..., dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    """In the quantized model itself, whose inputs are rounded by the scales of the layers before."""
+    scheme = {"num_bits": 8, "type": kind, "strategy": "channel", "activations": "static-tensor"}
+    values = {"name": "test", "method": "rtn", "rules": [{"match": "*", "scheme": scheme}]}
+    run("out", Recipe.from_dict({**values, "experts": {"min_tokens": 0}}, "test"))
+    rows = calibration_rows(ModelTokenizer(source), load_documents(settings.calibration), SAMPLES, LENGTH, 0)
+    inputs, checkpoint = (
+        inputs_of_linears(tmp_path / "out", list(rows.ids), monkeypatch),
+        open_checkpoint(tmp_path / "out"),
+    )
+    checked = 0
+    for name in checkpoint.schemes:
+        tensor = checkpoint.linear(name)
+        assert isinstance(tensor, QuantizedTensor)
+        if name in inputs:
+            wanted = float(inputs[name].abs().max()) / (448 if kind == "float" else 127.5)
+            assert tensor.input_scale == pytest.approx(wanted, rel=2.0**-8)
+            checked += 1
+    assert checked >= len(checkpoint.schemes) - 3
 
 
 def assert_error_is(reported: float, source: Path, folder: Path, name: str, hessian: np.ndarray) -> None:
