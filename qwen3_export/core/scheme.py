@@ -164,7 +164,10 @@ class QuantScheme:
                 f"use a group_size that divides {shape[1]}, or a rule that leaves this tensor in 16 bits",
             )
         if self.activations == "dynamic-group" and shape[1] % ACTIVATION_GROUP:
-            raise RecipeError(f"{name}: its {shape[1]} inputs are not divisible by {ACTIVATION_GROUP}")
+            raise RecipeError(
+                f"{name}: its {shape[1]} inputs are not divisible by {ACTIVATION_GROUP}, which are rounded together",
+                "use activations: dynamic-token, or a rule that leaves this tensor in 16 bits",
+            )
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
         """Storage per weight in bits, scales and zero points included."""

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import SHORT
 from tests.cli.helpers import call, names, refused
 
 GOOD = "name: mine\nmethod: gptq\nrules:\n  - match: '*'\n    scheme: {num_bits: 4, group_size: 32}\n"
@@ -29,6 +28,7 @@ BAD: dict[str, tuple[str, tuple[str, ...]]] = {
     "groups of 100": (GOOD.replace("32", "100"), ("model.layers.0.self_attn.q_proj", "100", "128")),
     "groups of -1": (GOOD.replace("32", "-1"), ("group_size", "-1")),
     "pattern without a match": (GOOD.replace("'*'", "'nothing'"), ("nothing", "model.layers.0.self_attn.q_proj")),
+    "a negative damping": (GOOD + "options: {percdamp: -1.0}\n", ("percdamp", "-1.0")),
     "no samples": (GOOD + "calibration: {samples: 0}\n", ("samples", "0")),
     "longer than the model": (GOOD + "calibration: {sequence_length: 4096}\n", ("4096", "512")),
 }
@@ -46,8 +46,10 @@ def test_bad_recipe_is_refused(case: str, model: Path, tmp_path: Path) -> None:
 
 def test_unsolvable_recipe_leaves_nothing(model: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(GOOD + "options: {percdamp: -1.0}\n")
-    refused(call("quantize", model, "--recipe", recipe, "--output", tmp_path / "out", *SHORT), 2, "percdamp")
+    recipe.write_text(GOOD + "options: {percdamp: 0.0}\n")
+    # Fewer tokens than inputs, and no damping.
+    few = ("--samples", "1", "--sequence-length", "16")
+    refused(call("quantize", model, "--recipe", recipe, "--output", tmp_path / "out", *few), 2, "percdamp")
     assert names(tmp_path) == ["recipe.yaml"]
 
 
