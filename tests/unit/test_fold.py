@@ -1,4 +1,4 @@
-"""Folds change no logits; AWQ's search and its clip search against brute force."""
+"""Folds change no logits, of a block and of whole models in transformers; SmoothQuant's scales."""
 
 from __future__ import annotations
 
@@ -11,20 +11,16 @@ import torch
 
 from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
 from qwen3_export.core.qwen3 import block_name
-from qwen3_export.core.recipe import Recipe
-from qwen3_export.core.resources import resource
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.activations import rounder
 from qwen3_export.model.block import NUM_STAGES
 from qwen3_export.model.decoder import load_block, rope_tables
 from qwen3_export.model.workers import Workers, workers
 from qwen3_export.solve.fold import ROUTER, Site, apply, search, sites
-from qwen3_export.solve.grid import find_grid, range_grid, round_to
+from qwen3_export.solve.grid import find_grid, round_to
 from qwen3_export.solve.moments import Sample, collect
-from qwen3_export.solve.quantize import Settings, quantize
-from tests.artifact.support import VOCABULARY, with_tokenizer
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
-from tests.reference.models import TOLERANCE, load_theirs, our_logits, random_rows, relative_error, their_logits
+from tests.reference.models import TOLERANCE, load_theirs, random_rows, relative_error, their_logits
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 MODELS = {
@@ -146,106 +142,9 @@ def test_the_routers_choices_are_the_same_bits(tmp_path: Path) -> None:
     np.testing.assert_array_equal(as_stored, block.weights[ROUTER].numpy())
 
 
-@torch.no_grad()
-def test_awq_repairs_large_channels_and_leaves_even_ones_alone(tmp_path: Path, pool: Workers) -> None:
-    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "model", tiny_config(hidden_size=64)))
-    block = load_block(checkpoint, 0)
-    site = sites(block)[0]
-    generator = torch.Generator().manual_seed(5)
-    for name in site.targets:
-        block.weights[name] = torch.randn(block.weights[name].shape, generator=generator) * 0.05
-    scheme = QuantScheme(num_bits=4, group_size=32)
-    schemes = dict.fromkeys(site.targets, scheme)
-    even = torch.randn(500, 64, generator=generator)
-    large = even.clone()
-    large[:, ::16] *= 60
-    for name in site.targets:
-        block.weights[name][:, ::16] /= 60
-
-    def moments(x: torch.Tensor) -> object:
-        return collect(lambda _: Sample(x), [0], 1, 64, "cpu", pool)
-
-    scales = search("awq", site, block, moments(large), schemes, pool)
-    assert scales is not None
-    assert scales[::16].min() > 4 * scales[1::16].max()
-
-    def error(spread: torch.Tensor) -> float:
-        total = 0.0
-        for name in site.targets:
-            scaled = block.weights[name] * spread
-            grid = find_grid(scaled, scheme, "absmax").columns(scaled.shape)
-            delta = (round_to(scaled, grid.scales, grid.zeros, scheme) - grid.zeros) * grid.scales - scaled
-            total += float((large @ (delta / spread).T).double().square().sum())
-        return total
-
-    assert error(scales) < 0.3 * error(torch.ones(64))
-
-
-def test_the_hessian_search_takes_the_shrink_with_the_least_output_error() -> None:
-    generator = torch.Generator().manual_seed(6)
-    scheme = QuantScheme(num_bits=4, group_size=16)
-    weight = torch.randn(8, 32, generator=generator)
-    x = torch.randn(200, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
-    hessian = x.T @ x / 200
-    blocks = torch.stack([hessian[:16, :16], hessian[16:, 16:]])
-    grid = find_grid(weight, scheme, "hessian", blocks)
-    for group in range(2):
-        columns = slice(16 * group, 16 * group + 16)
-        part = weight[:, None, columns]
-
-        def error(scales: torch.Tensor, part: torch.Tensor = part, columns: slice = columns) -> torch.Tensor:
-            codes = round_to(part[:, 0], scales, torch.full_like(scales, 8.0), scheme)
-            delta = (codes - 8) * scales - part[:, 0]
-            return (x[:, columns] @ delta.T).double().square().sum(0)
-
-        tried = [error(range_grid(part, scheme, 1 - 0.025 * step)[0]) for step in range(-2, 22)]
-        best = torch.stack(tried).min(0).values
-        torch.testing.assert_close(error(grid.scales[:, group : group + 1]), best, rtol=1e-4, atol=0)
-
-
 def test_every_site_runs_at_its_targets_stage(folder: Path) -> None:
     block = load_block(open_checkpoint(folder), 0)
     for site in sites(block):
         linears = block.stage_linears(site.stage)
         assert site.stage < NUM_STAGES
         assert all(name in linears for name in site.targets if name != ROUTER)
-
-
-def with_outliers(checkpoint: Checkpoint, folder: Path) -> Path:
-    """The same function with every ninth channel of the norms 64 times as large, powers of two throughout."""
-    tensors = {name: checkpoint.read(name) for name in checkpoint.files}
-    for layer in range(checkpoint.config.num_layers):
-        block = load_block(checkpoint, layer)
-        for site in (site for site in sites(block) if site.is_norm):
-            scales = torch.ones(len(site.index))
-            scales[::9] = 2.0**-6
-            apply(block, site, scales, BF16)
-        tensors |= {
-            f"{block_name(layer)}.{name}.weight": weight.numpy().astype(BF16) for name, weight in block.weights.items()
-        }
-    write_checkpoint(folder, dict(checkpoint.raw_config), tensors)
-    return with_tokenizer(folder, resource("calibration") / "reference-model")
-
-
-@pytest.mark.parametrize("method", ["awq", "gptq", "rtn"])
-@pytest.mark.parametrize("config", [tiny_config(), tiny_moe_config()], ids=["dense", "moe"])
-def test_what_is_shipped_after_a_fold_is_the_same_model_and_better(
-    tmp_path: Path, config: dict[str, object], method: str
-) -> None:
-    plain = open_checkpoint(write_checkpoint(tmp_path / "plain", {**config, "vocab_size": VOCABULARY}))
-    source = with_outliers(plain, tmp_path / "outliers")
-    rows = random_rows(VOCABULARY, [40])
-    wanted = our_logits(source, rows)[0]
-    np.testing.assert_allclose(wanted, our_logits(plain.folder, rows)[0], rtol=0, atol=1e-4)
-    errors = {}
-    for fold in ("none", "awq"):
-        scheme = {"num_bits": 4, "group_size": 32 if config["model_type"] == "qwen3" else 16}
-        values = {"name": fold, "method": method, "rules": [{"match": "*", "scheme": scheme}]}
-        recipe = Recipe.from_dict({**values, "options": {"fold": fold}, "experts": {"min_tokens": 0}}, "test")
-        quantize(open_checkpoint(source), recipe, tmp_path / fold, Settings(samples=12, sequence_length=64))
-        errors[fold] = float(((our_logits(tmp_path / fold, rows)[0] - wanted) ** 2).mean())
-    norm = "model.layers.0.input_layernorm.weight"
-    before, after = (open_checkpoint(path).read(norm).astype(np.float32) for path in (source, tmp_path / "awq"))
-    # The outliers are gone from the norm that is shipped.
-    assert (before[::9] / after[::9]).mean() > 4 * (before / after)[1::9].mean()
-    assert errors["awq"] < 0.8 * errors["none"]

@@ -1,0 +1,180 @@
+"""AWQ's search of scales and its clip search against brute force, and what is shipped after a fold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
+from qwen3_export.core.qwen3 import block_name
+from qwen3_export.core.recipe import Recipe
+from qwen3_export.core.resources import resource
+from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.model.decoder import load_block
+from qwen3_export.model.workers import Workers, workers
+from qwen3_export.solve.fold import apply, search, sites
+from qwen3_export.solve.grid import find_grid, range_grid, round_to
+from qwen3_export.solve.moments import Sample, collect
+from qwen3_export.solve.quantize import Settings, quantize
+from tests.artifact.support import VOCABULARY, with_tokenizer
+from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
+from tests.reference.models import our_logits, random_rows
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Workers:
+    with workers(2) as found:
+        yield found
+
+
+@torch.no_grad()
+def test_awq_repairs_large_channels_and_leaves_even_ones_alone(tmp_path: Path, pool: Workers) -> None:
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "model", tiny_config(hidden_size=64)))
+    block = load_block(checkpoint, 0)
+    site = sites(block)[0]
+    generator = torch.Generator().manual_seed(5)
+    for name in site.targets:
+        block.weights[name] = torch.randn(block.weights[name].shape, generator=generator) * 0.05
+    scheme = QuantScheme(num_bits=4, group_size=32)
+    schemes = dict.fromkeys(site.targets, scheme)
+    even = torch.randn(500, 64, generator=generator)
+    large = even.clone()
+    large[:, ::16] *= 60
+    for name in site.targets:
+        block.weights[name][:, ::16] /= 60
+
+    def moments(x: torch.Tensor) -> object:
+        return collect(lambda _: Sample(x), [0], 1, 64, "cpu", pool)
+
+    scales = search("awq", site, block, moments(large), schemes, pool)
+    assert scales is not None
+    assert scales[::16].min() > 4 * scales[1::16].max()
+
+    def error(spread: torch.Tensor) -> float:
+        total = 0.0
+        for name in site.targets:
+            scaled = block.weights[name] * spread
+            grid = find_grid(scaled, scheme, "absmax").columns(scaled.shape)
+            delta = (round_to(scaled, grid.scales, grid.zeros, scheme) - grid.zeros) * grid.scales - scaled
+            total += float((large @ (delta / spread).T).double().square().sum())
+        return total
+
+    assert error(scales) < 0.3 * error(torch.ones(64))
+
+
+def test_the_hessian_search_takes_the_shrink_with_the_least_output_error() -> None:
+    generator = torch.Generator().manual_seed(6)
+    scheme = QuantScheme(num_bits=4, group_size=16)
+    weight = torch.randn(8, 32, generator=generator)
+    x = torch.randn(200, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
+    hessian = x.T @ x / 200
+    blocks = torch.stack([hessian[:16, :16], hessian[16:, 16:]])
+    grid = find_grid(weight, scheme, "hessian", blocks)
+    for group in range(2):
+        columns = slice(16 * group, 16 * group + 16)
+        part = weight[:, None, columns]
+
+        def error(scales: torch.Tensor, part: torch.Tensor = part, columns: slice = columns) -> torch.Tensor:
+            codes = round_to(part[:, 0], scales, torch.full_like(scales, 8.0), scheme)
+            delta = (codes - 8) * scales - part[:, 0]
+            return (x[:, columns] @ delta.T).double().square().sum(0)
+
+        tried = [error(range_grid(part, scheme, 1 - 0.025 * step)[0]) for step in range(-2, 22)]
+        best = torch.stack(tried).min(0).values
+        torch.testing.assert_close(error(grid.scales[:, group : group + 1]), best, rtol=1e-4, atol=0)
+
+
+def with_outliers(checkpoint: Checkpoint, folder: Path) -> Path:
+    """The same function with every ninth channel of the norms 64 times as large, powers of two throughout."""
+    tensors = {name: checkpoint.read(name) for name in checkpoint.files}
+    for layer in range(checkpoint.config.num_layers):
+        block = load_block(checkpoint, layer)
+        for site in (site for site in sites(block) if site.is_norm):
+            scales = torch.ones(len(site.index))
+            scales[::9] = 2.0**-6
+            apply(block, site, scales, BF16)
+        tensors |= {
+            f"{block_name(layer)}.{name}.weight": weight.numpy().astype(BF16) for name, weight in block.weights.items()
+        }
+    write_checkpoint(folder, dict(checkpoint.raw_config), tensors)
+    return with_tokenizer(folder, resource("calibration") / "reference-model")
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "rtn"])
+@pytest.mark.parametrize("config", [tiny_config(), tiny_moe_config()], ids=["dense", "moe"])
+def test_what_is_shipped_after_a_fold_is_the_same_model_and_better(
+    tmp_path: Path, config: dict[str, object], method: str
+) -> None:
+    plain = open_checkpoint(write_checkpoint(tmp_path / "plain", {**config, "vocab_size": VOCABULARY}))
+    source = with_outliers(plain, tmp_path / "outliers")
+    rows = random_rows(VOCABULARY, [40])
+    wanted = our_logits(source, rows)[0]
+    np.testing.assert_allclose(wanted, our_logits(plain.folder, rows)[0], rtol=0, atol=1e-4)
+    errors = {}
+    for fold in ("none", "awq"):
+        scheme = {"num_bits": 4, "group_size": 32 if config["model_type"] == "qwen3" else 16}
+        values = {"name": fold, "method": method, "rules": [{"match": "*", "scheme": scheme}]}
+        recipe = Recipe.from_dict({**values, "options": {"fold": fold}, "experts": {"min_tokens": 0}}, "test")
+        quantize(open_checkpoint(source), recipe, tmp_path / fold, Settings(samples=12, sequence_length=64))
+        errors[fold] = float(((our_logits(tmp_path / fold, rows)[0] - wanted) ** 2).mean())
+    norm = "model.layers.0.input_layernorm.weight"
+    before, after = (open_checkpoint(path).read(norm).astype(np.float32) for path in (source, tmp_path / "awq"))
+    # The outliers are gone from the norm that is shipped.
+    assert (before[::9] / after[::9]).mean() > 4 * (before / after)[1::9].mean()
+    assert errors["awq"] < 0.8 * errors["none"]
+
+
+def awq_candidates(x: torch.Tensor, weights: list[torch.Tensor], columns: torch.Tensor, group: int) -> list[np.ndarray]:
+    """The paper's s = mean|x|^α, alone and over mean|w|^(1 − α), w relative to its group's largest; in fp64."""
+    rows = int(columns.max()) + 1
+
+    def collapsed(values: np.ndarray) -> np.ndarray:
+        return np.array([values[columns.numpy() == row].mean() for row in range(rows)])
+
+    shares = []
+    for weight in weights:
+        cells = weight.double().abs().numpy().reshape(len(weight), -1, group)
+        shares.append((cells / cells.max(-1, keepdims=True)).reshape(weight.shape).mean(0))
+    size, share = collapsed(x.double().abs().mean(0).numpy()), collapsed(np.mean(shares, 0))
+    found = [np.ones(rows)]
+    for step in range(1, 11):
+        found += [size ** (step / 10), size ** (step / 10) / (share ** (1 - step / 10) + 1e-4)]
+    return [scales / np.sqrt(scales.max() * scales.min()) for scales in found]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("number", [0, 1, 2, 3], ids=["q, k, v", "o", "gate, up", "down"])
+def test_awq_takes_the_scales_with_the_least_output_error(tmp_path: Path, pool: Workers, number: int) -> None:
+    """Against every candidate of the grid, its error measured on the outputs themselves."""
+    config = tiny_config(intermediate_size=64)
+    block = load_block(open_checkpoint(write_checkpoint(tmp_path / "model", config)), 0)
+    site, group = sites(block)[number], 16
+    scheme, generator = QuantScheme(num_bits=4, group_size=group), torch.Generator().manual_seed(number)
+    x = torch.randn(400, len(site.index), generator=generator)
+    x *= torch.exp(1.5 * torch.randn(len(site.index), generator=generator))
+    weights = [block.weights[name] for name in site.targets]
+    schemes = dict.fromkeys([*site.targets, site.source], scheme)
+    scales = search(
+        "awq", site, block, collect(lambda _: Sample(x), [0], 1, len(site.index), "cpu", pool), schemes, pool
+    )
+    assert scales is not None
+
+    def error(tried: np.ndarray) -> float:
+        spread = torch.from_numpy(tried).float()[site.index]
+        total = 0.0
+        for weight in weights:
+            scaled = weight * spread
+            grid = find_grid(scaled, scheme, "absmax").columns(scaled.shape)
+            rounded = (round_to(scaled, grid.scales, grid.zeros, scheme) - grid.zeros) * grid.scales
+            total += float(((x / spread) @ rounded.T - x @ weight.T).double().square().sum())
+        return total
+
+    errors = [error(candidate) for candidate in awq_candidates(x, weights, site.index, group)]
+    assert error(scales.numpy()) == pytest.approx(min(errors), rel=1e-2)
+    assert min(errors) < 0.9 * errors[0]
