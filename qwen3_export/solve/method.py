@@ -83,7 +83,7 @@ def load_method(recipe: Recipe) -> tuple[ModuleType, Any]:
         wanted = type(fields[key].default)
         if type(value) is not wanted and not (wanted is float and type(value) is int):
             raise RecipeError(f"{where}: {key} is {value!r}, a {wanted.__name__} was expected")
-        if wanted in (int, float) and not 0 <= float(value) < math.inf:
+        if wanted is not bool and isinstance(value, int | float) and not 0 <= value < math.inf:
             raise RecipeError(f"{where}: {key} is {value!r}, a number from 0 was expected")
     return module, module.Options(**recipe.options)
 
