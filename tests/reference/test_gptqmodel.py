@@ -122,7 +122,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
     w4 = OURS["w4 g128"][1]
     room.load(f"ours {REFERENCE}", ours("reference-model", base / REFERENCE, "gptq", w4))
     experts = write_text_model(base / "moe", **{**tiny_moe_config(), "vocab_size": VOCABULARY})
-    room.load(f"ours {EXPERTS}", ours(experts, base / EXPERTS, "gptq", {"num_bits": 4, "group_size": 16}))
+    for layout in ("gptq", "awq"):
+        name = f"{EXPERTS} {layout}"
+        room.load(f"ours {name}", ours(experts, base / name, layout, {"num_bits": 4, "group_size": 16}))
     calibration = str(base / "calibration.npz")
     for name, (config, _) in THEIRS.items():
         output = base / f"theirs {name}"
@@ -159,7 +161,7 @@ def test_gptqmodel_gives_the_weights_and_logits_of_our_folders(answers: dict[str
     assert_same(answers[f"ours {name}"])
 
 
-@pytest.mark.parametrize("name", [REFERENCE, EXPERTS])
+@pytest.mark.parametrize("name", [REFERENCE, f"{EXPERTS} gptq", f"{EXPERTS} awq"])
 def test_gptqmodel_gives_the_weights_and_logits_of_whole_models(answers: dict[str, Answer], name: str) -> None:
     assert_same(answers[f"ours {name}"])
 
