@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+JUDGE := .venv/.gptqmodel
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: setup demo test lint bench clean
@@ -12,15 +13,19 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or later is needed (set PYTHON=…)"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) -e '.[solve,onnx,gguf,tensorrt,dev]'
-	# The tests' judge of GPTQ and AWQ folders. Its build looks for torch, so it builds in this environment.
-	$(PIP) --no-deps defuser device-smi logbar pypcre threadpoolctl tokenicer pillow setuptools wheel
-	$(PIP) --no-deps --no-build-isolation gptqmodel
 	touch $(STAMP)
+
+# What loads GPTQ and AWQ folders in the tests. A part of it is compiled; where that fails its tests are skipped,
+# which CI does not allow. The build looks for torch, so it is done in this environment.
+$(JUDGE): $(STAMP)
+	{ $(PIP) --no-deps defuser device-smi logbar pypcre threadpoolctl tokenicer pillow setuptools wheel \
+	&& $(PIP) --no-deps --no-build-isolation gptqmodel && touch $(JUDGE); } \
+	|| echo "warning: GPTQModel was not installed, its tests are skipped" >&2
 
 demo: $(STAMP)
 	$(BIN)/qwen3-export demo --output demo-output --force
 
-test: $(STAMP)
+test: $(STAMP) $(JUDGE)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP)

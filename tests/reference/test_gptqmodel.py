@@ -26,7 +26,7 @@ from tests.conftest import tiny_moe_config
 from tests.reference.models import TOLERANCE, dequantized, our_logits, random_rows, relative_error
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("gptqmodel") is None, reason="GPTQModel is not installed; `make setup` does it"
+    importlib.util.find_spec("gptqmodel") is None, reason="GPTQModel is not installed; `make test` does it"
 )
 # Eleven bits of mantissa, through every layer.
 IN_FP16 = 2e-2
