@@ -43,6 +43,7 @@ RECIPES = (
     "awq-gptq-w4a16-g128-asym",
     "rtn-w4a16-g32",
     "gptq-w4a16-g32",
+    "gptq-max-w4a16-g32",
     "fp8-dynamic",
     "fp8-static",
     "fp8-block128",

@@ -8,7 +8,7 @@ Labels are drawn from the original's own answers, so G is the Fisher information
     down   block by block: run it again, push the gradient through, add up g gᵀ of every linear
 
 Memory is bounded by one block and a few rows of activations. Of `[out, out]` only diagonal pieces of at
-most 512 rows are kept: what lies between them matters little, and a file grows with `out` alone.
+most 256 rows are kept: what lies between them matters little, and a file grows with `out` alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from qwen3_export.model.workers import Workers
 from qwen3_export.solve.states import RowFile
 from qwen3_export.text import Rows
 
-PIECE = 512
+PIECE = 256
 TOKENS_AT_ONCE = 2048
 TOP_TOKENS = 128
 _HEAD_ROWS = 16384

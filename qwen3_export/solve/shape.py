@@ -22,10 +22,11 @@ from torch import Tensor
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.solve.grid import Grid
 
-BATCH = 32
+BATCH = 8
 # Share of the mean diagonal of G that is added to it: G is measured on few tokens.
 DAMPING = 0.1
-_TASKS = 4
+# Few, so that a batch has rows of many pieces: thin operations cost as much as wide ones.
+_TASKS = 2
 
 Solve = Callable[[Tensor], tuple[Grid, Tensor]]
 
