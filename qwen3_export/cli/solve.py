@@ -11,7 +11,7 @@ import typer
 from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console, recipes
 from qwen3_export.cli.console import fields, size, table
 from qwen3_export.core.checkpoint import Checkpoint
-from qwen3_export.core.imports import uninterrupted
+from qwen3_export.core.imports import uncollected, uninterrupted
 from qwen3_export.core.manifest import refuse_existing, staged_file
 from qwen3_export.core.recipe import load_recipe, recipe_names
 from qwen3_export.core.source import open_source
@@ -105,6 +105,7 @@ def quantize(
     refuse_existing(output.absolute(), force)
     if device not in ("cpu", "cuda"):
         raise InputError(f"--device {device}: cpu or cuda was expected")
+    checkpoint.hash_ahead()
     _need_torch()
     from qwen3_export.solve.quantize import Settings
     from qwen3_export.solve.quantize import quantize as run
@@ -117,7 +118,7 @@ def quantize(
 
 def _need_torch() -> None:
     try:
-        with uninterrupted():
+        with uninterrupted(), uncollected():
             import torch  # noqa: F401  (asked for here, so that its absence is a clear error)
     except ImportError as error:
         raise MissingRuntimeError("quantizing needs torch", "pip install 'qwen3-export[solve]'") from error

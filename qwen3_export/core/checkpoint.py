@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core import foreign
 from qwen3_export.core.layouts import DEFAULT, Stored, layout
-from qwen3_export.core.manifest import MANIFEST, read_manifest, sha256_file
+from qwen3_export.core.manifest import MANIFEST, beside, read_manifest, sha256_file
 from qwen3_export.core.qwen3 import Qwen3Config, parse_config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
@@ -127,9 +128,20 @@ class Checkpoint:
         found = {path for pattern in _SIDECARS for path in self.folder.glob(pattern)}
         return sorted(path for path in found if path.is_file() and path.name not in skipped)
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         """Hash of the configuration and of every shard's bytes."""
+        return self._hashing.result()
+
+    def hash_ahead(self) -> None:
+        """Start to compute `sha256` beside other work; what goes wrong is raised where it is asked for."""
+        _ = self._hashing
+
+    @cached_property
+    def _hashing(self) -> Future[str]:
+        return beside(self._hash)
+
+    def _hash(self) -> str:
         shards = sorted({file.path for file in self.files.values()})
         lines = [f"{path.name} {sha256_file(path)}\n" for path in (self.folder / "config.json", *shards)]
         return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,33 @@ from qwen3_export import __version__
 from qwen3_export.errors import InputError
 
 MANIFEST = "qwen3-export.json"
+_PIECE = 16 << 20
 # In a partial folder: what is in here was written by a run of ours and may be removed by the next.
 _MARKER = ".qwen3-export-partial"
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Hex digest of a file's bytes, read in pieces: large ones, since each waits for Python's lock."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(max(1, min(_PIECE, os.fstat(file.fileno()).st_size))))
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def beside(work: Callable[[], str]) -> Future[str]:
+    """Start some work in a thread of its own; a command that fails meanwhile does not wait for it."""
+    future: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def sha256_text(text: str) -> str:

@@ -57,10 +57,14 @@ def pack_bytes(codes: NDArray[np.uint8], num_bits: int) -> NDArray[np.uint8]:
     padding = -codes.shape[-1] % per_byte
     if padding:
         codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)])
-    packed = np.ascontiguousarray(codes[..., 0::per_byte])
+    if per_byte == 1:
+        return np.ascontiguousarray(codes)
+    # The codes of a byte as one word, each moved down to its place; what lies above is cut off.
+    words = np.ascontiguousarray(codes).view(f"<u{per_byte}")
+    packed = words.copy()
     for i in range(1, per_byte):
-        packed = packed | (codes[..., i::per_byte] << np.uint8(i * num_bits))
-    return packed
+        packed |= words >> np.array(i * (8 - num_bits), words.dtype)
+    return packed.astype(np.uint8)
 
 
 def unpack_bytes(packed: NDArray[np.uint8], num_bits: int) -> NDArray[np.uint8]:

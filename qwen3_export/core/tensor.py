@@ -32,7 +32,8 @@ SMALLEST_SCALE = 2.0**-14
 LARGEST_SCALE = 65280.0
 # Values of the sixteen E2M1 codes (OCP Microscaling Formats 1.0): sign, two exponent bits, one mantissa bit.
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-_NAN_CODES = (0x7F, 0xFF)
+# Without its sign.
+_NAN_CODE = 0x7F
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class QuantizedTensor:
             raise ValueError(f"{self.name}: an input scale must be given exactly for static activations")
         if int(self.codes.max(initial=0)) > self.scheme.max_code:
             raise ValueError(f"{self.name}: a code exceeds {self.scheme.max_code}")
-        if self.scheme.type == "float" and self.scheme.num_bits == 8 and np.isin(self.codes, _NAN_CODES).any():
+        if self.scheme.type == "float" and self.scheme.num_bits == 8 and (self.codes & 0x7F == _NAN_CODE).any():
             raise ValueError(f"{self.name}: a code is E4M3's NaN")
 
     @property

@@ -42,7 +42,8 @@ DTYPES: dict[str, np.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_LIMIT = 100_000_000
-_PIECE = 16 << 20
+# Small enough for a core's cache.
+_PIECE = 1 << 20
 _MOST_AXES = 64
 
 
@@ -194,15 +195,16 @@ class TensorFileWriter:
         entry = source.entries[name]
         if name != next(self._pending, None) or (entry.dtype, entry.shape) != self._specs[name]:
             raise ValueError(f"{name} {entry.dtype} {entry.shape} is not the next announced tensor")
-        with source.path.open("rb") as file:
+        with source.path.open("rb", buffering=0) as file:
             file.seek(entry.begin)
             left = entry.end - entry.begin
+            buffer = memoryview(bytearray(min(left, _PIECE)))
             while left:
-                piece = file.read(min(left, _PIECE))
-                if not piece:
+                count = file.readinto(buffer[:left])
+                if not count:
                     raise CheckpointError(f"{source.path}: tensor {name}: the file became shorter while it was read")
-                self._file.write(piece)
-                left -= len(piece)
+                self._file.write(buffer[:count])
+                left -= count
 
     def __enter__(self) -> TensorFileWriter:
         return self

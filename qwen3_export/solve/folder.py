@@ -30,7 +30,7 @@ from qwen3_export.solve.job import SolvedBlock
 
 @dataclass(frozen=True)
 class QuantizedFolder:
-    """`OUTPUT.partial/` of one run; `identity` is everything that decides its bytes."""
+    """`OUTPUT.partial/` of one run; `identity` is everything that decides its bytes beside the checkpoint."""
 
     folder: Path
     checkpoint: Checkpoint
@@ -52,13 +52,16 @@ class QuantizedFolder:
             saved = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"{path} cannot be read ({error})", "--no-resume starts over") from error
-        for key, value in self.identity.items():
+        for key, value in self._identity().items():
             if saved["identity"].get(key) != value:
                 raise InputError(
                     f"{self.folder} holds an unfinished run with another {key}",
                     "repeat that run's arguments to finish it, or --no-resume to start over",
                 )
         return list(saved["blocks"])
+
+    def _identity(self) -> dict[str, Any]:
+        return {"source": self.checkpoint.sha256, **self.identity}
 
     def start_over(self) -> None:
         """Forget an earlier run."""
@@ -119,7 +122,8 @@ class QuantizedFolder:
 
     def save_progress(self, blocks: list[dict[str, Any]]) -> None:
         """Record the finished blocks, after their files are on the disk."""
-        write_atomic(self.scratch / "progress.json", to_json({"identity": dict(self.identity), "blocks": blocks}))
+        # Without indents, which cost a hundred times as much: it is written anew for every block.
+        write_atomic(self.scratch / "progress.json", json.dumps({"identity": self._identity(), "blocks": blocks}))
 
     def finish(self, recipe: Recipe, manifest: Mapping[str, Any], schemes: Mapping[str, QuantScheme]) -> None:
         """Add configuration, index, sidecars and manifest, and drop the working state."""

@@ -22,6 +22,7 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import LARGEST_SCALE, SMALLEST_SCALE
 from qwen3_export.errors import RecipeError
 from qwen3_export.model.activations import round_e4m3
+from qwen3_export.solve.table import cheapest
 
 TORCH_SCALES = {
     "bf16": torch.bfloat16,
@@ -33,7 +34,9 @@ TORCH_SCALES = {
 # Largest value of E2M1 and E4M3, by bits.
 LARGEST_FLOAT = {4: 6.0, 8: 448.0}
 SEARCHES = ("absmax", "mse", "hessian")
-_SHRINK = [1.0 - 0.025 * step for step in range(-2, 22)]
+_SHRINK = tuple(1.0 - 0.025 * step for step in range(-2, 22))
+# Weights that are rounded at once, and weights whose error under every range is in memory at once.
+_CACHED_WEIGHTS, _CLOSE_WEIGHTS = 1 << 16, 1 << 12
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,25 @@ def round_to(weight: Tensor, scales: Tensor, zeros: Tensor, scheme: QuantScheme)
     """Codes in fp32: `clamp(round(w / s) + z, 0, max_code)`, or the nearest float of the scheme's type."""
     units = weight / scales
     if scheme.type == "int":
-        return torch.clamp(units.round_().add_(zeros), 0, scheme.max_code)
+        return units.round_().add_(zeros).clamp_(0, scheme.max_code)
     if scheme.num_bits == 8:
         return round_e4m3(units)
     units = units.clamp_(-LARGEST_FLOAT[4], LARGEST_FLOAT[4])
     size = units.abs()
     step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
     return torch.round(units / step) * step
+
+
+def round_onto(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Codes of a weight `[out, in]` in fp32, and what each weight changes by."""
+    if grid.scheme.per_row:
+        cells, scales, zeros = cut(weight, grid.scheme), grid.scales.unsqueeze(-1), grid.zeros.unsqueeze(-1)
+    else:
+        full = grid.columns(weight.shape)
+        cells, scales, zeros = weight, full.scales, full.zeros
+    codes = round_to(cells, scales, zeros, grid.scheme)
+    delta = (codes - zeros).mul_(scales).sub_(cells)
+    return codes.reshape(weight.shape), delta.reshape(weight.shape)
 
 
 def shared_global_scale(weights: Sequence[Tensor], scheme: QuantScheme) -> float:
@@ -102,7 +117,7 @@ def cut(weight: Tensor, scheme: QuantScheme) -> Tensor:
 def find_grid(
     weight: Tensor, scheme: QuantScheme, search: str, importance: Tensor | None = None, global_scale: float = 1.0
 ) -> Grid:
-    """Scales and zeros of a weight `[out, in]`.
+    """Scales and zeros of a weight `[out, in]`, fp32 or as it is stored.
 
     `absmax` covers the whole range; `mse` tries 24 shrunken ranges and keeps, per group, the one
     with the least squared error, each column weighted by `importance` `[in]` (the Hessian's
@@ -112,12 +127,52 @@ def find_grid(
     if search not in SEARCHES:
         raise RecipeError(f"scale_search is {search!r}; one of {list(SEARCHES)} was expected")
     groups = cut(weight, scheme)
-    best = list(range_grid(groups, scheme, 1.0, global_scale))
     if search == "absmax":
-        return Grid(scheme, best[0], best[1])
+        return Grid(scheme, *range_grid(groups.float(), scheme, 1.0, global_scale))
     if importance is not None and search == "mse":
         importance = cut(importance.expand(scheme.rows_per_scale(len(weight)), -1), scheme)
-    weigh = partial(_weighted, importance=importance, blocks=search == "hessian")
+    found = cheapest(groups, scheme, importance, _SHRINK, _table_errors) if search == "mse" else None
+    if found is None:
+        blocks = search == "hessian"
+        # Parts that fit into a core's cache, but for products, whose last bits follow from their size.
+        step = len(groups) if blocks else max(_CACHED_WEIGHTS // (groups.shape[1] * groups.shape[2]), 1)
+        cuts = [groups[i : i + step].float() for i in range(0, len(groups), step)]
+        parts = [_try_all(part, scheme, importance, blocks, global_scale) for part in cuts]
+        return Grid(scheme, torch.cat([part.scales for part in parts]), torch.cat([part.zeros for part in parts]))
+    largest, choice, certain = found
+    factors = torch.tensor([shrink * 2 / scheme.max_code for shrink in _SHRINK], dtype=torch.float32)
+    scales = round_scale(largest * factors[choice], scheme)
+    if not certain.all():
+        close = ~certain
+        weights = None if importance is None else importance.expand(groups.shape)[close]
+        scales[close] = _try_close(groups[close].float(), largest[close], scheme, weights)
+    return Grid(scheme, scales, torch.full_like(scales, scheme.midpoint))
+
+
+def _try_close(groups: Tensor, largest: Tensor, scheme: QuantScheme, importance: Tensor | None) -> Tensor:
+    """As `_try_all`, all ranges at once, for a few groups `[n, weights]` of symmetric integers: scales `[n]`."""
+    shrinks = [1.0, *_SHRINK]
+    factors = torch.tensor([shrink * 2 / scheme.max_code for shrink in shrinks], dtype=torch.float32)
+    scales = round_scale(largest * factors.unsqueeze(-1), scheme)
+    best, step = torch.empty_like(largest), max(_CLOSE_WEIGHTS // groups.shape[1], 1)
+    for begin in range(0, len(groups), step):
+        part = slice(begin, begin + step)
+        delta = _rounding_error(
+            groups[part], scales[:, part], torch.full_like(scales[:, part], scheme.midpoint), scheme
+        )
+        error = _weighted(delta, None if importance is None else importance[part], False)
+        # numpy takes the first of equal errors, as a loop does.
+        choice = torch.from_numpy(error.numpy().argmin(0))
+        best[part] = scales[:, part].gather(0, choice.unsqueeze(0)).squeeze(0)
+    return best
+
+
+def _try_all(
+    groups: Tensor, scheme: QuantScheme, importance: Tensor | None, blocks: bool = False, global_scale: float = 1.0
+) -> Grid:
+    """The grid of the range with the least error, one range after another; `groups` `[rows, groups, weights]`."""
+    best = list(range_grid(groups, scheme, 1.0, global_scale))
+    weigh = partial(_weighted, importance=importance, blocks=blocks)
     error = weigh(_rounding_error(groups, best[0], best[1], scheme))
     for shrink in _SHRINK:
         candidate = range_grid(groups, scheme, shrink, global_scale)
@@ -126,6 +181,15 @@ def find_grid(
         error = torch.where(better, candidate_error, error)
         best = [torch.where(better, new, old) for new, old in zip(candidate, best, strict=True)]
     return Grid(scheme, best[0], best[1])
+
+
+def _table_errors(scheme: QuantScheme, largest: Tensor, weights: Tensor) -> Tensor:
+    """Squared errors `[n, m, ranges]` of weights `[1, m, 1]` in groups whose largest is `[n, 1, 1]`."""
+    errors = torch.empty(len(largest), weights.shape[1], len(_SHRINK))
+    for number, shrink in enumerate(_SHRINK):
+        scales, zeros = range_grid(largest, scheme, shrink)
+        errors[:, :, number] = _rounding_error(weights, scales, zeros, scheme).square_().squeeze(-1)
+    return errors
 
 
 def range_grid(groups: Tensor, scheme: QuantScheme, shrink: float, global_scale: float = 1.0) -> tuple[Tensor, Tensor]:

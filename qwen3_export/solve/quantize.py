@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -21,9 +22,9 @@ from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import InputError, MissingRuntimeError, RecipeError
-from qwen3_export.model.workers import workers
+from qwen3_export.model.workers import give_back, workers
 from qwen3_export.solve.folder import QuantizedFolder
-from qwen3_export.solve.job import Job, SolvedLinear
+from qwen3_export.solve.job import Job, SolvedBlock, SolvedLinear
 from qwen3_export.solve.limits import check_disk, check_memory, hold_memory
 from qwen3_export.solve.method import load_method
 from qwen3_export.solve.outputs import measure
@@ -57,6 +58,7 @@ def quantize(
     that was stopped goes on from its last finished block and ends with the same bytes.
     """
     progress, started = progress or Progress(), time.monotonic()
+    checkpoint.hash_ahead()
     refuse_existing(output.absolute(), settings.force)
     if checkpoint.is_quantized:
         raise InputError(f"{checkpoint.folder} is quantized already", "give the 16-bit original")
@@ -75,7 +77,6 @@ def quantize(
     outputs = method.needs_outputs(options)
     check_memory(checkpoint.config, rows, original, settings.memory, floor, outputs)
     identity = {
-        "source": checkpoint.sha256,
         "recipe": recipe.sha256,
         "calibration": rows.sha256 if rows else None,
         "seed": settings.seed,
@@ -152,25 +153,41 @@ def _with_outputs(job: Job, seed: int, resumed: int, progress: Progress) -> Job:
 def _run(job: Job, target: QuantizedFolder, settings: Settings, progress: Progress) -> tuple[list[dict[str, Any]], int]:
     """Solve the blocks that are not done yet; returns all blocks' results and how many were there."""
     blocks = target.resume()
-    resumed = len(blocks)
-    if not blocks:
-        target.write_outer()
-        if job.rows is not None:
+    resumed, layers = len(blocks), job.checkpoint.config.num_layers
+    with ThreadPoolExecutor(1) as writer:
+        written: Future[None] | None = None if blocks else writer.submit(target.write_outer)
+        if job.rows is not None and not blocks:
             embed_rows(job)
-    job = _with_outputs(job, settings.seed, resumed, progress)
-    layers = job.checkpoint.config.num_layers
-    with progress.bar(f"quantize {job.checkpoint.name} ({job.recipe.name})", layers) as tick:
-        for layer in range(layers):
-            if layer >= resumed:
-                solved = solve_block(job, layer)
-                target.write_block(layer, solved)
-                linears = _linears_result(job.recipe, solved.linears, progress)
-                blocks.append({"linears": linears, "expert_tokens": solved.expert_tokens})
-                target.save_progress(blocks)
-                forget_hidden(job, layer)
-                hold_memory(settings.memory)
-            tick()
+        job = _with_outputs(job, settings.seed, resumed, progress)
+        with progress.bar(f"quantize {job.checkpoint.name} ({job.recipe.name})", layers) as tick:
+            for layer in range(layers):
+                if layer >= resumed:
+                    solved = solve_block(job, layer)
+                    if written is not None:
+                        written.result()
+                    linears = _linears_result(job.recipe, solved.linears, progress)
+                    blocks.append({"linears": linears, "expert_tokens": solved.expert_tokens})
+                    written = writer.submit(_keep_block, job, target, layer, solved, list(blocks))
+                    if job.rows is not None:
+                        # Hidden states before and after a block would be on the disk together for too long.
+                        written.result()
+                    hold_memory(settings.memory)
+                tick()
+        if written is not None:
+            written.result()
     return blocks, resumed
+
+
+def _keep_block(
+    job: Job, target: QuantizedFolder, layer: int, solved: SolvedBlock, blocks: list[dict[str, Any]]
+) -> None:
+    """Bring a block to the disk, then count it as done; while that lasts, the next one may be solved."""
+    target.write_block(layer, solved)
+    target.save_progress(blocks)
+    if job.rows is not None:
+        forget_hidden(job, layer)
+        # Moments and states of all sizes leave holes; rounding alone reuses the same few pieces.
+        give_back()
 
 
 def _linears_result(recipe: Recipe, linears: Mapping[str, SolvedLinear], progress: Progress) -> dict[str, Any]:

@@ -16,6 +16,7 @@ number of threads or the memory, so the bytes depend on neither.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen3_export.core.qwen3 import block_name
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.block import NUM_STAGES, Block, State
 from qwen3_export.model.decoder import Rope, load_block, put_quantized, rope_tables, to_torch
 from qwen3_export.solve.experts import Inputs, Layer, count_tokens
@@ -71,12 +73,11 @@ class Walk:
 
 def solve_block(job: Job, layer: int) -> SolvedBlock:
     """Quantize one block; with inputs, leave the hidden states after it in `hidden_path(layer + 1)`."""
-    block, config = load_block(job.checkpoint, layer, job.device), job.checkpoint.config
+    config = job.checkpoint.config
     experts = config.num_experts if config.is_sparse(layer) else 0
     if job.rows is None:
-        groups = [_groups(block.stage_linears(stage)) for stage in range(NUM_STAGES)]
-        found = [_solve_linears(job, block, names, None) for stage in groups for names in stage]
-        return SolvedBlock({name: linear for part in found for name, linear in part.items()}, {}, [0] * experts)
+        return SolvedBlock(_solve_alone(job, layer), {}, [0] * experts)
+    block = load_block(job.checkpoint, layer, job.device)
     rope = rope_tables(config, 0, len(job.rows.ids[0]), job.device)
     replaced = _fold(job, block, rope) if job.fold != "none" else {}
     walks = [_enter(job, block, stream) for stream in job.streams]
@@ -168,16 +169,35 @@ def _groups(names: list[str]) -> Iterator[list[str]]:
     yield from ([name for name in names if name.rpartition(".")[0] == owner] for owner in owners)
 
 
-def _solve_linears(job: Job, block: Block, names: list[str], inputs: Inputs | None) -> dict[str, SolvedLinear]:
+def _solve_alone(job: Job, layer: int) -> dict[str, SolvedLinear]:
+    """Solve a block's linears without inputs, as they are stored: a group in memory, the next one on its way."""
+    block, prefix = Block(job.checkpoint.config, layer, {}), block_name(layer)
+    schemes, results = job.schemes(block), {}
+    groups = [
+        {f"{prefix}.{name}": schemes[name] for name in names if name in schemes}
+        for stage in range(NUM_STAGES)
+        for names in _groups(block.stage_linears(stage))
+    ]
+
+    def read(group: dict[str, QuantScheme]) -> dict[str, Tensor]:
+        return {name: to_torch(job.checkpoint.read(f"{name}.weight")).to(job.device) for name in group}
+
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(read, groups[0])
+        for group, following in zip(groups, [*groups[1:], {}], strict=True):
+            weights, coming = coming.result(), reader.submit(read, following)
+            solved = job.method.solve(Group(weights, group), job.options, job.pool)
+            results.update({name: SolvedLinear(result, 0) for name, result in solved.items()})
+    return results
+
+
+def _solve_linears(job: Job, block: Block, names: list[str], inputs: Inputs) -> dict[str, SolvedLinear]:
     """Solve some linears of a block and put what will be shipped in their place."""
     prefix, local = block_name(block.layer), job.schemes(block)
     chosen = {f"{prefix}.{name}": local[name] for name in names if name in local}
     if not chosen:
         return {}
     weights = {name: block.weights[name.removeprefix(f"{prefix}.")] for name in chosen}
-    if inputs is None:
-        solved = job.method.solve(Group(weights, chosen), job.options, job.pool)
-        return {name: SolvedLinear(result, 0) for name, result in solved.items()}
     moments, (fitted, held_out) = inputs.moments, inputs.parts or (None, None)
     peak = 0.0 if moments.peak is None else float(moments.peak.max())
     group = Group(

@@ -16,8 +16,21 @@ from torch import Tensor
 
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.fold import FOLDS
-from qwen3_export.solve.grid import SEARCHES, find_grid, round_to, shared_global_scale
-from qwen3_export.solve.method import Group, Rows, Solved, check_choice, check_finite, check_inputs, energy, solve_rows
+from qwen3_export.solve.grid import SEARCHES, Grid, find_grid, round_onto, shared_global_scale
+from qwen3_export.solve.method import (
+    Group,
+    Rows,
+    Solved,
+    check_choice,
+    check_finite,
+    check_inputs,
+    energy,
+    row_pieces,
+    solve_rows,
+)
+
+# Weights whose grid is searched in one go: more share a look at the table, fewer keep all threads busy.
+_SEARCHED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -59,35 +72,49 @@ def solve(group: Group, options: Options, pool: Workers) -> dict[str, Solved]:
 def round_group(group: Group, search: str, pool: Workers) -> dict[str, Solved]:
     """Search each weight's grid and round onto it, `[out, in]` by pieces of rows."""
     check_inputs(group)
-    solved = {}
     for name, weight in group.weights.items():
         check_finite(name, weight)
-        scheme, hessian = group.schemes[name], group.hessian
-        global_scale = shared_global_scale(list(group.weights.values()), scheme)
-        found, importance = search, None
-        if search == "hessian" and hessian is not None:
-            blocks = scheme.per_row
-            length = scheme.group_length(weight.shape[1])
-            importance = _diagonal_blocks(hessian, length) if blocks else hessian.diagonal()
-            found = "hessian" if blocks else "mse"
+    weights = list(group.weights.values())
+    units = {name: shared_global_scale(weights, group.schemes[name]) for name in group.weights}
+    grids = _find_grids(group, search, units, pool)
+    return {name: _round(name, grids[name], units[name], group, pool) for name in group.weights}
 
-        def piece(
-            rows: slice,
-            weight: Tensor = weight,
-            name: str = name,
-            found: str = found,
-            importance: Tensor | None = importance,
-            global_scale: float = global_scale,
-        ) -> Rows:
-            part, scheme = weight[rows], group.schemes[name]
-            grid = find_grid(part, scheme, found, importance, global_scale)
-            full = grid.columns(part.shape)
-            codes = round_to(part, full.scales, full.zeros, scheme)
-            delta = (codes - full.zeros) * full.scales - part
-            return Rows(grid, codes, energy(delta, group.hessian), energy(part, group.hessian))
 
-        solved[name] = solve_rows(name, weight, group, piece, pool, global_scale)
-    return solved
+def _find_grids(group: Group, search: str, units: dict[str, float], pool: Workers) -> dict[str, list[Grid]]:
+    """Every weight's grid in parts of rows, those of all weights side by side."""
+    work = [
+        (name, rows)
+        for name, weight in group.weights.items()
+        for rows in row_pieces(weight, group.schemes[name], max(_SEARCHED_AT_ONCE // weight.shape[1], 1))
+    ]
+
+    def one(item: tuple[str, slice]) -> Grid:
+        name, rows = item
+        scheme, found, importance = group.schemes[name], search, None
+        if search == "hessian" and group.hessian is not None:
+            length = scheme.group_length(len(group.hessian))
+            importance = _diagonal_blocks(group.hessian, length) if scheme.per_row else group.hessian.diagonal()
+            found = "hessian" if scheme.per_row else "mse"
+        return find_grid(group.weights[name][rows], scheme, found, importance, units[name])
+
+    found = pool.map(one, work)
+    return {
+        name: [grid for grid, (owner, _) in zip(found, work, strict=True) if owner == name] for name in group.weights
+    }
+
+
+def _round(name: str, grids: list[Grid], unit: float, group: Group, pool: Workers) -> Solved:
+    scheme, weight = group.schemes[name], group.weights[name]
+    scales, zeros = (torch.cat([getattr(grid, part) for grid in grids]) for part in ("scales", "zeros"))
+    tall = scheme.rows_per_scale(len(weight))
+
+    def piece(rows: slice) -> Rows:
+        covered = slice(rows.start // tall, -(-rows.stop // tall))
+        part, grid = weight[rows].float(), Grid(scheme, scales[covered], zeros[covered])
+        codes, delta = round_onto(part, grid)
+        return Rows(grid, codes, energy(delta, group.hessian), energy(part, group.hessian))
+
+    return solve_rows(name, weight, group, piece, pool, unit)
 
 
 def _diagonal_blocks(hessian: Tensor, length: int) -> Tensor:
