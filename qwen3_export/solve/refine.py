@@ -57,10 +57,12 @@ def _best_scale(
     trial = part[:, None].expand(length, len(_SHRINK), rows).clone().reshape(length, -1)
     flat_scale, flat_zero = scale.reshape(-1), zero.reshape(-1)
     codes, errors = torch.empty_like(trial), torch.empty_like(trial)
-    for j in range(length):
-        codes[j] = round_to(trial[j], flat_scale, flat_zero, scheme)
-        errors[j] = (trial[j] - (codes[j] - flat_zero) * flat_scale) / upper[j, j]
-        trial[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
+    # Views are taken once: at a few rows, making them costs as much as the arithmetic.
+    columns, solved, made, below = (m.unbind(0) for m in (trial, codes, errors, upper))
+    for j, pivot in enumerate(upper.diagonal().tolist()):
+        solved[j].copy_(round_to(columns[j], flat_scale, flat_zero, scheme))
+        torch.sub(columns[j], (solved[j] - flat_zero).mul_(flat_scale), out=made[j]).div_(pivot)
+        trial[j + 1 :].addr_(below[j][j + 1 :], made[j], alpha=-1)
     total = errors.square().sum(0).reshape(len(_SHRINK), rows)
     best = total.argmin(0)
     taken = best * rows + torch.arange(rows, device=part.device)
@@ -77,17 +79,19 @@ def descend(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, order: T
     scales, zeros, target = (m.T[order] for m in (full.scales, full.zeros, weight))
     work = codes.T[order].clone()
     values = (work - zeros) * scales
-    gradient = ordered @ (values - target)
+    gradient, pivots = ordered @ (values - target), ordered.diagonal().tolist()
     for begin in range(0, len(work), _BLOCK):
         end = min(begin + _BLOCK, len(work))
-        local, steps = gradient[begin:end].clone(), torch.zeros_like(work[begin:end])
+        local, steps = gradient[begin:end].clone(), torch.empty_like(work[begin:end])
         block = ordered[begin:end, begin:end]
-        for j in range(end - begin):
-            at = begin + j
-            code = round_to(values[at] - local[j] / block[j, j], scales[at], zeros[at], grid.scheme)
-            steps[j] = (code - work[at]) * scales[at]
-            work[at] = code
-            local.addr_(block[:, j], steps[j])
+        # Views are taken once: at a few rows, making them costs as much as the arithmetic.
+        views = [m[begin:end].unbind(0) for m in (values, scales, zeros, work)]
+        slopes, moves, curves = local.unbind(0), steps.unbind(0), block.unbind(1)
+        for j, (value, scale, zero, kept) in enumerate(zip(*views, strict=True)):
+            code = round_to(value - slopes[j] / pivots[begin + j], scale, zero, grid.scheme)
+            torch.sub(code, kept, out=moves[j]).mul_(scale)
+            kept.copy_(code)
+            local.addr_(curves[j], moves[j])
         gradient.addmm_(ordered[:, begin:end], steps)
     result = torch.empty_like(work)
     result[order] = work
