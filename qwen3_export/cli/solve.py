@@ -13,6 +13,7 @@ from qwen3_export.cli.console import fields, size, table
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.imports import uncollected, uninterrupted
 from qwen3_export.core.manifest import refuse_existing, staged_file
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD
 from qwen3_export.core.recipe import load_recipe, recipe_names
 from qwen3_export.core.source import open_source
 from qwen3_export.errors import InputError, MissingRuntimeError
@@ -63,10 +64,18 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "experts": config.num_experts,
         "experts_per_token": config.experts_per_token,
         "tied_head": config.tie_word_embeddings,
+        "embedding": _stored_as(checkpoint, EMBEDDING),
+        "lm_head": "tied to the embedding" if config.tie_word_embeddings else _stored_as(checkpoint, HEAD),
         "dtypes": dtypes,
         "quantized": schemes,
         "bits_per_weight": round(checkpoint.bits_per_weight, 3),
     }
+
+
+def _stored_as(checkpoint: Checkpoint, module: str) -> str:
+    """The scheme of embedding or head, or its type."""
+    scheme = checkpoint.schemes.get(module)
+    return scheme.label if scheme else str(checkpoint.entry(f"{module}.weight").dtype)
 
 
 @app.command(
@@ -130,7 +139,7 @@ def _quantized(result: dict[str, Any]) -> None:
         {
             "output": result["output"],
             "recipe": result["recipe"],
-            "quantized linears": result["tensors"],
+            "quantized matrices": result["tensors"],
             "bits per weight": f"{result['bits_per_weight']:.2f} (embedding and norms included)",
             "size": size(result["bytes"]),
             "largest error": f"{worst['error']:.2e} ({worst['name']})",
@@ -167,7 +176,9 @@ def show_recipe(
 @recipes.command("search", epilog="Example: qwen3-export recipes search reference-model --target-bpw 4.5")
 def search_recipe(
     source: Source,
-    target_bpw: Annotated[float, typer.Option(help="Bits per weight of the decoder's linears, scales included.")],
+    target_bpw: Annotated[
+        float, typer.Option(help="Bits per weight, scales included, of the decoder's linears (see --embeddings).")
+    ],
     output: Annotated[
         Optional[Path],  # noqa: UP045  (typer reads this annotation at run time)
         typer.Option(help="YAML file to write (default: NAME-mixed-BPWbpw.yaml)."),
@@ -186,6 +197,10 @@ def search_recipe(
     ] = "signed,asymmetric",
     fused: Annotated[
         bool, typer.Option("--fused/--separate", help="One scheme for q,k,v and one for gate,up, as vLLM needs it.")
+    ] = False,
+    embeddings: Annotated[
+        bool,
+        typer.Option("--embeddings/--no-embeddings", help="Quantize and count embedding and head too, tied or not."),
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: all. Never changes the recipe.")] = None,
     force: Force = False,
@@ -213,13 +228,14 @@ def search_recipe(
         measure_rows,
         fused,
         threads,
+        embeddings,
     )
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     with staged_file(path, force) as partial:
         found = search(checkpoint, settings, partial.parent, show)
         partial.write_text(to_yaml(found.recipe), encoding="utf-8")
     values = outcome(found, settings, path)
-    show.result(values, lambda: _searched(values))
+    show.result(values, lambda: _searched(values, embeddings))
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -233,16 +249,17 @@ def _bits(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in words)
 
 
-def _searched(values: dict[str, Any]) -> None:
+def _searched(values: dict[str, Any], embeddings: bool) -> None:
     shares: dict[str, int] = {}
     for unit in values["units"]:
         shares[unit["scheme"]] = shares.get(unit["scheme"], 0) + unit["weights"]
     total, uniform = sum(shares.values()), values["expected_uniform_kl"]
+    counted = "linears, embedding and head" if embeddings else "the decoder's linears"
     schemes = ", ".join(f"{label} {count / total:.0%}" for label, count in sorted(shares.items()))
     fields(
         {
             "output": values["output"],
-            "bits per weight": f"{values['bits_per_weight']:.3f} (the decoder's linears, scales included)",
+            "bits per weight": f"{values['bits_per_weight']:.3f} ({counted}, scales included)",
             "schemes": schemes,
             "sum of single KLs": f"{values['expected_kl']:.5f}"
             + (f", {values['expected_kl'] / uniform:.2f} times the best single scheme of this size" if uniform else ""),

@@ -74,7 +74,7 @@ class Checkpoint:
         return self.files[tensor].rows(tensor, begin, end)
 
     def linear(self, module: str) -> QuantizedTensor | NDArray:
-        """A linear's weight `[out, in]`: the codes when it is quantized, else the stored array.
+        """The weight `[out, in]` of a linear, the embedding or the head: codes when it is quantized, else the array.
 
         Raises CheckpointError when a code or a scale is no number.
         """
@@ -93,7 +93,7 @@ class Checkpoint:
 
     @cached_property
     def _linear_shapes(self) -> dict[str, tuple[int, int]]:
-        return self.config.all_linears()
+        return self.config.all_matrices()
 
     @cached_property
     def stored(self) -> Stored:
@@ -102,8 +102,8 @@ class Checkpoint:
 
     @property
     def head(self) -> str:
-        """Name of the tensor that the output head multiplies by: the embedding when tied."""
-        return "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+        """Name of the 16-bit tensor that the output head multiplies by: the embedding when tied."""
+        return f"{self.config.head_module}.weight"
 
     @property
     def is_quantized(self) -> bool:
@@ -164,13 +164,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     elif quantization:
         checkpoint = replace(checkpoint, quantization=quantization)
         where = str(folder / "config.json")
-        stored_as, schemes = foreign.read_schemes(where, checkpoint.stored, config.all_linears())
+        stored_as, schemes = foreign.read_schemes(where, checkpoint.stored, config.all_matrices())
         checkpoint = replace(checkpoint, schemes=schemes, layout=stored_as)
     _audit(checkpoint)
     if not quantization:
         return checkpoint
     try:
-        schemes, reordered = foreign.settle(stored_as, checkpoint.stored, schemes, config.all_linears())
+        schemes, reordered = foreign.settle(stored_as, checkpoint.stored, schemes, config.all_matrices())
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     return replace(checkpoint, schemes=schemes, reordered=reordered)
@@ -264,6 +264,11 @@ def _audit(checkpoint: Checkpoint) -> None:
         tied_copy = name == "lm_head.weight" and checkpoint.config.tie_word_embeddings
         if name not in expected and not tied_copy and not name.endswith(_IGNORED):
             raise CheckpointError(f"{checkpoint.folder}: tensor {name} belongs to no part of a Qwen3 model")
+        if tied_copy and checkpoint.config.head_module in checkpoint.schemes:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} is stored beside a quantized embedding, which config.json ties it to",
+                "set tie_word_embeddings to false in config.json if it is a head of its own",
+            )
         if tied_copy:
             _check_tied(checkpoint)
 

@@ -7,7 +7,8 @@ fp8                  the official FP8 releases               blocks of N × 128
 compressed-tensors   llm-compressor and others               packed, int, float, mxfp4, nvfp4
 
 Where a configuration and the stored numbers disagree, the numbers decide: zero points that all are the
-midpoint make a folder symmetric. What a scheme cannot say is refused by name.
+midpoint make a folder symmetric. What a scheme cannot say is refused by name. A head or an embedding may
+be quantized where the layout has a place for it: the head in GPTQ, both in compressed-tensors, untied.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from qwen3_export.core.layouts import Stored, group_index, layout
 from qwen3_export.core.layouts.compressed_tensors import IDLE
 from qwen3_export.core.layouts.gptq import format_of
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD
 from qwen3_export.core.scheme import ACTIVATION_GROUP, QuantScheme
 from qwen3_export.core.tensor import SCALE_TYPES
 from qwen3_export.errors import CheckpointError, RecipeError
@@ -32,6 +34,7 @@ Shapes = Mapping[str, tuple[int, int]]
 FALLBACK = "quantize_config.json"
 _ORIGINAL = "give the 16-bit original"
 _LINEARS = "give the 16-bit original, or a folder in which the linears of the blocks alone are quantized"
+_ROWS = "give the 16-bit original, or a folder whose head and embedding have scales per channel or group"
 _PARTS = ("qweight", "qzeros", "scales", "weight_packed", "weight_scale", "weight_scale_inv")
 _CACHE_PARTS = ("k_scale", "v_scale", "k_proj.output_scale", "v_proj.output_scale")
 _FORMATS = (
@@ -61,21 +64,27 @@ def quantization_of(folder: Path, raw: Mapping[str, Any], names: Iterable[str]) 
 
 
 def read_schemes(where: str, stored: Stored, linears: Shapes) -> tuple[str, Schemes]:
-    """Layout and scheme of every quantized linear; GPTQ's and AWQ's are asymmetric until `settle`.
+    """Layout and scheme of every quantized matrix of `linears`; GPTQ's and AWQ's are asymmetric until `settle`.
 
-    Raises CheckpointError with the reason when the configuration says what no scheme can.
+    `linears` holds the embedding too, and an untied head. Raises CheckpointError with the reason when
+    the configuration says what no scheme can.
     """
     method = str(stored.config.get("quant_method"))
     if method not in _METHODS:
         known = ", ".join(_METHODS)
         raise CheckpointError(f"{where}: quantized with quant_method {method!r}; {known} can be read", _ORIGINAL)
-    _refuse_outside(where, stored)
+    outer = tuple(module for module in _outer(method, stored.config) if module in linears)
+    _refuse_outside(where, stored, outer)
+    linears = {name: shape for name, shape in linears.items() if name in outer or name not in (EMBEDDING, HEAD)}
     try:
         schemes = _METHODS[method](where, stored, linears)
     except RecipeError as error:
         raise CheckpointError(f"{where}: {error}", error.hint or _ORIGINAL) from error
     except (TypeError, ValueError, LookupError, AttributeError, re.error) as error:
         raise CheckpointError(f"{where}: a malformed quantization_config ({error!r})", _ORIGINAL) from error
+    for module in outer:
+        if module in schemes and (not schemes[module].per_row or schemes[module].scale_dtype == "e4m3"):
+            raise CheckpointError(f"{where}: {module} is quantized as {schemes[module].label}: not supported", _ROWS)
     if not schemes:
         raise CheckpointError(f"{where}: quantized by {method}, as it says, but every linear is stored in 16 bits")
     return method, schemes
@@ -106,18 +115,28 @@ def settle(method: str, stored: Stored, schemes: Schemes, linears: Shapes) -> tu
     return schemes, frozenset(reordered)
 
 
-def _refuse_outside(where: str, stored: Stored) -> None:
-    """Only the linears of the blocks may be quantized: no head, embedding, router or key/value cache."""
+def _outer(method: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which of embedding and head a folder of this kind may hold quantized."""
+    if method == "gptq":
+        return (HEAD,) if config.get("lm_head") else ()
+    return (EMBEDDING, HEAD) if method == "compressed-tensors" else ()
+
+
+def _refuse_outside(where: str, stored: Stored, outer: tuple[str, ...]) -> None:
+    """Only linears of the blocks and `outer` may be quantized: no router, no key/value cache."""
     for name in stored.entries:
         module, _, part = name.rpartition(".")
         if name.endswith(_CACHE_PARTS):
             raise CheckpointError(
                 f"{where}: {name}: the key/value cache is quantized, which is not supported", _LINEARS
             )
-        if part in _PARTS and (not module.startswith("model.layers.") or module.endswith(".mlp.gate")):
+        inside = module.startswith("model.layers.") and not module.endswith(".mlp.gate")
+        if part in _PARTS and not inside and module not in outer:
             raise CheckpointError(f"{where}: {module} is quantized, which is not supported ({name})", _LINEARS)
-    if stored.config.get("lm_head"):
-        raise CheckpointError(f"{where}: lm_head is quantized (lm_head: true), which is not supported", _LINEARS)
+    if stored.config.get("lm_head") and HEAD not in outer:
+        raise CheckpointError(
+            f"{where}: lm_head is quantized (lm_head: true), which is not supported beside a tied embedding", _LINEARS
+        )
 
 
 def _is_plain(stored: Stored, module: str, parts: tuple[str, ...]) -> bool:
@@ -212,15 +231,15 @@ def _compressed_tensors(where: str, stored: Stored, linears: Shapes) -> Schemes:
 
 
 def _matcher(targets: Iterable[str]) -> Callable[[str], str | None]:
-    """Finds the target that a linear falls under: its name before a pattern before its class."""
+    """Finds the target that a module falls under: its name before a pattern before its class."""
     names = frozenset(targets)
     patterns = [(name, re.compile(name[3:])) for name in sorted(names) if name.startswith("re:")]
-    fallback = "Linear" if "Linear" in names else None
 
     def find(module: str) -> str | None:
         if module in names:
             return module
-        return next((name for name, pattern in patterns if pattern.match(module)), fallback)
+        kind = "Embedding" if module == EMBEDDING else "Linear"
+        return next((name for name, pattern in patterns if pattern.match(module)), kind if kind in names else None)
 
     return find
 

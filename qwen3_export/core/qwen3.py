@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from qwen3_export.errors import CheckpointError
 
 MODEL_TYPES = ("qwen3", "qwen3_moe")
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 # Far above any model; a damaged number must not fill the memory with tensor names.
 _MOST_LAYERS, _MOST_EXPERTS = 1000, 1024
 
@@ -140,14 +141,28 @@ class Qwen3Config:
             for name, shape in self.linear_shapes(layer).items()
         }
 
+    def outer_matrices(self) -> dict[str, tuple[int, int]]:
+        """`{module name: [vocab, hidden]}` of the embedding and, when untied, the head."""
+        names = (EMBEDDING,) if self.tie_word_embeddings else (EMBEDDING, HEAD)
+        return dict.fromkeys(names, (self.vocab_size, self.hidden_size))
+
+    def all_matrices(self) -> dict[str, tuple[int, int]]:
+        """`{module name: [out, in]}` of all that a recipe can name: the linears, the embedding, an untied head."""
+        return {**self.all_linears(), **self.outer_matrices()}
+
+    @property
+    def head_module(self) -> str:
+        """The module whose matrix the output head multiplies by: the embedding when tied."""
+        return EMBEDDING if self.tie_word_embeddings else HEAD
+
     def outer_shapes(self) -> dict[str, tuple[int, ...]]:
         """`{tensor name: shape}` of what lies outside the blocks; `lm_head` only when untied."""
         shapes: dict[str, tuple[int, ...]] = {
-            "model.embed_tokens.weight": (self.vocab_size, self.hidden_size),
+            f"{EMBEDDING}.weight": (self.vocab_size, self.hidden_size),
             "model.norm.weight": (self.hidden_size,),
         }
         if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+            shapes[f"{HEAD}.weight"] = (self.vocab_size, self.hidden_size)
         return shapes
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -2,13 +2,19 @@
 
 A recipe is an ordered list of name patterns. The first pattern that matches a linear's module name
 (`model.layers.3.mlp.down_proj`, shell wildcards) decides its scheme; a linear that no pattern
-matches, or one whose scheme is `none`, stays in 16 bits. Only the linears inside decoder blocks are
-candidates: router, norms, embedding and `lm_head` stay as they are.
+matches, or one whose scheme is `none`, stays in 16 bits. Router and norms always do.
+
+The embedding and the output head take part only when a rule names them exactly, `model.embed_tokens`
+and `lm_head`; no wildcard reaches them. A tied model has one matrix for both: the rule of
+`model.embed_tokens` decides it, it stays tied, and a rule for `lm_head` must then ask for the same
+scheme. So a recipe with the same scheme for both fits tied and untied models alike.
 
     name: gptq-w4a16-g128
     description: GPTQ, 4-bit weights, one scale per 128 inputs
     method: gptq                          # a file of qwen3_export/solve
     rules:
+      - match: model.embed_tokens
+        scheme: {num_bits: 8, symmetric: true, strategy: group, group_size: 32}
       - match: "*"
         scheme: {num_bits: 4, symmetric: true, strategy: group, group_size: 128}
     options: {percdamp: 0.01}             # the method's own
@@ -31,6 +37,7 @@ from typing import Any
 
 import yaml
 
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD
 from qwen3_export.core.resources import resource
 from qwen3_export.core.scheme import QuantScheme, check_keys
 from qwen3_export.errors import RecipeError
@@ -46,6 +53,10 @@ class Rule:
 
     match: str
     scheme: QuantScheme | None
+
+    def matches(self, module: str) -> bool:
+        """Whether the rule is about this module; embedding and head must be named exactly."""
+        return self.match == module if module in (EMBEDDING, HEAD) else fnmatch.fnmatchcase(module, self.match)
 
 
 @dataclass(frozen=True)
@@ -94,29 +105,42 @@ class Recipe:
     layout: str = DEFAULT_LAYOUT
 
     def scheme_for(self, module: str) -> QuantScheme | None:
-        """The scheme of one linear, by module name; None when it stays in 16 bits."""
-        for rule in self.rules:
-            if fnmatch.fnmatchcase(module, rule.match):
-                return rule.scheme
-        return None
+        """The scheme of one matrix, by module name; None when it stays in 16 bits."""
+        return next((rule.scheme for rule in self.rules if rule.matches(module)), None)
 
     def check_against(self, linears: Mapping[str, tuple[int, int]]) -> None:
-        """Validate against every linear of a model: `{module name: [out, in]}`.
+        """Validate against every matrix of a model: `{module name: [out, in]}`, the head absent when it is tied.
 
-        Raises RecipeError when a rule matches nothing, a group does not divide a matrix, or nothing
-        would be quantized at all.
+        Raises RecipeError when a rule matches nothing, a group does not divide a matrix, a tied head
+        and its embedding would differ, or nothing would be quantized at all.
         """
+        tied = EMBEDDING in linears and HEAD not in linears
         for rule in self.rules:
-            if not any(fnmatch.fnmatchcase(name, rule.match) for name in linears):
+            if not any(map(rule.matches, linears)) and not (tied and rule.match == HEAD):
                 raise RecipeError(
                     f"recipe {self.name}: the pattern {rule.match!r} matches no linear of this model",
-                    f"linears are named like {next(iter(linears))}",
+                    f"linears are named like {next(iter(linears))}, embedding and head exactly {EMBEDDING} and {HEAD}",
                 )
+        if tied and any(rule.match == HEAD for rule in self.rules):
+            self._check_tied()
         for name, shape in linears.items():
             if scheme := self.scheme_for(name):
+                if name in (EMBEDDING, HEAD):
+                    _check_outer(name, scheme)
                 scheme.check_shape(name, shape)
         if not any(self.scheme_for(name) for name in linears):
             raise RecipeError(f"recipe {self.name} quantizes no tensor of this model")
+
+    def _check_tied(self) -> None:
+        """One matrix cannot have two schemes."""
+        head, embedding = self.scheme_for(HEAD), self.scheme_for(EMBEDDING)
+        if head != embedding:
+            found, wanted = (scheme.label if scheme else "16 bits" for scheme in (head, embedding))
+            raise RecipeError(
+                f"recipe {self.name}: {HEAD} is to be {found}, but this model ties it to {EMBEDDING}, "
+                f"which is to be {wanted}",
+                f"a rule for {EMBEDDING} decides the one matrix; give {HEAD} the same scheme, or no rule",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for YAML and the manifest; `Recipe.from_dict` reads them back."""
@@ -164,6 +188,17 @@ class Recipe:
             experts=ExpertRule.from_dict({} if experts is None else experts, f"{where}, experts"),
             layout=str(values.get("layout", DEFAULT_LAYOUT)),
         )
+
+
+def _check_outer(name: str, scheme: QuantScheme) -> None:
+    """Raise RecipeError for a scheme that embedding or head cannot have; both are worked on in pieces of rows."""
+    if not scheme.per_row or scheme.scale_dtype == "e4m3":
+        raise RecipeError(
+            f"{name} ({scheme.label}): its rows are solved and looked up on their own, so none may share a scale",
+            "use strategy: group or channel, and no NVFP4",
+        )
+    if name == EMBEDDING and scheme.activations:
+        raise RecipeError(f"{name} ({scheme.label}): its inputs are token ids, which nothing can round")
 
 
 def _rules(items: object, where: str) -> tuple[Rule, ...]:

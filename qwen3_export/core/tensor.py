@@ -12,7 +12,7 @@ weight[o, i] = (value(codes[o, i]) - zeros[r, g]) * scales[r, g]     in fp32
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -74,6 +74,22 @@ class QuantizedTensor:
         """Scales in fp32, `[rows, groups]`, NVFP4's already divided by the global scale."""
         scales = self.scales.astype(np.float32)
         return scales if self.global_scale is None else scales / np.float32(self.global_scale)
+
+    def rows(self, chosen: slice | NDArray) -> QuantizedTensor:
+        """Some rows of a tensor whose rows share no scale, as a tensor of their own."""
+        assert self.scheme.per_row
+        codes, zeros = self.codes[chosen], None if self.zeros is None else self.zeros[chosen]
+        shape = (len(codes), self.shape[1])
+        return replace(self, shape=shape, codes=codes, scales=self.scales[chosen], zeros=zeros)
+
+
+def join_rows(parts: list[QuantizedTensor]) -> QuantizedTensor:
+    """Pieces of rows of one matrix, one below the other."""
+    first = parts[0]
+    codes = np.concatenate([part.codes for part in parts])
+    zeros = None if first.zeros is None else np.concatenate([part.zeros for part in parts if part.zeros is not None])
+    scales = np.concatenate([part.scales for part in parts])
+    return replace(first, shape=(len(codes), first.shape[1]), codes=codes, scales=scales, zeros=zeros)
 
 
 def code_values(codes: NDArray[np.uint8], scheme: QuantScheme) -> NDArray[np.float32]:

@@ -14,18 +14,13 @@ from qwen3_export.core.qwen3 import Qwen3Config, block_name
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.model.activations import rounder
 from qwen3_export.model.block import Block, KVCache, rms_norm
+from qwen3_export.model.table import open_tables, to_torch
 from qwen3_export.model.workers import Workers
+
+__all__ = ["Caches", "Decoder", "Rope", "load_block", "put_quantized", "rope_tables", "to_torch"]
 
 Rope = tuple[Tensor, Tensor]
 Caches = list[KVCache]
-_HEAD_ROWS = 16384
-
-
-def to_torch(array: NDArray) -> Tensor:
-    """A numpy array as a tensor of the same type, bf16 included."""
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
 
 
 def load_block(checkpoint: Checkpoint, layer: int, device: str = "cpu") -> Block:
@@ -77,9 +72,7 @@ class Decoder:
         self._resident: list[Block] | None = None
         if self.config.num_parameters <= self.RESIDENT_PARAMETERS:
             self._resident = [load_block(checkpoint, layer) for layer in range(self.config.num_layers)]
-        self._embedding = to_torch(checkpoint.read("model.embed_tokens.weight"))
-        tied = checkpoint.config.tie_word_embeddings
-        self._head = self._embedding if tied else to_torch(checkpoint.read(checkpoint.head))
+        self._embedding, self._head = open_tables(checkpoint, expand=self._resident is not None)
         self._norm = to_torch(checkpoint.read("model.norm.weight")).float()
 
     def _blocks(self) -> Iterator[Block]:
@@ -101,7 +94,7 @@ class Decoder:
     ) -> list[Tensor]:
         """Final normed hidden states `[tokens, hidden]` of each row of token ids; caches are extended."""
         lengths = [_cached(cache) for cache in caches] if caches else [0] * len(rows)
-        states = [self._embedding[torch.from_numpy(ids.astype(np.int64))].float()[None] for ids in rows]
+        states = [self._embedding.rows(ids)[None] for ids in rows]
         ropes = [rope_tables(self.config, past, past + len(ids)) for past, ids in zip(lengths, rows, strict=True)]
         for block in self._blocks():
 
@@ -116,14 +109,13 @@ class Decoder:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits `[tokens, vocab]` of normed hidden states; the head is converted in pieces."""
-        pieces = range(0, self.config.vocab_size, _HEAD_ROWS)
-        return torch.cat([hidden @ self._head[i : i + _HEAD_ROWS].float().T for i in pieces], -1)
+        return self._head.logits(hidden)
 
     @torch.no_grad()
     def step(self, ids: NDArray, caches: Caches) -> Tensor:
         """Append `ids` `[batch, tokens]` to sequences of one length, in step; logits `[batch, vocab]` of the next."""
         past = _cached(caches)
-        state = self._embedding[torch.from_numpy(ids.astype(np.int64))].float()
+        state = self._embedding.rows(ids)
         rope = rope_tables(self.config, past, past + ids.shape[1])
         for block in self._blocks():
             state = block.forward(state, rope, caches[block.layer])

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.progress import Progress
-from qwen3_export.core.qwen3 import Qwen3Config, block_name
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config, block_name
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.errors import UnsupportedError
 from qwen3_export.ship.graph import GraphBuilder
@@ -31,7 +31,7 @@ class Flavor(Protocol):
     def prepare(self, config: Qwen3Config) -> None:
         """Declare inputs and what all layers share (mask, rope tables)."""
 
-    def embedding(self, table: NDArray) -> ir.Value:
+    def embedding(self, table: QuantizedTensor | NDArray) -> ir.Value:
         """Hidden states of `input_ids`."""
 
     def norm(self, x: ir.Value, weight: NDArray, name: str) -> ir.Value:
@@ -48,8 +48,8 @@ class Flavor(Protocol):
     ) -> ir.Value:
         """Head norms, RoPE, cache and attention: `[batch, sequence, heads * head_dim]`."""
 
-    def head(self, x: ir.Value, table: NDArray | None) -> ir.Value:
-        """Logits in fp32; `table` None when the head is the embedding."""
+    def head(self, x: ir.Value, table: QuantizedTensor | NDArray | None) -> ir.Value:
+        """Logits in fp32; `table` None when the head is the embedding, which is stored once."""
 
 
 def build_decoder(flavor: Flavor, checkpoint: Checkpoint, progress: Progress) -> None:
@@ -61,7 +61,7 @@ def build_decoder(flavor: Flavor, checkpoint: Checkpoint, progress: Progress) ->
             "`qwen3-export gguf` exports them",
         )
     flavor.prepare(config)
-    h = flavor.embedding(checkpoint.read("model.embed_tokens.weight"))
+    h = flavor.embedding(checkpoint.linear(EMBEDDING))
     delta: ir.Value | None = None
     with progress.bar(f"export layers of {graph.folder.name.removesuffix('.partial')}", config.num_layers) as tick:
         for layer in range(config.num_layers):
@@ -69,7 +69,7 @@ def build_decoder(flavor: Flavor, checkpoint: Checkpoint, progress: Progress) ->
             tick()
     assert delta is not None
     _, x = flavor.add_norm(h, delta, _weight(checkpoint, "model.norm"), "norm")
-    table = None if config.tie_word_embeddings else checkpoint.read("lm_head.weight")
+    table = None if config.tie_word_embeddings else checkpoint.linear(HEAD)
     logits = flavor.head(x, table)
     graph.output(logits, "logits", ir.DataType.FLOAT, ["batch_size", "sequence_length", config.vocab_size])
     # `logits` is made last and announced first, as every consumer expects.

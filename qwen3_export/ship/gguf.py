@@ -5,7 +5,9 @@
     int8 symmetric, group a multiple of 32      Q8_0        (code − 128) · d           exact
     int4 asymmetric, group a multiple of 32     Q4_1        code · d + m,  m = −zero·d in fp16: near-lossless
 
-A scale is repeated for each 32 weights of its group. Tensors are written one at a time.
+A scale is repeated for each 32 weights of its group. Tensors are written one at a time. A quantized
+embedding is `token_embd` in the same types, a head of its own `output`; without one llama.cpp multiplies
+by `token_embd`, so a tied matrix is stored once.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.coverage import GGUF_KEY
 from qwen3_export.core.manifest import sha256_file, staged_file
 from qwen3_export.core.progress import Progress
-from qwen3_export.core.qwen3 import block_name
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD, block_name
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.errors import InputError, ResourceError, UnsupportedError
@@ -113,7 +115,9 @@ def export_gguf(
 
 
 def _wanted_type(checkpoint: Checkpoint, type_name: str | None) -> Type:
-    held = sorted({type_for(scheme) for scheme in checkpoint.schemes.values()})
+    """What the file is called after: the type of its linears; embedding and head may have another."""
+    inner = [scheme for name, scheme in checkpoint.schemes.items() if name not in (EMBEDDING, HEAD)]
+    held = sorted({type_for(scheme) for scheme in inner or checkpoint.schemes.values()})
     if type_name is None:
         return held[0] if held else Type.BF16
     wanted = TYPES[type_name]
@@ -131,9 +135,12 @@ def _plan(checkpoint: Checkpoint, wanted: Type, inexact: list[Inexact]) -> Itera
     config = checkpoint.config
     # In a 16-bit file, and in the converter's q8_0, the embedding has the type of the rest.
     outer = wanted if not checkpoint.schemes and wanted in (Type.BF16, Type.F16, Type.Q8_0) else Type.BF16
-    if not config.tie_word_embeddings:
-        yield _plain(checkpoint, "lm_head", "output", outer, inexact)
-    yield _plain(checkpoint, "model.embed_tokens", "token_embd", outer, inexact)
+    ends = [(EMBEDDING, "token_embd")] if config.tie_word_embeddings else [(HEAD, "output"), (EMBEDDING, "token_embd")]
+    for module, name in ends:
+        if module in checkpoint.schemes:
+            yield _quantized(checkpoint, module, name, inexact)
+        else:
+            yield _plain(checkpoint, module, name, outer, inexact)
     for layer in range(config.num_layers):
         names = [*config.other_shapes(layer), *config.linear_shapes(layer)]
         for local in sorted(name for name in names if ".experts." not in name):
@@ -191,7 +198,7 @@ def _encode_rows(array: NDArray, kind: Type) -> tuple[NDArray, float]:
 
 
 def _quantized(checkpoint: Checkpoint, module: str, name: str, inexact: list[Inexact]) -> Planned:
-    shape = checkpoint.config.all_linears()[module]
+    shape = checkpoint.config.all_matrices()[module]
     kind = type_for(checkpoint.schemes[module])
 
     def make() -> NDArray:

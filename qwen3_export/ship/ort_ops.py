@@ -2,6 +2,8 @@
 
     MatMulNBits      B uint8 [out, groups, group·bits/8], low nibble first; scales [out, groups];
                      zero points packed along groups, absent when symmetric (implicit 2^(bits-1))
+    GatherBlockQuantized  the same codes and scales as `[vocab, in·bits/8]` and `[vocab, groups]`: a tied
+                     table is stored once, and reshaped for the lookup
     GroupQueryAttention   q [b, s, heads·d], past and present [b, kv_heads, length, d]
     RotaryEmbedding       half-split pairs, cos/sin tables [positions, d/2], positions as an input
     SkipSimplifiedLayerNormalization   residual add and RMSNorm in one
@@ -16,7 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qwen3_export.core import pack
-from qwen3_export.core.qwen3 import Qwen3Config
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.ship.graph import CONTRIB, GraphBuilder
@@ -67,11 +69,30 @@ class OrtOps:
         self._cos = graph.weight("rope.cos", cos.astype(self._numpy))
         self._sin = graph.weight("rope.sin", sin.astype(self._numpy))
 
-    def embedding(self, table: NDArray) -> ir.Value:
+    def embedding(self, table: QuantizedTensor | NDArray) -> ir.Value:
         """Rows of the table in its stored type, then cast: half the size of an fp32 table, and exact."""
-        self._table = self.graph.float_weight("model.embed_tokens.weight", table, self.dtype)
+        self._tied = table if isinstance(table, QuantizedTensor) else None
+        if isinstance(table, QuantizedTensor):
+            return self._looked_up(table)
+        self._table = self.graph.float_weight(f"{EMBEDDING}.weight", table, self.dtype)
         rows = self.graph.op("Gather", [self._table, self._ids], "embedding", axis=0)
         return self.graph.as_type(rows, self._table.dtype, self.dtype, "embedding.cast")
+
+    def _looked_up(self, table: QuantizedTensor) -> ir.Value:
+        scheme, width = table.scheme, table.shape[1]
+        codes, *rest = self._stored(table, EMBEDDING)
+        flat = self.graph.constant([table.shape[0], width * scheme.num_bits // 8])
+        rows = self.graph.op("Reshape", [codes, flat], "embedding.codes")
+        return self.graph.op(
+            "GatherBlockQuantized",
+            [rows, self._ids, *rest],
+            "embedding",
+            CONTRIB,
+            bits=scheme.num_bits,
+            block_size=scheme.group_length(width),
+            gather_axis=0,
+            quantize_axis=1,
+        )
 
     def norm(self, x: ir.Value, weight: NDArray, name: str) -> ir.Value:
         """RMSNorm."""
@@ -95,25 +116,29 @@ class OrtOps:
     def linear(self, x: ir.Value, weight: QuantizedTensor | NDArray, name: str) -> ir.Value:
         """`MatMulNBits` for codes, `MatMul` for 16-bit weights."""
         if isinstance(weight, QuantizedTensor):
-            return self._quantized(x, weight, name)
+            return self._quantized(x, weight, self._stored(weight, name), name)
         stored = self.graph.float_weight(f"{name}.weight", np.ascontiguousarray(weight.T), self.dtype)
         matrix = self.graph.as_type(stored, stored.dtype, self.dtype, f"{name}.cast")
         return self.graph.op("MatMul", [x, matrix], name)
 
-    def _quantized(self, x: ir.Value, weight: QuantizedTensor, name: str) -> ir.Value:
+    def _stored(self, weight: QuantizedTensor, name: str) -> list[ir.Value]:
+        """Codes, scales and, if asymmetric, zero points."""
         (out_features, in_features), scheme = weight.shape, weight.scheme
         groups = scheme.num_groups(in_features)
         blocks = pack.pack_bytes(weight.codes, scheme.num_bits).reshape(out_features, groups, -1)
-        inputs: list[ir.Value | None] = [
-            x,
+        values = [
             self.graph.weight(f"{name}.codes", blocks),
             self.graph.weight(f"{name}.scales", weight.scales.astype(self._numpy)),
         ]
         if weight.zeros is not None:
-            inputs.append(self.graph.weight(f"{name}.zeros", pack.pack_bytes(weight.zeros, scheme.num_bits)))
+            values.append(self.graph.weight(f"{name}.zeros", pack.pack_bytes(weight.zeros, scheme.num_bits)))
+        return values
+
+    def _quantized(self, x: ir.Value, weight: QuantizedTensor, stored: list[ir.Value], name: str) -> ir.Value:
+        (out_features, in_features), scheme = weight.shape, weight.scheme
         return self.graph.op(
             "MatMulNBits",
-            inputs,
+            [x, *stored],
             name,
             CONTRIB,
             K=in_features,
@@ -164,11 +189,13 @@ class OrtOps:
         inputs = [x, self._positions, self._cos, self._sin]
         return self.graph.op("RotaryEmbedding", inputs, name, CONTRIB, interleaved=0)
 
-    def head(self, x: ir.Value, table: NDArray | None) -> ir.Value:
+    def head(self, x: ir.Value, table: QuantizedTensor | NDArray | None) -> ir.Value:
         """Logits; a tied head multiplies by the one stored embedding table."""
-        stored = self._table
-        if table is not None:
-            stored = self.graph.float_weight("lm_head.weight", table, self.dtype)
+        weight, name = (self._tied, EMBEDDING) if table is None else (table, HEAD)
+        if isinstance(weight, QuantizedTensor):
+            logits = self._quantized(x, weight, self._stored(weight, name), "head")
+            return self.graph.as_type(logits, self.dtype, ir.DataType.FLOAT, "head.fp32")
+        stored = self._table if weight is None else self.graph.float_weight(f"{HEAD}.weight", weight, self.dtype)
         matrix = self.graph.as_type(stored, stored.dtype, self.dtype, "head.cast")
         logits = self.graph.op("FusedMatMul", [x, matrix], "head", CONTRIB, transB=1)
         return self.graph.as_type(logits, self.dtype, ir.DataType.FLOAT, "head.fp32")

@@ -1,6 +1,8 @@
 """The decoder in ai.onnx operators alone: what TensorRT parses and any ONNX runtime can run.
 
     weight     INT4 [in, out], two per byte, low nibble first ─ DequantizeLinear(axis 0, blocks) ─▶ MatMul
+    embedding  INT4 or INT8 [vocab, in] ─ DequantizeLinear(axis 1, blocks) ─▶ Gather and, when tied, head;
+               an untied 8-bit table is looked up first: no operator gathers INT4
     cache      Concat(past, new) outside of Attention, which has neither past nor present
     mask       query slot i may see slot j  ⇔  (j ≤ i and attention_mask[j]) or j = i
 
@@ -17,7 +19,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qwen3_export.core import pack
-from qwen3_export.core.qwen3 import Qwen3Config
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.ship.graph import GraphBuilder
@@ -84,11 +86,30 @@ class StandardOps:
         causal = op("And", [op("LessOrEqual", [column, row], "mask.past"), present], "mask.causal")
         return op("Or", [causal, op("Equal", [column, row], "mask.self")], "mask.allowed")
 
-    def embedding(self, table: NDArray) -> ir.Value:
+    def embedding(self, table: QuantizedTensor | NDArray) -> ir.Value:
         """Rows of the table."""
-        self._table = self.graph.float_weight("model.embed_tokens.weight", table, self.dtype)
+        if isinstance(table, QuantizedTensor):
+            return self._looked_up(table)
+        self._table = self.graph.float_weight(f"{EMBEDDING}.weight", table, self.dtype)
         rows = self.graph.op("Gather", [self._table, self._ids], "embedding", axis=0)
         return self.graph.as_type(rows, self._table.dtype, self.dtype, "embedding.cast")
+
+    def _looked_up(self, table: QuantizedTensor) -> ir.Value:
+        """A tied table is dequantized once for lookup and head; its type is then that of activations."""
+        scheme, width = table.scheme, table.shape[1]
+        parts = [
+            self._codes(table.codes, scheme, f"{EMBEDDING}.codes"),
+            self.graph.weight(f"{EMBEDDING}.scales", table.scales.astype(self._numpy)),
+        ]
+        if table.zeros is not None:
+            parts.append(self._codes(table.zeros, scheme, f"{EMBEDDING}.zeros"))
+        length, op = scheme.group_length(width), self.graph.op
+        if scheme.num_bits == 8 and not self._config.tie_word_embeddings:
+            rows = [op("Gather", [part, self._ids], f"embedding.{i}", axis=0) for i, part in enumerate(parts)]
+            return op("DequantizeLinear", rows, "embedding", axis=2, block_size=length)
+        self._table = op("DequantizeLinear", parts, "embedding.dequantized", axis=1, block_size=length)
+        self._table.dtype = self.dtype
+        return op("Gather", [self._table, self._ids], "embedding", axis=0)
 
     def norm(self, x: ir.Value, weight: NDArray, name: str) -> ir.Value:
         """RMSNorm, computed in fp32."""
@@ -112,7 +133,7 @@ class StandardOps:
         """Scales have the activations' type: with a Cast behind it TensorRT does not fuse the multiplication."""
         scheme, in_features = weight.scheme, weight.shape[1]
         scales = np.ascontiguousarray(weight.scales.astype(self._numpy).T)
-        inputs: list[ir.Value | None] = [self._codes(weight.codes, scheme, f"{name}.codes")]
+        inputs: list[ir.Value | None] = [self._codes(weight.codes.T, scheme, f"{name}.codes")]
         if scheme.strategy == "channel":
             inputs.append(self.graph.weight(f"{name}.scales", scales[0]))
             layout: dict[str, Any] = {"axis": 1}
@@ -121,16 +142,16 @@ class StandardOps:
             layout = {"axis": 0, "block_size": scheme.group_length(in_features)}
         if weight.zeros is not None:
             zeros = weight.zeros[:, 0] if scheme.strategy == "channel" else weight.zeros
-            inputs.append(self._codes(zeros, scheme, f"{name}.zeros"))
+            inputs.append(self._codes(zeros.T, scheme, f"{name}.zeros"))
         return self.graph.op("DequantizeLinear", inputs, f"{name}.dequantized", **layout)
 
     def _codes(self, codes: NDArray[np.uint8], scheme: QuantScheme, name: str) -> ir.Value:
-        """Codes `[out, in]`, or zeros, transposed; symmetric ones become signed by flipping the top bit."""
-        turned = np.ascontiguousarray(codes.T)
+        """Codes, or zeros, in the given order; symmetric ones become signed by flipping the top bit."""
+        ordered = np.ascontiguousarray(codes)
         if scheme.symmetric:
-            turned = turned ^ np.uint8(scheme.midpoint)
-        packed = pack.pack_bytes(turned.reshape(-1), scheme.num_bits)
-        return self.graph.weight(name, packed, _CODES[scheme.num_bits, scheme.symmetric], turned.shape)
+            ordered = ordered ^ np.uint8(scheme.midpoint)
+        packed = pack.pack_bytes(ordered.reshape(-1), scheme.num_bits)
+        return self.graph.weight(name, packed, _CODES[scheme.num_bits, scheme.symmetric], ordered.shape)
 
     def attention(
         self, qkv: tuple[ir.Value, ir.Value, ir.Value], norms: tuple[NDArray, NDArray], layer: int
@@ -175,11 +196,12 @@ class StandardOps:
         self.graph.output(present, f"present.{layer}.{kind}", self.dtype, shape)
         return present
 
-    def head(self, x: ir.Value, table: NDArray | None) -> ir.Value:
+    def head(self, x: ir.Value, table: QuantizedTensor | NDArray | None) -> ir.Value:
         """Logits in fp32; a tied head multiplies by the transposed embedding, stored once."""
-        stored = self._table
-        if table is not None:
-            stored = self.graph.float_weight("lm_head.weight", table, self.dtype)
+        if isinstance(table, QuantizedTensor):
+            logits = self.graph.op("MatMul", [x, self._dequantized(table, HEAD)], "head")
+            return self.graph.as_type(logits, self.dtype, _FLOAT, "head.fp32")
+        stored = self._table if table is None else self.graph.float_weight(f"{HEAD}.weight", table, self.dtype)
         matrix = self.graph.as_type(stored, stored.dtype, self.dtype, "head.cast")
         turned = self.graph.op("Transpose", [matrix], "head.transposed", perm=[1, 0])
         logits = self.graph.op("MatMul", [x, turned], "head")

@@ -1,7 +1,8 @@
 """The quantized folder while it is being written, and how it is finished.
 
-    OUTPUT.partial/model-00001-of-000NN.safetensors   embedding, final norm, head: as they came
+    OUTPUT.partial/model-00001-of-000NN.safetensors   embedding, final norm, a head that stays as it is
                    model-0000K-of-000NN.safetensors   block K - 2, written when it is solved
+                   model-000NN-of-000NN.safetensors   a quantized head, written last
                    state/progress.json                what the run is, which blocks are done
                    state/hidden-0007.rows             hidden states before block 7
 
@@ -20,34 +21,38 @@ from typing import Any
 from qwen3_export.core.checkpoint import INDEX, Checkpoint
 from qwen3_export.core.layouts import layout
 from qwen3_export.core.manifest import clear_partial, sha256_file, to_json, write_atomic, write_manifest
-from qwen3_export.core.qwen3 import block_name
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD, block_name
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensorfile import Spec, TensorFileWriter
 from qwen3_export.errors import InputError
-from qwen3_export.solve.job import SolvedBlock
+from qwen3_export.solve.job import SolvedBlock, SolvedLinear
 
 
 @dataclass(frozen=True)
 class QuantizedFolder:
-    """`OUTPUT.partial/` of one run; `identity` is everything that decides its bytes beside the checkpoint."""
+    """`OUTPUT.partial/` of one run; `identity` is everything that decides its bytes beside the checkpoint.
+
+    `head_apart`: the head is quantized by itself, and so has a shard of its own.
+    """
 
     folder: Path
     checkpoint: Checkpoint
     layout: str
     identity: Mapping[str, Any]
+    head_apart: bool = False
 
     @property
     def scratch(self) -> Path:
         """Where progress and activations are kept until the run is done."""
         return self.folder / "state"
 
-    def resume(self) -> list[dict[str, Any]]:
-        """Results of the blocks that an earlier run finished; InputError when that run was another."""
+    def resume(self) -> dict[str, Any]:
+        """Results of an earlier run's finished blocks, embedding and head; InputError when that run was another."""
         path = self.scratch / "progress.json"
         if not path.is_file():
             self._clear()
-            return []
+            return {"blocks": [], "outer": {}}
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -58,7 +63,7 @@ class QuantizedFolder:
                     f"{self.folder} holds an unfinished run with another {key}",
                     "repeat that run's arguments to finish it, or --no-resume to start over",
                 )
-        return list(saved["blocks"])
+        return {"blocks": list(saved["blocks"]), "outer": dict(saved.get("outer", {}))}
 
     def _identity(self) -> dict[str, Any]:
         return {"source": self.checkpoint.sha256, **self.identity}
@@ -77,15 +82,30 @@ class QuantizedFolder:
         self.scratch.mkdir()
 
     def shard(self, layer: int) -> Path:
-        """File of one block; layer -1 is what lies outside the blocks."""
-        total = self.checkpoint.config.num_layers + 1
+        """File of one block; layer -1 is what lies outside the blocks, the last one a quantized head."""
+        total = self.checkpoint.config.num_layers + 1 + self.head_apart
         return self.folder / f"model-{layer + 2:05d}-of-{total:05d}.safetensors"
 
-    def write_outer(self) -> None:
-        """Copy embedding, final norm and an untied head byte for byte."""
-        names = self.checkpoint.config.outer_shapes()
-        specs = {name: self._stored(name) for name in names}
-        self._write(self.shard(-1), specs, SolvedBlock({}, {}))
+    def write_outer(self, embedding: SolvedLinear | None = None) -> None:
+        """Copy embedding, final norm and an untied head byte for byte, but for what is quantized."""
+        specs: dict[str, Spec] = {}
+        linears = {} if embedding is None else {EMBEDDING: embedding}
+        for name in self.checkpoint.config.outer_shapes():
+            module = name.removesuffix(".weight")
+            if module in linears:
+                specs.update(self._packed(linears[module]))
+            elif not (module == HEAD and self.head_apart):
+                specs[name] = self._stored(name)
+        self._write(self.shard(-1), specs, SolvedBlock(linears))
+
+    def write_head(self, head: SolvedLinear) -> None:
+        """Write the shard of a quantized head."""
+        self._write(self.shard(self.checkpoint.config.num_layers), self._packed(head), SolvedBlock({HEAD: head}))
+
+    def _packed(self, linear: SolvedLinear) -> dict[str, Spec]:
+        tensor = linear.solved.tensor
+        found: dict[str, Spec] = layout(self.layout).specs(tensor.name, tensor.shape, tensor.scheme)
+        return found
 
     def write_block(self, layer: int, solved: SolvedBlock) -> None:
         """Write a block's shard: solved linears packed, everything else copied byte for byte, but for a fold."""
@@ -94,8 +114,7 @@ class QuantizedFolder:
         specs: dict[str, Spec] = {}
         for name in (*config.other_shapes(layer), *config.linear_shapes(layer)):
             if f"{prefix}.{name}" in linears:
-                tensor = linears[f"{prefix}.{name}"].solved.tensor
-                specs.update(layout(self.layout).specs(tensor.name, tensor.shape, tensor.scheme))
+                specs.update(self._packed(linears[f"{prefix}.{name}"]))
             else:
                 specs[f"{prefix}.{name}.weight"] = self._stored(f"{prefix}.{name}.weight")
         self._write(self.shard(layer), specs, solved)
@@ -120,14 +139,14 @@ class QuantizedFolder:
                     writer.copy(name, self.checkpoint.files[name])
         beside.replace(path)
 
-    def save_progress(self, blocks: list[dict[str, Any]]) -> None:
-        """Record the finished blocks, after their files are on the disk."""
+    def save_progress(self, found: Mapping[str, Any]) -> None:
+        """Record what is finished, after its files are on the disk."""
         # Without indents, which cost a hundred times as much: it is written anew for every block.
-        write_atomic(self.scratch / "progress.json", json.dumps({"identity": self._identity(), "blocks": blocks}))
+        write_atomic(self.scratch / "progress.json", json.dumps({"identity": self._identity(), **found}))
 
     def finish(self, recipe: Recipe, manifest: Mapping[str, Any], schemes: Mapping[str, QuantScheme]) -> None:
         """Add configuration, index, sidecars and manifest, and drop the working state."""
-        shards = [self.shard(layer) for layer in range(-1, self.checkpoint.config.num_layers)]
+        shards = [self.shard(layer) for layer in range(-1, self.checkpoint.config.num_layers + self.head_apart)]
         write_index(self.folder, shards)
         config = readable_config(self.checkpoint.raw_config)
         config["quantization_config"] = layout(self.layout).config(schemes, list(self.checkpoint.config.all_linears()))

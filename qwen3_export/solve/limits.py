@@ -12,6 +12,7 @@ from qwen3_export.core.qwen3 import Qwen3Config
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.errors import InputError, ResourceError
 from qwen3_export.solve.experts import SAMPLE_TOKENS
+from qwen3_export.solve.head import rows_at_once
 from qwen3_export.solve.outputs import PIECE
 from qwen3_export.solve.outputs import TOKENS_AT_ONCE as _BACK_TOKENS
 from qwen3_export.solve.outputs import TOP_TOKENS as _TOP_TOKENS
@@ -23,14 +24,20 @@ _BASE_BYTES = 700 << 20
 
 
 def memory_needed(
-    config: Qwen3Config, rows: Rows | None, original: bool = False, floor: int = 0, outputs: int = 0
+    config: Qwen3Config,
+    rows: Rows | None,
+    original: bool = False,
+    floor: int = 0,
+    outputs: int = 0,
+    outer: bool = False,
 ) -> int:
     """Estimated peak memory in bytes: one block in fp32 and its codes, and the largest linear's work on top.
 
     `original`: the original model runs beside the quantized one, with a block and moments of its own.
     `floor`: tokens below which an expert is lent its layer's; see `solve.experts`. The number of experts
     counts in the block alone: one expert's moments are in memory at a time. `outputs`: rows of the pass
-    back through the model, which keeps every linear's output and slope of a few rows.
+    back through the model, which keeps every linear's output and slope of a few rows. `outer`: embedding
+    or head are quantized, whose codes are in memory as a whole and everything else by pieces of rows.
     """
     layers = range(config.num_layers)
     block = max(sum(math.prod(shape) for shape in config.linear_shapes(layer).values()) for layer in layers)
@@ -53,14 +60,25 @@ def memory_needed(
             # Beside it no moments are alive, but what either leaves behind is not given back at once.
             per_token = sum(shape[0] for shape in config.linear_shapes(0).values())
             total += 4 * (2 * _BACK_TOKENS * per_token + 2 * _TOP_TOKENS * config.vocab_size)
+    if outer:
+        # No block is in memory beside them. Codes, their pieces until they are joined, and packed ones; a piece's work.
+        piece = rows_at_once(config.hidden_size) * config.hidden_size
+        squares = 0 if rows is None else (14 if original else 8) * config.hidden_size**2
+        total = max(total, 3 * config.vocab_size * config.hidden_size + 4 * (6 * piece + squares))
     return total + _BASE_BYTES
 
 
 def check_memory(
-    config: Qwen3Config, rows: Rows | None, original: bool, limit: int | None, floor: int = 0, outputs: int = 0
+    config: Qwen3Config,
+    rows: Rows | None,
+    original: bool,
+    limit: int | None,
+    floor: int = 0,
+    outputs: int = 0,
+    outer: bool = False,
 ) -> None:
     """Raise InputError when the run needs more than `--memory`."""
-    needed = memory_needed(config, rows, original, floor, outputs)
+    needed = memory_needed(config, rows, original, floor, outputs, outer)
     if limit is not None and needed > limit:
         raise InputError(
             f"this run needs about {needed / 2**30:.2f} GiB of memory, --memory allows {limit / 2**30:.2f} GiB",
@@ -84,7 +102,7 @@ def disk_needed(
     config = checkpoint.config
     total = sum(entry.end - entry.begin for entry in checkpoint.stored_entries())
     total += sum(path.stat().st_size for path in checkpoint.sidecars())
-    for name, shape in config.all_linears().items():
+    for name, shape in config.all_matrices().items():
         if scheme := recipe.scheme_for(name):
             entry = checkpoint.entry(f"{name}.weight")
             total += int(math.prod(shape) * scheme.bits_per_weight(shape) / 8) - (entry.end - entry.begin)

@@ -18,12 +18,13 @@ from qwen3_export.core.coverage import summarise, summary_of
 from qwen3_export.core.layouts import layout
 from qwen3_export.core.manifest import refuse_existing, staged_folder
 from qwen3_export.core.progress import Progress, peak_rss_bytes
-from qwen3_export.core.qwen3 import block_name
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD, block_name
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import InputError, MissingRuntimeError, RecipeError
 from qwen3_export.model.workers import give_back, workers
 from qwen3_export.solve.folder import QuantizedFolder
+from qwen3_export.solve.head import solve_embedding, solve_head
 from qwen3_export.solve.job import Job, SolvedBlock, SolvedLinear
 from qwen3_export.solve.limits import check_disk, check_memory, hold_memory
 from qwen3_export.solve.method import load_method
@@ -69,13 +70,14 @@ def quantize(
     method, options = load_method(recipe)
     settings = replace(settings, layout=settings.layout or recipe.layout)
     assert settings.layout is not None
-    recipe.check_against(checkpoint.config.all_linears())
+    recipe.check_against(checkpoint.config.all_matrices())
     _check_layout(checkpoint, recipe, settings.layout)
     rows = _calibration(checkpoint, recipe, settings, progress) if _needs_inputs(recipe, method, options) else None
     original = method.needs_original(options)
     floor = recipe.experts.floor(checkpoint.config.expert_width)
     outputs = method.needs_outputs(options)
-    check_memory(checkpoint.config, rows, original, settings.memory, floor, outputs)
+    outer = any(recipe.scheme_for(module) for module in checkpoint.config.outer_matrices())
+    check_memory(checkpoint.config, rows, original, settings.memory, floor, outputs, outer)
     identity = {
         "recipe": recipe.sha256,
         "calibration": rows.sha256 if rows else None,
@@ -84,15 +86,18 @@ def quantize(
         "version": __version__,
     }
     with staged_folder(output, settings.force, resume=True) as partial, workers(settings.threads, fast=True) as pool:
-        target = QuantizedFolder(partial, checkpoint, settings.layout, identity)
+        config = checkpoint.config
+        head_apart = not config.tie_word_embeddings and recipe.scheme_for(HEAD) is not None
+        target = QuantizedFolder(partial, checkpoint, settings.layout, identity, head_apart)
         try:
             if not settings.resume:
                 target.start_over()
             check_disk(checkpoint, recipe, rows, original, partial, outputs)
             job = Job(checkpoint, recipe, method, options, rows, pool, target.scratch, settings.device)
-            blocks, resumed = _run(job, target, settings, progress)
-            manifest = _manifest(checkpoint, recipe, rows, settings, blocks)
-            target.finish(recipe, manifest, _schemes(blocks))
+            found, resumed = _run(job, target, settings, progress)
+            manifest = _manifest(checkpoint, recipe, rows, settings, found)
+            schemes = {name: QuantScheme.from_dict(item["scheme"]) for name, item in manifest["tensors"].items()}
+            target.finish(recipe, manifest, schemes)
             if rows is not None:
                 _report_experts(manifest["experts"], progress)
         except Exception:
@@ -109,13 +114,13 @@ def _needs_inputs(recipe: Recipe, method: ModuleType, options: Any) -> bool:
 
 def _check_layout(checkpoint: Checkpoint, recipe: Recipe, name: str) -> None:
     """Raise RecipeError when the layout cannot hold what the recipe would make, before the long work."""
-    chosen, linears = layout(name), checkpoint.config.all_linears()
-    schemes = {linear: scheme for linear in linears if (scheme := recipe.scheme_for(linear))}
-    for linear, scheme in schemes.items():
+    chosen, matrices = layout(name), checkpoint.config.all_matrices()
+    schemes = {module: scheme for module in matrices if (scheme := recipe.scheme_for(module))}
+    for module, scheme in schemes.items():
         if reason := chosen.supports(scheme):
-            raise RecipeError(f"{linear} ({scheme.label}) does not fit the {name} layout: {reason}")
-        chosen.specs(linear, linears[linear], scheme)
-    chosen.config(schemes, list(linears))
+            raise RecipeError(f"{module} ({scheme.label}) does not fit the {name} layout: {reason}")
+        chosen.specs(module, matrices[module], scheme)
+    chosen.config(schemes, list(checkpoint.config.all_linears()))
 
 
 def _size(recipe: Recipe, settings: Settings) -> tuple[int, int]:
@@ -150,16 +155,14 @@ def _with_outputs(job: Job, seed: int, resumed: int, progress: Progress) -> Job:
     return replace(job, outputs=found)
 
 
-def _run(job: Job, target: QuantizedFolder, settings: Settings, progress: Progress) -> tuple[list[dict[str, Any]], int]:
-    """Solve the blocks that are not done yet; returns all blocks' results and how many were there."""
-    blocks = target.resume()
-    resumed, layers = len(blocks), job.checkpoint.config.num_layers
+def _run(job: Job, target: QuantizedFolder, settings: Settings, progress: Progress) -> tuple[dict[str, Any], int]:
+    """Solve what is not done yet; returns the results of blocks, embedding and head, and how many blocks were there."""
+    found = target.resume()
+    blocks, resumed, layers = found["blocks"], len(found["blocks"]), job.checkpoint.config.num_layers
     with ThreadPoolExecutor(1) as writer:
-        written: Future[None] | None = None if blocks else writer.submit(target.write_outer)
-        if job.rows is not None and not blocks:
-            embed_rows(job)
+        written = None if blocks else _start(job, target, found, writer, progress)
         job = _with_outputs(job, settings.seed, resumed, progress)
-        with progress.bar(f"quantize {job.checkpoint.name} ({job.recipe.name})", layers) as tick:
+        with progress.bar(f"quantize {job.checkpoint.name} ({job.recipe.name})", layers + target.head_apart) as tick:
             for layer in range(layers):
                 if layer >= resumed:
                     solved = solve_block(job, layer)
@@ -167,23 +170,56 @@ def _run(job: Job, target: QuantizedFolder, settings: Settings, progress: Progre
                         written.result()
                     linears = _linears_result(job.recipe, solved.linears, progress)
                     blocks.append({"linears": linears, "expert_tokens": solved.expert_tokens})
-                    written = writer.submit(_keep_block, job, target, layer, solved, list(blocks))
+                    done = {**found, "blocks": list(blocks)}
+                    written = writer.submit(_keep_block, job, target, layer, solved, done)
                     if job.rows is not None:
                         # Hidden states before and after a block would be on the disk together for too long.
                         written.result()
                     hold_memory(settings.memory)
                 tick()
-        if written is not None:
-            written.result()
-    return blocks, resumed
+            if written is not None:
+                written.result()
+            if target.head_apart:
+                _finish_head(job, target, found, progress)
+                hold_memory(settings.memory)
+                tick()
+    return found, resumed
 
 
-def _keep_block(
-    job: Job, target: QuantizedFolder, layer: int, solved: SolvedBlock, blocks: list[dict[str, Any]]
-) -> None:
+def _start(
+    job: Job, target: QuantizedFolder, found: dict[str, Any], writer: ThreadPoolExecutor, progress: Progress
+) -> Future[None]:
+    """Quantize the embedding if asked, and leave the rows' hidden states before block 0; the shard is being written."""
+    embedding = None
+    if job.recipe.scheme_for(EMBEDDING) is not None:
+        with progress.bar("quantize the embedding", job.checkpoint.config.num_layers) as tick:
+            embedding = solve_embedding(job, tick)
+    found["outer"].update(_outer_result(job.recipe, embedding, progress))
+    written = writer.submit(target.write_outer, embedding)
+    if job.rows is not None:
+        embed_rows(job, embedding.solved.tensor if embedding else None)
+    return written
+
+
+def _finish_head(job: Job, target: QuantizedFolder, found: dict[str, Any], progress: Progress) -> None:
+    """The last step where the head is quantized by itself."""
+    if HEAD in found["outer"]:
+        return
+    head = solve_head(job)
+    assert head is not None
+    target.write_head(head)
+    found["outer"].update(_outer_result(job.recipe, head, progress))
+    target.save_progress(found)
+
+
+def _outer_result(recipe: Recipe, linear: SolvedLinear | None, progress: Progress) -> dict[str, Any]:
+    return {} if linear is None else _linears_result(recipe, {linear.solved.tensor.name: linear}, progress)
+
+
+def _keep_block(job: Job, target: QuantizedFolder, layer: int, solved: SolvedBlock, done: dict[str, Any]) -> None:
     """Bring a block to the disk, then count it as done; while that lasts, the next one may be solved."""
     target.write_block(layer, solved)
-    target.save_progress(blocks)
+    target.save_progress(done)
     if job.rows is not None:
         forget_hidden(job, layer)
         # Moments and states of all sizes leave holes; rounding alone reuses the same few pieces.
@@ -207,16 +243,15 @@ def _linears_result(recipe: Recipe, linears: Mapping[str, SolvedLinear], progres
     return result
 
 
-def _tensors(blocks: list[dict[str, Any]]) -> dict[str, Any]:
-    return {name: item for block in blocks for name, item in block["linears"].items()}
-
-
-def _schemes(blocks: list[dict[str, Any]]) -> dict[str, QuantScheme]:
-    return {name: QuantScheme.from_dict(item["scheme"]) for name, item in _tensors(blocks).items()}
+def _tensors(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Every quantized matrix in the order of the model."""
+    inner = {name: item for block in found["blocks"] for name, item in block["linears"].items()}
+    ends = [{name: item for name, item in found["outer"].items() if name == module} for module in (EMBEDDING, HEAD)]
+    return {**ends[0], **inner, **ends[1]}
 
 
 def _manifest(
-    checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None, settings: Settings, blocks: list[dict[str, Any]]
+    checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None, settings: Settings, found: Mapping[str, Any]
 ) -> dict[str, Any]:
     return {
         "source": {"name": checkpoint.name, "sha256": checkpoint.sha256},
@@ -228,12 +263,18 @@ def _manifest(
         "policy": {
             "router": "16 bit",
             "norms": "16 bit",
-            "embedding": "16 bit",
-            "lm_head": "tied to the embedding" if checkpoint.config.tie_word_embeddings else "16 bit",
+            "embedding": _policy(recipe.scheme_for(EMBEDDING)),
+            "lm_head": "tied to the embedding"
+            if checkpoint.config.tie_word_embeddings
+            else _policy(recipe.scheme_for(HEAD)),
         },
-        "experts": _experts(recipe, checkpoint.config.expert_width, blocks),
-        "tensors": _tensors(blocks),
+        "experts": _experts(recipe, checkpoint.config.expert_width, found["blocks"]),
+        "tensors": _tensors(found),
     }
+
+
+def _policy(scheme: QuantScheme | None) -> str:
+    return "16 bit" if scheme is None else scheme.label
 
 
 def _calibration_record(recipe: Recipe, rows: Rows, settings: Settings) -> dict[str, Any]:

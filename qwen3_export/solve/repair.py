@@ -7,7 +7,8 @@ undo of an error δ in it what is a linear function of their own inputs x:
 
 fitted on calibration rows; α in [0, 1] is what every eighth of them, held out, confirms. On the
 reference model this foretells the KL that is left within a third; without it, the first block's
-v_proj seems six times as harmful as it is. Experts are not shifted, and repair nothing.
+v_proj seems six times as harmful as it is. Experts are not shifted, and repair nothing. An embedding's
+error is repaired by the first block, which it enters by other hidden states than the original's.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ def fit_repairs(
     count: int,
     at_once: int,
     pool: Workers,
+    entered: Callable[[int], Tensor] | None = None,
 ) -> Repairs:
     """`{stage: B [hidden, in]}` of what repairs a block whose linears of one stage are changed.
 
-    `read(row)` gives a calibration row's hidden states before the block, `[1, tokens, hidden]`; every
-    other of `count` rows is used. Empty with fewer than eight such rows, since none is held out.
+    `read(row)` gives a calibration row's hidden states before the block, `[1, tokens, hidden]`, and
+    `entered(row)` those that the changed block gets, where they differ; every other of `count` rows is
+    used. Empty with fewer than eight such rows, since none is held out.
     """
     found: Repairs = {}
     rows = list(range(0, count, EVERY))
@@ -56,7 +59,7 @@ def fit_repairs(
             wide = block.weights[block.stage_linears(later)[0]].shape[1]
 
             def sample(row: int, later: int = later) -> Sample:
-                inputs, _, error = run(block, changed, found, rope, read(row))
+                inputs, _, error = run(block, changed, found, rope, read(row), entered and entered(row))
                 return Sample(inputs[later][0], residual=error[0])
 
             gather = partial(collect, sample, at_once=at_once, size=wide, device="cpu", pool=pool)
@@ -67,7 +70,7 @@ def fit_repairs(
 
 
 def run(
-    block: Block, changed: Block, repairs: Repairs, rope: Rope, hidden: Tensor
+    block: Block, changed: Block, repairs: Repairs, rope: Rope, hidden: Tensor, entered: Tensor | None = None
 ) -> tuple[dict[int, Tensor], Tensor, Tensor]:
     """Inputs of the repairing stages, the original output, and the error that is left of a changed block's."""
     state, inputs = block.enter(hidden), {}
@@ -75,7 +78,7 @@ def run(
         if stage in (_OUT, _DOWN):
             inputs[stage] = state["x"]
         state = block.advance(stage, state, rope)
-    error = changed.forward(hidden, rope) - state["residual"]
+    error = changed.forward(hidden if entered is None else entered, rope) - state["residual"]
     for stage, step in repairs.items():
         error = error - inputs[stage] @ step.T
     return inputs, state["residual"], error

@@ -29,8 +29,9 @@ from qwen3_export.errors import InputError, RecipeError, ResourceError
 from qwen3_export.model.workers import workers
 from qwen3_export.solve.budget import Choice, choose
 from qwen3_export.solve.method import load_method
-from qwen3_export.solve.sensitivity import Sensitivity, Study, measure, steps
-from qwen3_export.solve.units import Unit, units
+from qwen3_export.solve.sensitivity import Sensitivity, measure, steps
+from qwen3_export.solve.study import Study
+from qwen3_export.solve.units import OUTER, Unit, units
 from qwen3_export.text import ModelTokenizer, Rows, calibration_rows, load_documents
 
 # Whose options a method is searched and shipped with.
@@ -45,7 +46,8 @@ _MEASURED_TOKENS = 256
 class Settings:
     """What to search; everything but `threads` can change the recipe.
 
-    `target_bpw` counts the decoder's linears, scales and zero points included. `grids` are names of
+    `target_bpw` counts the decoder's linears, scales and zero points included, and with `embeddings` also
+    the embedding and the head, which are then quantized too, a tied one once. `grids` are names of
     `GRIDS`; 8 bits are always symmetric, in groups of 128 where that fits. `measure` is the number
     of rows, of at most 256 tokens each, that the KL is measured on and no solver sees. `fused` gives
     q,k,v of a block one scheme and gate,up one, which vLLM and SGLang need.
@@ -62,6 +64,7 @@ class Settings:
     measure: int = 16
     fused: bool = False
     threads: int | None = None
+    embeddings: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Found:
 
     @property
     def bits_per_weight(self) -> float:
-        """Over the decoder's linears."""
+        """Over all units."""
         total = sum(s.unit.bits(scheme) for s, scheme in self.units)
         return total / sum(s.unit.weights for s, _ in self.units)
 
@@ -104,7 +107,9 @@ def search(checkpoint: Checkpoint, settings: Settings, scratch: Path, progress: 
         raise InputError(f"{checkpoint.folder} is quantized already", "give the 16-bit original")
     base = load_recipe(OPTIONS_OF[_one_of("--method", settings.method, tuple(OPTIONS_OF))])
     method, options = load_method(base)
-    options_of = {unit: _fitting(unit, settings) for unit in units(checkpoint.config, settings.fused)}
+    options_of = {
+        unit: _fitting(unit, settings) for unit in units(checkpoint.config, settings.fused, settings.embeddings)
+    }
     capacity = _capacity(options_of, settings.target_bpw)
     solving, measuring = _rows(checkpoint, settings)
     _check_disk(checkpoint, len(options_of), solving, measuring, scratch)
@@ -238,7 +243,8 @@ def _check_disk(checkpoint: Checkpoint, count: int, solving: list[Any], measurin
     config = checkpoint.config
     shapes = [shape for layer in range(config.num_layers) for shape in config.linear_shapes(layer).values()]
     widest = max(shape[1] for shape in shapes) * max(config.experts_per_token, 1)
-    calibrating = sum(map(len, solving)) * (4 * config.hidden_size + 2 * widest)
+    # Before and after a block, in it, and before the first one once more with a quantized embedding.
+    calibrating = sum(map(len, solving)) * (5 * config.hidden_size + 2 * widest)
     passing = sum(map(len, measuring)) * config.hidden_size * (count + 1)
     needed, free = 4 * (calibrating + passing), shutil.disk_usage(scratch).free
     if needed > free:
@@ -263,16 +269,20 @@ def _recipe(
 ) -> Recipe:
     """The scheme of most weights for all, rules for the units that differ."""
     weights: dict[QuantScheme | None, int] = {}
-    for sensitivity, scheme in chosen:
+    inner = [(s, scheme) for s, scheme in chosen if s.unit.stage != OUTER]
+    for sensitivity, scheme in inner:
         weights[scheme] = weights.get(scheme, 0) + sensitivity.unit.weights
     usual = max(weights, key=lambda scheme: weights[scheme])
-    rules = [Rule(s.unit.match, scheme) for s, scheme in chosen if scheme != usual]
-    bits = sum(s.unit.bits(scheme) for s, scheme in chosen) / sum(weights.values())
+    # No wildcard reaches embedding and head.
+    rules = [Rule(s.unit.match, scheme) for s, scheme in chosen if s.unit.stage == OUTER and scheme]
+    rules += [Rule(s.unit.match, scheme) for s, scheme in inner if scheme != usual]
+    bits = sum(s.unit.bits(scheme) for s, scheme in chosen) / sum(s.unit.weights for s, _ in chosen)
+    counted = "weight of linears, embedding and head" if settings.embeddings else "decoder weight"
     return Recipe(
         name=f"{checkpoint.name}-mixed-{settings.target_bpw:g}bpw",
         method=base.method,
         rules=(*rules, Rule("*", usual)),
-        description=f"mixed precision for {checkpoint.name}, {bits:.3f} bits per decoder weight, found by search"
+        description=f"mixed precision for {checkpoint.name}, {bits:.3f} bits per {counted}, found by search"
         + ("" if settings.fused else "; q, k, v and gate, up may differ, which vLLM refuses"),
         options=base.options,
         calibration={"samples": settings.samples, "sequence_length": settings.sequence_length},

@@ -13,6 +13,9 @@ One sweep over the blocks measures all units:
        which the solver knows nothing, without what a target shift will repair (`solve.repair`);
        from there on those rows run beside the original
 
+An embedding that is quantized starts rows of its own at block 0; a head meets the original's rows at the
+end, and a tied matrix does both (`solve.ends`).
+
     loss(unit, scheme) = KL(unit, probe) · tr(ΔHΔᵀ)(scheme) / tr(ΔHΔᵀ)(probe)
 
 Two blocks are in memory; hidden states are files of rows `[1, tokens, hidden]` in fp32, of which there
@@ -27,30 +30,23 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from qwen3_export.core.checkpoint import Checkpoint
-from qwen3_export.core.qwen3 import block_name
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD, block_name
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import dequantize
 from qwen3_export.model.block import NUM_STAGES, Block, State
-from qwen3_export.model.decoder import Rope, load_block, rope_tables, to_torch
-from qwen3_export.model.workers import Workers
+from qwen3_export.model.decoder import Rope, load_block, rope_tables
 from qwen3_export.solve.divergence import mean_divergences
+from qwen3_export.solve.ends import SAMPLED_ROWS, begin, enter_changed, finish
 from qwen3_export.solve.method import Group, energy
 from qwen3_export.solve.moments import Sample, collect
 from qwen3_export.solve.repair import Repairs, fit_repairs, run
 from qwen3_export.solve.states import RowFile, States
-from qwen3_export.solve.units import Unit
-
-SAMPLED_ROWS = 512
-_TOKENS_AT_ONCE = 4096
+from qwen3_export.solve.study import Study, Variant, at_once, embed_file, rows_file
+from qwen3_export.solve.units import OUTER, Unit
 
 
 @dataclass(frozen=True)
@@ -70,24 +66,10 @@ class Sensitivity:
         return self.kl * self.errors[scheme] / error if error > 0 else 0.0
 
 
-@dataclass(frozen=True)
-class Study:
-    """What is measured: `schemes` per unit, the probe first; rows to solve with, rows to measure on."""
-
-    checkpoint: Checkpoint
-    method: ModuleType
-    options: Any
-    schemes: Mapping[Unit, Sequence[QuantScheme]]
-    solving: Sequence[NDArray]
-    measuring: Sequence[NDArray]
-    pool: Workers
-    scratch: Path
-
-
 def steps(study: Study) -> int:
     """How often `measure` ticks: every unit once per block from its own on, the original too, then each row."""
     layers = study.checkpoint.config.num_layers
-    return layers + sum(layers - unit.layer for unit in study.schemes) + len(study.measuring)
+    return layers + sum(min(layers - unit.layer, layers) for unit in study.schemes) + len(study.measuring)
 
 
 def measure(study: Study, tick: Callable[[], object] = lambda: None) -> list[Sensitivity]:
@@ -95,14 +77,19 @@ def measure(study: Study, tick: Callable[[], object] = lambda: None) -> list[Sen
 
     Raises what the method raises for inputs or weights that are not finite.
     """
-    found: list[_Variant] = []
+    found: list[Variant] = []
     with ExitStack() as stack:
-        before = _embed(study, "calibration", study.solving, stack)
-        original = _embed(study, "original", study.measuring, stack)
+        before = embed_file(study, "calibration", study.solving, stack)
+        original = embed_file(study, "original", study.measuring, stack)
+        ends = {unit.pattern: unit for unit in study.schemes if unit.stage == OUTER}
+        begun = begin(study, ends[EMBEDDING], stack) if EMBEDDING in ends else None
         for layer in range(study.checkpoint.config.num_layers):
             block = load_block(study.checkpoint, layer)
             solved, after = _solve_layer(study, block, before, stack)
             passing = [variant.rows for variant in found]
+            if begun is not None and layer == 0:
+                found.append(enter_changed(study, block, begun, before, original))
+                tick()
             for unit in solved:
                 found.append(_bear(study, block, unit, before, original, stack))
                 tick()
@@ -111,8 +98,10 @@ def measure(study: Study, tick: Callable[[], object] = lambda: None) -> list[Sen
                 tick()
             before.path.unlink()
             before = after
+        if last := ends.get(HEAD):
+            found.append(finish(study, last, before, original))
         shape = (len(study.measuring), len(study.measuring[0]))
-        files = [variant.rows for variant in found]
+        files = [(variant.rows, variant.head) for variant in found]
         divergences = mean_divergences(study.checkpoint, original, files, shape, study.pool, tick)
     return [Sensitivity(v.unit, v.probe, v.errors, kl) for v, kl in zip(found, divergences, strict=True)]
 
@@ -124,31 +113,6 @@ class _SolvedUnit:
     unit: Unit
     errors: Mapping[QuantScheme, float]
     weights: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class _Variant:
-    """One unit's errors, and the measured rows in the model where only this unit is quantized."""
-
-    unit: Unit
-    probe: QuantScheme
-    errors: Mapping[QuantScheme, float]
-    rows: RowFile
-
-
-def _rows(study: Study, name: str, tokens: int, stack: ExitStack) -> RowFile:
-    file = RowFile(study.scratch / f"{name}.rows", (1, tokens, study.checkpoint.config.hidden_size))
-    stack.callback(file.close)
-    return file
-
-
-def _embed(study: Study, name: str, rows: Sequence[NDArray], stack: ExitStack) -> RowFile:
-    """Embeddings of some token rows of one length."""
-    table = study.checkpoint.read("model.embed_tokens.weight")
-    file = _rows(study, name, len(rows[0]), stack)
-    for number, ids in enumerate(rows):
-        file.write(number, to_torch(table[ids]).float()[None])
-    return file
 
 
 def _solve_layer(study: Study, block: Block, before: RowFile, stack: ExitStack) -> tuple[list[_SolvedUnit], RowFile]:
@@ -178,14 +142,14 @@ def _advance(block: Block, stage: int, rope: Rope, _row: int, state: State) -> S
 
 def _bear(
     study: Study, block: Block, solved: _SolvedUnit, before: RowFile, original: RowFile, stack: ExitStack
-) -> _Variant:
+) -> Variant:
     """Run the measured rows through the block with one unit quantized, less what will be repaired of it."""
     config, unit, repairs = study.checkpoint.config, solved.unit, Repairs()
     changed = Block(config, unit.layer, {**block.weights, **solved.weights})
     if study.method.needs_original(study.options):
         rope, count = rope_tables(config, 0, len(study.solving[0])), len(study.solving)
-        repairs = fit_repairs(block, changed, unit.stage, rope, before.read, count, _at_once(study), study.pool)
-    rows = _rows(study, f"unit-{unit.layer}-{unit.pattern.replace('*', 'N')}", len(study.measuring[0]), stack)
+        repairs = fit_repairs(block, changed, unit.stage, rope, before.read, count, at_once(study), study.pool)
+    rows = rows_file(study, f"unit-{unit.layer}-{unit.pattern.replace('*', 'N')}", len(study.measuring[0]), stack)
     rope = rope_tables(config, 0, len(study.measuring[0]))
 
     def one(row: int) -> None:
@@ -193,12 +157,7 @@ def _bear(
         rows.write(row, output + error)
 
     study.pool.map(one, range(len(study.measuring)))
-    return _Variant(unit, study.schemes[unit][0], solved.errors, rows)
-
-
-def _at_once(study: Study) -> int:
-    """Calibration rows in memory at a time."""
-    return max(1, _TOKENS_AT_ONCE // len(study.solving[0]))
+    return Variant(unit, study.schemes[unit][0], solved.errors, rows)
 
 
 class _Hessians:
@@ -214,7 +173,7 @@ class _Hessians:
             return self._kept
         rows, wide = range(self.states.rows), self.block.weights[name].shape[1]
         sample = partial(self._sample, name)
-        found = collect(sample, rows, _at_once(self.study), wide, "cpu", self.study.pool).hessian
+        found = collect(sample, rows, at_once(self.study), wide, "cpu", self.study.pool).hessian
         self._kept = None if ".experts." in name else found
         return found
 

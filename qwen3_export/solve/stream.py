@@ -24,10 +24,12 @@ from functools import partial
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qwen3_export.core.qwen3 import block_name
+from qwen3_export.core.qwen3 import EMBEDDING, block_name
 from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.model.block import NUM_STAGES, Block, State
-from qwen3_export.model.decoder import Rope, load_block, put_quantized, rope_tables, to_torch
+from qwen3_export.model.decoder import Rope, load_block, put_quantized, rope_tables
+from qwen3_export.model.table import Table, to_torch
 from qwen3_export.solve.experts import Inputs, Layer, count_tokens
 from qwen3_export.solve.fold import ROUTER, apply, search, sites, stored
 from qwen3_export.solve.job import QUANTIZED, Job, SolvedBlock, SolvedLinear
@@ -44,14 +46,15 @@ ROUTED = 2
 FOLD_EVERY = 4
 
 
-def embed_rows(job: Job) -> None:
-    """Write the embeddings of all rows, the hidden states before block 0."""
+def embed_rows(job: Job, quantized: QuantizedTensor | None = None) -> None:
+    """Write the embeddings of all rows, the hidden states before block 0; `quantized` is what will be shipped."""
     assert job.rows is not None
-    table = job.checkpoint.read("model.embed_tokens.weight")
     for stream in job.streams:
+        shipped = quantized if stream == QUANTIZED else None
+        table = Table(job.checkpoint.read(f"{EMBEDDING}.weight") if shipped is None else shipped)
         file = job.hidden_file(job.scratch / "embedding.rows")
         for row, ids in enumerate(job.rows.ids):
-            file.write(row, to_torch(table[ids]).float()[None])
+            file.write(row, table.rows(ids)[None])
         file.keep_as(job.hidden_path(0, stream))
         file.close()
 
@@ -232,12 +235,16 @@ def _inputs(job: Job, name: str, walks: list[Walk], layer: Layer) -> Inputs:
     expert's over all of them, with what stands in where they are too few."""
     if ".experts." in name:
         return layer.inputs(name)
-    rows = range(walks[0].states.rows)
-    held_out = [row for row in rows if row % HELD_OUT == HELD_OUT - 1]
-    fitted = _collect(job, name, walks, [row for row in rows if row not in held_out])
-    parts = fitted, _collect(job, name, walks, held_out)
+    fitted, held_out = split_rows(walks[0].states.rows)
+    parts = _collect(job, name, walks, fitted), _collect(job, name, walks, held_out)
     joined = parts[0].join(parts[1])
     return Inputs(joined, joined.tokens, parts if joined.drift is not None else None)
+
+
+def split_rows(count: int) -> tuple[list[int], list[int]]:
+    """The rows that are fitted, and every eighth, which is held out."""
+    held_out = [row for row in range(count) if row % HELD_OUT == HELD_OUT - 1]
+    return [row for row in range(count) if row not in held_out], held_out
 
 
 def _collect(job: Job, name: str, walks: list[Walk], rows: list[int]) -> Moments:

@@ -3,7 +3,8 @@
     fused      q,k,v │ o │ gate,up │ down      vLLM and SGLang multiply these together
     separate   q │ k │ v │ o │ gate │ up │ down
 
-In a sparse block a unit has the linears of all experts.
+In a sparse block a unit has the linears of all experts. Where asked, the embedding is a unit before block 0
+and the head one behind the last block; of a tied model the one matrix is the first of these.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from qwen3_export.core.qwen3 import Qwen3Config
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
 from qwen3_export.core.scheme import QuantScheme
 
+OUTER = -1
 # Patterns of a block's linears, by stage.
 _FUSED = (("self_attn.[qkv]_proj",), ("self_attn.o_proj",), ("{mlp}.[gu]*_proj",), ("{mlp}.down_proj",))
 _SEPARATE = (
@@ -28,7 +30,7 @@ _SEPARATE = (
 
 @dataclass(frozen=True)
 class Unit:
-    """Linears of one block and stage; `shapes` is `{local name: [out, in]}`."""
+    """Linears of one block and stage, by local name `{name: [out, in]}`; or, at stage `OUTER`, embedding or head."""
 
     layer: int
     stage: int
@@ -38,7 +40,7 @@ class Unit:
     @property
     def match(self) -> str:
         """The pattern of a recipe's rule."""
-        return f"*.layers.{self.layer}.{self.pattern}"
+        return self.pattern if self.stage == OUTER else f"*.layers.{self.layer}.{self.pattern}"
 
     @property
     def weights(self) -> int:
@@ -57,9 +59,10 @@ class Unit:
         yield from ([name for name in self.shapes if name.rpartition(".")[0] == owner] for owner in owners)
 
 
-def units(config: Qwen3Config, fused: bool) -> list[Unit]:
-    """All units of a model, in the order they run."""
-    found = []
+def units(config: Qwen3Config, fused: bool, outer: bool = False) -> list[Unit]:
+    """All units of a model, in the order they run; with embedding and head if `outer`."""
+    ends = [Unit(-1, OUTER, EMBEDDING, {EMBEDDING: config.outer_matrices()[EMBEDDING]})]
+    found = ends if outer else []
     for layer in range(config.num_layers):
         shapes = config.linear_shapes(layer)
         mlp = "mlp.experts.*" if config.is_sparse(layer) else "mlp"
@@ -67,4 +70,6 @@ def units(config: Qwen3Config, fused: bool) -> list[Unit]:
             for pattern in (pattern.format(mlp=mlp) for pattern in patterns):
                 members = {name: shape for name, shape in shapes.items() if fnmatch.fnmatchcase(name, pattern)}
                 found.append(Unit(layer, stage, pattern, members))
+    if outer and not config.tie_word_embeddings:
+        found.append(Unit(config.num_layers, OUTER, HEAD, {HEAD: config.outer_matrices()[HEAD]}))
     return found

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tests.artifact.support import SAME, largest_difference, logits
 
-RECIPES = ["original", "gptq-w4a16-g128", "gptq-w4a16-g32", "rtn-w8a16"]
+RECIPES = ["original", "gptq-w4a16-g128", "gptq-w4a16-g32", "gptq-w4a16-g128-head8", "rtn-w8a16"]
 
 
 @pytest.fixture(scope="module")

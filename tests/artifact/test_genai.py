@@ -32,6 +32,7 @@ FOLDERS = [
     ("original", {"precision": "fp16"}),
     ("gptq-w4a16-g128", {}),
     ("gptq-w4a16-g32-asym", {}),
+    ("gptq-w4a16-g128-head8", {}),
     ("rtn-w8a16", {}),
 ]
 

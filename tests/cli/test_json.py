@@ -170,6 +170,7 @@ def test_inspect(model: Path, made: dict[str, Path]) -> None:
     plain, quantized = (_one_object(call("inspect", path, "--json")) for path in (model, made["quantized"]))
     assert (plain["architecture"], plain["layers"], plain["experts"]) == ("qwen3", 2, 0)
     assert plain["tied_head"] is True
+    assert (plain["embedding"], plain["lm_head"]) == ("bfloat16", "tied to the embedding")
     assert plain["quantized"] == {}
     assert plain["bits_per_weight"] == 16
     assert plain["parameters"] == quantized["parameters"] == 8192 * 128 + 2 * 147_776 + 128

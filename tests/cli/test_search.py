@@ -61,6 +61,21 @@ def test_json_and_the_default_name(model: Path, tmp_path: Path, monkeypatch: pyt
     assert written["method"] == "rtn"
 
 
+def test_embeddings_are_units_when_asked(model: Path, tmp_path: Path) -> None:
+    options = ("--target-bpw", "5", "--grids", "symmetric", "--method", "rtn", "--fused", "--embeddings")
+    values = search(model, *options, "--output", tmp_path / "x.yaml", "--json").json
+    assert len(values["units"]) == 9
+    first = values["units"][0]
+    assert (first["match"], first["weights"]) == ("model.embed_tokens", 8192 * 128)
+    assert first["probe_kl"] > 0
+    rules = {rule["match"]: rule["scheme"] for rule in values["recipe"]["rules"]}
+    assert rules["model.embed_tokens"]["num_bits"] in (4, 8)
+    shown = search(model, *options, "--output", tmp_path / "y.yaml")
+    assert "linears, embedding and head" in shown.out
+    made = call("quantize", model, "--recipe", tmp_path / "x.yaml", "--output", tmp_path / "out", "--json").json
+    assert made["layers"][0]["name"] == "model.embed_tokens"
+
+
 @pytest.mark.parametrize("target", ["3", "8.2", "-1", "nan"])
 def test_a_budget_out_of_reach_names_the_range(model: Path, tmp_path: Path, target: str) -> None:
     outcome = search(model, "--target-bpw", target, "--output", tmp_path / "x.yaml")

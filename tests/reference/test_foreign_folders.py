@@ -212,12 +212,19 @@ def linear(weights: dict[str, Any], inputs: dict[str, Any] | None = None, *targe
     return {"targets": list(targets or ["Linear"]), "weights": weights, "input_activations": activations}
 
 
-def theirs(folder: Path, *groups: dict[str, Any], ignore: tuple[str, ...] = (), dtype: Any = torch.bfloat16) -> Path:
+def theirs(
+    folder: Path,
+    *groups: dict[str, Any],
+    ignore: tuple[str, ...] = (),
+    dtype: Any = torch.bfloat16,
+    config: dict[str, Any] = WIDE,
+) -> Path:
     """A random model, quantized to its own ranges and saved by compressed-tensors and transformers."""
-    source = write_checkpoint(folder / "source", WIDE)
+    source = write_checkpoint(folder / "source", config)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     named = {f"group_{number}": group for number, group in enumerate(groups)}
-    apply_quantization_config(model, QuantizationConfig(config_groups=named, ignore=["lm_head", *ignore]))
+    kept = ["lm_head"] if config["tie_word_embeddings"] else []
+    apply_quantization_config(model, QuantizationConfig(config_groups=named, ignore=[*kept, *ignore]))
     for module in model.modules():
         if getattr(module, "quantization_scheme", None) is not None:
             set_ranges(module, module.quantization_scheme.weights)
@@ -414,3 +421,30 @@ def test_the_command_line_reads_such_a_folder(shipped: Callable[..., packers.Fol
     again = cli("quantize", folder, "--recipe", "rtn-w4a16-g128", "--output", tmp_path / "again")
     assert again.returncode == InputError.exit_code
     assert "is quantized already" in again.stderr
+
+
+UNTIED = {**WIDE, "tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize("weights", [INT4, {**INT8, "num_bits": 8}], ids=["w4 g32", "w8 channel"])
+def test_a_quantized_head_gives_their_logits(tmp_path: Path, weights: dict[str, Any]) -> None:
+    folder = theirs(tmp_path, linear(weights), config=UNTIED)
+    checkpoint = open_checkpoint(folder)
+    assert len(checkpoint.schemes) == 15
+    assert checkpoint.schemes["lm_head"] == checkpoint.schemes["model.layers.0.self_attn.q_proj"]
+    assert_same_logits(folder, folder)
+
+
+def test_a_quantized_embedding_gives_their_weights(tmp_path: Path) -> None:
+    """transformers cannot load such a folder again; compressed-tensors unpacks its tensors all the same."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    group = linear(INT4, None, "Embedding", "Linear")
+    folder = theirs(tmp_path, group, config=UNTIED, dtype=torch.float32)
+    checkpoint, prefix = open_checkpoint(folder), "model.embed_tokens."
+    assert len(checkpoint.schemes) == 16
+    stored = {n.removeprefix(prefix): torch.from_numpy(checkpoint.read(n)) for n in checkpoint.files if prefix in n}
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    wanted = compressor.decompress(stored, QuantizationScheme.model_validate(group))["weight"]
+    np.testing.assert_array_equal(dequantized(folder)["model.embed_tokens"], wanted.numpy())

@@ -57,7 +57,7 @@ THEIRS: dict[str, tuple[dict[str, Any], str]] = {
     "awq g128": ({"method": "awq", "bits": 4, "group_size": 128}, "w4-g128-sym"),
     "awq g32 asymmetric": ({"method": "awq", "bits": 4, "group_size": 32, "sym": False}, "w4-g32-asym"),
 }
-REFERENCE = "the reference model"
+REFERENCE, HEAD = "the reference model", "an untied head"
 EXPERTS = "experts"
 
 
@@ -102,10 +102,12 @@ class Room:
         }
 
 
-def ours(source: Path | str, output: Path, layout: str, scheme: dict[str, Any]) -> Path:
+def ours(
+    source: Path | str, output: Path, layout: str, scheme: dict[str, Any], matches: tuple[str, ...] = ("*",)
+) -> Path:
     """A folder that our command line writes."""
-    recipe = output.with_suffix(".yaml")
-    recipe.write_text(yaml.safe_dump({"name": "test", "method": "rtn", "rules": [{"match": "*", "scheme": scheme}]}))
+    recipe, rules = output.with_suffix(".yaml"), [{"match": match, "scheme": scheme} for match in matches]
+    recipe.write_text(yaml.safe_dump({"name": "test", "method": "rtn", "rules": rules}))
     outcome = call("quantize", source, "--recipe", recipe, "--output", output, "--layout", layout)
     assert outcome.code == 0, outcome.err
     return output
@@ -121,6 +123,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
         room.load(f"ours {name}", ours(source, base / f"ours {name}", layout, scheme))
     w4 = OURS["w4 g128"][1]
     room.load(f"ours {REFERENCE}", ours("reference-model", base / REFERENCE, "gptq", w4))
+    untied = write_text_model(base / "untied", tie_word_embeddings=False)
+    room.load(f"ours {HEAD}", ours(untied, base / HEAD, "gptq", w4, ("lm_head", "*")))
     experts = write_text_model(base / "moe", **{**tiny_moe_config(), "vocab_size": VOCABULARY})
     for layout in ("gptq", "awq"):
         name = f"{EXPERTS} {layout}"
@@ -137,7 +141,7 @@ def assert_same(answer: Answer) -> None:
     """Codes and weights bit for bit, logits within fp32 rounding, and near those in fp16."""
     checkpoint, weights, units = open_checkpoint(answer.folder), answer.of("weight"), answer.of("units")
     found = dequantized(answer.folder)
-    assert set(found) == set(weights) == set(checkpoint.config.all_linears())
+    assert set(found) == set(weights) == set(checkpoint.schemes) >= set(checkpoint.config.all_linears())
     for name, weight in found.items():
         np.testing.assert_array_equal(weight, weights[name], name)
         tensor = checkpoint.linear(name)
@@ -161,9 +165,10 @@ def test_gptqmodel_gives_the_weights_and_logits_of_our_folders(answers: dict[str
     assert_same(answers[f"ours {name}"])
 
 
-@pytest.mark.parametrize("name", [REFERENCE, f"{EXPERTS} gptq", f"{EXPERTS} awq"])
+@pytest.mark.parametrize("name", [REFERENCE, HEAD, f"{EXPERTS} gptq", f"{EXPERTS} awq"])
 def test_gptqmodel_gives_the_weights_and_logits_of_whole_models(answers: dict[str, Answer], name: str) -> None:
     assert_same(answers[f"ours {name}"])
+    assert ("lm_head.weight" in answers[f"ours {name}"].tensors) == (name == HEAD)
 
 
 @pytest.mark.parametrize("name", THEIRS)

@@ -199,6 +199,59 @@ def test_a_rule_may_leave_the_indivisible_tensor_out(load: Callable[..., Recipe]
     assert recipe.scheme_for("model.layers.0.self_attn.q_proj") is not None
 
 
+OUTER = {"model.embed_tokens": (320, 64), "lm_head": (320, 64)}
+W8 = {**W4, "num_bits": 8}
+
+
+def test_embedding_and_head_are_reached_by_their_exact_names_alone(load: Callable[..., Recipe]) -> None:
+    wild = load(rules=rules(("*", W4)))
+    assert all(wild.scheme_for(name) is None for name in OUTER)
+    named = load(rules=rules(("*", W4), ("lm_head", W8), ("lm_head", None)))
+    named.check_against({**LINEARS, **OUTER})
+    assert [named.scheme_for(name) for name in OUTER] == [None, QuantScheme(8, group_size=32)]
+    with pytest.raises(RecipeError, match=r"'model\.embed\*' matches no linear") as caught:
+        load(rules=rules(("model.embed*", W8), ("*", W4))).check_against({**LINEARS, **OUTER})
+    assert "exactly model.embed_tokens" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ((("lm_head", W8),), "lm_head is to be w8-g32-sym, .* which is to be 16 bits"),
+        ((("lm_head", W8), ("model.embed_tokens", W4)), "lm_head is to be w8-g32-sym, .* which is to be w4-g32-sym"),
+        ((("lm_head", None), ("model.embed_tokens", W4)), "lm_head is to be 16 bits, .* which is to be w4-g32-sym"),
+    ],
+)
+def test_one_tied_matrix_has_one_scheme(load: Callable[..., Recipe], given: Any, found: str) -> None:
+    recipe = load(rules=rules(*given, ("*", W4)))
+    recipe.check_against({**LINEARS, **OUTER})
+    tied = {**LINEARS, "model.embed_tokens": (320, 64)}
+    with pytest.raises(RecipeError, match=found) as caught:
+        recipe.check_against(tied)
+    assert "a rule for model.embed_tokens decides" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("head", [(), (("lm_head", W8),)])
+def test_equal_rules_fit_a_tied_model_and_an_untied_one(load: Callable[..., Recipe], head: Any) -> None:
+    recipe = load(rules=rules(("model.embed_tokens", W8), *head, ("*", W4)))
+    recipe.check_against({**LINEARS, "model.embed_tokens": (320, 64)})
+    recipe.check_against({**LINEARS, **OUTER})
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        {"num_bits": 8, "strategy": "tensor"},
+        {"num_bits": 8, "type": "float", "strategy": "block", "activations": "dynamic-group"},
+        {"num_bits": 4, "type": "float", "group_size": 16, "scale_dtype": "e4m3"},
+    ],
+)
+@pytest.mark.parametrize("name", OUTER)
+def test_their_rows_share_no_scale(load: Callable[..., Recipe], name: str, scheme: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=f"{name} .*: .* none may share a scale"):
+        load(rules=rules((name, scheme), ("*", W4))).check_against({**LINEARS, **OUTER})
+
+
 def test_a_pattern_that_matches_nothing_is_refused(load: Callable[..., Recipe]) -> None:
     recipe = load(rules=rules(("*.dwon_proj", W4), ("*", W4)))
     with pytest.raises(RecipeError, match=r"'\*\.dwon_proj' matches no linear") as caught:
@@ -221,7 +274,7 @@ def test_only_block_linears_are_candidates() -> None:
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_shipped_recipe_applies_to_the_reference_model(name: str, reference_model: Checkpoint) -> None:
     recipe = load_recipe(name)
-    recipe.check_against(reference_model.config.all_linears())
+    recipe.check_against(reference_model.config.all_matrices())
     module, options = load_method(recipe)
     assert recipe.name == name
     assert recipe.description

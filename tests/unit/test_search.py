@@ -20,7 +20,7 @@ from qwen3_export.model.decoder import Decoder
 from qwen3_export.solve.quantize import Settings as QuantizeSettings
 from qwen3_export.solve.quantize import quantize
 from qwen3_export.solve.search import OPTIONS_OF, Found, Settings, search, to_yaml
-from qwen3_export.solve.units import Unit, units
+from qwen3_export.solve.units import OUTER, Unit, units
 from qwen3_export.text import ModelTokenizer, calibration_rows, load_documents
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
 
@@ -77,6 +77,39 @@ def test_a_sensitivity_is_the_kl_of_a_model_quantized_in_one_unit(
         expected = divergence(original, open_checkpoint(tmp_path / f"one-{number}"), measured_rows(source))
         # The Hessian's sums run in another order: a weight between two codes may fall to either side.
         assert sensitivity.kl == pytest.approx(expected, rel=0.02 if method == "gptq" else 1e-3)
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_so_is_that_of_embedding_and_head(source: Path, tmp_path: Path, method: str) -> None:
+    original = open_checkpoint(source)
+    settings = replace(SETTINGS, method=method, embeddings=True, grids=("symmetric",))
+    found = search(original, settings, tmp_path)
+    outer = [(s, scheme) for s, scheme in found.units if s.unit.stage == OUTER]
+    assert [s.unit.match for s, _ in outer] == list(original.config.outer_matrices())
+    for sensitivity, scheme in outer:
+        name = sensitivity.unit.match
+        assert found.recipe.scheme_for(name) == scheme
+        rules = (Rule(name, sensitivity.probe), Rule("*", None))
+        run = QuantizeSettings(samples=SETTINGS.samples, sequence_length=SETTINGS.sequence_length)
+        quantize(original, replace(load_recipe(OPTIONS_OF[method]), rules=rules), tmp_path / name, run)
+        expected = divergence(original, open_checkpoint(tmp_path / name), measured_rows(source))
+        assert sensitivity.kl == pytest.approx(expected, rel=0.02 if method == "gptq" else 1e-3)
+
+
+def test_they_count_in_the_budget_when_asked(source: Path, tmp_path: Path) -> None:
+    config = open_checkpoint(source).config
+    found = search(open_checkpoint(source), replace(SETTINGS, method="rtn", embeddings=True), tmp_path)
+    matrices = config.all_matrices()
+    found.recipe.check_against(matrices)
+    schemes = {name: found.recipe.scheme_for(name) for name in matrices}
+    assert all(schemes.values())
+    bits = sum(s.bits_per_weight(matrices[n]) * math.prod(matrices[n]) for n, s in schemes.items() if s)
+    assert bits / sum(map(math.prod, matrices.values())) == pytest.approx(found.bits_per_weight)
+    assert found.bits_per_weight <= SETTINGS.target_bpw
+    assert "embedding and head" in found.recipe.description
+    kept = search(open_checkpoint(source), replace(SETTINGS, method="rtn", embeddings=True, bits=(4, 16)), tmp_path)
+    in_16_bits = [s.unit.match for s, scheme in kept.units if s.unit.stage == OUTER and scheme is None]
+    assert not any(kept.recipe.scheme_for(name) for name in in_16_bits)
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -8,6 +8,7 @@ A layout module defines, for a linear called `module` with weight `[out, in]`:
     unpack(stored, module, shape, scheme) -> QuantizedTensor            its inverse
     config(schemes, linears) -> quantization_config                     raises RecipeError if it cannot say
 
+`linears` are those of the blocks; `schemes` may also have the embedding and the head.
 `specs` without `stored` is what we write; with it, what other tools wrote is announced as they wrote it,
 as far as the layout allows: another scale type, no g_idx, a bias of zeros.
 """

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.layouts import Stored, group_index
 from qwen3_export.core.pack import pack_bytes, pack_int32, unpack_bytes, unpack_int32
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD
 from qwen3_export.core.scheme import ACTIVATION_GROUP, QuantScheme
 from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor
 from qwen3_export.core.tensorfile import Spec
@@ -190,13 +191,18 @@ def _zero_points(stored: Stored, module: str, shape: tuple[int, int], scheme: Qu
 
 
 def config(schemes: Mapping[str, QuantScheme], linears: list[str]) -> dict[str, Any]:
-    """One group of targets per distinct scheme; what stays in 16 bits is in `ignore`."""
+    """One group of targets per distinct scheme; what stays in 16 bits is in `ignore`.
+
+    An embedding is no `Linear`, so it is a target by its name, which comes before any class.
+    """
     distinct, formats = list(dict.fromkeys(schemes.values())), {format_of(scheme) for scheme in schemes.values()}
     groups = {}
     for number, scheme in enumerate(distinct):
         members = [name for name, found in schemes.items() if found == scheme]
         groups[f"group_{number}"] = {
-            "targets": ["Linear"] if len(distinct) == 1 else members,
+            "targets": [*(["Linear"] if set(members) - {EMBEDDING} else []), *({EMBEDDING} & {*members})]
+            if len(distinct) == 1
+            else members,
             "weights": _weights(scheme),
             "input_activations": _activations(scheme),
             "output_activations": None,
@@ -209,7 +215,7 @@ def config(schemes: Mapping[str, QuantScheme], linears: list[str]) -> dict[str, 
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head", *routers, *plain],
+        "ignore": [*([] if HEAD in schemes else [HEAD]), *routers, *plain],
     }
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.layouts import Stored, group_index
 from qwen3_export.core.pack import pack_int32, unpack_int32
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor
 from qwen3_export.core.tensorfile import Spec
@@ -105,7 +106,7 @@ def format_of(config: Mapping[str, Any]) -> str:
 
 def config(schemes: Mapping[str, QuantScheme], linears: list[str]) -> dict[str, Any]:
     """GPTQ's `quantization_config`; it has one scheme for all linears."""
-    scheme = uniform(schemes, linears, "gptq")
+    scheme = uniform(schemes, linears, "gptq", outer=(HEAD,))
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq" if scheme.symmetric else "gptq_v2",
@@ -113,13 +114,21 @@ def config(schemes: Mapping[str, QuantScheme], linears: list[str]) -> dict[str, 
         "group_size": -1 if scheme.group_size is None else scheme.group_size,
         "sym": scheme.symmetric,
         "desc_act": False,
-        "lm_head": False,
+        "lm_head": HEAD in schemes,
         "pack_dtype": "int32",
     }
 
 
-def uniform(schemes: Mapping[str, QuantScheme], linears: list[str], name: str) -> QuantScheme:
-    """The one scheme of all linears; RecipeError when there are several or a linear has none."""
+def uniform(
+    schemes: Mapping[str, QuantScheme], linears: list[str], name: str, outer: tuple[str, ...] = ()
+) -> QuantScheme:
+    """The one scheme of all linears; RecipeError when there are several or a linear has none.
+
+    `outer`: which of embedding and head the layout can hold beside them.
+    """
+    for module in (EMBEDDING, HEAD):
+        if module in schemes and module not in outer:
+            raise RecipeError(f"the {name} layout has no place for a quantized {module}", "use compressed-tensors")
     distinct, plain = set(schemes.values()), [linear for linear in linears if linear not in schemes]
     if len(distinct) != 1 or plain:
         found = f"{plain[0]} is not quantized" if plain else f"there are {len(distinct)}"
