@@ -112,7 +112,8 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`quantized(recipe)` → the reference model quantized with few rows, made once per session."""
-    from qwen3_export.solve.quantize import Settings, quantize
+    from qwen3_export.solve.job import Settings
+    from qwen3_export.solve.quantize import quantize
 
     base, made = tmp_path_factory.mktemp("quantized"), {}
 

@@ -33,7 +33,8 @@ def _prepared(source: str, recipe: str | None, output: Path, force: bool, show: 
         yield checkpoint
         return
     with uninterrupted():
-        from qwen3_export.solve.quantize import Settings, quantize
+        from qwen3_export.solve.job import Settings
+        from qwen3_export.solve.quantize import quantize
 
     chosen = load_recipe(recipe)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -116,7 +116,7 @@ def quantize(
         raise InputError(f"--device {device}: cpu or cuda was expected")
     checkpoint.hash_ahead()
     _need_torch()
-    from qwen3_export.solve.quantize import Settings
+    from qwen3_export.solve.job import Settings
     from qwen3_export.solve.quantize import quantize as run
 
     show = console(json, quiet, verbose)

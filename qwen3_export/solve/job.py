@@ -20,6 +20,28 @@ from qwen3_export.solve.outputs import Outputs
 from qwen3_export.solve.states import RowFile
 from qwen3_export.text import Rows
 
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run; only `calibration`, `samples`, `sequence_length` and `seed` can change the bytes."""
+
+    calibration: str = "bundled"
+    samples: int | None = None
+    sequence_length: int | None = None
+    seed: int = 0
+    memory: int | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    resume: bool = True
+    force: bool = False
+    layout: str | None = None
+
+    def size(self, recipe: Recipe) -> tuple[int, int]:
+        """Calibration rows that are asked for, and tokens in each."""
+        samples = self.samples or recipe.calibration.get("samples", 128)
+        return samples, self.sequence_length or recipe.calibration.get("sequence_length", 512)
+
+
 QUANTIZED, ORIGINAL = "quantized", "original"
 
 

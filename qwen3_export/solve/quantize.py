@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,41 +12,25 @@ from typing import Any
 import torch
 
 from qwen3_export import __version__
-from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
-from qwen3_export.core.coverage import summarise, summary_of
+from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.layouts import layout
 from qwen3_export.core.manifest import refuse_existing, staged_folder
-from qwen3_export.core.progress import Progress, peak_rss_bytes
-from qwen3_export.core.qwen3 import EMBEDDING, HEAD, block_name
+from qwen3_export.core.progress import Progress
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import InputError, MissingRuntimeError, RecipeError
 from qwen3_export.model.workers import give_back, workers
 from qwen3_export.solve.folder import QuantizedFolder
 from qwen3_export.solve.head import solve_embedding, solve_head
-from qwen3_export.solve.job import Job, SolvedBlock, SolvedLinear
+from qwen3_export.solve.job import Job, Settings, SolvedBlock, SolvedLinear
 from qwen3_export.solve.limits import check_disk, check_memory, hold_memory
 from qwen3_export.solve.method import load_method
 from qwen3_export.solve.outputs import measure
+from qwen3_export.solve.record import linears_record, manifest_of, report_experts, result_of
 from qwen3_export.solve.self_text import self_rows
 from qwen3_export.solve.stream import embed_rows, forget_hidden, solve_block
-from qwen3_export.text import ModelTokenizer, Rows, calibration_rows, load_documents, source_name
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to run; only `calibration`, `samples`, `sequence_length` and `seed` can change the bytes."""
-
-    calibration: str = "bundled"
-    samples: int | None = None
-    sequence_length: int | None = None
-    seed: int = 0
-    memory: int | None = None
-    device: str = "cpu"
-    threads: int | None = None
-    resume: bool = True
-    force: bool = False
-    layout: str | None = None
+from qwen3_export.text import ModelTokenizer, Rows, calibration_rows, load_documents
 
 
 def quantize(
@@ -95,15 +78,15 @@ def quantize(
             check_disk(checkpoint, recipe, rows, original, partial, outputs)
             job = Job(checkpoint, recipe, method, options, rows, pool, target.scratch, settings.device)
             found, resumed = _run(job, target, settings, progress)
-            manifest = _manifest(checkpoint, recipe, rows, settings, found)
+            manifest = manifest_of(checkpoint, recipe, rows, settings, found)
             schemes = {name: QuantScheme.from_dict(item["scheme"]) for name, item in manifest["tensors"].items()}
             target.finish(recipe, manifest, schemes)
             if rows is not None:
-                _report_experts(manifest["experts"], progress)
+                report_experts(manifest["experts"], progress)
         except Exception:
             target.drop_unless_resumable()
             raise
-    return _result(output, manifest, resumed, time.monotonic() - started)
+    return result_of(output, manifest, resumed, time.monotonic() - started)
 
 
 def _needs_inputs(recipe: Recipe, method: ModuleType, options: Any) -> bool:
@@ -118,19 +101,16 @@ def _check_layout(checkpoint: Checkpoint, recipe: Recipe, name: str) -> None:
     schemes = {module: scheme for module in matrices if (scheme := recipe.scheme_for(module))}
     for module, scheme in schemes.items():
         if reason := chosen.supports(scheme):
-            raise RecipeError(f"{module} ({scheme.label}) does not fit the {name} layout: {reason}")
+            raise RecipeError(
+                f"{module} ({scheme.label}) does not fit the {name} layout: {reason}",
+                "--layout compressed-tensors holds every scheme",
+            )
         chosen.specs(module, matrices[module], scheme)
     chosen.config(schemes, list(checkpoint.config.all_linears()))
 
 
-def _size(recipe: Recipe, settings: Settings) -> tuple[int, int]:
-    """Calibration rows that are asked for, and tokens in each."""
-    samples = settings.samples or recipe.calibration.get("samples", 128)
-    return samples, settings.sequence_length or recipe.calibration.get("sequence_length", 512)
-
-
 def _calibration(checkpoint: Checkpoint, recipe: Recipe, settings: Settings, progress: Progress) -> Rows:
-    samples, length = _size(recipe, settings)
+    samples, length = settings.size(recipe)
     if length > checkpoint.config.max_position:
         raise InputError(f"--sequence-length {length}: the model has {checkpoint.config.max_position} positions")
     tokenizer = ModelTokenizer(checkpoint.folder)
@@ -141,7 +121,7 @@ def _calibration(checkpoint: Checkpoint, recipe: Recipe, settings: Settings, pro
     if max(int(ids.max()) for ids in rows.ids) >= checkpoint.config.vocab_size:
         raise InputError(f"{checkpoint.folder}: the tokenizer has more tokens than the model's vocabulary")
     if len(rows.ids) < samples:
-        progress.log(f"calibration: the text gives {len(rows.ids)} rows of {length} tokens, {samples} were asked for")
+        progress.warn(f"the calibration text gives {len(rows.ids)} rows of {length} tokens, {samples} were asked for")
     return rows
 
 
@@ -168,7 +148,7 @@ def _run(job: Job, target: QuantizedFolder, settings: Settings, progress: Progre
                     solved = solve_block(job, layer)
                     if written is not None:
                         written.result()
-                    linears = _linears_result(job.recipe, solved.linears, progress)
+                    linears = linears_record(job.recipe, solved.linears, progress)
                     blocks.append({"linears": linears, "expert_tokens": solved.expert_tokens})
                     done = {**found, "blocks": list(blocks)}
                     written = writer.submit(_keep_block, job, target, layer, solved, done)
@@ -213,7 +193,7 @@ def _finish_head(job: Job, target: QuantizedFolder, found: dict[str, Any], progr
 
 
 def _outer_result(recipe: Recipe, linear: SolvedLinear | None, progress: Progress) -> dict[str, Any]:
-    return {} if linear is None else _linears_result(recipe, {linear.solved.tensor.name: linear}, progress)
+    return {} if linear is None else linears_record(recipe, {linear.solved.tensor.name: linear}, progress)
 
 
 def _keep_block(job: Job, target: QuantizedFolder, layer: int, solved: SolvedBlock, done: dict[str, Any]) -> None:
@@ -224,110 +204,3 @@ def _keep_block(job: Job, target: QuantizedFolder, layer: int, solved: SolvedBlo
         forget_hidden(job, layer)
         # Moments and states of all sizes leave holes; rounding alone reuses the same few pieces.
         give_back()
-
-
-def _linears_result(recipe: Recipe, linears: Mapping[str, SolvedLinear], progress: Progress) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, linear in linears.items():
-        scheme = linear.solved.tensor.scheme
-        method = "rtn" if linear.fallback == "rtn" else recipe.method
-        result[name] = {
-            "method": method,
-            "scheme": scheme.to_dict(),
-            "error": linear.solved.error,
-            "tokens": linear.tokens,
-        }
-        if linear.fallback == "share":
-            result[name]["calibrated_on"] = "shared"
-        progress.log(f"{name}  {method} {scheme.label}  error {linear.solved.error:.3e}  {linear.tokens} tokens")
-    return result
-
-
-def _tensors(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Every quantized matrix in the order of the model."""
-    inner = {name: item for block in found["blocks"] for name, item in block["linears"].items()}
-    ends = [{name: item for name, item in found["outer"].items() if name == module} for module in (EMBEDDING, HEAD)]
-    return {**ends[0], **inner, **ends[1]}
-
-
-def _manifest(
-    checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None, settings: Settings, found: Mapping[str, Any]
-) -> dict[str, Any]:
-    return {
-        "source": {"name": checkpoint.name, "sha256": checkpoint.sha256},
-        "recipe": recipe.to_dict(),
-        "calibration": None if rows is None else _calibration_record(recipe, rows, settings),
-        "seed": settings.seed,
-        "layout": settings.layout,
-        "versions": {"qwen3-export": __version__, "torch": torch.__version__.split("+")[0]},
-        "policy": {
-            "router": "16 bit",
-            "norms": "16 bit",
-            "embedding": _policy(recipe.scheme_for(EMBEDDING)),
-            "lm_head": "tied to the embedding"
-            if checkpoint.config.tie_word_embeddings
-            else _policy(recipe.scheme_for(HEAD)),
-        },
-        "experts": _experts(recipe, checkpoint.config.expert_width, found["blocks"]),
-        "tensors": _tensors(found),
-    }
-
-
-def _policy(scheme: QuantScheme | None) -> str:
-    return "16 bit" if scheme is None else scheme.label
-
-
-def _calibration_record(recipe: Recipe, rows: Rows, settings: Settings) -> dict[str, Any]:
-    """What the model was calibrated on; a file by its name alone, so that no path of this machine leaves it."""
-    samples, length = _size(recipe, settings)
-    return {
-        "source": source_name(settings.calibration),
-        "sha256": rows.sha256,
-        "seed": settings.seed,
-        "samples": samples,
-        "sequence_length": length,
-        "rows": len(rows.ids),
-        "tokens": rows.tokens,
-        "domains": {domain: rows.domains.count(domain) for domain in sorted(set(rows.domains))},
-        "documents": dict(rows.documents),
-    }
-
-
-def _experts(recipe: Recipe, width: int, blocks: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Tokens of every expert by layer, and their summary; None for a model without experts."""
-    tokens = {block_name(layer): block["expert_tokens"] for layer, block in enumerate(blocks) if block["expert_tokens"]}
-    found = summarise(tokens, recipe.experts.floor(width), recipe.experts.fallback)
-    return None if found is None else {**found, "tokens_per_expert": tokens}
-
-
-def _report_experts(experts: Mapping[str, Any] | None, progress: Progress) -> None:
-    if experts is None:
-        return
-    total = sum(map(len, experts["tokens_per_expert"].values()))
-    fewest, below, floor = experts["min_tokens"], experts["below_floor"], experts["floor"]
-    progress.log(f"experts: {total}, each saw {fewest} calibration tokens or more; {below} fewer than {floor}")
-    if below:
-        done = {"share": "calibrated on their layer's tokens too", "rtn": "rounded without calibration"}
-        progress.warn(
-            f"{below} of {total} experts saw fewer than {floor} calibration tokens (the fewest {fewest}) and were "
-            f"{done[experts['fallback']]}; more --samples or a wider text reaches them"
-        )
-
-
-def _result(output: Path, manifest: Mapping[str, Any], resumed: int, seconds: float) -> dict[str, Any]:
-    written = open_checkpoint(output)
-    return {
-        "output": str(output),
-        "recipe": manifest["recipe"]["name"],
-        "source_sha256": manifest["source"]["sha256"],
-        "calibration_sha256": (manifest["calibration"] or {}).get("sha256"),
-        "seed": manifest["seed"],
-        "tensors": len(manifest["tensors"]),
-        "bits_per_weight": written.bits_per_weight,
-        "bytes": sum(path.stat().st_size for path in output.iterdir()),
-        "seconds": seconds,
-        "peak_rss_bytes": peak_rss_bytes(),
-        "resumed_blocks": resumed,
-        "layers": [{"name": name, **item} for name, item in manifest["tensors"].items()],
-        "experts": summary_of(manifest["experts"]),
-    }

@@ -9,7 +9,8 @@ import torch
 
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
-from qwen3_export.solve.quantize import Settings, quantize
+from qwen3_export.solve.job import Settings
+from qwen3_export.solve.quantize import quantize
 
 
 @pytest.mark.gpu

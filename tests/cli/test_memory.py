@@ -24,7 +24,8 @@ from pathlib import Path
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
-from qwen3_export.solve.quantize import Settings, quantize
+from qwen3_export.solve.job import Settings
+from qwen3_export.solve.quantize import quantize
 
 found = []
 

@@ -25,7 +25,8 @@ from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.model.table import to_torch
-from qwen3_export.solve.quantize import Settings, quantize
+from qwen3_export.solve.job import Settings
+from qwen3_export.solve.quantize import quantize
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
 from tests.reference.models import assert_same_logits, dequantized, load_theirs
 

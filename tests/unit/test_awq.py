@@ -18,8 +18,9 @@ from qwen3_export.model.decoder import load_block
 from qwen3_export.model.workers import Workers, workers
 from qwen3_export.solve.fold import apply, search, sites
 from qwen3_export.solve.grid import find_grid, range_grid, round_to
+from qwen3_export.solve.job import Settings
 from qwen3_export.solve.moments import Sample, collect
-from qwen3_export.solve.quantize import Settings, quantize
+from qwen3_export.solve.quantize import quantize
 from tests.artifact.support import VOCABULARY, with_tokenizer
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
 from tests.reference.models import our_logits, random_rows

@@ -21,7 +21,8 @@ from qwen3_export.core.source import open_source
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.core.tensorfile import write_tensors
 from qwen3_export.errors import CheckpointError, InputError
-from qwen3_export.solve.quantize import Settings, quantize
+from qwen3_export.solve.job import Settings
+from qwen3_export.solve.quantize import quantize
 from tests.conftest import random_tensors, tiny_config, tiny_moe_config, write_checkpoint
 
 Tensors = dict[str, np.ndarray]

@@ -28,10 +28,11 @@ from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.solve import experts as experts_module
 from qwen3_export.solve import stream
+from qwen3_export.solve.job import Settings
 from qwen3_export.solve.limits import memory_needed
 from qwen3_export.solve.method import Group
 from qwen3_export.solve.methods import gptq
-from qwen3_export.solve.quantize import Settings, quantize
+from qwen3_export.solve.quantize import quantize
 from qwen3_export.text import ModelTokenizer, Rows, calibration_rows, load_documents
 from tests.conftest import random_tensors, tiny_moe_config, write_checkpoint
 from tests.unit.test_stream import Interrupted, hashes, inputs_of_linears

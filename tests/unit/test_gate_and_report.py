@@ -19,7 +19,8 @@ from qwen3_export.prove.gate import LIMITS, check, explain, read_limits, refuse_
 from qwen3_export.prove.report import junit, markdown, write_report
 from qwen3_export.prove.validate import open_reference, validate
 from qwen3_export.ship.gguf import export_gguf
-from qwen3_export.solve.quantize import Settings, quantize
+from qwen3_export.solve.job import Settings
+from qwen3_export.solve.quantize import quantize
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
 
 RESULT: dict[str, Any] = {

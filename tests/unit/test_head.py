@@ -22,10 +22,11 @@ from qwen3_export.errors import CheckpointError, RecipeError
 from qwen3_export.model.decoder import Decoder, load_block
 from qwen3_export.model.table import Table
 from qwen3_export.solve import head
+from qwen3_export.solve.job import Settings
 from qwen3_export.solve.limits import disk_needed, memory_needed
 from qwen3_export.solve.method import Group
 from qwen3_export.solve.methods import gptq
-from qwen3_export.solve.quantize import Settings, quantize
+from qwen3_export.solve.quantize import quantize
 from qwen3_export.text import ModelTokenizer, calibration_rows, load_documents
 from tests.conftest import random_tensors, tiny_config, write_checkpoint
 from tests.unit.test_stream import ALL_RUNGS, LENGTH, SAMPLES, Interrupted

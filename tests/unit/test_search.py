@@ -17,7 +17,7 @@ from qwen3_export.core.recipe import Recipe, Rule, load_recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import InputError, RecipeError, ResourceError
 from qwen3_export.model.decoder import Decoder
-from qwen3_export.solve.quantize import Settings as QuantizeSettings
+from qwen3_export.solve.job import Settings as QuantizeSettings
 from qwen3_export.solve.quantize import quantize
 from qwen3_export.solve.search import OPTIONS_OF, Found, Settings, search, to_yaml
 from qwen3_export.solve.units import OUTER, Unit, units

@@ -16,8 +16,9 @@ from qwen3_export.model.decoder import load_block, rope_tables, to_torch
 from qwen3_export.model.workers import Workers, workers
 from qwen3_export.solve import shape
 from qwen3_export.solve.grid import Grid, find_grid, round_to
+from qwen3_export.solve.job import Settings
 from qwen3_export.solve.outputs import measure, pieces_of
-from qwen3_export.solve.quantize import Settings, quantize
+from qwen3_export.solve.quantize import quantize
 from qwen3_export.text import Rows
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
 

@@ -32,9 +32,10 @@ from qwen3_export.model import block as block_module
 from qwen3_export.model.decoder import load_block, rope_tables, to_torch
 from qwen3_export.model.workers import workers
 from qwen3_export.solve import stream
+from qwen3_export.solve.job import Settings
 from qwen3_export.solve.method import Group
 from qwen3_export.solve.methods import gptq
-from qwen3_export.solve.quantize import Settings, quantize
+from qwen3_export.solve.quantize import quantize
 from qwen3_export.solve.states import RowFile, States
 from qwen3_export.text import ModelTokenizer, calibration_rows, load_documents
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint

@@ -17,7 +17,8 @@ from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.manifest import read_manifest
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.errors import CheckpointError, InputError
-from qwen3_export.solve.quantize import Settings, quantize
+from qwen3_export.solve.job import Settings
+from qwen3_export.solve.quantize import quantize
 from qwen3_export.text import (
     Document,
     ModelTokenizer,

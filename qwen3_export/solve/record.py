@@ -1,0 +1,130 @@
+"""What is told of a quantization run: the manifest, the experts' coverage, and what `--json` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen3_export import __version__
+from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
+from qwen3_export.core.coverage import summarise, summary_of
+from qwen3_export.core.progress import Progress, peak_rss_bytes
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD, block_name
+from qwen3_export.core.recipe import Recipe
+from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.solve.job import Settings, SolvedLinear
+from qwen3_export.text import Rows, source_name
+
+
+def linears_record(recipe: Recipe, linears: Mapping[str, SolvedLinear], progress: Progress) -> dict[str, Any]:
+    """One entry per linear for the manifest, and a line in the log."""
+    result: dict[str, Any] = {}
+    for name, linear in linears.items():
+        scheme = linear.solved.tensor.scheme
+        method = "rtn" if linear.fallback == "rtn" else recipe.method
+        result[name] = {
+            "method": method,
+            "scheme": scheme.to_dict(),
+            "error": linear.solved.error,
+            "tokens": linear.tokens,
+        }
+        if linear.fallback == "share":
+            result[name]["calibrated_on"] = "shared"
+        progress.log(f"{name}  {method} {scheme.label}  error {linear.solved.error:.3e}  {linear.tokens} tokens")
+    return result
+
+
+def _tensors(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Every quantized matrix in the order of the model."""
+    inner = {name: item for block in found["blocks"] for name, item in block["linears"].items()}
+    ends = [{name: item for name, item in found["outer"].items() if name == module} for module in (EMBEDDING, HEAD)]
+    return {**ends[0], **inner, **ends[1]}
+
+
+def manifest_of(
+    checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None, settings: Settings, found: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything that the folder says of how it came about; `found` are the results of blocks, embedding and head."""
+    return {
+        "source": {"name": checkpoint.name, "sha256": checkpoint.sha256},
+        "recipe": recipe.to_dict(),
+        "calibration": None if rows is None else _calibration_record(recipe, rows, settings),
+        "seed": settings.seed,
+        "layout": settings.layout,
+        "versions": {"qwen3-export": __version__, "torch": torch.__version__.split("+")[0]},
+        "policy": {
+            "router": "16 bit",
+            "norms": "16 bit",
+            "embedding": _policy(recipe.scheme_for(EMBEDDING)),
+            "lm_head": "tied to the embedding"
+            if checkpoint.config.tie_word_embeddings
+            else _policy(recipe.scheme_for(HEAD)),
+        },
+        "experts": _experts(recipe, checkpoint.config.expert_width, found["blocks"]),
+        "tensors": _tensors(found),
+    }
+
+
+def _policy(scheme: QuantScheme | None) -> str:
+    return "16 bit" if scheme is None else scheme.label
+
+
+def _calibration_record(recipe: Recipe, rows: Rows, settings: Settings) -> dict[str, Any]:
+    """What the model was calibrated on; a file by its name alone, so that no path of this machine leaves it."""
+    samples, length = settings.size(recipe)
+    return {
+        "source": source_name(settings.calibration),
+        "sha256": rows.sha256,
+        "seed": settings.seed,
+        "samples": samples,
+        "sequence_length": length,
+        "rows": len(rows.ids),
+        "tokens": rows.tokens,
+        "domains": {domain: rows.domains.count(domain) for domain in sorted(set(rows.domains))},
+        "documents": dict(rows.documents),
+    }
+
+
+def _experts(recipe: Recipe, width: int, blocks: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Tokens of every expert by layer, and their summary; None for a model without experts."""
+    tokens = {block_name(layer): block["expert_tokens"] for layer, block in enumerate(blocks) if block["expert_tokens"]}
+    found = summarise(tokens, recipe.experts.floor(width), recipe.experts.fallback)
+    return None if found is None else {**found, "tokens_per_expert": tokens}
+
+
+def report_experts(experts: Mapping[str, Any] | None, progress: Progress) -> None:
+    """Tell how well the calibration text reached the experts, and warn of those that it hardly did."""
+    if experts is None:
+        return
+    total = sum(map(len, experts["tokens_per_expert"].values()))
+    fewest, below, floor = experts["min_tokens"], experts["below_floor"], experts["floor"]
+    progress.log(f"experts: {total}, each saw {fewest} calibration tokens or more; {below} fewer than {floor}")
+    if below:
+        done = {"share": "calibrated on their layer's tokens too", "rtn": "rounded without calibration"}
+        progress.warn(
+            f"{below} of {total} experts saw fewer than {floor} calibration tokens (the fewest {fewest}) and were "
+            f"{done[experts['fallback']]}; more --samples or a wider text reaches them"
+        )
+
+
+def result_of(output: Path, manifest: Mapping[str, Any], resumed: int, seconds: float) -> dict[str, Any]:
+    """The JSON object of a finished run."""
+    written = open_checkpoint(output)
+    return {
+        "output": str(output),
+        "recipe": manifest["recipe"]["name"],
+        "source_sha256": manifest["source"]["sha256"],
+        "calibration_sha256": (manifest["calibration"] or {}).get("sha256"),
+        "seed": manifest["seed"],
+        "tensors": len(manifest["tensors"]),
+        "bits_per_weight": written.bits_per_weight,
+        "bytes": sum(path.stat().st_size for path in output.iterdir()),
+        "seconds": seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "resumed_blocks": resumed,
+        "layers": [{"name": name, **item} for name, item in manifest["tensors"].items()],
+        "experts": summary_of(manifest["experts"]),
+    }
