@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,15 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         return write_checkpoint(tmp_path / name, config or tiny_config(), tensors)
 
     return make
+
+
+@pytest.fixture
+def exact_products() -> Iterator[None]:
+    """Calibration rows are multiplied in fp32 on every processor, as on one that has no bf16 instructions."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("model.workers", "solve.quantize"):
+            patch.setattr(f"qwen3_export.{module}.has_bf16", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,18 +10,22 @@ Between stages the state of a sequence is `residual` and `x`, the input of the n
 solver looks at `x`, replaces those weights, and lets the state advance through them. In a sparse
 layer `x` is sent to `experts` `[…, k]` with weights `mix` `[…, k]`; before stage 3 it is
 `[…, k, moe_intermediate]`.
+
+Linears and attention multiply in the type of the weights, fp32 or bf16. The residual stream, norms,
+rotary embedding and router are fp32 always.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3_export.core.qwen3 import Qwen3Config
+from qwen3_export.model.attention import causal_attention
 
 State = dict[str, Tensor]
 NUM_STAGES = 4
@@ -46,6 +50,7 @@ class KVCache:
 class Block:
     """Weights of one block by local name (`self_attn.q_proj`, `[out, in]`), replaceable one by one.
 
+    `products` is the type that linears and attention multiply in; None leaves them as they are.
     `rounders` are the functions that round some linears' inputs; see `model.activations`. Where
     `outputs` is given, every linear leaves its output there.
     """
@@ -53,6 +58,7 @@ class Block:
     config: Qwen3Config
     layer: int
     weights: dict[str, Tensor] = field(repr=False)
+    products: torch.dtype | None = None
     rounders: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict, repr=False)
     outputs: dict[str, Tensor] | None = field(default=None, repr=False)
 
@@ -64,18 +70,28 @@ class Block:
     def linear(self, name: str, x: Tensor) -> Tensor:
         """`x @ weight.T`, the inputs rounded first where the linear's scheme says so."""
         rounder = self.rounders.get(name)
-        y = F.linear(x if rounder is None else rounder(x), self.weights[name])
+        weight = self.weights[name] if self.products is None else self.weights[name].to(self.products)
+        y = F.linear((x if rounder is None else rounder(x)).to(weight.dtype), weight)
         if self.outputs is not None:
             self.outputs[name] = y
         return y
 
+    def running(self, products: torch.dtype) -> Block:
+        """The same block with weights of its own, its linears stored in the type that they multiply in."""
+        linears = self.config.linear_shapes(self.layer)
+        weights = {name: weight.to(products) if name in linears else weight for name, weight in self.weights.items()}
+        return replace(self, weights=weights, products=products, rounders=dict(self.rounders))
+
     def norm(self, name: str, x: Tensor) -> Tensor:
-        """RMSNorm over the last axis."""
-        return rms_norm(x, self.weights[name], self.config.rms_norm_eps)
+        """RMSNorm over the last axis, in fp32."""
+        return rms_norm(x.to(self.weights[name].dtype), self.weights[name], self.config.rms_norm_eps)
 
     def enter(self, hidden: Tensor) -> State:
         """State before stage 0, from hidden states `[batch, tokens, hidden]`."""
-        return {"residual": hidden, "x": self.norm("input_layernorm", hidden)}
+        return {"residual": hidden, "x": self._as_products(self.norm("input_layernorm", hidden))}
+
+    def _as_products(self, x: Tensor) -> Tensor:
+        return x if self.products is None else x.to(self.products)
 
     def advance(self, stage: int, state: State, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> State:
         """Run the linears of `stage` and what follows them, up to the input of the next linears."""
@@ -83,7 +99,8 @@ class Block:
             return {**state, "x": self._attend(state["x"], rope, cache)}
         if stage == 1:
             residual = state["residual"] + self.linear("self_attn.o_proj", state["x"])
-            return self._route({"residual": residual, "x": self.norm("post_attention_layernorm", residual)})
+            state = self._route({"residual": residual, "x": self.norm("post_attention_layernorm", residual)})
+            return {**state, "x": self._as_products(state["x"])}
         run = self._experts if self.config.is_sparse(self.layer) else self._mlp
         return run(stage, state)
 
@@ -106,9 +123,12 @@ class Block:
         q = rotate(self.norm("self_attn.q_norm", self._heads("q_proj", x)), *rope)
         k = rotate(self.norm("self_attn.k_norm", self._heads("k_proj", x)), *rope)
         v = self._heads("v_proj", x)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
             k, v = cache.extend(k, v)
         length, total = q.shape[-2], k.shape[-2]
+        if length == total and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+            return causal_attention(q, k, v).transpose(1, 2).flatten(2)
         mask = None
         if 1 < length < total:
             mask = torch.ones(length, total, dtype=torch.bool, device=x.device).tril(total - length)
@@ -129,7 +149,7 @@ class Block:
         """Choose each token's experts: top k of the softmax over all of them, in fp32."""
         if not self.config.is_sparse(self.layer):
             return state
-        probabilities = self.linear("mlp.gate", state["x"]).float().softmax(-1)
+        probabilities = F.linear(state["x"], self.weights["mlp.gate"]).softmax(-1)
         mix, experts = probabilities.topk(self.config.experts_per_token, dim=-1)
         if self.config.norm_topk_prob:
             mix = mix / mix.sum(-1, keepdim=True)

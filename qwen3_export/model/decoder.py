@@ -44,8 +44,9 @@ def put_quantized(
     block: Block, name: str, tensor: QuantizedTensor, device: str = "cpu", in_place: bool = False
 ) -> None:
     """Make one linear of a block compute as the quantized tensor does; `in_place` where nobody else has its weight."""
-    weight = torch.from_numpy(dequantize(tensor)).to(device)
-    block.weights[name] = block.weights[name].copy_(weight) if in_place else weight
+    weight = torch.from_numpy(dequantize(tensor)).to(device, block.products)
+    same = in_place and block.weights[name].dtype == weight.dtype
+    block.weights[name] = block.weights[name].copy_(weight) if same else weight
     if tensor.scheme.activations:
         block.rounders[name] = rounder(tensor.scheme, tensor.input_scale)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -23,22 +23,32 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """A pool of threads; see `workers`."""
+    """A pool of threads; see `workers`. `products` is the type in which this processor multiplies fastest
+    what need not be exact: the calibration rows on their way through the model."""
 
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, pool: ThreadPoolExecutor, products: torch.dtype = torch.float32) -> None:
         self._pool = pool
+        self.products = products
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """Results in the order of the items; the first exception is raised, the rest is cancelled."""
-        futures = [self._pool.submit(torch.no_grad()(function), item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            # What still runs may write to files that the caller is about to close.
-            wait(futures)
-            raise
+        return results([self._pool.submit(torch.no_grad()(function), item) for item in items])
+
+    def start(self, function: Callable[[], Result]) -> Future[Result]:
+        """One piece of work beside what follows; it must not wait for the pool itself."""
+        return self._pool.submit(torch.no_grad()(function))
+
+
+def results(futures: list[Future[Result]]) -> list[Result]:
+    """What they found, in their order; the first exception is raised, the rest is cancelled."""
+    try:
+        return [future.result() for future in futures]
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        # What still runs may write to files that the caller is about to close.
+        wait(futures)
+        raise
 
 
 # Largest error of a product that `fast` accepts, relative to its largest element; fp32 itself has about 4e-7.
@@ -64,11 +74,17 @@ def workers(threads: int | None = None, fast: bool = False) -> Iterator[Workers]
     count = threads or len(os.sched_getaffinity(0))
     try:
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield Workers(pool)
+            yield Workers(pool, torch.bfloat16 if fast and has_bf16() else torch.float32)
     finally:
         torch.set_num_threads(before)
         if products:
             products.fp32_precision = precision
+
+
+def has_bf16() -> bool:
+    """Whether this processor has instructions that multiply bf16 numbers and add up in fp32."""
+    known = torch.cpu.get_capabilities()
+    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def _product_error() -> float:

@@ -28,7 +28,7 @@ from torch import Tensor
 from qwen3_export.model.block import Block
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.fold import ROUTER
-from qwen3_export.solve.moments import Moments, Sample, collect
+from qwen3_export.solve.moments import Compared, Moments, Sample, collect
 from qwen3_export.solve.states import States
 
 # Tokens that stand for all of a layer at an expert's down_proj, unless the floor is higher.
@@ -40,13 +40,13 @@ _PIECE = 256
 class Inputs:
     """What a group of linears is solved against.
 
-    `tokens` counts those that reached the linears themselves; `parts` are the moments of most rows and
-    of the held-out ones; `fallback` is the rule that an expert below the floor was treated by.
+    `tokens` counts those that reached the linears themselves; `compared` says what the original does, where
+    it ran beside; `fallback` is the rule that an expert below the floor was treated by.
     """
 
     moments: Moments
     tokens: int
-    parts: tuple[Moments, Moments] | None = None
+    compared: Compared | None = None
     fallback: str | None = None
 
 
@@ -83,7 +83,8 @@ class Layer:
 
         def sample(piece: int) -> Sample:
             gate, up = (self.block.linear(f"{expert}.{part}_proj", pieces[piece]) for part in ("gate", "up"))
-            return Sample(F.silu(gate) * up)
+            # In fp32: sums of so few products in 16 bits would be too coarse.
+            return Sample((F.silu(gate) * up).float())
 
         size = self.block.weights[name].shape[1]
         return collect(sample, range(len(pieces)), len(pieces), size, self.device, self.pool)

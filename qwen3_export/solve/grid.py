@@ -192,8 +192,10 @@ def _table_errors(scheme: QuantScheme, largest: Tensor, weights: Tensor) -> Tens
     return errors
 
 
-def range_grid(groups: Tensor, scheme: QuantScheme, shrink: float, global_scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Scales and zeros `[rows, groups]` that cover `shrink` times each group's range.
+def range_grid(
+    groups: Tensor, scheme: QuantScheme, shrink: float | Tensor, global_scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Scales and zeros `[rows, groups]` that cover `shrink` times each group's range; one more axis for several.
 
     With signed scales the weight of the largest magnitude meets the lowest code, -2^(bits-1).
     """

@@ -19,7 +19,7 @@ read, solved and turned into codes some at a time; only the codes are ever in me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 
@@ -36,12 +36,12 @@ from qwen3_export.model.decoder import load_block, rope_tables
 from qwen3_export.model.table import Table, to_torch
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.experts import Inputs
-from qwen3_export.solve.job import Job, SolvedLinear
+from qwen3_export.solve.job import ORIGINAL, TOKENS_AT_ONCE, Job, SolvedLinear
 from qwen3_export.solve.method import Group, Solved, energy
 from qwen3_export.solve.methods.rtn import round_group
 from qwen3_export.solve.moments import Moments, Sample, collect
 from qwen3_export.solve.states import RowFile
-from qwen3_export.solve.stream import TOKENS_AT_ONCE, split_rows
+from qwen3_export.solve.walk import compare_rows
 
 # Weights that are solved together: 64 MiB in fp32. Part of what decides the bytes.
 PIECE_WEIGHTS = 1 << 24
@@ -117,14 +117,14 @@ def solve_head(job: Job) -> SolvedLinear | None:
     if scheme is None or job.checkpoint.config.tie_word_embeddings:
         return None
     inputs = None if job.rows is None else _inputs(job)
-    hessian, (fitted, held_out), peak = None, (None, None), 0.0
+    hessian, compared, peak = None, None, 0.0
     if inputs is not None:
-        hessian, (fitted, held_out) = inputs.moments.hessian, inputs.parts or (None, None)
+        hessian, compared = inputs.moments.hessian, inputs.compared
         peak = 0.0 if inputs.moments.peak is None else float(inputs.moments.peak.max())
     tokens = inputs.tokens if inputs else 0
 
     def solve(weight: Tensor) -> Solved:
-        group = Group({HEAD: weight}, {HEAD: scheme}, hessian, tokens, fitted, held_out, peak)
+        group = Group({HEAD: weight}, {HEAD: scheme}, hessian, tokens, compared, peak)
         return job.method.solve(group, job.options, job.pool)[HEAD]
 
     return SolvedLinear(by_rows(job.checkpoint, HEAD, solve, hessian, job.device), tokens)
@@ -149,31 +149,39 @@ def by_rows(
 def _inputs(job: Job) -> Inputs:
     """Moments of the head's inputs behind the last block as it is now; with the original beside, in two parts."""
     assert job.rows is not None
-    count, length = len(job.rows.ids), len(job.rows.ids[0])
+    length = len(job.rows.ids[0])
     with ExitStack() as stack:
         paths = [job.hidden_path(job.checkpoint.config.num_layers, stream) for stream in job.streams]
         files = [stack.enter_context(closing(job.hidden_file(path))) for path in paths]
-        fitted, held_out = (
-            head_moments(job.checkpoint, files, rows, length, job.pool, job.device) for rows in split_rows(count)
-        )
-    joined = fitted.join(held_out)
-    return Inputs(joined, joined.tokens, (fitted, held_out) if joined.drift is not None else None)
+        norm = _final_norm(job.checkpoint, job.device)
+        places = {row: place for place, row in enumerate(job.rows_of(ORIGINAL))}
+        samples = [
+            partial(_sample, some, places, norm, job.checkpoint.config.rms_norm_eps, job.device)
+            for some in (files, files[:1])
+        ]
+        if len(files) > 1:
+            return compare_rows(job, samples, job.checkpoint.config.hidden_size)
+        moments = head_moments(job.checkpoint, files, range(len(job.rows.ids)), length, job.pool, job.device)
+        return Inputs(moments, moments.tokens)
 
 
 def head_moments(
     checkpoint: Checkpoint, files: Sequence[RowFile], rows: Sequence[int], length: int, pool: Workers, device: str
 ) -> Moments:
-    """Moments of the head's inputs: hidden states behind the last block, normed.
-
-    The files hold `[1, length, hidden]` per row: the model's, and the original's where it ran beside.
-    """
+    """Moments of the head's inputs: hidden states behind the last block, normed, `[1, length, hidden]` per row."""
     config = checkpoint.config
-    norm = to_torch(checkpoint.read("model.norm.weight")).float().to(device)
-    sample = partial(_sample, files, norm, config.rms_norm_eps, device)
+    sample = partial(_sample, files, {}, _final_norm(checkpoint, device), config.rms_norm_eps, device)
     return collect(sample, rows, max(1, TOKENS_AT_ONCE // length), config.hidden_size, device, pool)
 
 
-def _sample(files: Sequence[RowFile], norm: Tensor, eps: float, device: str, row: int) -> Sample:
-    """One row's inputs of the head; with the original beside, how far they are from its."""
-    x, *original = (rms_norm(file.read(row)[0].to(device), norm, eps) for file in files)
+def _final_norm(checkpoint: Checkpoint, device: str) -> Tensor:
+    return to_torch(checkpoint.read("model.norm.weight")).float().to(device)
+
+
+def _sample(
+    files: Sequence[RowFile], places: Mapping[int, int], norm: Tensor, eps: float, device: str, row: int
+) -> Sample:
+    """One row's inputs of the head; with the original beside, whose rows are at `places`, how far they are from its."""
+    at = (row, places.get(row, row))
+    x, *original = (rms_norm(file.read(place)[0].to(device), norm, eps) for file, place in zip(files, at, strict=False))
     return Sample(x, original[0] - x) if original else Sample(x)

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import Checkpoint
@@ -17,7 +18,7 @@ from qwen3_export.model.block import Block
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.method import Solved
 from qwen3_export.solve.outputs import Outputs
-from qwen3_export.solve.states import RowFile
+from qwen3_export.solve.states import RowFile, Shelf
 from qwen3_export.text import Rows
 
 
@@ -42,12 +43,13 @@ class Settings:
         return samples, self.sequence_length or recipe.calibration.get("sequence_length", 512)
 
 
+TOKENS_AT_ONCE = 4096
 QUANTIZED, ORIGINAL = "quantized", "original"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the block loop needs to know."""
+    """What the block loop needs to know; `exact` where moments are summed in fp32, whatever the products."""
 
     checkpoint: Checkpoint
     recipe: Recipe
@@ -58,10 +60,32 @@ class Job:
     scratch: Path
     device: str = "cpu"
     outputs: Outputs | None = None
+    shelf: Shelf | None = None
+    exact: bool = False
 
     def hidden_path(self, layer: int, stream: str = QUANTIZED) -> Path:
         """Where the rows' hidden states before block `layer` are kept, of one of the two models."""
         return self.scratch / f"{stream}-{layer:04d}.rows"
+
+    @property
+    def products(self) -> torch.dtype:
+        """The type in which calibration rows are multiplied: the pool's, but where inputs are rounded too, so
+        that no other rounding is mistaken for theirs."""
+        schemes = [rule.scheme for rule in self.recipe.rules if rule.scheme]
+        exact = self.device != "cpu" or any(scheme.activations for scheme in schemes)
+        return torch.float32 if exact else self.pool.products
+
+    @property
+    def at_once(self) -> int:
+        """Calibration rows whose inputs are in memory together."""
+        assert self.rows is not None
+        return max(1, TOKENS_AT_ONCE // len(self.rows.ids[0]))
+
+    @property
+    def sizes(self) -> bool:
+        """Whether the inputs' sizes count: for folds, and for input scales that are fixed in advance."""
+        schemes = [rule.scheme for rule in self.recipe.rules if rule.scheme]
+        return self.fold != "none" or any(scheme.activations == "static-tensor" for scheme in schemes)
 
     @property
     def fold(self) -> str:
@@ -79,10 +103,17 @@ class Job:
         """Tokens below which the recipe's rule for experts applies."""
         return self.recipe.experts.floor(self.checkpoint.config.expert_width)
 
+    def rows_of(self, stream: str) -> list[int]:
+        """The calibration rows that run through one of the models: the original may be given only some."""
+        assert self.rows is not None
+        every = getattr(self.options, "shift_every", 1) if stream == ORIGINAL else 1
+        return list(range(every - 1, len(self.rows.ids), every))
+
     @property
     def streams(self) -> tuple[str, ...]:
         """The models that run: the quantized one, and the original beside it if the method asks."""
-        return (QUANTIZED, ORIGINAL) if self.method.needs_original(self.options) else (QUANTIZED,)
+        beside = self.method.needs_original(self.options) and self.rows_of(ORIGINAL)
+        return (QUANTIZED, ORIGINAL) if beside else (QUANTIZED,)
 
     def hidden_file(self, path: Path) -> RowFile:
         """Hidden states `[1, tokens, hidden]` per row, fp32."""

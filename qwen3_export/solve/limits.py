@@ -13,10 +13,10 @@ from qwen3_export.core.recipe import Recipe
 from qwen3_export.errors import InputError, ResourceError
 from qwen3_export.solve.experts import SAMPLE_TOKENS
 from qwen3_export.solve.head import rows_at_once
+from qwen3_export.solve.job import TOKENS_AT_ONCE
 from qwen3_export.solve.outputs import PIECE
 from qwen3_export.solve.outputs import TOKENS_AT_ONCE as _BACK_TOKENS
 from qwen3_export.solve.outputs import TOP_TOKENS as _TOP_TOKENS
-from qwen3_export.solve.stream import TOKENS_AT_ONCE
 from qwen3_export.text import Rows
 
 # Python, torch, and what the allocator keeps of freed pieces; measured on Linux with torch 2.13.
@@ -107,8 +107,11 @@ def disk_needed(
             entry = checkpoint.entry(f"{name}.weight")
             total += int(math.prod(shape) * scheme.bits_per_weight(shape) / 8) - (entry.end - entry.begin)
     if rows is not None:
-        widest = max(shape[1] for layer in range(config.num_layers) for shape in config.linear_shapes(layer).values())
-        per_token = 3 * config.hidden_size + widest * (1 + max(config.experts_per_token, 1))
+        # Hidden states before, inside and after a block, and the inputs of its four stages, which lie side by side.
+        shapes = [config.linear_shapes(layer) for layer in range(config.num_layers)]
+        into = {name.rpartition(".")[2]: shape[1] for layer in shapes for name, shape in layer.items()}
+        inner = into["down_proj"] * max(config.experts_per_token, 1)
+        per_token = 4 * config.hidden_size + into["o_proj"] + inner + 3 * config.experts_per_token
         total += 4 * rows.tokens * per_token * (2 if original else 1)
         if outputs:
             tokens = min(outputs, len(rows.ids)) * len(rows.ids[0])

@@ -37,7 +37,7 @@ from qwen3_export.model.activations import largest_unit
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve import methods
 from qwen3_export.solve.grid import TORCH_SCALES, Grid
-from qwen3_export.solve.moments import Moments
+from qwen3_export.solve.moments import Compared
 
 ROWS_AT_ONCE = 512
 
@@ -48,8 +48,8 @@ class Group:
 
     `weights` `[out, in]` by module name, in fp32, or as they are stored where there are no inputs;
     `hessian` `[in, in]` is the mean of x xᵀ over the `tokens` calibration vectors that reached them,
-    None for a method that needs no inputs. `fitted` and `held_out` are the moments of most rows and of
-    every eighth, where the original ran beside; `input_peak` is the largest |x|, from which a static
+    None for a method that needs no inputs. `compared` are the moments of rows that the
+    original ran beside; `input_peak` is the largest |x|, from which a static
     input scale is made; `outputs` are the pieces of G by name (`solve.outputs`), where they were measured.
     """
 
@@ -57,8 +57,7 @@ class Group:
     schemes: Mapping[str, QuantScheme]
     hessian: Tensor | None = None
     tokens: int = 0
-    fitted: Moments | None = None
-    held_out: Moments | None = None
+    compared: Compared | None = None
     input_peak: float = 0.0
     outputs: Mapping[str, list[Tensor]] = field(default_factory=dict)
 
@@ -89,8 +88,8 @@ def load_method(recipe: Recipe) -> tuple[ModuleType, Any]:
     return module, module.Options(**recipe.options)
 
 
-def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise RecipeError when an option's text is not one of its choices."""
+def check_choice(key: str, value: str | int, choices: tuple[str | int, ...]) -> None:
+    """Raise RecipeError when an option is not one of its choices."""
     if value not in choices:
         raise RecipeError(f"options: {key} is {value!r}; one of {list(choices)} was expected")
 
@@ -181,14 +180,15 @@ def _to_numpy(tensor: Tensor) -> Any:
 
 def check_inputs(group: Group) -> None:
     """Raise RecipeError when the group's inputs hold NaN or infinity."""
-    if group.hessian is not None and not torch.isfinite(group.hessian).all():
+    # The sum is not finite as soon as one element is not, and costs a tenth of asking every element.
+    if group.hessian is not None and not torch.isfinite(group.hessian.sum(dtype=torch.float64)):
         first = next(iter(group.weights))
         raise RecipeError(f"{first}: its inputs hold NaN or infinity", "the checkpoint is damaged, or its config wrong")
 
 
-def energy(matrix: Tensor, hessian: Tensor | None) -> float:
-    """tr(M H Mᵀ), or tr(M Mᵀ) without inputs, summed in fp64."""
-    through = matrix if hessian is None else matrix @ hessian
+def energy(matrix: Tensor, hessian: Tensor | None, products: torch.dtype = torch.float32) -> float:
+    """tr(M H Mᵀ), or tr(M Mᵀ) without inputs, summed in fp64; M H in `products`, whose roundings average out."""
+    through = matrix if hessian is None else matrix.to(products) @ hessian.to(products)
     return float((through * matrix).sum(dtype=torch.float64))
 
 

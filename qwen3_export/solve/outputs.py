@@ -68,6 +68,15 @@ class Pass:
     folder: Path
     device: str
 
+    @property
+    def products(self) -> torch.dtype:
+        """The type that the pass multiplies in: what it measures on few tokens is no better than that."""
+        return self.pool.products if self.device == "cpu" else torch.float32
+
+    def block(self, layer: int) -> Block:
+        """A block of the original, ready to run."""
+        return load_block(self.checkpoint, layer, self.device).running(self.products)
+
     def file(self, name: str) -> RowFile:
         """States `[1, tokens, hidden]` per row."""
         return RowFile(self.folder / f"{name}.rows", (1, len(self.ids[0]), self.checkpoint.config.hidden_size))
@@ -92,7 +101,7 @@ def measure(
     _up(work, rope, tick)
     _top(work)
     for layer in reversed(range(checkpoint.config.num_layers)):
-        _down(work, load_block(checkpoint, layer, device), rope)
+        _down(work, work.block(layer), rope)
         tick()
     for path in working.glob("*.rows"):
         path.unlink()
@@ -106,7 +115,7 @@ def _up(work: Pass, rope: Rope, tick: Callable[[], object]) -> None:
     for row, ids in enumerate(work.ids):
         file.write(row, to_torch(table[ids]).float()[None])
     for layer in range(work.checkpoint.config.num_layers):
-        block, after = load_block(work.checkpoint, layer, work.device), work.file(str(layer + 1))
+        block, after = work.block(layer), work.file(str(layer + 1))
 
         def step(row: int, block: Block = block, before: RowFile = file, after: RowFile = after) -> None:
             after.write(row, block.forward(before.read(row).to(work.device), rope))
@@ -131,7 +140,7 @@ def _top(work: Pass) -> None:
             last = hidden.read(row).to(work.device).requires_grad_()
             normed = rms_norm(last[0], norm, config.rms_norm_eps)
         parts = torch.split(normed.detach(), TOP_TOKENS)
-        slopes = torch.cat([_slope(part, head, generator) for part in parts])
+        slopes = torch.cat([_slope(part, head, generator, work.products) for part in parts])
         (found,) = torch.autograd.grad(normed, last, slopes)
         gradient.write(row, found)
 
@@ -140,17 +149,32 @@ def _top(work: Pass) -> None:
     gradient.close()
 
 
-def _slope(normed: Tensor, head: Tensor, generator: torch.Generator) -> Tensor:
+def _slope(normed: Tensor, head: Tensor, generator: torch.Generator, products: torch.dtype) -> Tensor:
     """∂(−log p(label)) / ∂normed of a few tokens `[n, hidden]`: (p − label) times the head."""
-    pieces = range(0, len(head), _HEAD_ROWS)
-    logits = torch.cat([normed @ head[i : i + _HEAD_ROWS].float().to(normed.device).T for i in pieces], -1)
-    delta = logits.softmax(-1)
-    labels = torch.multinomial(delta.cpu(), 1, generator=generator).to(delta.device)
+    cuts = [slice(i, i + _HEAD_ROWS) for i in range(0, len(head), _HEAD_ROWS)]
+
+    def piece(rows: slice) -> Tensor:
+        return head[rows].to(normed.device, products)
+
+    logits = torch.cat([normed.to(products) @ piece(rows).T for rows in cuts], -1)
+    delta = logits.float().softmax(-1)
+    labels = draw(delta, generator)
     delta.scatter_add_(1, labels, -torch.ones_like(labels, dtype=delta.dtype))
-    return sum(
-        (delta[:, i : i + _HEAD_ROWS] @ head[i : i + _HEAD_ROWS].float().to(normed.device) for i in pieces),
-        torch.zeros_like(normed),
-    )
+    delta = delta.to(products)
+    found = torch.zeros_like(normed)
+    for rows in cuts:
+        found += delta[:, rows] @ piece(rows)
+    return found
+
+
+def draw(shares: Tensor, generator: torch.Generator) -> Tensor:
+    """One label `[n, 1]` from each distribution `[n, vocab]`.
+
+    By the cumulated shares: torch.multinomial draws a random number for every entry of a vocabulary.
+    """
+    cumulated = shares.cumsum(-1)
+    aim = torch.rand(len(shares), 1, generator=generator).to(shares.device) * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, aim, right=True).clamp_(max=shares.shape[1] - 1)
 
 
 def _down(work: Pass, block: Block, rope: Rope) -> None:

@@ -20,7 +20,7 @@ from qwen3_export.core.qwen3 import EMBEDDING, HEAD
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import InputError, MissingRuntimeError, RecipeError
-from qwen3_export.model.workers import give_back, workers
+from qwen3_export.model.workers import give_back, has_bf16, workers
 from qwen3_export.solve.folder import QuantizedFolder
 from qwen3_export.solve.head import solve_embedding, solve_head
 from qwen3_export.solve.job import Job, Settings, SolvedBlock, SolvedLinear
@@ -29,6 +29,7 @@ from qwen3_export.solve.method import load_method
 from qwen3_export.solve.outputs import measure
 from qwen3_export.solve.record import linears_record, manifest_of, report_experts, result_of
 from qwen3_export.solve.self_text import self_rows
+from qwen3_export.solve.states import Shelf
 from qwen3_export.solve.stream import embed_rows, forget_hidden, solve_block
 from qwen3_export.text import ModelTokenizer, Rows, calibration_rows, load_documents
 
@@ -67,6 +68,8 @@ def quantize(
         "seed": settings.seed,
         "layout": settings.layout,
         "version": __version__,
+        # A run does not go on where its rows would be rounded in another way.
+        "products": "bf16" if rows is not None and settings.device == "cpu" and has_bf16() else "fp32",
     }
     with staged_folder(output, settings.force, resume=True) as partial, workers(settings.threads, fast=True) as pool:
         config = checkpoint.config
@@ -139,6 +142,8 @@ def _run(job: Job, target: QuantizedFolder, settings: Settings, progress: Progre
     """Solve what is not done yet; returns the results of blocks, embedding and head, and how many blocks were there."""
     found = target.resume()
     blocks, resumed, layers = found["blocks"], len(found["blocks"]), job.checkpoint.config.num_layers
+    if job.rows is not None:
+        job = replace(job, shelf=Shelf(target.scratch / "shelf"))
     with ThreadPoolExecutor(1) as writer:
         written = None if blocks else _start(job, target, found, writer, progress)
         job = _with_outputs(job, settings.seed, resumed, progress)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from qwen3_export.core.scheme import QuantScheme
-from qwen3_export.solve.grid import Grid, range_grid, round_scale, round_to
+from qwen3_export.solve.columns import descend_block, multiply, search_block
+from qwen3_export.solve.grid import Grid, range_grid, round_scale
 
 _BLOCK = 128
 _SHRINK = [1.06 - 0.045 * step for step in range(14)]
@@ -29,8 +30,9 @@ def group_order(hessian: Tensor, length: int) -> Tensor:
 
 
 def search_columns(
-    weight: Tensor, scheme: QuantScheme, order: Tensor, upper: Tensor, global_scale: float = 1.0
-) -> tuple[Tensor, Grid]:
+    weight: Tensor, scheme: QuantScheme, order: Tensor, upper: Tensor, global_scale: float = 1.0,
+    products: torch.dtype = torch.float32,
+) -> tuple[Tensor, Grid]:  # fmt: skip
     """GPTQ with the scale search inside; `order` from `group_order`. Codes `[out, in]` and their grid."""
     length = scheme.group_length(weight.shape[1])
     rest, codes = weight.T[order].contiguous(), torch.empty_like(weight.T)
@@ -38,61 +40,34 @@ def search_columns(
     scales, zeros = (torch.empty(groups, len(weight), device=weight.device) for _ in range(2))
     for begin in range(0, len(rest), length):
         end = begin + length
-        triangle = upper[begin:end, begin:end]
-        found, scale, zero, errors = _best_scale(rest[begin:end], scheme, triangle, global_scale)
+        # All that a range depends on.
+        ends = torch.stack(torch.aminmax(rest[begin:end], dim=0), -1).unsqueeze(1)
+        shrinks = torch.tensor(_SHRINK, device=weight.device).reshape(-1, 1, 1)
+        tried = [values.squeeze(-1) for values in range_grid(ends, scheme, shrinks, global_scale)]
+        found, errors, best = search_block(rest[begin:end], tried[0], tried[1], upper[begin:end, begin:end], scheme)
         group = int(order[begin]) // length
-        scales[group], zeros[group] = scale, zero
+        scales[group], zeros[group] = (values.gather(0, best.unsqueeze(0))[0] for values in tried)
         codes[order[begin:end]] = found
-        rest[end:].addmm_(upper[begin:end, end:].T, errors, alpha=-1)
+        rest[end:].sub_(multiply(upper[begin:end, end:].T, errors, products))
     return codes.T.contiguous(), Grid(scheme, scales.T.contiguous(), zeros.T.contiguous())
 
 
-def _best_scale(
-    part: Tensor, scheme: QuantScheme, upper: Tensor, global_scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Solve one group `[length, out]` with every candidate scale; codes, scale, zero, errors of the best."""
-    length, rows = part.shape
-    candidates = [range_grid(part.T.unsqueeze(1), scheme, shrink, global_scale) for shrink in _SHRINK]
-    scale, zero = (torch.cat([c[i].T for c in candidates]) for i in range(2))
-    trial = part[:, None].expand(length, len(_SHRINK), rows).clone().reshape(length, -1)
-    flat_scale, flat_zero = scale.reshape(-1), zero.reshape(-1)
-    codes, errors = torch.empty_like(trial), torch.empty_like(trial)
-    # Views are taken once: at a few rows, making them costs as much as the arithmetic.
-    columns, solved, made, below = (m.unbind(0) for m in (trial, codes, errors, upper))
-    for j, pivot in enumerate(upper.diagonal().tolist()):
-        solved[j].copy_(round_to(columns[j], flat_scale, flat_zero, scheme))
-        torch.sub(columns[j], (solved[j] - flat_zero).mul_(flat_scale), out=made[j]).div_(pivot)
-        trial[j + 1 :].addr_(below[j][j + 1 :], made[j], alpha=-1)
-    total = errors.square().sum(0).reshape(len(_SHRINK), rows)
-    best = total.argmin(0)
-    taken = best * rows + torch.arange(rows, device=part.device)
-    return codes[:, taken], flat_scale[taken], flat_zero[taken], errors[:, taken]
-
-
-def descend(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, order: Tensor) -> Tensor:
+def descend(
+    weight: Tensor, codes: Tensor, grid: Grid, ordered: Tensor, order: Tensor, products: torch.dtype = torch.float32
+) -> Tensor:
     """One pass of coordinate descent over all columns in `order`; new codes `[out, in]`.
 
-    `hessian` is the damped one. The objective never rises: every step is an exact minimisation.
+    `ordered` is the damped Hessian in that order. The objective never rises: every step is an exact minimisation.
     """
     full = grid.columns(weight.shape)
-    ordered = hessian[order][:, order]
-    scales, zeros, target = (m.T[order] for m in (full.scales, full.zeros, weight))
-    work = codes.T[order].clone()
+    scales, zeros, target, work = (m.T[order].contiguous() for m in (full.scales, full.zeros, weight, codes))
     values = (work - zeros) * scales
-    gradient, pivots = ordered @ (values - target), ordered.diagonal().tolist()
+    gradient = multiply(ordered, values - target, products).float()
     for begin in range(0, len(work), _BLOCK):
-        end = min(begin + _BLOCK, len(work))
-        local, steps = gradient[begin:end].clone(), torch.empty_like(work[begin:end])
-        block = ordered[begin:end, begin:end]
-        # Views are taken once: at a few rows, making them costs as much as the arithmetic.
-        views = [m[begin:end].unbind(0) for m in (values, scales, zeros, work)]
-        slopes, moves, curves = local.unbind(0), steps.unbind(0), block.unbind(1)
-        for j, (value, scale, zero, kept) in enumerate(zip(*views, strict=True)):
-            code = round_to(value - slopes[j] / pivots[begin + j], scale, zero, grid.scheme)
-            torch.sub(code, kept, out=moves[j]).mul_(scale)
-            kept.copy_(code)
-            local.addr_(curves[j], moves[j])
-        gradient.addmm_(ordered[:, begin:end], steps)
+        own = slice(begin, min(begin + _BLOCK, len(work)))
+        block = ordered[own, own]
+        steps = descend_block(values[own], scales[own], zeros[own], block, gradient[own], work[own], grid.scheme)
+        gradient[own.stop :].add_(multiply(ordered[own.stop :, own], steps, products))
     result = torch.empty_like(work)
     result[order] = work
     return result.T.contiguous()
@@ -114,14 +89,13 @@ def _rows(grid: Grid, begin: int) -> Grid:
 def _refit_rows(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, global_scale: float) -> Tensor:
     rows, size = weight.shape
     groups = grid.scales.shape[1]
-    units = codes.reshape(rows, groups, -1) - grid.zeros.unsqueeze(-1)
-    spread = torch.zeros(rows, groups, size, device=weight.device)
-    length = size // groups
+    length, spread = size // groups, codes.reshape(rows, groups, -1) - grid.zeros.unsqueeze(-1)
+    system, wanted = torch.empty(rows, groups, groups, device=weight.device), torch.empty_like(grid.scales)
     for group in range(groups):
-        spread[:, group, group * length : (group + 1) * length] = units[:, group]
-    through = (spread.reshape(-1, size) @ hessian).reshape(rows, groups, size)
-    system = through @ spread.transpose(1, 2)
-    wanted = (through @ weight.unsqueeze(-1)).squeeze(-1)
+        # A group's units are zero elsewhere: only its own rows of H count.
+        through = spread[:, group] @ hessian[group * length : (group + 1) * length]
+        wanted[:, group] = (through * weight).sum(1)
+        system[:, group] = through.reshape(rows, groups, length).mul_(spread).sum(2)
     ridge = 1e-6 * system.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-20
     system = system + ridge * torch.eye(groups, device=weight.device)
     solved = torch.linalg.solve(system.double(), wanted.double()).float()

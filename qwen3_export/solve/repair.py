@@ -60,7 +60,7 @@ def fit_repairs(
 
             def sample(row: int, later: int = later) -> Sample:
                 inputs, _, error = run(block, changed, found, rope, read(row), entered and entered(row))
-                return Sample(inputs[later][0], residual=error[0])
+                return Sample(inputs[later][0], target=error[0])
 
             gather = partial(collect, sample, at_once=at_once, size=wide, device="cpu", pool=pool)
             step = _predict(gather(fitted), gather(held_out))
@@ -86,14 +86,14 @@ def run(
 
 def _predict(fitted: Moments, held_out: Moments) -> Tensor | None:
     """B, shortened to the α that minimises the held-out error, a parabola; None when that is 0."""
-    assert fitted.residual is not None
-    assert held_out.residual is not None
+    assert fitted.target is not None
+    assert held_out.target is not None
     damped = fitted.hessian.clone()
     damped.diagonal().add_(_PERCDAMP * damped.diagonal().mean())
     lower, failed = torch.linalg.cholesky_ex(damped)
     if failed:
         return None
-    step = torch.cholesky_solve(fitted.residual.T, lower).T
-    confirmed = float((step * held_out.residual).double().sum())
+    step = torch.cholesky_solve(fitted.target.T, lower).T
+    confirmed = float((step * held_out.target).double().sum())
     curvature = float(((step @ held_out.hessian) * step).double().sum())
     return step * min(confirmed / curvature, 1.0) if confirmed > 0 and curvature > 0 else None

@@ -22,7 +22,7 @@ from torch import Tensor
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.solve.grid import Grid
 
-BATCH = 16
+BATCH = 8
 # Share of the mean diagonal of G that is added to it: G is measured on few tokens.
 DAMPING = 0.1
 # Few, so that a batch has rows of many pieces: thin operations cost as much as wide ones.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -25,66 +26,98 @@ class RowFile:
     """`count` tensors of one shape and type in one file, each read and written on its own."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
-        self.path, self._shape, self._dtype = path, shape, dtype
+        self.path, self.lasting, self._shape, self._dtype = path, False, shape, dtype
         self._bytes = math.prod(shape) * dtype.itemsize
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
 
     def read(self, row: int) -> Tensor:
         """Row `row`."""
-        buffer = bytearray(self._bytes)
-        if os.preadv(self._descriptor, [buffer], row * self._bytes) != self._bytes:
+        found = torch.empty(self._shape, dtype=self._dtype)
+        if os.preadv(self._descriptor, [_bytes(found)], row * self._bytes) != self._bytes:
             raise InputError(f"{self.path}: row {row} is not there", "--no-resume starts over")
-        return torch.frombuffer(buffer, dtype=self._dtype).reshape(self._shape)
+        return found
 
     def write(self, row: int, tensor: Tensor) -> None:
         """Replace row `row`."""
-        data = memoryview(tensor.contiguous().cpu().view(torch.uint8).numpy().reshape(-1))  # type: ignore[arg-type]
+        data = _bytes(tensor.contiguous().cpu())
         offset = row * self._bytes
         while len(data):
             written = os.pwrite(self._descriptor, data, offset)
             data, offset = data[written:], offset + written
 
     def keep_as(self, path: Path) -> None:
-        """Flush to the disk and move to its lasting name."""
+        """Flush to the disk and move to its lasting name; from then on only its owner deletes it."""
         os.fsync(self._descriptor)
         self.path.rename(path)
-        self.path = path
+        self.path, self.lasting = path, True
 
     def close(self, remove: bool = False) -> None:
         """Close the file, and delete it when it is no longer needed."""
         os.close(self._descriptor)
-        if remove:
+        if remove and not self.lasting:
             self.path.unlink(missing_ok=True)
 
 
-class States:
-    """The state of every row at the present stage of a block, one RowFile per field."""
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(tensor.view(torch.uint8).numpy().reshape(-1))  # type: ignore[arg-type]
 
-    def __init__(self, folder: Path, rows: int) -> None:
-        self._folder, self.rows = folder, rows
-        self._files: dict[str, RowFile] = {}
+
+class Shelf:
+    """Files that nobody needs any more, to be written over: a file system takes many times as long to find room for
+    new ones, at the sizes that come again in every block. `folder` is the shelf's own, and emptied at first."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._spare, self._count, self._lock = folder, dict[int, list[Path]](), 0, threading.Lock()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+
+    def put(self, path: Path) -> None:
+        """Take a file in."""
+        with self._lock:
+            kept, self._count = self._folder / f"{self._count}.rows", self._count + 1
+            size = path.stat().st_size
+            path.rename(kept)
+            self._spare.setdefault(size, []).append(kept)
+
+    def find(self, path: Path, size: int) -> None:
+        """Move a file of so many bytes to `path`, if there is one."""
+        with self._lock:
+            if spare := self._spare.get(size):
+                spare.pop().rename(path)
+
+
+class States:
+    """The state of every row at the present stage of a block, one RowFile per field; `files` are those it begins
+    with, `shelf` where others come from and go to."""
+
+    def __init__(
+        self, folder: Path, rows: int, files: dict[str, RowFile] | None = None, shelf: Shelf | None = None
+    ) -> None:
+        self._folder, self.rows, self._shelf = folder, rows, shelf
+        self._files: dict[str, RowFile] = dict(files or {})
         self._generation = 0
 
     def read(self, row: int, fields: Collection[str] | None = None) -> State:
         """State of one row, batch axis included; all of its fields or some."""
         return {name: file.read(row) for name, file in self._files.items() if fields is None or name in fields}
 
-    def advance(self, step: Callable[[int, State], State], pool: Workers) -> None:
-        """Replace every row's state by `step(row, state)`; unchanged fields are not written again."""
+    def advance(self, step: Callable[[int, State], State], pool: Workers, idle: Collection[str] = ()) -> None:
+        """Replace every row's state by `step(row, state)`; unchanged fields are not written again, and those that are
+        `idle` not even read."""
         self._generation += 1
         fresh: dict[str, RowFile] = {}
-        lock, names = threading.Lock(), set[str]()
+        lock, names = threading.Lock(), {name for name in idle if name in self._files}
 
         def one(row: int) -> None:
-            before = self.read(row)
+            before = self.read(row, [name for name in self._files if name not in idle])
             after = step(row, before)
             for name, tensor in after.items():
                 if tensor is before.get(name):
                     continue
                 with lock:
                     if name not in fresh:
-                        path = self._folder / f"{name}-{self._generation}.rows"
-                        fresh[name] = RowFile(path, tuple(tensor.shape), tensor.dtype)
+                        fresh[name] = self._new(name, tensor)
                 fresh[name].write(row, tensor)
             names.update(after)
 
@@ -93,8 +126,19 @@ class States:
         finally:
             kept = {name: file for name, file in self._files.items() if name in names and name not in fresh}
             for file in set(self._files.values()) - set(kept.values()):
-                file.close(remove=True)
+                self._drop(file)
             self._files = {**kept, **fresh}
+
+    def _new(self, name: str, like: Tensor) -> RowFile:
+        path = self._folder / f"{name}-{self._generation}.rows"
+        if self._shelf is not None:
+            self._shelf.find(path, self.rows * like.numel() * like.element_size())
+        return RowFile(path, tuple(like.shape), like.dtype)
+
+    def _drop(self, file: RowFile) -> None:
+        file.close(remove=self._shelf is None)
+        if self._shelf is not None and not file.lasting:
+            self._shelf.put(file.path)
 
     def take(self, name: str) -> RowFile:
         """Hand one field's file over to the caller and drop the others."""
@@ -105,5 +149,5 @@ class States:
     def close(self) -> None:
         """Delete all files."""
         for file in self._files.values():
-            file.close(remove=True)
+            self._drop(file)
         self._files = {}

@@ -15,11 +15,10 @@ number of threads or the memory, so the bytes depend on neither.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 
 from numpy.typing import NDArray
 from torch import Tensor
@@ -27,7 +26,8 @@ from torch import Tensor
 from qwen3_export.core.qwen3 import EMBEDDING, block_name
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
-from qwen3_export.model.block import NUM_STAGES, Block, State
+from qwen3_export.errors import IndefiniteError
+from qwen3_export.model.block import NUM_STAGES, Block
 from qwen3_export.model.decoder import Rope, load_block, put_quantized, rope_tables
 from qwen3_export.model.table import Table, to_torch
 from qwen3_export.solve.experts import Inputs, Layer, count_tokens
@@ -35,11 +35,8 @@ from qwen3_export.solve.fold import ROUTER, apply, search, sites, stored
 from qwen3_export.solve.job import QUANTIZED, Job, SolvedBlock, SolvedLinear
 from qwen3_export.solve.method import Group
 from qwen3_export.solve.methods.rtn import round_group
-from qwen3_export.solve.moments import Moments, Sample, collect
-from qwen3_export.solve.states import States
+from qwen3_export.solve.walk import WRITERS, Walk, enter, inputs_of, layer_of, move
 
-TOKENS_AT_ONCE = 4096
-HELD_OUT = 8
 # Where a sparse layer's tokens have been sent to their experts.
 ROUTED = 2
 # A fold is searched on every fourth row.
@@ -53,25 +50,18 @@ def embed_rows(job: Job, quantized: QuantizedTensor | None = None) -> None:
         shipped = quantized if stream == QUANTIZED else None
         table = Table(job.checkpoint.read(f"{EMBEDDING}.weight") if shipped is None else shipped)
         file = job.hidden_file(job.scratch / "embedding.rows")
-        for row, ids in enumerate(job.rows.ids):
-            file.write(row, table.rows(ids)[None])
+        for place, row in enumerate(job.rows_of(stream)):
+            file.write(place, table.rows(job.rows.ids[row])[None])
         file.keep_as(job.hidden_path(0, stream))
         file.close()
 
 
 def forget_hidden(job: Job, layer: int) -> None:
-    """Delete the hidden states before a block that is done."""
+    """The hidden states before a block that is done are no longer needed."""
     for stream in job.streams:
-        job.hidden_path(layer, stream).unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class Walk:
-    """One model's block and the state of all rows in it."""
-
-    stream: str
-    block: Block
-    states: States
+        path = job.hidden_path(layer, stream)
+        if job.shelf is not None and path.exists():
+            job.shelf.put(path)
 
 
 def solve_block(job: Job, layer: int) -> SolvedBlock:
@@ -82,17 +72,22 @@ def solve_block(job: Job, layer: int) -> SolvedBlock:
         return SolvedBlock(_solve_alone(job, layer), {}, [0] * experts)
     block = load_block(job.checkpoint, layer, job.device)
     rope = rope_tables(config, 0, len(job.rows.ids[0]), job.device)
+    block.products = job.products
     replaced = _fold(job, block, rope) if job.fold != "none" else {}
-    walks = [_enter(job, block, stream) for stream in job.streams]
+    walks = [enter(job, block, stream) for stream in job.streams]
     try:
         results: dict[str, SolvedLinear] = {}
         counts: list[int] = []
         for stage in range(NUM_STAGES):
             if experts and stage == ROUTED:
                 counts = count_tokens(walks[0].states, experts, job.pool)
+            # Where a linear writes to the residual stream, what it should leave there is the original's.
+            ahead = walks[1:] if stage in WRITERS else []
+            for walk in ahead:
+                move(job, walk, stage, rope)
             results.update(_solve_stage(job, stage, walks))
-            for walk in walks:
-                walk.states.advance(partial(_advance, job, walk.block, stage, rope), job.pool)
+            for walk in walks[:1] if ahead else walks:
+                move(job, walk, stage, rope)
         for walk in walks:
             # Closed at once: a file that is deleted while it is open keeps its room on the disk.
             with closing(walk.states.take("residual")) as hidden:
@@ -107,17 +102,17 @@ def _fold(job: Job, block: Block, rope: Rope) -> dict[str, NDArray]:
     """Walk some rows through the block as it is, choose the scales of every site, then move them all."""
     assert job.rows is not None
     prefix, chosen, schemes = block_name(block.layer), [], job.schemes(block)
-    walk = _enter(job, block, QUANTIZED, range(0, len(job.rows.ids), FOLD_EVERY))
+    walk = enter(job, block.running(job.products), QUANTIZED, range(0, len(job.rows.ids), FOLD_EVERY))
     try:
         for stage in range(NUM_STAGES):
-            layer = _layer(job, walk, -(-job.floor // FOLD_EVERY))
+            layer = layer_of(job, walk, -(-job.floor // FOLD_EVERY))
             for site in (site for site in sites(block) if site.stage == stage):
                 # The last target is the router where there is one: its input is that of all experts.
                 inputs = layer.inputs(site.targets[-1])
                 if inputs.fallback != "rtn":
                     scales = search(job.fold, site, block, inputs.moments, schemes, job.pool)
                     chosen += [(site, scales)] if scales is not None else []
-            walk.states.advance(partial(_advance, job, walk.block, stage, rope), job.pool)
+            move(job, walk, stage, rope)
     finally:
         walk.states.close()
     replaced: dict[str, NDArray] = {}
@@ -132,38 +127,32 @@ def _fold(job: Job, block: Block, rope: Rope) -> dict[str, NDArray]:
     return replaced
 
 
-def _enter(job: Job, block: Block, stream: str, rows: Sequence[int] | None = None) -> Walk:
-    """All rows, or some, at the entrance of the block; the original's weights are never replaced."""
-    assert job.rows is not None
-    chosen = range(len(job.rows.ids)) if rows is None else rows
-    own = block if stream == QUANTIZED else Block(block.config, block.layer, dict(block.weights))
-    folder = job.scratch / f"{stream}-states"
-    folder.mkdir(exist_ok=True)
-    states = States(folder, len(chosen))
-    before = job.hidden_file(job.hidden_path(block.layer, stream))
-    try:
-        states.advance(lambda row, _: own.enter(before.read(chosen[row]).to(job.device)), job.pool)
-    finally:
-        before.close()
-    return Walk(stream, own, states)
-
-
-def _advance(job: Job, block: Block, stage: int, rope: Rope, _row: int, state: State) -> State:
-    moved = {name: tensor.to(job.device) for name, tensor in state.items()}
-    after = block.advance(stage, moved, rope)
-    # An untouched field must stay the same object, so that it is not written to the disk again.
-    return {name: state[name] if tensor is moved.get(name) else tensor for name, tensor in after.items()}
-
-
 def _solve_stage(job: Job, stage: int, walks: list[Walk]) -> dict[str, SolvedLinear]:
     results: dict[str, SolvedLinear] = {}
     block, schemes = walks[0].block, job.schemes(walks[0].block)
-    layer = _layer(job, walks[0], job.floor)
+    layer = layer_of(job, walks[0], job.floor)
     for names in _groups(block.stage_linears(stage)):
         wanted = [name for name in names if name in schemes]
         if wanted:
-            results.update(_solve_linears(job, block, wanted, _inputs(job, wanted[0], walks, layer)))
+            results.update(_solve_group(job, wanted, walks, layer))
+    for name in block.stage_linears(stage):
+        if name not in schemes:
+            block.weights[name] = block.weights[name].to(job.products)
     return results
+
+
+def _solve_group(job: Job, names: list[str], walks: list[Walk], layer: Layer) -> dict[str, SolvedLinear]:
+    """Solve linears that share one input. Where sums of products in 16 bits leave no definite Hessian, because the
+    inputs are nearly the same all over, they are summed once more in fp32."""
+    inputs = inputs_of(job, names[0], walks, layer)
+    try:
+        return _solve_linears(job, walks[0].block, names, inputs)
+    except IndefiniteError:
+        if not inputs.moments.rounded:
+            raise
+    exact = replace(job, exact=True)
+    inputs = inputs_of(exact, names[0], walks, layer_of(exact, walks[0], job.floor))
+    return _solve_linears(exact, walks[0].block, names, inputs)
 
 
 def _groups(names: list[str]) -> Iterator[list[str]]:
@@ -201,11 +190,9 @@ def _solve_linears(job: Job, block: Block, names: list[str], inputs: Inputs) -> 
     if not chosen:
         return {}
     weights = {name: block.weights[name.removeprefix(f"{prefix}.")] for name in chosen}
-    moments, (fitted, held_out) = inputs.moments, inputs.parts or (None, None)
+    moments = inputs.moments
     peak = 0.0 if moments.peak is None else float(moments.peak.max())
-    group = Group(
-        weights, chosen, moments.hessian, inputs.tokens, fitted, held_out, peak, _outputs(job, block, weights)
-    )
+    group = Group(weights, chosen, moments.hessian, inputs.tokens, inputs.compared, peak, _outputs(job, block, weights))
     if inputs.fallback == "rtn":
         solved = round_group(replace(group, hessian=None), "mse", job.pool)
     else:
@@ -223,46 +210,3 @@ def _outputs(job: Job, block: Block, weights: dict[str, Tensor]) -> dict[str, li
     prefix = f"{block_name(block.layer)}."
     found = {n: job.outputs.of(block.layer, n.removeprefix(prefix), len(weight)) for n, weight in weights.items()}
     return {name: pieces for name, pieces in found.items() if pieces is not None}
-
-
-def _layer(job: Job, walk: Walk, floor: int) -> Layer:
-    collect_all = partial(_collect, job, walks=[walk], rows=list(range(walk.states.rows)))
-    return Layer(walk.block, walk.states, floor, job.recipe.experts.fallback, collect_all, job.pool, job.device)
-
-
-def _inputs(job: Job, name: str, walks: list[Walk], layer: Layer) -> Inputs:
-    """Moments of one linear's inputs, over most rows and over every eighth, which is held out; an
-    expert's over all of them, with what stands in where they are too few."""
-    if ".experts." in name:
-        return layer.inputs(name)
-    fitted, held_out = split_rows(walks[0].states.rows)
-    parts = _collect(job, name, walks, fitted), _collect(job, name, walks, held_out)
-    joined = parts[0].join(parts[1])
-    return Inputs(joined, joined.tokens, parts if joined.drift is not None else None)
-
-
-def split_rows(count: int) -> tuple[list[int], list[int]]:
-    """The rows that are fitted, and every eighth, which is held out."""
-    held_out = [row for row in range(count) if row % HELD_OUT == HELD_OUT - 1]
-    return [row for row in range(count) if row not in held_out], held_out
-
-
-def _collect(job: Job, name: str, walks: list[Walk], rows: list[int]) -> Moments:
-    assert job.rows is not None
-    at_once, size = max(1, TOKENS_AT_ONCE // len(job.rows.ids[0])), walks[0].block.weights[name].shape[1]
-    return collect(partial(_sample, name, walks, job.device), rows, at_once, size, job.device, job.pool)
-
-
-def _sample(name: str, walks: list[Walk], device: str, row: int) -> Sample:
-    """One row's inputs of a linear; with the original beside, how far they are from it."""
-    alone, block = len(walks) == 1, walks[0].block
-    state = walks[0].states.read(row, ("x", "experts") if alone else None)
-    x = block.inputs_of(name, state).to(device)
-    if alone:
-        return Sample(x)
-    original = walks[1].states.read(row)
-    drift = walks[1].block.inputs_of(name, original).to(device) - x
-    if not name.endswith(("o_proj", "down_proj")):
-        return Sample(x, drift)
-    gap = (original["residual"] - state["residual"]).to(device)
-    return Sample(x, drift, gap.reshape(-1, gap.shape[-1]))

@@ -101,7 +101,7 @@ def close(found: Any, wanted: np.ndarray) -> None:
 
 
 def test_an_untied_head_is_solved_against_what_the_quantized_model_hands_it(
-    sources: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sources: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_products: None
 ) -> None:
     source = open_checkpoint(sources[False])
     groups = spied(monkeypatch, lambda: quantize(source, recipe(*BOTH), tmp_path / "out", SETTINGS))
@@ -117,18 +117,22 @@ def test_an_untied_head_is_solved_against_what_the_quantized_model_hands_it(
 
 
 def test_a_shifted_head_aims_at_the_original(
-    sources: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sources: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_products: None
 ) -> None:
     source, rows = open_checkpoint(sources[False]), calibration(sources[False])
     chosen = recipe(*BOTH, target_shift=True)
     groups = spied(monkeypatch, lambda: quantize(source, chosen, tmp_path / "out", SETTINGS))
     ours, theirs = (Decoder(c).hidden(rows) for c in (open_checkpoint(tmp_path / "out"), source))
-    fitted = [i for i in range(SAMPLES) if i % 8 != 7]
-    x, drift = (torch.cat([part[i] for i in fitted]).double() for part in (ours, theirs))
-    found = groups[HEAD].fitted
-    assert found is not None
-    close(found.drift, ((drift - x).T @ x / len(x)).numpy())
-    assert groups[HEAD].held_out is not None
+    compared = groups[HEAD].compared
+    assert compared is not None
+    held_out = [i for i in range(SAMPLES) if i % 8 == 7]
+    fitted = [i for i in range(SAMPLES) if i not in held_out]
+    parts = ((compared.fitted, fitted), (compared.held_out, held_out), (compared.both, range(SAMPLES)))
+    for found, chosen_rows in parts:
+        x, original = (torch.cat([part[i] for i in chosen_rows]).double() for part in (ours, theirs))
+        assert found.tokens == len(x)
+        close(found.drift, ((original - x).T @ x / len(x)).numpy())
+        close(found.hessian, (x.T @ x / len(x)).numpy())
 
 
 def test_a_tied_matrix_is_solved_for_both_of_its_uses(

@@ -128,8 +128,9 @@ def test_no_rung_is_below_the_optimum_and_descent_comes_near(bits: int, columns:
         full = grid.columns(weight.shape)
         codes = gptq.round_columns(weight, full, factor)
         plain = costs(values(codes, grid) - target, exact)
+        ordered = torch.from_numpy(exact).float()[factor.order][:, factor.order]
         for _ in range(3):
-            codes = descend(weight, codes, grid, torch.from_numpy(exact).float(), factor.order)
+            codes = descend(weight, codes, grid, ordered, factor.order)
         lower = costs(values(codes, grid) - target, exact)
         nearest = torch.clamp(torch.round(weight / full.scales) + full.zeros, 0, scheme.max_code)
         rounded = costs(values(nearest, grid) - target, exact)

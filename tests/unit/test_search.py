@@ -63,7 +63,7 @@ def measured_rows(source: Path) -> list[np.ndarray]:
 
 @pytest.mark.parametrize(("method", "fused"), [("gptq", True), ("gptq", False), ("rtn", True)])
 def test_a_sensitivity_is_the_kl_of_a_model_quantized_in_one_unit(
-    source: Path, tmp_path: Path, method: str, fused: bool
+    source: Path, tmp_path: Path, method: str, fused: bool, exact_products: None
 ) -> None:
     """Solved by `quantize`, loaded from its folder, run as a whole: none of the sweep's code."""
     original = open_checkpoint(source)
@@ -80,7 +80,7 @@ def test_a_sensitivity_is_the_kl_of_a_model_quantized_in_one_unit(
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
-def test_so_is_that_of_embedding_and_head(source: Path, tmp_path: Path, method: str) -> None:
+def test_so_is_that_of_embedding_and_head(source: Path, tmp_path: Path, method: str, exact_products: None) -> None:
     original = open_checkpoint(source)
     settings = replace(SETTINGS, method=method, embeddings=True, grids=("symmetric",))
     found = search(original, settings, tmp_path)

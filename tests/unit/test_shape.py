@@ -14,7 +14,7 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.block import Block, rms_norm
 from qwen3_export.model.decoder import load_block, rope_tables, to_torch
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve import shape
+from qwen3_export.solve import outputs, shape
 from qwen3_export.solve.grid import Grid, find_grid, round_to
 from qwen3_export.solve.job import Settings
 from qwen3_export.solve.outputs import measure, pieces_of
@@ -49,14 +49,14 @@ def plain_information(folder: Path, text: Rows, seed: int) -> dict[tuple[int, st
         taps: dict[tuple[int, str], torch.Tensor] = {}
         for layer in range(config.num_layers):
             weights = {name: weight.double() for name, weight in load_block(checkpoint, layer).weights.items()}
-            outputs: dict[str, torch.Tensor] = {}
+            made: dict[str, torch.Tensor] = {}
             rope = tuple(table.double() for table in rope_tables(config, 0, len(ids)))
-            state = Block(config, layer, weights, outputs=outputs).forward(state, (rope[0], rope[1]))
-            taps |= {(layer, name): value for name, value in outputs.items() if name.endswith("_proj")}
+            state = Block(config, layer, weights, outputs=made).forward(state, (rope[0], rope[1]))
+            taps |= {(layer, name): value for name, value in made.items() if name.endswith("_proj")}
         logits = rms_norm(state[0], norm, config.rms_norm_eps) @ head.T
         # The same labels as the streamed pass draws, from its fp32 probabilities.
         generator = torch.Generator().manual_seed((seed << 32) + number)
-        labels = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
+        labels = outputs.draw(logits.detach().float().softmax(-1), generator)
         loss = -logits.log_softmax(-1).gather(1, labels).sum()
         slopes = torch.autograd.grad(loss, list(taps.values()), allow_unused=True)
         for key, slope in zip(taps, slopes, strict=True):
@@ -87,6 +87,38 @@ def test_the_streamed_pass_measures_what_a_whole_backward_pass_gives(
                 exact = wanted[layer, name][own, own]
                 assert float((piece - exact).abs().max() / exact.abs().max()) < 1e-3
     assert not list(found.folder.glob("*.rows"))
+
+
+def test_in_bf16_the_pass_measures_nearly_the_same(
+    tmp_path: Path, pool: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same labels: the numbers are rounded to 8 bits, which may move what is drawn."""
+    folder, text = write_checkpoint(tmp_path / "model", tiny_config()), rows()
+    (tmp_path / "scratch").mkdir()
+    checkpoint = open_checkpoint(folder)
+    monkeypatch.setattr(outputs, "draw", lambda shares, _: torch.arange(len(shares))[:, None] * 7 % shares.shape[1])
+    monkeypatch.setattr(pool, "products", torch.bfloat16)
+    with torch.no_grad():
+        found = measure(checkpoint, text, 3, 7, pool, tmp_path / "scratch", "cpu")
+    for (layer, name), exact in plain_information(folder, text, 7).items():
+        pieces = found.of(layer, name, len(exact))
+        assert pieces is not None
+        for piece, own in zip(pieces, pieces_of(len(exact)), strict=True):
+            assert 1e-5 < float((piece - exact[own, own]).norm() / exact[own, own].norm()) < 0.05
+
+
+def test_labels_are_drawn_by_their_shares() -> None:
+    shares = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    generator = torch.Generator().manual_seed(0)
+    labels = outputs.draw(shares.expand(20_000, -1), generator)
+    assert labels.shape == (20_000, 1)
+    found = torch.bincount(labels.flatten(), minlength=6) / 20_000
+    assert not found[shares == 0].any()
+    torch.testing.assert_close(found, shares, rtol=0, atol=0.015)
+    again = outputs.draw(shares.expand(20_000, -1), torch.Generator().manual_seed(0))
+    assert torch.equal(labels, again)
+    certain = torch.eye(6)[[4, 0, 5]]
+    assert outputs.draw(certain, generator).flatten().tolist() == [4, 0, 5]
 
 
 def test_pieces_cover_the_rows_evenly() -> None:

@@ -31,12 +31,12 @@ from qwen3_export.errors import InputError, RecipeError
 from qwen3_export.model import block as block_module
 from qwen3_export.model.decoder import load_block, rope_tables, to_torch
 from qwen3_export.model.workers import workers
-from qwen3_export.solve import stream
+from qwen3_export.solve import job
+from qwen3_export.solve.fold import ROUTER
 from qwen3_export.solve.job import Settings
 from qwen3_export.solve.method import Group
 from qwen3_export.solve.methods import gptq
 from qwen3_export.solve.quantize import quantize
-from qwen3_export.solve.states import RowFile, States
 from qwen3_export.text import ModelTokenizer, calibration_rows, load_documents
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
 
@@ -104,7 +104,7 @@ def run(source: Path, tmp_path: Path, settings: Settings) -> Callable[..., dict[
 
 
 def inputs_of_linears(folder: Path, rows: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
-    """Inputs `[n, in]` of every linear of a quantized model, from a plain forward pass in fp32."""
+    """Inputs `[n, in]` of every linear and router of a quantized model, from a plain forward pass in fp32."""
     checkpoint, seen = open_checkpoint(folder), defaultdict(list)
 
     def spy(block: block_module.Block, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -112,7 +112,15 @@ def inputs_of_linears(folder: Path, rows: list[np.ndarray], monkeypatch: pytest.
         rounded = block.rounders[name](x) if name in block.rounders else x
         return F.linear(rounded, block.weights[name])
 
+    plain = block_module.Block._route
+
+    def route(block: block_module.Block, state: block_module.State) -> block_module.State:
+        if block.config.is_sparse(block.layer):
+            seen[f"{block_name(block.layer)}.{ROUTER}"].append(state["x"].reshape(-1, state["x"].shape[-1]))
+        return plain(block, state)
+
     monkeypatch.setattr(block_module.Block, "linear", spy)
+    monkeypatch.setattr(block_module.Block, "_route", route)
     embedding = to_torch(checkpoint.read("model.embed_tokens.weight")).float()
     rope, states = rope_tables(checkpoint.config, 0, LENGTH), [embedding[torch.from_numpy(ids)][None] for ids in rows]
     for layer in range(checkpoint.config.num_layers):
@@ -128,6 +136,7 @@ def test_every_linear_is_solved_against_the_inputs_it_will_get(
     settings: Settings,
     run: Callable[..., dict[str, str]],
     monkeypatch: pytest.MonkeyPatch,
+    exact_products: None,
 ) -> None:
     groups: dict[str, Group] = {}
     plain = gptq.solve
@@ -138,7 +147,7 @@ def test_every_linear_is_solved_against_the_inputs_it_will_get(
 
     monkeypatch.setattr(gptq, "solve", spy)
     # 11 rows in pieces of 4: the last piece is a short one.
-    monkeypatch.setattr(stream, "TOKENS_AT_ONCE", 4 * LENGTH + 1)
+    monkeypatch.setattr(job, "TOKENS_AT_ONCE", 4 * LENGTH + 1)
     run("out", recipe())
     monkeypatch.undo()
 
@@ -306,36 +315,6 @@ def test_a_quantized_folder_is_not_quantized_again(
     run("once", recipe("rtn"))
     with pytest.raises(InputError, match="quantized already"):
         quantize(open_checkpoint(tmp_path / "once"), recipe("rtn"), tmp_path / "twice", settings)
-
-
-def test_rows_of_a_file_are_read_back_bit_for_bit(tmp_path: Path) -> None:
-    file = RowFile(tmp_path / "a.rows", (2, 3), torch.float32)
-    rows = torch.randn(5, 2, 3)
-    for row in (3, 0, 4, 1, 2):
-        file.write(row, rows[row])
-    assert all(torch.equal(file.read(row), rows[row]) for row in range(5))
-    with pytest.raises(InputError, match="row 5 is not there"):
-        file.read(5)
-    file.keep_as(tmp_path / "b.rows")
-    assert (tmp_path / "b.rows").stat().st_size == 5 * 6 * 4
-    file.close(remove=True)
-    assert not list(tmp_path.iterdir())
-
-
-def test_states_keep_fields_of_every_type_and_drop_what_is_gone(tmp_path: Path) -> None:
-    states = States(tmp_path, 4)
-    with workers(2) as pool:
-        states.advance(lambda row, _: {"x": torch.full((2,), float(row)), "n": torch.tensor([row])}, pool)
-        files = {path.name for path in tmp_path.iterdir()}
-        states.advance(lambda row, state: {"x": state["x"] * 2, "n": state["n"]}, pool)
-        assert len(files & {path.name for path in tmp_path.iterdir()}) == 1
-        assert [state["x"].tolist() for state in map(states.read, range(4))] == [[2.0 * row] * 2 for row in range(4)]
-        assert [int(states.read(row)["n"]) for row in range(4)] == [0, 1, 2, 3]
-        assert states.read(0)["n"].dtype == torch.int64
-        states.advance(lambda row, state: {"x": state["x"]}, pool)
-        assert set(states.read(0)) == {"x"}
-    states.close()
-    assert not list(tmp_path.iterdir())
 
 
 def test_results_come_in_the_order_of_the_items_on_one_torch_thread_each() -> None:

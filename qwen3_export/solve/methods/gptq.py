@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 
 from qwen3_export.core.scheme import QuantScheme
-from qwen3_export.errors import RecipeError
 from qwen3_export.model.workers import Workers
+from qwen3_export.solve.columns import multiply, round_block
+from qwen3_export.solve.factor import Factor, damping, factorise
 from qwen3_export.solve.fold import FOLDS
-from qwen3_export.solve.grid import Grid, find_grid, round_to, shared_global_scale
+from qwen3_export.solve.grid import Grid, find_grid, shared_global_scale
 from qwen3_export.solve.method import Group, Rows, Solved, check_choice, check_finite, check_inputs, energy, solve_rows
 from qwen3_export.solve.refine import descend, group_order, refit_scales, search_columns
 from qwen3_export.solve.shape import factors, shaped, tasks
-from qwen3_export.solve.shift import prepare
+from qwen3_export.solve.shift import prepare, start_factors
 
 SEARCHES = ("absmax", "mse", "solve")
 _BLOCK = 128
@@ -42,7 +43,8 @@ class Options:
     `percdamp`: damping as a share of the mean Hessian diagonal. `act_order`: solve the columns with
     the largest inputs first. `scale_search`: `solve`, `mse` or `absmax`. `descent`: passes of
     coordinate descent afterwards, scales refitted between them. `target_shift`: aim at the original
-    model's outputs, not at this layer's; the original then runs beside the quantized model. `fold`:
+    model's outputs, not at this layer's; the original then runs beside the quantized model, on every `shift_every`th
+    calibration row: 1, 2 or 4. `fold`:
     `none`, `awq` or `smoothquant` before the solve; see `solve.fold`. `output_rows`: on so many rows a
     pass back through the original measures which outputs matter, and errors are shaped along them
     (`solve.shape`); 0 leaves it out.
@@ -53,20 +55,14 @@ class Options:
     scale_search: str = "mse"
     descent: int = 0
     target_shift: bool = False
+    shift_every: int = 1
     fold: str = "none"
     output_rows: int = 0
 
     def __post_init__(self) -> None:
         check_choice("scale_search", self.scale_search, SEARCHES)
         check_choice("fold", self.fold, FOLDS)
-
-
-@dataclass(frozen=True)
-class Factor:
-    """The damped inverse Hessian's upper Cholesky factor, in solving order."""
-
-    order: Tensor
-    upper: Tensor
+        check_choice("shift_every", self.shift_every, (1, 2, 4))
 
 
 def needs_inputs(_options: Options) -> bool:
@@ -93,12 +89,10 @@ def solve(group: Group, options: Options, pool: Workers) -> dict[str, Solved]:
     if hessian is None:
         raise ValueError("GPTQ was called without inputs")
     check_inputs(group)
-    first, weights = next(iter(group.weights)), list(group.weights.values())
-    problems = {scheme: _problem(hessian, weights, scheme, options, first) for scheme in set(group.schemes.values())}
-    shift = None
-    if options.target_shift and group.fitted is not None and group.held_out is not None:
-        damping = _damping(group.fitted.hessian.diagonal(), options.percdamp)
-        shift = prepare(group.fitted, group.held_out, damping)
+    shifted = options.target_shift and group.compared is not None
+    begun = start_factors(group.compared, options.percdamp, pool) if shifted and group.compared else []
+    problems = {scheme: _problem(group, scheme, options, pool) for scheme in set(group.schemes.values())}
+    shift = prepare(group.compared, begun, pool) if group.compared and begun else None
     solved = {}
     for name, weight in group.weights.items():
         check_finite(name, weight)
@@ -115,12 +109,12 @@ def solve(group: Group, options: Options, pool: Workers) -> dict[str, Solved]:
             uppers: list[Tensor] = uppers,
         ) -> Rows:
             own = [upper for begin, upper in _placed(uppers) if rows.start <= begin < rows.stop]
-            solve_rows_of = partial(_solve_rows, problem=problem, options=options)
+            solve_rows_of = partial(_solve_rows, problem=problem, options=options, products=pool.products)
             part = target[rows]
             grid, codes = shaped(part, own, solve_rows_of, problem.scheme) if own else solve_rows_of(part)
             full = grid.columns(part.shape)
             delta = (codes - full.zeros) * full.scales - part
-            return Rows(grid, codes, energy(delta, hessian), energy(part, hessian))
+            return Rows(grid, codes, energy(delta, hessian, pool.products), energy(part, hessian, pool.products))
 
         solved[name] = solve_rows(name, weight, group, piece, pool, problem.global_scale, cut)
     return solved
@@ -143,7 +137,7 @@ def _cut(weight: Tensor, scheme: QuantScheme, uppers: list[Tensor]) -> list[slic
 
 @dataclass(frozen=True)
 class Problem:
-    """One Hessian for one scheme: its columns' order, factor, and damped form for the descent."""
+    """One Hessian for one scheme: its columns' order and factor, and for the descent its damped form."""
 
     scheme: QuantScheme
     hessian: Tensor
@@ -152,65 +146,39 @@ class Problem:
     global_scale: float = 1.0
 
 
-def _problem(hessian: Tensor, weights: list[Tensor], scheme: QuantScheme, options: Options, name: str) -> Problem:
+def _problem(group: Group, scheme: QuantScheme, options: Options, pool: Workers) -> Problem:
+    hessian, (first, *_) = group.hessian, group.weights
+    assert hessian is not None
     order = None
     if options.scale_search == "solve" and scheme.strategy == "group":
         order = group_order(hessian, scheme.group_length(len(hessian)))
-    factor = factorise(hessian, options.percdamp, options.act_order, name, order)
+    factor = factorise(hessian, options.percdamp, options.act_order, first, order, pool)
     damped = None
-    if options.descent:
+    if options.descent > 1:
         damped = hessian.clone()
-        damped.diagonal().add_(_damping(hessian.diagonal(), options.percdamp))
-    return Problem(scheme, hessian, factor, damped, shared_global_scale(weights, scheme))
+        damped.diagonal().add_(damping(hessian.diagonal(), options.percdamp))
+    return Problem(scheme, hessian, factor, damped, shared_global_scale(list(group.weights.values()), scheme))
 
 
-def _solve_rows(weight: Tensor, problem: Problem, options: Options) -> tuple[Grid, Tensor]:
+def _solve_rows(
+    weight: Tensor, problem: Problem, options: Options, products: torch.dtype = torch.float32
+) -> tuple[Grid, Tensor]:
     scheme, factor, unit = problem.scheme, problem.factor, problem.global_scale
     if options.scale_search == "solve" and scheme.strategy == "group":
-        codes, grid = search_columns(weight, scheme, factor.order, factor.upper, unit)
+        codes, grid = search_columns(weight, scheme, factor.order, factor.upper, unit, products)
     else:
         search = "mse" if options.scale_search == "solve" else options.scale_search
         grid = find_grid(weight, scheme, search, problem.hessian.diagonal(), unit)
-        codes = round_columns(weight, grid.columns(weight.shape), factor)
+        codes = round_columns(weight, grid.columns(weight.shape), factor, products)
     for turn in range(options.descent):
-        assert problem.damped is not None
         if turn > 0 and scheme.per_row:
+            assert problem.damped is not None
             grid = refit_scales(weight, codes, grid, problem.damped, unit)
-        codes = descend(weight, codes, grid, problem.damped, factor.order)
+        codes = descend(weight, codes, grid, factor.damped, factor.order, products)
     return grid, codes
 
 
-def _damping(diagonal: Tensor, percdamp: float) -> Tensor:
-    """What is added to each diagonal element; one where no input ever arrived."""
-    return torch.where(diagonal == 0, torch.ones_like(diagonal), percdamp * diagonal.mean())
-
-
-def factorise(hessian: Tensor, percdamp: float, act_order: bool, name: str, order: Tensor | None = None) -> Factor:
-    """Order the columns (unless `order` says how), damp, invert, factorise: fp32, or fp64 when needed.
-
-    A column that no input ever reached gets a unit diagonal: it is rounded and compensates nothing.
-    """
-    diagonal = hessian.diagonal().clone()
-    if order is None and act_order:
-        order = diagonal.argsort(descending=True, stable=True)
-    elif order is None:
-        order = torch.arange(len(diagonal), device=hessian.device)
-    damped = hessian[order][:, order]
-    damped.diagonal().add_(_damping(diagonal, percdamp)[order])
-    for dtype in (torch.float32, torch.float64):
-        lower, failed = torch.linalg.cholesky_ex(damped.to(dtype))
-        if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-        if not failed and torch.isfinite(upper).all():
-            return Factor(order, upper.float())
-    raise RecipeError(
-        f"{name}: the Hessian of its inputs is not positive definite with percdamp {percdamp}",
-        "use more calibration text, or a larger percdamp in the recipe's options",
-    )
-
-
-def round_columns(weight: Tensor, grid: Grid, factor: Factor) -> Tensor:
+def round_columns(weight: Tensor, grid: Grid, factor: Factor, products: torch.dtype = torch.float32) -> Tensor:
     """Codes `[out, in]` in fp32; `grid` has one entry per column."""
     # Columns are rows here, so that the innermost work is on contiguous memory.
     rest = weight.T[factor.order].contiguous()
@@ -219,13 +187,9 @@ def round_columns(weight: Tensor, grid: Grid, factor: Factor) -> Tensor:
     count, upper = len(rest), factor.upper
     for begin in range(0, count, _BLOCK):
         end = min(begin + _BLOCK, count)
-        errors = torch.empty_like(rest[begin:end])
-        for j in range(begin, end):
-            codes[j] = round_to(rest[j], scales[j], zeros[j], grid.scheme)
-            error = (rest[j] - (codes[j] - zeros[j]) * scales[j]) / upper[j, j]
-            rest[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
-            errors[j - begin] = error
-        rest[end:].addmm_(upper[begin:end, end:].T, errors, alpha=-1)
+        own = slice(begin, end)
+        codes[own], errors = round_block(rest[own], scales[own], zeros[own], upper[own, own], grid.scheme)
+        rest[end:].sub_(multiply(upper[begin:end, end:].T, errors, products))
     result = torch.empty_like(codes)
     result[factor.order] = codes
     return result.T.contiguous()

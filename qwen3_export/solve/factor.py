@@ -1,0 +1,99 @@
+"""The upper Cholesky factor of the inverse Hessian, which GPTQ's recursion runs along.
+
+    H⁻¹ = Uᵀ U      by   H = R Rᵀ, R upper triangular   (a Cholesky factor, rows and columns reversed)
+                         U = R⁻¹
+
+One factorisation and a triangular inverse, whose column strips are made side by side: half of the work of
+inverting H and factorising what comes out, and one rounding less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwen3_export.errors import IndefiniteError
+from qwen3_export.model.workers import Workers
+
+_STRIP = 512
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The order of the columns, U `[in, in]` and the damped Hessian itself, both in that order."""
+
+    order: Tensor
+    upper: Tensor
+    damped: Tensor
+
+
+def damping(diagonal: Tensor, percdamp: float) -> Tensor:
+    """What is added to each diagonal element; one where no input ever arrived."""
+    return torch.where(diagonal == 0, torch.ones_like(diagonal), percdamp * diagonal.mean())
+
+
+def factorise(
+    hessian: Tensor, percdamp: float, act_order: bool, name: str, order: Tensor | None = None,
+    pool: Workers | None = None,
+) -> Factor:  # fmt: skip
+    """Order the columns (unless `order` says how), damp, factorise: fp32, or fp64 when needed.
+
+    A column that no input ever reached gets a unit diagonal: it is rounded and compensates nothing. Raises
+    IndefiniteError, with the `name` of the linear, for a Hessian that is not positive definite.
+    """
+    diagonal = hessian.diagonal().clone()
+    if order is None and act_order:
+        order = diagonal.argsort(descending=True, stable=True)
+    elif order is None:
+        order = torch.arange(len(diagonal), device=hessian.device)
+    # Twice by rows, which lie together in memory: H is symmetric.
+    damped = _pick(_pick(hessian, order, pool).T.contiguous(), order, pool)
+    damped.diagonal().add_(damping(diagonal, percdamp)[order])
+    for dtype in (torch.float32, torch.float64):
+        lower, failed = torch.linalg.cholesky_ex(damped.to(dtype).flip(0, 1))
+        if not failed:
+            upper = _inverse(lower.flip(0, 1), pool)
+            if torch.isfinite(upper.sum()):
+                return Factor(order, upper, damped)
+    raise IndefiniteError(
+        f"{name}: the Hessian of its inputs is not positive definite with percdamp {percdamp}",
+        "use more calibration text, or a larger percdamp in the recipe's options",
+    )
+
+
+def _inverse(upper: Tensor, pool: Workers | None) -> Tensor:
+    """Inverse of an upper triangular matrix in fp32: of each strip of columns, only what is not zero."""
+    size = len(upper)
+    found = torch.zeros(size, size, device=upper.device)
+
+    def strip(begin: int) -> None:
+        end = min(begin + _STRIP, size)
+        unit = torch.zeros(end, end - begin, dtype=upper.dtype, device=upper.device)
+        unit[begin:].fill_diagonal_(1.0)
+        found[:end, begin:end] = torch.linalg.solve_triangular(upper[:end, :end], unit, upper=True)
+
+    # The longest first, so that the processors finish together.
+    _each(strip, range(0, size, _STRIP)[::-1], pool)
+    return found
+
+
+def _pick(matrix: Tensor, rows: Tensor, pool: Workers | None) -> Tensor:
+    """`matrix[rows]`, some rows at a time."""
+    found = torch.empty_like(matrix)
+
+    def part(begin: int) -> None:
+        torch.index_select(matrix, 0, rows[begin : begin + _STRIP], out=found[begin : begin + _STRIP])
+
+    _each(part, range(0, len(rows), _STRIP), pool)
+    return found
+
+
+def _each(function: Callable[[int], None], begins: range, pool: Workers | None) -> None:
+    if pool is not None:
+        pool.map(function, begins)
+        return
+    for begin in begins:
+        function(begin)

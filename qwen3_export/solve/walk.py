@@ -1,0 +1,143 @@
+"""Calibration rows on their way through one block, and what they say about the inputs of its linears.
+
+    enter       hidden states before the block ─▶ state before stage 0
+    inputs_of   moments of a linear's inputs at the present stage, with the original beside where it runs
+    move        all rows through the linears of a stage, to the inputs of the next
+
+Where the original runs beside, every eighth of its rows is held out (`solve.shift`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from qwen3_export.model.block import Block, State
+from qwen3_export.model.decoder import Rope
+from qwen3_export.solve.experts import Inputs, Layer
+from qwen3_export.solve.job import ORIGINAL, QUANTIZED, Job
+from qwen3_export.solve.moments import Compared, Moments, Sample, collect, collect_parts
+from qwen3_export.solve.states import States
+
+HELD_OUT = 8
+# Stages whose linears write to the residual stream.
+WRITERS = (1, 3)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One model's block and the state of all rows in it."""
+
+    stream: str
+    block: Block
+    states: States
+
+
+def enter(job: Job, block: Block, stream: str, rows: Sequence[int] | None = None) -> Walk:
+    """All of a model's rows, or some, at the entrance of the block; the original's weights are never replaced."""
+    assert job.rows is not None
+    chosen = range(len(job.rows_of(stream))) if rows is None else rows
+    own = block if stream == QUANTIZED else block.running(job.products)
+    folder = job.scratch / f"{stream}-states"
+    folder.mkdir(exist_ok=True)
+    before = job.hidden_file(job.hidden_path(block.layer, stream))
+    before.lasting = True
+    # All rows in their order need no copy of their hidden states.
+    states = States(folder, len(chosen), {"residual": before} if rows is None else {}, job.shelf)
+
+    def step(place: int, state: State) -> State:
+        hidden = before.read(chosen[place]) if rows is not None else state["residual"]
+        entered = own.enter(hidden.to(job.device))
+        return {**entered, "residual": state.get("residual", hidden)}
+
+    try:
+        states.advance(step, job.pool)
+    finally:
+        if rows is not None:
+            before.close()
+    return Walk(stream, own, states)
+
+
+def move(job: Job, walk: Walk, stage: int, rope: Rope) -> None:
+    """All rows through the linears of a stage; those between two writers leave the residual stream alone."""
+    step = partial(_advance, job, walk.block, stage, rope)
+    walk.states.advance(step, job.pool, () if stage in WRITERS else ("residual",))
+
+
+def _advance(job: Job, block: Block, stage: int, rope: Rope, _row: int, state: State) -> State:
+    moved = {name: tensor.to(job.device) for name, tensor in state.items()}
+    after = block.advance(stage, moved, rope)
+    # An untouched field must stay the same object, so that it is not written to the disk again.
+    return {name: state[name] if tensor is moved.get(name) else tensor for name, tensor in after.items()}
+
+
+def layer_of(job: Job, walk: Walk, floor: int) -> Layer:
+    """A block at one stage with all rows in it, for experts, and for folds."""
+    collect_all = partial(_collect, job, walks=[walk], rows=list(range(walk.states.rows)))
+    return Layer(walk.block, walk.states, floor, job.recipe.experts.fallback, collect_all, job.pool, job.device)
+
+
+def inputs_of(job: Job, name: str, walks: list[Walk], layer: Layer) -> Inputs:
+    """Moments of one linear's inputs, over most rows and over every eighth, which is held out; an
+    expert's over all of them, with what stands in where they are too few."""
+    if ".experts." in name:
+        return layer.inputs(name)
+    if len(walks) == 1:
+        moments = _collect(job, name, walks, list(range(walks[0].states.rows)))
+        return Inputs(moments, moments.tokens)
+    return compare_rows(job, [partial(_sample, job, name, some) for some in (walks, walks[:1])], _width(walks, name))
+
+
+def compare_rows(job: Job, samples: Sequence[Callable[[int], Sample]], size: int) -> Inputs:
+    """Moments of the rows that ran through the original too, in two parts, joined by those of the others.
+
+    `samples` are one row's inputs with the original beside, and alone; `size` is their number.
+    """
+    assert job.rows is not None
+    beside, alone = samples
+    fitted, held_out = split_rows(job.rows_of(ORIGINAL))
+    others = sorted({*job.rows_of(QUANTIZED)} - {*fitted, *held_out})
+    parts = [(beside, fitted), (beside, held_out), (alone, others)]
+    found = collect_parts(parts, job.at_once, size, job.device, job.pool, job.sizes)
+    both = found[0].join(found[1])
+    joined = both.join(found[2]) if others else both
+    return Inputs(joined, joined.tokens, Compared(found[0], found[1], both))
+
+
+def split_rows(rows: list[int]) -> tuple[list[int], list[int]]:
+    """The rows that are fitted, and every eighth, which is held out."""
+    held_out = rows[HELD_OUT - 1 :: HELD_OUT]
+    return [row for row in rows if row not in held_out], held_out
+
+
+def _collect(job: Job, name: str, walks: list[Walk], rows: list[int]) -> Moments:
+    sample = partial(_sample, job, name, walks)
+    return collect(sample, rows, job.at_once, _width(walks, name), job.device, job.pool, job.sizes)
+
+
+def _width(walks: list[Walk], name: str) -> int:
+    return walks[0].block.weights[name].shape[1]
+
+
+def _sample(job: Job, name: str, walks: list[Walk], row: int) -> Sample:
+    """One row's inputs of a linear; with the original beside, how far they are from its, or what to answer."""
+    sample = _sample_in_products(job, name, walks, row)
+    if not job.exact:
+        return sample
+    drift, target = (None if part is None else part.float() for part in (sample.drift, sample.target))
+    return Sample(sample.x.float(), drift, target)
+
+
+def _sample_in_products(job: Job, name: str, walks: list[Walk], row: int) -> Sample:
+    alone, block, device = len(walks) == 1, walks[0].block, job.device
+    state = walks[0].states.read(row, ("x", "experts") if alone else None)
+    x = block.inputs_of(name, state).to(device)
+    if alone:
+        return Sample(x)
+    place = job.rows_of(ORIGINAL).index(row)
+    if name.endswith(("o_proj", "down_proj")):
+        wanted = walks[1].states.read(place, ("residual",))["residual"] - state["residual"]
+        return Sample(x, target=wanted.reshape(-1, wanted.shape[-1]).to(device, x.dtype))
+    original = walks[1].block.inputs_of(name, walks[1].states.read(place, ("x",))).to(device)
+    return Sample(x, (original.float() - x.float()).to(x.dtype))

@@ -1,0 +1,205 @@
+"""The compiled loops against torch's operations, and both against what they must keep: ties apart, the same codes.
+
+A code may differ only where the number that is rounded stands within 1e-5 of the middle of two codes, as a share
+of its own size where that is above one; all that follows in such a row may differ then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.solve import columns
+from qwen3_export.solve.columns import descend_block, round_block, search_block
+from qwen3_export.solve.grid import range_grid
+
+TIE = 1e-5
+KINDS: dict[str, dict[str, Any]] = {
+    "symmetric": {},
+    "asymmetric": {"symmetric": False},
+    "signed": {"signed_scales": True},
+}
+ROWS, COLUMNS = (1, 31, 33, 70), (1, 5, 67, 127)
+SHAPES = [(count, wide) for count in ROWS for wide in COLUMNS]
+# Shares of the range that are tried; at 8 bits nothing is gained by leaving out much of it.
+TRIED = {2: [1.06, 0.97, 0.88, 0.79, 0.7], 8: [1.002, 1.0, 0.998, 0.996, 0.994]}
+every_scheme = pytest.mark.parametrize("kind", KINDS)
+every_width = pytest.mark.parametrize("bits", [2, 3, 4, 8])
+
+
+def scheme_of(bits: int, kind: str) -> QuantScheme:
+    return QuantScheme(num_bits=bits, group_size=128, **KINDS[kind])
+
+
+class Case:
+    """Weights `[n, rows]` of one block, its Hessian and factor U `[n, n]`, and some grids for each row."""
+
+    def __init__(self, rows: int, wide: int, scheme: QuantScheme) -> None:
+        generator = torch.Generator().manual_seed(1000 * rows + wide)
+        mixing = torch.eye(wide) + torch.randn(wide, wide, generator=generator) / wide**0.5
+        x = torch.randn(4 * wide + 8, wide, generator=generator) @ mixing
+        self.scheme, self.hessian = scheme, x.T @ x / len(x) + 0.01 * torch.eye(wide)
+        inverse = torch.linalg.inv(self.hessian.double())
+        self.upper = torch.linalg.cholesky(inverse).T.float().contiguous()
+        self.weight = torch.randn(wide, rows, generator=generator) * 0.05
+        shrinks = torch.tensor(TRIED[8 if scheme.num_bits == 8 else 2]).reshape(-1, 1, 1)
+        ends = torch.stack(torch.aminmax(self.weight, dim=0), -1).unsqueeze(1)
+        self.tried = [values.squeeze(-1) for values in range_grid(ends, scheme, shrinks)]
+        self.scales, self.zeros = (values[1].expand(wide, rows).contiguous() for values in self.tried)
+
+
+def both(function: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """What the compiled loops find, and what torch's operations do."""
+    compiled = function()
+    with monkeypatch.context() as patch:
+        patch.setattr(columns, "_is_compiled", lambda *_: False)
+        return compiled, function()
+
+
+def from_a_tie(exact: torch.Tensor) -> torch.Tensor:
+    """How far numbers are from the nearest middle of two codes, as a share of their size."""
+    return (exact - exact.floor() - 0.5).abs() / exact.abs().clamp(min=1)
+
+
+def assert_same_but_for_ties(found: torch.Tensor, wanted: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """In each row (a column here) the first difference is a tie; returns which rows have none."""
+    different = found != wanted
+    same = ~different.any(0)
+    first = different.int().argmax(0)
+    distance = from_a_tie(exact).gather(0, first[None])[0]
+    assert (distance[~same] < TIE).all()
+    assert (~same).sum() <= max(1, 0.05 * len(same))
+    return same
+
+
+def rounded(case: Case, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """GPTQ's recursion in fp64 for codes that are given: what is rounded, in units, and the errors."""
+    rest, upper, scales = (m.double().clone() for m in (case.weight, case.upper, case.scales))
+    exact, errors = torch.empty_like(rest), torch.empty_like(rest)
+    for j in range(len(rest)):
+        exact[j] = rest[j] / scales[j]
+        errors[j] = (rest[j] - (codes[j] - case.zeros[j]) * scales[j]) / upper[j, j]
+        rest[j + 1 :] -= upper[j, j + 1 :, None] * errors[j]
+    return exact, errors
+
+
+@every_scheme
+@every_width
+def test_a_block_is_rounded_as_by_torch(bits: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rows, wide in SHAPES:
+        case = Case(rows, wide, scheme_of(bits, kind))
+        before = case.weight.clone()
+        compiled, plain = both(
+            lambda case=case: round_block(case.weight, case.scales, case.zeros, case.upper, case.scheme), monkeypatch
+        )
+        assert torch.equal(case.weight, before), "what is rounded is the caller's"
+        exact, errors = rounded(case, plain[0])
+        same = assert_same_but_for_ties(compiled[0], plain[0], exact)
+        assert same.any() or rows == 1
+        # fp32 sums of weights, of which the errors are a small part at 8 bits.
+        size = 1e-5 * float(case.weight.abs().max())
+        for found in (compiled[1], plain[1]):
+            torch.testing.assert_close(found[:, same].double(), errors[:, same], rtol=1e-4, atol=size)
+        assert compiled[0].min() >= 0
+        assert compiled[0].max() <= case.scheme.max_code
+
+
+@every_scheme
+@every_width
+def test_the_search_takes_the_candidate_that_torch_takes(bits: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen_of = set()
+    for rows, wide in SHAPES:
+        case = Case(rows, wide, scheme_of(bits, kind))
+        compiled, plain = both(
+            lambda case=case: search_block(case.weight, *case.tried, case.upper, case.scheme), monkeypatch
+        )
+        totals = [found[1].double().square().sum(0) for found in (compiled, plain)]
+        scales = [case.tried[0].gather(0, found[2][None])[0] for found in (compiled, plain)]
+        same = scales[0] == scales[1]
+        torch.testing.assert_close(totals[0][~same], totals[1][~same], rtol=1e-4, atol=0)
+        assert (~same).sum() <= max(1, 0.05 * rows)
+        case.scales, case.zeros = (m.gather(0, plain[2][None]).expand(wide, rows) for m in case.tried)
+        exact, _ = rounded(case, plain[0])
+        alike = assert_same_but_for_ties(compiled[0][:, same], plain[0][:, same], exact[:, same])
+        torch.testing.assert_close(totals[0][same][alike], totals[1][same][alike], rtol=1e-3, atol=1e-9)
+        chosen_of |= set(compiled[2].tolist())
+    assert len(chosen_of) > 2, "with one candidate for all nothing is searched"
+
+
+@every_scheme
+def test_the_search_leaves_each_row_the_least_error_of_its_candidates(kind: str) -> None:
+    case = Case(70, 67, scheme_of(4, kind))
+    codes, errors, chosen = search_block(case.weight, *case.tried, case.upper, case.scheme)
+    totals = []
+    for number in range(len(case.tried[0])):
+        scales, zeros = (m[number].expand(67, 70).contiguous() for m in case.tried)
+        alone = round_block(case.weight, scales, zeros, case.upper, case.scheme)
+        totals.append(alone[1].square().sum(0))
+        taken = chosen == number
+        assert torch.equal(codes[:, taken], alone[0][:, taken])
+        assert torch.equal(errors[:, taken], alone[1][:, taken])
+    least = torch.stack(totals).amin(0)
+    torch.testing.assert_close(errors.square().sum(0), least, rtol=1e-5, atol=0)
+
+
+def costs(case: Case, codes: torch.Tensor) -> torch.Tensor:
+    """(q − w)ᵀ H (q − w) of each row, in fp64."""
+    delta = (codes.double() - case.zeros) * case.scales.double() - case.weight.double()
+    return ((case.hessian.double() @ delta) * delta).sum(0)
+
+
+def descended(case: Case, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes after one pass, and the steps of the values."""
+    values, codes = (codes - case.zeros) * case.scales, codes.clone()
+    slopes = case.hessian @ (values - case.weight)
+    before = [m.clone() for m in (values, slopes)]
+    steps = descend_block(values, case.scales, case.zeros, case.hessian, slopes, codes, case.scheme)
+    assert torch.equal(values, before[0])
+    assert torch.equal(slopes, before[1])
+    return codes, steps
+
+
+def minimisers(case: Case, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """What a pass rounds in fp64, in units, when it goes from the codes `before` to those `after`."""
+    scales, hessian = case.scales.double(), case.hessian.double()
+    values = (before.double() - case.zeros) * scales
+    slopes, exact = hessian @ (values - case.weight.double()), torch.empty_like(values)
+    for j in range(len(values)):
+        exact[j] = (values[j] - slopes[j] / hessian[j, j]) / scales[j]
+        slopes += hessian[:, j, None] * ((after[j] - before[j]) * scales[j])
+    return exact
+
+
+@every_scheme
+@every_width
+def test_a_block_descends_as_by_torch_and_never_uphill(bits: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fell = 0
+    for rows, wide in SHAPES:
+        case = Case(rows, wide, scheme_of(bits, kind))
+        nearest = (case.weight / case.scales).round().add(case.zeros).clamp(0, case.scheme.max_code)
+        codes, before = nearest, costs(case, nearest)
+        for _ in range(2):
+            compiled, plain = both(lambda case=case, codes=codes: descended(case, codes), monkeypatch)
+            assert_same_but_for_ties(compiled[0], plain[0], minimisers(case, codes, plain[0]))
+            torch.testing.assert_close(compiled[1], (compiled[0] - codes) * case.scales)
+            after = costs(case, compiled[0])
+            assert (after <= before * (1 + 1e-5)).all()
+            fell += int((after < 0.99 * before).sum())
+            codes, before = compiled[0], after
+        assert codes.min() >= 0
+        assert codes.max() <= case.scheme.max_code
+    assert fell > 100, "a pass that changes nothing proves nothing"
+
+
+def test_floats_and_integers_take_their_own_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(3, 5, scheme_of(4, "symmetric"))
+    monkeypatch.setattr("qwen3_export.solve.kernels.round_block", None)
+    with pytest.raises(TypeError):
+        round_block(case.weight, case.scales, case.zeros, case.upper, case.scheme)
+    floats = QuantScheme(num_bits=8, type="float", strategy="channel")
+    codes, _ = round_block(case.weight, case.scales, torch.zeros_like(case.zeros), case.upper, floats)
+    assert torch.isfinite(codes).all()

@@ -1,0 +1,186 @@
+"""Moments against the plain means in fp64: of fp32 samples to its last digits, of bf16 samples as near as they bear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+
+from qwen3_export.model.workers import Workers, workers
+from qwen3_export.solve.moments import Moments, Sample, collect, collect_parts
+
+OUT, ROWS, LENGTH, AT_ONCE = 24, 20, 301, 8
+# One strip of columns, and three.
+SIZES = (96, 1100)
+LOUD = [3, 40, 41, 95]
+FIELDS = ("hessian", "drift", "target", "mean_abs", "peak")
+Take = Callable[[int], Sample]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Workers:
+    with workers(2) as found:
+        yield found
+
+
+class Tokens:
+    """Inputs of all rows `[n, size]`, the original's distance from them, and wanted answers `[n, out]`."""
+
+    def __init__(self, size: int, dtype: torch.dtype, rows: int = ROWS, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        mixing = torch.randn(size, size, generator=generator) / size**0.5 + torch.eye(size)
+        x = torch.randn(rows * LENGTH, size, generator=generator) @ mixing
+        drift = 0.1 * x.roll(1, 1) + 0.1 * torch.randn(x.shape, generator=generator)
+        target = x @ torch.randn(size, OUT, generator=generator)
+        self.x, self.drift, self.target = (values.to(dtype) for values in (x, drift, target))
+
+    def sample(self, beside: bool, row: int) -> Sample:
+        part = slice(LENGTH * row, LENGTH * row + LENGTH)
+        return Sample(self.x[part], self.drift[part], self.target[part]) if beside else Sample(self.x[part])
+
+    def wanted(self, rows: range) -> dict[str, torch.Tensor]:
+        part = slice(LENGTH * rows.start, LENGTH * rows.stop)
+        x, drift, target = (values[part].double() for values in (self.x, self.drift, self.target))
+        means = {name: left.T @ x / len(x) for name, left in (("hessian", x), ("drift", drift), ("target", target))}
+        return {**means, "mean_abs": x.abs().mean(0), "peak": x.abs().amax(0)}
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_moments_are_the_plain_means(pool: Workers, size: int) -> None:
+    tokens = Tokens(size, torch.float32)
+    found = collect(partial(tokens.sample, True), range(ROWS), AT_ONCE, size, "cpu", pool)
+    assert found.tokens == ROWS * LENGTH
+    for name, wanted in tokens.wanted(range(ROWS)).items():
+        torch.testing.assert_close(getattr(found, name).double(), wanted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.hessian, found.hessian.T)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_moments_of_bf16_samples_are_the_plain_means_to_a_thousandth(pool: Workers, size: int) -> None:
+    rows = range(2 * ROWS)
+    tokens = Tokens(size, torch.bfloat16, len(rows))
+    found = collect(partial(tokens.sample, True), rows, AT_ONCE, size, "cpu", pool)
+    wanted = tokens.wanted(rows)
+    for name in ("hessian", "drift", "target", "mean_abs"):
+        assert getattr(found, name).dtype == torch.float32
+        assert distance(getattr(found, name), wanted[name]) < 1e-3, name
+    assert torch.equal(found.peak.double(), wanted["peak"])
+    assert torch.equal(found.hessian, found.hessian.T)
+
+
+def loud_tokens(size: int) -> Tokens:
+    """A few inputs a thousand times as large as the others, and nearly the same number everywhere."""
+    tokens = Tokens(size, torch.bfloat16)
+    generator = torch.Generator().manual_seed(9)
+    common = 1000 * torch.randn(ROWS * LENGTH, 1, generator=generator)
+    nearly = 1 + 0.004 * torch.randn(ROWS * LENGTH, len(LOUD), generator=generator)
+    tokens.x[:, LOUD] = (common * nearly).bfloat16()
+    return tokens
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_between_loud_inputs_no_product_is_rounded_to_16_bits(pool: Workers, size: int) -> None:
+    tokens = loud_tokens(size)
+    found = collect(partial(tokens.sample, False), range(ROWS), AT_ONCE, size, "cpu", pool).hessian
+    own = tokens.x[:, LOUD].float()
+    block = found[LOUD][:, LOUD]
+    torch.testing.assert_close(block, own.T @ own / len(own), rtol=1e-5, atol=0)
+    damped = found.clone()
+    damped.diagonal().add_(0.01 * found.diagonal().mean())
+    assert torch.linalg.cholesky_ex(damped).info == 0
+    # Products of 16 bits would hide by how little these inputs differ.
+    exact = tokens.x[:, LOUD].double()
+    least = float(torch.linalg.eigvalsh(exact.T @ exact / len(exact))[0])
+    mean = float(block.diagonal().mean())
+    assert float(torch.linalg.eigvalsh(block.double())[0]) == pytest.approx(least, abs=1e-5 * mean)
+    assert 1e-5 * mean < least < 2.0**-9 * mean
+
+
+def test_rounded_sums_say_so_and_the_same_inputs_in_fp32_stay_definite_with_the_usual_damping(pool: Workers) -> None:
+    """A short text brings few tokens in few directions: rounded products may then hide all of the damping."""
+    size, count = 128, 200
+    generator = torch.Generator().manual_seed(4)
+    common = torch.randn(count, 4, generator=generator) @ torch.randn(4, size, generator=generator)
+    x = (common + 0.01 * torch.randn(count, size, generator=generator)).bfloat16()
+    rounded, exact = (
+        collect(lambda _, x=values: Sample(x), range(1), AT_ONCE, size, "cpu", pool) for values in (x, x.float())
+    )
+    assert (rounded.rounded, exact.rounded) == (True, False)
+    assert (rounded.join(exact).rounded, exact.join(rounded).rounded, exact.join(exact).rounded) == (True, True, False)
+    damping = 0.01 * float(exact.hessian.diagonal().mean())
+    least = float(torch.linalg.eigvalsh(exact.hessian.double())[0])
+    assert least > -1e-3 * damping
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_the_number_of_threads_changes_no_bit(size: int, dtype: torch.dtype) -> None:
+    tokens, found = Tokens(size, dtype), []
+    for threads in (1, 2, 3):
+        with workers(threads) as pool:
+            found.append(collect(partial(tokens.sample, True), range(ROWS), AT_ONCE, size, "cpu", pool))
+    for other in found[1:]:
+        assert_equal(other, found[0])
+
+
+def assert_equal(found: Moments, wanted: Moments) -> None:
+    assert found.tokens == wanted.tokens
+    for name in FIELDS:
+        one, other = getattr(found, name), getattr(wanted, name)
+        assert (one is None and other is None) or torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parts_are_collected_as_each_is_alone(pool: Workers, dtype: torch.dtype) -> None:
+    first, second = Tokens(96, dtype), Tokens(96, dtype, seed=1)
+    parts: list[tuple[Take, list[int]]] = [
+        (partial(first.sample, True), [1, 3, 5, 7, 9, 11, 13, 17, 19]),
+        (partial(first.sample, True), [15]),
+        (partial(second.sample, False), []),
+        (partial(second.sample, False), list(range(0, ROWS, 2))),
+    ]
+    together = collect_parts(parts, 4, 96, "cpu", pool)
+    assert [part.tokens // LENGTH for part in together] == [9, 1, 0, 10]
+    for found, (sample, rows) in zip(together, parts, strict=True):
+        assert_equal(found, collect(sample, rows, 4, 96, "cpu", pool))
+    assert together[0].drift is not None
+    assert together[3].drift is None
+    assert not together[2].hessian.any()
+
+
+def test_sizes_are_left_out_where_nobody_asks(pool: Workers) -> None:
+    tokens = Tokens(96, torch.float32)
+    found = collect(partial(tokens.sample, False), range(ROWS), AT_ONCE, 96, "cpu", pool, sizes=False)
+    assert found.mean_abs is None
+    assert found.peak is None
+    with_sizes = collect(partial(tokens.sample, False), range(ROWS), AT_ONCE, 96, "cpu", pool)
+    assert torch.equal(found.hessian, with_sizes.hessian)
+
+
+def test_joined_parts_are_the_moments_of_all_rows(pool: Workers) -> None:
+    tokens = Tokens(96, torch.float32)
+    cut = [collect(partial(tokens.sample, True), rows, 4, 96, "cpu", pool) for rows in (range(13), range(13, ROWS))]
+    joined = cut[0].join(cut[1])
+    assert joined.tokens == ROWS * LENGTH
+    for name, wanted in tokens.wanted(range(ROWS)).items():
+        torch.testing.assert_close(getattr(joined, name).double(), wanted, rtol=1e-4, atol=1e-4)
+    alone = collect(partial(tokens.sample, False), range(3), 4, 96, "cpu", pool)
+    assert cut[0].join(alone).drift is None
+
+
+def test_a_row_that_cannot_be_had_stops_the_collection(pool: Workers) -> None:
+    tokens = Tokens(96, torch.float32)
+
+    def sample(row: int) -> Sample:
+        if row == 11:
+            raise ValueError("row 11")
+        return tokens.sample(False, row)
+
+    with pytest.raises(ValueError, match="row 11"):
+        collect(sample, range(ROWS), 4, 96, "cpu", pool)
