@@ -131,11 +131,12 @@ def wanted(job: Job, given: argparse.Namespace) -> bool:
 
 
 def medians(costs: dict[int, list[Cost]], layers: int) -> dict[str, float]:
-    """Median of every measure, brought to the full depth."""
+    """Median of every measure, times brought to the full depth; memory is that of the deepest run, a line through two
+    peaks would be one through their noise."""
     at = {n: {m: statistics.median(getattr(c, m) for c in many) for m in MEASURES} for n, many in costs.items()}
     if layers == FULL:
         return at[FULL]
-    return {m: extended(at[1][m], at[layers][m], layers) for m in MEASURES}
+    return {m: at[layers][m] if m == "peak_rss" else extended(at[1][m], at[layers][m], layers) for m in MEASURES}
 
 
 def report(found: dict[Job, dict[int, list[Cost]]], given: argparse.Namespace) -> str:
@@ -147,7 +148,8 @@ def report(found: dict[Job, dict[int, list[Cost]]], given: argparse.Namespace) -
         ratios = [f"{mine[m] / min(o[m] for o in others):.2f}" if others else "–" for m in MEASURES]
         sizes = [f"{mine['wall_s']:.0f}", f"{mine['cpu_s']:.0f}", f"{mine['peak_rss'] / 2**20:.0f}"]
         lines.append([job.tool, job.method, *(f"{s} ({r})" for s, r in zip(sizes, ratios, strict=True))])
-    how = "measured" if given.layers == FULL else f"extended in a straight line from 1 and {given.layers} (nan: noise)"
+    line = f"on the straight line through 1 and {given.layers} (nan: noise), memory at {given.layers}"
+    how = "measured" if given.layers == FULL else line
     peers = ", ".join(f"{NAMES[p]} {version(p)}" for p in ("gptqmodel", "llmcompressor"))
     header = ["tool", "method", "wall s (× best peer)", "CPU s (× best peer)", "peak RSS MiB (× best peer)"]
     return (
