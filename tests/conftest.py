@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -96,6 +97,13 @@ def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, np
     if tensors is None:
         tensors = random_tensors(parse_config(config, "test"))
     write_tensors(folder / "model.safetensors", tensors.items())
+    return folder
+
+
+def copy_tokenizer(source: Path, folder: Path) -> Path:
+    """Give a folder the tokenizer of another one."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(source / name, folder / name)
     return folder
 
 

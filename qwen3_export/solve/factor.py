@@ -35,6 +35,13 @@ def damping(diagonal: Tensor, percdamp: float) -> Tensor:
     return torch.where(diagonal == 0, torch.ones_like(diagonal), percdamp * diagonal.mean())
 
 
+def damped(hessian: Tensor, percdamp: float) -> Tensor:
+    """H + λI."""
+    found = hessian.clone()
+    found.diagonal().add_(damping(hessian.diagonal(), percdamp))
+    return found
+
+
 def factorise(
     hessian: Tensor, percdamp: float, act_order: bool, name: str, order: Tensor | None = None,
     pool: Workers | None = None,
@@ -50,14 +57,14 @@ def factorise(
     elif order is None:
         order = torch.arange(len(diagonal), device=hessian.device)
     # Twice by rows, which lie together in memory: H is symmetric.
-    damped = _pick(_pick(hessian, order, pool).T.contiguous(), order, pool)
-    damped.diagonal().add_(damping(diagonal, percdamp)[order])
+    ordered = _pick(_pick(hessian, order, pool).T.contiguous(), order, pool)
+    ordered.diagonal().add_(damping(diagonal, percdamp)[order])
     for dtype in (torch.float32, torch.float64):
-        lower, failed = torch.linalg.cholesky_ex(damped.to(dtype).flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(ordered.to(dtype).flip(0, 1))
         if not failed:
             upper = _inverse(lower.flip(0, 1), pool)
             if torch.isfinite(upper.sum()):
-                return Factor(order, upper, damped)
+                return Factor(order, upper, ordered)
     raise IndefiniteError(
         f"{name}: the Hessian of its inputs is not positive definite with percdamp {percdamp}",
         "use more calibration text, or a larger percdamp in the recipe's options",

@@ -71,9 +71,13 @@ class Job:
     def products(self) -> torch.dtype:
         """The type in which calibration rows are multiplied: the pool's, but where inputs are rounded too, so
         that no other rounding is mistaken for theirs."""
-        schemes = [rule.scheme for rule in self.recipe.rules if rule.scheme]
-        exact = self.device != "cpu" or any(scheme.activations for scheme in schemes)
+        exact = self.device != "cpu" or any(self._activations)
         return torch.float32 if exact else self.pool.products
+
+    @property
+    def _activations(self) -> set[str | None]:
+        """How the recipe's schemes round inputs."""
+        return {rule.scheme.activations for rule in self.recipe.rules if rule.scheme}
 
     @property
     def at_once(self) -> int:
@@ -84,8 +88,7 @@ class Job:
     @property
     def sizes(self) -> bool:
         """Whether the inputs' sizes count: for folds, and for input scales that are fixed in advance."""
-        schemes = [rule.scheme for rule in self.recipe.rules if rule.scheme]
-        return self.fold != "none" or any(scheme.activations == "static-tensor" for scheme in schemes)
+        return self.fold != "none" or "static-tensor" in self._activations
 
     @property
     def fold(self) -> str:

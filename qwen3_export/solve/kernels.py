@@ -40,6 +40,14 @@ def _code(value: np.float32, scale: np.float32, zero: np.float32, largest: np.fl
 
 
 @_compiled
+def _load(values: Array, begin: int, wide: int, work: Array) -> None:
+    """Copy the columns of some rows into a tile."""
+    for j in range(len(values)):
+        for r in range(wide):
+            work[j, r] = values[j, begin + r]
+
+
+@_compiled
 def _spread(errors: Array, shares: Array, j: int, work: Array) -> None:
     """`work[k] -= shares[j, k] · errors[j]` for the columns k behind j: those of the same four at once, all others
     when the four are done, which reads and writes them a quarter as often. Always a whole tile."""
@@ -64,9 +72,7 @@ def round_block(
     work, made = np.zeros((columns, _TILE), np.float32), np.zeros((columns, _TILE), np.float32)
     for begin in range(0, rows, _TILE):
         wide = min(_TILE, rows - begin)
-        for j in range(columns):
-            for r in range(wide):
-                work[j, r] = rest[j, begin + r]
+        _load(rest, begin, wide, work)
         for j in range(columns):
             for r in range(wide):
                 value, scale, zero = work[j, r], scales[j, begin + r], zeros[j, begin + r]
@@ -96,9 +102,7 @@ def search_block(
         for candidate in range(len(scales)):
             for r in range(wide):
                 scale[r], zero[r] = scales[candidate, begin + r], zeros[candidate, begin + r]
-            for j in range(columns):
-                for r in range(wide):
-                    work[j, r] = part[j, begin + r]
+            _load(part, begin, wide, work)
             total[:] = _ZERO
             for j in range(columns):
                 for r in range(_TILE):
@@ -137,9 +141,7 @@ def descend_block(
     work, made = np.zeros((columns, _TILE), np.float32), np.zeros((columns, _TILE), np.float32)
     for begin in range(0, rows, _TILE):
         wide = min(_TILE, rows - begin)
-        for j in range(columns):
-            for r in range(wide):
-                work[j, r] = slopes[j, begin + r]
+        _load(slopes, begin, wide, work)
         for j in range(columns):
             for r in range(wide):
                 scale = scales[j, begin + r]

@@ -17,6 +17,7 @@ from qwen3_export.solve.job import TOKENS_AT_ONCE
 from qwen3_export.solve.outputs import PIECE
 from qwen3_export.solve.outputs import TOKENS_AT_ONCE as _BACK_TOKENS
 from qwen3_export.solve.outputs import TOP_TOKENS as _TOP_TOKENS
+from qwen3_export.solve.stream import FOLD_EVERY
 from qwen3_export.text import Rows
 
 # Python, torch, and what the allocator keeps of freed pieces; measured on Linux with torch 2.13.
@@ -112,7 +113,9 @@ def disk_needed(
         into = {name.rpartition(".")[2]: shape[1] for layer in shapes for name, shape in layer.items()}
         inner = into["down_proj"] * max(config.experts_per_token, 1)
         per_token = 4 * config.hidden_size + into["o_proj"] + inner + 3 * config.experts_per_token
-        total += 4 * rows.tokens * per_token * (2 if original else 1)
+        # A fold is searched on some rows, whose files lie beside those of the block loop.
+        passes = 1 + original + (1 / FOLD_EVERY if recipe.options.get("fold", "none") != "none" else 0)
+        total += int(4 * rows.tokens * per_token * passes)
         if outputs:
             tokens = min(outputs, len(rows.ids)) * len(rows.ids[0])
             kept = sum(min(PIECE, shape[0]) * shape[0] for shape in config.linear_shapes(0).values())

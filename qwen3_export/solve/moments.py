@@ -165,7 +165,7 @@ class _Sums:
         return [self.pool.start(partial(self._strip, x, d, more.left, columns)) for columns in self.strips]
 
     def _centered(self, x: Tensor) -> Tensor:
-        """X − c; c, and which inputs are loud, are told by the first rows."""
+        """`x − c`; c, and which inputs are loud, are told by the first rows."""
         if self.center is None:
             self.center = x.mean(0, dtype=torch.float32).to(x.dtype)
             energy = (x - self.center).float().square().sum(0)

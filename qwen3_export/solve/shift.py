@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qwen3_export.errors import IndefiniteError
 from qwen3_export.model.workers import Workers, results
-from qwen3_export.solve.factor import damping
+from qwen3_export.solve.factor import damped
 from qwen3_export.solve.moments import Compared, Moments
 
 ROWS_AT_ONCE = 512
@@ -94,9 +94,7 @@ def prepare(moments: Compared, begun: list[Future[Tensor | None]], pool: Workers
 
 
 def _factor(percdamp: float, moments: Moments) -> Tensor | None:
-    damped = moments.hessian.clone()
-    damped.diagonal().add_(damping(moments.hessian.diagonal(), percdamp))
-    lower, failed = torch.linalg.cholesky_ex(damped)
+    lower, failed = torch.linalg.cholesky_ex(damped(moments.hessian, percdamp))
     return None if failed else lower
 
 

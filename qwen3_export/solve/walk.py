@@ -98,7 +98,7 @@ def compare_rows(job: Job, samples: Sequence[Callable[[int], Sample]], size: int
     beside, alone = samples
     fitted, held_out = split_rows(job.rows_of(ORIGINAL))
     others = sorted({*job.rows_of(QUANTIZED)} - {*fitted, *held_out})
-    parts = [(beside, fitted), (beside, held_out), (alone, others)]
+    parts = [(beside, fitted), (beside, held_out), *([(alone, others)] if others else [])]
     found = collect_parts(parts, job.at_once, size, job.device, job.pool, job.sizes)
     both = found[0].join(found[1])
     joined = both.join(found[2]) if others else both

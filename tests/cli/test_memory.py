@@ -11,7 +11,7 @@ import pytest
 
 from qwen3_export.core.checkpoint import Checkpoint
 from tests.cli.helpers import finish, start
-from tests.conftest import tiny_config, write_checkpoint
+from tests.conftest import copy_tokenizer, tiny_config, write_checkpoint
 
 # Two million weights per layer: 4 MB in bf16. And eleven million, for a recipe that is quick: 22 MB.
 SMALL = {"hidden_size": 512, "intermediate_size": 768, "head_dim": 128}
@@ -46,8 +46,7 @@ print(json.dumps(found))
 
 def model(folder: Path, sizes: dict[str, int], layers: int, reference: Checkpoint) -> Path:
     write_checkpoint(folder, tiny_config(**sizes, vocab_size=8192, num_hidden_layers=layers))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((reference.folder / name).read_bytes())
+    copy_tokenizer(reference.folder, folder)
     return folder
 
 

@@ -15,6 +15,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from qwen3_export.text import ModelTokenizer, calibration_rows, document_ids, document_text, load_documents
+from tests.conftest import copy_tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 QUESTION = {"role": "user", "content": "What is 7 + 5?"}
@@ -58,8 +59,7 @@ CHATS: dict[str, dict[str, Any]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory, reference_folder: Path) -> Path:
     """The reference model's tokenizer with the published template."""
     made = tmp_path_factory.mktemp("published")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(reference_folder / name, made / name)
+    copy_tokenizer(reference_folder, made)
     shutil.copyfile(Path(__file__).with_name("qwen3_chat_template.jinja"), made / "chat_template.jinja")
     return made
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 import qwen3_export
+from tests.conftest import copy_tokenizer
 from tests.reference.models import assert_same_logits, dequantized
 
 BY_NAME = {
@@ -45,8 +46,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.model.layers = model.model.layers[:2]
     model.config.num_hidden_layers, model.config.layer_types = 2, model.config.layer_types[:2]
     model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((original / name).read_bytes())
+    copy_tokenizer(original, folder)
     return folder
 
 

@@ -3,7 +3,6 @@ the same bytes whatever happens to the run."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,8 @@ from qwen3_export.solve.method import Group
 from qwen3_export.solve.methods import gptq
 from qwen3_export.solve.quantize import quantize
 from qwen3_export.text import ModelTokenizer, Rows, calibration_rows, load_documents
-from tests.conftest import write_checkpoint
+from tests.conftest import copy_tokenizer, write_checkpoint
+from tests.unit.test_head import spied
 from tests.unit.test_stream import CONFIGS, Interrupted, hashes, inputs_of_linears, recipe
 
 # Of 19 rows every second is one of 9, the last but one of which is held out.
@@ -36,8 +36,7 @@ Run = Callable[..., dict[str, str]]
 @pytest.fixture(scope="module", params=CONFIGS)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, reference_folder: Path) -> Path:
     folder = write_checkpoint(tmp_path_factory.mktemp("source") / request.param, CONFIGS[request.param])
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(reference_folder / name, folder / name)
+    copy_tokenizer(reference_folder, folder)
     return folder
 
 
@@ -103,21 +102,6 @@ def test_neither_threads_nor_a_stop_change_a_byte(source: Path, run: Run, tmp_pa
         run("stopped", chosen, Interrupted(1))
     assert quantize(open_checkpoint(source), chosen, tmp_path / "stopped", SETTINGS)["resumed_blocks"] == 1
     assert hashes(tmp_path / "stopped") == wanted
-
-
-def spied(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> dict[str, Group]:
-    """The groups that GPTQ saw, by module name."""
-    groups: dict[str, Group] = {}
-    plain = gptq.solve
-
-    def spy(group: Group, options: Any, pool: Any) -> Any:
-        groups.update(dict.fromkeys(group.weights, group))
-        return plain(group, options, pool)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(gptq, "solve", spy)
-        run()
-    return groups
 
 
 def rows_of(source: Path) -> list[np.ndarray]:

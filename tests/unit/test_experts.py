@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,7 +34,7 @@ from qwen3_export.solve.method import Group
 from qwen3_export.solve.methods import gptq
 from qwen3_export.solve.quantize import quantize
 from qwen3_export.text import ModelTokenizer, Rows, calibration_rows, load_documents
-from tests.conftest import random_tensors, tiny_moe_config, write_checkpoint
+from tests.conftest import copy_tokenizer, random_tensors, tiny_moe_config, write_checkpoint
 from tests.unit.test_stream import Interrupted, hashes, inputs_of_linears
 
 SAMPLES, LENGTH, EXPERTS, NEVER = 11, 48, 4, 2
@@ -68,8 +67,7 @@ def make_source(folder: Path, reference_folder: Path, **changes: Any) -> Path:
         others = [row for row in range(len(router)) if row != NEVER]
         router[NEVER] = router[others].astype(np.float32).mean(0).astype(router.dtype)
     write_checkpoint(folder, config, tensors)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(reference_folder / name, folder / name)
+    copy_tokenizer(reference_folder, folder)
     return folder
 
 

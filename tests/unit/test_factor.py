@@ -33,10 +33,9 @@ def hessian() -> torch.Tensor:
 @cache
 def factor_of(chosen: str, threads: int | None) -> Factor:
     order = group_order(hessian(), GROUP) if chosen == "by groups" else None
-    if threads is None:
-        return factorise(hessian(), PERCDAMP, chosen == "by mass", "linear", order)
-    with workers(threads) as pool:
-        return factorise(hessian(), PERCDAMP, chosen == "by mass", "linear", order, pool)
+    # Without a pool too, torch must not split an operation over threads of its own.
+    with workers(threads or 1) as pool:
+        return factorise(hessian(), PERCDAMP, chosen == "by mass", "linear", order, pool if threads else None)
 
 
 @pytest.mark.parametrize("chosen", ORDERS)

@@ -3,7 +3,6 @@ whatever happens to the run."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from qwen3_export.solve.method import Group
 from qwen3_export.solve.methods import gptq
 from qwen3_export.solve.quantize import quantize
 from qwen3_export.text import ModelTokenizer, calibration_rows, load_documents
-from tests.conftest import random_tensors, tiny_config, write_checkpoint
+from tests.conftest import copy_tokenizer, random_tensors, tiny_config, write_checkpoint
 from tests.unit.test_stream import ALL_RUNGS, LENGTH, SAMPLES, Interrupted
 
 W4, W8 = {"num_bits": 4, "group_size": 16}, {"num_bits": 8, "group_size": 32}
@@ -49,8 +48,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory, reference_folder: Path) ->
     for name, tied in TIES.items():
         config = tiny_config(vocab_size=8192, tie_word_embeddings=tied)
         made[tied] = write_checkpoint(tmp_path_factory.mktemp("source") / name, config)
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copyfile(reference_folder / file, made[tied] / file)
+        copy_tokenizer(reference_folder, made[tied])
     return made
 
 
@@ -90,9 +88,9 @@ def spied(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> dict[st
         groups.update(dict.fromkeys(group.weights, group))
         return plain(group, options, pool)
 
-    monkeypatch.setattr(gptq, "solve", spy)
-    run()
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(gptq, "solve", spy)
+        run()
     return groups
 
 

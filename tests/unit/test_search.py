@@ -22,7 +22,7 @@ from qwen3_export.solve.quantize import quantize
 from qwen3_export.solve.search import OPTIONS_OF, Found, Settings, search, to_yaml
 from qwen3_export.solve.units import OUTER, Unit, units
 from qwen3_export.text import ModelTokenizer, calibration_rows, load_documents
-from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
+from tests.conftest import copy_tokenizer, tiny_config, tiny_moe_config, write_checkpoint
 
 SETTINGS = Settings(4.6, samples=8, sequence_length=48, measure=3, fused=True, threads=1)
 CONFIGS = {
@@ -34,8 +34,7 @@ CONFIGS = {
 @pytest.fixture(scope="module", params=CONFIGS)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, reference_folder: Path) -> Path:
     folder = write_checkpoint(tmp_path_factory.mktemp("source") / request.param, CONFIGS[request.param])
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(reference_folder / name, folder / name)
+    copy_tokenizer(reference_folder, folder)
     return folder
 
 

@@ -20,7 +20,7 @@ from qwen3_export.solve.job import Settings
 from qwen3_export.solve.outputs import measure, pieces_of
 from qwen3_export.solve.quantize import quantize
 from qwen3_export.text import Rows
-from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
+from tests.conftest import copy_tokenizer, tiny_config, tiny_moe_config, write_checkpoint
 
 SCHEME = QuantScheme(num_bits=3, group_size=16)
 
@@ -182,8 +182,7 @@ def test_rows_that_nothing_depends_on_are_left_to_the_plain_solve() -> None:
 
 def test_a_run_has_the_same_bytes_for_one_and_two_threads(tmp_path: Path, reference_model: object) -> None:
     source = open_checkpoint(write_checkpoint(tmp_path / "model", tiny_config(vocab_size=8192)))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (source.folder / name).write_bytes((reference_model.folder / name).read_bytes())  # type: ignore[attr-defined]
+    copy_tokenizer(reference_model.folder, source.folder)  # type: ignore[attr-defined]
     options = {"target_shift": True, "output_rows": 4, "scale_search": "solve", "descent": 1, "fold": "awq"}
     scheme = {"num_bits": 4, "group_size": 32}
     values = {"name": "t", "method": "gptq", "rules": [{"match": "*", "scheme": scheme}], "options": options}

@@ -38,7 +38,7 @@ from qwen3_export.solve.method import Group
 from qwen3_export.solve.methods import gptq
 from qwen3_export.solve.quantize import quantize
 from qwen3_export.text import ModelTokenizer, calibration_rows, load_documents
-from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
+from tests.conftest import copy_tokenizer, tiny_config, tiny_moe_config, write_checkpoint
 
 CONFIGS = {
     "dense": tiny_config(vocab_size=8192),
@@ -61,8 +61,7 @@ def recipe(method: str = "gptq", **options: Any) -> Recipe:
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, reference_folder: Path) -> Path:
     """A tiny model with a tokenizer and a calibration text."""
     folder = write_checkpoint(tmp_path_factory.mktemp("source") / request.param, CONFIGS[request.param])
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(reference_folder / name, folder / name)
+    copy_tokenizer(reference_folder, folder)
     words = " ".join(f"{i} times {i} is {i * i}, and the {i}th row ends." for i in range(400))
     (folder.parent / "calibration.txt").write_text(words)
     return folder

@@ -24,7 +24,7 @@ from torch import Tensor
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.columns import multiply, round_block
-from qwen3_export.solve.factor import Factor, damping, factorise
+from qwen3_export.solve.factor import Factor, damped, factorise
 from qwen3_export.solve.fold import FOLDS
 from qwen3_export.solve.grid import Grid, find_grid, shared_global_scale
 from qwen3_export.solve.method import Group, Rows, Solved, check_choice, check_finite, check_inputs, energy, solve_rows
@@ -89,10 +89,10 @@ def solve(group: Group, options: Options, pool: Workers) -> dict[str, Solved]:
     if hessian is None:
         raise ValueError("GPTQ was called without inputs")
     check_inputs(group)
-    shifted = options.target_shift and group.compared is not None
-    begun = start_factors(group.compared, options.percdamp, pool) if shifted and group.compared else []
+    compared = group.compared if options.target_shift else None
+    begun = start_factors(compared, options.percdamp, pool) if compared else []
     problems = {scheme: _problem(group, scheme, options, pool) for scheme in set(group.schemes.values())}
-    shift = prepare(group.compared, begun, pool) if group.compared and begun else None
+    shift = prepare(compared, begun, pool) if compared and begun else None
     solved = {}
     for name, weight in group.weights.items():
         check_finite(name, weight)
@@ -137,7 +137,7 @@ def _cut(weight: Tensor, scheme: QuantScheme, uppers: list[Tensor]) -> list[slic
 
 @dataclass(frozen=True)
 class Problem:
-    """One Hessian for one scheme: its columns' order and factor, and for the descent its damped form."""
+    """One Hessian for one scheme: its factor in solving order, and to refit scales H + λI in the columns' own."""
 
     scheme: QuantScheme
     hessian: Tensor
@@ -153,11 +153,8 @@ def _problem(group: Group, scheme: QuantScheme, options: Options, pool: Workers)
     if options.scale_search == "solve" and scheme.strategy == "group":
         order = group_order(hessian, scheme.group_length(len(hessian)))
     factor = factorise(hessian, options.percdamp, options.act_order, first, order, pool)
-    damped = None
-    if options.descent > 1:
-        damped = hessian.clone()
-        damped.diagonal().add_(damping(hessian.diagonal(), options.percdamp))
-    return Problem(scheme, hessian, factor, damped, shared_global_scale(list(group.weights.values()), scheme))
+    plain = damped(hessian, options.percdamp) if options.descent > 1 else None
+    return Problem(scheme, hessian, factor, plain, shared_global_scale(list(group.weights.values()), scheme))
 
 
 def _solve_rows(
@@ -186,10 +183,9 @@ def round_columns(weight: Tensor, grid: Grid, factor: Factor, products: torch.dt
     codes = torch.empty_like(rest)
     count, upper = len(rest), factor.upper
     for begin in range(0, count, _BLOCK):
-        end = min(begin + _BLOCK, count)
-        own = slice(begin, end)
+        own = slice(begin, min(begin + _BLOCK, count))
         codes[own], errors = round_block(rest[own], scales[own], zeros[own], upper[own, own], grid.scheme)
-        rest[end:].sub_(multiply(upper[begin:end, end:].T, errors, products))
+        rest[own.stop :].sub_(multiply(upper[own, own.stop :].T, errors, products))
     result = torch.empty_like(codes)
     result[factor.order] = codes
     return result.T.contiguous()
