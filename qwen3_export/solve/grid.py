@@ -22,7 +22,7 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import LARGEST_SCALE, SMALLEST_SCALE
 from qwen3_export.errors import RecipeError
 from qwen3_export.model.activations import round_e4m3
-from qwen3_export.solve.table import cheapest
+from qwen3_export.solve.ranges import is_compiled, round_groups
 
 TORCH_SCALES = {
     "bf16": torch.bfloat16,
@@ -34,9 +34,10 @@ TORCH_SCALES = {
 # Largest value of E2M1 and E4M3, by bits.
 LARGEST_FLOAT = {4: 6.0, 8: 448.0}
 SEARCHES = ("absmax", "mse", "hessian")
-_SHRINK = tuple(1.0 - 0.025 * step for step in range(-2, 22))
-# Weights that are rounded at once, and weights whose error under every range is in memory at once.
-_CACHED_WEIGHTS, _CLOSE_WEIGHTS = 1 << 16, 1 << 12
+# The whole range comes first: it is kept where no other is better.
+SHRINKS = (1.0, *(1.0 - 0.025 * step for step in range(-2, 22) if step))
+# Weights that are rounded at once.
+_CACHED_WEIGHTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -127,69 +128,36 @@ def find_grid(
     if search not in SEARCHES:
         raise RecipeError(f"scale_search is {search!r}; one of {list(SEARCHES)} was expected")
     groups = cut(weight, scheme)
-    if search == "absmax":
-        return Grid(scheme, *range_grid(groups.float(), scheme, 1.0, global_scale))
+    shrinks = SHRINKS if search != "absmax" else SHRINKS[:1]
     if importance is not None and search == "mse":
         importance = cut(importance.expand(scheme.rows_per_scale(len(weight)), -1), scheme)
-    found = cheapest(groups, scheme, importance, _SHRINK, _table_errors) if search == "mse" else None
-    if found is None:
-        blocks = search == "hessian"
-        # Parts that fit into a core's cache, but for products, whose last bits follow from their size.
-        step = len(groups) if blocks else max(_CACHED_WEIGHTS // (groups.shape[1] * groups.shape[2]), 1)
-        cuts = [groups[i : i + step].float() for i in range(0, len(groups), step)]
-        parts = [_try_all(part, scheme, importance, blocks, global_scale) for part in cuts]
-        return Grid(scheme, torch.cat([part.scales for part in parts]), torch.cat([part.zeros for part in parts]))
-    largest, choice, certain = found
-    factors = torch.tensor([shrink * 2 / scheme.max_code for shrink in _SHRINK], dtype=torch.float32)
-    scales = round_scale(largest * factors[choice], scheme)
-    if not certain.all():
-        close = ~certain
-        weights = None if importance is None else importance.expand(groups.shape)[close]
-        scales[close] = _try_close(groups[close].float(), largest[close], scheme, weights)
-    return Grid(scheme, scales, torch.full_like(scales, scheme.midpoint))
-
-
-def _try_close(groups: Tensor, largest: Tensor, scheme: QuantScheme, importance: Tensor | None) -> Tensor:
-    """As `_try_all`, all ranges at once, for a few groups `[n, weights]` of symmetric integers: scales `[n]`."""
-    shrinks = [1.0, *_SHRINK]
-    factors = torch.tensor([shrink * 2 / scheme.max_code for shrink in shrinks], dtype=torch.float32)
-    scales = round_scale(largest * factors.unsqueeze(-1), scheme)
-    best, step = torch.empty_like(largest), max(_CLOSE_WEIGHTS // groups.shape[1], 1)
-    for begin in range(0, len(groups), step):
-        part = slice(begin, begin + step)
-        delta = _rounding_error(
-            groups[part], scales[:, part], torch.full_like(scales[:, part], scheme.midpoint), scheme
-        )
-        error = _weighted(delta, None if importance is None else importance[part], False)
-        # numpy takes the first of equal errors, as a loop does.
-        choice = torch.from_numpy(error.numpy().argmin(0))
-        best[part] = scales[:, part].gather(0, choice.unsqueeze(0)).squeeze(0)
-    return best
+    if search != "hessian" and is_compiled(weight, scheme):
+        weights = importance.reshape(-1) if importance is not None and search == "mse" else None
+        found = round_groups(groups.flatten(1), groups.shape[-1], scheme, shrinks, weights, with_codes=False)
+        return Grid(scheme, found[0], found[1])
+    blocks = search == "hessian"
+    # Parts that fit into a core's cache, but for products, whose last bits follow from their size.
+    step = len(groups) if blocks else max(_CACHED_WEIGHTS // (groups.shape[1] * groups.shape[2]), 1)
+    cuts = [groups[i : i + step].float() for i in range(0, len(groups), step)]
+    parts = [_try_all(part, scheme, shrinks, importance, blocks, global_scale) for part in cuts]
+    return Grid(scheme, torch.cat([part.scales for part in parts]), torch.cat([part.zeros for part in parts]))
 
 
 def _try_all(
-    groups: Tensor, scheme: QuantScheme, importance: Tensor | None, blocks: bool = False, global_scale: float = 1.0
-) -> Grid:
+    groups: Tensor, scheme: QuantScheme, shrinks: tuple[float, ...], importance: Tensor | None, blocks: bool = False,
+    global_scale: float = 1.0,
+) -> Grid:  # fmt: skip
     """The grid of the range with the least error, one range after another; `groups` `[rows, groups, weights]`."""
-    best = list(range_grid(groups, scheme, 1.0, global_scale))
+    best = list(range_grid(groups, scheme, shrinks[0], global_scale))
     weigh = partial(_weighted, importance=importance, blocks=blocks)
     error = weigh(_rounding_error(groups, best[0], best[1], scheme))
-    for shrink in _SHRINK:
+    for shrink in shrinks[1:]:
         candidate = range_grid(groups, scheme, shrink, global_scale)
         candidate_error = weigh(_rounding_error(groups, *candidate, scheme))
         better = candidate_error < error
         error = torch.where(better, candidate_error, error)
         best = [torch.where(better, new, old) for new, old in zip(candidate, best, strict=True)]
     return Grid(scheme, best[0], best[1])
-
-
-def _table_errors(scheme: QuantScheme, largest: Tensor, weights: Tensor) -> Tensor:
-    """Squared errors `[n, m, ranges]` of weights `[1, m, 1]` in groups whose largest is `[n, 1, 1]`."""
-    errors = torch.empty(len(largest), weights.shape[1], len(_SHRINK))
-    for number, shrink in enumerate(_SHRINK):
-        scales, zeros = range_grid(largest, scheme, shrink)
-        errors[:, :, number] = _rounding_error(weights, scales, zeros, scheme).square_().squeeze(-1)
-    return errors
 
 
 def range_grid(

@@ -16,30 +16,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Rows whose columns of a block stay in the nearest cache, and a number that rounds to an integer what it is added to.
-_TILE = 32
+TILE = 32
 _ROUNDER = np.float32(12582912.0)
 _ZERO = np.float32(0.0)
 
 Array = NDArray[np.float32]
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
+def compiled(function: Callable[..., Any], **options: Any) -> Any:
     """Machine code, kept on the disk where a folder for it can be written, else made anew by each process."""
     try:
-        return numba.njit(function, nogil=True, cache=True, error_model="numpy")
+        return numba.njit(function, nogil=True, cache=True, error_model="numpy", **options)
     except RuntimeError:
-        return numba.njit(function, nogil=True, error_model="numpy")
+        return numba.njit(function, nogil=True, error_model="numpy", **options)
 
 
-@_compiled
-def _code(value: np.float32, scale: np.float32, zero: np.float32, largest: np.float32) -> np.float32:
+def contracted(function: Callable[..., Any]) -> Any:
+    """As `compiled`; a product and the sum that it goes into may be rounded together."""
+    return compiled(function, fastmath={"contract"})
+
+
+@compiled
+def code_of(value: np.float32, scale: np.float32, zero: np.float32, largest: np.float32) -> np.float32:
     """`clamp(round(value / scale) + zero, 0, largest)`; what is too large to be rounded is clamped anyway."""
     code = ((value / scale) + _ROUNDER) - _ROUNDER + zero
     code = code if code > _ZERO else _ZERO
     return code if code < largest else largest
 
 
-@_compiled
+@compiled
 def _load(values: Array, begin: int, wide: int, work: Array) -> None:
     """Copy the columns of some rows into a tile."""
     for j in range(len(values)):
@@ -47,43 +52,43 @@ def _load(values: Array, begin: int, wide: int, work: Array) -> None:
             work[j, r] = values[j, begin + r]
 
 
-@_compiled
+@compiled
 def _spread(errors: Array, shares: Array, j: int, work: Array) -> None:
     """`work[k] -= shares[j, k] · errors[j]` for the columns k behind j: those of the same four at once, all others
     when the four are done, which reads and writes them a quarter as often. Always a whole tile."""
     last = j - j % 4 + 3
     for k in range(j + 1, min(last + 1, len(work))):
         share = shares[j, k]
-        for r in range(_TILE):
+        for r in range(TILE):
             work[k, r] -= share * errors[j, r]
     if j == last:
         for k in range(last + 1, len(work)):
             a, b, c, d = shares[j - 3, k], shares[j - 2, k], shares[j - 1, k], shares[j, k]
-            for r in range(_TILE):
+            for r in range(TILE):
                 work[k, r] -= (a * errors[j - 3, r] + b * errors[j - 2, r]) + (c * errors[j - 1, r] + d * errors[j, r])
 
 
-@_compiled
+@compiled
 def round_block(
     rest: Array, scales: Array, zeros: Array, upper: Array, largest: np.float32, codes: Array, errors: Array
 ) -> None:
     """GPTQ's recursion over one block of columns `[n, rows]` against U `[n, n]`; fills codes and errors e."""
     columns, rows = rest.shape
-    work, made = np.zeros((columns, _TILE), np.float32), np.zeros((columns, _TILE), np.float32)
-    for begin in range(0, rows, _TILE):
-        wide = min(_TILE, rows - begin)
+    work, made = np.zeros((columns, TILE), np.float32), np.zeros((columns, TILE), np.float32)
+    for begin in range(0, rows, TILE):
+        wide = min(TILE, rows - begin)
         _load(rest, begin, wide, work)
         for j in range(columns):
             for r in range(wide):
                 value, scale, zero = work[j, r], scales[j, begin + r], zeros[j, begin + r]
-                code = _code(value, scale, zero, largest)
+                code = code_of(value, scale, zero, largest)
                 codes[j, begin + r] = code
                 made[j, r] = (value - (code - zero) * scale) / upper[j, j]
                 errors[j, begin + r] = made[j, r]
             _spread(made, upper, j, work)
 
 
-@_compiled
+@compiled
 def search_block(
     part: Array, scales: Array, zeros: Array, upper: Array, largest: np.float32, codes: Array, errors: Array
 ) -> NDArray[np.int64]:
@@ -91,13 +96,13 @@ def search_block(
     and errors of each row's best, the first with the least Σ e², whose number is returned."""
     columns, rows = part.shape
     chosen = np.zeros(rows, np.int64)
-    work, tried = np.zeros((columns, _TILE), np.float32), np.zeros((columns, _TILE), np.float32)
-    made = np.zeros((columns, _TILE), np.float32)
-    kept = np.zeros((2, columns, _TILE), np.float32)
-    least, total = np.empty(_TILE, np.float32), np.empty(_TILE, np.float32)
-    scale, zero = np.ones(_TILE, np.float32), np.zeros(_TILE, np.float32)
-    for begin in range(0, rows, _TILE):
-        wide = min(_TILE, rows - begin)
+    work, tried = np.zeros((columns, TILE), np.float32), np.zeros((columns, TILE), np.float32)
+    made = np.zeros((columns, TILE), np.float32)
+    kept = np.zeros((2, columns, TILE), np.float32)
+    least, total = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    scale, zero = np.ones(TILE, np.float32), np.zeros(TILE, np.float32)
+    for begin in range(0, rows, TILE):
+        wide = min(TILE, rows - begin)
         least[:] = np.inf
         for candidate in range(len(scales)):
             for r in range(wide):
@@ -105,9 +110,9 @@ def search_block(
             _load(part, begin, wide, work)
             total[:] = _ZERO
             for j in range(columns):
-                for r in range(_TILE):
+                for r in range(TILE):
                     value = work[j, r]
-                    code = _code(value, scale[r], zero[r], largest)
+                    code = code_of(value, scale[r], zero[r], largest)
                     tried[j, r] = code
                     error = (value - (code - zero[r]) * scale[r]) / upper[j, j]
                     made[j, r] = error
@@ -115,7 +120,7 @@ def search_block(
                 _spread(made, upper, j, work)
             better = total < least
             for j in range(columns):
-                for r in range(_TILE):
+                for r in range(TILE):
                     kept[0, j, r] = tried[j, r] if better[r] else kept[0, j, r]
                     kept[1, j, r] = made[j, r] if better[r] else kept[1, j, r]
             for r in range(wide):
@@ -127,7 +132,7 @@ def search_block(
     return chosen
 
 
-@_compiled
+@compiled
 def descend_block(
     values: Array, scales: Array, zeros: Array, block: Array, largest: np.float32,
     slopes: Array, codes: Array, steps: Array,
@@ -138,15 +143,15 @@ def descend_block(
     the steps inside the block; fills `steps` and changes `codes`.
     """
     columns, rows = values.shape
-    work, made = np.zeros((columns, _TILE), np.float32), np.zeros((columns, _TILE), np.float32)
-    for begin in range(0, rows, _TILE):
-        wide = min(_TILE, rows - begin)
+    work, made = np.zeros((columns, TILE), np.float32), np.zeros((columns, TILE), np.float32)
+    for begin in range(0, rows, TILE):
+        wide = min(TILE, rows - begin)
         _load(slopes, begin, wide, work)
         for j in range(columns):
             for r in range(wide):
                 scale = scales[j, begin + r]
                 best = values[j, begin + r] - work[j, r] / block[j, j]
-                code = _code(best, scale, zeros[j, begin + r], largest)
+                code = code_of(best, scale, zeros[j, begin + r], largest)
                 step = (code - codes[j, begin + r]) * scale
                 steps[j, begin + r] = step
                 made[j, r] = -step

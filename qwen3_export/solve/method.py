@@ -110,7 +110,7 @@ def check_finite(name: str, weight: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some solved output rows: grid, codes in fp32, their squared error and what it is relative to."""
+    """Some solved output rows: grid, codes in fp32 or as bytes, their squared error and what it is relative to."""
 
     grid: Grid
     codes: Tensor
@@ -154,6 +154,8 @@ def solve_rows(
 
 def _code_bytes(codes: Tensor, scheme: QuantScheme) -> Tensor:
     """Codes as they are stored, one per byte, in this machine's memory."""
+    if codes.dtype == torch.uint8:
+        return codes
     if scheme.type == "int":
         # numpy converts several times as fast as torch.
         return torch.from_numpy(codes.cpu().numpy().astype(np.uint8))

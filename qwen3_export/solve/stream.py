@@ -162,25 +162,23 @@ def _groups(names: list[str]) -> Iterator[list[str]]:
 
 
 def _solve_alone(job: Job, layer: int) -> dict[str, SolvedLinear]:
-    """Solve a block's linears without inputs, as they are stored: a group in memory, the next one on its way."""
+    """Solve a block's linears without inputs, as they are stored: two groups in memory, so that one is read and the
+    last one's pieces are joined while all threads are busy."""
     block, prefix = Block(job.checkpoint.config, layer, {}), block_name(layer)
-    schemes, results = job.schemes(block), {}
+    schemes = job.schemes(block)
     groups = [
         {f"{prefix}.{name}": schemes[name] for name in names if name in schemes}
         for stage in range(NUM_STAGES)
         for names in _groups(block.stage_linears(stage))
     ]
 
-    def read(group: dict[str, QuantScheme]) -> dict[str, Tensor]:
-        return {name: to_torch(job.checkpoint.read(f"{name}.weight")).to(job.device) for name in group}
+    def solve(group: dict[str, QuantScheme]) -> dict[str, SolvedLinear]:
+        weights = {name: to_torch(job.checkpoint.read(f"{name}.weight")).to(job.device) for name in group}
+        solved = job.method.solve(Group(weights, group), job.options, job.pool)
+        return {name: SolvedLinear(result, 0) for name, result in solved.items()}
 
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(read, groups[0])
-        for group, following in zip(groups, [*groups[1:], {}], strict=True):
-            weights, coming = coming.result(), reader.submit(read, following)
-            solved = job.method.solve(Group(weights, group), job.options, job.pool)
-            results.update({name: SolvedLinear(result, 0) for name, result in solved.items()})
-    return results
+    with ThreadPoolExecutor(2) as pair:
+        return {name: linear for solved in pair.map(solve, groups) for name, linear in solved.items()}
 
 
 def _solve_linears(job: Job, block: Block, names: list[str], inputs: Inputs) -> dict[str, SolvedLinear]:

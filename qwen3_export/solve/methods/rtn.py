@@ -10,13 +10,14 @@ H_g is the group's own block of H = mean x xᵀ over the calibration tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.fold import FOLDS
-from qwen3_export.solve.grid import SEARCHES, Grid, find_grid, round_onto, shared_global_scale
+from qwen3_export.solve.grid import SEARCHES, SHRINKS, Grid, find_grid, round_onto, shared_global_scale
 from qwen3_export.solve.method import (
     Group,
     Rows,
@@ -28,9 +29,10 @@ from qwen3_export.solve.method import (
     row_pieces,
     solve_rows,
 )
+from qwen3_export.solve.ranges import is_compiled, round_groups
 
-# Weights whose grid is searched in one go: more share a look at the table, fewer keep all threads busy.
-_SEARCHED_AT_ONCE = 1 << 20
+# Weights of a piece: fewer keep more threads busy.
+_ROUNDED_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -75,46 +77,30 @@ def round_group(group: Group, search: str, pool: Workers) -> dict[str, Solved]:
     for name, weight in group.weights.items():
         check_finite(name, weight)
     weights = list(group.weights.values())
-    units = {name: shared_global_scale(weights, group.schemes[name]) for name in group.weights}
-    grids = _find_grids(group, search, units, pool)
-    return {name: _round(name, grids[name], units[name], group, pool) for name in group.weights}
+    found = {}
+    for name, weight in group.weights.items():
+        unit = shared_global_scale(weights, group.schemes[name])
+        pieces = row_pieces(weight, group.schemes[name], max(_ROUNDED_AT_ONCE // weight.shape[1], 1))
+        found[name] = solve_rows(name, weight, group, partial(_round, name, group, search, unit), pool, unit, pieces)
+    return found
 
 
-def _find_grids(group: Group, search: str, units: dict[str, float], pool: Workers) -> dict[str, list[Grid]]:
-    """Every weight's grid in parts of rows, those of all weights side by side."""
-    work = [
-        (name, rows)
-        for name, weight in group.weights.items()
-        for rows in row_pieces(weight, group.schemes[name], max(_SEARCHED_AT_ONCE // weight.shape[1], 1))
-    ]
-
-    def one(item: tuple[str, slice]) -> Grid:
-        name, rows = item
-        scheme, found, importance = group.schemes[name], search, None
-        if search == "hessian" and group.hessian is not None:
-            length = scheme.group_length(len(group.hessian))
-            importance = _diagonal_blocks(group.hessian, length) if scheme.per_row else group.hessian.diagonal()
-            found = "hessian" if scheme.per_row else "mse"
-        return find_grid(group.weights[name][rows], scheme, found, importance, units[name])
-
-    found = pool.map(one, work)
-    return {
-        name: [grid for grid, (owner, _) in zip(found, work, strict=True) if owner == name] for name in group.weights
-    }
-
-
-def _round(name: str, grids: list[Grid], unit: float, group: Group, pool: Workers) -> Solved:
-    scheme, weight = group.schemes[name], group.weights[name]
-    scales, zeros = (torch.cat([getattr(grid, part) for grid in grids]) for part in ("scales", "zeros"))
-    tall = scheme.rows_per_scale(len(weight))
-
-    def piece(rows: slice) -> Rows:
-        covered = slice(rows.start // tall, -(-rows.stop // tall))
-        part, grid = weight[rows].float(), Grid(scheme, scales[covered], zeros[covered])
-        codes, delta = round_onto(part, grid)
-        return Rows(grid, codes, energy(delta, group.hessian), energy(part, group.hessian))
-
-    return solve_rows(name, weight, group, piece, pool, unit)
+def _round(name: str, group: Group, search: str, unit: float, rows: slice) -> Rows:
+    """Some rows: their grid, and their codes; in one go where no Hessian weighs the errors."""
+    scheme, part, hessian = group.schemes[name], group.weights[name][rows], group.hessian
+    length = scheme.group_length(part.shape[1])
+    if hessian is None and is_compiled(part, scheme) and scheme.per_row and part.shape[1] % length == 0:
+        shrinks = SHRINKS if search != "absmax" else SHRINKS[:1]
+        scales, zeros, codes, missed, whole = round_groups(part, length, scheme, shrinks)
+        return Rows(Grid(scheme, scales, zeros), codes, missed, whole)
+    importance = None
+    if search == "hessian" and hessian is not None:
+        importance = _diagonal_blocks(hessian, length) if scheme.per_row else hessian.diagonal()
+        search = "hessian" if scheme.per_row else "mse"
+    grid = find_grid(part, scheme, search, importance, unit)
+    part = part.float()
+    codes, delta = round_onto(part, grid)
+    return Rows(grid, codes, energy(delta, hessian), energy(part, hessian))
 
 
 def _diagonal_blocks(hessian: Tensor, length: int) -> Tensor:

@@ -1,0 +1,116 @@
+"""The compiled loops choose the range that torch's operations choose, where errors differ by over a millionth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.core.tensor import SMALLEST_SCALE
+from qwen3_export.solve.grid import SHRINKS, Grid, cut, find_grid, range_grid, round_onto, round_to
+from qwen3_export.solve.ranges import round_groups
+
+SCHEMES = [
+    QuantScheme(4, group_size=128),
+    QuantScheme(4, group_size=32, scale_dtype="fp16"),
+    QuantScheme(3, group_size=64, scale_dtype="fp32"),
+    QuantScheme(2, group_size=32),
+    QuantScheme(8, group_size=128),
+    QuantScheme(8, strategy="channel"),
+    QuantScheme(4, strategy="channel", signed_scales=True),
+    QuantScheme(4, group_size=64, signed_scales=True, scale_dtype="fp16"),
+    QuantScheme(4, group_size=64, symmetric=False),
+    QuantScheme(2, group_size=10, symmetric=False, scale_dtype="fp16"),
+    QuantScheme(8, strategy="block", activations="dynamic-token"),
+]
+by_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: f"{scheme.label}-{scheme.scale_dtype}")
+BOUND = 1e-6
+
+
+def weights(kind: str, wide: int = 640) -> torch.Tensor:
+    """bf16 weights `[70, wide]`: of one size, heavy-tailed, of sizes beyond what a scale can be, or of one sign."""
+    generator = torch.Generator().manual_seed(3)
+    weight = 0.02 * torch.randn(70, wide, generator=generator)
+    if kind == "heavy":
+        weight *= torch.exp(torch.randn(weight.shape, generator=generator))
+    if kind == "all sizes":
+        weight *= torch.exp(8 * torch.randn(70, 1, generator=generator))
+        weight[7], weight[9, :128] = 0, 1e-30
+    if kind == "one sign":
+        weight = weight.abs() * torch.where(torch.arange(70) % 2 == 0, 1.0, -1.0)[:, None]
+    return weight.bfloat16()
+
+
+def errors(groups: torch.Tensor, scheme: QuantScheme, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """Squared errors of rounding in fp32, in fp64; of one more axis of ranges in front."""
+    codes = round_to(groups, scales.unsqueeze(-1), zeros.unsqueeze(-1), scheme)
+    return ((codes - zeros.unsqueeze(-1)).double() * scales.unsqueeze(-1).double() - groups.double()) ** 2
+
+
+@by_scheme
+@pytest.mark.parametrize("kind", ["normal", "heavy", "all sizes", "one sign"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_range_is_the_best_of_all_within_the_bound(scheme: QuantScheme, kind: str, weighted: bool) -> None:
+    weight, importance = weights(kind), None
+    if weighted:
+        importance = torch.rand(640, generator=torch.Generator().manual_seed(4)) ** 6 * 100
+    spread = torch.ones(1) if importance is None else cut(importance.expand(scheme.rows_per_scale(70), -1), scheme)
+    groups = cut(weight.float(), scheme)
+    tried = [range_grid(groups, scheme, shrink) for shrink in SHRINKS]
+    costs = torch.stack([(errors(groups, scheme, *grid) * spread).sum(-1) for grid in tried])
+    least, number = costs.min(0)
+    # The only one within the bound, however often it was tried: near the smallest scale many ranges are one.
+    scales, zeros = (torch.stack([grid[part] for grid in tried]) for part in (0, 1))
+    best = [part.gather(0, number.unsqueeze(0)).squeeze(0) for part in (scales, zeros)]
+    others = costs.masked_fill((scales == best[0]) & (zeros == best[1]), torch.inf).amin(0)
+    clear = others > least * (1 + 10 * BOUND)
+    for given in (weight, weight.float()):
+        found = find_grid(given, scheme, "mse", importance)
+        assert torch.equal(found.scales[clear], best[0][clear])
+        assert torch.equal(found.zeros[clear], best[1][clear])
+        cost = (errors(groups, scheme, found.scales, found.zeros) * spread).sum(-1)
+        assert (cost <= least * (1 + BOUND) + 1e-30).all()
+    assert clear.double().mean() > 0.9 or kind == "all sizes"
+
+
+@by_scheme
+@pytest.mark.parametrize("kind", ["heavy", "all sizes", "one sign"])
+def test_the_whole_range_is_that_of_torch(scheme: QuantScheme, kind: str) -> None:
+    weight = weights(kind)
+    scales, zeros = range_grid(cut(weight.float(), scheme), scheme, 1.0)
+    found = find_grid(weight, scheme, "absmax")
+    assert torch.equal(found.scales, scales)
+    assert torch.equal(found.zeros, zeros)
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.per_row], ids=lambda s: f"{s.label}-{s.scale_dtype}")
+@pytest.mark.parametrize("kind", ["heavy", "all sizes", "one sign"])
+def test_codes_and_their_error_are_those_of_rounding_onto_the_grid(scheme: QuantScheme, kind: str) -> None:
+    weight = weights(kind)
+    scales, zeros, codes, missed, whole = round_groups(weight, scheme.group_length(640), scheme, SHRINKS)
+    grid = find_grid(weight, scheme, "mse")
+    assert torch.equal(scales, grid.scales)
+    assert torch.equal(zeros, grid.zeros)
+    wanted, delta = round_onto(weight.float(), Grid(scheme, scales, zeros))
+    assert torch.equal(codes.float(), wanted)
+    assert missed == pytest.approx(float(delta.double().square().sum()), rel=1e-5)
+    assert whole == pytest.approx(float(weight.double().square().sum()), rel=1e-5)
+
+
+def test_of_equal_ranges_the_whole_one_is_kept() -> None:
+    scheme, weight = QuantScheme(4, group_size=32), torch.zeros(2, 32)
+    weight[1, :3] = torch.tensor([7.5, -7.5, 0.5]) * 2
+    grid = find_grid(weight, scheme, "mse")
+    assert grid.scales[0, 0] == SMALLEST_SCALE
+    exact = torch.tensor([[3.0, -4.0, 1.0, 0.0] * 8]) * 0.25
+    whole = QuantScheme(4, group_size=32, signed_scales=True)
+    # Signed scales meet the largest exactly, so that more than one range has no error at all.
+    assert torch.equal(find_grid(exact * 2, whole, "mse").scales, range_grid(cut(exact * 2, whole), whole, 1.0)[0])
+
+
+def test_pieces_of_rows_do_not_change_the_result() -> None:
+    weight, scheme = weights("heavy"), SCHEMES[0]
+    whole = round_groups(weight, 128, scheme, SHRINKS)
+    parts = [round_groups(weight[i : i + 33], 128, scheme, SHRINKS) for i in range(0, 70, 33)]
+    for number in range(3):
+        assert torch.equal(torch.cat([part[number] for part in parts]), whole[number])
