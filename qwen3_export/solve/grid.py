@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import LARGEST_SCALE, SMALLEST_SCALE
 from qwen3_export.errors import RecipeError
 from qwen3_export.model.activations import round_e4m3
-from qwen3_export.solve.ranges import is_compiled, round_groups
+from qwen3_export.solve.ranges import SHRINKS, is_compiled, numbers_to_try, round_groups
 
 TORCH_SCALES = {
     "bf16": torch.bfloat16,
@@ -34,8 +33,6 @@ TORCH_SCALES = {
 # Largest value of E2M1 and E4M3, by bits.
 LARGEST_FLOAT = {4: 6.0, 8: 448.0}
 SEARCHES = ("absmax", "mse", "hessian")
-# The whole range comes first: it is kept where no other is better.
-SHRINKS = (1.0, *(1.0 - 0.025 * step for step in range(-2, 22) if step))
 # Weights that are rounded at once.
 _CACHED_WEIGHTS = 1 << 16
 
@@ -120,44 +117,53 @@ def find_grid(
 ) -> Grid:
     """Scales and zeros of a weight `[out, in]`, fp32 or as it is stored.
 
-    `absmax` covers the whole range; `mse` tries 24 shrunken ranges and keeps, per group, the one
-    with the least squared error, each column weighted by `importance` `[in]` (the Hessian's
-    diagonal) when that is given; `hessian` weighs the error by the groups' own blocks of the Hessian,
+    `absmax` covers the whole range; `mse` tries shrunken ranges and keeps, per group, the one with the
+    least squared error, each column weighted by `importance` `[in]` (the Hessian's diagonal) when that is
+    given; `hessian` weighs the error by the groups' own blocks of the Hessian,
     given as `importance` `[groups, length, length]`. Raises RecipeError for an unknown search.
     """
     if search not in SEARCHES:
         raise RecipeError(f"scale_search is {search!r}; one of {list(SEARCHES)} was expected")
     groups = cut(weight, scheme)
-    shrinks = SHRINKS if search != "absmax" else SHRINKS[:1]
     if importance is not None and search == "mse":
         importance = cut(importance.expand(scheme.rows_per_scale(len(weight)), -1), scheme)
     if search != "hessian" and is_compiled(weight, scheme):
         weights = importance.reshape(-1) if importance is not None and search == "mse" else None
-        found = round_groups(groups.flatten(1), groups.shape[-1], scheme, shrinks, weights, with_codes=False)
+        found = round_groups(groups.flatten(1), groups.shape[-1], scheme, search == "mse", weights, with_codes=False)
         return Grid(scheme, found[0], found[1])
+    if search == "absmax":
+        return Grid(scheme, *range_grid(groups.float(), scheme, 1.0, global_scale))
     blocks = search == "hessian"
     # Parts that fit into a core's cache, but for products, whose last bits follow from their size.
     step = len(groups) if blocks else max(_CACHED_WEIGHTS // (groups.shape[1] * groups.shape[2]), 1)
     cuts = [groups[i : i + step].float() for i in range(0, len(groups), step)]
-    parts = [_try_all(part, scheme, shrinks, importance, blocks, global_scale) for part in cuts]
+    parts = [_try_all(part, scheme, importance, blocks, global_scale) for part in cuts]
     return Grid(scheme, torch.cat([part.scales for part in parts]), torch.cat([part.zeros for part in parts]))
 
 
 def _try_all(
-    groups: Tensor, scheme: QuantScheme, shrinks: tuple[float, ...], importance: Tensor | None, blocks: bool = False,
-    global_scale: float = 1.0,
-) -> Grid:  # fmt: skip
+    groups: Tensor, scheme: QuantScheme, importance: Tensor | None, blocks: bool = False, global_scale: float = 1.0
+) -> Grid:
     """The grid of the range with the least error, one range after another; `groups` `[rows, groups, weights]`."""
-    best = list(range_grid(groups, scheme, shrinks[0], global_scale))
-    weigh = partial(_weighted, importance=importance, blocks=blocks)
-    error = weigh(_rounding_error(groups, best[0], best[1], scheme))
-    for shrink in shrinks[1:]:
-        candidate = range_grid(groups, scheme, shrink, global_scale)
-        candidate_error = weigh(_rounding_error(groups, *candidate, scheme))
-        better = candidate_error < error
-        error = torch.where(better, candidate_error, error)
-        best = [torch.where(better, new, old) for new, old in zip(candidate, best, strict=True)]
-    return Grid(scheme, best[0], best[1])
+    shrinks = torch.tensor(SHRINKS, dtype=torch.float64, device=groups.device)
+
+    def tried(number: Tensor) -> tuple[Tensor, ...]:
+        grid = range_grid(groups, scheme, shrinks[number], global_scale)
+        return _weighted(_rounding_error(groups, *grid, scheme), importance, blocks), number, *grid
+
+    def better(best: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        less = other[0] < best[0]
+        return tuple(torch.where(less, new, old) for new, old in zip(other, best, strict=True))
+
+    order = numbers_to_try(importance is not None)
+    numbers = torch.tensor(order, device=groups.device).reshape(-1, 1, 1).expand(-1, *groups.shape[:2])
+    best = tried(numbers[0])
+    for number in numbers[1:]:
+        best = better(best, tried(number))
+    middle = best[1]
+    for step in (-1, 1) if len(order) < len(SHRINKS) else ():
+        best = better(best, tried((middle + step).clamp(0, len(SHRINKS) - 1)))
+    return Grid(scheme, best[2], best[3])
 
 
 def range_grid(
@@ -168,19 +174,25 @@ def range_grid(
     With signed scales the weight of the largest magnitude meets the lowest code, -2^(bits-1).
     """
     if scheme.type == "float":
-        scale = round_scale(groups.abs().amax(-1) * (shrink / LARGEST_FLOAT[scheme.num_bits]), scheme, global_scale)
+        largest = groups.abs().amax(-1)
+        scale = round_scale(largest * _fp32(shrink / LARGEST_FLOAT[scheme.num_bits]), scheme, global_scale)
         return scale, torch.zeros_like(scale)
     if scheme.symmetric:
         low, high = groups.amin(-1), groups.amax(-1)
         largest = torch.where(-low > high, low, high)
         if scheme.signed_scales:
-            scale = round_scale(largest * (-shrink / scheme.midpoint), scheme)
+            scale = round_scale(largest * _fp32(-shrink / scheme.midpoint), scheme)
         else:
-            scale = round_scale(largest.abs() * (shrink * 2 / scheme.max_code), scheme)
+            scale = round_scale(largest.abs() * _fp32(shrink * 2 / scheme.max_code), scheme)
         return scale, torch.full_like(scale, scheme.midpoint)
-    low, high = groups.amin(-1).clamp(max=0) * shrink, groups.amax(-1).clamp(min=0) * shrink
+    low, high = groups.amin(-1).clamp(max=0) * _fp32(shrink), groups.amax(-1).clamp(min=0) * _fp32(shrink)
     scale = round_scale((high - low) / scheme.max_code, scheme)
     return scale, torch.clamp(torch.round(-low / scale), 0, scheme.max_code)
+
+
+def _fp32(factor: float | Tensor) -> float | Tensor:
+    """What an fp32 tensor is multiplied by; torch rounds a plain number itself."""
+    return factor.float() if isinstance(factor, Tensor) else factor
 
 
 def _rounding_error(groups: Tensor, scales: Tensor, zeros: Tensor, scheme: QuantScheme) -> Tensor:

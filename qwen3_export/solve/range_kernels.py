@@ -21,7 +21,12 @@ _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 # Squares of so many columns are added in fp32, their sums in fp64.
 _COLUMNS = 128
 
+# What is known of a tile's rows, a line each: bounds, a tried range, its error, and the best range so far.
+_LOW, _HIGH, _FACTOR, _SCALE, _ZEROS, _TOTAL, _INVERSE, _LOWEST, _HIGHEST, _LEAST, _KEPT = range(11)
+_LINES = _KEPT + 2
+
 Array = NDArray[np.float32]
+Numbers = NDArray[np.int64]
 Bits = NDArray[np.uint32]
 # Bits of the mantissa that a scale's type lacks, and the least and the largest scale.
 Storage = tuple[int, np.float32, np.float32]
@@ -67,20 +72,18 @@ def _to_storage(scale: Array, bits: Bits, storage: Storage) -> None:
 
 
 @compiled
-def _make_scales(
-    kind: int, factor: np.float32, top: np.float32, low: Array, high: Array, storage: Storage, scale: Array,
-    bits: Bits, zero: Array,
-) -> None:  # fmt: skip
-    """One tried range's scales and zero points."""
+def _make_scales(kind: int, top: np.float32, storage: Storage, lines: Array, bits: Bits) -> None:
+    """One tried range's scales, whose bits are `bits`, and zero points."""
+    low, high, factor, scale, zero = lines[_LOW], lines[_HIGH], lines[_FACTOR], lines[_SCALE], lines[_ZEROS]
     if kind == ASYMMETRIC:
         for r in range(TILE):
-            below = (low[r] if low[r] < _ZERO else _ZERO) * factor
-            above = (high[r] if high[r] > _ZERO else _ZERO) * factor
+            below = (low[r] if low[r] < _ZERO else _ZERO) * factor[r]
+            above = (high[r] if high[r] > _ZERO else _ZERO) * factor[r]
             zero[r], scale[r] = -below, (above - below) / top
     else:
         for r in range(TILE):
             largest = low[r] if -low[r] > high[r] else high[r]
-            scale[r] = (abs(largest) if kind == SYMMETRIC else largest) * factor
+            scale[r] = (abs(largest) if kind == SYMMETRIC else largest) * factor[r]
     _to_storage(scale, bits, storage)
     if kind == ASYMMETRIC:
         for r in range(TILE):
@@ -88,11 +91,10 @@ def _make_scales(
 
 
 @contracted
-def _errors(
-    work: Array, weights: Array, scale: Array, zero: Array, top: np.float32, bounds: Array, total: Array
-) -> None:
+def _errors(work: Array, weights: Array, top: np.float32, lines: Array) -> None:
     """Σ importance · (w / s − code + z)² of every row, times s²; the columns come in fours."""
-    inverse, lowest, highest = bounds[0], bounds[1], bounds[2]
+    scale, zero, total = lines[_SCALE], lines[_ZEROS], lines[_TOTAL]
+    inverse, lowest, highest = lines[_INVERSE], lines[_LOWEST], lines[_HIGHEST]
     for r in range(TILE):
         inverse[r] = _ONE / scale[r]
         lowest[r], highest[r] = -zero[r], top - zero[r]
@@ -132,41 +134,68 @@ def _round(work: Array, kept: Array, top: np.float32, here: int, sums: NDArray[n
 
 
 @compiled
+def _keep(lines: Array, number: Numbers, best: Numbers, first: bool) -> None:
+    """Of the range tried and the best so far, each row's with the least error; the earlier one of equals."""
+    scale, zero, total = lines[_SCALE], lines[_ZEROS], lines[_TOTAL]
+    least, kept_scale, kept_zero = lines[_LEAST], lines[_KEPT], lines[_KEPT + 1]
+    for r in range(TILE):
+        if first or total[r] < least[r]:
+            least[r], best[r] = total[r], number[r]
+            kept_scale[r], kept_zero[r] = scale[r], zero[r]
+
+
+@compiled
+def _search(
+    work: Array, weights: Array, kind: int, factors: Array, order: Numbers, top: np.float32, storage: Storage,
+    lines: Array,
+) -> None:  # fmt: skip
+    """Leave the best range's scales and zero points of a tile in `lines`: those of `order`, then the best's
+    neighbours."""
+    number, best, middle = np.zeros(TILE, np.int64), np.zeros(TILE, np.int64), np.zeros(TILE, np.int64)
+    coarse = len(order)
+    for turn in range(coarse + 2 if 1 < coarse < len(factors) else coarse):
+        if turn == coarse:
+            middle[:] = best
+        for r in range(TILE):
+            beside = middle[r] + (1 if turn > coarse else -1)
+            number[r] = order[turn] if turn < coarse else min(max(beside, 0), len(factors) - 1)
+            lines[_FACTOR, r] = factors[number[r]]
+        _make_scales(kind, top, storage, lines, lines.view(np.uint32)[_SCALE])
+        if coarse > 1:
+            _errors(work, weights, top, lines)
+        _keep(lines, number, best, turn == 0)
+
+
+@compiled
 def round_groups(
-    words: Any, shift: int, length: int, importance: Array, kind: int, factors: Array, top: np.float32,
-    storage: Storage, scales: Array, zeros: Array, codes: NDArray[np.uint8],
+    words: Any, shift: int, length: int, importance: Array, kind: int, factors: Array, order: Numbers,
+    top: np.float32, storage: Storage, scales: Array, zeros: Array, codes: NDArray[np.uint8],
 ) -> tuple[float, float]:  # fmt: skip
     """Find each group's scale and zero point, and round onto them where `codes` has rows.
 
     `words` `[rows, in]` are the weights' bits, the upper halves of fp32 where `shift` is 16; `length` weights in a
-    row share a scale; `importance` `[in]` weighs their errors. Of `factors`, tried in order, the first with the least
-    error is kept; `top` is the largest code, `zeros` holds the midpoint already. Returns Σ δ² and Σ w².
+    row share a scale; `importance` `[in]` weighs their errors. Of `factors`, the largest first, those that `order`
+    names are tried in that order, then the neighbours of the best, if not all of them are; the first with the least
+    error is kept. A single one is not tried. `top` is the largest code, `zeros` holds the midpoint already. Returns
+    Σ δ² and Σ w².
     """
-    work, weights = np.zeros((-(-length // 4) * 4, TILE), np.float32), np.zeros(-(-length // 4) * 4, np.float32)
-    lines, bounds = np.zeros((6, TILE), np.float32), np.zeros((3, TILE), np.float32)
-    kept = np.zeros((2, TILE), np.float32)
-    low, high, scale, zero, total, least = lines[0], lines[1], lines[2], lines[3], lines[4], lines[5]
-    work_bits, scale_bits, sums = work.view(np.uint32), scale.view(np.uint32), np.zeros((2, TILE), np.float64)
+    wide = -(-length // 4) * 4
+    work, weights = np.zeros((wide, TILE), np.float32), np.zeros(wide, np.float32)
+    lines = np.zeros((_LINES, TILE), np.float32)
+    bits, sums = work.view(np.uint32), np.zeros((2, TILE), np.float64)
+    lines[_ZEROS] = zeros[0, 0]
     for row in range(0, len(words), TILE):
         here = min(TILE, len(words) - row)
         for group in range(scales.shape[1]):
             column = group * length
-            _load(words, shift, row, column, length, work_bits)
+            _load(words, shift, row, column, length, bits)
             weights[:length] = importance[column : column + length]
-            _bounds(work, low, high)
-            zero[:] = zeros[0, 0]
-            for number in range(len(factors)):
-                _make_scales(kind, factors[number], top, low, high, storage, scale, scale_bits, zero)
-                if len(factors) > 1:
-                    _errors(work, weights, scale, zero, top, bounds, total)
-                for r in range(TILE):
-                    better = number == 0 or total[r] < least[r]
-                    least[r] = total[r] if better else least[r]
-                    kept[0, r], kept[1, r] = scale[r] if better else kept[0, r], zero[r] if better else kept[1, r]
+            _bounds(work, lines[_LOW], lines[_HIGH])
+            _search(work, weights, kind, factors, order, top, storage, lines)
             for r in range(here):
-                scales[row + r, group], zeros[row + r, group] = kept[0, r], kept[1, r]
+                scales[row + r, group], zeros[row + r, group] = lines[_KEPT, r], lines[_KEPT + 1, r]
             if len(codes):
-                _round(work[:length], kept, top, here, sums)
+                _round(work[:length], lines[_KEPT:], top, here, sums)
                 for r in range(here):
                     target = codes[row + r, column : column + length]
                     for j in range(length):

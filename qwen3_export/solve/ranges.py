@@ -15,6 +15,9 @@ from torch import Tensor
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import LARGEST_SCALE, SMALLEST_SCALE
 
+# Shares of the whole range that can be tried.
+SHRINKS = tuple(1.0 - 0.025 * step for step in range(-2, 22))
+_WHOLE = SHRINKS.index(1.0)
 # Bits of fp32's mantissa that a scale's type lacks.
 _DROPPED = {"bf16": 16, "fp16": 13, "fp32": 0}
 Found = tuple[Tensor, Tensor, Tensor, float, float]
@@ -25,14 +28,24 @@ def is_compiled(weight: Tensor, scheme: QuantScheme) -> bool:
     return scheme.type == "int" and weight.device.type == "cpu"
 
 
+def numbers_to_try(weighted: bool) -> list[int]:
+    """The `SHRINKS` that all groups try, the whole range first, which is kept where no other is better.
+
+    Every second one, as the neighbours of the best follow: a thousandth more squared error than with all of them. It
+    would be a hundredth where few weights count for most of it, so that `weighted` errors try all.
+    """
+    others = range(0, len(SHRINKS), 1 if weighted else 2)
+    return [_WHOLE, *(number for number in others if number != _WHOLE)]
+
+
 def round_groups(
-    weight: Tensor, length: int, scheme: QuantScheme, shrinks: tuple[float, ...], importance: Tensor | None = None,
+    weight: Tensor, length: int, scheme: QuantScheme, search: bool, importance: Tensor | None = None,
     with_codes: bool = True,
 ) -> Found:  # fmt: skip
     """Scales and zeros `[rows, groups]` in fp32, codes uint8 `[rows, in]`, Σ δ² and Σ w² of a weight `[rows, in]`.
 
-    `length` neighbours share a scale; of `shrinks` of their range the one with the least Σ importance · δ² is kept,
-    the first of equals. The weight is fp32 or bf16, `importance` `[in]`. Without codes there are no sums.
+    `length` neighbours share a scale, which covers their range, or after a search the share of it with the least
+    Σ importance · δ². The weight is fp32 or bf16, `importance` `[in]`. Without codes there are no sums.
     """
     from qwen3_export.solve import range_kernels
 
@@ -42,11 +55,12 @@ def round_groups(
     zeros = np.full_like(scales, scheme.midpoint)
     codes = np.empty((rows if with_codes else 0, wide), np.uint8)
     weights = np.ones(wide, np.float32) if importance is None else np.ascontiguousarray(importance.numpy())
-    kind, factors = _factors(scheme, shrinks)
+    kind, factors = _factors(scheme)
+    order = np.array(numbers_to_try(importance is not None) if search else [_WHOLE])
     storage = (_DROPPED[scheme.scale_dtype], np.float32(SMALLEST_SCALE), np.float32(LARGEST_SCALE))
     top = np.float32(scheme.max_code)
     missed, whole = range_kernels.round_groups(
-        words, shift, length, weights, kind, factors, top, storage, scales, zeros, codes
+        words, shift, length, weights, kind, factors, order, top, storage, scales, zeros, codes
     )
     return torch.from_numpy(scales), torch.from_numpy(zeros), torch.from_numpy(codes), missed, whole
 
@@ -58,14 +72,14 @@ def _words(weight: Tensor) -> tuple[Any, int]:
     return weight.float().contiguous().numpy().view(np.uint32), 0
 
 
-def _factors(scheme: QuantScheme, shrinks: tuple[float, ...]) -> tuple[int, Any]:
+def _factors(scheme: QuantScheme) -> tuple[int, Any]:
     """Which kind of range the scheme has, and what its ends are multiplied by for every tried one."""
     from qwen3_export.solve.range_kernels import ASYMMETRIC, SIGNED, SYMMETRIC
 
     if not scheme.symmetric:
-        kind, factors = ASYMMETRIC, [*shrinks]
+        kind, factors = ASYMMETRIC, [*SHRINKS]
     elif scheme.signed_scales:
-        kind, factors = SIGNED, [-shrink / scheme.midpoint for shrink in shrinks]
+        kind, factors = SIGNED, [-shrink / scheme.midpoint for shrink in SHRINKS]
     else:
-        kind, factors = SYMMETRIC, [shrink * 2 / scheme.max_code for shrink in shrinks]
+        kind, factors = SYMMETRIC, [shrink * 2 / scheme.max_code for shrink in SHRINKS]
     return kind, np.array(factors, np.float32)

@@ -106,14 +106,16 @@ def test_absmax_covers_the_whole_range(scheme: QuantScheme) -> None:
 
 @by_label
 @pytest.mark.parametrize("weighted", [False, True])
-def test_mse_finds_the_best_of_all_shrunken_ranges(scheme: QuantScheme, weighted: bool) -> None:
+def test_mse_finds_nearly_the_best_of_all_shrunken_ranges(scheme: QuantScheme, weighted: bool) -> None:
     weight, importance = heavy_tailed((40, 64)), torch.rand(64, generator=torch.Generator().manual_seed(0)) ** 4
     grid = find_grid(weight, scheme, "mse", importance if weighted else None)
     columns = as_groups(importance[None] if weighted else torch.ones(1, 64), scheme)
     groups = as_groups(weight, scheme)
     tried = [(squared_error(groups, *range_grid(groups, scheme, s), scheme) * columns).sum(-1) for s in SHRINKS]
     found = (error_of(weight, grid) * columns).sum(-1)
-    np.testing.assert_allclose(found, np.min(tried, axis=0), rtol=1e-4)
+    np.testing.assert_allclose(found.sum(), np.min(tried, axis=0).sum(), rtol=1e-4 if weighted else 4e-3)
+    # All groups try every second range, where errors are weighted every one.
+    np.testing.assert_array_less(found, np.min(tried[1 :: 1 if weighted else 2], axis=0) * (1 + 1e-4) + 1e-30)
     assert (found <= tried[0] * (1 + 1e-6)).all()
     assert (found < tried[0] * 0.99).mean() > 0.25
 

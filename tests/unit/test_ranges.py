@@ -1,4 +1,4 @@
-"""The compiled loops choose the range that torch's operations choose, where errors differ by over a millionth."""
+"""The search for ranges: against all of them, the compiled loops against torch, codes against the grid."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import SMALLEST_SCALE
-from qwen3_export.solve.grid import SHRINKS, Grid, cut, find_grid, range_grid, round_onto, round_to
-from qwen3_export.solve.ranges import round_groups
+from qwen3_export.solve.grid import Grid, _try_all, cut, find_grid, range_grid, round_onto, round_to
+from qwen3_export.solve.ranges import SHRINKS, numbers_to_try, round_groups
 
 SCHEMES = [
     QuantScheme(4, group_size=128),
@@ -24,7 +24,8 @@ SCHEMES = [
     QuantScheme(8, strategy="block", activations="dynamic-token"),
 ]
 by_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: f"{scheme.label}-{scheme.scale_dtype}")
-BOUND = 1e-6
+# Errors are compared in fp32; how much more error than the best of all ranges half of them leave, all groups together.
+BOUND, SKIPPED = 1e-6, 2e-3
 
 
 def weights(kind: str, wide: int = 640) -> torch.Tensor:
@@ -47,30 +48,47 @@ def errors(groups: torch.Tensor, scheme: QuantScheme, scales: torch.Tensor, zero
     return ((codes - zeros.unsqueeze(-1)).double() * scales.unsqueeze(-1).double() - groups.double()) ** 2
 
 
+def weighed(weighted: bool, scheme: QuantScheme) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Importance of the 640 columns, and of the weights of all groups."""
+    if not weighted:
+        return None, torch.ones(1)
+    importance = torch.rand(640, generator=torch.Generator().manual_seed(4)) ** 6 * 100
+    return importance, cut(importance.expand(scheme.rows_per_scale(70), -1), scheme)
+
+
 @by_scheme
 @pytest.mark.parametrize("kind", ["normal", "heavy", "all sizes", "one sign"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_the_range_is_the_best_of_all_within_the_bound(scheme: QuantScheme, kind: str, weighted: bool) -> None:
-    weight, importance = weights(kind), None
-    if weighted:
-        importance = torch.rand(640, generator=torch.Generator().manual_seed(4)) ** 6 * 100
-    spread = torch.ones(1) if importance is None else cut(importance.expand(scheme.rows_per_scale(70), -1), scheme)
+def test_the_range_is_nearly_the_best_of_all(scheme: QuantScheme, kind: str, weighted: bool) -> None:
+    weight, (importance, spread) = weights(kind), weighed(weighted, scheme)
     groups = cut(weight.float(), scheme)
-    tried = [range_grid(groups, scheme, shrink) for shrink in SHRINKS]
-    costs = torch.stack([(errors(groups, scheme, *grid) * spread).sum(-1) for grid in tried])
-    least, number = costs.min(0)
-    # The only one within the bound, however often it was tried: near the smallest scale many ranges are one.
-    scales, zeros = (torch.stack([grid[part] for grid in tried]) for part in (0, 1))
-    best = [part.gather(0, number.unsqueeze(0)).squeeze(0) for part in (scales, zeros)]
-    others = costs.masked_fill((scales == best[0]) & (zeros == best[1]), torch.inf).amin(0)
-    clear = others > least * (1 + 10 * BOUND)
+    costs = torch.stack([(errors(groups, scheme, *range_grid(groups, scheme, s)) * spread).sum(-1) for s in SHRINKS])
     for given in (weight, weight.float()):
-        found = find_grid(given, scheme, "mse", importance)
-        assert torch.equal(found.scales[clear], best[0][clear])
-        assert torch.equal(found.zeros[clear], best[1][clear])
-        cost = (errors(groups, scheme, found.scales, found.zeros) * spread).sum(-1)
-        assert (cost <= least * (1 + BOUND) + 1e-30).all()
-    assert clear.double().mean() > 0.9 or kind == "all sizes"
+        grid = find_grid(given, scheme, "mse", importance)
+        cost = (errors(groups, scheme, grid.scales, grid.zeros) * spread).sum(-1)
+        # Of those that all groups try, none is better; of all, hardly one.
+        assert (cost <= costs[numbers_to_try(weighted)].amin(0) * (1 + BOUND) + 1e-30).all()
+        assert cost.sum() <= costs.amin(0).sum() * (1 + (BOUND if weighted else SKIPPED))
+        tried = torch.stack([range_grid(groups, scheme, shrink)[0] for shrink in SHRINKS])
+        assert (grid.scales == tried).any(0).all()
+
+
+@by_scheme
+@pytest.mark.parametrize("kind", ["normal", "heavy", "all sizes", "one sign"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_torch_chooses_the_same_range_within_the_bound(scheme: QuantScheme, kind: str, weighted: bool) -> None:
+    weight, (importance, spread) = weights(kind), weighed(weighted, scheme)
+    groups = cut(weight.float(), scheme)
+    grids = (
+        find_grid(weight, scheme, "mse", importance),
+        _try_all(groups, scheme, None if importance is None else spread),
+    )
+    mine, theirs = ((errors(groups, scheme, grid.scales, grid.zeros) * spread).sum(-1) for grid in grids)
+    same = (grids[0].scales == grids[1].scales) & (grids[0].zeros == grids[1].zeros)
+    near = (mine - theirs).abs() <= 4 * BOUND * theirs + 1e-30
+    # Where two of the ranges that all groups try are equal, their neighbours are not.
+    assert (same | near).double().mean() > 0.998
+    assert same.double().mean() > 0.95 or kind == "all sizes"
 
 
 @by_scheme
@@ -87,7 +105,7 @@ def test_the_whole_range_is_that_of_torch(scheme: QuantScheme, kind: str) -> Non
 @pytest.mark.parametrize("kind", ["heavy", "all sizes", "one sign"])
 def test_codes_and_their_error_are_those_of_rounding_onto_the_grid(scheme: QuantScheme, kind: str) -> None:
     weight = weights(kind)
-    scales, zeros, codes, missed, whole = round_groups(weight, scheme.group_length(640), scheme, SHRINKS)
+    scales, zeros, codes, missed, whole = round_groups(weight, scheme.group_length(640), scheme, True)
     grid = find_grid(weight, scheme, "mse")
     assert torch.equal(scales, grid.scales)
     assert torch.equal(zeros, grid.zeros)
@@ -110,7 +128,7 @@ def test_of_equal_ranges_the_whole_one_is_kept() -> None:
 
 def test_pieces_of_rows_do_not_change_the_result() -> None:
     weight, scheme = weights("heavy"), SCHEMES[0]
-    whole = round_groups(weight, 128, scheme, SHRINKS)
-    parts = [round_groups(weight[i : i + 33], 128, scheme, SHRINKS) for i in range(0, 70, 33)]
+    whole = round_groups(weight, 128, scheme, True)
+    parts = [round_groups(weight[i : i + 33], 128, scheme, True) for i in range(0, 70, 33)]
     for number in range(3):
         assert torch.equal(torch.cat([part[number] for part in parts]), whole[number])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.fold import FOLDS
-from qwen3_export.solve.grid import SEARCHES, SHRINKS, Grid, find_grid, round_onto, shared_global_scale
+from qwen3_export.solve.grid import SEARCHES, Grid, find_grid, round_onto, shared_global_scale
 from qwen3_export.solve.method import (
     Group,
     Rows,
@@ -32,7 +32,7 @@ from qwen3_export.solve.method import (
 from qwen3_export.solve.ranges import is_compiled, round_groups
 
 # Weights of a piece: fewer keep more threads busy.
-_ROUNDED_AT_ONCE = 1 << 18
+_ROUNDED_AT_ONCE = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ def _round(name: str, group: Group, search: str, unit: float, rows: slice) -> Ro
     scheme, part, hessian = group.schemes[name], group.weights[name][rows], group.hessian
     length = scheme.group_length(part.shape[1])
     if hessian is None and is_compiled(part, scheme) and scheme.per_row and part.shape[1] % length == 0:
-        shrinks = SHRINKS if search != "absmax" else SHRINKS[:1]
-        scales, zeros, codes, missed, whole = round_groups(part, length, scheme, shrinks)
+        scales, zeros, codes, missed, whole = round_groups(part, length, scheme, search != "absmax")
         return Rows(Grid(scheme, scales, zeros), codes, missed, whole)
     importance = None
     if search == "hessian" and hessian is not None:
