@@ -24,7 +24,7 @@ from qwen3_export.model.workers import Workers, results
 
 _STRIP = 512
 # Tokens whose products are rounded to 16 bits together: the more of these roundings, the more they average out.
-_TOKENS = 1024
+_TOKENS = 2048
 # Inputs with so many times the mean energy are loud.
 _LOUD = 8.0
 
@@ -105,7 +105,7 @@ def collect_parts(
     for number, (sums, _, _) in enumerate(cuts):
         # The next are asked for first, so that the processors have work while the samples are put together.
         samples, coming = results(coming), ask(number + 1)
-        joined = _Joined.of(samples)
+        joined = sums.join(samples)
         results(adding)
         adding = sums.start(joined)
     results(adding)
@@ -114,16 +114,11 @@ def collect_parts(
 
 @dataclass(frozen=True)
 class _Joined:
-    """Some rows' inputs, and what they are multiplied with besides themselves."""
+    """Some rows' inputs, less what they have in common, and what they are multiplied with besides themselves."""
 
     x: Tensor
+    d: Tensor
     left: dict[str, Tensor]
-
-    @staticmethod
-    def of(samples: list[Sample]) -> _Joined:
-        given = [name for name in ("drift", "target") if samples and getattr(samples[0], name) is not None]
-        left = {name: torch.cat([getattr(item, name) for item in samples]) for name in given}
-        return _Joined(torch.cat([item.x for item in samples]), left)
 
 
 class _Sums:
@@ -148,21 +143,28 @@ class _Sums:
         self.loud = torch.zeros(0, dtype=torch.int64, device=device)
         self.between = torch.zeros(0, 0, device=device)
 
-    def start(self, more: _Joined) -> list[Future[None]]:
-        """A few rows more, strip by strip; the one before must be finished."""
-        self.tokens += len(more.x)
-        for name, values in more.left.items():
+    def join(self, samples: list[Sample]) -> _Joined:
+        """A few rows more as one matrix each, counted in all sums but those of the strips."""
+        x = torch.cat([item.x for item in samples])
+        given = [name for name in ("drift", "target") if samples and getattr(samples[0], name) is not None]
+        left = {name: torch.cat([getattr(item, name) for item in samples]) for name in given}
+        self.tokens += len(x)
+        for name, values in left.items():
             if name not in self.others:
                 self.others[name] = torch.zeros(values.shape[1], self.size, device=self.device)
                 self.sums[name] = torch.zeros(values.shape[1], device=self.device)
-        x, d = more.x, more.x
-        if x.dtype != torch.float32 and len(x):
-            d = self._centered(x)
-            for name, values in more.left.items():
-                self.sums[name] += values.sum(0, dtype=torch.float32)
-            own = x[:, self.loud].float()
-            self.between.addmm_(own.T, own)
-        return [self.pool.start(partial(self._strip, x, d, more.left, columns)) for columns in self.strips]
+        if x.dtype == torch.float32 or not len(x):
+            return _Joined(x, x, left)
+        d = self._centered(x)
+        for name, values in left.items():
+            self.sums[name] += values.sum(0, dtype=torch.float32)
+        own = x[:, self.loud].float()
+        self.between.addmm_(own.T, own)
+        return _Joined(x, d, left)
+
+    def start(self, more: _Joined) -> list[Future[None]]:
+        """Add what was joined, strip by strip; what was added before must be finished."""
+        return [self.pool.start(partial(self._strip, more.x, more.d, more.left, columns)) for columns in self.strips]
 
     def _centered(self, x: Tensor) -> Tensor:
         """`x − c`; c, and which inputs are loud, are told by the first rows."""
