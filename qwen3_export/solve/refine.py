@@ -17,7 +17,9 @@ from qwen3_export.solve.columns import descend_block, multiply, search_block
 from qwen3_export.solve.grid import Grid, range_grid, round_scale
 
 _BLOCK = 128
-_SHRINK = [1.06 - 0.045 * step for step in range(14)]
+# Shares of a group's range that are tried: with few codes much less than all of it can be best, with many hardly.
+_FEW = [1.06 - 0.03 * step for step in range(21)]
+_MANY = [*(1.12 - 0.02 * step for step in range(18)), 0.7, 0.6, 0.5]
 _REFIT_ROWS = 128
 
 
@@ -37,12 +39,12 @@ def search_columns(
     length = scheme.group_length(weight.shape[1])
     rest, codes = weight.T[order].contiguous(), torch.empty_like(weight.T)
     groups = scheme.num_groups(weight.shape[1])
+    shrinks = torch.tensor(_MANY if scheme.num_bits > 3 else _FEW, device=weight.device).reshape(-1, 1, 1)
     scales, zeros = (torch.empty(groups, len(weight), device=weight.device) for _ in range(2))
     for begin in range(0, len(rest), length):
         end = begin + length
         # All that a range depends on.
         ends = torch.stack(torch.aminmax(rest[begin:end], dim=0), -1).unsqueeze(1)
-        shrinks = torch.tensor(_SHRINK, device=weight.device).reshape(-1, 1, 1)
         tried = [values.squeeze(-1) for values in range_grid(ends, scheme, shrinks, global_scale)]
         found, errors, best = search_block(rest[begin:end], tried[0], tried[1], upper[begin:end, begin:end], scheme)
         group = int(order[begin]) // length
