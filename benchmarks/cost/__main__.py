@@ -1,7 +1,8 @@
 """`python -m benchmarks.cost`: time and memory of quantizing at the full Qwen3-0.6B shape.
 
-The weights are random, so only costs mean anything. Every run is a process of its own, all tools see
-the same rows, and the tools take turns so that a slow spell of the machine hits all of them.
+The weights are random, so only costs mean anything. Every run is a process of its own that reads its
+source from the disk, all tools see the same rows, and the tools take turns so that a slow spell of the
+machine hits all of them. The disk alone has its turn too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from benchmarks.cost.disk import disk_seconds, evict
 from benchmarks.quality.plan import Job
 from benchmarks.quality.process import Cost, run
 from benchmarks.quality.report import table
@@ -94,6 +96,7 @@ def measure(job: Job, setting: Setting, given: argparse.Namespace) -> Cost:
     folder = cache_folder() / "cost"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    evict(setting.checkpoint)
     extra = {"PYTHONPATH": str(PACKAGE.parent)} if job.tool == "ours" else {}
     cost = run(command(job, setting, folder), folder, given.threads, given.timeout, **extra)
     shutil.rmtree(folder)
@@ -107,9 +110,10 @@ def extended(short: float, long: float, layers: int) -> float:
     return short + (long - short) * (FULL - 1) / (layers - 1)
 
 
-def collect(given: argparse.Namespace) -> dict[Job, dict[int, list[Cost]]]:
-    """Costs of every job at every depth; a job that fails once is left out of later turns."""
-    depths = [FULL] if given.layers == FULL else [1, given.layers]
+def collect(given: argparse.Namespace) -> tuple[dict[Job, dict[int, list[Cost]]], float]:
+    """Costs of every job at every depth, and the disk's seconds at the last; a job that fails once is left out of
+    later turns."""
+    depths, disk = [FULL] if given.layers == FULL else [1, given.layers], []
     settings = {n: make_setting("cost", checkpoint(n), given.samples, given.sequence_length, None) for n in depths}
     found: dict[Job, dict[int, list[Cost]]] = {job: {n: [] for n in depths} for job in JOBS if wanted(job, given)}
     for turn in range(given.repeat):
@@ -123,7 +127,8 @@ def collect(given: argparse.Namespace) -> dict[Job, dict[int, list[Cost]]]:
                     break
                 found[job][depth].append(cost)
                 print(f"turn {turn}  {job.tool} {job.method}  {depth} layers: {cost}", file=sys.stderr, flush=True)
-    return found
+        disk.append(disk_seconds(checkpoint(depths[-1]), cache_folder()))
+    return found, statistics.median(disk)
 
 
 def wanted(job: Job, given: argparse.Namespace) -> bool:
@@ -139,22 +144,29 @@ def medians(costs: dict[int, list[Cost]], layers: int) -> dict[str, float]:
     return {m: at[layers][m] if m == "peak_rss" else extended(at[1][m], at[layers][m], layers) for m in MEASURES}
 
 
-def report(found: dict[Job, dict[int, list[Cost]]], given: argparse.Namespace) -> str:
+def peaks(costs: dict[int, list[Cost]]) -> str:
+    """Memory at every depth that was run, in MiB: it should not depend on it."""
+    at = {n: statistics.median(cost.peak_rss for cost in many) for n, many in costs.items()}
+    return ", ".join(f"{size / 2**20:.0f} at {n}" for n, size in at.items())
+
+
+def report(found: dict[Job, dict[int, list[Cost]]], disk: float, given: argparse.Namespace) -> str:
     """One table: figures, and ratios to the cheapest peer of the same kind."""
     figures = {job: medians(costs, given.layers) for job, costs in found.items()}
     lines = []
     for job, mine in figures.items():
         others = [f for j, f in figures.items() if j.tool != "ours" and kind(j) == kind(job)]
         ratios = [f"{mine[m] / min(o[m] for o in others):.2f}" if others else "–" for m in MEASURES]
-        sizes = [f"{mine['wall_s']:.0f}", f"{mine['cpu_s']:.0f}", f"{mine['peak_rss'] / 2**20:.0f}"]
+        sizes = [f"{mine['wall_s']:.1f}", f"{mine['cpu_s']:.1f}", peaks(found[job])]
         lines.append([job.tool, job.method, *(f"{s} ({r})" for s, r in zip(sizes, ratios, strict=True))])
     line = f"on the straight line through 1 and {given.layers} (nan: noise), memory at {given.layers}"
     how = "measured" if given.layers == FULL else line
     peers = ", ".join(f"{NAMES[p]} {version(p)}" for p in ("gptqmodel", "llmcompressor"))
-    header = ["tool", "method", "wall s (× best peer)", "CPU s (× best peer)", "peak RSS MiB (× best peer)"]
+    header = ["tool", "method", "wall s (× best peer)", "CPU s (× best peer)", "peak RSS MiB at layers (× best peer)"]
     return (
         f"Qwen3-0.6B shape, W4 group 128, {given.samples} × {given.sequence_length} tokens, {given.threads} threads, "
-        f"28 layers {how}; medians of {given.repeat}. Peers: {peers}.\n\n{table(header, lines)}\n"
+        f"28 layers {how}; medians of {given.repeat}. Peers: {peers}.\n\n{table(header, lines)}\n\n"
+        f"Reading the source of {given.layers} layers from the disk and writing as much as the result: {disk:.1f} s.\n"
     )
 
 
@@ -165,7 +177,9 @@ def kind(job: Job) -> str:
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cost", description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=FULL, help="fewer layers, extended to 28 in the table")
+    parser.add_argument(
+        "--layers", type=int, default=FULL, help="another depth: times on the line through it and 1, at 28"
+    )
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--repeat", type=int, default=3)
@@ -174,11 +188,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="TOOL:METHOD", help="for example ours:gptq-w4a16-g128")
     parser.add_argument("--output", type=Path, default=Path("cost.md"))
     given = parser.parse_args()
-    if not 2 <= given.layers <= FULL:
-        parser.error(f"--layers must be between 2 and {FULL}")
+    if given.layers < 2:
+        parser.error("--layers must be 2 or more")
     for tool in {job.tool for job in JOBS if wanted(job, given)} - {"ours"}:
         python_of(tool)
-    text = report(collect(given), given)
+    text = report(*collect(given), given)
     given.output.write_text(text, encoding="utf-8")
     print(text)
 

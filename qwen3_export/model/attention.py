@@ -22,13 +22,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     shared = heads // k.shape[1]
     q = (q * (1 / math.sqrt(wide))).reshape(batch * k.shape[1], shared, tokens, wide)
     k, v = k.reshape(-1, tokens, wide), v.reshape(-1, tokens, wide)
-    later = torch.ones(QUERIES, QUERIES, dtype=torch.bool, device=q.device).triu(1)
+    later = torch.full((QUERIES, QUERIES), -math.inf, dtype=q.dtype, device=q.device).triu(1)
     pieces = []
     for begin in range(0, tokens, QUERIES):
         end = min(begin + QUERIES, tokens)
         own = q[:, :, begin:end].reshape(len(k), -1, wide)
         scores = torch.bmm(own, k[:, :end].transpose(1, 2)).reshape(len(k), shared, end - begin, end)
-        scores[..., begin:].masked_fill_(later[: end - begin, : end - begin], -math.inf)
+        scores[..., begin:].add_(later[: end - begin, : end - begin])
         shares = scores.softmax(-1).reshape(len(k), -1, end)
         pieces.append(torch.bmm(shares, v[:, :end]).reshape(len(k), shared, end - begin, wide))
     return torch.cat(pieces, 2).reshape(batch, heads, tokens, wide)

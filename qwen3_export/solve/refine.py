@@ -18,8 +18,8 @@ from qwen3_export.solve.grid import Grid, range_grid, round_scale
 
 _BLOCK = 128
 # Shares of a group's range that are tried: with few codes much less than all of it can be best, with many hardly.
-_FEW = [1.06 - 0.03 * step for step in range(21)]
-_MANY = [*(1.12 - 0.02 * step for step in range(18)), 0.7, 0.6, 0.5]
+_FEW = [1.06 - 0.03 * step for step in range(20)]
+_MANY = [*(1.1 - 0.03 * step for step in range(13)), 0.64, 0.54]
 _REFIT_ROWS = 128
 
 

@@ -46,8 +46,7 @@ class RowFile:
             data, offset = data[written:], offset + written
 
     def keep_as(self, path: Path) -> None:
-        """Flush to the disk and move to its lasting name; from then on only its owner deletes it."""
-        os.fsync(self._descriptor)
+        """Move to its lasting name; from then on only its owner deletes it, and brings it to the disk with `flush`."""
         self.path.rename(path)
         self.path, self.lasting = path, True
 
@@ -56,6 +55,15 @@ class RowFile:
         os.close(self._descriptor)
         if remove and not self.lasting:
             self.path.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Bring what was written to a file to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
