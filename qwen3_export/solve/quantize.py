@@ -157,6 +157,9 @@ def _run(job: Job, target: QuantizedFolder, settings: Settings, progress: Progre
                     blocks.append({"linears": linears, "expert_tokens": solved.expert_tokens})
                     done = {**found, "blocks": list(blocks)}
                     written = writer.submit(_keep_block, job, target, layer, solved, done)
+                    if job.rows is not None:
+                        # Hidden states before and after a block would be on the disk together for too long.
+                        written.result()
                     hold_memory(settings.memory)
                 tick()
             if written is not None:
