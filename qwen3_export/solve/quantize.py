@@ -30,7 +30,7 @@ from qwen3_export.solve.outputs import measure
 from qwen3_export.solve.record import linears_record, manifest_of, report_experts, result_of
 from qwen3_export.solve.self_text import self_rows
 from qwen3_export.solve.states import Shelf
-from qwen3_export.solve.stream import embed_rows, flush_hidden, forget_hidden, solve_block
+from qwen3_export.solve.stream import embed_rows, forget_hidden, solve_block
 from qwen3_export.text import ModelTokenizer, Rows, calibration_rows, load_documents
 
 
@@ -204,8 +204,6 @@ def _outer_result(recipe: Recipe, linear: SolvedLinear | None, progress: Progres
 def _keep_block(job: Job, target: QuantizedFolder, layer: int, solved: SolvedBlock, done: dict[str, Any]) -> None:
     """Bring a block to the disk, then count it as done; while that lasts, the next one may be solved."""
     target.write_block(layer, solved)
-    if job.rows is not None:
-        flush_hidden(job, layer + 1)
     target.save_progress(done)
     if job.rows is not None:
         forget_hidden(job, layer)

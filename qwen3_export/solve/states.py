@@ -46,7 +46,8 @@ class RowFile:
             data, offset = data[written:], offset + written
 
     def keep_as(self, path: Path) -> None:
-        """Move to its lasting name; from then on only its owner deletes it, and brings it to the disk with `flush`."""
+        """Flush to the disk and move to its lasting name; from then on only its owner deletes it."""
+        os.fsync(self._descriptor)
         self.path.rename(path)
         self.path, self.lasting = path, True
 
@@ -55,15 +56,6 @@ class RowFile:
         os.close(self._descriptor)
         if remove and not self.lasting:
             self.path.unlink(missing_ok=True)
-
-
-def flush(path: Path) -> None:
-    """Bring what was written to a file to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -35,7 +35,6 @@ from qwen3_export.solve.fold import ROUTER, apply, search, sites, stored
 from qwen3_export.solve.job import QUANTIZED, Job, SolvedBlock, SolvedLinear
 from qwen3_export.solve.method import Group
 from qwen3_export.solve.methods.rtn import round_group
-from qwen3_export.solve.states import flush
 from qwen3_export.solve.walk import WRITERS, Walk, enter, inputs_of, layer_of, move
 
 # Where a sparse layer's tokens have been sent to their experts.
@@ -55,12 +54,6 @@ def embed_rows(job: Job, quantized: QuantizedTensor | None = None) -> None:
             file.write(place, table.rows(job.rows.ids[row])[None])
         file.keep_as(job.hidden_path(0, stream))
         file.close()
-
-
-def flush_hidden(job: Job, layer: int) -> None:
-    """Bring the hidden states before a block to the disk."""
-    for stream in job.streams:
-        flush(job.hidden_path(layer, stream))
 
 
 def forget_hidden(job: Job, layer: int) -> None:
