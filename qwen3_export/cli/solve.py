@@ -11,12 +11,11 @@ import typer
 from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console, recipes
 from qwen3_export.cli.console import fields, size, table
 from qwen3_export.core.checkpoint import Checkpoint
-from qwen3_export.core.imports import uncollected, uninterrupted
 from qwen3_export.core.manifest import refuse_existing, staged_file
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD
 from qwen3_export.core.recipe import load_recipe, recipe_names
 from qwen3_export.core.source import open_source
-from qwen3_export.errors import InputError, MissingRuntimeError
+from qwen3_export.errors import InputError
 
 Source = Annotated[str, typer.Argument(help="A folder, a hub id, or `reference-model`.")]
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -115,7 +114,6 @@ def quantize(
     if device not in ("cpu", "cuda"):
         raise InputError(f"--device {device}: cpu or cuda was expected")
     checkpoint.hash_ahead()
-    _need_torch()
     from qwen3_export.solve.job import Settings
     from qwen3_export.solve.quantize import quantize as run
 
@@ -123,14 +121,6 @@ def quantize(
     settings = Settings(calibration, samples, sequence_length, seed, limit, device, threads, resume, force, layout)
     result = run(checkpoint, chosen, output, settings, show)
     show.result(result, lambda: _quantized(result))
-
-
-def _need_torch() -> None:
-    try:
-        with uninterrupted(), uncollected():
-            import torch  # noqa: F401  (asked for here, so that its absence is a clear error)
-    except ImportError as error:
-        raise MissingRuntimeError("quantizing needs torch", "pip install 'qwen3-export[solve]'") from error
 
 
 def _quantized(result: dict[str, Any]) -> None:
@@ -212,7 +202,9 @@ def search_recipe(
     checkpoint = open_source(source)
     path = output or Path(f"{checkpoint.name}-mixed-{target_bpw:g}bpw.yaml")
     refuse_existing(path.absolute(), force)
-    _need_torch()
+    from qwen3_export.model.workers import import_torch
+
+    import_torch()
     from qwen3_export.solve.search import Settings, outcome, search, to_yaml
 
     show = console(json, quiet, verbose)

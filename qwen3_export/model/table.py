@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import ml_dtypes
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -29,6 +30,13 @@ def to_torch(array: NDArray) -> Tensor:
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
+
+
+def to_numpy(tensor: Tensor) -> NDArray:
+    """A tensor in this machine's memory as a numpy array of the same type, bf16 included."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
 class Table:

@@ -28,9 +28,10 @@ from qwen3_export.model.decoder import rope_tables
 from qwen3_export.model.table import Table, to_torch
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.head import AHEAD_EVERY, by_rows, head_moments, tied_hessian
-from qwen3_export.solve.method import Group, Solved, energy
-from qwen3_export.solve.methods.rtn import round_group
+from qwen3_export.solve.method import Group, Solved
 from qwen3_export.solve.repair import Repairs, fit_repairs, run
+from qwen3_export.solve.rounding import round_group
+from qwen3_export.solve.rows import energy
 from qwen3_export.solve.states import RowFile
 from qwen3_export.solve.study import Study, Variant, at_once, embed_file, rows_file
 from qwen3_export.solve.units import OUTER, Unit

@@ -29,10 +29,9 @@ from qwen3_export.model.block import Block
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.fold import ROUTER
 from qwen3_export.solve.moments import Compared, Moments, Sample, collect
+from qwen3_export.solve.sizes import SAMPLE_TOKENS
 from qwen3_export.solve.states import States
 
-# Tokens that stand for all of a layer at an expert's down_proj, unless the floor is higher.
-SAMPLE_TOKENS = 1024
 _PIECE = 256
 
 

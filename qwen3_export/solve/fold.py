@@ -30,7 +30,6 @@ from qwen3_export.model.workers import Workers
 from qwen3_export.solve.grid import find_grid, round_to, shared_global_scale
 from qwen3_export.solve.moments import Moments
 
-FOLDS = ("none", "awq", "smoothquant")
 ROUTER = "mlp.gate"
 _EXPONENTS = [0.1 * step for step in range(1, 11)]
 # Experts whose rounding error speaks for all when a scale is searched before the router.

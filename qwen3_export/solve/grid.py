@@ -21,7 +21,8 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import LARGEST_SCALE, SMALLEST_SCALE
 from qwen3_export.errors import RecipeError
 from qwen3_export.model.activations import round_e4m3
-from qwen3_export.solve.ranges import SHRINKS, is_compiled, numbers_to_try, round_groups
+from qwen3_export.model.table import to_numpy
+from qwen3_export.solve.ranges import SEARCHES, SHRINKS, is_compiled, numbers_to_try, round_groups
 
 TORCH_SCALES = {
     "bf16": torch.bfloat16,
@@ -32,7 +33,6 @@ TORCH_SCALES = {
 }
 # Largest value of E2M1 and E4M3, by bits.
 LARGEST_FLOAT = {4: 6.0, 8: 448.0}
-SEARCHES = ("absmax", "mse", "hessian")
 # Weights that are rounded at once.
 _CACHED_WEIGHTS = 1 << 16
 
@@ -127,10 +127,11 @@ def find_grid(
     groups = cut(weight, scheme)
     if importance is not None and search == "mse":
         importance = cut(importance.expand(scheme.rows_per_scale(len(weight)), -1), scheme)
-    if search != "hessian" and is_compiled(weight, scheme):
-        weights = importance.reshape(-1) if importance is not None and search == "mse" else None
-        found = round_groups(groups.flatten(1), groups.shape[-1], scheme, search == "mse", weights, with_codes=False)
-        return Grid(scheme, found[0], found[1])
+    if search != "hessian" and is_compiled(scheme, weight.device.type):
+        weights = importance.reshape(-1).numpy() if importance is not None and search == "mse" else None
+        flat = to_numpy(groups.flatten(1))
+        scales, zeros, *_ = round_groups(flat, groups.shape[-1], scheme, search == "mse", weights, with_codes=False)
+        return Grid(scheme, torch.from_numpy(scales), torch.from_numpy(zeros))
     if search == "absmax":
         return Grid(scheme, *range_grid(groups.float(), scheme, 1.0, global_scale))
     blocks = search == "hessian"

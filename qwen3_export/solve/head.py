@@ -36,22 +36,17 @@ from qwen3_export.model.decoder import load_block, rope_tables
 from qwen3_export.model.table import Table, to_torch
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.experts import Inputs
-from qwen3_export.solve.job import ORIGINAL, TOKENS_AT_ONCE, Job, SolvedLinear
-from qwen3_export.solve.method import Group, Solved, energy
-from qwen3_export.solve.methods.rtn import round_group
+from qwen3_export.solve.job import ORIGINAL, Job, SolvedLinear
+from qwen3_export.solve.method import Group, Solved
 from qwen3_export.solve.moments import Moments, Sample, collect
+from qwen3_export.solve.rounding import round_group
+from qwen3_export.solve.rows import energy
+from qwen3_export.solve.sizes import TOKENS_AT_ONCE, rows_at_once
 from qwen3_export.solve.states import RowFile
 from qwen3_export.solve.walk import compare_rows
 
-# Weights that are solved together: 64 MiB in fp32. Part of what decides the bytes.
-PIECE_WEIGHTS = 1 << 24
 # The original runs ahead with every fourth row.
 AHEAD_EVERY = 4
-
-
-def rows_at_once(width: int) -> int:
-    """Rows of a matrix with `width` inputs that are solved together, a multiple of 512."""
-    return max(PIECE_WEIGHTS // width // 512, 1) * 512
 
 
 def solve_embedding(job: Job, tick: Callable[[], object] = lambda: None) -> SolvedLinear | None:

@@ -5,21 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
-from qwen3_export.model.block import Block
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.method import Solved
-from qwen3_export.solve.outputs import Outputs
-from qwen3_export.solve.states import RowFile, Shelf
+from qwen3_export.solve.sizes import TOKENS_AT_ONCE
 from qwen3_export.text import Rows
+
+if TYPE_CHECKING:
+    import torch
+
+    from qwen3_export.solve.outputs import Outputs
+    from qwen3_export.solve.states import RowFile, Shelf
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,13 @@ class Settings:
         return samples, self.sequence_length or recipe.calibration.get("sequence_length", 512)
 
 
-TOKENS_AT_ONCE = 4096
 QUANTIZED, ORIGINAL = "quantized", "original"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the block loop needs to know; `exact` where moments are summed in fp32, whatever the products."""
+    """What the block loop needs to know; `exact` where moments are summed in fp32, whatever the products, `plain`
+    where nothing of the model runs (`solve.alone`)."""
 
     checkpoint: Checkpoint
     recipe: Recipe
@@ -62,6 +65,7 @@ class Job:
     outputs: Outputs | None = None
     shelf: Shelf | None = None
     exact: bool = False
+    plain: bool = False
 
     def hidden_path(self, layer: int, stream: str = QUANTIZED) -> Path:
         """Where the rows' hidden states before block `layer` are kept, of one of the two models."""
@@ -71,6 +75,8 @@ class Job:
     def products(self) -> torch.dtype:
         """The type in which calibration rows are multiplied: the pool's, but where inputs are rounded too, so
         that no other rounding is mistaken for theirs."""
+        import torch
+
         exact = self.device != "cpu" or any(self._activations)
         return torch.float32 if exact else self.pool.products
 
@@ -92,13 +98,13 @@ class Job:
 
     @property
     def fold(self) -> str:
-        """Which scales are moved between neighbours before the solve: a name of `solve.fold.FOLDS`."""
+        """Which scales are moved between neighbours before the solve: a name of `solve.method.FOLDS`."""
         return getattr(self.options, "fold", "none")
 
-    def schemes(self, block: Block) -> dict[str, QuantScheme]:
+    def schemes(self, layer: int) -> dict[str, QuantScheme]:
         """Schemes of a block's linears by local name; what stays in 16 bits is absent."""
-        names = block.config.linear_shapes(block.layer)
-        found = {name: self.recipe.scheme_for(f"{block_name(block.layer)}.{name}") for name in names}
+        names = self.checkpoint.config.linear_shapes(layer)
+        found = {name: self.recipe.scheme_for(f"{block_name(layer)}.{name}") for name in names}
         return {name: scheme for name, scheme in found.items() if scheme is not None}
 
     @property
@@ -120,6 +126,8 @@ class Job:
 
     def hidden_file(self, path: Path) -> RowFile:
         """Hidden states `[1, tokens, hidden]` per row, fp32."""
+        from qwen3_export.solve.states import RowFile
+
         assert self.rows is not None
         return RowFile(path, (1, len(self.rows.ids[0]), self.checkpoint.config.hidden_size))
 

@@ -11,17 +11,19 @@ from qwen3_export.core.progress import peak_rss_bytes
 from qwen3_export.core.qwen3 import Qwen3Config
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.errors import InputError, ResourceError
-from qwen3_export.solve.experts import SAMPLE_TOKENS
-from qwen3_export.solve.head import rows_at_once
-from qwen3_export.solve.job import TOKENS_AT_ONCE
-from qwen3_export.solve.outputs import PIECE
-from qwen3_export.solve.outputs import TOKENS_AT_ONCE as _BACK_TOKENS
-from qwen3_export.solve.outputs import TOP_TOKENS as _TOP_TOKENS
-from qwen3_export.solve.stream import FOLD_EVERY
+from qwen3_export.solve.sizes import (
+    BACK_TOKENS,
+    FOLD_EVERY,
+    OUTPUT_PIECE,
+    SAMPLE_TOKENS,
+    TOKENS_AT_ONCE,
+    TOP_TOKENS,
+    rows_at_once,
+)
 from qwen3_export.text import Rows
 
-# Python, torch, and what the allocator keeps of freed pieces; measured on Linux with torch 2.13.
-_BASE_BYTES = 700 << 20
+# Python, torch, and what the allocator keeps of freed pieces; measured on Linux with torch 2.13. And without torch.
+_BASE_BYTES, _PLAIN_BASE_BYTES = 700 << 20, 320 << 20
 
 
 def memory_needed(
@@ -31,6 +33,7 @@ def memory_needed(
     floor: int = 0,
     outputs: int = 0,
     outer: bool = False,
+    plain: bool = False,
 ) -> int:
     """Estimated peak memory in bytes: one block in fp32 and its codes, and the largest linear's work on top.
 
@@ -39,9 +42,13 @@ def memory_needed(
     counts in the block alone: one expert's moments are in memory at a time. `outputs`: rows of the pass
     back through the model, which keeps every linear's output and slope of a few rows. `outer`: embedding
     or head are quantized, whose codes are in memory as a whole and everything else by pieces of rows.
+    `plain`: nothing of the model runs (`solve.alone`).
     """
     layers = range(config.num_layers)
     block = max(sum(math.prod(shape) for shape in config.linear_shapes(layer).values()) for layer in layers)
+    if plain:
+        # The codes of one block, of another that is being written, and scales, zeros and packed codes.
+        return 4 * block + _PLAIN_BASE_BYTES
     shapes = [shape for layer in layers for shape in set(config.linear_shapes(layer).values())]
     largest, widest = max(math.prod(shape) for shape in shapes), max(shape[1] for shape in shapes)
     # Weight, codes, scales and zeros per column, rest: about five matrices while one linear is solved.
@@ -60,7 +67,7 @@ def memory_needed(
         if outputs:
             # Beside it no moments are alive, but what either leaves behind is not given back at once.
             per_token = sum(shape[0] for shape in config.linear_shapes(0).values())
-            total += 4 * (2 * _BACK_TOKENS * per_token + 2 * _TOP_TOKENS * config.vocab_size)
+            total += 4 * (2 * BACK_TOKENS * per_token + 2 * TOP_TOKENS * config.vocab_size)
     if outer:
         # No block is in memory beside them. Codes, their pieces until they are joined, and packed ones; a piece's work.
         piece = rows_at_once(config.hidden_size) * config.hidden_size
@@ -77,9 +84,10 @@ def check_memory(
     floor: int = 0,
     outputs: int = 0,
     outer: bool = False,
+    plain: bool = False,
 ) -> None:
     """Raise InputError when the run needs more than `--memory`."""
-    needed = memory_needed(config, rows, original, floor, outputs, outer)
+    needed = memory_needed(config, rows, original, floor, outputs, outer, plain)
     if limit is not None and needed > limit:
         raise InputError(
             f"this run needs about {needed / 2**30:.2f} GiB of memory, --memory allows {limit / 2**30:.2f} GiB",
@@ -118,7 +126,7 @@ def disk_needed(
         total += int(4 * rows.tokens * per_token * passes)
         if outputs:
             tokens = min(outputs, len(rows.ids)) * len(rows.ids[0])
-            kept = sum(min(PIECE, shape[0]) * shape[0] for shape in config.linear_shapes(0).values())
+            kept = sum(min(OUTPUT_PIECE, shape[0]) * shape[0] for shape in config.linear_shapes(0).values())
             total += 4 * (config.num_layers * kept + tokens * config.hidden_size * (config.num_layers + 2))
     return total
 

@@ -28,18 +28,16 @@ from qwen3_export.core.tensorfile import TensorFile, TensorFileWriter
 from qwen3_export.model.block import Block, rms_norm
 from qwen3_export.model.decoder import Rope, load_block, rope_tables, to_torch
 from qwen3_export.model.workers import Workers
+from qwen3_export.solve.sizes import BACK_TOKENS, OUTPUT_PIECE, TOP_TOKENS
 from qwen3_export.solve.states import RowFile
 from qwen3_export.text import Rows
 
-PIECE = 256
-TOKENS_AT_ONCE = 2048
-TOP_TOKENS = 128
 _HEAD_ROWS = 16384
 
 
 def pieces_of(rows: int) -> list[slice]:
     """The output rows of a linear in pieces of one length, but for the last."""
-    length = math.ceil(rows / math.ceil(rows / PIECE))
+    length = math.ceil(rows / math.ceil(rows / OUTPUT_PIECE))
     return [slice(begin, min(begin + length, rows)) for begin in range(0, rows, length)]
 
 
@@ -183,7 +181,7 @@ def _down(work: Pass, block: Block, rope: Rope) -> None:
     names = [name for name in shapes if ".experts." not in name]
     totals = {(name, i): torch.zeros(1) for name in names for i in range(len(pieces_of(shapes[name][0])))}
     hidden, gradient, count = work.file(str(block.layer)), work.file("gradient"), len(work.ids)
-    at_once = max(1, TOKENS_AT_ONCE // len(work.ids[0]))
+    at_once = max(1, BACK_TOKENS // len(work.ids[0]))
 
     def one(row: int) -> list[Tensor]:
         own = Block(block.config, block.layer, block.weights, outputs={})

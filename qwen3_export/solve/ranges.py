@@ -1,7 +1,8 @@
 """Rounding to nearest in one pass over the weights: integer codes on a processor take `solve.range_kernels`.
 
-Floats, other devices, and errors weighed by whole blocks of a Hessian take torch's operations in `solve.grid`. Both
-try the same ranges; which of two is kept can differ where their errors agree to a millionth. The bound is tested.
+Arrays, not tensors: what only needs these loops runs without torch. Floats, other devices, and errors weighed by whole
+blocks of a Hessian take torch's operations in `solve.grid`. Both try the same ranges; which of two is kept can differ
+where their errors agree to a millionth. The bound is tested.
 """
 
 from __future__ import annotations
@@ -9,23 +10,31 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import LARGEST_SCALE, SMALLEST_SCALE
 
+SEARCHES = ("absmax", "mse", "hessian")
 # Shares of the whole range that can be tried.
 SHRINKS = tuple(1.0 - 0.025 * step for step in range(-2, 22))
 _WHOLE = SHRINKS.index(1.0)
+# Weights of a piece: fewer keep more threads busy.
+ROUNDED_AT_ONCE = 1 << 19
 # Bits of fp32's mantissa that a scale's type lacks.
 _DROPPED = {"bf16": 16, "fp16": 13, "fp32": 0}
-Found = tuple[Tensor, Tensor, Tensor, float, float]
+Array = NDArray[np.float32]
+Found = tuple[Array, Array, NDArray[np.uint8], float, float]
 
 
-def is_compiled(weight: Tensor, scheme: QuantScheme) -> bool:
-    """Whether the compiled loops serve."""
-    return scheme.type == "int" and weight.device.type == "cpu"
+def is_compiled(scheme: QuantScheme, device: str = "cpu") -> bool:
+    """Whether the compiled loops find a scheme's grid."""
+    return scheme.type == "int" and device == "cpu"
+
+
+def is_one_pass(scheme: QuantScheme, wide: int, device: str = "cpu") -> bool:
+    """Whether they also round onto it: each row of `wide` weights has scales of its own, for whole groups."""
+    return is_compiled(scheme, device) and scheme.per_row and wide % scheme.group_length(wide) == 0
 
 
 def numbers_to_try(weighted: bool) -> list[int]:
@@ -39,13 +48,14 @@ def numbers_to_try(weighted: bool) -> list[int]:
 
 
 def round_groups(
-    weight: Tensor, length: int, scheme: QuantScheme, search: bool, importance: Tensor | None = None,
+    weight: NDArray, length: int, scheme: QuantScheme, search: bool, importance: Array | None = None,
     with_codes: bool = True,
 ) -> Found:  # fmt: skip
     """Scales and zeros `[rows, groups]` in fp32, codes uint8 `[rows, in]`, Σ δ² and Σ w² of a weight `[rows, in]`.
 
     `length` neighbours share a scale, which covers their range, or after a search the share of it with the least
-    Σ importance · δ². The weight is fp32 or bf16, `importance` `[in]`. Without codes there are no sums.
+    Σ importance · δ². The weight is of any float type, bf16 the quickest, `importance` `[in]`. Without codes there
+    are no sums.
     """
     from qwen3_export.solve import range_kernels
 
@@ -54,7 +64,7 @@ def round_groups(
     scales = np.empty((rows, wide // length), np.float32)
     zeros = np.full_like(scales, scheme.midpoint)
     codes = np.empty((rows if with_codes else 0, wide), np.uint8)
-    weights = np.ones(wide, np.float32) if importance is None else np.ascontiguousarray(importance.numpy())
+    weights = np.ones(wide, np.float32) if importance is None else np.ascontiguousarray(importance)
     kind, factors = _factors(scheme)
     order = np.array(numbers_to_try(importance is not None) if search else [_WHOLE])
     storage = (_DROPPED[scheme.scale_dtype], np.float32(SMALLEST_SCALE), np.float32(LARGEST_SCALE))
@@ -62,14 +72,14 @@ def round_groups(
     missed, whole = range_kernels.round_groups(
         words, shift, length, weights, kind, factors, order, top, storage, scales, zeros, codes
     )
-    return torch.from_numpy(scales), torch.from_numpy(zeros), torch.from_numpy(codes), missed, whole
+    return scales, zeros, codes, missed, whole
 
 
-def _words(weight: Tensor) -> tuple[Any, int]:
+def _words(weight: NDArray) -> tuple[Any, int]:
     """The bits of the weights, and how far up they belong in a word of fp32."""
-    if weight.dtype == torch.bfloat16:
-        return weight.contiguous().view(torch.int16).numpy().view(np.uint16), 16
-    return weight.float().contiguous().numpy().view(np.uint32), 0
+    if weight.dtype.name == "bfloat16":
+        return np.ascontiguousarray(weight).view(np.uint16), 16
+    return np.ascontiguousarray(weight, np.float32).view(np.uint32), 0
 
 
 def _factors(scheme: QuantScheme) -> tuple[int, Any]:

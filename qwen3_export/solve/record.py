@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from qwen3_export import __version__
 from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
@@ -45,16 +44,18 @@ def _tensors(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def manifest_of(
-    checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None, settings: Settings, found: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Everything that the folder says of how it came about; `found` are the results of blocks, embedding and head."""
+    checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None, settings: Settings, found: Mapping[str, Any],
+    libraries: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
+    """Everything that the folder says of how it came about; `found` are the results of blocks, embedding and head,
+    `libraries` what they were computed with."""
     return {
         "source": {"name": checkpoint.name, "sha256": checkpoint.sha256},
         "recipe": recipe.to_dict(),
         "calibration": None if rows is None else _calibration_record(recipe, rows, settings),
         "seed": settings.seed,
         "layout": settings.layout,
-        "versions": {"qwen3-export": __version__, "torch": torch.__version__.split("+")[0]},
+        "versions": {"qwen3-export": __version__, **{name: metadata.version(name).split("+")[0] for name in libraries}},
         "policy": {
             "router": "16 bit",
             "norms": "16 bit",

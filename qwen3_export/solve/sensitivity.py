@@ -41,9 +41,10 @@ from qwen3_export.model.block import NUM_STAGES, Block, State
 from qwen3_export.model.decoder import Rope, load_block, rope_tables
 from qwen3_export.solve.divergence import mean_divergences
 from qwen3_export.solve.ends import SAMPLED_ROWS, begin, enter_changed, finish
-from qwen3_export.solve.method import Group, energy
+from qwen3_export.solve.method import Group
 from qwen3_export.solve.moments import Sample, collect
 from qwen3_export.solve.repair import Repairs, fit_repairs, run
+from qwen3_export.solve.rows import energy
 from qwen3_export.solve.states import RowFile, States
 from qwen3_export.solve.study import Study, Variant, at_once, embed_file, rows_file
 from qwen3_export.solve.units import OUTER, Unit

@@ -34,13 +34,12 @@ from qwen3_export.solve.experts import Inputs, Layer, count_tokens
 from qwen3_export.solve.fold import ROUTER, apply, search, sites, stored
 from qwen3_export.solve.job import QUANTIZED, Job, SolvedBlock, SolvedLinear
 from qwen3_export.solve.method import Group
-from qwen3_export.solve.methods.rtn import round_group
+from qwen3_export.solve.rounding import round_group
+from qwen3_export.solve.sizes import FOLD_EVERY
 from qwen3_export.solve.walk import WRITERS, Walk, enter, inputs_of, layer_of, move
 
 # Where a sparse layer's tokens have been sent to their experts.
 ROUTED = 2
-# A fold is searched on every fourth row.
-FOLD_EVERY = 4
 
 
 def embed_rows(job: Job, quantized: QuantizedTensor | None = None) -> None:
@@ -101,7 +100,7 @@ def solve_block(job: Job, layer: int) -> SolvedBlock:
 def _fold(job: Job, block: Block, rope: Rope) -> dict[str, NDArray]:
     """Walk some rows through the block as it is, choose the scales of every site, then move them all."""
     assert job.rows is not None
-    prefix, chosen, schemes = block_name(block.layer), [], job.schemes(block)
+    prefix, chosen, schemes = block_name(block.layer), [], job.schemes(block.layer)
     walk = enter(job, block.running(job.products), QUANTIZED, range(0, len(job.rows.ids), FOLD_EVERY))
     try:
         for stage in range(NUM_STAGES):
@@ -129,7 +128,7 @@ def _fold(job: Job, block: Block, rope: Rope) -> dict[str, NDArray]:
 
 def _solve_stage(job: Job, stage: int, walks: list[Walk]) -> dict[str, SolvedLinear]:
     results: dict[str, SolvedLinear] = {}
-    block, schemes = walks[0].block, job.schemes(walks[0].block)
+    block, schemes = walks[0].block, job.schemes(walks[0].block.layer)
     layer = layer_of(job, walks[0], job.floor)
     for names in _groups(block.stage_linears(stage)):
         wanted = [name for name in names if name in schemes]
@@ -165,7 +164,7 @@ def _solve_alone(job: Job, layer: int) -> dict[str, SolvedLinear]:
     """Solve a block's linears without inputs, as they are stored: two groups in memory, so that one is read and the
     last one's pieces are joined while all threads are busy."""
     block, prefix = Block(job.checkpoint.config, layer, {}), block_name(layer)
-    schemes = job.schemes(block)
+    schemes = job.schemes(block.layer)
     groups = [
         {f"{prefix}.{name}": schemes[name] for name in names if name in schemes}
         for stage in range(NUM_STAGES)
@@ -183,7 +182,7 @@ def _solve_alone(job: Job, layer: int) -> dict[str, SolvedLinear]:
 
 def _solve_linears(job: Job, block: Block, names: list[str], inputs: Inputs) -> dict[str, SolvedLinear]:
     """Solve some linears of a block and put what will be shipped in their place."""
-    prefix, local = block_name(block.layer), job.schemes(block)
+    prefix, local = block_name(block.layer), job.schemes(block.layer)
     chosen = {f"{prefix}.{name}": local[name] for name in names if name in local}
     if not chosen:
         return {}

@@ -3,9 +3,12 @@
     wheel ──▶ device  runtimes alone ([ort,llamacpp]): no torch, no onnx
                 │
                 ▼
+              rounder  and numba: rounding to nearest, still no torch
+                │
+                ▼
               full    every extra, in the same environment
 
-The tests of `device` come first: `full` adds to its environment.
+The tests of `device` come first, then those of `rounder`: each adds to the environment of the one before.
 """
 
 from __future__ import annotations
@@ -89,9 +92,15 @@ def device(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment
 
 
 @pytest.fixture(scope="session")
-def full(device: Environment, wheel: Path) -> Environment:
-    device.install(wheel, "solve,onnx,gguf,tensorrt")
+def rounder(device: Environment, wheel: Path) -> Environment:
+    device.install(wheel, "rtn")
     return device
+
+
+@pytest.fixture(scope="session")
+def full(rounder: Environment, wheel: Path) -> Environment:
+    rounder.install(wheel, "solve,onnx,gguf,tensorrt")
+    return rounder
 
 
 @pytest.fixture(scope="session")

@@ -77,7 +77,8 @@ def test_what_needs_more_gives_the_install_line(device: Environment, carried: di
         ("validate", carried["onnx"], "--reference", source): (torch, f"{hint}solve]'"),
         ("bench", folder): (torch, f"{hint}solve]'"),
         ("run", folder, "--prompt", "hello"): (torch, f"{hint}solve]'"),
-        ("quantize", source, "--recipe", "rtn-w4a16-g32", "--output", out): (torch, f"{hint}solve]'"),
+        ("quantize", source, "--recipe", "gptq-w4a16-g32", "--output", out): (torch, f"{hint}solve]'"),
+        ("quantize", source, "--recipe", "rtn-w4a16-g32", "--output", out): ("numba", f"{hint}rtn]'"),
         ("onnx", source, "--recipe", "rtn-w4a16-g32", "--output", out): ("onnx", f"{hint}onnx]'"),
         ("reference", source, "--output", out): (torch, f"{hint}solve]'"),
         ("demo", "--output", out): (torch, f"{hint}solve]'"),
@@ -95,3 +96,15 @@ def test_what_needs_nothing_works(device: Environment, carried: dict[str, Path])
     assert device.cli("inspect", carried["quantized"], "--json").json["layers"] == 2
     assert len(device.cli("recipes", "list", "--json").json["recipes"]) > 5
     assert device.cli("--version").code == 0
+
+
+def test_rounding_needs_no_torch(rounder: Environment, carried: dict[str, Path]) -> None:
+    assert not rounder.has("torch")
+    out = rounder.outside / "rounded"
+    outcome = rounder.cli("quantize", carried["source"], "--recipe", "rtn-w4a16-g32", "--output", out, "--json")
+    assert outcome.code == 0, outcome.err
+    there, here = (
+        {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+        for folder in (out, carried["quantized"])
+    )
+    assert there == here

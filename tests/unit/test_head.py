@@ -21,6 +21,7 @@ from qwen3_export.errors import CheckpointError, RecipeError
 from qwen3_export.model.decoder import Decoder, load_block
 from qwen3_export.model.table import Table
 from qwen3_export.solve import head
+from qwen3_export.solve import sizes as cuts
 from qwen3_export.solve.job import Settings
 from qwen3_export.solve.limits import disk_needed, memory_needed
 from qwen3_export.solve.method import Group
@@ -165,8 +166,8 @@ def test_the_pieces_of_rows_do_not_show(
 ) -> None:
     source, chosen = open_checkpoint(sources[tied]), recipe(*outer_rules(tied))
     quantize(source, chosen, tmp_path / "whole", SETTINGS)
-    assert head.rows_at_once(64) > 8192 > 1024
-    monkeypatch.setattr(head, "PIECE_WEIGHTS", 1536 * 64)
+    assert cuts.rows_at_once(64) > 8192 > 1024
+    monkeypatch.setattr(cuts, "PIECE_WEIGHTS", 1536 * 64)
     quantize(source, chosen, tmp_path / "cut", SETTINGS)
     whole, cut = (open_checkpoint(tmp_path / name) for name in ("whole", "cut"))
     for module in source.config.outer_matrices():

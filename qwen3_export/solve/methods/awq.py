@@ -12,10 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwen3_export.model.workers import Workers
-from qwen3_export.solve.fold import FOLDS
-from qwen3_export.solve.grid import SEARCHES
-from qwen3_export.solve.method import Group, Solved, check_choice
-from qwen3_export.solve.methods.rtn import round_group
+from qwen3_export.solve.method import FOLDS, Group, Solved, check_choice
+from qwen3_export.solve.ranges import SEARCHES
+from qwen3_export.solve.rounding import round_group
 
 
 @dataclass(frozen=True)

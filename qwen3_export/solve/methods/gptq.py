@@ -25,10 +25,10 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.columns import multiply, round_block
 from qwen3_export.solve.factor import Factor, damped, factorise
-from qwen3_export.solve.fold import FOLDS
 from qwen3_export.solve.grid import Grid, find_grid, shared_global_scale
-from qwen3_export.solve.method import Group, Rows, Solved, check_choice, check_finite, check_inputs, energy, solve_rows
+from qwen3_export.solve.method import FOLDS, Group, Solved, check_choice
 from qwen3_export.solve.refine import descend, group_order, refit_scales, search_columns
+from qwen3_export.solve.rows import Rows, check_finite, check_inputs, energy, solve_rows
 from qwen3_export.solve.shape import factors, shaped, tasks
 from qwen3_export.solve.shift import prepare, start_factors
 

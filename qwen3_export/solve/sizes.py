@@ -1,0 +1,21 @@
+"""The pieces that work is cut into: part of what decides the bytes, and what memory is estimated from."""
+
+from __future__ import annotations
+
+# Tokens of the calibration rows whose inputs are in memory together.
+TOKENS_AT_ONCE = 4096
+# Tokens that stand for all of a layer at an expert's down_proj, unless the floor is higher.
+SAMPLE_TOKENS = 1024
+# A fold is searched on every fourth row.
+FOLD_EVERY = 4
+# The pass that measures which outputs matter: output rows of a piece of G, tokens on the way back, and at the head.
+OUTPUT_PIECE = 256
+BACK_TOKENS = 2048
+TOP_TOKENS = 128
+# Weights of an embedding or head that are solved together: 64 MiB in fp32.
+PIECE_WEIGHTS = 1 << 24
+
+
+def rows_at_once(width: int) -> int:
+    """Rows of a matrix with `width` inputs that are solved together, a multiple of 512."""
+    return max(PIECE_WEIGHTS // width // 512, 1) * 512
