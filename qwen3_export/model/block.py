@@ -120,10 +120,8 @@ class Block:
         return x[chosen] if name.endswith("down_proj") else x[chosen.any(-1)]
 
     def _attend(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
-        q = rotate(self.norm("self_attn.q_norm", self._heads("q_proj", x)), *rope)
-        k = rotate(self.norm("self_attn.k_norm", self._heads("k_proj", x)), *rope)
-        v = self._heads("v_proj", x)
-        q, k = q.to(v.dtype), k.to(v.dtype)
+        q, k = self._turned("q", x, rope), self._turned("k", x, rope)
+        v = self._heads("v_proj", x).transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(k, v)
         length, total = q.shape[-2], k.shape[-2]
@@ -136,8 +134,16 @@ class Block:
         return out.transpose(1, 2).flatten(2)
 
     def _heads(self, name: str, x: Tensor) -> Tensor:
-        split = (*x.shape[:-1], -1, self.config.head_dim)
-        return self.linear(f"self_attn.{name}", x).reshape(split).transpose(1, 2)
+        return self.linear(f"self_attn.{name}", x).reshape(*x.shape[:-1], -1, self.config.head_dim)
+
+    def _turned(self, which: str, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Queries or keys, normed and turned, `[batch, heads, tokens, head_dim]` in the type of the products."""
+        heads, name = self._heads(f"{which}_proj", x), f"self_attn.{which}_norm"
+        if heads.dtype == torch.bfloat16 and heads.device.type == "cpu" and not heads.requires_grad:
+            from qwen3_export.model.passes import normed_and_turned
+
+            return normed_and_turned(heads, self.weights[name], self.config.rms_norm_eps, *rope)
+        return rotate(self.norm(name, heads.transpose(1, 2)), *rope).to(heads.dtype)
 
     def _mlp(self, stage: int, state: State) -> State:
         x = state["x"]

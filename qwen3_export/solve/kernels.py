@@ -8,12 +8,10 @@ does with a call per column takes a hundred times as long at the few rows that a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from qwen3_export.model.compiled import compiled
 
 # Rows whose columns of a block stay in the nearest cache, and a number that rounds to an integer what it is added to.
 TILE = 32
@@ -21,19 +19,6 @@ _ROUNDER = np.float32(12582912.0)
 _ZERO = np.float32(0.0)
 
 Array = NDArray[np.float32]
-
-
-def compiled(function: Callable[..., Any], **options: Any) -> Any:
-    """Machine code, kept on the disk where a folder for it can be written, else made anew by each process."""
-    try:
-        return numba.njit(function, nogil=True, cache=True, error_model="numpy", **options)
-    except RuntimeError:
-        return numba.njit(function, nogil=True, error_model="numpy", **options)
-
-
-def contracted(function: Callable[..., Any]) -> Any:
-    """As `compiled`; a product and the sum that it goes into may be rounded together."""
-    return compiled(function, fastmath={"contract"})
 
 
 @compiled

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,43 +146,51 @@ class _Sums:
 
     def join(self, samples: list[Sample]) -> _Joined:
         """A few rows more as one matrix each, counted in all sums but those of the strips."""
-        x = torch.cat([item.x for item in samples])
+        parts = [item.x for item in samples]
         given = [name for name in ("drift", "target") if samples and getattr(samples[0], name) is not None]
         left = {name: torch.cat([getattr(item, name) for item in samples]) for name in given}
-        self.tokens += len(x)
+        added = sum(map(len, parts))
+        self.tokens += added
         for name, values in left.items():
             if name not in self.others:
                 self.others[name] = torch.zeros(values.shape[1], self.size, device=self.device)
                 self.sums[name] = torch.zeros(values.shape[1], device=self.device)
-        if x.dtype == torch.float32 or not len(x):
+        if parts[0].dtype == torch.float32 or not added:
+            x = torch.cat(parts)
             return _Joined(x, x, left)
-        d = self._centered(x)
+        passes, d = _passes(), self._centered(parts)
         for name, values in left.items():
-            self.sums[name] += values.sum(0, dtype=torch.float32)
-        own = x[:, self.loud].float()
+            passes.add_rows(values, self.sums[name])
+        own = torch.cat([part[:, self.loud] for part in parts]).float()
         self.between.addmm_(own.T, own)
-        return _Joined(x, d, left)
+        return _Joined(torch.cat(parts) if self.sizes else d, d, left)
 
     def start(self, more: _Joined) -> list[Future[None]]:
         """Add what was joined, strip by strip; what was added before must be finished."""
         return [self.pool.start(partial(self._strip, more.x, more.d, more.left, columns)) for columns in self.strips]
 
-    def _centered(self, x: Tensor) -> Tensor:
-        """`x − c`; c, and which inputs are loud, are told by the first rows."""
+    def _centered(self, parts: list[Tensor]) -> Tensor:
+        """`x − c`, counted in its sum; c, and which inputs are loud, are told by the first rows."""
+        passes = _passes()
         if self.center is None:
-            self.center = x.mean(0, dtype=torch.float32).to(x.dtype)
-            energy = (x - self.center).float().square().sum(0)
+            total, energy = (torch.zeros(self.size) for _ in range(2))
+            for part in parts:
+                passes.add_rows(part, total)
+            self.center = (total / sum(map(len, parts))).to(parts[0].dtype)
+            for part in parts:
+                energy += (part - self.center).float().square().sum(0)
             self.loud = (energy > _LOUD * energy.mean()).nonzero().flatten()
             self.between = torch.zeros(len(self.loud), len(self.loud), device=self.device)
-        return x - self.center
+        d = torch.empty(sum(map(len, parts)), self.size, dtype=parts[0].dtype)
+        for part, rows in zip(parts, torch.split(d, [len(part) for part in parts]), strict=True):
+            passes.subtract(part, self.center, rows, self.sum)
+        return d
 
     def _strip(self, x: Tensor, d: Tensor, left: dict[str, Tensor], columns: slice) -> None:
         own = d[:, columns]
         _add(self.hessian[: columns.stop, columns], d[:, : columns.stop], own)
         for name, values in left.items():
             _add(self.others[name][:, columns], values, own)
-        if self.center is not None:
-            self.sum[columns] += own.float().sum(0)
         if self.sizes and len(own):
             sizes = x[:, columns].abs()
             self.sum_abs[columns] += sizes.sum(0, dtype=torch.float32)
@@ -213,6 +222,13 @@ class _Sums:
         block = self.hessian[columns, columns].triu()
         self.hessian[columns, columns] = block + block.triu(1).T
         self.hessian[columns, : columns.start] = self.hessian[: columns.start, columns].T
+
+
+def _passes() -> Any:
+    """The compiled passes over 16-bit rows, which only such rows wait for."""
+    from qwen3_export.model import passes
+
+    return passes
 
 
 def _add(total: Tensor, left: Tensor, right: Tensor) -> None:

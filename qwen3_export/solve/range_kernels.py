@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.solve.kernels import TILE, code_of, compiled, contracted
+from qwen3_export.model.compiled import compiled, contracted
+from qwen3_export.solve.kernels import TILE, code_of
 
 SYMMETRIC, SIGNED, ASYMMETRIC = 0, 1, 2
 _SIGN = np.uint32(1 << 31)

@@ -1,0 +1,26 @@
+"""Functions as machine code, by numba: loops over arrays that run without the interpreter's lock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """Machine code, kept on the disk where a folder for it can be written, else made anew by each process."""
+    try:
+        return numba.njit(function, nogil=True, cache=True, error_model="numpy", **options)
+    except RuntimeError:
+        return numba.njit(function, nogil=True, error_model="numpy", **options)
+
+
+def contracted(function: Callable[..., Any]) -> Any:
+    """As `compiled`; a product and the sum that it goes into may be rounded together."""
+    return compiled(function, fastmath={"contract"})
+
+
+def reassociated(function: Callable[..., Any]) -> Any:
+    """As `contracted`; sums may be made in another order, many terms side by side."""
+    return compiled(function, fastmath={"contract", "reassoc"})

@@ -1,0 +1,123 @@
+"""Passes over rows of bf16 numbers, compiled: what torch does one operation after another, with fp32 copies between.
+
+A bf16 number is the upper half of an fp32 number. Arrays hold the halves as uint16; between, everything is fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qwen3_export.model.compiled import compiled, reassociated
+
+Array = NDArray[np.float32]
+Halves = NDArray[np.uint16]
+_ONE = np.float32(1.0)
+_HALF, _LAST, _CUT = np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
+
+
+@compiled
+def _expand(halves: Halves, bits: Any) -> None:
+    """bf16 to the bits of fp32."""
+    for i in range(len(halves)):
+        bits[i] = np.uint32(halves[i]) << _CUT
+
+
+@compiled
+def _cut(bits: Any, halves: Halves) -> None:
+    """fp32 to bf16, half to even."""
+    for i in range(len(halves)):
+        halves[i] = np.uint16((bits[i] + _HALF + ((bits[i] >> _CUT) & _LAST)) >> _CUT)
+
+
+@reassociated
+def _energy(row: Array) -> np.float32:
+    total = np.float32(0.0)
+    for i in range(len(row)):
+        total += row[i] * row[i]
+    return total
+
+
+@compiled
+def _turn(
+    halves: Halves, weight: Array, eps: np.float32, cos: Array, sin: Array, turned: Halves
+) -> None:  # fmt: skip
+    """`[tokens, heads, head_dim]` normed and turned into `[heads, tokens, head_dim]`."""
+    tokens, heads, wide = halves.shape
+    half = wide // 2
+    row, out = np.empty(wide, np.float32), np.empty(wide, np.float32)
+    row_bits, out_bits = row.view(np.uint32), out.view(np.uint32)
+    for t in range(tokens):
+        for h in range(heads):
+            _expand(halves[t, h], row_bits)
+            scale = _ONE / np.sqrt(_energy(row) / np.float32(wide) + eps)
+            for i in range(wide):
+                row[i] = row[i] * scale * weight[i]
+            for i in range(half):
+                first, second = row[i], row[i + half]
+                out[i] = first * cos[t, i] - second * sin[t, i]
+                out[i + half] = second * cos[t, i] + first * sin[t, i]
+            _cut(out_bits, turned[h, t])
+
+
+@compiled
+def _subtract(halves: Halves, center: Array, left: Halves, sums: Array) -> None:
+    """`left = halves − center` by rows; adds what is left, rounded, to `sums`."""
+    row, total = np.empty(halves.shape[1], np.float32), np.zeros(halves.shape[1], np.float32)
+    bits = row.view(np.uint32)
+    for t in range(len(halves)):
+        _expand(halves[t], bits)
+        for i in range(len(row)):
+            row[i] -= center[i]
+        _cut(bits, left[t])
+        _expand(left[t], bits)
+        for i in range(len(row)):
+            total[i] += row[i]
+    for i in range(len(row)):
+        sums[i] += total[i]
+
+
+@compiled
+def _add(halves: Halves, sums: Array) -> None:
+    """Adds all rows to `sums`."""
+    row, total = np.empty(halves.shape[1], np.float32), np.zeros(halves.shape[1], np.float32)
+    bits = row.view(np.uint32)
+    for t in range(len(halves)):
+        _expand(halves[t], bits)
+        for i in range(len(row)):
+            total[i] += row[i]
+    for i in range(len(row)):
+        sums[i] += total[i]
+
+
+def normed_and_turned(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """RMSNorm of every head, then the rotary embedding: bf16 `[batch, tokens, heads, head_dim]` to bf16
+    `[batch, heads, tokens, head_dim]`; `weight` `[head_dim]`, `cos` and `sin` `[tokens, head_dim / 2]` in fp32.
+
+    As `rms_norm` and `rotate` of `model.block` in fp32, but for the order in which squares are added.
+    """
+    batch, tokens, heads, wide = x.shape
+    turned = torch.empty(batch, heads, tokens, wide, dtype=x.dtype)
+    tables = [np.ascontiguousarray(table.numpy(), np.float32) for table in (weight, cos, sin)]
+    for row in range(batch):
+        _turn(_halves(x[row]), tables[0], np.float32(eps), tables[1], tables[2], _halves(turned[row]))
+    return turned
+
+
+def subtract(x: Tensor, center: Tensor, left: Tensor, sums: Tensor) -> None:
+    """`left = x − center` of bf16 `[tokens, n]`, rounded to bf16, which is also added to the fp32 `sums` `[n]`."""
+    _subtract(_halves(x), center.float().numpy(), _halves(left), sums.numpy())
+
+
+def add_rows(x: Tensor, sums: Tensor) -> None:
+    """Add the rows of a bf16 `[tokens, n]` to the fp32 `sums` `[n]`."""
+    _add(_halves(x), sums.numpy())
+
+
+def _halves(tensor: Tensor) -> Any:
+    """A bf16 tensor's numbers as uint16; a copy only where it does not lie in one piece."""
+    return tensor.contiguous().view(torch.int16).numpy().view(np.uint16)
