@@ -52,7 +52,7 @@ def _report(error: BaseException) -> int:
     usage = _usage_message(error)
     if usage is not None:
         return _say(usage, "`qwen3-export COMMAND --help` shows the usage", _EXIT_INPUT)
-    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+    if _interrupted(error):
         hint = "a quantize run keeps its finished blocks: repeat the command to go on"
         return _say("interrupted", hint, _EXIT_INTERRUPTED)
     if isinstance(error, MemoryError):
@@ -67,6 +67,12 @@ def _report(error: BaseException) -> int:
         raise error
     hint = "this is a bug of qwen3-export: please report it with the traceback, which --verbose shows"
     return _say(f"unexpected {type(error).__name__}: {error}", hint, _EXIT_INPUT)
+
+
+def _interrupted(error: BaseException) -> bool:
+    """Whether a signal ended the command; native code that goes on after one leaves a SystemError caused by it."""
+    cause = error.__cause__ if isinstance(error, SystemError) else error
+    return isinstance(cause, KeyboardInterrupt) or type(error).__name__ == "Abort"
 
 
 def _usage_message(error: BaseException) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from qwen3_export.cli import run
 from qwen3_export.core.manifest import partial_path
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
@@ -72,6 +73,17 @@ def test_interrupt_while_starting_is_clean(deep_model: Path, tmp_path: Path) -> 
     process.send_signal(signal.SIGINT)
     refused(finish(process), 130, "interrupted")
     assert not (tmp_path / "out").exists()
+
+
+def test_interrupt_that_native_code_wrapped_is_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def met_in_native_code(*_arguments: object) -> Any:
+        raise SystemError("returned a result with an exception set") from KeyboardInterrupt()
+
+    monkeypatch.setattr("typer.main.get_command", met_in_native_code)
+    assert run(["inspect", "reference-model"]) == 130
+    assert "error: interrupted\n" in capsys.readouterr().err
 
 
 def test_a_run_killed_at_ten_random_moments_ends_with_the_same_bytes(
