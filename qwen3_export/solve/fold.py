@@ -10,7 +10,9 @@ q and k themselves are normalised per head, so nothing can be moved through them
 16 bits: it is rounded first, and the columns are multiplied by what was really divided, so that
 nothing is lost. The router stays in 16 bits: before it, s is a power of two, which loses nothing.
 
-    awq          s = mean|x|^α / w^β on a grid of α; the least rounding error wins (Lin et al. 2023)
+    awq          s = mean|x|^α / w^β on a grid of α; the least rounding error wins (Lin et al. 2023). A channel
+                 that the calibration text uses less than the median one counts like the median: to shrink
+                 its weights' share of the grid would harm other text, which may well use it
     smoothquant  s = max|x|^½ / max|w|^½ at the norms, where activations are rounded (Xiao et al. 2023)
 """
 
@@ -104,7 +106,9 @@ def _awq(
 ) -> Tensor | None:
     """Try s = mean|x|^α, and mean|x|^α / mean|w|^(1 − α) with each row's weights relative to its largest."""
     assert moments.mean_abs is not None
-    x = site.collapse(moments.mean_abs).clamp(min=1e-8)
+    x = site.collapse(moments.mean_abs)
+    x = x.clamp(min=max(float(x.median()), 1e-8))
+    hessian = _at_least_median(moments.hessian)
     w = site.collapse(torch.stack([_relative(weight, schemes[name]) for name, weight in weights.items()]).mean(0))
     candidates = [torch.ones_like(x)]
     for exponent in _EXPONENTS:
@@ -113,11 +117,17 @@ def _awq(
 
     def error(scales: Tensor) -> float:
         spread = scales[site.index]
-        return sum(_error(weight, spread, moments.hessian, schemes[name]) for name, weight in weights.items())
+        return sum(_error(weight, spread, hessian, schemes[name]) for name, weight in weights.items())
 
     errors = pool.map(error, candidates)
     best = min(range(len(errors)), key=errors.__getitem__)
     return candidates[best] if errors[best] < errors[0] * (1 - _LEAST_GAIN) else None
+
+
+def _at_least_median(hessian: Tensor) -> Tensor:
+    """H `[in, in]` with a diagonal that is nowhere below its median; stays positive semidefinite."""
+    diagonal = hessian.diagonal()
+    return hessian + torch.diag((diagonal.median() - diagonal).clamp(min=0))
 
 
 def _relative(weight: Tensor, scheme: QuantScheme) -> Tensor:

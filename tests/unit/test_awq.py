@@ -132,7 +132,10 @@ def test_what_is_shipped_after_a_fold_is_the_same_model_and_better(
 
 
 def awq_candidates(x: torch.Tensor, weights: list[torch.Tensor], columns: torch.Tensor, group: int) -> list[np.ndarray]:
-    """The paper's s = mean|x|^α, alone and over mean|w|^(1 − α), w relative to its group's largest; in fp64."""
+    """The paper's s = mean|x|^α, alone and over mean|w|^(1 − α), w relative to its group's largest; in fp64.
+
+    No channel counts as smaller than the median one.
+    """
     rows = int(columns.max()) + 1
 
     def collapsed(values: np.ndarray) -> np.ndarray:
@@ -143,6 +146,7 @@ def awq_candidates(x: torch.Tensor, weights: list[torch.Tensor], columns: torch.
         cells = weight.double().abs().numpy().reshape(len(weight), -1, group)
         shares.append((cells / cells.max(-1, keepdims=True)).reshape(weight.shape).mean(0))
     size, share = collapsed(x.double().abs().mean(0).numpy()), collapsed(np.mean(shares, 0))
+    size = np.maximum(size, np.sort(size)[(rows - 1) // 2])
     found = [np.ones(rows)]
     for step in range(1, 11):
         found += [size ** (step / 10), size ** (step / 10) / (share ** (1 - step / 10) + 1e-4)]
@@ -165,6 +169,9 @@ def test_awq_takes_the_scales_with_the_least_output_error(tmp_path: Path, pool: 
         "awq", site, block, collect(lambda _: Sample(x), [0], 1, len(site.index), "cpu", pool), schemes, pool
     )
     assert scales is not None
+    # Rows of one channel each, which lift those that the text hardly uses to the median one's energy.
+    energy = x.square().sum(0)
+    seen = torch.cat([x, torch.diag((energy.median() - energy).clamp(min=0).sqrt())])
 
     def error(tried: np.ndarray) -> float:
         spread = torch.from_numpy(tried).float()[site.index]
@@ -173,9 +180,41 @@ def test_awq_takes_the_scales_with_the_least_output_error(tmp_path: Path, pool: 
             scaled = weight * spread
             grid = find_grid(scaled, scheme, "absmax").columns(scaled.shape)
             rounded = (round_to(scaled, grid.scales, grid.zeros, scheme) - grid.zeros) * grid.scales
-            total += float(((x / spread) @ rounded.T - x @ weight.T).double().square().sum())
+            total += float(((seen / spread) @ rounded.T - seen @ weight.T).double().square().sum())
         return total
 
     errors = [error(candidate) for candidate in awq_candidates(x, weights, site.index, group)]
     assert error(scales.numpy()) == pytest.approx(min(errors), rel=1e-2)
     assert min(errors) < 0.9 * errors[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("loud", [1, 20], ids=["even", "with outliers"])
+def test_channels_that_calibration_text_hardly_uses_are_no_worse_for_other_text(
+    tmp_path: Path, pool: Workers, loud: float
+) -> None:
+    """A third of down_proj's inputs sleep on one kind of text, and wake on another."""
+    block = load_block(open_checkpoint(write_checkpoint(tmp_path / "model", tiny_config(intermediate_size=96))), 0)
+    site, scheme, generator = sites(block)[3], QuantScheme(num_bits=4, group_size=32), torch.Generator().manual_seed(11)
+    x = torch.randn(400, 96, generator=generator)
+    x[:, 1::3] *= 0.05
+    x[:, ::24] *= loud
+    weight = block.weights[site.targets[0]] = torch.randn(block.weights[site.targets[0]].shape, generator=generator)
+    weight[:, ::24] /= loud
+    schemes = dict.fromkeys([*site.targets, site.source], scheme)
+    scales = search("awq", site, block, collect(lambda _: Sample(x), [0], 1, 96, "cpu", pool), schemes, pool)
+    assert (scales is not None) == (loud > 1)
+    if scales is None:
+        return
+
+    def error(spread: torch.Tensor, channels: slice) -> float:
+        scaled = weight * spread
+        grid = find_grid(scaled, scheme, "absmax").columns(scaled.shape)
+        delta = ((round_to(scaled, grid.scales, grid.zeros, scheme) - grid.zeros) * grid.scales - scaled) / spread
+        return float(delta[:, channels].double().square().sum())
+
+    plain = torch.ones(96)
+    assert error(scales, slice(0, None, 24)) < 0.3 * error(plain, slice(0, None, 24))
+    sleeping, awake = slice(1, None, 3), slice(2, None, 3)
+    # Outliers take room of the grid from all others alike, and no more from those that slept.
+    assert error(scales, sleeping) / error(plain, sleeping) < 1.2 * error(scales, awake) / error(plain, awake)
