@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +184,7 @@ def _down(work: Pass, block: Block, rope: Rope) -> None:
     at_once = max(1, BACK_TOKENS // len(work.ids[0]))
 
     def one(row: int) -> list[Tensor]:
-        own = Block(block.config, block.layer, block.weights, outputs={})
+        own = replace(block, outputs={})
         with torch.enable_grad():
             before = hidden.read(row).to(work.device).requires_grad_()
             after = own.forward(before, rope)

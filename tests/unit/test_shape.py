@@ -89,11 +89,12 @@ def test_the_streamed_pass_measures_what_a_whole_backward_pass_gives(
     assert not list(found.folder.glob("*.rows"))
 
 
+@pytest.mark.parametrize("config", [tiny_config(), tiny_moe_config()], ids=["dense", "moe"])
 def test_in_bf16_the_pass_measures_nearly_the_same(
-    tmp_path: Path, pool: Workers, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pool: Workers, monkeypatch: pytest.MonkeyPatch, config: dict[str, object]
 ) -> None:
     """With the same labels: the numbers are rounded to 8 bits, which may move what is drawn."""
-    folder, text = write_checkpoint(tmp_path / "model", tiny_config()), rows()
+    folder, text = write_checkpoint(tmp_path / "model", config), rows()
     (tmp_path / "scratch").mkdir()
     checkpoint = open_checkpoint(folder)
     monkeypatch.setattr(outputs, "draw", lambda shares, _: torch.arange(len(shares))[:, None] * 7 % shares.shape[1])
@@ -102,6 +103,9 @@ def test_in_bf16_the_pass_measures_nearly_the_same(
         found = measure(checkpoint, text, 3, 7, pool, tmp_path / "scratch", "cpu")
     for (layer, name), exact in plain_information(folder, text, 7).items():
         pieces = found.of(layer, name, len(exact))
+        if ".experts." in name:
+            assert pieces is None
+            continue
         assert pieces is not None
         for piece, own in zip(pieces, pieces_of(len(exact)), strict=True):
             assert 1e-5 < float((piece - exact[own, own]).norm() / exact[own, own].norm()) < 0.05

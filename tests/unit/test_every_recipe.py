@@ -1,0 +1,47 @@
+"""Every shipped recipe on a dense model and on a mixture of experts: it ends, and the folder computes the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
+from qwen3_export.core.recipe import Recipe, load_recipe, recipe_names
+from qwen3_export.solve.job import Settings
+from qwen3_export.solve.quantize import quantize
+from tests.conftest import copy_tokenizer, tiny_config, tiny_moe_config, write_checkpoint
+from tests.reference.models import our_logits, random_rows
+
+SHAPE = {"vocab_size": 8192, "hidden_size": 128, "intermediate_size": 256, "rope_theta": 1e6}
+MODELS = {
+    "dense": tiny_config(**SHAPE),
+    "moe": tiny_moe_config(**SHAPE, moe_intermediate_size=128, num_experts=4),
+}
+ROWS = random_rows(8192)
+# Root mean square error of the logits as a share of their own, on random weights and 288 tokens of calibration; another
+# model's logits would be off by √2.
+BOUNDS = {2: 1.2, 3: 0.95, 4: 0.7, 8: 0.25}
+
+
+@pytest.fixture(scope="module", params=MODELS.values(), ids=list(MODELS))
+def source(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, reference_folder: Path
+) -> tuple[Checkpoint, np.ndarray]:
+    """A model and its logits."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("source") / "model", request.param)
+    copy_tokenizer(reference_folder, folder)
+    return open_checkpoint(folder), np.concatenate(our_logits(folder, ROWS))
+
+
+def bits(recipe: Recipe) -> int:
+    return min(rule.scheme.num_bits for rule in recipe.rules if rule.scheme)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_quantizes(name: str, source: tuple[Checkpoint, np.ndarray], tmp_path: Path) -> None:
+    recipe, (checkpoint, wanted) = load_recipe(name), source
+    quantize(checkpoint, recipe, tmp_path / "out", Settings(samples=9, sequence_length=32))
+    error = np.concatenate(our_logits(tmp_path / "out", ROWS)) - wanted
+    assert 0 < np.sqrt(np.square(error).mean() / np.square(wanted).mean()) < BOUNDS[bits(recipe)]
