@@ -156,7 +156,7 @@ def _try_all(
         less = other[0] < best[0]
         return tuple(torch.where(less, new, old) for new, old in zip(other, best, strict=True))
 
-    order = numbers_to_try(importance is not None)
+    order = numbers_to_try(importance is not None or (scheme.type == "float" and scheme.num_bits == 8))
     numbers = torch.tensor(order, device=groups.device).reshape(-1, 1, 1).expand(-1, *groups.shape[:2])
     best = tried(numbers[0])
     for number in numbers[1:]:

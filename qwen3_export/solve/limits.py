@@ -124,6 +124,9 @@ def disk_needed(
         # A fold is searched on some rows, whose files lie beside those of the block loop.
         passes = 1 + original + (1 / FOLD_EVERY if recipe.options.get("fold", "none") != "none" else 0)
         total += int(4 * rows.tokens * per_token * passes)
+        if original and config.sparse_layers:
+            # What experts leave of the original's residual stream.
+            total += 4 * rows.tokens * config.hidden_size
         if outputs:
             tokens = min(outputs, len(rows.ids)) * len(rows.ids[0])
             kept = sum(min(OUTPUT_PIECE, shape[0]) * shape[0] for shape in config.linear_shapes(0).values())

@@ -37,13 +37,14 @@ def is_one_pass(scheme: QuantScheme, wide: int, device: str = "cpu") -> bool:
     return is_compiled(scheme, device) and scheme.per_row and wide % scheme.group_length(wide) == 0
 
 
-def numbers_to_try(weighted: bool) -> list[int]:
+def numbers_to_try(every: bool) -> list[int]:
     """The `SHRINKS` that all groups try, the whole range first, which is kept where no other is better.
 
     Every second one, as the neighbours of the best follow: a thousandth more squared error than with all of them. It
-    would be a hundredth where few weights count for most of it, so that `weighted` errors try all.
+    would be a hundredth where inputs weigh the errors, as few weights count for most of it, and nearly so with FP8,
+    whose steps grow with the values, so that neighbouring ranges have little in common: `every` one is for these.
     """
-    others = range(0, len(SHRINKS), 1 if weighted else 2)
+    others = range(0, len(SHRINKS), 1 if every else 2)
     return [_WHOLE, *(number for number in others if number != _WHOLE)]
 
 

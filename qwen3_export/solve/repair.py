@@ -7,8 +7,8 @@ undo of an error δ in it what is a linear function of their own inputs x:
 
 fitted on calibration rows; α in [0, 1] is what every eighth of them, held out, confirms. On the
 reference model this foretells the KL that is left within a third; without it, the first block's
-v_proj seems six times as harmful as it is. Experts are not shifted, and repair nothing. An embedding's
-error is repaired by the first block, which it enters by other hidden states than the original's.
+v_proj seems six times as harmful as it is. What experts repair, each on a few tokens, is left out. An
+embedding's error is repaired by the first block, which it enters by other hidden states than the original's.
 """
 
 from __future__ import annotations

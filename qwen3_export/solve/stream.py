@@ -36,10 +36,12 @@ from qwen3_export.solve.job import QUANTIZED, Job, SolvedBlock, SolvedLinear
 from qwen3_export.solve.method import Group
 from qwen3_export.solve.rounding import round_group
 from qwen3_export.solve.sizes import FOLD_EVERY
-from qwen3_export.solve.walk import WRITERS, Walk, enter, inputs_of, layer_of, move
+from qwen3_export.solve.walk import WRITERS, Walk, enter, inputs_of, layer_of, move, note_missing
 
 # Where a sparse layer's tokens have been sent to their experts.
 ROUTED = 2
+# Where experts write to the residual stream.
+MIXED = 3
 
 
 def embed_rows(job: Job, quantized: QuantizedTensor | None = None) -> None:
@@ -84,6 +86,8 @@ def solve_block(job: Job, layer: int) -> SolvedBlock:
             ahead = walks[1:] if stage in WRITERS else []
             for walk in ahead:
                 move(job, walk, stage, rope)
+            if ahead and experts and stage == MIXED:
+                note_missing(job, walks, stage, rope)
             results.update(_solve_stage(job, stage, walks))
             for walk in walks[:1] if ahead else walks:
                 move(job, walk, stage, rope)

@@ -1,10 +1,17 @@
 """Calibration rows on their way through one block, and what they say about the inputs of its linears.
 
-    enter       hidden states before the block ─▶ state before stage 0
-    inputs_of   moments of a linear's inputs at the present stage, with the original beside where it runs
-    move        all rows through the linears of a stage, to the inputs of the next
+    enter         hidden states before the block ─▶ state before stage 0
+    note_missing  what experts as they are will leave of the original's residual stream ─▶ `missing`
+    inputs_of     moments of a linear's inputs at the present stage, with the original beside where it runs
+    move          all rows through the linears of a stage, to the inputs of the next
 
-Where the original runs beside, every eighth of its rows is held out (`solve.shift`).
+Where the original runs beside, every eighth of its rows is held out (`solve.shift`). An expert is compared on
+the tokens that reach it in the quantized model, wherever the original sends them: gate_proj and up_proj with
+the original's inputs of these tokens, down_proj with its own answer and its share of `missing`
+
+    y + mix / Σ mix² · missing      Σ over the token's experts
+
+Were every expert to answer that, nothing would be missing, and no smaller change of answers does it.
 """
 
 from __future__ import annotations
@@ -12,6 +19,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+
+import torch
+from torch import Tensor
 
 from qwen3_export.model.block import Block, State
 from qwen3_export.model.decoder import Rope
@@ -72,6 +82,22 @@ def _advance(job: Job, block: Block, stage: int, rope: Rope, _row: int, state: S
     return {name: state[name] if tensor is moved.get(name) else tensor for name, tensor in after.items()}
 
 
+def note_missing(job: Job, walks: list[Walk], stage: int, rope: Rope) -> None:
+    """Add `missing` `[1, tokens, hidden]` to the quantized model's rows before its experts write to the residual
+    stream: what the original, which is a stage ahead, has there and they will not; zeros where it does not run."""
+    ours, theirs = walks
+    beside = {row: place for place, row in enumerate(job.rows_of(ORIGINAL))}
+
+    def step(row: int, state: State) -> State:
+        if row not in beside:
+            return {**state, "missing": torch.zeros_like(state["residual"])}
+        found = _advance(job, ours.block, stage, rope, row, state)["residual"].cpu()
+        wanted = theirs.states.read(beside[row], ("residual",))["residual"]
+        return {**state, "missing": wanted - found}
+
+    ours.states.advance(step, job.pool)
+
+
 def layer_of(job: Job, walk: Walk, floor: int) -> Layer:
     """A block at one stage with all rows in it, for experts, and for folds."""
     collect_all = partial(_collect, job, walks=[walk], rows=list(range(walk.states.rows)))
@@ -79,14 +105,17 @@ def layer_of(job: Job, walk: Walk, floor: int) -> Layer:
 
 
 def inputs_of(job: Job, name: str, walks: list[Walk], layer: Layer) -> Inputs:
-    """Moments of one linear's inputs, over most rows and over every eighth, which is held out; an
-    expert's over all of them, with what stands in where they are too few."""
-    if ".experts." in name:
+    """Moments of one linear's inputs, over most rows and over every eighth, which is held out; for an expert that
+    too few tokens reach, over all of them with what stands in."""
+    expert = ".experts." in name
+    if len(walks) > 1:
+        samples = [partial(_sample, job, name, some) for some in (walks, walks[:1])]
+        found = compare_rows(job, samples, _width(walks, name))
+        return layer.inputs(name) if expert and found.tokens < job.floor else found
+    if expert:
         return layer.inputs(name)
-    if len(walks) == 1:
-        moments = _collect(job, name, walks, list(range(walks[0].states.rows)))
-        return Inputs(moments, moments.tokens)
-    return compare_rows(job, [partial(_sample, job, name, some) for some in (walks, walks[:1])], _width(walks, name))
+    moments = _collect(job, name, walks, list(range(walks[0].states.rows)))
+    return Inputs(moments, moments.tokens)
 
 
 def compare_rows(job: Job, samples: Sequence[Callable[[int], Sample]], size: int) -> Inputs:
@@ -135,9 +164,22 @@ def _sample_in_products(job: Job, name: str, walks: list[Walk], row: int) -> Sam
     x = block.inputs_of(name, state).to(device)
     if alone:
         return Sample(x)
-    place = job.rows_of(ORIGINAL).index(row)
+    theirs, place = walks[1], job.rows_of(ORIGINAL).index(row)
     if name.endswith(("o_proj", "down_proj")):
-        wanted = walks[1].states.read(place, ("residual",))["residual"] - state["residual"]
+        if ".experts." in name:
+            wanted = block.linear(name, x) + _share(name, state).to(device)
+        else:
+            wanted = theirs.states.read(place, ("residual",))["residual"] - state["residual"]
         return Sample(x, target=wanted.reshape(-1, wanted.shape[-1]).to(device, x.dtype))
-    original = walks[1].block.inputs_of(name, walks[1].states.read(place, ("x",))).to(device)
+    # The same tokens of the original: an expert's by the quantized model's choice.
+    beside = {**state, **theirs.states.read(place, ("x",))}
+    original = theirs.block.inputs_of(name, beside).to(device)
     return Sample(x, (original.float() - x.float()).to(x.dtype))
+
+
+def _share(name: str, state: State) -> Tensor:
+    """What one expert is to add to its answers `[n, hidden]`: see the module docstring."""
+    chosen, mix = state["experts"] == int(name.split(".")[2]), state["mix"]
+    token = chosen.any(-1)
+    part = mix[chosen] / mix.square().sum(-1)[token]
+    return state["missing"][token] * part[:, None]
