@@ -160,13 +160,15 @@ def _sample(job: Job, name: str, walks: list[Walk], row: int) -> Sample:
 
 def _sample_in_products(job: Job, name: str, walks: list[Walk], row: int) -> Sample:
     alone, block, device = len(walks) == 1, walks[0].block, job.device
-    state = walks[0].states.read(row, ("x", "experts") if alone else None)
+    expert, writes = ".experts." in name, name.endswith(("o_proj", "down_proj"))
+    more = () if alone or not writes else ("mix", "missing") if expert else ("residual",)
+    state = walks[0].states.read(row, ("x", "experts", *more))
     x = block.inputs_of(name, state).to(device)
     if alone:
         return Sample(x)
     theirs, place = walks[1], job.rows_of(ORIGINAL).index(row)
-    if name.endswith(("o_proj", "down_proj")):
-        if ".experts." in name:
+    if writes:
+        if expert:
             wanted = block.linear(name, x) + _share(name, state).to(device)
         else:
             wanted = theirs.states.read(place, ("residual",))["residual"] - state["residual"]
