@@ -1,12 +1,16 @@
-"""The C library's heap, where it is glibc: one for all threads, given back at times that are known."""
+"""The C library's heap, where it is glibc: one for all threads, given back at times that are known; and what torch
+keeps in it of its own."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 
 # Parameters of mallopt; 32 MiB is the most that it takes for the second.
 _M_ARENA_MAX, _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -8, -3, -1
 _LARGEST_IN_HEAP, _KEPT = 32 << 20, 1 << 30
+# How many kernels torch keeps, in all and in every thread; it reads these where it makes the first.
+_KERNELS, _CACHES = 32, ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
 def keep_memory() -> None:
@@ -21,6 +25,16 @@ def keep_memory() -> None:
         mallopt(_M_ARENA_MAX, 1)
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_IN_HEAP)
         mallopt(_M_TRIM_THRESHOLD, _KEPT)
+
+
+def keep_few_kernels() -> None:
+    """Let torch keep few of the kernels that it makes for products in 16 bits, unless the environment says how many.
+
+    Each is made for one shape, and a thousand are kept, in every thread again: with the numbers of tokens that
+    experts happen to get, all are different, and a run took up to 100 MB more with every block.
+    """
+    for name in _CACHES:
+        os.environ.setdefault(name, str(_KERNELS))
 
 
 def give_back() -> None:

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qwen3_export.core.heap import keep_memory
+from qwen3_export.core.heap import keep_few_kernels, keep_memory
 from qwen3_export.core.imports import uncollected, uninterrupted
 from qwen3_export.errors import MissingRuntimeError
 
@@ -84,6 +84,7 @@ def workers(threads: int | None = None, fast: bool = False) -> Iterator[Workers]
     `fast` lets fp32 products be computed as sums of bf16 products where the processor does those
     faster and the result stays within `FAST_BOUND`, which is tried out first.
     """
+    keep_few_kernels()
     import torch
 
     def prepare() -> None:
