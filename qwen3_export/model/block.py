@@ -29,6 +29,8 @@ from qwen3_export.model.attention import causal_attention
 
 State = dict[str, Tensor]
 NUM_STAGES = 4
+# Tokens of an expert are filled up to a power of two, or from here on to a multiple of this.
+_TOKENS = 64
 
 
 @dataclass
@@ -71,7 +73,8 @@ class Block:
         """`x @ weight.T`, the inputs rounded first where the linear's scheme says so."""
         rounder = self.rounders.get(name)
         weight = self.weights[name] if self.products is None else self.weights[name].to(self.products)
-        y = F.linear((x if rounder is None else rounder(x)).to(weight.dtype), weight)
+        x = (x if rounder is None else rounder(x)).to(weight.dtype)
+        y = _product(x, weight) if ".experts." in name else F.linear(x, weight)
         if self.outputs is not None:
             self.outputs[name] = y
         return y
@@ -177,6 +180,16 @@ class Block:
         if stage == 2:
             return {**state, "x": out}
         return {"residual": state["residual"] + (out * state["mix"].unsqueeze(-1)).sum(-2)}
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.T` for the tokens `[n, in]` that an expert happens to get, filled up to one of few numbers.
+
+    A kernel for 16-bit products is made for one shape, and that takes longer than such a small product.
+    """
+    count = len(x)
+    filled = min(1 << max(count - 1, 0).bit_length(), -(-count // _TOKENS) * _TOKENS)
+    return F.linear(F.pad(x, (0, 0, 0, filled - count)), weight)[:count]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
