@@ -16,6 +16,7 @@ from qwen3_export.model.decoder import load_block, rope_tables, to_torch
 from qwen3_export.solve.fold import ROUTER
 from qwen3_export.solve.method import Group
 from qwen3_export.solve.quantize import quantize
+from qwen3_export.solve.walk import _share
 from tests.conftest import copy_tokenizer, write_checkpoint
 from tests.unit.test_beside import BESIDE, HELD_OUT, LENGTH, SETTINGS, close, parts_of, rows_of, shifted
 from tests.unit.test_head import spied
@@ -100,9 +101,9 @@ def test_an_expert_is_compared_on_the_tokens_that_reach_it(
 def test_an_expert_that_few_tokens_reach_is_not_shifted(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = replace(shifted(EVERY), experts=ExpertRule(min_tokens=SETTINGS.samples * LENGTH // 2))
-    groups = groups_of(source, tmp_path / "out", recipe, monkeypatch)
     floor = SETTINGS.samples * LENGTH // 2
+    recipe = replace(shifted(EVERY), experts=ExpertRule(min_tokens=floor))
+    groups = groups_of(source, tmp_path / "out", recipe, monkeypatch)
     assert {group.compared is None for group in groups.values()} == {True, False}
     for group in groups.values():
         assert (group.compared is None) == (group.tokens < floor)
@@ -110,8 +111,6 @@ def test_an_expert_that_few_tokens_reach_is_not_shifted(
 
 def test_its_answers_make_up_for_what_is_missing() -> None:
     """The share of the module's docstring, added up over a token's experts, is the whole; and the least that is."""
-    from qwen3_export.solve.walk import _share
-
     generator = torch.Generator().manual_seed(0)
     experts = torch.stack([torch.randperm(5, generator=generator)[:3] for _ in range(40)])[None]
     mix = torch.rand(1, 40, 3, generator=generator)
