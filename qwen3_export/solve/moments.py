@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,10 @@ _STRIP = 512
 _TOKENS = 2048
 # Inputs with so many times the mean energy are loud.
 _LOUD = 8.0
+# Every so many tokens of a row tell its center.
+_EVERY = 8
+# Centers whose contributions are added together.
+_CENTERS = 128
 
 
 @dataclass(frozen=True)
@@ -114,22 +118,40 @@ def collect_parts(
 
 
 @dataclass(frozen=True)
+class _Common:
+    """What was taken off some rows: their centers c, what was left of each, and how many tokens each has."""
+
+    centers: list[Tensor] = field(default_factory=list)
+    lefts: list[Tensor] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    others: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A, B `[2 rows, in]`: what is missing from Σ d dᵀ is Aᵀ B."""
+        c, d = torch.stack(self.centers), torch.stack(self.lefts)
+        count = torch.tensor(self.counts, dtype=c.dtype)[:, None]
+        return torch.cat([c, d]), torch.cat([count * c + d, c])
+
+
+@dataclass(frozen=True)
 class _Joined:
-    """Some rows' inputs, less what they have in common, and what they are multiplied with besides themselves."""
+    """Some rows' inputs, less what those of a row have in common, and what they are multiplied with besides
+    themselves; `common` only when much of it has come together."""
 
     x: Tensor
     d: Tensor
     left: dict[str, Tensor]
+    common: _Common | None = None
 
 
 class _Sums:
     """Sums over the samples so far.
 
-    Products in bf16 are rounded to 16 bits before they are added up, which would be as large as the damping where all
-    inputs have much in common. So d = x − c is summed, c being the mean of the first rows, and what c contributes is
-    added in fp32:  Σ x xᵀ = Σ d dᵀ + c (Σ d)ᵀ + (Σ d) cᵀ + n c cᵀ. What a few inputs that are much larger than the
-    others have in common, as those that a first token makes, is harmful still: the sums between these `loud` ones are
-    made once more in fp32.
+    Products in bf16 are rounded to 16 bits before they are added up, which would be as large as the damping where
+    inputs have much in common, as those of one text have after attention. So d = x − c is summed, c being about the
+    mean of the row, and what c contributes is added in fp32:  Σ x xᵀ = Σ d dᵀ + c (Σ d)ᵀ + (Σ d) cᵀ + n c cᵀ. What a
+    few inputs that are much larger than the others have in common, as those that a first token makes, is harmful
+    still: the sums between these `loud` ones are made once more in fp32.
     """
 
     def __init__(self, size: int, device: str, pool: Workers, sizes: bool) -> None:
@@ -138,10 +160,10 @@ class _Sums:
         # The longest first, so that the processors finish together.
         self.strips = [slice(i, min(i + length, size)) for i in range(0, size, length)][::-1]
         self.hessian = torch.zeros(size, size, device=device)
-        self.sum_abs, self.peak, self.sum = (torch.zeros(size, device=device) for _ in range(3))
-        self.others, self.sums = dict[str, Tensor](), dict[str, Tensor]()
-        self.center: Tensor | None = None
-        self.loud = torch.zeros(0, dtype=torch.int64, device=device)
+        self.sum_abs, self.peak = (torch.zeros(size, device=device) for _ in range(2))
+        self.others = dict[str, Tensor]()
+        self.rounded, self.common = False, _Common()
+        self.loud: Tensor | None = None
         self.between = torch.zeros(0, 0, device=device)
 
     def join(self, samples: list[Sample]) -> _Joined:
@@ -154,71 +176,83 @@ class _Sums:
         for name, values in left.items():
             if name not in self.others:
                 self.others[name] = torch.zeros(values.shape[1], self.size, device=self.device)
-                self.sums[name] = torch.zeros(values.shape[1], device=self.device)
         if parts[0].dtype == torch.float32 or not added:
             x = torch.cat(parts)
             return _Joined(x, x, left)
-        passes, d = _passes(), self._centered(parts)
-        for name, values in left.items():
-            passes.add_rows(values, self.sums[name])
+        self.rounded, full = True, None
+        if len(self.common.counts) >= _CENTERS:
+            full, self.common = self.common, _Common()
+        d = torch.empty(added, self.size, dtype=parts[0].dtype)
+        for item, rows in zip(samples, torch.split(d, [len(part) for part in parts]), strict=True):
+            self._center(item, rows)
+        if self.loud is None:
+            energy = d.float().square().mean(0)
+            self.loud = (energy > _LOUD * energy.mean()).nonzero().flatten()
+            self.between = torch.zeros(len(self.loud), len(self.loud), device=self.device)
         own = torch.cat([part[:, self.loud] for part in parts]).float()
         self.between.addmm_(own.T, own)
-        return _Joined(torch.cat(parts) if self.sizes else d, d, left)
+        return _Joined(torch.cat(parts) if self.sizes else d, d, left, full)
 
     def start(self, more: _Joined) -> list[Future[None]]:
         """Add what was joined, strip by strip; what was added before must be finished."""
-        return [self.pool.start(partial(self._strip, more.x, more.d, more.left, columns)) for columns in self.strips]
+        return [self.pool.start(partial(self._strip, more, columns)) for columns in self.strips]
 
-    def _centered(self, parts: list[Tensor]) -> Tensor:
-        """`x − c`, counted in its sum; c, and which inputs are loud, are told by the first rows."""
-        passes = _passes()
-        if self.center is None:
-            total, energy = (torch.zeros(self.size) for _ in range(2))
-            for part in parts:
-                passes.add_rows(part, total)
-            self.center = (total / sum(map(len, parts))).to(parts[0].dtype)
-            for part in parts:
-                energy += (part - self.center).float().square().sum(0)
-            self.loud = (energy > _LOUD * energy.mean()).nonzero().flatten()
-            self.between = torch.zeros(len(self.loud), len(self.loud), device=self.device)
-        d = torch.empty(sum(map(len, parts)), self.size, dtype=parts[0].dtype)
-        for part, rows in zip(parts, torch.split(d, [len(part) for part in parts]), strict=True):
-            passes.subtract(part, self.center, rows, self.sum)
-        return d
+    def _center(self, sample: Sample, d: Tensor) -> None:
+        """`d = x − c` of one row, counted in what is common."""
+        passes, x, (center, left) = _passes(), sample.x, torch.zeros(2, self.size)
+        if not len(x):
+            return
+        some = x[::_EVERY]
+        passes.add_rows(some, center)
+        # As it is taken off, in 16 bits.
+        center = (center / len(some)).to(x.dtype)
+        passes.subtract(x, center, d, left)
+        self.common.centers.append(center.float())
+        self.common.lefts.append(left)
+        self.common.counts.append(len(x))
+        for name in self.others:
+            values = getattr(sample, name)
+            total = torch.zeros(values.shape[1])
+            passes.add_rows(values, total)
+            self.common.others.setdefault(name, []).append(total)
 
-    def _strip(self, x: Tensor, d: Tensor, left: dict[str, Tensor], columns: slice) -> None:
-        own = d[:, columns]
-        _add(self.hessian[: columns.stop, columns], d[:, : columns.stop], own)
-        for name, values in left.items():
+    def _strip(self, more: _Joined, columns: slice) -> None:
+        own = more.d[:, columns]
+        _add(self.hessian[: columns.stop, columns], more.d[:, : columns.stop], own)
+        for name, values in more.left.items():
             _add(self.others[name][:, columns], values, own)
+        if more.common is not None:
+            self._add_common(more.common, columns)
         if self.sizes and len(own):
-            sizes = x[:, columns].abs()
+            sizes = more.x[:, columns].abs()
             self.sum_abs[columns] += sizes.sum(0, dtype=torch.float32)
             self.peak[columns] = torch.maximum(self.peak[columns], sizes.amax(0))
+
+    def _add_common(self, common: _Common, columns: slice) -> None:
+        """What the centers contribute to some columns of the sums."""
+        if not common.counts:
+            return
+        first, second = common.factors()
+        self.hessian[: columns.stop, columns].addmm_(first[:, : columns.stop].T, second[:, columns])
+        for name, totals in common.others.items():
+            self.others[name][:, columns].addmm_(torch.stack(totals).T, first[: len(totals), columns])
 
     def means(self) -> Moments:
         """The sums over the tokens, divided by their number."""
         count = max(self.tokens, 1)
-        self.sum.div_(count)
         self.pool.map(partial(self._finish, count), self.strips)
-        if len(self.loud):
+        if self.loud is not None and len(self.loud):
             self.hessian[self.loud[:, None], self.loud] = self.between / count
         mean_abs, peak = (self.sum_abs / count, self.peak) if self.sizes else (None, None)
         drift, target = self.others.get("drift"), self.others.get("target")
-        return Moments(self.tokens, self.hessian, drift, target, mean_abs, peak, self.center is not None)
+        return Moments(self.tokens, self.hessian, drift, target, mean_abs, peak, self.rounded)
 
     def _finish(self, count: int, columns: slice) -> None:
         """Sums of some columns to means; what lies above H's diagonal blocks is mirrored below them."""
-        upper = self.hessian[: columns.stop, columns].div_(count)
-        if self.center is not None:
-            # What c contributes: c mᵀ + m cᵀ + c cᵀ, m being the mean of d.
-            center, mean = self.center.float(), self.sum
-            upper.addr_(center[: columns.stop], (mean + center)[columns])
-            upper.addr_(mean[: columns.stop], center[columns])
-        for name, total in self.others.items():
+        self._add_common(self.common, columns)
+        self.hessian[: columns.stop, columns].div_(count)
+        for total in self.others.values():
             total[:, columns].div_(count)
-            if self.center is not None:
-                total[:, columns].addr_(self.sums[name] / count, self.center[columns].float())
         block = self.hessian[columns, columns].triu()
         self.hessian[columns, columns] = block + block.triu(1).T
         self.hessian[columns, : columns.start] = self.hessian[: columns.start, columns].T
