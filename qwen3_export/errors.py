@@ -32,10 +32,6 @@ class RecipeError(InputError):
     """A recipe is malformed, or it cannot be applied to this model."""
 
 
-class IndefiniteError(RecipeError):
-    """A Hessian is not positive definite with the damping that was asked for."""
-
-
 class UnsupportedError(InputError):
     """The request is well formed, but a format or runtime cannot hold it; the hint names what can."""
 

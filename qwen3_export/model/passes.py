@@ -21,7 +21,7 @@ _HALF, _LAST, _CUT = np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
 
 
 @compiled
-def _expand(halves: Halves, bits: Any) -> None:
+def expand(halves: Halves, bits: Any) -> None:
     """bf16 to the bits of fp32."""
     for i in range(len(halves)):
         bits[i] = np.uint32(halves[i]) << _CUT
@@ -53,7 +53,7 @@ def _turn(
     row_bits, out_bits = row.view(np.uint32), out.view(np.uint32)
     for t in range(tokens):
         for h in range(heads):
-            _expand(halves[t, h], row_bits)
+            expand(halves[t, h], row_bits)
             scale = _ONE / np.sqrt(_energy(row) / np.float32(wide) + eps)
             for i in range(wide):
                 row[i] = row[i] * scale * weight[i]
@@ -65,29 +65,12 @@ def _turn(
 
 
 @compiled
-def _subtract(halves: Halves, center: Array, left: Halves, sums: Array) -> None:
-    """`left = halves − center` by rows; adds what is left, rounded, to `sums`."""
-    row, total = np.empty(halves.shape[1], np.float32), np.zeros(halves.shape[1], np.float32)
-    bits = row.view(np.uint32)
-    for t in range(len(halves)):
-        _expand(halves[t], bits)
-        for i in range(len(row)):
-            row[i] -= center[i]
-        _cut(bits, left[t])
-        _expand(left[t], bits)
-        for i in range(len(row)):
-            total[i] += row[i]
-    for i in range(len(row)):
-        sums[i] += total[i]
-
-
-@compiled
 def _add(halves: Halves, sums: Array) -> None:
     """Adds all rows to `sums`."""
     row, total = np.empty(halves.shape[1], np.float32), np.zeros(halves.shape[1], np.float32)
     bits = row.view(np.uint32)
     for t in range(len(halves)):
-        _expand(halves[t], bits)
+        expand(halves[t], bits)
         for i in range(len(row)):
             total[i] += row[i]
     for i in range(len(row)):
@@ -104,20 +87,15 @@ def normed_and_turned(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: T
     turned = torch.empty(batch, heads, tokens, wide, dtype=x.dtype)
     tables = [np.ascontiguousarray(table.numpy(), np.float32) for table in (weight, cos, sin)]
     for row in range(batch):
-        _turn(_halves(x[row]), tables[0], np.float32(eps), tables[1], tables[2], _halves(turned[row]))
+        _turn(halves_of(x[row]), tables[0], np.float32(eps), tables[1], tables[2], halves_of(turned[row]))
     return turned
-
-
-def subtract(x: Tensor, center: Tensor, left: Tensor, sums: Tensor) -> None:
-    """`left = x − center` of bf16 `[tokens, n]`, rounded to bf16, which is also added to the fp32 `sums` `[n]`."""
-    _subtract(_halves(x), center.float().numpy(), _halves(left), sums.numpy())
 
 
 def add_rows(x: Tensor, sums: Tensor) -> None:
     """Add the rows of a bf16 `[tokens, n]` to the fp32 `sums` `[n]`."""
-    _add(_halves(x), sums.numpy())
+    _add(halves_of(x), sums.numpy())
 
 
-def _halves(tensor: Tensor) -> Any:
+def halves_of(tensor: Tensor) -> Any:
     """A bf16 tensor's numbers as uint16; a copy only where it does not lie in one piece."""
     return tensor.contiguous().view(torch.int16).numpy().view(np.uint16)

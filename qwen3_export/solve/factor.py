@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen3_export.errors import IndefiniteError
+from qwen3_export.errors import RecipeError
 from qwen3_export.model.workers import Workers
 
 _STRIP = 512
@@ -49,7 +49,7 @@ def factorise(
     """Order the columns (unless `order` says how), damp, factorise: fp32, or fp64 when needed.
 
     A column that no input ever reached gets a unit diagonal: it is rounded and compensates nothing. Raises
-    IndefiniteError, with the `name` of the linear, for a Hessian that is not positive definite.
+    RecipeError, with the `name` of the linear, for a Hessian that is not positive definite.
     """
     diagonal = hessian.diagonal().clone()
     if order is None and act_order:
@@ -65,7 +65,7 @@ def factorise(
             upper = _inverse(lower.flip(0, 1), pool)
             if torch.isfinite(upper.sum()):
                 return Factor(order, upper, ordered)
-    raise IndefiniteError(
+    raise RecipeError(
         f"{name}: the Hessian of its inputs is not positive definite with percdamp {percdamp}",
         "use more calibration text, or a larger percdamp in the recipe's options",
     )

@@ -51,8 +51,7 @@ QUANTIZED, ORIGINAL = "quantized", "original"
 
 @dataclass(frozen=True)
 class Job:
-    """What the block loop needs to know; `exact` where moments are summed in fp32, whatever the products, `plain`
-    where nothing of the model runs (`solve.alone`)."""
+    """What the block loop needs to know; `plain` where nothing of the model runs (`solve.alone`)."""
 
     checkpoint: Checkpoint
     recipe: Recipe
@@ -64,7 +63,6 @@ class Job:
     device: str = "cpu"
     outputs: Outputs | None = None
     shelf: Shelf | None = None
-    exact: bool = False
     plain: bool = False
 
     def hidden_path(self, layer: int, stream: str = QUANTIZED) -> Path:

@@ -22,14 +22,11 @@ import torch
 from torch import Tensor
 
 from qwen3_export.model.workers import Workers, results
+from qwen3_export.solve.bytes import Bytes, add_products, as_bytes
 
-_STRIP = 512
-# Tokens whose products are rounded to 16 bits together: the more of these roundings, the more they average out.
+_STRIP = 256
+# Fewer tokens are summed in fp32.
 _TOKENS = 2048
-# Inputs with so many times the mean energy are loud.
-_LOUD = 8.0
-# Every so many tokens of a row tell its center.
-_EVERY = 8
 # Centers whose contributions are added together.
 _CENTERS = 128
 
@@ -45,8 +42,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Moments:
-    """See the module docstring; `drift` or `target` only where the original was run beside. `rounded`: what was
-    summed are products in 16 bits."""
+    """See the module docstring; `drift` or `target` only where the original was run beside."""
 
     tokens: int
     hessian: Tensor
@@ -54,7 +50,6 @@ class Moments:
     target: Tensor | None = None
     mean_abs: Tensor | None = None
     peak: Tensor | None = None
-    rounded: bool = False
 
     def join(self, other: Moments) -> Moments:
         """Moments over both sets of tokens; what only one of them knows is left out."""
@@ -67,8 +62,7 @@ class Moments:
         drift, target = mean(self.drift, other.drift), mean(self.target, other.target)
         peak = None if self.peak is None or other.peak is None else torch.maximum(self.peak, other.peak)
         mean_abs = mean(self.mean_abs, other.mean_abs)
-        rounded = self.rounded or other.rounded
-        return Moments(self.tokens + other.tokens, hessian, drift, target, mean_abs, peak, rounded)
+        return Moments(self.tokens + other.tokens, hessian, drift, target, mean_abs, peak)
 
 
 @dataclass(frozen=True)
@@ -119,137 +113,103 @@ def collect_parts(
 
 @dataclass(frozen=True)
 class _Common:
-    """What was taken off some rows: their centers c, what was left of each, and how many tokens each has."""
+    """The centers c of some rows, Σ d̂ of each, and how many tokens each has; Σ t of what they are multiplied with."""
 
     centers: list[Tensor] = field(default_factory=list)
-    lefts: list[Tensor] = field(default_factory=list)
+    sums: list[Tensor] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     others: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A, B `[2 rows, in]`: what is missing from Σ d dᵀ is Aᵀ B."""
-        c, d = torch.stack(self.centers), torch.stack(self.lefts)
+    def add(self, x: Bytes, counts: list[int], left: dict[str, Bytes]) -> None:
+        self.centers.append(x.centers)
+        self.sums.append(x.sums)
+        self.counts.extend(counts)
+        for name, values in left.items():
+            self.others.setdefault(name, []).append(values.sums)
+
+    def contribute(self, hessian: Tensor, others: dict[str, Tensor], columns: slice) -> None:
+        """Add to some columns of the sums what the centers contribute; see `solve.bytes`."""
+        if not self.counts:
+            return
+        c, d = torch.cat(self.centers), torch.cat(self.sums)
         count = torch.tensor(self.counts, dtype=c.dtype)[:, None]
-        return torch.cat([c, d]), torch.cat([count * c + d, c])
+        first, second = torch.cat([c, d]), torch.cat([count * c + d, c])
+        hessian[: columns.stop, columns].addmm_(first[:, : columns.stop].T, second[:, columns])
+        for name, totals in self.others.items():
+            others[name][:, columns].addmm_(torch.cat(totals).T, c[:, columns])
 
 
 @dataclass(frozen=True)
 class _Joined:
-    """Some rows' inputs, less what those of a row have in common, and what they are multiplied with besides
-    themselves; `common` only when much of it has come together."""
+    """Some rows' inputs, and what they are multiplied with besides themselves: fp32 or bytes. `sizes`: the inputs as
+    they are, where their sizes are wanted; `common` only when much of it has come together."""
 
-    x: Tensor
-    d: Tensor
-    left: dict[str, Tensor]
+    x: Any
+    left: dict[str, Any]
+    sizes: Tensor | None = None
     common: _Common | None = None
 
 
 class _Sums:
-    """Sums over the samples so far.
-
-    Products in bf16 are rounded to 16 bits before they are added up, which would be as large as the damping where
-    inputs have much in common, as those of one text have after attention. So d = x − c is summed, c being about the
-    mean of the row, and what c contributes is added in fp32:  Σ x xᵀ = Σ d dᵀ + c (Σ d)ᵀ + (Σ d) cᵀ + n c cᵀ. What a
-    few inputs that are much larger than the others have in common, as those that a first token makes, is harmful
-    still: the sums between these `loud` ones are made once more in fp32.
-    """
+    """Sums over the samples so far: in fp32, or of bytes (`solve.bytes`) where products are in 16 bits, but where
+    there are few tokens, for which it would not pay."""
 
     def __init__(self, size: int, device: str, pool: Workers, sizes: bool) -> None:
         self.size, self.device, self.pool, self.sizes, self.tokens = size, device, pool, sizes, 0
-        length = _STRIP if size > 2 * _STRIP else _STRIP // 2
         # The longest first, so that the processors finish together.
-        self.strips = [slice(i, min(i + length, size)) for i in range(0, size, length)][::-1]
+        self.strips = [slice(i, min(i + _STRIP, size)) for i in range(0, size, _STRIP)][::-1]
         self.hessian = torch.zeros(size, size, device=device)
         self.sum_abs, self.peak = (torch.zeros(size, device=device) for _ in range(2))
         self.others = dict[str, Tensor]()
-        self.rounded, self.common = False, _Common()
-        self.loud: Tensor | None = None
-        self.between = torch.zeros(0, 0, device=device)
+        self.common = _Common()
 
     def join(self, samples: list[Sample]) -> _Joined:
         """A few rows more as one matrix each, counted in all sums but those of the strips."""
         parts = [item.x for item in samples]
         given = [name for name in ("drift", "target") if samples and getattr(samples[0], name) is not None]
-        left = {name: torch.cat([getattr(item, name) for item in samples]) for name in given}
+        left = {name: [getattr(item, name) for item in samples] for name in given}
         added = sum(map(len, parts))
         self.tokens += added
         for name, values in left.items():
             if name not in self.others:
-                self.others[name] = torch.zeros(values.shape[1], self.size, device=self.device)
-        if parts[0].dtype == torch.float32 or not added:
-            x = torch.cat(parts)
-            return _Joined(x, x, left)
-        self.rounded, full = True, None
+                self.others[name] = torch.zeros(values[0].shape[1], self.size, device=self.device)
+        x = torch.cat(parts) if self.sizes or parts[0].dtype == torch.float32 or added < _TOKENS else None
+        if x is not None and (x.dtype == torch.float32 or added < _TOKENS):
+            return _Joined(x.float(), {name: torch.cat(values).float() for name, values in left.items()}, x)
+        full = None
         if len(self.common.counts) >= _CENTERS:
             full, self.common = self.common, _Common()
-        d = torch.empty(added, self.size, dtype=parts[0].dtype)
-        for item, rows in zip(samples, torch.split(d, [len(part) for part in parts]), strict=True):
-            self._center(item, rows)
-        if self.loud is None:
-            energy = d.float().square().mean(0)
-            self.loud = (energy > _LOUD * energy.mean()).nonzero().flatten()
-            self.between = torch.zeros(len(self.loud), len(self.loud), device=self.device)
-        own = torch.cat([part[:, self.loud] for part in parts]).float()
-        self.between.addmm_(own.T, own)
-        return _Joined(torch.cat(parts) if self.sizes else d, d, left, full)
+        rounded, others = as_bytes(parts, True), {name: as_bytes(values, False) for name, values in left.items()}
+        self.common.add(rounded, [len(part) for part in parts], others)
+        return _Joined(rounded, others, x, full)
 
     def start(self, more: _Joined) -> list[Future[None]]:
         """Add what was joined, strip by strip; what was added before must be finished."""
         return [self.pool.start(partial(self._strip, more, columns)) for columns in self.strips]
 
-    def _center(self, sample: Sample, d: Tensor) -> None:
-        """`d = x − c` of one row, counted in what is common."""
-        passes, x, (center, left) = _passes(), sample.x, torch.zeros(2, self.size)
-        if not len(x):
-            return
-        some = x[::_EVERY]
-        passes.add_rows(some, center)
-        # As it is taken off, in 16 bits.
-        center = (center / len(some)).to(x.dtype)
-        passes.subtract(x, center, d, left)
-        self.common.centers.append(center.float())
-        self.common.lefts.append(left)
-        self.common.counts.append(len(x))
-        for name in self.others:
-            values = getattr(sample, name)
-            total = torch.zeros(values.shape[1])
-            passes.add_rows(values, total)
-            self.common.others.setdefault(name, []).append(total)
-
     def _strip(self, more: _Joined, columns: slice) -> None:
-        own = more.d[:, columns]
-        _add(self.hessian[: columns.stop, columns], more.d[:, : columns.stop], own)
+        _add(self.hessian, more.x, more.x, slice(0, columns.stop), columns)
         for name, values in more.left.items():
-            _add(self.others[name][:, columns], values, own)
+            total = self.others[name]
+            _add(total, values, more.x, slice(0, len(total)), columns)
         if more.common is not None:
-            self._add_common(more.common, columns)
-        if self.sizes and len(own):
-            sizes = more.x[:, columns].abs()
+            more.common.contribute(self.hessian, self.others, columns)
+        if self.sizes and more.sizes is not None and len(more.sizes):
+            sizes = more.sizes[:, columns].abs()
             self.sum_abs[columns] += sizes.sum(0, dtype=torch.float32)
             self.peak[columns] = torch.maximum(self.peak[columns], sizes.amax(0))
-
-    def _add_common(self, common: _Common, columns: slice) -> None:
-        """What the centers contribute to some columns of the sums."""
-        if not common.counts:
-            return
-        first, second = common.factors()
-        self.hessian[: columns.stop, columns].addmm_(first[:, : columns.stop].T, second[:, columns])
-        for name, totals in common.others.items():
-            self.others[name][:, columns].addmm_(torch.stack(totals).T, first[: len(totals), columns])
 
     def means(self) -> Moments:
         """The sums over the tokens, divided by their number."""
         count = max(self.tokens, 1)
         self.pool.map(partial(self._finish, count), self.strips)
-        if self.loud is not None and len(self.loud):
-            self.hessian[self.loud[:, None], self.loud] = self.between / count
         mean_abs, peak = (self.sum_abs / count, self.peak) if self.sizes else (None, None)
         drift, target = self.others.get("drift"), self.others.get("target")
-        return Moments(self.tokens, self.hessian, drift, target, mean_abs, peak, self.rounded)
+        return Moments(self.tokens, self.hessian, drift, target, mean_abs, peak)
 
     def _finish(self, count: int, columns: slice) -> None:
         """Sums of some columns to means; what lies above H's diagonal blocks is mirrored below them."""
-        self._add_common(self.common, columns)
+        self.common.contribute(self.hessian, self.others, columns)
         self.hessian[: columns.stop, columns].div_(count)
         for total in self.others.values():
             total[:, columns].div_(count)
@@ -258,18 +218,9 @@ class _Sums:
         self.hessian[columns, : columns.start] = self.hessian[: columns.start, columns].T
 
 
-def _passes() -> Any:
-    """The compiled passes over 16-bit rows, which only such rows wait for."""
-    from qwen3_export.model import passes
-
-    return passes
-
-
-def _add(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += leftᵀ right` in fp32; bf16 numbers are multiplied as such and the products of some tokens rounded, but
-    where there are few tokens, whose roundings would not average out."""
-    if left.dtype == torch.float32 or len(left) < _TOKENS:
-        total.addmm_(left.float().T, right.float())
-        return
-    for some, others in zip(torch.split(left, _TOKENS), torch.split(right, _TOKENS), strict=True):
-        total.add_(some.T @ others)
+def _add(total: Tensor, left: Any, right: Any, rows: slice, columns: slice) -> None:
+    """`total[rows, columns] += leftᵀ right`, of fp32 or of bytes both."""
+    if isinstance(left, Bytes):
+        add_products(total, left, right, rows, columns)
+    else:
+        total[rows, columns].addmm_(left[:, rows].T, right[:, columns])

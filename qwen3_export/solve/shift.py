@@ -22,8 +22,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qwen3_export.errors import IndefiniteError
 from qwen3_export.model.workers import Workers, results
+from qwen3_export.solve.columns import multiply
 from qwen3_export.solve.factor import damped
 from qwen3_export.solve.moments import Compared, Moments
 
@@ -42,10 +42,11 @@ class _Step:
     lower: Tensor
     direct: Tensor | None
 
-    def of(self, weight: Tensor, rows: slice) -> Tensor:
+    def of(self, weight: Tensor, rows: slice, products: torch.dtype) -> Tensor:
         if self.direct is not None:
-            return weight[rows] @ self.direct
-        return torch.cholesky_solve(_missing(weight, rows, self.moments).T, self.lower).T
+            return multiply(weight[rows], self.direct, products).float()
+        # Not in 16 bits: what is missing is the small difference of two large numbers.
+        return _solved(_missing(weight, rows, self.moments, torch.float32), self.lower)
 
 
 @dataclass(frozen=True)
@@ -60,18 +61,18 @@ class Shift:
         """The weight `[out, in]` to quantize in place of `weight`."""
         some = range(0, len(weight), CONFIRM_EVERY)
         cuts = [some[i : i + _CONFIRMED] for i in range(0, len(some), _CONFIRMED)]
-        parts = pool.map(partial(self._confirm, weight), cuts)
+        parts = pool.map(partial(self._confirm, weight, pool.products), cuts)
         confirmed, curvature = (sum(part[i] for part in parts) for i in range(2))
         alpha = min(max(confirmed / curvature, 0.0), 1.0) if curvature > 0 else 0.0
-        steps = pool.map(partial(self.both.of, weight), _pieces(weight))
+        steps = pool.map(partial(self.both.of, weight, products=pool.products), _pieces(weight))
         return weight + alpha * torch.cat(steps)
 
-    def _confirm(self, weight: Tensor, rows: range) -> tuple[float, float]:
+    def _confirm(self, weight: Tensor, products: torch.dtype, rows: range) -> tuple[float, float]:
         """Slope and curvature of the held-out error along the step that the other rows want."""
         some = slice(rows.start, rows.stop, rows.step)
-        step = self.fitted.of(weight, some)
-        confirmed = (step * _missing(weight, some, self.held_out)).sum(dtype=torch.float64)
-        curvature = ((step @ self.held_out.hessian) * step).sum(dtype=torch.float64)
+        step = self.fitted.of(weight, some, products)
+        confirmed = (step * _missing(weight, some, self.held_out, products)).sum(dtype=torch.float64)
+        curvature = (multiply(step, self.held_out.hessian, products) * step).sum(dtype=torch.float64)
         return float(confirmed), float(curvature)
 
 
@@ -83,12 +84,9 @@ def start_factors(moments: Compared, percdamp: float, pool: Workers) -> list[Fut
 
 
 def prepare(moments: Compared, begun: list[Future[Tensor | None]], pool: Workers) -> Shift | None:
-    """The shift of a group whose factors were begun; None when H is not definite, IndefiniteError when that may be
-    so because it is made of rounded products."""
+    """The shift of a group whose factors were begun; None when H is not definite."""
     fitted, both = results(begun)
     if fitted is None or both is None:
-        if moments.both.rounded:
-            raise IndefiniteError("the Hessian of the rows that ran beside the original is not positive definite")
         return None
     return Shift(moments.held_out, _step(moments.fitted, fitted, pool), _step(moments.both, both, pool))
 
@@ -102,7 +100,7 @@ def _step(moments: Moments, lower: Tensor, pool: Workers) -> _Step:
     drift = moments.drift
     if drift is None:
         return _Step(moments, lower, None)
-    parts = pool.map(lambda rows: torch.cholesky_solve(drift[rows].T, lower).T, _pieces(drift))
+    parts = pool.map(lambda rows: _solved(drift[rows], lower), _pieces(drift))
     return _Step(moments, lower, torch.cat(parts))
 
 
@@ -110,9 +108,15 @@ def _pieces(matrix: Tensor) -> list[slice]:
     return [slice(i, min(i + ROWS_AT_ONCE, len(matrix))) for i in range(0, len(matrix), ROWS_AT_ONCE)]
 
 
-def _missing(weight: Tensor, rows: slice, moments: Moments) -> Tensor:
+def _solved(rows: Tensor, lower: Tensor) -> Tensor:
+    """`rows (L Lᵀ)⁻¹`."""
+    half = torch.linalg.solve_triangular(lower.T, rows, upper=True, left=False)
+    return torch.linalg.solve_triangular(lower, half, upper=False, left=False)
+
+
+def _missing(weight: Tensor, rows: slice, moments: Moments, products: torch.dtype) -> Tensor:
     """`W·drift` or `target − W H`: the missing output's correlation with the inputs, `[rows, in]`."""
     if moments.target is not None:
-        return moments.target[rows] - weight[rows] @ moments.hessian
+        return moments.target[rows] - multiply(weight[rows], moments.hessian, products)
     assert moments.drift is not None
-    return weight[rows] @ moments.drift
+    return multiply(weight[rows], moments.drift, products).float()

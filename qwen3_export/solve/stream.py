@@ -26,11 +26,10 @@ from torch import Tensor
 from qwen3_export.core.qwen3 import EMBEDDING, block_name
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
-from qwen3_export.errors import IndefiniteError
 from qwen3_export.model.block import NUM_STAGES, Block
 from qwen3_export.model.decoder import Rope, load_block, put_quantized, rope_tables
 from qwen3_export.model.table import Table, to_torch
-from qwen3_export.solve.experts import Inputs, Layer, count_tokens
+from qwen3_export.solve.experts import Inputs, count_tokens
 from qwen3_export.solve.fold import ROUTER, apply, search, sites, stored
 from qwen3_export.solve.job import QUANTIZED, Job, SolvedBlock, SolvedLinear
 from qwen3_export.solve.method import Group
@@ -137,25 +136,12 @@ def _solve_stage(job: Job, stage: int, walks: list[Walk]) -> dict[str, SolvedLin
     for names in _groups(block.stage_linears(stage)):
         wanted = [name for name in names if name in schemes]
         if wanted:
-            results.update(_solve_group(job, wanted, walks, layer))
+            inputs = inputs_of(job, wanted[0], walks, layer)
+            results.update(_solve_linears(job, block, wanted, inputs))
     for name in block.stage_linears(stage):
         if name not in schemes:
             block.weights[name] = block.weights[name].to(job.products)
     return results
-
-
-def _solve_group(job: Job, names: list[str], walks: list[Walk], layer: Layer) -> dict[str, SolvedLinear]:
-    """Solve linears that share one input. Where sums of products in 16 bits leave no definite Hessian, because the
-    inputs are nearly the same all over, they are summed once more in fp32."""
-    inputs = inputs_of(job, names[0], walks, layer)
-    try:
-        return _solve_linears(job, walks[0].block, names, inputs)
-    except IndefiniteError:
-        if not inputs.moments.rounded:
-            raise
-    exact = replace(job, exact=True)
-    inputs = inputs_of(exact, names[0], walks, layer_of(exact, walks[0], job.floor))
-    return _solve_linears(exact, walks[0].block, names, inputs)
 
 
 def _groups(names: list[str]) -> Iterator[list[str]]:

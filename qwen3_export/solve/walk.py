@@ -151,14 +151,6 @@ def _width(walks: list[Walk], name: str) -> int:
 
 def _sample(job: Job, name: str, walks: list[Walk], row: int) -> Sample:
     """One row's inputs of a linear; with the original beside, how far they are from its, or what to answer."""
-    sample = _sample_in_products(job, name, walks, row)
-    if not job.exact:
-        return sample
-    drift, target = (None if part is None else part.float() for part in (sample.drift, sample.target))
-    return Sample(sample.x.float(), drift, target)
-
-
-def _sample_in_products(job: Job, name: str, walks: list[Walk], row: int) -> Sample:
     alone, block, device = len(walks) == 1, walks[0].block, job.device
     expert, writes = ".experts." in name, name.endswith(("o_proj", "down_proj"))
     more = () if alone or not writes else ("mix", "missing") if expert else ("residual",)

@@ -1,0 +1,120 @@
+"""Products of two sets of rows summed over their tokens, from bytes: twice as fast as from 16 bits, and exact sums.
+
+    d = x − c          c: about the mean of the row's tokens, one number per column
+    b = round(d / s)   s: what the largest |d| of some rows divides by 127, one number per column
+
+    Σ x̂ x̂ᵀ = s Σ b bᵀ s + c (Σ d̂)ᵀ + (Σ d̂) cᵀ + n c cᵀ      d̂ = s b,  x̂ = c + d̂
+
+Integers are added up without rounding, so what comes out is the exact sum over slightly rounded inputs, and never
+indefinite, however much the inputs have in common. Rounding adds s² / 12 to a column's mean square: less than a
+thousandth of it where the largest input is ten times the usual one, where damping adds a hundredth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qwen3_export.model.compiled import compiled
+from qwen3_export.model.passes import Array, Halves, add_rows, expand, halves_of
+
+# Every so many tokens of a row tell its center.
+_EVERY = 8
+# Tokens are filled up with zeros to a multiple of this: a kernel is made for one number of them.
+_FILLED = 512
+_LARGEST = np.float32(127.0)
+# What is added to a small number to leave its nearest integer in the low bits.
+_ROUNDER = np.float32(12582912.0)
+
+
+@compiled
+def _reach(halves: Halves, center: Array, most: Array) -> None:
+    """`most = max(most, |x − c|)`; no number where an input is none."""
+    row, bad = np.empty(halves.shape[1], np.float32), np.zeros(halves.shape[1], np.float32)
+    bits = row.view(np.uint32)
+    for t in range(len(halves)):
+        expand(halves[t], bits)
+        for i in range(len(row)):
+            size = abs(row[i] - center[i])
+            most[i] = size if size > most[i] else most[i]
+            bad[i] += size - size
+    for i in range(len(row)):
+        most[i] += bad[i]
+
+
+@compiled
+def _round(halves: Halves, center: Array, inverse: Array, made: Any, sums: Array) -> None:
+    """`made = round((x − c) · inverse)`, and its sum over the tokens."""
+    row, total = np.empty(halves.shape[1], np.float32), np.zeros(halves.shape[1], np.float32)
+    bits, integers = row.view(np.uint32), row.view(np.int32)
+    for t in range(len(halves)):
+        expand(halves[t], bits)
+        for i in range(len(row)):
+            row[i] = (row[i] - center[i]) * inverse[i] + _ROUNDER
+        for i in range(len(row)):
+            made[t, i] = np.int8(integers[i] & 255)
+        for i in range(len(row)):
+            total[i] += row[i] - _ROUNDER
+    for i in range(len(row)):
+        sums[i] = total[i]
+
+
+@compiled
+def _add_scaled(total: Array, begin: int, products: NDArray[np.int32], left: Array, right: Array) -> None:
+    """`total[:, begin:] += left · products · right`."""
+    for i in range(len(products)):
+        for j in range(len(right)):
+            total[i, begin + j] += np.float32(products[i, j]) * left[i] * right[j]
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Some rows `[tokens, n]` as bytes, each row less its center, and the scales `[n]` of the columns.
+
+    `centers` and `sums` are `[rows, n]`: Σ d̂ over a row's tokens, or of rows that have no center Σ x, nothing rounded.
+    """
+
+    values: Tensor
+    scales: Tensor
+    centers: Tensor
+    sums: Tensor
+
+
+def as_bytes(parts: Sequence[Tensor], centered: bool) -> Bytes:
+    """bf16 rows `[tokens, n]` as bytes; what is not finite makes its column's scale so."""
+    size = parts[0].shape[1]
+    centers, sums = torch.zeros(len(parts), size), torch.zeros(len(parts), size)
+    most = np.zeros(size, np.float32)
+    for part, center in zip(parts, centers, strict=True):
+        if centered and len(part):
+            # Not the first one, whose inputs may be a thousand times as large as all others.
+            some = part[min(len(part) - 1, _EVERY // 2) :: _EVERY]
+            add_rows(some, center)
+            center.div_(len(some))
+        _reach(halves_of(part), center.numpy(), most)
+    scales = most / _LARGEST
+    inverse = np.divide(np.float32(1.0), scales, out=np.zeros_like(scales), where=(scales > 0) & np.isfinite(scales))
+    tokens = sum(map(len, parts))
+    values = torch.empty(-(-tokens // _FILLED) * _FILLED, size, dtype=torch.int8)
+    values[tokens:] = 0
+    places = torch.split(values[:tokens], [len(part) for part in parts])
+    for part, center, total, made in zip(parts, centers, sums, places, strict=True):
+        _round(halves_of(part), center.numpy(), inverse, made.numpy(), total.numpy())
+        if not centered:
+            add_rows(part, total.zero_())
+    if centered:
+        sums.mul_(torch.from_numpy(scales))
+    return Bytes(values, torch.from_numpy(scales), centers, sums)
+
+
+def add_products(total: Tensor, left: Bytes, right: Bytes, rows: slice, columns: slice) -> None:
+    """`total[rows, columns] += Σ left rightᵀ` over the tokens of both; `total` in fp32."""
+    products = torch._int_mm(left.values[:, rows].T, right.values[:, columns])
+    scales = [some.numpy() for some in (left.scales[rows], right.scales[columns])]
+    _add_scaled(total[rows].numpy(), columns.start, products.numpy(), *scales)
