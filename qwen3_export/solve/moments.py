@@ -173,15 +173,16 @@ class _Sums:
         for name, values in left.items():
             if name not in self.others:
                 self.others[name] = torch.zeros(values[0].shape[1], self.size, device=self.device)
-        x = torch.cat(parts) if self.sizes or parts[0].dtype == torch.float32 or added < _TOKENS else None
-        if x is not None and (x.dtype == torch.float32 or added < _TOKENS):
+        if parts[0].dtype == torch.float32 or added < _TOKENS:
+            x = torch.cat(parts)
             return _Joined(x.float(), {name: torch.cat(values).float() for name, values in left.items()}, x)
-        full = None
+        sizes, full = torch.cat(parts) if self.sizes else None, None
         if len(self.common.counts) >= _CENTERS:
             full, self.common = self.common, _Common()
-        rounded, others = as_bytes(parts, True), {name: as_bytes(values, False) for name, values in left.items()}
+        rounded = as_bytes(parts, centered=True)
+        others = {name: as_bytes(values, centered=False) for name, values in left.items()}
         self.common.add(rounded, [len(part) for part in parts], others)
-        return _Joined(rounded, others, x, full)
+        return _Joined(rounded, others, sizes, full)
 
     def start(self, more: _Joined) -> list[Future[None]]:
         """Add what was joined, strip by strip; what was added before must be finished."""
