@@ -45,7 +45,9 @@ def chat(
         if room < 1:
             raise InputError(f"the prompt has {len(ids)} tokens, {artifact.name} holds {session.context}")
         started = time.perf_counter()
-        tokens, stop = _generate(session, tokenizer, ids, min(sampling.max_new_tokens, room), sampling, on_text)
+        shown = _Shown(tokenizer, on_text)
+        tokens, stop = _generate(session, tokenizer, ids, min(sampling.max_new_tokens, room), sampling, shown)
+        shown.grow(tokens, last=True)
         seconds = time.perf_counter() - started
         return {
             "text": tokenizer.decode(tokens),
@@ -59,29 +61,35 @@ def chat(
         session.close()
 
 
+class _Shown:
+    """The text that `on_text`, where there is one, has got so far."""
+
+    def __init__(self, tokenizer: TextModel, on_text: Callable[[str], None] | None) -> None:
+        self._tokenizer, self._on_text, self._text = tokenizer, on_text, ""
+
+    def grow(self, tokens: list[int], last: bool = False) -> None:
+        """Hand over what is new. A character can be spread over several tokens: it waits until it is whole, unless
+        these are the `last` ones."""
+        if self._on_text is None:
+            return
+        text = self._tokenizer.decode(tokens)
+        if last or not text.endswith("\ufffd"):
+            self._on_text(text[len(self._text) :])
+            self._text = text
+
+
 def _generate(
-    session: Session,
-    tokenizer: TextModel,
-    ids: NDArray[np.int32],
-    limit: int,
-    sampling: Sampling,
-    on_text: Callable[[str], None] | None,
+    session: Session, tokenizer: TextModel, ids: NDArray[np.int32], limit: int, sampling: Sampling, shown: _Shown
 ) -> tuple[list[int], str]:
     random, stops = np.random.default_rng(sampling.seed), tokenizer.stop_ids()
     tokens: list[int] = []
-    shown = ""
     logits = session.prefill(ids)[-1]
     while len(tokens) < limit:
         token = choose(logits, sampling, random)
         if token in stops:
             return tokens, "end"
         tokens.append(token)
-        if on_text:
-            text = tokenizer.decode(tokens)
-            # A character can be spread over several tokens: wait until it is whole.
-            if not text.endswith("\ufffd"):
-                on_text(text[len(shown) :])
-                shown = text
+        shown.grow(tokens)
         if len(tokens) < limit:
             logits = session.decode(token)
     return tokens, "length"
