@@ -101,7 +101,10 @@ def scheme_of(recipe: Recipe) -> str:
 
 
 def jobs(wanted: list[str], peers: list[str], recipes: list[str] | None) -> list[Job]:
-    """Every run that is asked for; a default recipe that this version does not have is left out, with a word."""
+    """Every run that is asked for; a default recipe that this version does not have is left out, with a word.
+
+    A recipe that was named runs too where no peer stores weights as its last rule does.
+    """
     ours = []
     for name in recipes if recipes is not None else RECIPES:
         try:
@@ -111,4 +114,5 @@ def jobs(wanted: list[str], peers: list[str], recipes: list[str] | None) -> list
                 raise
             print(f"left out: {error}", file=sys.stderr)
     theirs = [Job(p, m, s) for s in wanted for p in peers for m in PEERS[s].get(p, [])]
-    return [job for scheme in wanted for job in (*ours, *theirs) if job.scheme == scheme]
+    alone = dict.fromkeys(job.scheme for job in ours if recipes and job.scheme not in PEERS)
+    return [job for scheme in (*wanted, *alone) for job in (*ours, *theirs) if job.scheme == scheme]
