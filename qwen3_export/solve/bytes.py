@@ -29,6 +29,8 @@ _EVERY = 8
 # Tokens are filled up with zeros to a multiple of this: a kernel is made for one number of them.
 _FILLED = 512
 _LARGEST = np.float32(127.0)
+# Tokens whose products fit into an integer of 32 bits, whatever they are: 127² of each.
+_SUMMED = 1 << 17
 # What is added to a small number to leave its nearest integer in the low bits.
 _ROUNDER = np.float32(12582912.0)
 
@@ -115,6 +117,7 @@ def as_bytes(parts: Sequence[Tensor], centered: bool) -> Bytes:
 
 def add_products(total: Tensor, left: Bytes, right: Bytes, rows: slice, columns: slice) -> None:
     """`total[rows, columns] += Σ left rightᵀ` over the tokens of both; `total` in fp32."""
-    products = torch._int_mm(left.values[:, rows].T, right.values[:, columns])
     scales = [some.numpy() for some in (left.scales[rows], right.scales[columns])]
-    _add_scaled(total[rows].numpy(), columns.start, products.numpy(), *scales)
+    for first, second in zip(torch.split(left.values, _SUMMED), torch.split(right.values, _SUMMED), strict=True):
+        products = torch._int_mm(first[:, rows].T, second[:, columns])
+        _add_scaled(total[rows].numpy(), columns.start, products.numpy(), *scales)

@@ -89,3 +89,12 @@ def test_products_are_exact_sums(begin: int, end: int) -> None:
     np.testing.assert_allclose(total[:30, begin:end].numpy(), 2.0 + scaled[:30, begin:end], rtol=1e-5, atol=1e-3)
     total[:30, begin:end] = 2.0
     assert bool((total == 2.0).all())
+
+
+def test_no_number_of_tokens_is_too_many() -> None:
+    """An integer of 32 bits holds the products of 133,000 of them."""
+    values = torch.full((1 << 18, 3), 127, dtype=torch.int8)
+    x = Bytes(values, torch.ones(3), torch.zeros(1, 3), torch.zeros(1, 3))
+    total = torch.zeros(3, 3)
+    add_products(total, x, x, slice(0, 3), slice(0, 3))
+    assert bool((total == float(127**2 << 18)).all())
