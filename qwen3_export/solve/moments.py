@@ -175,7 +175,9 @@ class _Sums:
                 self.others[name] = torch.zeros(values[0].shape[1], self.size, device=self.device)
         if parts[0].dtype == torch.float32 or added < _TOKENS:
             x = torch.cat(parts)
-            return _Joined(x.float(), {name: torch.cat(values).float() for name, values in left.items()}, x)
+            return _Joined(
+                x.float(), {name: torch.cat(values).float() for name, values in left.items()}, x if self.sizes else None
+            )
         sizes, full = torch.cat(parts) if self.sizes else None, None
         if len(self.common.counts) >= _CENTERS:
             full, self.common = self.common, _Common()
@@ -195,7 +197,7 @@ class _Sums:
             _add(total, values, more.x, slice(0, len(total)), columns)
         if more.common is not None:
             more.common.contribute(self.hessian, self.others, columns)
-        if self.sizes and more.sizes is not None and len(more.sizes):
+        if more.sizes is not None and len(more.sizes):
             sizes = more.sizes[:, columns].abs()
             self.sum_abs[columns] += sizes.sum(0, dtype=torch.float32)
             self.peak[columns] = torch.maximum(self.peak[columns], sizes.amax(0))
