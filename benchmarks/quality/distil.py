@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 from benchmarks.quality.checkpoints import copy_sidecars
 from benchmarks.quality.folders import Experts, load
 from qwen3_export.core.source import locate
+from qwen3_export.model.workers import has_bf16
 from qwen3_export.text import ModelTokenizer, calibration_rows, load_documents
 
 LENGTH, BATCH = 256, 8
@@ -60,9 +61,9 @@ def train(student: nn.Module, teacher: nn.Module, ids: Tensor, steps: int) -> No
     for step in range(steps):
         batch = ids[order[step * BATCH : (step + 1) * BATCH]]
         routed.clear()
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, has_bf16()):
             wanted = teacher(batch).logits.float().log_softmax(-1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, has_bf16()):
             given = student(batch, use_cache=False).logits
         loss = (wanted.exp() * (wanted - given.float().log_softmax(-1))).sum(-1).mean()
         (loss + BALANCE * imbalance(routed)).backward()

@@ -115,4 +115,8 @@ def jobs(wanted: list[str], peers: list[str], recipes: list[str] | None) -> list
             print(f"left out: {error}", file=sys.stderr)
     theirs = [Job(p, m, s) for s in wanted for p in peers for m in PEERS[s].get(p, [])]
     alone = dict.fromkeys(job.scheme for job in ours if recipes and job.scheme not in PEERS)
-    return [job for scheme in (*wanted, *alone) for job in (*ours, *theirs) if job.scheme == scheme]
+    run = (*wanted, *alone)
+    for job in ours:
+        if recipes and job.scheme not in run:
+            print(f"left out: {job.method} counts as {job.scheme}, which --scheme does not name", file=sys.stderr)
+    return [job for scheme in run for job in (*ours, *theirs) if job.scheme == scheme]

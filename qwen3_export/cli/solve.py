@@ -192,6 +192,10 @@ def search_recipe(
         bool,
         typer.Option("--embeddings/--no-embeddings", help="Quantize and count embedding and head too, tied or not."),
     ] = False,
+    fold: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="`awq` moves scales between neighbours first, `none` does not (default: awq; rtn: none)."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: all. Never changes the recipe.")] = None,
     force: Force = False,
     json: Json = False,
@@ -221,6 +225,7 @@ def search_recipe(
         fused,
         threads,
         embeddings,
+        fold,
     )
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     with staged_file(path, force) as partial:

@@ -18,7 +18,7 @@ nothing is lost. The router stays in 16 bits: before it, s is a power of two, wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,6 +78,46 @@ def sites(block: Block) -> list[Site]:
     ]
     inner = torch.arange(shapes[f"{experts[0]}.down_proj"][1])
     return found + [Site(f"{expert}.up_proj", (f"{expert}.down_proj",), 3, inner) for expert in experts]
+
+
+def choose(
+    kind: str,
+    block: Block,
+    stage: int,
+    schemes: Mapping[str, QuantScheme],
+    moments_of: Callable[[str], Moments | None],
+    pool: Workers,
+) -> list[tuple[Site, Tensor]]:
+    """The sites of a stage where scales are worth moving, with the scales; `apply_all` when all stages are known.
+
+    `moments_of(name)` gives the moments of a linear's inputs in the block as it is, sizes included, or None
+    where they say too little to go by.
+    """
+    found = []
+    for site in (site for site in sites(block) if site.stage == stage):
+        # The last target is the router where there is one: its input is that of all experts.
+        moments = moments_of(site.targets[-1])
+        scales = None if moments is None else search(kind, site, block, moments, schemes, pool)
+        found += [(site, scales)] if scales is not None else []
+    return found
+
+
+def apply_all(
+    block: Block, chosen: list[tuple[Site, Tensor]], stored_as: Callable[[str], np.dtype]
+) -> dict[str, NDArray]:
+    """Move all chosen scales; returns norms and routers as they are stored, by local tensor name.
+
+    `stored_as(name)` is the type on disk of a local tensor.
+    """
+    replaced: dict[str, NDArray] = {}
+    for site, scales in chosen:
+        name, router = f"{site.source}.weight", f"{ROUTER}.weight"
+        changed = apply(block, site, scales, stored_as(name))
+        if changed is not None:
+            replaced[name] = changed
+        if ROUTER in site.targets:
+            replaced[router] = stored(block.weights[ROUTER], stored_as(router))
+    return replaced
 
 
 def search(

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from qwen3_export.text import ModelTokenizer, Rows, calibration_rows, load_docum
 
 # Whose options a method is searched and shipped with.
 OPTIONS_OF = {"gptq": "gptq-w4a16-g32", "rtn": "rtn-w4a16-g32", "awq": "awq-w4a16-g128"}
+FOLDS = ("none", "awq")
 GRIDS = ("symmetric", "signed", "asymmetric")
 BITS = (2, 3, 4, 8, 16)
 _GROUPS = (128, 64, 32)
@@ -50,7 +51,8 @@ class Settings:
     the embedding and the head, which are then quantized too, a tied one once. `grids` are names of
     `GRIDS`; 8 bits are always symmetric, in groups of 128 where that fits. `measure` is the number
     of rows, of at most 256 tokens each, that the KL is measured on and no solver sees. `fused` gives
-    q,k,v of a block one scheme and gate,up one, which vLLM and SGLang need.
+    q,k,v of a block one scheme and gate,up one, which vLLM and SGLang need. `fold` is one of `FOLDS`;
+    None folds where the method looks at inputs anyway: it costs little, and is left out where it does not pay.
     """
 
     target_bpw: float
@@ -65,6 +67,7 @@ class Settings:
     fused: bool = False
     threads: int | None = None
     embeddings: bool = False
+    fold: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def search(checkpoint: Checkpoint, settings: Settings, scratch: Path, progress: 
     progress, started = progress or Progress(), time.monotonic()
     if checkpoint.is_quantized:
         raise InputError(f"{checkpoint.folder} is quantized already", "give the 16-bit original")
-    base = load_recipe(OPTIONS_OF[_one_of("--method", settings.method, tuple(OPTIONS_OF))])
+    base = _base(settings)
     method, options = load_method(base)
     options_of = {
         unit: _fitting(unit, settings) for unit in units(checkpoint.config, settings.fused, settings.embeddings)
@@ -159,6 +162,14 @@ def to_yaml(recipe: Recipe) -> str:
         if rule["scheme"]:
             rule["scheme"] = {k: v for k, v in rule["scheme"].items() if k in shown or v != usual[k]}
     return yaml.safe_dump(values, sort_keys=False, width=120, default_flow_style=None)
+
+
+def _base(settings: Settings) -> Recipe:
+    """The recipe whose method and options are searched with."""
+    base = load_recipe(OPTIONS_OF[_one_of("--method", settings.method, tuple(OPTIONS_OF))])
+    usual = "none" if settings.method == "rtn" else "awq"
+    fold = usual if settings.fold is None else _one_of("--fold", settings.fold, FOLDS)
+    return replace(base, options={**base.options, "fold": fold})
 
 
 def _one_of(option: str, value: object, known: Sequence[Any]) -> Any:

@@ -18,6 +18,9 @@ end, and a tied matrix does both (`solve.ends`).
 
     loss(unit, scheme) = KL(unit, probe) · tr(ΔHΔᵀ)(scheme) / tr(ΔHΔᵀ)(probe)
 
+Where the recipe folds scales (`solve.fold`), every block is folded before its units are measured, on every
+fourth calibration row and with the probes: the model stays the same function.
+
 Two blocks are in memory; hidden states are files of rows `[1, tokens, hidden]` in fp32, of which there
 is one set per unit. Of L blocks a measured row costs some 2·L forward passes (3.5·L if linears are not
 fused), a calibration row one, and 4 (or 9) more where repairs are fitted.
@@ -26,8 +29,8 @@ fused), a calibration row one, and 4 (or 9) more where repairs are fitted.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -37,14 +40,16 @@ from torch import Tensor
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, block_name
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import dequantize
-from qwen3_export.model.block import NUM_STAGES, Block, State
-from qwen3_export.model.decoder import Rope, load_block, rope_tables
+from qwen3_export.model.block import NUM_STAGES, Block
+from qwen3_export.model.decoder import load_block, rope_tables
 from qwen3_export.solve.divergence import mean_divergences
 from qwen3_export.solve.ends import SAMPLED_ROWS, begin, enter_changed, finish
+from qwen3_export.solve.fold import Site, apply_all, choose
 from qwen3_export.solve.method import Group
-from qwen3_export.solve.moments import Sample, collect
+from qwen3_export.solve.moments import Moments, Sample, collect
 from qwen3_export.solve.repair import Repairs, fit_repairs, run
 from qwen3_export.solve.rows import energy
+from qwen3_export.solve.sizes import FOLD_EVERY
 from qwen3_export.solve.states import RowFile, States
 from qwen3_export.solve.study import Study, Variant, at_once, embed_file, rows_file
 from qwen3_export.solve.units import OUTER, Unit
@@ -86,6 +91,8 @@ def measure(study: Study, tick: Callable[[], object] = lambda: None) -> list[Sen
         begun = begin(study, ends[EMBEDDING], stack) if EMBEDDING in ends else None
         for layer in range(study.checkpoint.config.num_layers):
             block = load_block(study.checkpoint, layer)
+            if study.fold != "none":
+                _fold(study, block, before)
             solved, after = _solve_layer(study, block, before, stack)
             passing = [variant.rows for variant in found]
             if begun is not None and layer == 0:
@@ -116,29 +123,58 @@ class _SolvedUnit:
     weights: Mapping[str, Tensor]
 
 
+def _fold(study: Study, block: Block, before: RowFile) -> None:
+    """Move a block's scales as `quantize` will, with every unit stored as its probe."""
+    probes = {
+        n: schemes[0] for unit, schemes in study.schemes.items() if unit.layer == block.layer for n in unit.shapes
+    }
+    rows, chosen = range(0, len(study.solving), FOLD_EVERY), list[tuple[Site, Tensor]]()
+    with _entered(study, block, before, rows) as states:
+        for stage in range(NUM_STAGES):
+
+            def moments_of(name: str) -> Moments:
+                sample, wide = partial(_sample, block, states, name), block.weights[name].shape[1]
+                return collect(sample, range(len(rows)), at_once(study), wide, "cpu", study.pool, sizes=True)
+
+            chosen += choose(study.fold, block, stage, probes, moments_of, study.pool)
+            _advance(study, block, states, stage)
+    apply_all(block, chosen, lambda name: study.checkpoint.entry(f"{block_name(block.layer)}.{name}").dtype)
+
+
+@contextmanager
+def _entered(study: Study, block: Block, before: RowFile, rows: Sequence[int]) -> Iterator[States]:
+    """Some calibration rows at the entrance of the block."""
+    folder = study.scratch / f"states-{block.layer}"
+    folder.mkdir(exist_ok=True)
+    with closing(States(folder, len(rows))) as states:
+        states.advance(lambda place, _: block.enter(before.read(rows[place])), study.pool)
+        yield states
+
+
 def _solve_layer(study: Study, block: Block, before: RowFile, stack: ExitStack) -> tuple[list[_SolvedUnit], RowFile]:
     """Solve the units of a block; also the calibration rows' hidden states after the block as it is."""
-    folder, solved = study.scratch / f"states-{block.layer}", []
-    folder.mkdir()
-    states = States(folder, len(study.solving))
-    rope = rope_tables(study.checkpoint.config, 0, len(study.solving[0]))
-    try:
-        states.advance(lambda row, _: block.enter(before.read(row)), study.pool)
+    solved = []
+    with _entered(study, block, before, range(len(study.solving))) as states:
         for stage in range(NUM_STAGES):
             hessians = _Hessians(study, block, states)
             for unit, schemes in study.schemes.items():
                 if (unit.layer, unit.stage) == (block.layer, stage):
                     solved.append(_solve_unit(study, unit, schemes, hessians))
-            states.advance(partial(_advance, block, stage, rope), study.pool)
+            _advance(study, block, states, stage)
         after = states.take("residual")
-    finally:
-        states.close()
     stack.callback(after.close)
     return solved, after
 
 
-def _advance(block: Block, stage: int, rope: Rope, _row: int, state: State) -> State:
-    return block.advance(stage, state, rope)
+def _advance(study: Study, block: Block, states: States, stage: int) -> None:
+    """All rows through the linears of a stage."""
+    rope = rope_tables(study.checkpoint.config, 0, len(study.solving[0]))
+    states.advance(lambda _, state: block.advance(stage, state, rope), study.pool)
+
+
+def _sample(block: Block, states: States, name: str, row: int) -> Sample:
+    """One row's inputs of a linear, by local name."""
+    return Sample(block.inputs_of(name, states.read(row)))
 
 
 def _bear(
@@ -173,13 +209,10 @@ class _Hessians:
         if ".experts." not in name and self._kept is not None:
             return self._kept
         rows, wide = range(self.states.rows), self.block.weights[name].shape[1]
-        sample = partial(self._sample, name)
+        sample = partial(_sample, self.block, self.states, name)
         found = collect(sample, rows, at_once(self.study), wide, "cpu", self.study.pool).hessian
         self._kept = None if ".experts." in name else found
         return found
-
-    def _sample(self, name: str, row: int) -> Sample:
-        return Sample(self.block.inputs_of(name, self.states.read(row)))
 
 
 def _solve_unit(study: Study, unit: Unit, schemes: Sequence[QuantScheme], hessians: _Hessians) -> _SolvedUnit:

@@ -29,10 +29,11 @@ from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.model.block import NUM_STAGES, Block
 from qwen3_export.model.decoder import Rope, load_block, put_quantized, rope_tables
 from qwen3_export.model.table import Table, to_torch
-from qwen3_export.solve.experts import Inputs, count_tokens
-from qwen3_export.solve.fold import ROUTER, apply, search, sites, stored
+from qwen3_export.solve.experts import Inputs, Layer, count_tokens
+from qwen3_export.solve.fold import apply_all, choose
 from qwen3_export.solve.job import QUANTIZED, Job, SolvedBlock, SolvedLinear
 from qwen3_export.solve.method import Group
+from qwen3_export.solve.moments import Moments
 from qwen3_export.solve.rounding import round_group
 from qwen3_export.solve.sizes import FOLD_EVERY
 from qwen3_export.solve.walk import WRITERS, Walk, enter, inputs_of, layer_of, move, note_missing
@@ -108,25 +109,17 @@ def _fold(job: Job, block: Block, rope: Rope) -> dict[str, NDArray]:
     try:
         for stage in range(NUM_STAGES):
             layer = layer_of(job, walk, -(-job.floor // FOLD_EVERY))
-            for site in (site for site in sites(block) if site.stage == stage):
-                # The last target is the router where there is one: its input is that of all experts.
-                inputs = layer.inputs(site.targets[-1])
-                if inputs.fallback != "rtn":
-                    scales = search(job.fold, site, block, inputs.moments, schemes, job.pool)
-                    chosen += [(site, scales)] if scales is not None else []
+
+            def moments_of(name: str, layer: Layer = layer) -> Moments | None:
+                inputs = layer.inputs(name)
+                return inputs.moments if inputs.fallback != "rtn" else None
+
+            chosen += choose(job.fold, block, stage, schemes, moments_of, job.pool)
             move(job, walk, stage, rope)
     finally:
         walk.states.close()
-    replaced: dict[str, NDArray] = {}
-    for site, scales in chosen:
-        name = f"{prefix}.{site.source}.weight"
-        changed = apply(block, site, scales, job.checkpoint.entry(name).dtype)
-        if changed is not None:
-            replaced[name] = changed
-        if ROUTER in site.targets:
-            router = f"{prefix}.{ROUTER}.weight"
-            replaced[router] = stored(block.weights[ROUTER], job.checkpoint.entry(router).dtype)
-    return replaced
+    replaced = apply_all(block, chosen, lambda name: job.checkpoint.entry(f"{prefix}.{name}").dtype)
+    return {f"{prefix}.{name}": array for name, array in replaced.items()}
 
 
 def _solve_stage(job: Job, stage: int, walks: list[Walk]) -> dict[str, SolvedLinear]:

@@ -92,6 +92,7 @@ def test_a_budget_out_of_reach_names_the_range(model: Path, tmp_path: Path, targ
         (("--method", "magic"), ["--method", "gptq"]),
         (("--sequence-length", "9999"), ["--sequence-length", "512"]),
         (("--calibration", "nothing.txt"), ["nothing.txt"]),
+        (("--fold", "smoothquant"), ["--fold smoothquant", "none, awq"]),
     ],
 )
 def test_bad_options_are_refused_before_the_work(

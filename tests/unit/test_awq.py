@@ -9,21 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
-from qwen3_export.core.qwen3 import block_name
+from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.recipe import Recipe
-from qwen3_export.core.resources import resource
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.decoder import load_block
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve.fold import apply, search, sites
+from qwen3_export.solve.fold import search, sites
 from qwen3_export.solve.grid import find_grid, range_grid, round_to
 from qwen3_export.solve.job import Settings
 from qwen3_export.solve.moments import Sample, collect
 from qwen3_export.solve.quantize import quantize
-from tests.artifact.support import VOCABULARY, with_tokenizer
+from tests.artifact.support import VOCABULARY
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
 from tests.reference.models import our_logits, random_rows
+from tests.unit.outliers import with_outliers
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -89,22 +88,6 @@ def test_the_hessian_search_takes_the_shrink_with_the_least_output_error() -> No
         tried = [error(range_grid(part, scheme, 1 - 0.025 * step)[0]) for step in range(-2, 22)]
         best = torch.stack(tried).min(0).values
         torch.testing.assert_close(error(grid.scales[:, group : group + 1]), best, rtol=1e-4, atol=0)
-
-
-def with_outliers(checkpoint: Checkpoint, folder: Path) -> Path:
-    """The same function with every ninth channel of the norms 64 times as large, powers of two throughout."""
-    tensors = {name: checkpoint.read(name) for name in checkpoint.files}
-    for layer in range(checkpoint.config.num_layers):
-        block = load_block(checkpoint, layer)
-        for site in (site for site in sites(block) if site.is_norm):
-            scales = torch.ones(len(site.index))
-            scales[::9] = 2.0**-6
-            apply(block, site, scales, BF16)
-        tensors |= {
-            f"{block_name(layer)}.{name}.weight": weight.numpy().astype(BF16) for name, weight in block.weights.items()
-        }
-    write_checkpoint(folder, dict(checkpoint.raw_config), tensors)
-    return with_tokenizer(folder, resource("calibration") / "reference-model")
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "rtn"])

@@ -23,6 +23,7 @@ from qwen3_export.solve.search import OPTIONS_OF, Found, Settings, search, to_ya
 from qwen3_export.solve.units import OUTER, Unit, units
 from qwen3_export.text import ModelTokenizer, calibration_rows, load_documents
 from tests.conftest import copy_tokenizer, tiny_config, tiny_moe_config, write_checkpoint
+from tests.unit.outliers import with_outliers
 
 SETTINGS = Settings(4.6, samples=8, sequence_length=48, measure=3, fused=True, threads=1)
 CONFIGS = {
@@ -66,7 +67,7 @@ def test_a_sensitivity_is_the_kl_of_a_model_quantized_in_one_unit(
 ) -> None:
     """Solved by `quantize`, loaded from its folder, run as a whole: none of the sweep's code."""
     original = open_checkpoint(source)
-    found = search(original, replace(SETTINGS, method=method, fused=fused), tmp_path)
+    found = search(original, replace(SETTINGS, method=method, fused=fused, fold="none"), tmp_path)
     for number in (1, 2) if fused else (2, 12):
         sensitivity, _ = found.units[number]
         base = load_recipe(OPTIONS_OF[method])
@@ -76,6 +77,29 @@ def test_a_sensitivity_is_the_kl_of_a_model_quantized_in_one_unit(
         expected = divergence(original, open_checkpoint(tmp_path / f"one-{number}"), measured_rows(source))
         # The Hessian's sums run in another order: a weight between two codes may fall to either side.
         assert sensitivity.kl == pytest.approx(expected, rel=0.02 if method == "gptq" else 1e-3)
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_with_a_fold_it_is_the_kl_of_the_folded_model(
+    source: Path, tmp_path: Path, method: str, exact_products: None
+) -> None:
+    """`quantize` folds a norm when all that read it are quantized: one fused unit. What the search moves besides,
+    from rows of v and up to the columns of o and down, leaves the rounding of these rows as it is."""
+    original = open_checkpoint(with_outliers(open_checkpoint(source), tmp_path / "outliers"))
+    grids = {"grids": ("symmetric",), "method": method}
+    plain = search(original, replace(SETTINGS, **grids, fold="none"), tmp_path)
+    found = search(original, replace(SETTINGS, **grids, fold=None if method == "gptq" else "awq"), tmp_path)
+    assert plain.recipe.options["fold"] == "none"
+    assert found.recipe.options["fold"] == "awq"
+    assert found.expected_kl < 0.9 * plain.expected_kl
+    for number in (0, 2):
+        sensitivity, before = found.units[number][0], plain.units[number][0]
+        rules = (Rule(sensitivity.unit.match, sensitivity.probe), Rule("*", None))
+        settings = QuantizeSettings(samples=SETTINGS.samples, sequence_length=SETTINGS.sequence_length)
+        quantize(original, replace(found.recipe, rules=rules), tmp_path / f"one-{number}", settings)
+        expected = divergence(original, open_checkpoint(tmp_path / f"one-{number}"), measured_rows(source))
+        assert sensitivity.kl == pytest.approx(expected, rel=0.02 if method == "gptq" else 5e-3)
+        assert abs(sensitivity.kl - before.kl) > 0.1 * before.kl
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])

@@ -16,6 +16,9 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BATCH = 1
+# Where a processor cannot multiply bf16 numbers, torch takes a hundred times as long for them as for fp32.
+BF16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+DTYPE = "auto" if BF16 else torch.float32
 IGNORE = ["lm_head", "re:.*mlp.gate$"]
 PRESETS = {
     "fp8-dynamic": "FP8_DYNAMIC",
@@ -59,7 +62,7 @@ def main() -> None:
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(BATCH)]
     free = arguments.method == "rtn" and arguments.scheme != "fp8-static"
     oneshot(
-        model=AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto"),
+        model=AutoModelForCausalLM.from_pretrained(arguments.model, dtype=DTYPE),
         tokenizer=AutoTokenizer.from_pretrained(arguments.model),
         recipe=modifiers(arguments.method, arguments.scheme),
         dataset=None if free else torch.utils.data.DataLoader(batches, batch_size=None),
