@@ -18,6 +18,7 @@ nothing is lost. The router stays in 16 bits: before it, s is a power of two, wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -36,6 +37,8 @@ ROUTER = "mlp.gate"
 _EXPONENTS = [0.1 * step for step in range(1, 11)]
 # Experts whose rounding error speaks for all when a scale is searched before the router.
 _EXPERTS_TRIED = 8
+# So many rows of a linear, evenly chosen, speak for all of it.
+_ROWS_TRIED = 768
 # Less than this is noise, and a fold is a change to more weights.
 _LEAST_GAIN = 0.1
 
@@ -154,10 +157,11 @@ def _awq(
     for exponent in _EXPONENTS:
         candidates += [x**exponent, x**exponent / (w ** (1 - exponent) + 1e-4)]
     candidates = [_centred(scales) for scales in candidates]
+    tried = {name: _some_rows(weight, schemes[name]) for name, weight in weights.items()}
 
     def error(scales: Tensor) -> float:
         spread = scales[site.index]
-        return sum(_error(weight, spread, hessian, schemes[name]) for name, weight in weights.items())
+        return sum(_error(weight, spread, hessian, schemes[name]) for name, weight in tried.items())
 
     errors = pool.map(error, candidates)
     best = min(range(len(errors)), key=errors.__getitem__)
@@ -168,6 +172,11 @@ def _at_least_median(hessian: Tensor) -> Tensor:
     """H `[in, in]` with a diagonal that is nowhere below its median; stays positive semidefinite."""
     diagonal = hessian.diagonal()
     return hessian + torch.diag((diagonal.median() - diagonal).clamp(min=0))
+
+
+def _some_rows(weight: Tensor, scheme: QuantScheme) -> Tensor:
+    """Rows that speak for all; all of them where some share a scale."""
+    return weight if scheme.strategy in ("block", "tensor") else weight[:: math.ceil(len(weight) / _ROWS_TRIED)]
 
 
 def _relative(weight: Tensor, scheme: QuantScheme) -> Tensor:

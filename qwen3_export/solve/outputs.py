@@ -32,7 +32,9 @@ from qwen3_export.solve.sizes import BACK_TOKENS, OUTPUT_PIECE, TOP_TOKENS
 from qwen3_export.solve.states import RowFile
 from qwen3_export.text import Rows
 
+# Rows of the head that are multiplied at a time; fewer where they are brought to fp32 first, to stay in a cache.
 _HEAD_ROWS = 16384
+_CONVERTED_ROWS = 1024
 
 
 def pieces_of(rows: int) -> list[slice]:
@@ -149,7 +151,8 @@ def _top(work: Pass) -> None:
 
 def _slope(normed: Tensor, head: Tensor, generator: torch.Generator, products: torch.dtype) -> Tensor:
     """∂(−log p(label)) / ∂normed of a few tokens `[n, hidden]`: (p − label) times the head."""
-    cuts = [slice(i, i + _HEAD_ROWS) for i in range(0, len(head), _HEAD_ROWS)]
+    size = _HEAD_ROWS if head.dtype == products else _CONVERTED_ROWS
+    cuts = [slice(i, i + size) for i in range(0, len(head), size)]
 
     def piece(rows: slice) -> Tensor:
         return head[rows].to(normed.device, products)

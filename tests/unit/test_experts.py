@@ -26,7 +26,7 @@ from qwen3_export.core.qwen3 import block_name, parse_config
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.solve import experts as experts_module
-from qwen3_export.solve import stream, walk
+from qwen3_export.solve import fold, walk
 from qwen3_export.solve.job import Settings
 from qwen3_export.solve.limits import memory_needed
 from qwen3_export.solve.method import Group
@@ -261,13 +261,13 @@ def test_a_fold_at_the_norm_sees_all_tokens_even_if_the_first_expert_sees_none(
     tmp_path: Path, source: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens: dict[str, int] = {}
-    plain = stream.search
+    plain = fold.search
 
     def spy(kind: str, site: Any, block: Any, moments: Any, *rest: Any) -> Any:
         tokens[site.source] = moments.tokens
         return plain(kind, site, block, moments, *rest)
 
-    monkeypatch.setattr(stream, "search", spy)
+    monkeypatch.setattr(fold, "search", spy)
     quantize(open_checkpoint(source), recipe("awq"), tmp_path / "out", settings)
     # Every fourth of 11 rows.
     assert tokens["post_attention_layernorm"] == 3 * LENGTH
