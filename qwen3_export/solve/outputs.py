@@ -157,8 +157,11 @@ def _slope(normed: Tensor, head: Tensor, generator: torch.Generator, products: t
     def piece(rows: slice) -> Tensor:
         return head[rows].to(normed.device, products)
 
-    logits = torch.cat([normed.to(products) @ piece(rows).T for rows in cuts], -1)
-    delta = logits.float().softmax(-1)
+    logits, inputs = torch.empty(len(normed), len(head), device=normed.device), normed.to(products)
+    for rows in cuts:
+        logits[:, rows] = inputs @ piece(rows).T
+    delta = logits.softmax(-1)
+    del logits
     labels = draw(delta, generator)
     delta.scatter_add_(1, labels, -torch.ones_like(labels, dtype=delta.dtype))
     delta = delta.to(products)
