@@ -14,7 +14,7 @@ from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.workers import Workers
-from qwen3_export.solve.method import Solved
+from qwen3_export.solve.method import Solved, fold_of
 from qwen3_export.solve.sizes import TOKENS_AT_ONCE
 from qwen3_export.text import Rows
 
@@ -96,8 +96,8 @@ class Job:
 
     @property
     def fold(self) -> str:
-        """Which scales are moved between neighbours before the solve: a name of `solve.method.FOLDS`."""
-        return getattr(self.options, "fold", "none")
+        """See `solve.method.fold_of`."""
+        return fold_of(self.options)
 
     def schemes(self, layer: int) -> dict[str, QuantScheme]:
         """Schemes of a block's linears by local name; what stays in 16 bits is absent."""

@@ -11,6 +11,7 @@ from qwen3_export.core.progress import peak_rss_bytes
 from qwen3_export.core.qwen3 import Qwen3Config
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.errors import InputError, ResourceError
+from qwen3_export.solve.method import fold_of, load_method
 from qwen3_export.solve.sizes import (
     BACK_TOKENS,
     FOLD_EVERY,
@@ -122,7 +123,7 @@ def disk_needed(
         inner = into["down_proj"] * max(config.experts_per_token, 1)
         per_token = 4 * config.hidden_size + into["o_proj"] + inner + 3 * config.experts_per_token
         # A fold is searched on some rows, whose files lie beside those of the block loop.
-        passes = 1 + original + (1 / FOLD_EVERY if recipe.options.get("fold", "none") != "none" else 0)
+        passes = 1 + original + (1 / FOLD_EVERY if fold_of(load_method(recipe)[1]) != "none" else 0)
         total += int(4 * rows.tokens * per_token * passes)
         if original and config.sparse_layers:
             # What experts leave of the original's residual stream.

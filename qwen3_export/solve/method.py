@@ -86,6 +86,11 @@ def load_method(recipe: Recipe) -> tuple[ModuleType, Any]:
     return module, module.Options(**recipe.options)
 
 
+def fold_of(options: Any) -> str:
+    """What a method's options move between neighbours before the solve: one of `FOLDS`."""
+    return getattr(options, "fold", "none")
+
+
 def check_choice(key: str, value: str | int, choices: tuple[str | int, ...]) -> None:
     """Raise RecipeError when an option is not one of its choices."""
     if value not in choices:

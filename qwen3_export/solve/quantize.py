@@ -22,7 +22,7 @@ from qwen3_export.solve import alone
 from qwen3_export.solve.folder import QuantizedFolder
 from qwen3_export.solve.job import Job, Settings
 from qwen3_export.solve.limits import check_disk, check_memory
-from qwen3_export.solve.method import load_method
+from qwen3_export.solve.method import fold_of, load_method
 from qwen3_export.solve.record import manifest_of, report_experts, result_of
 from qwen3_export.solve.steps import run_blocks
 from qwen3_export.text import ModelTokenizer, Rows, calibration_rows, load_documents
@@ -102,7 +102,7 @@ def _check_device(device: str) -> None:
 def _needs_inputs(recipe: Recipe, method: ModuleType, options: Any) -> bool:
     """Whether the calibration rows must run through the model: for the method, a fold, or static input scales."""
     static = any(rule.scheme and rule.scheme.activations == "static-tensor" for rule in recipe.rules)
-    return static or method.needs_inputs(options) or getattr(options, "fold", "none") != "none"
+    return static or method.needs_inputs(options) or fold_of(options) != "none"
 
 
 def _check_layout(checkpoint: Checkpoint, recipe: Recipe, name: str) -> None:

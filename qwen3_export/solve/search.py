@@ -36,6 +36,7 @@ from qwen3_export.text import ModelTokenizer, Rows, calibration_rows, load_docum
 
 # Whose options a method is searched and shipped with.
 OPTIONS_OF = {"gptq": "gptq-w4a16-g32", "rtn": "rtn-w4a16-g32", "awq": "awq-w4a16-g128"}
+# SmoothQuant's is for rounded activations, which no candidate has.
 FOLDS = ("none", "awq")
 GRIDS = ("symmetric", "signed", "asymmetric")
 BITS = (2, 3, 4, 8, 16)

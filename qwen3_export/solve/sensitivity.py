@@ -45,7 +45,7 @@ from qwen3_export.model.decoder import load_block, rope_tables
 from qwen3_export.solve.divergence import mean_divergences
 from qwen3_export.solve.ends import SAMPLED_ROWS, begin, enter_changed, finish
 from qwen3_export.solve.fold import Site, apply_all, choose
-from qwen3_export.solve.method import Group
+from qwen3_export.solve.method import Group, fold_of
 from qwen3_export.solve.moments import Moments, Sample, collect
 from qwen3_export.solve.repair import Repairs, fit_repairs, run
 from qwen3_export.solve.rows import energy
@@ -91,8 +91,8 @@ def measure(study: Study, tick: Callable[[], object] = lambda: None) -> list[Sen
         begun = begin(study, ends[EMBEDDING], stack) if EMBEDDING in ends else None
         for layer in range(study.checkpoint.config.num_layers):
             block = load_block(study.checkpoint, layer)
-            if study.fold != "none":
-                _fold(study, block, before)
+            if (fold := fold_of(study.options)) != "none":
+                _fold(fold, study, block, before)
             solved, after = _solve_layer(study, block, before, stack)
             passing = [variant.rows for variant in found]
             if begun is not None and layer == 0:
@@ -123,21 +123,22 @@ class _SolvedUnit:
     weights: Mapping[str, Tensor]
 
 
-def _fold(study: Study, block: Block, before: RowFile) -> None:
+def _fold(kind: str, study: Study, block: Block, before: RowFile) -> None:
     """Move a block's scales as `quantize` will, with every unit stored as its probe."""
     probes = {
         n: schemes[0] for unit, schemes in study.schemes.items() if unit.layer == block.layer for n in unit.shapes
     }
     rows, chosen = range(0, len(study.solving), FOLD_EVERY), list[tuple[Site, Tensor]]()
     with _entered(study, block, before, rows) as states:
+
+        def moments_of(name: str) -> Moments:
+            sample, wide = partial(_sample, block, states, name), block.weights[name].shape[1]
+            return collect(sample, range(len(rows)), at_once(study), wide, "cpu", study.pool)
+
         for stage in range(NUM_STAGES):
-
-            def moments_of(name: str) -> Moments:
-                sample, wide = partial(_sample, block, states, name), block.weights[name].shape[1]
-                return collect(sample, range(len(rows)), at_once(study), wide, "cpu", study.pool, sizes=True)
-
-            chosen += choose(study.fold, block, stage, probes, moments_of, study.pool)
-            _advance(study, block, states, stage)
+            if stage > 0:
+                _advance(study, block, states, stage - 1)
+            chosen += choose(kind, block, stage, probes, moments_of, study.pool)
     apply_all(block, chosen, lambda name: study.checkpoint.entry(f"{block_name(block.layer)}.{name}").dtype)
 
 

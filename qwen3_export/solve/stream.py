@@ -108,6 +108,8 @@ def _fold(job: Job, block: Block, rope: Rope) -> dict[str, NDArray]:
     walk = enter(job, block.running(job.products), QUANTIZED, range(0, len(job.rows.ids), FOLD_EVERY))
     try:
         for stage in range(NUM_STAGES):
+            if stage > 0:
+                move(job, walk, stage - 1, rope)
             layer = layer_of(job, walk, -(-job.floor // FOLD_EVERY))
 
             def moments_of(name: str, layer: Layer = layer) -> Moments | None:
@@ -115,7 +117,6 @@ def _fold(job: Job, block: Block, rope: Rope) -> dict[str, NDArray]:
                 return inputs.moments if inputs.fallback != "rtn" else None
 
             chosen += choose(job.fold, block, stage, schemes, moments_of, job.pool)
-            move(job, walk, stage, rope)
     finally:
         walk.states.close()
     replaced = apply_all(block, chosen, lambda name: job.checkpoint.entry(f"{prefix}.{name}").dtype)

@@ -35,11 +35,6 @@ class Study:
     pool: Workers
     scratch: Path
 
-    @property
-    def fold(self) -> str:
-        """What the method's options call `fold`, as in `solve.job`."""
-        return getattr(self.options, "fold", "none")
-
 
 @dataclass(frozen=True)
 class Variant:

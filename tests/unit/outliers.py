@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import ml_dtypes
+import numpy as np
 import torch
 
 from qwen3_export.core.checkpoint import Checkpoint
@@ -15,7 +16,7 @@ from qwen3_export.solve.fold import apply, sites
 from tests.artifact.support import with_tokenizer
 from tests.conftest import write_checkpoint
 
-BF16 = ml_dtypes.bfloat16
+BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def with_outliers(checkpoint: Checkpoint, folder: Path) -> Path:

@@ -17,8 +17,10 @@ from qwen3_export.model.workers import Workers, workers
 from qwen3_export.solve.fold import search, sites
 from qwen3_export.solve.grid import find_grid, range_grid, round_to
 from qwen3_export.solve.job import Settings
+from qwen3_export.solve.limits import disk_needed
 from qwen3_export.solve.moments import Sample, collect
 from qwen3_export.solve.quantize import quantize
+from qwen3_export.text import Rows
 from tests.artifact.support import VOCABULARY
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
 from tests.reference.models import our_logits, random_rows
@@ -112,6 +114,18 @@ def test_what_is_shipped_after_a_fold_is_the_same_model_and_better(
     # The outliers are gone from the norm that is shipped.
     assert (before[::9] / after[::9]).mean() > 4 * (before / after)[1::9].mean()
     assert errors["awq"] < 0.8 * errors["none"]
+
+
+def test_the_room_for_a_fold_is_counted_where_a_recipe_leaves_it_to_the_method(tmp_path: Path) -> None:
+    source, rules = open_checkpoint(write_checkpoint(tmp_path / "model", tiny_config())), [{"match": "*", "scheme": {}}]
+    text = Rows([np.zeros(64, np.int32)] * 64, ["test"] * 64)
+    rooms = [
+        disk_needed(
+            source, Recipe.from_dict({"name": "r", "method": "awq", "rules": rules, "options": options}, "r"), text
+        )
+        for options in ({}, {"fold": "awq"}, {"fold": "none"})
+    ]
+    assert rooms[0] == rooms[1] > rooms[2]
 
 
 def awq_candidates(x: torch.Tensor, weights: list[torch.Tensor], columns: torch.Tensor, group: int) -> list[np.ndarray]:
