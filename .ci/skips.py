@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import xml.etree.ElementTree as ElementTree
 
-# Beginnings of reasons that hold on a machine without the device.
-ALLOWED = ("needs an NVIDIA GPU",)
+# Beginnings of reasons that hold on a machine without them.
+ALLOWED = ("needs an NVIDIA GPU", "needs a processor with AVX2")
 
 
 def main() -> int:

@@ -119,10 +119,10 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def exact_products() -> Iterator[None]:
-    """Calibration rows are multiplied in fp32 on every processor, as on one that has no bf16 instructions."""
+    """Calibration rows are multiplied in fp32 on every processor, as on one that has nothing faster."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("model.workers", "solve.quantize"):
-            patch.setattr(f"qwen3_export.{module}.has_bf16", lambda: False)
+        for faster in ("has_bf16", "has_integers"):
+            patch.setattr(f"qwen3_export.model.workers.{faster}", lambda: False)
         yield
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,9 @@ from torch import Tensor
 
 from qwen3_export.core.qwen3 import Qwen3Config
 from qwen3_export.model.attention import causal_attention
+
+if TYPE_CHECKING:
+    from qwen3_export.model.coded import Coded
 
 State = dict[str, Tensor]
 NUM_STAGES = 4
@@ -54,7 +58,8 @@ class Block:
 
     `products` is the type that linears and attention multiply in; None leaves them as they are.
     `rounders` are the functions that round some linears' inputs; see `model.activations`. Where
-    `outputs` is given, every linear leaves its output there.
+    `outputs` is given, every linear leaves its output there. `coded` are linears that have codes in place of weights,
+    `integers` says that quantized ones may become such.
     """
 
     config: Qwen3Config
@@ -63,6 +68,8 @@ class Block:
     products: torch.dtype | None = None
     rounders: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict, repr=False)
     outputs: dict[str, Tensor] | None = field(default=None, repr=False)
+    integers: bool = False
+    coded: dict[str, Coded] = field(default_factory=dict, repr=False)
 
     def stage_linears(self, stage: int) -> list[str]:
         """Local names of the linears whose input is `x` at this stage."""
@@ -71,19 +78,39 @@ class Block:
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """`x @ weight.T`, the inputs rounded first where the linear's scheme says so."""
-        rounder = self.rounders.get(name)
-        weight = self.weights[name] if self.products is None else self.weights[name].to(self.products)
-        x = (x if rounder is None else rounder(x)).to(weight.dtype)
-        y = _product(x, weight) if ".experts." in name else F.linear(x, weight)
+        y = self.coded[name].product(x) if name in self.coded else self._plain(name, x)
         if self.outputs is not None:
             self.outputs[name] = y
         return y
 
+    def _plain(self, name: str, x: Tensor) -> Tensor:
+        rounder = self.rounders.get(name)
+        weight = self.weights[name] if self.products is None else self.weights[name].to(self.products)
+        x = (x if rounder is None else rounder(x)).to(weight.dtype)
+        return _product(x, weight) if ".experts." in name else F.linear(x, weight)
+
     def running(self, products: torch.dtype) -> Block:
-        """The same block with weights of its own, its linears stored in the type that they multiply in."""
+        """The same block with weights of its own, its linears stored as they multiply: in that type, or as integers."""
         linears = self.config.linear_shapes(self.layer)
         weights = {name: weight.to(products) if name in linears else weight for name, weight in self.weights.items()}
-        return replace(self, weights=weights, products=products, rounders=dict(self.rounders))
+        own = replace(self, weights=weights, products=products, rounders=dict(self.rounders), coded=dict(self.coded))
+        if self.integers:
+            own._round(list(linears))
+        return own
+
+    def _round(self, linears: list[str]) -> None:
+        """Linears that still have weights are multiplied as integers from now on, where they can be."""
+        from qwen3_export.model.coded import rounded
+
+        for name in linears:
+            if name in self.weights and (codes := rounded(self.weights[name])) is not None:
+                self.coded[name] = codes
+                del self.weights[name]
+
+    def width(self, name: str) -> int:
+        """Number of inputs of a linear, or of the router."""
+        shapes = self.config.linear_shapes(self.layer)
+        return shapes[name][1] if name in shapes else self.weights[name].shape[1]
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         """RMSNorm over the last axis, in fp32."""

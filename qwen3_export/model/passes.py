@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numba
 import numpy as np
 import torch
+from numba.extending import overload
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,6 +27,23 @@ def expand(halves: Halves, bits: Any) -> None:
     """bf16 to the bits of fp32."""
     for i in range(len(halves)):
         bits[i] = np.uint32(halves[i]) << _CUT
+
+
+def bring(values: Any, row: Any) -> None:
+    """Numbers to fp32, from bf16 or as they are: for compiled code, which chooses by their type."""
+    raise NotImplementedError
+
+
+@overload(bring)
+def _bring(values: Any, row: Any) -> Any:
+    def copy(values: Any, row: Any) -> None:
+        for i in range(len(row)):
+            row[i] = values[i]
+
+    def widen(values: Any, row: Any) -> None:
+        expand(values, row.view(np.uint32))
+
+    return copy if values.dtype == numba.float32 else widen
 
 
 @compiled

@@ -24,12 +24,17 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """A pool of threads; see `workers` and `plain_workers`. `products` is the type in which this processor multiplies
-    fastest what need not be exact: the calibration rows on their way through the model."""
+    """A pool of threads; see `workers` and `plain_workers`.
 
-    def __init__(self, pool: ThreadPoolExecutor, products: Any = None) -> None:
+    `products` is the type in which this processor multiplies fastest what need not be exact: the calibration rows on
+    their way through the model. `integers`: whether it is faster still with integers where weights are codes
+    (`model.coded`), and in sums of what the rows have in them (`solve.panels`).
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor, products: Any = None, integers: bool = False) -> None:
         self._pool = pool
         self.products: torch.dtype = products
+        self.integers = integers
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """Results in the order of the items; the first exception is raised, the rest is cancelled."""
@@ -102,7 +107,8 @@ def workers(threads: int | None = None, fast: bool = False) -> Iterator[Workers]
     keep_memory()
     try:
         with ThreadPoolExecutor(_count(threads), initializer=prepare) as pool:
-            yield Workers(pool, torch.bfloat16 if fast and has_bf16() else torch.float32)
+            kind = fast_products() if fast else "fp32"
+            yield Workers(pool, torch.bfloat16 if kind == "bf16" else torch.float32, kind == "integers")
     finally:
         torch.set_num_threads(before)
         if products:
@@ -115,6 +121,21 @@ def has_bf16() -> bool:
 
     known = torch.cpu.get_capabilities()
     return any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def has_integers() -> bool:
+    """Whether this processor multiplies integers with AVX2 faster than fp32 numbers: with AVX-512 these are as fast."""
+    import torch
+
+    known = torch.cpu.get_capabilities()
+    return bool(known.get("avx2")) and not known.get("avx512_f")
+
+
+def fast_products() -> str:
+    """In what `fast` workers multiply calibration rows: `bf16`, `integers` or `fp32`. It decides the bytes."""
+    if has_bf16():
+        return "bf16"
+    return "integers" if has_integers() else "fp32"
 
 
 def _product_error() -> float:

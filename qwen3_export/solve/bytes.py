@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen3_export.model.compiled import compiled
-from qwen3_export.model.passes import Array, Halves, add_rows, expand, halves_of
+from qwen3_export.model.passes import Array, Halves, add_rows, bring, expand, halves_of
+from qwen3_export.solve import panels
 
 # Every so many tokens of a row tell its center.
 _EVERY = 8
@@ -36,12 +37,11 @@ _ROUNDER = np.float32(12582912.0)
 
 
 @compiled
-def _reach(halves: Halves, center: Array, most: Array) -> None:
+def _reach(rows: Halves | Array, center: Array, most: Array) -> None:
     """`most = max(most, |x − c|)`; no number where an input is none."""
-    row, bad = np.empty(halves.shape[1], np.float32), np.zeros(halves.shape[1], np.float32)
-    bits = row.view(np.uint32)
-    for t in range(len(halves)):
-        expand(halves[t], bits)
+    row, bad = np.empty(rows.shape[1], np.float32), np.zeros(rows.shape[1], np.float32)
+    for t in range(len(rows)):
+        bring(rows[t], row)
         for i in range(len(row)):
             size = abs(row[i] - center[i])
             most[i] = size if size > most[i] else most[i]
@@ -76,48 +76,93 @@ def _add_scaled(total: Array, begin: int, products: NDArray[np.int32], left: Arr
 
 
 @dataclass(frozen=True)
+class Panels:
+    """What `solve.panels` multiplies: its `values`, and the sum of every column's integers, int32 `[n]` filled up."""
+
+    values: NDArray[np.uint8]
+    totals: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
 class Bytes:
     """Some rows `[tokens, n]` as bytes, each row less its center, and the scales `[n]` of the columns.
 
     `centers` and `sums` are `[rows, n]`: Σ d̂ over a row's tokens, or of rows that have no center Σ x, nothing rounded.
     """
 
-    values: Tensor
+    values: Tensor | Panels
     scales: Tensor
     centers: Tensor
     sums: Tensor
 
 
 def as_bytes(parts: Sequence[Tensor], centered: bool) -> Bytes:
-    """bf16 rows `[tokens, n]` as bytes; what is not finite makes its column's scale so."""
+    """bf16 rows `[tokens, n]` as bytes, fp32 rows as panels; what is not finite makes its column's scale so."""
     size = parts[0].shape[1]
-    centers, sums = torch.zeros(len(parts), size), torch.zeros(len(parts), size)
+    centers = torch.zeros(len(parts), size)
     most = np.zeros(size, np.float32)
     for part, center in zip(parts, centers, strict=True):
         if centered and len(part):
             # Not the first one, whose inputs may be a thousand times as large as all others.
             some = part[min(len(part) - 1, _EVERY // 2) :: _EVERY]
-            add_rows(some, center)
-            center.div_(len(some))
-        _reach(halves_of(part), center.numpy(), most)
-    scales = most / _LARGEST
+            center.copy_(_sum(some)).div_(len(some))
+        _reach(_numbers(part), center.numpy(), most)
+    exact = parts[0].dtype == torch.float32
+    scales = most / np.float32(panels.LARGEST if exact else _LARGEST)
     inverse = np.divide(np.float32(1.0), scales, out=np.zeros_like(scales), where=(scales > 0) & np.isfinite(scales))
-    tokens = sum(map(len, parts))
-    values = torch.empty(-(-tokens // _FILLED) * _FILLED, size, dtype=torch.int8)
+    values, sums = (_as_panels if exact else _as_matrix)(parts, centers, inverse)
+    sums = sums.mul_(torch.from_numpy(scales)) if centered else torch.stack([_sum(part) for part in parts])
+    return Bytes(values, torch.from_numpy(scales), centers, sums)
+
+
+def _as_matrix(parts: Sequence[Tensor], centers: Tensor, inverse: Array) -> tuple[Tensor, Tensor]:
+    """Bytes `[tokens, n]`, filled up with zeros, and each part's sums of them."""
+    tokens, sums = sum(map(len, parts)), torch.zeros(centers.shape)
+    values = torch.empty(-(-tokens // _FILLED) * _FILLED, centers.shape[1], dtype=torch.int8)
     values[tokens:] = 0
     places = torch.split(values[:tokens], [len(part) for part in parts])
     for part, center, total, made in zip(parts, centers, sums, places, strict=True):
         _round(halves_of(part), center.numpy(), inverse, made.numpy(), total.numpy())
-        if not centered:
-            add_rows(part, total.zero_())
-    if centered:
-        sums.mul_(torch.from_numpy(scales))
-    return Bytes(values, torch.from_numpy(scales), centers, sums)
+    return values, sums
+
+
+def _as_panels(parts: Sequence[Tensor], centers: Tensor, inverse: Array) -> tuple[Panels, Tensor]:
+    """As `_as_matrix`, in panels."""
+    tokens, size = sum(map(len, parts)), centers.shape[1]
+    count = -(-size // panels.PANEL)
+    shape = (-(-tokens // panels.BLOCK), count, panels.BLOCK // 4, panels.PANEL, 4)
+    values = torch.full(shape, panels.ZERO, dtype=torch.uint8).numpy()
+    totals, place = np.zeros((len(parts), count * panels.PANEL), np.int32), 0
+    for part, center, total in zip(parts, centers, totals, strict=True):
+        panels.put(_numbers(part), center.numpy(), inverse, place, values.view(np.int32)[..., 0], total)
+        place += len(part)
+    return Panels(values, totals.sum(0, dtype=np.int32)), torch.from_numpy(totals[:, :size].astype(np.float32))
+
+
+def _numbers(part: Tensor) -> Any:
+    """fp32 as it is, bf16 as halves."""
+    return part.contiguous().numpy() if part.dtype == torch.float32 else halves_of(part)
+
+
+def _sum(rows: Tensor) -> Tensor:
+    """Σ of rows `[tokens, n]`, in fp32."""
+    total = torch.zeros(rows.shape[1])
+    if rows.dtype == torch.float32:
+        return torch.sum(rows, 0, out=total)
+    add_rows(rows, total)
+    return total
 
 
 def add_products(total: Tensor, left: Bytes, right: Bytes, rows: slice, columns: slice) -> None:
     """`total[rows, columns] += Σ left rightᵀ` over the tokens of both; `total` in fp32."""
     scales = [some.numpy() for some in (left.scales[rows], right.scales[columns])]
+    if isinstance(left.values, Panels) and isinstance(right.values, Panels):
+        offset, sums = panels.multiply(left.values.values, right.values.values, rows.stop, columns)
+        totals = right.values.totals[columns]
+        panels.add_scaled(total[rows].numpy(), columns.start, sums[rows], offset, totals, *scales)
+        return
+    assert isinstance(left.values, Tensor)
+    assert isinstance(right.values, Tensor)
     for first, second in zip(torch.split(left.values, _SUMMED), torch.split(right.values, _SUMMED), strict=True):
         products = torch._int_mm(first[:, rows].T, second[:, columns])
         _add_scaled(total[rows].numpy(), columns.start, products.numpy(), *scales)

@@ -85,7 +85,7 @@ class Layer:
             # In fp32: sums of so few products in 16 bits would be too coarse.
             return Sample((F.silu(gate) * up).float())
 
-        size = self.block.weights[name].shape[1]
+        size = self.block.width(name)
         return collect(sample, range(len(pieces)), len(pieces), size, self.device, self.pool)
 
     @cached_property

@@ -79,6 +79,11 @@ class Job:
         return torch.float32 if exact else self.pool.products
 
     @property
+    def integers(self) -> bool:
+        """Whether calibration rows are multiplied as integers where they can be; not where inputs are rounded too."""
+        return self.device == "cpu" and self.pool.integers and not any(self._activations)
+
+    @property
     def _activations(self) -> set[str | None]:
         """How the recipe's schemes round inputs."""
         return {rule.scheme.activations for rule in self.recipe.rules if rule.scheme}

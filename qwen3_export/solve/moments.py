@@ -76,21 +76,22 @@ class Compared:
 
 def collect(
     sample: Callable[[int], Sample], rows: Sequence[int], at_once: int, size: int, device: str, pool: Workers,
-    sizes: bool = True,
+    sizes: bool = True, integers: bool = False,
 ) -> Moments:  # fmt: skip
     """Moments over `rows`, `at_once` of them in memory and as many on their way; `size` is the number of inputs.
 
     `sizes`: whether the mean and the largest |x| are wanted too, which take as long as a tenth of the Hessian.
+    `integers`: whether fp32 inputs may be rounded to bytes for their sums, as bf16 inputs are.
     """
-    return collect_parts([(sample, rows)], at_once, size, device, pool, sizes)[0]
+    return collect_parts([(sample, rows)], at_once, size, device, pool, sizes, integers)[0]
 
 
 def collect_parts(
     parts: Sequence[tuple[Callable[[int], Sample], Sequence[int]]], at_once: int, size: int, device: str,
-    pool: Workers, sizes: bool = True,
+    pool: Workers, sizes: bool = True, integers: bool = False,
 ) -> list[Moments]:  # fmt: skip
     """Moments over several sets of rows, each with its own samples, one set after another; see `collect`."""
-    found = [_Sums(size, device, pool, sizes) for _ in parts]
+    found = [_Sums(size, device, pool, sizes, integers) for _ in parts]
     cuts = [
         (sums, sample, rows[begin : begin + at_once])
         for sums, (sample, rows) in zip(found, parts, strict=True)
@@ -151,10 +152,11 @@ class _Joined:
 
 
 class _Sums:
-    """Sums over the samples so far: in fp32, or of bytes (`solve.bytes`) where products are in 16 bits, but where
-    there are few tokens, for which it would not pay."""
+    """Sums over the samples so far: in fp32, or of bytes (`solve.bytes`) where the inputs are in 16 bits or may be
+    rounded, but where there are few tokens, for which it would not pay."""
 
-    def __init__(self, size: int, device: str, pool: Workers, sizes: bool) -> None:
+    def __init__(self, size: int, device: str, pool: Workers, sizes: bool, integers: bool) -> None:
+        self.integers = integers
         self.size, self.device, self.pool, self.sizes, self.tokens = size, device, pool, sizes, 0
         # The longest first, so that the processors finish together.
         self.strips = [slice(i, min(i + _STRIP, size)) for i in range(0, size, _STRIP)][::-1]
@@ -173,7 +175,7 @@ class _Sums:
         for name, values in left.items():
             if name not in self.others:
                 self.others[name] = torch.zeros(values[0].shape[1], self.size, device=self.device)
-        if parts[0].dtype == torch.float32 or added < _TOKENS:
+        if (parts[0].dtype == torch.float32 and not self.integers) or added < _TOKENS:
             x = torch.cat(parts)
             return _Joined(
                 x.float(), {name: torch.cat(values).float() for name, values in left.items()}, x if self.sizes else None

@@ -17,7 +17,7 @@ from qwen3_export.core.qwen3 import HEAD
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import InputError, MissingRuntimeError, RecipeError
-from qwen3_export.model.workers import has_bf16, import_torch, plain_workers, workers
+from qwen3_export.model.workers import fast_products, import_torch, plain_workers, workers
 from qwen3_export.solve import alone
 from qwen3_export.solve.folder import QuantizedFolder
 from qwen3_export.solve.job import Job, Settings
@@ -65,7 +65,7 @@ def quantize(
         "layout": settings.layout,
         "version": __version__,
         # A run does not go on where its rows would be rounded in another way.
-        "products": "bf16" if rows is not None and settings.device == "cpu" and has_bf16() else "fp32",
+        "products": fast_products() if rows is not None and settings.device == "cpu" else "fp32",
     }
     pools = plain_workers(settings.threads) if plain else workers(settings.threads, fast=True)
     with staged_folder(output, settings.force, resume=True) as partial, pools as pool:

@@ -73,7 +73,7 @@ def solve_block(job: Job, layer: int) -> SolvedBlock:
         return SolvedBlock(_solve_alone(job, layer), {}, [0] * experts)
     block = load_block(job.checkpoint, layer, job.device)
     rope = rope_tables(config, 0, len(job.rows.ids[0]), job.device)
-    block.products = job.products
+    block.products, block.integers = job.products, job.integers
     replaced = _fold(job, block, rope) if job.fold != "none" else {}
     walks = [enter(job, block, stream) for stream in job.streams]
     try:

@@ -110,7 +110,7 @@ def inputs_of(job: Job, name: str, walks: list[Walk], layer: Layer) -> Inputs:
     expert = ".experts." in name
     if len(walks) > 1:
         samples = [partial(_sample, job, name, some) for some in (walks, walks[:1])]
-        found = compare_rows(job, samples, _width(walks, name))
+        found = compare_rows(job, samples, walks[0].block.width(name))
         return layer.inputs(name) if expert and found.tokens < job.floor else found
     if expert:
         return layer.inputs(name)
@@ -128,7 +128,7 @@ def compare_rows(job: Job, samples: Sequence[Callable[[int], Sample]], size: int
     fitted, held_out = split_rows(job.rows_of(ORIGINAL))
     others = sorted({*job.rows_of(QUANTIZED)} - {*fitted, *held_out})
     parts = [(beside, fitted), (beside, held_out), *([(alone, others)] if others else [])]
-    found = collect_parts(parts, job.at_once, size, job.device, job.pool, job.sizes)
+    found = collect_parts(parts, job.at_once, size, job.device, job.pool, job.sizes, job.integers)
     both = found[0].join(found[1])
     joined = both.join(found[2]) if others else both
     return Inputs(joined, joined.tokens, Compared(found[0], found[1], both))
@@ -142,11 +142,7 @@ def split_rows(rows: list[int]) -> tuple[list[int], list[int]]:
 
 def _collect(job: Job, name: str, walks: list[Walk], rows: list[int]) -> Moments:
     sample = partial(_sample, job, name, walks)
-    return collect(sample, rows, job.at_once, _width(walks, name), job.device, job.pool, job.sizes)
-
-
-def _width(walks: list[Walk], name: str) -> int:
-    return walks[0].block.weights[name].shape[1]
+    return collect(sample, rows, job.at_once, walks[0].block.width(name), job.device, job.pool, job.sizes, job.integers)
 
 
 def _sample(job: Job, name: str, walks: list[Walk], row: int) -> Sample:

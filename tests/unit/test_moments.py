@@ -1,4 +1,4 @@
-"""Moments against the plain means in fp64: of fp32 samples to its last digits, of bf16 samples to some thousandths,
+"""Moments against the plain means in fp64: of fp32 samples to its last digits, of rounded ones to some thousandths,
 where the choice of as many tokens alone makes a hundred times as much."""
 
 from __future__ import annotations
@@ -11,13 +11,23 @@ import torch
 
 from qwen3_export.model.workers import Workers, workers
 from qwen3_export.solve.moments import Moments, Sample, collect, collect_parts
+from tests.unit.processors import needs_avx2
 
 OUT, ROWS, LENGTH, AT_ONCE = 24, 20, 301, 8
 # One strip of columns, and three.
-SIZES = (96, 1100)
+SIZES = (96, 520)
 LOUD = [3, 40, 41, 95]
 FIELDS = ("hessian", "drift", "target", "mean_abs", "peak")
+# Bytes have seven bits and a sign, or six.
+BOUND = {torch.bfloat16: 4e-3, torch.float32: 8e-3}
 Take = Callable[[int], Sample]
+# What becomes bytes: bf16 inputs, and fp32 inputs where integers are multiplied.
+ROUNDED = [
+    pytest.param(torch.bfloat16, False, id="bf16"),
+    pytest.param(torch.float32, True, id="integers", marks=needs_avx2),
+]
+as_bytes = pytest.mark.parametrize(("dtype", "integers"), ROUNDED)
+every_kind = pytest.mark.parametrize(("dtype", "integers"), [pytest.param(torch.float32, False, id="fp32"), *ROUNDED])
 
 
 @pytest.fixture(scope="module")
@@ -62,28 +72,34 @@ def test_moments_are_the_plain_means(pool: Workers, size: int) -> None:
     assert torch.equal(found.hessian, found.hessian.T)
 
 
+@as_bytes
 @pytest.mark.parametrize("size", SIZES)
-def test_moments_of_bf16_samples_are_the_plain_means_to_some_thousandths(pool: Workers, size: int) -> None:
+def test_moments_of_rounded_samples_are_the_plain_means_to_some_thousandths(
+    pool: Workers, dtype: torch.dtype, integers: bool, size: int
+) -> None:
     rows = range(2 * ROWS)
-    tokens = Tokens(size, torch.bfloat16, len(rows))
-    found = collect(partial(tokens.sample, True), rows, AT_ONCE, size, "cpu", pool)
+    tokens = Tokens(size, dtype, len(rows))
+    found = collect(partial(tokens.sample, True), rows, AT_ONCE, size, "cpu", pool, integers=integers)
     wanted = tokens.wanted(rows)
     for name in ("hessian", "drift", "target", "mean_abs"):
         assert getattr(found, name).dtype == torch.float32
-        assert distance(getattr(found, name), wanted[name]) < 4e-3, name
+        assert distance(getattr(found, name), wanted[name]) < BOUND[dtype], name
     assert torch.equal(found.peak.double(), wanted["peak"])
     assert torch.equal(found.hessian, found.hessian.T)
 
 
+@as_bytes
 @pytest.mark.parametrize("size", SIZES)
-def test_what_a_few_loud_inputs_have_in_common_leaves_the_hessian_definite(pool: Workers, size: int) -> None:
+def test_what_a_few_loud_inputs_have_in_common_leaves_the_hessian_definite(
+    pool: Workers, dtype: torch.dtype, integers: bool, size: int
+) -> None:
     """A few inputs a thousand times as large as the others, and nearly the same number everywhere."""
-    tokens = Tokens(size, torch.bfloat16)
+    tokens = Tokens(size, dtype)
     generator = torch.Generator().manual_seed(9)
     common = 1000 * torch.randn(ROWS * LENGTH, 1, generator=generator)
     nearly = 1 + 0.004 * torch.randn(ROWS * LENGTH, len(LOUD), generator=generator)
-    tokens.x[:, LOUD] = (common * nearly).bfloat16()
-    found = collect(partial(tokens.sample, False), range(ROWS), AT_ONCE, size, "cpu", pool).hessian
+    tokens.x[:, LOUD] = (common * nearly).to(dtype)
+    found = collect(partial(tokens.sample, False), range(ROWS), AT_ONCE, size, "cpu", pool, integers=integers).hessian
     own = tokens.x[:, LOUD].double()
     block, wanted = found[LOUD][:, LOUD].double(), own.T @ own / len(own)
     assert distance(block, wanted) < 1e-3
@@ -101,13 +117,16 @@ def with_damping(hessian: torch.Tensor) -> torch.Tensor:
     return damped
 
 
+@as_bytes
 @pytest.mark.parametrize("size", SIZES)
-def test_rows_whose_tokens_are_nearly_the_same_leave_the_hessian_definite(pool: Workers, size: int) -> None:
+def test_rows_whose_tokens_are_nearly_the_same_leave_the_hessian_definite(
+    pool: Workers, dtype: torch.dtype, integers: bool, size: int
+) -> None:
     """As attention does with random weights: a hundred times the rest is common to all tokens of a row."""
-    tokens, generator = Tokens(size, torch.bfloat16), torch.Generator().manual_seed(5)
+    tokens, generator = Tokens(size, dtype), torch.Generator().manual_seed(5)
     own = torch.randn(ROWS, 1, size, generator=generator) * 100
-    tokens.x = (own + tokens.x.float().reshape(ROWS, LENGTH, size)).reshape(-1, size).bfloat16()
-    found = collect(partial(tokens.sample, True), range(ROWS), AT_ONCE, size, "cpu", pool)
+    tokens.x = (own + tokens.x.float().reshape(ROWS, LENGTH, size)).reshape(-1, size).to(dtype)
+    found = collect(partial(tokens.sample, True), range(ROWS), AT_ONCE, size, "cpu", pool, integers=integers)
     wanted = tokens.wanted(range(ROWS))
     assert torch.linalg.eigvalsh(found.hessian.double())[0] > -1e-6 * found.hessian.diagonal().max()
     assert torch.linalg.cholesky_ex(with_damping(found.hessian)).info == 0
@@ -116,13 +135,14 @@ def test_rows_whose_tokens_are_nearly_the_same_leave_the_hessian_definite(pool: 
         assert distance(getattr(found, name), wanted[name]) < bound, name
 
 
+@as_bytes
 @pytest.mark.parametrize("rows", [8, 300])
-def test_centers_of_many_rows_are_added_together(pool: Workers, rows: int) -> None:
+def test_centers_of_many_rows_are_added_together(pool: Workers, dtype: torch.dtype, integers: bool, rows: int) -> None:
     """More rows than are kept, and one that reaches fewer tokens than would be rounded."""
-    tokens = Tokens(96, torch.bfloat16, rows)
-    found = collect(partial(tokens.sample, True), range(rows), AT_ONCE, 96, "cpu", pool)
+    tokens = Tokens(96, dtype, rows)
+    found = collect(partial(tokens.sample, True), range(rows), AT_ONCE, 96, "cpu", pool, integers=integers)
     for name in ("hessian", "drift", "target"):
-        assert distance(getattr(found, name), tokens.wanted(range(rows))[name]) < 4e-3, name
+        assert distance(getattr(found, name), tokens.wanted(range(rows))[name]) < BOUND[dtype], name
 
 
 def test_few_tokens_are_summed_in_fp32(pool: Workers) -> None:
@@ -140,23 +160,28 @@ def test_few_tokens_are_summed_in_fp32(pool: Workers) -> None:
     torch.testing.assert_close(few.mean_abs, exact.mean_abs, rtol=1e-5, atol=0)
 
 
+@as_bytes
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_an_input_that_is_no_number_makes_its_moments_none(pool: Workers, bad: float) -> None:
-    tokens = Tokens(96, torch.bfloat16)
+def test_an_input_that_is_no_number_makes_its_moments_none(
+    pool: Workers, dtype: torch.dtype, integers: bool, bad: float
+) -> None:
+    tokens = Tokens(96, dtype)
     tokens.x[1000, 17] = bad
-    found = collect(partial(tokens.sample, False), range(ROWS), AT_ONCE, 96, "cpu", pool).hessian
+    found = collect(partial(tokens.sample, False), range(ROWS), AT_ONCE, 96, "cpu", pool, integers=integers).hessian
     assert not torch.isfinite(found[17]).any()
     others = [i for i in range(96) if i != 17]
     assert torch.isfinite(found[others][:, others]).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_kind
 @pytest.mark.parametrize("size", SIZES)
-def test_the_number_of_threads_changes_no_bit(size: int, dtype: torch.dtype) -> None:
+def test_the_number_of_threads_changes_no_bit(size: int, dtype: torch.dtype, integers: bool) -> None:
     tokens, found = Tokens(size, dtype), []
     for threads in (1, 2, 3):
         with workers(threads) as pool:
-            found.append(collect(partial(tokens.sample, True), range(ROWS), AT_ONCE, size, "cpu", pool))
+            found.append(
+                collect(partial(tokens.sample, True), range(ROWS), AT_ONCE, size, "cpu", pool, integers=integers)
+            )
     for other in found[1:]:
         assert_equal(other, found[0])
 
@@ -168,8 +193,8 @@ def assert_equal(found: Moments, wanted: Moments) -> None:
         assert (one is None and other is None) or torch.equal(one, other), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_parts_are_collected_as_each_is_alone(pool: Workers, dtype: torch.dtype) -> None:
+@every_kind
+def test_parts_are_collected_as_each_is_alone(pool: Workers, dtype: torch.dtype, integers: bool) -> None:
     first, second = Tokens(96, dtype), Tokens(96, dtype, seed=1)
     parts: list[tuple[Take, list[int]]] = [
         (partial(first.sample, True), [1, 3, 5, 7, 9, 11, 13, 17, 19]),
@@ -177,10 +202,10 @@ def test_parts_are_collected_as_each_is_alone(pool: Workers, dtype: torch.dtype)
         (partial(second.sample, False), []),
         (partial(second.sample, False), list(range(0, ROWS, 2))),
     ]
-    together = collect_parts(parts, 4, 96, "cpu", pool)
+    together = collect_parts(parts, 4, 96, "cpu", pool, integers=integers)
     assert [part.tokens // LENGTH for part in together] == [9, 1, 0, 10]
     for found, (sample, rows) in zip(together, parts, strict=True):
-        assert_equal(found, collect(sample, rows, 4, 96, "cpu", pool))
+        assert_equal(found, collect(sample, rows, 4, 96, "cpu", pool, integers=integers))
     assert together[0].drift is not None
     assert together[3].drift is None
     assert not together[2].hessian.any()

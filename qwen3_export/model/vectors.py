@@ -1,0 +1,104 @@
+"""Vector instructions that no loop of ours becomes by itself, for functions that numba compiles: small pieces of LLVM.
+
+AVX2 multiplies 16 pairs of 16-bit integers, or 32 of bytes, and adds up neighbours in one instruction: two and four
+times as many as in fp32, and without rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba.extending import intrinsic
+
+ADDRESS = ir.IntType(64)
+INT32, FP32 = ir.IntType(32), ir.FloatType()
+# One register of 32 bytes each.
+BYTES, SHORTS = ir.VectorType(ir.IntType(8), 32), ir.VectorType(ir.IntType(16), 16)
+INTS, FLOATS = ir.VectorType(INT32, 8), ir.VectorType(FP32, 8)
+
+Builder = Any
+Value = Any
+
+
+def inserted(function: Callable[..., Any]) -> Any:
+    """What the function returns, `addressed`, for compiled code to call."""
+    return intrinsic(function)
+
+
+def addressed(arguments: int, build: Callable[..., None]) -> Any:
+    """What numba inserts where a function is called that takes so many addresses or numbers, all of 64 bits, and gives
+    back nothing; `build` writes its instructions, given a builder and the arguments."""
+
+    def generate(context: Any, builder: Builder, _signature: Any, given: Sequence[Value]) -> Value:
+        build(builder, *given)
+        return context.get_dummy_value()
+
+    return numba.types.void(*[numba.types.intp] * arguments), generate
+
+
+def load(builder: Builder, address: Value, kind: Any) -> Value:
+    """One number or register from an address that need not be a multiple of anything."""
+    found = builder.load(builder.inttoptr(address, kind.as_pointer()))
+    found.align = 1
+    return found
+
+
+def store(builder: Builder, value: Value, address: Value) -> None:
+    """The reverse of `load`."""
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = 1
+
+
+def ahead(builder: Builder, address: Value, times: Value | int, step: int = 1) -> Value:
+    """`address + times · step`."""
+    times = ADDRESS(times) if isinstance(times, int) else times
+    return builder.add(address, builder.mul(times, ADDRESS(step)))
+
+
+def spread(builder: Builder, number: Value, kind: Any) -> Value:
+    """A register that holds one number of 32 bits everywhere, seen as `kind`."""
+    lanes = ir.VectorType(number.type, 8)
+    one = builder.insert_element(ir.Constant(lanes, ir.Undefined), number, INT32(0))
+    return builder.bitcast(builder.shuffle_vector(one, one, ir.Constant(INTS, [0] * 8)), kind)
+
+
+def same(kind: Any, number: float) -> Value:
+    """A constant register."""
+    return ir.Constant(kind, [number] * kind.count)
+
+
+def pairs_of_shorts(builder: Builder, left: Value, right: Value) -> Value:
+    """`[2 i] · [2 i] + [2 i + 1] · [2 i + 1]` of signed integers of 16 bits, in 32."""
+    return _call(builder, "llvm.x86.avx2.pmadd.wd", INTS, left, right)
+
+
+def pairs_of_bytes(builder: Builder, left: Value, right: Value) -> Value:
+    """As `pairs_of_shorts`, of unsigned bytes with signed ones, in 16 bits: what does not fit there is cut."""
+    return _call(builder, "llvm.x86.avx2.pmadd.ub.sw", SHORTS, left, right)
+
+
+def _call(builder: Builder, name: str, result: Any, *given: Value) -> Value:
+    known = builder.module.globals
+    if name not in known:
+        ir.Function(builder.module, ir.FunctionType(result, [value.type for value in given]), name)
+    return builder.call(known[name], given)
+
+
+def repeat(
+    builder: Builder, times: Value, carried: Sequence[Value], body: Callable[[Value, Sequence[Value]], Sequence[Value]]
+) -> Sequence[Value]:
+    """`carried = body(i, carried)` for i from 0, `times` times but at least once; what is carried in the end."""
+    before, inside, behind = builder.block, builder.append_basic_block(), builder.append_basic_block()
+    builder.branch(inside)
+    builder.position_at_end(inside)
+    index, entering = builder.phi(ADDRESS), [builder.phi(value.type) for value in carried]
+    found = body(index, entering)
+    following = builder.add(index, ADDRESS(1))
+    for phi, first, next_one in zip([index, *entering], [ADDRESS(0), *carried], [following, *found], strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(next_one, builder.block)
+    builder.cbranch(builder.icmp_signed("<", following, times), inside, behind)
+    builder.position_at_end(behind)
+    return found

@@ -1,0 +1,134 @@
+"""Rows of inputs as integers of seven bits in panels, and their products with AVX2: 2.5 times as fast as in fp32.
+
+    p = round((x − c) / s) + 64    from 1 to 127; s: what the largest |x − c| of some rows divides by 63
+
+One instruction multiplies 32 such bytes with as many signed ones and adds up neighbours in 16 bits, where two such
+sums fit, whatever they are. So both sides have seven bits, and four tokens of a column lie side by side:
+
+    values  uint8 [blocks, panels, 128, 16, 4]    a block is 512 tokens, a panel 16 columns, filled up with 64
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_export.model import vectors as v
+from qwen3_export.model.compiled import compiled
+
+LARGEST = 63
+ZERO = 64
+BLOCK, PANEL = 512, 16
+# Tokens whose products fit into 32 bits, whatever they are: the longest text of any Qwen3 at once.
+MOST_TOKENS = 1 << 18
+_FOUR = 4
+_LINE = _FOUR * PANEL
+_ROUNDER = np.float32(12582912.0)
+
+Array = NDArray[np.float32]
+
+
+def _build(b: Any, left: Any, right: Any, turns: Any, out: Any, row: Any) -> None:
+    """The instructions of `_add_tile`."""
+    halves = range(2)  # Columns of the right lie in two registers.
+
+    def turn(_: Any, carried: Any) -> Any:
+        *found, left, right = carried
+        theirs = [
+            [
+                b.sub(v.load(b, v.ahead(b, right, _LINE * line + 32 * half), v.BYTES), v.same(v.BYTES, ZERO))
+                for half in halves
+            ]
+            for line in range(2)
+        ]
+        for column in range(_FOUR):
+            ours = [
+                v.spread(b, v.load(b, v.ahead(b, left, _LINE * line + 4 * column), v.INT32), v.BYTES)
+                for line in range(2)
+            ]
+            for half in halves:
+                sums = [v.pairs_of_bytes(b, ours[line], theirs[line][half]) for line in range(2)]
+                place = 2 * column + half
+                found[place] = b.add(found[place], v.pairs_of_shorts(b, b.add(*sums), v.same(v.SHORTS, 1)))
+        return [*found, v.ahead(b, left, 2 * _LINE), v.ahead(b, right, 2 * _LINE)]
+
+    *found, _, _ = v.repeat(b, turns, [v.same(v.INTS, 0)] * (2 * _FOUR) + [left, right], turn)
+    for column in range(_FOUR):
+        for half in halves:
+            place = v.ahead(b, v.ahead(b, out, row, column), 32 * half)
+            v.store(b, b.add(v.load(b, place, v.INTS), found[2 * column + half]), place)
+
+
+@v.inserted
+def _add_tile(_context: Any, left: Any, right: Any, turns: Any, out: Any, row: Any) -> Any:
+    """Add the products of four columns with a panel, over `turns` times eight tokens, to four rows of `out`, which are
+    `row` bytes apart: the left as they are, the right less 64. All but numbers are addresses."""
+    return v.addressed(5, _build)
+
+
+@compiled
+def _multiply(left: NDArray[np.uint8], right: NDArray[np.uint8], first: int, out: NDArray[np.int32]) -> None:
+    """Add Σ p (q − 64) of the first columns of the left with those of the right from panel `first` on to `out`."""
+    size = BLOCK * PANEL
+    for block in range(len(left)):
+        for i in range(len(out) // PANEL):
+            ours = left.ctypes.data + (block * left.shape[1] + i) * size
+            for j in range(out.shape[1] // PANEL):
+                theirs = right.ctypes.data + (block * right.shape[1] + first + j) * size
+                for column in range(0, PANEL, _FOUR):
+                    place = (i * PANEL + column) * out.shape[1] + j * PANEL
+                    _add_tile(ours + column * _FOUR, theirs, BLOCK // 8, out.ctypes.data + 4 * place, 4 * out.shape[1])
+
+
+def multiply(
+    left: NDArray[np.uint8], right: NDArray[np.uint8], rows: int, columns: slice
+) -> tuple[int, NDArray[np.int32]]:
+    """Σ p (q − 64) of the first `rows` columns of the left with `columns` of the right, and the place of the first of
+    these: what comes out begins and ends with whole panels."""
+    first, last = columns.start // PANEL, -(-columns.stop // PANEL)
+    products = np.zeros((-(-rows // PANEL) * PANEL, (last - first) * PANEL), np.int32)
+    _multiply(left, right, first, products)
+    return columns.start - first * PANEL, products
+
+
+@compiled
+def put(x: Array, center: Array, inverse: Array, place: int, words: NDArray[np.int32], sums: NDArray[np.int32]) -> None:
+    """Put rows `[tokens, n]` into panels from token `place` on, and add their integers' sums to `sums`.
+
+    `words` are `values` as integers of four bytes: four tokens each, so that one is written for four of a column.
+    """
+    tokens, size = x.shape
+    four = np.zeros(words.shape[1] * PANEL, np.int32)
+    for t in range(tokens):
+        at = place + t
+        shift = np.int32(8 * (at % _FOUR))
+        for i in range(size):
+            whole = np.int32(((x[t, i] - center[i]) * inverse[i] + _ROUNDER) - _ROUNDER)
+            sums[i] += whole
+            # Bytes below zero borrow from the next, and what they borrow comes back with the 64 that is there.
+            four[i] += whole << shift
+        if at % _FOUR == _FOUR - 1 or t == tokens - 1:
+            block, line = at // BLOCK, at % BLOCK // _FOUR
+            for panel in range(words.shape[1]):
+                for i in range(PANEL):
+                    words[block, panel, line, i] += four[panel * PANEL + i]
+            four[:] = 0
+
+
+@compiled
+def add_scaled(
+    total: Array,
+    begin: int,
+    products: NDArray[np.int32],
+    offset: int,
+    sums: NDArray[np.int32],
+    left: Array,
+    right: Array,
+) -> None:
+    """`total[:, begin:] += left · (products − 64 · sums) · right`, of the products' columns from `offset` on."""
+    for i in range(len(total)):
+        for j in range(len(right)):
+            exact = products[i, offset + j] - ZERO * sums[j]
+            total[i, begin + j] += np.float32(exact) * left[i] * right[j]
