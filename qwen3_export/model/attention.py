@@ -1,9 +1,9 @@
-"""Causal attention over whole sequences in bf16 on a processor: queries in pieces, each against the keys it may see.
+"""Causal attention over whole sequences on a processor: queries in pieces, each against the keys it may see.
 
     out = softmax(q kᵀ / √head_dim + mask) v
 
 The queries of all heads that share a key head are one matrix, so that nothing is repeated, and keys beyond
-a piece are never multiplied: less than half of the time of torch's own kernel. In fp32 that one is as fast.
+a piece are never multiplied: less than half of the time of torch's own kernel in bf16, five sixths in fp32 with AVX2.
 """
 
 from __future__ import annotations

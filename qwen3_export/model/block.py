@@ -114,6 +114,10 @@ class Block:
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         """RMSNorm over the last axis, in fp32."""
+        if self.integers:
+            from qwen3_export.model.passes import normed
+
+            return normed(x.to(self.weights[name].dtype), self.weights[name], self.config.rms_norm_eps)
         return rms_norm(x.to(self.weights[name].dtype), self.weights[name], self.config.rms_norm_eps)
 
     def enter(self, hidden: Tensor) -> State:
@@ -155,7 +159,7 @@ class Block:
         if cache is not None:
             k, v = cache.extend(k, v)
         length, total = q.shape[-2], k.shape[-2]
-        if length == total and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        if length == total and (self.integers or (q.dtype == torch.bfloat16 and q.device.type == "cpu")):
             return causal_attention(q, k, v).transpose(1, 2).flatten(2)
         mask = None
         if 1 < length < total:
@@ -169,7 +173,8 @@ class Block:
     def _turned(self, which: str, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Queries or keys, normed and turned, `[batch, heads, tokens, head_dim]` in the type of the products."""
         heads, name = self._heads(f"{which}_proj", x), f"self_attn.{which}_norm"
-        if heads.dtype == torch.bfloat16 and heads.device.type == "cpu" and not heads.requires_grad:
+        halves = heads.dtype == torch.bfloat16 and heads.device.type == "cpu" and not heads.requires_grad
+        if halves or self.integers:
             from qwen3_export.model.passes import normed_and_turned
 
             return normed_and_turned(heads, self.weights[name], self.config.rms_norm_eps, *rope)

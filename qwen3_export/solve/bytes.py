@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen3_export.model.compiled import compiled
-from qwen3_export.model.passes import Array, Halves, add_rows, bring, expand, halves_of
+from qwen3_export.model.passes import Array, Halves, add_rows, bring, expand, halves_of, numbers_of
 from qwen3_export.solve import panels
 
 # Every so many tokens of a row tell its center.
@@ -106,7 +106,7 @@ def as_bytes(parts: Sequence[Tensor], centered: bool) -> Bytes:
             # Not the first one, whose inputs may be a thousand times as large as all others.
             some = part[min(len(part) - 1, _EVERY // 2) :: _EVERY]
             center.copy_(_sum(some)).div_(len(some))
-        _reach(_numbers(part), center.numpy(), most)
+        _reach(numbers_of(part), center.numpy(), most)
     exact = parts[0].dtype == torch.float32
     scales = most / np.float32(panels.LARGEST if exact else _LARGEST)
     inverse = np.divide(np.float32(1.0), scales, out=np.zeros_like(scales), where=(scales > 0) & np.isfinite(scales))
@@ -134,14 +134,9 @@ def _as_panels(parts: Sequence[Tensor], centers: Tensor, inverse: Array) -> tupl
     values = torch.full(shape, panels.ZERO, dtype=torch.uint8).numpy()
     totals, place = np.zeros((len(parts), count * panels.PANEL), np.int32), 0
     for part, center, total in zip(parts, centers, totals, strict=True):
-        panels.put(_numbers(part), center.numpy(), inverse, place, values.view(np.int32)[..., 0], total)
+        panels.put(numbers_of(part), center.numpy(), inverse, place, values.view(np.int32)[..., 0], total)
         place += len(part)
     return Panels(values, totals.sum(0, dtype=np.int32)), torch.from_numpy(totals[:, :size].astype(np.float32))
-
-
-def _numbers(part: Tensor) -> Any:
-    """fp32 as it is, bf16 as halves."""
-    return part.contiguous().numpy() if part.dtype == torch.float32 else halves_of(part)
 
 
 def _sum(rows: Tensor) -> Tensor:

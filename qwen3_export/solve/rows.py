@@ -19,6 +19,7 @@ from qwen3_export.solve.grid import TORCH_SCALES, Grid
 from qwen3_export.solve.method import Group, Solved, not_finite, ratio
 
 ROWS_AT_ONCE = 512
+_ENERGY_STRIP = 256
 
 
 def row_pieces(weight: Tensor, scheme: QuantScheme, at_once: int = ROWS_AT_ONCE) -> list[slice]:
@@ -116,6 +117,16 @@ def check_inputs(group: Group) -> None:
 
 
 def energy(matrix: Tensor, hessian: Tensor | None, products: torch.dtype = torch.float32) -> float:
-    """tr(M H Mᵀ), or tr(M Mᵀ) without inputs, summed in fp64; M H in `products`, whose roundings average out."""
-    through = matrix if hessian is None else matrix.to(products) @ hessian.to(products)
-    return float((through * matrix).sum(dtype=torch.float64))
+    """tr(M H Mᵀ), or tr(M Mᵀ) without inputs, summed in fp64; M H in `products`, whose roundings average out.
+
+    H is symmetric: of what lies beside its diagonal blocks one half is multiplied, and counted twice.
+    """
+    if hessian is None:
+        return float(matrix.square().sum(dtype=torch.float64))
+    total = 0.0
+    for begin in range(0, len(hessian), _ENERGY_STRIP):
+        own = slice(begin, min(begin + _ENERGY_STRIP, len(hessian)))
+        through = (matrix[:, own].to(products) @ hessian[own, begin:].to(products)) * matrix[:, begin:]
+        inside = through[:, : own.stop - begin].sum(dtype=torch.float64)
+        total += 2 * float(through.sum(dtype=torch.float64)) - float(inside)
+    return total

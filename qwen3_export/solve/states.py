@@ -12,6 +12,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Collection
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 import torch
@@ -21,12 +22,20 @@ from qwen3_export.errors import InputError
 from qwen3_export.model.block import State
 from qwen3_export.model.workers import Workers
 
+# Of a file that is to last, so many bytes are brought to the disk as soon as they are there.
+_EARLY = 64 << 20
+
 
 class RowFile:
-    """`count` tensors of one shape and type in one file, each read and written on its own."""
+    """`count` tensors of one shape and type in one file, each read and written on its own; `early`: it is to last, and
+    what is written goes to the disk beside the work, which would wait for it in the end."""
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, path: Path, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, early: bool = False
+    ) -> None:
         self.path, self.lasting, self._shape, self._dtype = path, False, shape, dtype
+        self._early, self._lock, self._waiting = early, threading.Lock(), 0
+        self._flushing: Future[None] | None = None
         self._bytes = math.prod(shape) * dtype.itemsize
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
 
@@ -44,18 +53,46 @@ class RowFile:
         while len(data):
             written = os.pwrite(self._descriptor, data, offset)
             data, offset = data[written:], offset + written
+        if self._early:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Start to flush where enough has been written since it was last begun."""
+        with self._lock:
+            self._waiting += self._bytes
+            if self._waiting < _EARLY or not (self._flushing is None or self._flushing.done()):
+                return
+            self._flushed()
+            self._waiting, self._flushing = 0, Future()
+            threading.Thread(target=_flush_into, args=(self._flushing, self._descriptor)).start()
+
+    def _flushed(self) -> None:
+        """Wait for what was begun; the system reports a failure only once, to whoever flushes next."""
+        if self._flushing is not None:
+            self._flushing.result()
 
     def keep_as(self, path: Path) -> None:
         """Flush to the disk and move to its lasting name; from then on only its owner deletes it."""
+        self._flushed()
         os.fsync(self._descriptor)
         self.path.rename(path)
         self.path, self.lasting = path, True
 
     def close(self, remove: bool = False) -> None:
         """Close the file, and delete it when it is no longer needed."""
+        if self._flushing is not None:
+            wait([self._flushing])
         os.close(self._descriptor)
         if remove and not self.lasting:
             self.path.unlink(missing_ok=True)
+
+
+def _flush_into(done: Future[None], descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+        done.set_result(None)
+    except OSError as error:
+        done.set_exception(error)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -102,9 +139,12 @@ class States:
         """State of one row, batch axis included; all of its fields or some."""
         return {name: file.read(row) for name, file in self._files.items() if fields is None or name in fields}
 
-    def advance(self, step: Callable[[int, State], State], pool: Workers, idle: Collection[str] = ()) -> None:
+    def advance(
+        self, step: Callable[[int, State], State], pool: Workers,
+        idle: Collection[str] = (), lasting: Collection[str] = (),
+    ) -> None:  # fmt: skip
         """Replace every row's state by `step(row, state)`; unchanged fields are not written again, and those that are
-        `idle` not even read."""
+        `idle` not even read. Those that are `lasting` will be kept as they then are."""
         self._generation += 1
         fresh: dict[str, RowFile] = {}
         lock, names = threading.Lock(), {name for name in idle if name in self._files}
@@ -117,7 +157,7 @@ class States:
                     continue
                 with lock:
                     if name not in fresh:
-                        fresh[name] = self._new(name, tensor)
+                        fresh[name] = self._new(name, tensor, name in lasting)
                 fresh[name].write(row, tensor)
             names.update(after)
 
@@ -129,11 +169,11 @@ class States:
                 self._drop(file)
             self._files = {**kept, **fresh}
 
-    def _new(self, name: str, like: Tensor) -> RowFile:
+    def _new(self, name: str, like: Tensor, lasting: bool) -> RowFile:
         path = self._folder / f"{name}-{self._generation}.rows"
         if self._shelf is not None:
             self._shelf.find(path, self.rows * like.numel() * like.element_size())
-        return RowFile(path, tuple(like.shape), like.dtype)
+        return RowFile(path, tuple(like.shape), like.dtype, lasting)
 
     def _drop(self, file: RowFile) -> None:
         file.close(remove=self._shelf is None)

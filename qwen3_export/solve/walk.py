@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qwen3_export.model.block import Block, State
+from qwen3_export.model.block import NUM_STAGES, Block, State
 from qwen3_export.model.decoder import Rope
 from qwen3_export.solve.experts import Inputs, Layer
 from qwen3_export.solve.job import ORIGINAL, QUANTIZED, Job
@@ -72,7 +72,8 @@ def enter(job: Job, block: Block, stream: str, rows: Sequence[int] | None = None
 def move(job: Job, walk: Walk, stage: int, rope: Rope) -> None:
     """All rows through the linears of a stage; those between two writers leave the residual stream alone."""
     step = partial(_advance, job, walk.block, stage, rope)
-    walk.states.advance(step, job.pool, () if stage in WRITERS else ("residual",))
+    lasting = ("residual",) if stage == NUM_STAGES - 1 else ()
+    walk.states.advance(step, job.pool, () if stage in WRITERS else ("residual",), lasting)
 
 
 def _advance(job: Job, block: Block, stage: int, rope: Rope, _row: int, state: State) -> State:

@@ -1,4 +1,4 @@
-"""Attention in bf16 against softmax(q kᵀ / √d + mask) v in fp64, from the same bf16 numbers."""
+"""Attention in bf16 and fp32 against softmax(q kᵀ / √d + mask) v in fp64, from the same bf16 numbers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_attention_in_bf16_is_the_softmax_in_fp64(batch: int, heads: tuple[int, int]) -> None:
+def test_attention_is_the_softmax_in_fp64(batch: int, heads: tuple[int, int]) -> None:
     assert any(tokens > 2 * QUERIES and tokens % QUERIES for tokens in LENGTHS)
     for tokens in LENGTHS:
         q, k, v = inputs(batch, heads, tokens)
@@ -38,6 +38,8 @@ def test_attention_in_bf16_is_the_softmax_in_fp64(batch: int, heads: tuple[int, 
         assert found.dtype == torch.bfloat16
         assert found.shape == wanted.shape
         error = (found.double() - wanted).abs()
+        exactly = causal_attention(q.float(), k.float(), v.float())
+        torch.testing.assert_close(exactly.double(), wanted, rtol=1e-5, atol=1e-5)
         # Scores, shares and what comes out are rounded to 8 bits each, of numbers up to the largest value.
         assert error.max() < 2.0**-7 * float(v.abs().max())
         assert error.mean() < 2.0**-9

@@ -1,4 +1,4 @@
-"""Compiled passes over bf16 rows against the operations that they stand for."""
+"""Compiled passes over bf16 and fp32 rows against the operations that they stand for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from qwen3_export.core.qwen3 import parse_config
 from qwen3_export.model.block import Block, rms_norm, rotate
-from qwen3_export.model.passes import add_rows, normed_and_turned
+from qwen3_export.model.passes import add_rows, normed, normed_and_turned
 from tests.conftest import tiny_config
 
 EPS = 1e-6
@@ -34,9 +34,19 @@ def test_heads_are_normed_and_turned_as_in_fp32(batch: int, tokens: int, heads: 
     wanted = rotate(rms_norm(x.transpose(1, 2).float(), weight, EPS), cos, sin)
     assert found.dtype == torch.bfloat16
     assert found.shape == wanted.shape
+    exact = normed_and_turned(x.float(), weight, EPS, cos, sin)
+    torch.testing.assert_close(exact, wanted, rtol=1e-5, atol=1e-6 * float(wanted.abs().max()))
     # Rounded once; a square's place in a sum can move a number across the middle between two others.
     assert ((found.float() - wanted).abs() <= 2.0**-8 * wanted.abs() + 1e-30).all()
     assert (found == wanted.bfloat16()).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("wide", [1, 7, 64, 1024])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_rows_are_normed_as_by_torch(wide: int, size: float) -> None:
+    x, weight = random(2, 37, wide).float() * size, torch.rand(wide) + 0.5
+    for given in (x, x.transpose(0, 1)):
+        torch.testing.assert_close(normed(given, weight, EPS), rms_norm(given, weight, EPS), rtol=1e-5, atol=0)
 
 
 def test_heads_need_not_lie_in_one_piece() -> None:

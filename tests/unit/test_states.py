@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,38 @@ def test_rows_of_a_file_are_read_back_bit_for_bit(tmp_path: Path) -> None:
     assert all(torch.equal(again.read(row), rows[row]) for row in range(5))
     assert (tmp_path / "b.rows").stat().st_size == 5 * 6 * 4
     again.close(remove=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_to_last_goes_to_the_disk_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[int] = []
+    monkeypatch.setattr("qwen3_export.solve.states._EARLY", 100)
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    for early in (False, True):
+        file = RowFile(tmp_path / "a.rows", (10,), early=early)
+        for row in range(20):
+            file.write(row, torch.full((10,), float(row)))
+        assert bool(flushed) == early
+        file.close(remove=True)
+
+
+def test_what_could_not_be_flushed_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system reports it once, to the flush that was begun early."""
+    errors = [OSError(28, "No space left on device")]
+
+    def flush(_: int) -> None:
+        if errors:
+            raise errors.pop()
+
+    monkeypatch.setattr("qwen3_export.solve.states._EARLY", 40)
+    monkeypatch.setattr(os, "fsync", flush)
+    file = RowFile(tmp_path / "a.rows", (10,), early=True)
+    file.write(0, torch.zeros(10))
+    with pytest.raises(OSError, match="No space left"):
+        file.keep_as(tmp_path / "b.rows")
+    file.close(remove=True)
     assert not list(tmp_path.iterdir())
 
 
