@@ -58,8 +58,8 @@ class Block:
 
     `products` is the type that linears and attention multiply in; None leaves them as they are.
     `rounders` are the functions that round some linears' inputs; see `model.activations`. Where
-    `outputs` is given, every linear leaves its output there. `coded` are linears that have codes in place of weights,
-    `integers` says that quantized ones may become such.
+    `outputs` is given, every linear leaves its output there. `coded` linears have integers in place of weights; with
+    `integers`, for processors that multiply these fastest, quantized ones become such.
     """
 
     config: Qwen3Config
