@@ -8,7 +8,7 @@
 Integers are added up without rounding, so what comes out is the exact sum over slightly rounded inputs, and never
 indefinite, however much the inputs have in common. Rounding adds s² / 12 to a column's mean square: less than a
 thousandth of it where the largest input is ten times the usual one, where damping adds a hundredth. fp32 rows,
-where the processor multiplies integers with AVX2, are divided by 63 and lie in panels (`solve.panels`): four times that.
+where the processor multiplies integers with AVX2, are divided by 63 and lie in panels (`solve.panels`): fourfold.
 """
 
 from __future__ import annotations
