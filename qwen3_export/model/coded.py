@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.model import vectors as v
-from qwen3_export.model.compiled import compiled
+from qwen3_export.model.compiled import ROUNDER, Array, compiled
 
 # Tokens and outputs that are multiplied together, and inputs between two turns of the loop.
 _TOKENS, _OUTPUTS, _TURN = 4, 16, 8
@@ -29,9 +29,6 @@ _INPUTS = 1024
 # The longest group, and what its largest input is rounded to, so that sums fit into 32 bits: with codes of up to eight
 # bits, and with weights rounded to twelve.
 _LONGEST, _OF_CODES, _OF_WEIGHTS = 128, 32767, (8191, 2047)
-_ROUNDER = np.float32(12582912.0)
-
-Array = NDArray[np.float32]
 
 
 def _build(
@@ -129,7 +126,7 @@ def _round(
             inverse = largest / most if most > 0 else np.float32(0.0)
             total = np.int32(0)
             for i in range(length):
-                whole = np.int32((row[i] * inverse + _ROUNDER) - _ROUNDER)
+                whole = np.int32((row[i] * inverse + ROUNDER) - ROUNDER)
                 out[i] = np.int16(whole)
                 total += whole
             steps[t, g], sums[t, g] = most / largest + bad, total

@@ -6,6 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+# What is added to a small number to leave its nearest integer in the low bits, and taken off again to have it alone.
+ROUNDER = np.float32(12582912.0)
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Any:

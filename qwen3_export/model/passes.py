@@ -1,73 +1,41 @@
 """Passes over rows of bf16 or fp32 numbers, compiled: what torch does one operation after another, with copies between.
 
-A bf16 number is the upper half of an fp32 number. Arrays hold the halves as uint16; between, everything is fp32.
+A bf16 number is the upper half of an fp32 number. Arrays hold the halves as uint16, or the bits of fp32 as uint32;
+between, everything is fp32.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
-from numba.extending import overload
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qwen3_export.model.compiled import compiled, reassociated
+from qwen3_export.model.compiled import Array, compiled, reassociated
 
-Array = NDArray[np.float32]
 Halves = NDArray[np.uint16]
+Numbers = NDArray[np.uint16] | NDArray[np.uint32]
 _ONE = np.float32(1.0)
 _HALF, _LAST, _CUT = np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
 
 
 @compiled
-def expand(halves: Halves, bits: Any) -> None:
-    """bf16 to the bits of fp32."""
-    for i in range(len(halves)):
-        bits[i] = np.uint32(halves[i]) << _CUT
-
-
-def bring(values: Any, row: Any) -> None:
-    """Numbers to fp32, from bf16 or as they are: for compiled code, which chooses by their type."""
-    raise NotImplementedError
-
-
-@overload(bring)
-def _bring(values: Any, row: Any) -> Any:
-    def copy(values: Any, row: Any) -> None:
-        for i in range(len(row)):
-            row[i] = values[i]
-
-    def widen(values: Any, row: Any) -> None:
-        expand(values, row.view(np.uint32))
-
-    return copy if values.dtype == numba.float32 else widen
+def expand(numbers: Numbers, bits: Any) -> None:
+    """bf16, or fp32 as it is, to the bits of fp32."""
+    for i in range(len(numbers)):
+        bits[i] = np.uint32(numbers[i]) << np.uint32(32 - 8 * numbers.itemsize)
 
 
 @compiled
-def _cut(bits: Any, halves: Halves) -> None:
-    """fp32 to bf16, half to even."""
-    for i in range(len(halves)):
-        halves[i] = np.uint16((bits[i] + _HALF + ((bits[i] >> _CUT) & _LAST)) >> _CUT)
-
-
-def keep(row: Any, values: Any) -> None:
-    """The reverse of `bring`, half to even."""
-    raise NotImplementedError
-
-
-@overload(keep)
-def _keep(row: Any, values: Any) -> Any:
-    def copy(row: Any, values: Any) -> None:
-        for i in range(len(row)):
-            values[i] = row[i]
-
-    def cut(row: Any, values: Any) -> None:
-        _cut(row.view(np.uint32), values)
-
-    return copy if values.dtype == numba.float32 else cut
+def _cut(bits: Any, numbers: Numbers) -> None:
+    """The reverse, half to even."""
+    for i in range(len(numbers)):
+        if numbers.itemsize == 4:
+            numbers[i] = bits[i]
+        else:
+            numbers[i] = np.uint16((bits[i] + _HALF + ((bits[i] >> _CUT) & _LAST)) >> _CUT)
 
 
 @reassociated
@@ -90,15 +58,16 @@ def _norm(values: Array, weight: Array, eps: np.float32, made: Array) -> None:
 
 @compiled
 def _turn(
-    values: Any, weight: Array, eps: np.float32, cos: Array, sin: Array, turned: Any
+    numbers: Numbers, weight: Array, eps: np.float32, cos: Array, sin: Array, turned: Numbers
 ) -> None:  # fmt: skip
     """`[tokens, heads, head_dim]` normed and turned into `[heads, tokens, head_dim]`."""
-    tokens, heads, wide = values.shape
+    tokens, heads, wide = numbers.shape
     half = wide // 2
     row, out = np.empty(wide, np.float32), np.empty(wide, np.float32)
+    row_bits, out_bits = row.view(np.uint32), out.view(np.uint32)
     for t in range(tokens):
         for h in range(heads):
-            bring(values[t, h], row)
+            expand(numbers[t, h], row_bits)
             scale = _ONE / np.sqrt(_energy(row) / np.float32(wide) + eps)
             for i in range(wide):
                 row[i] = row[i] * scale * weight[i]
@@ -106,7 +75,7 @@ def _turn(
                 first, second = row[i], row[i + half]
                 out[i] = first * cos[t, i] - second * sin[t, i]
                 out[i + half] = second * cos[t, i] + first * sin[t, i]
-            keep(out, turned[h, t])
+            _cut(out_bits, turned[h, t])
 
 
 @compiled
@@ -156,5 +125,5 @@ def halves_of(tensor: Tensor) -> Any:
 
 
 def numbers_of(tensor: Tensor) -> Any:
-    """An fp32 tensor's numbers, or a bf16 tensor's as `halves_of` does."""
-    return tensor.contiguous().numpy() if tensor.dtype == torch.float32 else halves_of(tensor)
+    """The bits of an fp32 tensor's numbers as uint32, or a bf16 tensor's halves."""
+    return tensor.contiguous().numpy().view(np.uint32) if tensor.dtype == torch.float32 else halves_of(tensor)

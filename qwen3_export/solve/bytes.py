@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qwen3_export.model.compiled import compiled
-from qwen3_export.model.passes import Array, Halves, add_rows, bring, expand, halves_of, numbers_of
+from qwen3_export.model.compiled import ROUNDER, Array, compiled
+from qwen3_export.model.passes import Halves, Numbers, add_rows, expand, halves_of, numbers_of
 from qwen3_export.solve import panels
 
 # Every so many tokens of a row tell its center.
@@ -33,16 +33,15 @@ _FILLED = 512
 _LARGEST = np.float32(127.0)
 # Tokens whose products fit into an integer of 32 bits, whatever they are: 127² of each.
 _SUMMED = 1 << 17
-# What is added to a small number to leave its nearest integer in the low bits.
-_ROUNDER = np.float32(12582912.0)
 
 
 @compiled
-def _reach(rows: Halves | Array, center: Array, most: Array) -> None:
+def _reach(rows: Numbers, center: Array, most: Array) -> None:
     """`most = max(most, |x − c|)`; no number where an input is none."""
     row, bad = np.empty(rows.shape[1], np.float32), np.zeros(rows.shape[1], np.float32)
+    bits = row.view(np.uint32)
     for t in range(len(rows)):
-        bring(rows[t], row)
+        expand(rows[t], bits)
         for i in range(len(row)):
             size = abs(row[i] - center[i])
             most[i] = size if size > most[i] else most[i]
@@ -59,11 +58,11 @@ def _round(halves: Halves, center: Array, inverse: Array, made: Any, sums: Array
     for t in range(len(halves)):
         expand(halves[t], bits)
         for i in range(len(row)):
-            row[i] = (row[i] - center[i]) * inverse[i] + _ROUNDER
+            row[i] = (row[i] - center[i]) * inverse[i] + ROUNDER
         for i in range(len(row)):
             made[t, i] = np.int8(integers[i] & 255)
         for i in range(len(row)):
-            total[i] += row[i] - _ROUNDER
+            total[i] += row[i] - ROUNDER
     for i in range(len(row)):
         sums[i] = total[i]
 
@@ -137,7 +136,7 @@ def _as_panels(parts: Sequence[Tensor], centers: Tensor, inverse: Array) -> tupl
     values = torch.full(shape, panels.ZERO, dtype=torch.uint8).numpy()
     totals, place = np.zeros((len(parts), count * panels.PANEL), np.int32), 0
     for part, center, total in zip(parts, centers, totals, strict=True):
-        panels.put(numbers_of(part), center.numpy(), inverse, place, values.view(np.int32)[..., 0], total)
+        panels.put(part.contiguous().numpy(), center.numpy(), inverse, place, values.view(np.int32)[..., 0], total)
         place += len(part)
     return Panels(values, totals.sum(0, dtype=np.int32)), torch.from_numpy(totals[:, :size].astype(np.float32))
 

@@ -11,20 +11,17 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.model.compiled import compiled
+from qwen3_export.model.compiled import ROUNDER, Array, compiled
 
-# Rows whose columns of a block stay in the nearest cache, and a number that rounds to an integer what it is added to.
+# Rows whose columns of a block stay in the nearest cache.
 TILE = 32
-_ROUNDER = np.float32(12582912.0)
 _ZERO = np.float32(0.0)
-
-Array = NDArray[np.float32]
 
 
 @compiled
 def code_of(value: np.float32, scale: np.float32, zero: np.float32, largest: np.float32) -> np.float32:
     """`clamp(round(value / scale) + zero, 0, largest)`; what is too large to be rounded is clamped anyway."""
-    code = ((value / scale) + _ROUNDER) - _ROUNDER + zero
+    code = ((value / scale) + ROUNDER) - ROUNDER + zero
     code = code if code > _ZERO else _ZERO
     return code if code < largest else largest
 

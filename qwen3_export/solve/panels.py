@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.model import vectors as v
-from qwen3_export.model.compiled import compiled
+from qwen3_export.model.compiled import ROUNDER, Array, compiled
 
 LARGEST = 63
 ZERO = 64
@@ -25,9 +25,6 @@ BLOCK, PANEL = 512, 16
 MOST_TOKENS = 1 << 18
 _FOUR = 4
 _LINE = _FOUR * PANEL
-_ROUNDER = np.float32(12582912.0)
-
-Array = NDArray[np.float32]
 
 
 def _build(b: Any, left: Any, right: Any, turns: Any, out: Any, row: Any) -> None:
@@ -105,7 +102,7 @@ def put(x: Array, center: Array, inverse: Array, place: int, words: NDArray[np.i
         at = place + t
         shift = np.int32(8 * (at % _FOUR))
         for i in range(size):
-            whole = np.int32(((x[t, i] - center[i]) * inverse[i] + _ROUNDER) - _ROUNDER)
+            whole = np.int32(((x[t, i] - center[i]) * inverse[i] + ROUNDER) - ROUNDER)
             sums[i] += whole
             # Bytes below zero borrow from the next, and what they borrow comes back with the 64 that is there.
             four[i] += whole << shift
