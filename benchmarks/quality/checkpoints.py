@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from benchmarks.quality.sidecars import copy_sidecars
 from benchmarks.quality.venvs import cache_folder
 from qwen3_export.core.source import locate
 
 MAKERS = ("reference-model", "outliers", "small", "moe")
-SIDECARS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 # Channels per place, and the powers of two that they are scaled by.
 NORM, INNER, VALUE = (4, (3, 4, 5)), (8, (2, 3, 4)), (4, (2, 3))
 
@@ -42,14 +42,6 @@ def make(name: str) -> Path:
             distil.make(name, partial)
         partial.rename(folder)
     return folder
-
-
-def copy_sidecars(folder: Path) -> None:
-    """The reference model's tokenizer: all checkpoints read the same text."""
-    for name in SIDECARS:
-        path = locate("reference-model") / name
-        if path.is_file():
-            shutil.copy(path, folder / name)
 
 
 def make_outliers(folder: Path) -> None:

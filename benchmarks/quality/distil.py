@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
-from benchmarks.quality.checkpoints import copy_sidecars
 from benchmarks.quality.folders import Experts, load
+from benchmarks.quality.sidecars import copy_sidecars
 from qwen3_export.core.source import locate
 from qwen3_export.model.workers import has_bf16
-from qwen3_export.text import ModelTokenizer, calibration_rows, load_documents
+from qwen3_export.text.documents import load_documents
+from qwen3_export.text.rows import calibration_rows
+from qwen3_export.text.tokenizer import ModelTokenizer
 
 LENGTH, BATCH = 256, 8
 STEPS = {"small": 150, "moe": 80}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen3_export.text import Rows
+from qwen3_export.text.rows import Rows
 
 
 def write_rows(path: Path, rows: Rows) -> None:

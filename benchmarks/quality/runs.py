@@ -17,7 +17,9 @@ from benchmarks.quality.process import run
 from benchmarks.quality.rows import write_matrix, write_rows
 from benchmarks.quality.venvs import PEERS, cache_folder, python_of, version
 from qwen3_export.core.source import open_source
-from qwen3_export.text import Document, ModelTokenizer, calibration_rows, heldout_rows, load_documents
+from qwen3_export.text.documents import Document, load_documents
+from qwen3_export.text.rows import calibration_rows, heldout_rows
+from qwen3_export.text.tokenizer import ModelTokenizer
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = Path(qwen3_export.__file__).resolve().parent

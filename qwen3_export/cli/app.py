@@ -24,6 +24,7 @@ app.add_typer(recipes, name="recipes")
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no log lines.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Log every step; tracebacks on errors.")]
+Source = Annotated[str, typer.Argument(help="A folder, a hub id, or `reference-model`.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 
 
@@ -46,6 +47,3 @@ def _root(
     ] = None,
 ) -> None:
     pass
-
-
-from qwen3_export.cli import demo, prove, ship, solve  # noqa: E402, F401  (they register their commands)

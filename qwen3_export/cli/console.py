@@ -102,3 +102,10 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def verdict(item: dict[str, Any]) -> str:
+    """`pass`, `FAIL`, or `-` when nothing was asked."""
+    if not item["gate"]["checks"]:
+        return "-"
+    return "pass" if item["gate"]["passed"] else "FAIL"

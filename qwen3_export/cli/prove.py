@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console
-from qwen3_export.cli.console import Console, fields, nats, size, table
-from qwen3_export.cli.solve import Source
+from qwen3_export.cli.app import Force, Json, Quiet, Source, Verbose, app, console
+from qwen3_export.cli.console import Console, fields, nats, size, table, verdict
 from qwen3_export.core.manifest import refuse_existing
 from qwen3_export.core.source import locate, open_source
 from qwen3_export.errors import InputError
@@ -128,13 +127,6 @@ def _validated(result: dict[str, Any]) -> None:
         for check in item["gate"]["checks"]:
             if not check["passed"]:
                 print(f"{item['artifact']}: {explain(check)}")
-
-
-def verdict(item: dict[str, Any]) -> str:
-    """`pass`, `FAIL`, or `-` when nothing was asked."""
-    if not item["gate"]["checks"]:
-        return "-"
-    return "pass" if item["gate"]["passed"] else "FAIL"
 
 
 def _counts(text: str) -> tuple[int, ...]:

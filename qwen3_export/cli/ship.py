@@ -11,12 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console
+from qwen3_export.cli.app import Force, Json, Quiet, Source, Verbose, app, console
 from qwen3_export.cli.console import Console, fields, size
-from qwen3_export.cli.solve import Source
 from qwen3_export.core.checkpoint import Checkpoint
-from qwen3_export.core.imports import uninterrupted
 from qwen3_export.core.manifest import refuse_existing
+from qwen3_export.core.process import uninterrupted
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
 from qwen3_export.errors import MissingRuntimeError

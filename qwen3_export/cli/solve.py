@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console, recipes
+from qwen3_export.cli.app import Force, Json, Quiet, Source, Verbose, app, console, recipes
 from qwen3_export.cli.console import fields, size, table
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.manifest import refuse_existing, staged_file
@@ -17,7 +17,6 @@ from qwen3_export.core.recipe import load_recipe, recipe_names
 from qwen3_export.core.source import open_source
 from qwen3_export.errors import InputError
 
-Source = Annotated[str, typer.Argument(help="A folder, a hub id, or `reference-model`.")]
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -209,7 +208,7 @@ def search_recipe(
     from qwen3_export.model.workers import import_torch
 
     import_torch()
-    from qwen3_export.solve.search import Settings, outcome, search, to_yaml
+    from qwen3_export.solve.mixed_precision.search import Settings, outcome, search, to_yaml
 
     show = console(json, quiet, verbose)
     settings = Settings(

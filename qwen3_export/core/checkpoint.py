@@ -1,7 +1,7 @@
 """Checkpoints: a folder of safetensors shards, read tensor by tensor, 16-bit or quantized.
 
 In a quantized folder a linear is stored as several tensors, in one of `core.layouts`; what other tools
-wrote is recognised by `core.foreign`.
+wrote is recognised by `core.quantization_config`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.core import foreign
+from qwen3_export.core import quantization_config
 from qwen3_export.core.layouts import DEFAULT, Stored, layout
 from qwen3_export.core.manifest import MANIFEST, beside, read_manifest, sha256_file
 from qwen3_export.core.qwen3 import Qwen3Config, parse_config
@@ -31,7 +31,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _IGNORED = (".rotary_emb.inv_freq",)
 _SIDECARS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
 # What other tools say about their quantization: true of their folder alone.
-_TOOLS = (foreign.FALLBACK, "quantization_config.json", "quant_config.json")
+_TOOLS = (quantization_config.FALLBACK, "quantization_config.json", "quant_config.json")
 _FLOATS = tuple(DTYPES[name] for name in ("F32", "F16", "BF16"))
 
 
@@ -155,7 +155,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     raw = _read_json(folder / "config.json", "not a checkpoint folder?")
     config = parse_config(raw, str(folder / "config.json"))
     files = _open_shards(folder)
-    manifest, quantization = read_manifest(folder), foreign.quantization_of(folder, raw, files)
+    manifest, quantization = read_manifest(folder), quantization_config.quantization_of(folder, raw, files)
     checkpoint = Checkpoint(folder.absolute(), config, raw, files, {})
     if quantization and isinstance(manifest.get("tensors"), dict):
         stored_as = str(manifest.get("layout", DEFAULT))
@@ -164,13 +164,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     elif quantization:
         checkpoint = replace(checkpoint, quantization=quantization)
         where = str(folder / "config.json")
-        stored_as, schemes = foreign.read_schemes(where, checkpoint.stored, config.all_matrices())
+        stored_as, schemes = quantization_config.read_schemes(where, checkpoint.stored, config.all_matrices())
         checkpoint = replace(checkpoint, schemes=schemes, layout=stored_as)
     _audit(checkpoint)
     if not quantization:
         return checkpoint
     try:
-        schemes, reordered = foreign.settle(stored_as, checkpoint.stored, schemes, config.all_matrices())
+        schemes, reordered = quantization_config.settle(stored_as, checkpoint.stored, schemes, config.all_matrices())
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     return replace(checkpoint, schemes=schemes, reordered=reordered)

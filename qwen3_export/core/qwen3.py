@@ -27,6 +27,8 @@ from qwen3_export.errors import CheckpointError
 
 MODEL_TYPES = ("qwen3", "qwen3_moe")
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+# The router of a sparse block, by its name inside the block.
+ROUTER = "mlp.gate"
 # Far above any model; a damaged number must not fill the memory with tensor names.
 _MOST_LAYERS, _MOST_EXPERTS = 1000, 1024
 

@@ -64,7 +64,7 @@ class ExpertRule:
     """What is done with an expert that fewer than `min_tokens` calibration tokens reach.
 
     `share` lends it the inputs of all the layer's tokens, in proportion to what it lacks; `rtn` rounds
-    it without inputs. See `solve.experts`. `min_tokens` None is twice the inputs of an expert's widest
+    it without inputs. See `calibration.experts`. `min_tokens` None is twice the inputs of an expert's widest
     linear: GPTQ's error on other text is then within 15 % of what mixing would still gain, with half as
     many own tokens it is about 1.5 times as large (measured on clusters of the reference model's
     tokens). 0 turns the rule off.

@@ -12,8 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qwen3_export.core.heap import keep_few_kernels, keep_memory
-from qwen3_export.core.imports import uncollected, uninterrupted
+from qwen3_export.core.process import keep_few_kernels, keep_memory, uncollected, uninterrupted
 from qwen3_export.errors import MissingRuntimeError
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ class Workers:
 
     `products` is the type in which this processor multiplies fastest what need not be exact: the calibration rows on
     their way through the model. `integers`: whether it is faster still with integers where weights are codes
-    (`model.coded`), and in sums of what the rows have in them (`solve.panels`).
+    (`model.coded`), and in sums of what the rows have in them (`calibration.gram_avx2`).
     """
 
     def __init__(self, pool: ThreadPoolExecutor, products: Any = None, integers: bool = False) -> None:

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from qwen3_export import errors
 from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.errors import ExportError, InputError
-from qwen3_export.run.session import RuntimeOptions, Session, open_session, tokenizer_of
-from qwen3_export.text import document_ids, load_documents
+from qwen3_export.run.artifact import open_session, tokenizer_of
+from qwen3_export.run.session import RuntimeOptions, Session
+from qwen3_export.text.documents import document_ids, load_documents
 
 
 @dataclass(frozen=True)

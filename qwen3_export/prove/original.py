@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import Checkpoint
-from qwen3_export.core.imports import uninterrupted
 from qwen3_export.core.manifest import sha256_file, staged_file
+from qwen3_export.core.process import uninterrupted
 from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.core.tensorfile import TensorFileWriter
 from qwen3_export.errors import InputError, MissingRuntimeError
 from qwen3_export.prove.reference import Continuations, Truth, answer_specs, file_metadata, full_truth, top_of
-from qwen3_export.text import Rows
+from qwen3_export.text.rows import Rows
 
 PROMPT_TOKENS, NEW_TOKENS, PROMPTS = 32, 32, 8
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.tensorfile import Spec, TensorFile
 from qwen3_export.errors import CheckpointError
-from qwen3_export.text import Rows
+from qwen3_export.text.rows import Rows
 
 FORMAT = "qwen3-export reference 1"
 

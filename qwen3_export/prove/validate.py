@@ -12,8 +12,11 @@ from qwen3_export.errors import InputError
 from qwen3_export.prove.drift import measure
 from qwen3_export.prove.gate import check, refuse_without_experts
 from qwen3_export.prove.reference import Reference, ReferenceFile
-from qwen3_export.run.session import RuntimeOptions, artifact_bytes, artifact_coverage, open_session
-from qwen3_export.text import ModelTokenizer, Rows, heldout_rows, load_documents, spread
+from qwen3_export.run.artifact import artifact_bytes, artifact_coverage, open_session
+from qwen3_export.run.session import RuntimeOptions
+from qwen3_export.text.documents import load_documents
+from qwen3_export.text.rows import Rows, heldout_rows, spread
+from qwen3_export.text.tokenizer import ModelTokenizer
 
 WINDOW = 256
 

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.errors import InputError
-from qwen3_export.run.session import RuntimeOptions, Session, open_session, tokenizer_of
-from qwen3_export.text import TextModel, render_chat
+from qwen3_export.run.artifact import open_session, tokenizer_of
+from qwen3_export.run.session import RuntimeOptions, Session
+from qwen3_export.text.tokenizer import TextModel, render_chat
 
 
 @dataclass(frozen=True)

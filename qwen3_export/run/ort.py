@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.core.imports import uninterrupted
+from qwen3_export.core.process import uninterrupted
 from qwen3_export.errors import InputError, MissingRuntimeError
 from qwen3_export.run.session import RuntimeOptions, check_ids
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -10,9 +9,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.core.coverage import GGUF_KEY, Summary, read_coverage, summary_of
 from qwen3_export.errors import InputError
-from qwen3_export.text import ModelTokenizer, TextModel
+from qwen3_export.text.tokenizer import TextModel
 
 
 @dataclass(frozen=True)
@@ -61,32 +59,6 @@ class HasMetadata(Protocol):
         """A value of the header as text, None when there is none."""
 
 
-def open_session(artifact: Path, options: RuntimeOptions | None = None) -> Session:
-    """Open an artifact in its own runtime; InputError when it is none, MissingRuntimeError without it."""
-    options = options or RuntimeOptions()
-    if artifact.is_file():
-        with artifact.open("rb") as file:
-            magic = file.read(4)
-        if magic != b"GGUF":
-            raise InputError(f"{artifact}: neither a GGUF file nor an artifact folder")
-        from qwen3_export.run.llamacpp import LlamaSession
-
-        return LlamaSession(artifact, options)
-    if not artifact.is_dir():
-        raise InputError(f"{artifact}: no such artifact")
-    if (artifact / "model.onnx").is_file():
-        from qwen3_export.run.ort import OrtSession
-
-        return OrtSession(artifact, options)
-    if (artifact / "config.json").is_file():
-        from qwen3_export.run.torch import TorchSession
-
-        return TorchSession(artifact, options)
-    raise InputError(
-        f"{artifact}: neither model.onnx nor config.json is in it", "give an artifact folder or a .gguf file"
-    )
-
-
 def check_ids(session: Session, name: Path, ids: NDArray, past: int) -> None:
     """Raise InputError when tokens are no tokens of the model, or too many after `past` others."""
     if not len(ids) or past + len(ids) > session.context:
@@ -101,30 +73,3 @@ def greedy(session: Session, prompt: NDArray[np.int32], count: int) -> NDArray[n
     while len(tokens) < count:
         tokens.append(int(session.decode(tokens[-1]).argmax()))
     return np.asarray(tokens[:count], np.int64)
-
-
-def tokenizer_of(artifact: Path, session: Session) -> TextModel:
-    """The artifact's own tokenizer: in the folder, or inside the GGUF file."""
-    if isinstance(session, HasTokenizer):
-        return session.tokenizer
-    return ModelTokenizer(artifact)
-
-
-def artifact_coverage(artifact: Path, session: Session) -> Summary | None:
-    """How many calibration tokens the artifact's experts saw; None for a model without experts."""
-    if not isinstance(session, HasMetadata):
-        return read_coverage(artifact)
-    if not (session.metadata("general.architecture") or "").endswith("moe"):
-        return None
-    text = session.metadata(GGUF_KEY)
-    try:
-        return summary_of(json.loads(text or "{}"))
-    except ValueError:
-        return summary_of({})
-
-
-def artifact_bytes(artifact: Path) -> int:
-    """Size of an artifact on disk."""
-    if artifact.is_file():
-        return artifact.stat().st_size
-    return sum(path.stat().st_size for path in artifact.rglob("*") if path.is_file())

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import open_checkpoint
-from qwen3_export.core.imports import uninterrupted
+from qwen3_export.core.process import uninterrupted
 from qwen3_export.errors import MissingRuntimeError
 from qwen3_export.run.session import RuntimeOptions, check_ids
 

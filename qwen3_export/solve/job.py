@@ -14,15 +14,15 @@ from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.workers import Workers
+from qwen3_export.solve.chunk_sizes import TOKENS_AT_ONCE
 from qwen3_export.solve.method import Solved, fold_of
-from qwen3_export.solve.sizes import TOKENS_AT_ONCE
-from qwen3_export.text import Rows
+from qwen3_export.text.rows import Rows
 
 if TYPE_CHECKING:
     import torch
 
-    from qwen3_export.solve.outputs import Outputs
-    from qwen3_export.solve.states import RowFile, Shelf
+    from qwen3_export.solve.calibration.activations import RowFile, Shelf
+    from qwen3_export.solve.calibration.fisher import Outputs
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ QUANTIZED, ORIGINAL = "quantized", "original"
 
 @dataclass(frozen=True)
 class Job:
-    """What the block loop needs to know; `plain` where nothing of the model runs (`solve.alone`)."""
+    """What the block loop needs to know; `plain` where nothing of the model runs (`blocks.rtn_without_torch`)."""
 
     checkpoint: Checkpoint
     recipe: Recipe
@@ -129,7 +129,7 @@ class Job:
 
     def hidden_file(self, path: Path) -> RowFile:
         """Hidden states `[1, tokens, hidden]` per row, fp32."""
-        from qwen3_export.solve.states import RowFile
+        from qwen3_export.solve.calibration.activations import RowFile
 
         assert self.rows is not None
         return RowFile(path, (1, len(self.rows.ids[0]), self.checkpoint.config.hidden_size))

@@ -5,38 +5,32 @@ A method module defines
     Options        frozen dataclass of the recipe's `options`, with defaults
     needs_inputs(options) -> bool       whether it looks at the linears' inputs
     needs_original(options) -> bool     whether the original model must run beside the quantized one
-    needs_outputs(options) -> int       rows on which the outputs' importance is measured (`solve.outputs`)
+    needs_outputs(options) -> int       rows on which the outputs' importance is measured (`calibration.fisher`)
     solve(group, options, pool) -> {local name: Solved}
 
 A group holds the linears that read the same input (q, k, v; o; gate, up; down): what a method sees
 at once. It is a stage of a block, not a whole block as it runs: later stages of the block are
 calibrated on what the earlier ones have become. An option called `fold` asks the block loop to move
-scales between neighbours first (`solve.fold`).
+scales between neighbours first (`blocks.fold`).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 import math
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from qwen3_export.core.recipe import Recipe
-from qwen3_export.core.scheme import QuantScheme, check_keys
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.errors import RecipeError
-from qwen3_export.solve import methods
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qwen3_export.solve.moments import Compared
+    from qwen3_export.solve.calibration.moments import Compared
 
-# What an option called `fold` may be; see `solve.fold`.
+# What an option called `fold` may be; see `blocks.fold`.
 FOLDS = ("none", "awq", "smoothquant")
 
 
@@ -48,7 +42,7 @@ class Group:
     `hessian` `[in, in]` is the mean of x xᵀ over the `tokens` calibration vectors that reached them,
     None for a method that needs no inputs. `compared` are the moments of rows that the
     original ran beside; `input_peak` is the largest |x|, from which a static
-    input scale is made; `outputs` are the pieces of G by name (`solve.outputs`), where they were measured.
+    input scale is made; `outputs` are the pieces of G by name (`calibration.fisher`), where they were measured.
     """
 
     weights: Mapping[str, Tensor]
@@ -66,24 +60,6 @@ class Solved:
 
     tensor: QuantizedTensor
     error: float
-
-
-def load_method(recipe: Recipe) -> tuple[ModuleType, Any]:
-    """The method's module and its checked options; RecipeError when either is unknown."""
-    known = sorted(module.name for module in pkgutil.iter_modules(methods.__path__))
-    if recipe.method not in known:
-        raise RecipeError(f"recipe {recipe.name}: unknown method {recipe.method!r}", f"methods: {', '.join(known)}")
-    module = importlib.import_module(f"{methods.__name__}.{recipe.method}")
-    where = f"recipe {recipe.name}, options"
-    fields = {field.name: field for field in dataclasses.fields(module.Options)}
-    check_keys(recipe.options, list(fields), where)
-    for key, value in recipe.options.items():
-        wanted = type(fields[key].default)
-        if type(value) is not wanted and not (wanted is float and type(value) is int):
-            raise RecipeError(f"{where}: {key} is {value!r}, a {wanted.__name__} was expected")
-        if wanted is not bool and isinstance(value, int | float) and not 0 <= value < math.inf:
-            raise RecipeError(f"{where}: {key} is {value!r}, a number from 0 was expected")
-    return module, module.Options(**recipe.options)
 
 
 def fold_of(options: Any) -> str:

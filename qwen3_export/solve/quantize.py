@@ -18,14 +18,17 @@ from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import InputError, MissingRuntimeError, RecipeError
 from qwen3_export.model.workers import fast_products, import_torch, plain_workers, workers
-from qwen3_export.solve import alone
-from qwen3_export.solve.folder import QuantizedFolder
+from qwen3_export.solve.blocks import rtn_without_torch
 from qwen3_export.solve.job import Job, Settings
-from qwen3_export.solve.limits import check_disk, check_memory
-from qwen3_export.solve.method import fold_of, load_method
+from qwen3_export.solve.loop import run_blocks
+from qwen3_export.solve.method import fold_of
+from qwen3_export.solve.methods import load_method
+from qwen3_export.solve.output_folder import QuantizedFolder
+from qwen3_export.solve.preflight import check_disk, check_memory
 from qwen3_export.solve.record import manifest_of, report_experts, result_of
-from qwen3_export.solve.steps import run_blocks
-from qwen3_export.text import ModelTokenizer, Rows, calibration_rows, load_documents
+from qwen3_export.text.documents import load_documents
+from qwen3_export.text.rows import Rows, calibration_rows
+from qwen3_export.text.tokenizer import ModelTokenizer
 
 
 def quantize(
@@ -41,9 +44,9 @@ def quantize(
     refuse_existing(output.absolute(), settings.force)
     if checkpoint.is_quantized:
         raise InputError(f"{checkpoint.folder} is quantized already", "give the 16-bit original")
-    plain = settings.device == "cpu" and alone.serves(checkpoint, recipe)
+    plain = settings.device == "cpu" and rtn_without_torch.serves(checkpoint, recipe)
     if plain:
-        alone.import_loops()
+        rtn_without_torch.import_loops()
     else:
         import_torch()
         _check_device(settings.device)
@@ -125,7 +128,7 @@ def _calibration(checkpoint: Checkpoint, recipe: Recipe, settings: Settings, pro
         raise InputError(f"--sequence-length {length}: the model has {checkpoint.config.max_position} positions")
     tokenizer = ModelTokenizer(checkpoint.folder)
     if settings.calibration == "self":
-        from qwen3_export.solve.self_text import self_rows
+        from qwen3_export.solve.calibration.self_generated import self_rows
 
         return self_rows(checkpoint, tokenizer, samples, length, settings.seed, progress)
     documents = load_documents(settings.calibration)

@@ -15,7 +15,8 @@ from qwen3_export.core.qwen3 import EMBEDDING, HEAD, block_name
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.solve.job import Settings, SolvedLinear
-from qwen3_export.text import Rows, source_name
+from qwen3_export.text.documents import source_name
+from qwen3_export.text.rows import Rows
 
 
 def linears_record(recipe: Recipe, linears: Mapping[str, SolvedLinear], progress: Progress) -> dict[str, Any]:

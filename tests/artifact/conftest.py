@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from qwen3_export.core.source import open_source
 from qwen3_export.ship.gguf import export_gguf
 from qwen3_export.ship.onnx import export_onnx
-from qwen3_export.text import ModelTokenizer, heldout_rows, load_documents
+from qwen3_export.text.documents import load_documents
+from qwen3_export.text.rows import heldout_rows
+from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.artifact import support
 from tests.artifact.support import Exported
 

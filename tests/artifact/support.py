@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
 from qwen3_export.core.recipe import Recipe, Rule
 from qwen3_export.core.scheme import QuantScheme
-from qwen3_export.run.session import RuntimeOptions, open_session
+from qwen3_export.run.artifact import open_session
+from qwen3_export.run.session import RuntimeOptions
 from tests.conftest import tiny_config, write_checkpoint
 
 # |difference| of two runtimes that compute the same sums of fp32 products in another order: 2.5e-5 was

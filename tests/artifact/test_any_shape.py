@@ -19,8 +19,7 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.errors import UnsupportedError
 from qwen3_export.ship import gguf as gguf_format
-from qwen3_export.ship import ort_ops, standard_ops
-from qwen3_export.ship.onnx import export_onnx
+from qwen3_export.ship.onnx import export_onnx, ort_ops, standard_ops
 from tests.artifact import test_onnx_ort, test_onnx_standard
 from tests.artifact.support import (
     VOCABULARY,

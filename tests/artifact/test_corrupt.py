@@ -19,7 +19,8 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from qwen3_export.errors import ExportError
-from qwen3_export.run.session import RuntimeOptions, open_session
+from qwen3_export.run.artifact import open_session
+from qwen3_export.run.session import RuntimeOptions
 for path in map(Path, json.loads(sys.argv[1])):
     try:
         session = open_session(path, RuntimeOptions(threads=1, context=64))

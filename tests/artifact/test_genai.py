@@ -14,9 +14,10 @@ import pytest
 from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import open_checkpoint
-from qwen3_export.run.session import RuntimeOptions, greedy, open_session
+from qwen3_export.run.artifact import open_session
+from qwen3_export.run.session import RuntimeOptions, greedy
 from qwen3_export.ship.onnx import export_onnx
-from qwen3_export.text import ModelTokenizer, render_chat
+from qwen3_export.text.tokenizer import ModelTokenizer, render_chat
 from tests.artifact.support import THREADS
 from tests.conftest import tiny_config
 

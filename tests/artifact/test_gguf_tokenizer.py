@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from qwen3_export.core.checkpoint import open_checkpoint
-from qwen3_export.run.session import RuntimeOptions, open_session, tokenizer_of
+from qwen3_export.run.artifact import open_session, tokenizer_of
+from qwen3_export.run.session import RuntimeOptions
 from qwen3_export.ship.gguf import export_gguf
-from qwen3_export.text import ModelTokenizer, TextModel, load_documents, render_chat
+from qwen3_export.text.documents import load_documents
+from qwen3_export.text.tokenizer import ModelTokenizer, TextModel, render_chat
 from tests.artifact.support import with_tokenizer
 from tests.conftest import tiny_config, write_checkpoint
 

@@ -16,7 +16,7 @@ from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
 from qwen3_export.core.qwen3 import parse_config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import InputError, MissingRuntimeError, UnsupportedError
-from qwen3_export.run.session import open_session
+from qwen3_export.run.artifact import open_session
 from qwen3_export.ship.onnx import export_onnx
 from tests.artifact.support import (
     SAME,

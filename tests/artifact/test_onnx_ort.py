@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
-from qwen3_export.run.session import RuntimeOptions, open_session
+from qwen3_export.run.artifact import open_session
+from qwen3_export.run.session import RuntimeOptions
 from qwen3_export.ship.onnx import export_onnx
 from tests.artifact.support import (
     SAME,

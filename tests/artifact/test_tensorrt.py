@@ -20,7 +20,8 @@ from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.source import open_source
 from qwen3_export.errors import ExportError, InputError, MissingRuntimeError, ResourceError, UnsupportedError
-from qwen3_export.run.session import RuntimeOptions, open_session
+from qwen3_export.run.artifact import open_session
+from qwen3_export.run.session import RuntimeOptions
 from qwen3_export.ship import tensorrt
 from qwen3_export.ship.tensorrt import Profile, check_header, export_tensorrt
 from tests.artifact.support import Exported, largest_difference, load_graph, logits, round_to_nearest

@@ -97,7 +97,13 @@ def test_the_recipe_shown_is_a_recipe(tmp_path: Path) -> None:
         assert outcome.code == 0, outcome.err
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "qwen3_export/solve/methods").glob("[a-z]*.py")), ids=lambda p: p.stem)
+def _methods() -> list[Path]:
+    """Every quantization method: a file, or a folder's first file."""
+    folder = ROOT / "qwen3_export/solve/methods"
+    return sorted([*folder.glob("[a-z]*.py"), *folder.glob("*/__init__.py")])
+
+
+@pytest.mark.parametrize("path", _methods(), ids=lambda p: p.parent.name if p.stem == "__init__" else p.stem)
 def test_each_method_opens_with_the_equation_that_it_solves(path: Path) -> None:
     opening = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[:4]
     assert any("min over" in line or re.search(r"\bcode = ", line) for line in opening), opening

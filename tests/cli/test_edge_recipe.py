@@ -10,7 +10,7 @@ import pytest
 from qwen3_export.core.qwen3 import parse_config
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.ship.gguf import supports as gguf_supports
-from qwen3_export.ship.ort_ops import supports as ort_supports
+from qwen3_export.ship.onnx.ort_ops import supports as ort_supports
 from tests.cli.conftest import SHORT
 from tests.cli.helpers import call
 from tests.conftest import tiny_config

@@ -17,7 +17,7 @@ from qwen3_export.cli import run
 from qwen3_export.core.manifest import partial_path
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
-from qwen3_export.solve.limits import disk_needed
+from qwen3_export.solve.preflight import disk_needed
 from tests.cli.helpers import call, fill, finish, finished_blocks, fork, hashes, names, refused, start, wait_for
 
 OPTIONS = ("--recipe", "gptq-w4a16-g32", "--samples", "32", "--sequence-length", "128")

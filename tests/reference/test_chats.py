@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from qwen3_export.text import ModelTokenizer, calibration_rows, document_ids, document_text, load_documents
+from qwen3_export.text.documents import document_ids, document_text, load_documents
+from qwen3_export.text.rows import calibration_rows
+from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.conftest import copy_tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwen3_export.core.checkpoint import INDEX, open_checkpoint
 from qwen3_export.core.source import open_source
-from qwen3_export.solve.folder import readable_config
+from qwen3_export.solve.output_folder import readable_config
 from tests.conftest import tiny_config, tiny_moe_config
 from tests.reference.models import assert_same_logits, load_theirs
 

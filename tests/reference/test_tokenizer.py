@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from qwen3_export.text import ModelTokenizer, load_documents, render_chat
+from qwen3_export.text.documents import load_documents
+from qwen3_export.text.tokenizer import ModelTokenizer, render_chat
 
 TEXTS = [
     "",

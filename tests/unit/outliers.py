@@ -12,7 +12,7 @@ from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.resources import resource
 from qwen3_export.model.decoder import load_block
-from qwen3_export.solve.fold import apply, sites
+from qwen3_export.solve.blocks.fold import apply, sites
 from tests.artifact.support import with_tokenizer
 from tests.conftest import write_checkpoint
 

@@ -16,7 +16,7 @@ from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.manifest import read_manifest
 from qwen3_export.core.recipe import Recipe, load_recipe
 from qwen3_export.errors import MissingRuntimeError, RecipeError
-from qwen3_export.solve import alone
+from qwen3_export.solve.blocks import rtn_without_torch
 from qwen3_export.solve.job import Settings
 from qwen3_export.solve.quantize import quantize
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
@@ -66,10 +66,10 @@ def test_it_makes_the_bytes_that_torch_makes(
     if dtype == np.float32:
         tensors = {name: source.read(name).astype(np.float32) * 1.0009765625 for name in source.files}
         source = open_checkpoint(write_checkpoint(tmp_path / "fp32", config, tensors))
-    assert alone.serves(source, chosen)
+    assert rtn_without_torch.serves(source, chosen)
     quantize(source, chosen, tmp_path / "plain", Settings(threads=2))
     with monkeypatch.context() as patch:
-        patch.setattr(alone, "serves", lambda *_: False)
+        patch.setattr(rtn_without_torch, "serves", lambda *_: False)
         quantize(source, chosen, tmp_path / "torch", Settings())
     assert files(tmp_path / "plain") == files(tmp_path / "torch")
     plain, with_torch = (read_manifest(tmp_path / name) for name in ("plain", "torch"))
@@ -83,7 +83,7 @@ def test_it_makes_the_bytes_that_torch_makes(
 def test_pieces_and_threads_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, chosen = open_checkpoint(write_checkpoint(tmp_path / "source", CONFIGS["dense"])), recipe(SCHEMES["w4"])
     quantize(source, chosen, tmp_path / "whole", Settings(threads=1))
-    monkeypatch.setattr(alone, "ROUNDED_AT_ONCE", 1000)
+    monkeypatch.setattr(rtn_without_torch, "ROUNDED_AT_ONCE", 1000)
     quantize(source, chosen, tmp_path / "cut", Settings(threads=3))
     assert files(tmp_path / "whole") == files(tmp_path / "cut")
 
@@ -112,14 +112,14 @@ def test_other_recipes_say_that_they_need_torch(tmp_path: Path, name: str) -> No
 def test_what_runs_the_model_is_left_to_torch(tmp_path: Path) -> None:
     source = open_checkpoint(write_checkpoint(tmp_path / "source", CONFIGS["dense"]))
     w4 = SCHEMES["w4"]
-    assert alone.serves(source, recipe(w4, scale_search="absmax"))
-    assert not alone.serves(source, recipe(w4, scale_search="hessian"))
-    assert not alone.serves(source, recipe(w4, fold="awq"))
-    assert not alone.serves(source, recipe({**SCHEMES["w8-channel"], "activations": "static-tensor"}))
-    assert not alone.serves(source, recipe({"num_bits": 8, "type": "float", "strategy": "channel"}))
+    assert rtn_without_torch.serves(source, recipe(w4, scale_search="absmax"))
+    assert not rtn_without_torch.serves(source, recipe(w4, scale_search="hessian"))
+    assert not rtn_without_torch.serves(source, recipe(w4, fold="awq"))
+    assert not rtn_without_torch.serves(source, recipe({**SCHEMES["w8-channel"], "activations": "static-tensor"}))
+    assert not rtn_without_torch.serves(source, recipe({"num_bits": 8, "type": "float", "strategy": "channel"}))
     outer = {"match": "model.embed_tokens", "scheme": w4}
     values = {**recipe(w4).to_dict(), "rules": [outer, {"match": "*", "scheme": w4}]}
-    assert not alone.serves(source, Recipe.from_dict(values, "test"))
+    assert not rtn_without_torch.serves(source, Recipe.from_dict(values, "test"))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

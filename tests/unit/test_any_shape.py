@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve.grid import Grid, find_grid
 from qwen3_export.solve.method import Group, Solved
 from qwen3_export.solve.methods import gptq, rtn
+from qwen3_export.solve.rounding.grid import Grid, find_grid
 from tests.unit.test_gptq import Problem, assert_same_but_for_ties, by_the_paper, problem, weighted
 
 OPTIONS = st.fixed_dictionaries(

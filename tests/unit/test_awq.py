@@ -14,13 +14,13 @@ from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.decoder import load_block
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve.fold import search, sites
-from qwen3_export.solve.grid import find_grid, range_grid, round_to
+from qwen3_export.solve.blocks.fold import search, sites
+from qwen3_export.solve.calibration.moments import Sample, collect
 from qwen3_export.solve.job import Settings
-from qwen3_export.solve.limits import disk_needed
-from qwen3_export.solve.moments import Sample, collect
+from qwen3_export.solve.preflight import disk_needed
 from qwen3_export.solve.quantize import quantize
-from qwen3_export.text import Rows
+from qwen3_export.solve.rounding.grid import find_grid, range_grid, round_to
+from qwen3_export.text.rows import Rows
 from tests.artifact.support import VOCABULARY
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
 from tests.reference.models import our_logits, random_rows
@@ -157,7 +157,7 @@ def test_awq_takes_the_scales_with_the_least_output_error(
     tmp_path: Path, pool: Workers, number: int, rows_tried: int, within: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against every candidate of the grid, its error measured on the outputs themselves, of all rows."""
-    monkeypatch.setattr("qwen3_export.solve.fold._ROWS_TRIED", rows_tried)
+    monkeypatch.setattr("qwen3_export.solve.blocks.fold._ROWS_TRIED", rows_tried)
     config = tiny_config(intermediate_size=64)
     block = load_block(open_checkpoint(write_checkpoint(tmp_path / "model", config)), 0)
     site, group = sites(block)[number], 16

@@ -20,7 +20,9 @@ from qwen3_export.model.decoder import to_torch
 from qwen3_export.solve.job import ORIGINAL, QUANTIZED, Job, Settings
 from qwen3_export.solve.methods import gptq
 from qwen3_export.solve.quantize import quantize
-from qwen3_export.text import ModelTokenizer, Rows, calibration_rows, load_documents
+from qwen3_export.text.documents import load_documents
+from qwen3_export.text.rows import Rows, calibration_rows
+from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.conftest import copy_tokenizer, write_checkpoint
 from tests.unit.processors import needs_avx2
 from tests.unit.test_head import spied

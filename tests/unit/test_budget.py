@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3_export.solve.budget import Choice, choose
+from qwen3_export.solve.mixed_precision.knapsack import Choice, choose
 
 choices = st.builds(Choice, st.integers(1, 40), st.integers(0, 1000).map(lambda n: n / 7))
 problems = st.lists(st.lists(choices, min_size=1, max_size=4), min_size=1, max_size=5)

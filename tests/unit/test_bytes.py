@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3_export.solve import panels
-from qwen3_export.solve.bytes import Bytes, Panels, add_products, as_bytes
+from qwen3_export.solve.calibration import gram_avx2
+from qwen3_export.solve.calibration.gram_int8 import Bytes, Panels, add_products, as_bytes
 from tests.unit.processors import needs_avx2
 
 KINDS = [torch.bfloat16, pytest.param(torch.float32, marks=needs_avx2)]
@@ -128,7 +128,7 @@ def test_no_number_of_tokens_is_too_many() -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_integers_of_the_longest_text_fit(sign: int) -> None:
     """All of them the largest, with the same sign or with opposite ones."""
-    tokens = panels.MOST_TOKENS
+    tokens = gram_avx2.MOST_TOKENS
     sides = [np.full((tokens // 512, 1, 128, 16, 4), 64 + side * 63, np.uint8) for side in (1, sign)]
     totals = np.full(16, sign * 63 * tokens, np.int32)
     left, right = (

@@ -16,7 +16,7 @@ import pytest
 from qwen3_export.errors import InputError
 from qwen3_export.prove.drift import RowDrift, bootstrap, loops, measure, row_drift
 from qwen3_export.prove.reference import Continuations, Truth, full_truth, log_softmax, top_of
-from qwen3_export.text import Rows
+from qwen3_export.text.rows import Rows
 
 VOCAB = 97
 

@@ -25,14 +25,17 @@ from qwen3_export.core.progress import Progress
 from qwen3_export.core.qwen3 import block_name, parse_config
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
-from qwen3_export.solve import experts as experts_module
-from qwen3_export.solve import fold, walk
+from qwen3_export.solve.blocks import fold
+from qwen3_export.solve.blocks import forward as walk
+from qwen3_export.solve.calibration import experts as experts_module
 from qwen3_export.solve.job import Settings
-from qwen3_export.solve.limits import memory_needed
 from qwen3_export.solve.method import Group
 from qwen3_export.solve.methods import gptq
+from qwen3_export.solve.preflight import memory_needed
 from qwen3_export.solve.quantize import quantize
-from qwen3_export.text import ModelTokenizer, Rows, calibration_rows, load_documents
+from qwen3_export.text.documents import load_documents
+from qwen3_export.text.rows import Rows, calibration_rows
+from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.conftest import copy_tokenizer, random_tensors, tiny_moe_config, write_checkpoint
 from tests.unit.test_stream import Interrupted, hashes, inputs_of_linears
 

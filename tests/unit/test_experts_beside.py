@@ -10,13 +10,12 @@ import pytest
 import torch
 
 from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
-from qwen3_export.core.qwen3 import block_name
+from qwen3_export.core.qwen3 import ROUTER, block_name
 from qwen3_export.core.recipe import ExpertRule, Recipe
 from qwen3_export.model.decoder import load_block, rope_tables, to_torch
-from qwen3_export.solve.fold import ROUTER
+from qwen3_export.solve.blocks.forward import _share
 from qwen3_export.solve.method import Group
 from qwen3_export.solve.quantize import quantize
-from qwen3_export.solve.walk import _share
 from tests.conftest import copy_tokenizer, write_checkpoint
 from tests.unit.test_beside import BESIDE, HELD_OUT, LENGTH, SETTINGS, close, parts_of, rows_of, shifted
 from tests.unit.test_head import spied

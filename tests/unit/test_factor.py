@@ -10,9 +10,9 @@ import torch
 
 from qwen3_export.errors import RecipeError
 from qwen3_export.model.workers import workers
-from qwen3_export.solve import factor as factor_module
-from qwen3_export.solve.factor import Factor, factorise
-from qwen3_export.solve.refine import group_order
+from qwen3_export.solve.methods.gptq import cholesky
+from qwen3_export.solve.methods.gptq.cholesky import Factor, factorise
+from qwen3_export.solve.methods.gptq.refine import group_order
 
 SIZE, GROUP, PERCDAMP = 1168, 16, 0.01
 ORDERS = ("as they are", "by mass", "by groups")
@@ -40,8 +40,8 @@ def factor_of(chosen: str, threads: int | None) -> Factor:
 
 @pytest.mark.parametrize("chosen", ORDERS)
 def test_the_factor_times_itself_is_the_inverse_of_the_damped_hessian_in_that_order(chosen: str) -> None:
-    assert SIZE > 2 * factor_module._STRIP
-    assert SIZE % factor_module._STRIP
+    assert SIZE > 2 * cholesky._STRIP
+    assert SIZE % cholesky._STRIP
     found = factor_of(chosen, None)
     exact = hessian().double().numpy()
     damped = exact + np.diag(np.where(exact.diagonal() == 0, 1.0, PERCDAMP * exact.diagonal().mean()))

@@ -12,9 +12,9 @@ from qwen3_export.core.tensor import E2M1, QuantizedTensor, dequantize
 from qwen3_export.errors import RecipeError
 from qwen3_export.model.activations import round_e4m3, rounder
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve.grid import find_grid, round_to
 from qwen3_export.solve.method import Group
 from qwen3_export.solve.methods.rtn import Options, solve
+from qwen3_export.solve.rounding.grid import find_grid, round_to
 
 FP8 = {"num_bits": 8, "type": "float"}
 SCHEMES = {

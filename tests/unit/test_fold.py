@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
-from qwen3_export.core.qwen3 import block_name
+from qwen3_export.core.qwen3 import ROUTER, block_name
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.activations import rounder
 from qwen3_export.model.block import NUM_STAGES
 from qwen3_export.model.decoder import load_block, rope_tables
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve.fold import ROUTER, Site, apply, search, sites
-from qwen3_export.solve.grid import find_grid, round_to
-from qwen3_export.solve.moments import Sample, collect
+from qwen3_export.solve.blocks.fold import Site, apply, search, sites
+from qwen3_export.solve.calibration.moments import Sample, collect
+from qwen3_export.solve.rounding.grid import find_grid, round_to
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
 from tests.reference.models import TOLERANCE, load_theirs, random_rows, relative_error, their_logits
 

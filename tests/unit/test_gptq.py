@@ -18,9 +18,9 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import dequantize
 from qwen3_export.errors import RecipeError
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve.grid import Grid, find_grid
 from qwen3_export.solve.method import Group
 from qwen3_export.solve.methods import gptq, rtn
+from qwen3_export.solve.rounding.grid import Grid, find_grid
 
 TIE = 1e-4
 by_order = pytest.mark.parametrize("act_order", [True, False])

@@ -14,9 +14,9 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import LARGEST_SCALE, SMALLEST_SCALE, dequantize
 from qwen3_export.errors import RecipeError
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve.grid import Grid, find_grid
 from qwen3_export.solve.method import Group, Solved
 from qwen3_export.solve.methods import rtn
+from qwen3_export.solve.rounding.grid import Grid, find_grid
 
 SCHEMES = [
     QuantScheme(num_bits=bits, symmetric=symmetric, strategy=strategy, group_size=16)

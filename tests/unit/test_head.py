@@ -20,14 +20,16 @@ from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.errors import CheckpointError, RecipeError
 from qwen3_export.model.decoder import Decoder, load_block
 from qwen3_export.model.table import Table
-from qwen3_export.solve import head
-from qwen3_export.solve import sizes as cuts
+from qwen3_export.solve import chunk_sizes as cuts
+from qwen3_export.solve.blocks import embeddings as head
 from qwen3_export.solve.job import Settings
-from qwen3_export.solve.limits import disk_needed, memory_needed
 from qwen3_export.solve.method import Group
 from qwen3_export.solve.methods import gptq
+from qwen3_export.solve.preflight import disk_needed, memory_needed
 from qwen3_export.solve.quantize import quantize
-from qwen3_export.text import ModelTokenizer, calibration_rows, load_documents
+from qwen3_export.text.documents import load_documents
+from qwen3_export.text.rows import calibration_rows
+from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.conftest import copy_tokenizer, random_tensors, tiny_config, write_checkpoint
 from tests.unit.test_stream import ALL_RUNGS, LENGTH, SAMPLES, Interrupted
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from qwen3_export.core.scheme import QuantScheme
-from qwen3_export.solve import columns
-from qwen3_export.solve.columns import descend_block, round_block, search_block
-from qwen3_export.solve.grid import range_grid
+from qwen3_export.solve.methods.gptq import columns
+from qwen3_export.solve.methods.gptq.columns import descend_block, round_block, search_block
+from qwen3_export.solve.rounding.grid import range_grid
 
 TIE = 1e-5
 KINDS: dict[str, dict[str, Any]] = {
@@ -197,7 +197,7 @@ def test_a_block_descends_as_by_torch_and_never_uphill(bits: int, kind: str, mon
 
 def test_floats_and_integers_take_their_own_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(3, 5, scheme_of(4, "symmetric"))
-    monkeypatch.setattr("qwen3_export.solve.kernels.round_block", None)
+    monkeypatch.setattr("qwen3_export.solve.methods.gptq.column_kernels.round_block", None)
     with pytest.raises(TypeError):
         round_block(case.weight, case.scales, case.zeros, case.upper, case.scheme)
     floats = QuantScheme(num_bits=8, type="float", strategy="channel")

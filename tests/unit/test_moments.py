@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve.moments import Moments, Sample, collect, collect_parts
+from qwen3_export.solve.calibration.moments import Moments, Sample, collect, collect_parts
 from tests.unit.processors import needs_avx2
 
 OUT, ROWS, LENGTH, AT_ONCE = 24, 20, 301, 8

@@ -19,10 +19,10 @@ import torch
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import dequantize
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve.grid import Grid, find_grid
 from qwen3_export.solve.method import Group
 from qwen3_export.solve.methods import gptq
-from qwen3_export.solve.refine import descend
+from qwen3_export.solve.methods.gptq.refine import descend
+from qwen3_export.solve.rounding.grid import Grid, find_grid
 
 ROWS, PERCDAMP = 48, 0.01
 

@@ -9,8 +9,8 @@ import torch
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import SMALLEST_SCALE
 from qwen3_export.model.table import to_numpy
-from qwen3_export.solve.grid import Grid, _try_all, cut, find_grid, range_grid, round_onto, round_to
-from qwen3_export.solve.ranges import SHRINKS, numbers_to_try, round_groups
+from qwen3_export.solve.rounding.grid import Grid, _try_all, cut, find_grid, range_grid, round_onto, round_to
+from qwen3_export.solve.rounding.scale_search import SHRINKS, numbers_to_try, round_groups
 
 SCHEMES = [
     QuantScheme(4, group_size=128),

@@ -17,7 +17,7 @@ from qwen3_export.core.qwen3 import parse_config
 from qwen3_export.core.recipe import Recipe, load_recipe, recipe_names
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import RecipeError
-from qwen3_export.solve.method import load_method
+from qwen3_export.solve.methods import load_method
 from tests.conftest import tiny_moe_config
 
 W4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}

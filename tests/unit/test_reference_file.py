@@ -18,7 +18,7 @@ from qwen3_export.errors import CheckpointError, InputError
 from qwen3_export.model.decoder import Decoder
 from qwen3_export.prove.original import LiveReference, write_reference
 from qwen3_export.prove.reference import ReferenceFile, log_softmax
-from qwen3_export.text import Rows
+from qwen3_export.text.rows import Rows
 from tests.conftest import tiny_config, write_checkpoint
 
 VOCAB = 320

@@ -11,7 +11,7 @@ from qwen3_export.core.qwen3 import Qwen3Config, parse_config
 from qwen3_export.model.block import Block
 from qwen3_export.model.decoder import rope_tables
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve.repair import fit_repairs, run
+from qwen3_export.solve.mixed_precision.compensation import fit_repairs, run
 from tests.conftest import tiny_config, tiny_moe_config
 
 TOKENS, ROWS = 24, 32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen3_export.solve.rows import energy
+from qwen3_export.solve.rounding.row_chunks import energy
 
 
 @pytest.mark.parametrize("size", [1, 40, 256, 257, 700])

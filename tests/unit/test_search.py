@@ -18,10 +18,12 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import InputError, RecipeError, ResourceError
 from qwen3_export.model.decoder import Decoder
 from qwen3_export.solve.job import Settings as QuantizeSettings
+from qwen3_export.solve.mixed_precision.search import OPTIONS_OF, Found, Settings, search, to_yaml
+from qwen3_export.solve.mixed_precision.units import OUTER, Unit, units
 from qwen3_export.solve.quantize import quantize
-from qwen3_export.solve.search import OPTIONS_OF, Found, Settings, search, to_yaml
-from qwen3_export.solve.units import OUTER, Unit, units
-from qwen3_export.text import ModelTokenizer, calibration_rows, load_documents
+from qwen3_export.text.documents import load_documents
+from qwen3_export.text.rows import calibration_rows
+from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.conftest import copy_tokenizer, tiny_config, tiny_moe_config, write_checkpoint
 from tests.unit.outliers import with_outliers
 

@@ -8,8 +8,8 @@ import torch
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.progress import Progress
 from qwen3_export.model.decoder import Decoder
-from qwen3_export.solve.self_text import self_rows
-from qwen3_export.text import ModelTokenizer
+from qwen3_export.solve.calibration.self_generated import self_rows
+from qwen3_export.text.tokenizer import ModelTokenizer
 
 
 def test_the_seed_decides_the_text(reference_model: Checkpoint) -> None:

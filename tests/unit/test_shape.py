@@ -14,12 +14,13 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.block import Block, rms_norm
 from qwen3_export.model.decoder import load_block, rope_tables, to_torch
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve import outputs, shape
-from qwen3_export.solve.grid import Grid, find_grid, round_to
+from qwen3_export.solve.calibration import fisher
+from qwen3_export.solve.calibration.fisher import measure, pieces_of
 from qwen3_export.solve.job import Settings
-from qwen3_export.solve.outputs import measure, pieces_of
+from qwen3_export.solve.methods.gptq import noise_shaping
 from qwen3_export.solve.quantize import quantize
-from qwen3_export.text import Rows
+from qwen3_export.solve.rounding.grid import Grid, find_grid, round_to
+from qwen3_export.text.rows import Rows
 from tests.conftest import copy_tokenizer, tiny_config, tiny_moe_config, write_checkpoint
 
 SCHEME = QuantScheme(num_bits=3, group_size=16)
@@ -56,7 +57,7 @@ def plain_information(folder: Path, text: Rows, seed: int) -> dict[tuple[int, st
         logits = rms_norm(state[0], norm, config.rms_norm_eps) @ head.T
         # The same labels as the streamed pass draws, from its fp32 probabilities.
         generator = torch.Generator().manual_seed((seed << 32) + number)
-        labels = outputs.draw(logits.detach().float().softmax(-1), generator)
+        labels = fisher.draw(logits.detach().float().softmax(-1), generator)
         loss = -logits.log_softmax(-1).gather(1, labels).sum()
         slopes = torch.autograd.grad(loss, list(taps.values()), allow_unused=True)
         for key, slope in zip(taps, slopes, strict=True):
@@ -70,8 +71,8 @@ def test_the_streamed_pass_measures_what_a_whole_backward_pass_gives(
     tmp_path: Path, pool: Workers, config: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The vocabulary of 320 in several pieces, the last one shorter.
-    monkeypatch.setattr(outputs, "_HEAD_ROWS", 150)
-    monkeypatch.setattr(outputs, "_CONVERTED_ROWS", 100)
+    monkeypatch.setattr(fisher, "_HEAD_ROWS", 150)
+    monkeypatch.setattr(fisher, "_CONVERTED_ROWS", 100)
     folder, text = write_checkpoint(tmp_path / "model", config), rows()
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -100,7 +101,7 @@ def test_in_bf16_the_pass_measures_nearly_the_same(
     folder, text = write_checkpoint(tmp_path / "model", config), rows()
     (tmp_path / "scratch").mkdir()
     checkpoint = open_checkpoint(folder)
-    monkeypatch.setattr(outputs, "draw", lambda shares, _: torch.arange(len(shares))[:, None] * 7 % shares.shape[1])
+    monkeypatch.setattr(fisher, "draw", lambda shares, _: torch.arange(len(shares))[:, None] * 7 % shares.shape[1])
     monkeypatch.setattr(pool, "products", torch.bfloat16)
     with torch.no_grad():
         found = measure(checkpoint, text, 3, 7, pool, tmp_path / "scratch", "cpu")
@@ -117,15 +118,15 @@ def test_in_bf16_the_pass_measures_nearly_the_same(
 def test_labels_are_drawn_by_their_shares() -> None:
     shares = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
     generator = torch.Generator().manual_seed(0)
-    labels = outputs.draw(shares.expand(20_000, -1), generator)
+    labels = fisher.draw(shares.expand(20_000, -1), generator)
     assert labels.shape == (20_000, 1)
     found = torch.bincount(labels.flatten(), minlength=6) / 20_000
     assert not found[shares == 0].any()
     torch.testing.assert_close(found, shares, rtol=0, atol=0.015)
-    again = outputs.draw(shares.expand(20_000, -1), torch.Generator().manual_seed(0))
+    again = fisher.draw(shares.expand(20_000, -1), torch.Generator().manual_seed(0))
     assert torch.equal(labels, again)
     certain = torch.eye(6)[[4, 0, 5]]
-    assert outputs.draw(certain, generator).flatten().tolist() == [4, 0, 5]
+    assert fisher.draw(certain, generator).flatten().tolist() == [4, 0, 5]
 
 
 def test_pieces_cover_the_rows_evenly() -> None:
@@ -143,15 +144,15 @@ def plain_round(weight: torch.Tensor) -> tuple[Grid, torch.Tensor]:
 
 def test_the_solve_is_the_transcribed_recursion(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one row in a batch: W_r −= W_b's error · U_br / U_bb, in fp64, for two pieces."""
-    monkeypatch.setattr(shape, "BATCH", 1)
+    monkeypatch.setattr(noise_shaping, "BATCH", 1)
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(20, 32, generator=random)
     pieces = [_information(12, random), _information(8, random)]
-    grid, codes = shape.shaped(weight, shape.factors(pieces), plain_round, SCHEME)
+    grid, codes = noise_shaping.shaped(weight, noise_shaping.factors(pieces), plain_round, SCHEME)
     begin = 0
     for piece in pieces:
         rest = weight[begin : begin + len(piece)].double().clone()
-        damped = piece.double() / piece.diagonal().mean() + shape.DAMPING * torch.eye(len(piece))
+        damped = piece.double() / piece.diagonal().mean() + noise_shaping.DAMPING * torch.eye(len(piece))
         for row in range(len(piece)):
             own_grid, own_codes = plain_round(rest[row : row + 1].float())
             assert torch.equal(own_codes[0], codes[begin + row])
@@ -174,14 +175,14 @@ def test_shaping_lowers_its_objective_where_outputs_depend_on_each_other() -> No
         delta = ((codes - full.zeros) * full.scales - weight).double()
         return float(((information.double() @ delta) * delta).sum())
 
-    assert cost(*shape.shaped(weight, shape.factors([information]), plain_round, SCHEME)) < 0.8 * cost(
+    assert cost(*noise_shaping.shaped(weight, noise_shaping.factors([information]), plain_round, SCHEME)) < 0.8 * cost(
         *plain_round(weight)
     )
 
 
 def test_rows_that_nothing_depends_on_are_left_to_the_plain_solve() -> None:
     weight = torch.randn(40, 32, generator=torch.Generator().manual_seed(2))
-    grid, codes = shape.shaped(weight, shape.factors([torch.zeros(40, 40)]), plain_round, SCHEME)
+    grid, codes = noise_shaping.shaped(weight, noise_shaping.factors([torch.zeros(40, 40)]), plain_round, SCHEME)
     plain = plain_round(weight)
     assert torch.equal(codes, plain[1])
     assert torch.equal(grid.scales, plain[0].scales)

@@ -13,10 +13,10 @@ import torch
 
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.workers import Workers, workers
+from qwen3_export.solve.calibration.moments import Compared, Moments
 from qwen3_export.solve.method import Group
 from qwen3_export.solve.methods import gptq
-from qwen3_export.solve.moments import Compared, Moments
-from qwen3_export.solve.shift import CONFIRM_EVERY, ROWS_AT_ONCE, Shift, prepare, start_factors
+from qwen3_export.solve.methods.gptq.target_shift import CONFIRM_EVERY, ROWS_AT_ONCE, Shift, prepare, start_factors
 
 # More rows than are shifted at once, and an odd number of them.
 OUT, IN, TOKENS, PERCDAMP = ROWS_AT_ONCE + 101, 96, 400, 0.01

@@ -11,7 +11,7 @@ import torch
 from qwen3_export.errors import InputError
 from qwen3_export.model.block import State
 from qwen3_export.model.workers import workers
-from qwen3_export.solve.states import RowFile, Shelf, States
+from qwen3_export.solve.calibration.activations import RowFile, Shelf, States
 
 
 def test_rows_of_a_file_are_read_back_bit_for_bit(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_a_file_that_is_to_last_goes_to_the_disk_while_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[int] = []
-    monkeypatch.setattr("qwen3_export.solve.states._EARLY", 100)
+    monkeypatch.setattr("qwen3_export.solve.calibration.activations._EARLY", 100)
     monkeypatch.setattr(os, "fsync", flushed.append)
     for early in (False, True):
         file = RowFile(tmp_path / "a.rows", (10,), early=early)
@@ -54,7 +54,7 @@ def test_what_could_not_be_flushed_is_not_kept(tmp_path: Path, monkeypatch: pyte
         if errors:
             raise errors.pop()
 
-    monkeypatch.setattr("qwen3_export.solve.states._EARLY", 40)
+    monkeypatch.setattr("qwen3_export.solve.calibration.activations._EARLY", 40)
     monkeypatch.setattr(os, "fsync", flush)
     file = RowFile(tmp_path / "a.rows", (10,), early=True)
     file.write(0, torch.zeros(10))

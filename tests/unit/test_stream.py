@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.manifest import read_manifest, sha256_file
 from qwen3_export.core.progress import Progress
-from qwen3_export.core.qwen3 import block_name
+from qwen3_export.core.qwen3 import ROUTER, block_name
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.errors import InputError, RecipeError
@@ -32,12 +32,13 @@ from qwen3_export.model import block as block_module
 from qwen3_export.model.decoder import load_block, rope_tables, to_torch
 from qwen3_export.model.workers import workers
 from qwen3_export.solve import job
-from qwen3_export.solve.fold import ROUTER
 from qwen3_export.solve.job import Settings
 from qwen3_export.solve.method import Group
 from qwen3_export.solve.methods import gptq
 from qwen3_export.solve.quantize import quantize
-from qwen3_export.text import ModelTokenizer, calibration_rows, load_documents
+from qwen3_export.text.documents import load_documents
+from qwen3_export.text.rows import calibration_rows
+from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.conftest import copy_tokenizer, tiny_config, tiny_moe_config, write_checkpoint
 
 CONFIGS = {

@@ -19,19 +19,9 @@ from qwen3_export.core.recipe import Recipe
 from qwen3_export.errors import CheckpointError, InputError
 from qwen3_export.solve.job import Settings
 from qwen3_export.solve.quantize import quantize
-from qwen3_export.text import (
-    Document,
-    ModelTokenizer,
-    Rows,
-    calibration_rows,
-    document_ids,
-    form_of,
-    heldout_rows,
-    load_documents,
-    render_chat,
-    source_name,
-    spread,
-)
+from qwen3_export.text.documents import Document, document_ids, form_of, load_documents, source_name
+from qwen3_export.text.rows import Rows, calibration_rows, heldout_rows, spread
+from qwen3_export.text.tokenizer import ModelTokenizer, render_chat
 from tests.conftest import tiny_config, write_checkpoint
 
 

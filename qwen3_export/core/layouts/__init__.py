@@ -7,6 +7,7 @@ A layout module defines, for a linear called `module` with weight `[out, in]`:
     pack(tensor) -> {tensor name: array}                                as `specs` announces them
     unpack(stored, module, shape, scheme) -> QuantizedTensor            its inverse
     config(schemes, linears) -> quantization_config                     raises RecipeError if it cannot say
+    read_schemes(where, stored, linears) -> {linear: QuantScheme}        from another tool's quantization_config
 
 `linears` are those of the blocks; `schemes` may also have the embedding and the head.
 `specs` without `stored` is what we write; with it, what other tools wrote is announced as they wrote it,
@@ -31,6 +32,11 @@ from qwen3_export.core.tensor import SCALE_TYPES
 from qwen3_export.errors import InputError
 
 __all__ = ["DEFAULT", "Stored", "group_index", "layout"]
+Schemes = dict[str, QuantScheme]
+Shapes = Mapping[str, tuple[int, int]]
+NEEDS_ORIGINAL = "give the 16-bit original"
+# Parts that other tools store and that are zero where a scheme has no such thing.
+IDLE = ("weight_zero_point", "input_zero_point", "bias")
 _FLOATS = tuple(SCALE_TYPES[name] for name in ("fp16", "bf16", "fp32"))
 
 
@@ -94,3 +100,20 @@ def group_index(stored: Stored, name: str, shape: tuple[int, int], scheme: Quant
             f"{scheme.num_groups(shape[1])} groups of {scheme.group_length(shape[1])} inputs each were expected"
         )
     return index
+
+
+def is_unquantized(stored: Stored, module: str, parts: tuple[str, ...]) -> bool:
+    """Whether a linear was left in 16 bits: its weight is there, and none of the quantized parts."""
+    return f"{module}.weight" in stored and not any(f"{module}.{part}" in stored for part in parts)
+
+
+def scale_dtype_of(stored: Stored, name: str) -> str:
+    """The scale type of a scheme, from the stored tensor; what is missing or odd is found by the audit."""
+    found = stored.dtype(name)
+    return next(key for key, dtype in SCALE_TYPES.items() if dtype == found)
+
+
+def grouped_scheme(bits: Any, size: Any, stored: Stored, module: str) -> QuantScheme:
+    grain = {"strategy": "channel", "group_size": None} if size == -1 else {"strategy": "group", "group_size": size}
+    values = {"num_bits": bits, "symmetric": False, "scale_dtype": scale_dtype_of(stored, f"{module}.scales"), **grain}
+    return QuantScheme.from_dict(values)

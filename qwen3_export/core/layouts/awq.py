@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.core.layouts import Stored
+from qwen3_export.core.layouts import NEEDS_ORIGINAL, Schemes, Shapes, Stored, grouped_scheme, is_unquantized
 from qwen3_export.core.layouts.gptq import foreign_floats, uniform
 from qwen3_export.core.pack import pack_int32, unpack_int32
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor
 from qwen3_export.core.tensorfile import Spec
-from qwen3_export.errors import RecipeError
+from qwen3_export.errors import CheckpointError, RecipeError
 
 _ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 _PER_WORD = 8
@@ -92,3 +92,16 @@ def config(schemes: Mapping[str, QuantScheme], linears: list[str]) -> dict[str, 
         "zero_point": True,
         "modules_to_not_convert": ["lm_head", *(["mlp.gate"] if any(".experts." in n for n in linears) else [])],
     }
+
+
+def read_schemes(where: str, stored: Stored, linears: Shapes) -> Schemes:
+    """Scheme of every linear that this layout's `quantization_config` quantizes; CheckpointError if it can't say."""
+    config, parts = stored.config, ("qweight", "qzeros", "scales")
+    version = str(config.get("version") or config.get("checkpoint_format") or config.get("format") or "gemm").lower()
+    if version != "gemm":
+        raise CheckpointError(f"{where}: AWQ version {version!r}; only gemm can be read", NEEDS_ORIGINAL)
+    bits, size = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size"))
+    if bits != 4:
+        raise CheckpointError(f"{where}: AWQ with bits: {bits!r}; 4 was expected", NEEDS_ORIGINAL)
+    quantized = [module for module in linears if not is_unquantized(stored, module, parts)]
+    return {module: grouped_scheme(bits, size, stored, module) for module in quantized}

@@ -13,11 +13,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.core.layouts import Stored
+from qwen3_export.core.layouts import NEEDS_ORIGINAL, Schemes, Shapes, Stored, is_unquantized, scale_dtype_of
 from qwen3_export.core.layouts.gptq import uniform
-from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.core.scheme import ACTIVATION_GROUP, QuantScheme
 from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor
 from qwen3_export.core.tensorfile import Spec
+from qwen3_export.errors import CheckpointError
 
 _E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 
@@ -58,4 +59,22 @@ def config(schemes: Mapping[str, QuantScheme], linears: list[str]) -> dict[str, 
         "activation_scheme": "dynamic",
         "weight_block_size": list(scheme.block_shape or ()),
         "modules_to_not_convert": ["lm_head", *routers],
+    }
+
+
+def read_schemes(where: str, stored: Stored, linears: Shapes) -> Schemes:
+    """Scheme of every linear that this layout's `quantization_config` quantizes; CheckpointError if it can't say."""
+    config, wanted = stored.config, {"activation_scheme": "dynamic", "fmt": "e4m3", "scale_fmt": "float"}
+    for key, value in wanted.items():
+        if (config.get(key) or value) != value:
+            raise CheckpointError(f"{where}: FP8 with {key} {config[key]!r}; {value!r} was expected", NEEDS_ORIGINAL)
+    block = config.get("weight_block_size")
+    if not isinstance(block, list) or block[1:] != [ACTIVATION_GROUP]:
+        raise CheckpointError(f"{where}: FP8 with weight_block_size {block!r}; [128, 128] was expected", NEEDS_ORIGINAL)
+    values = {"num_bits": 8, "type": "float", "strategy": "block", "block_shape": block, "activations": "dynamic-group"}
+    return {
+        module: QuantScheme.from_dict({**values, "scale_dtype": scale_dtype_of(stored, f"{module}.weight_scale_inv")})
+        for module in linears
+        if not is_unquantized(stored, module, ("weight_scale_inv",))
+        or stored.entries[f"{module}.weight"].dtype.itemsize == 1
     }

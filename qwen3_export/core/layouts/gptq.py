@@ -12,19 +12,28 @@ words with a 0; the folder's `meta` says who wrote it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.core.layouts import Stored, group_index
+from qwen3_export.core.layouts import (
+    NEEDS_ORIGINAL,
+    Schemes,
+    Shapes,
+    Stored,
+    group_index,
+    grouped_scheme,
+    is_unquantized,
+)
 from qwen3_export.core.pack import pack_int32, unpack_int32
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor
 from qwen3_export.core.tensorfile import Spec
-from qwen3_export.errors import RecipeError
+from qwen3_export.errors import CheckpointError, RecipeError
 
 
 def supports(scheme: QuantScheme) -> str | None:
@@ -134,3 +143,25 @@ def uniform(
         found = f"{plain[0]} is not quantized" if plain else f"there are {len(distinct)}"
         raise RecipeError(f"the {name} layout has one scheme for all linears, but {found}", "use compressed-tensors")
     return distinct.pop()
+
+
+def read_schemes(where: str, stored: Stored, linears: Shapes) -> Schemes:
+    """Scheme of every linear that this layout's `quantization_config` quantizes; CheckpointError if it can't say."""
+    config, schemes = stored.config, Schemes()
+    if (found := format_of(config)) not in ("gptq", "gptq_v2"):
+        raise CheckpointError(f"{where}: checkpoint_format {found!r}; gptq and gptq_v2 can be read", NEEDS_ORIGINAL)
+    if str(config.get("pack_dtype") or "int32").removeprefix("torch.") != "int32":
+        raise CheckpointError(f"{where}: pack_dtype {config['pack_dtype']!r}; int32 was expected", NEEDS_ORIGINAL)
+    for module in linears:
+        values = _overridden(config, module)
+        if values is not None and not is_unquantized(stored, module, ("qweight", "qzeros", "scales")):
+            schemes[module] = grouped_scheme(values.get("bits"), values.get("group_size", 128), stored, module)
+    return schemes
+
+
+def _overridden(config: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:
+    """GPTQModel's `dynamic`: the first pattern that matches overrides, or with `-:` leaves the linear alone."""
+    for pattern, changes in (config.get("dynamic") or {}).items():
+        if re.match(pattern.removeprefix("+:").removeprefix("-:"), module):
+            return None if pattern.startswith("-:") else {**config, **changes}
+    return config

@@ -1,6 +1,6 @@
 """AWQ (Lin et al. 2023): make the channels that matter large before rounding, then clip each group's range.
 
-    min over s of ‖X Wᵀ − (X / s) Q(W · s)ᵀ‖²     s folded into what feeds the linear   (`solve.fold`)
+    min over s of ‖X Wᵀ − (X / s) Q(W · s)ᵀ‖²     s folded into what feeds the linear   (`blocks.fold`)
     min over shrink of δᵀ H_g δ   per group       δ = w − Q(w), range shrunken          (scale search)
 
 The clip search weighs the rounding error by the group's own block H_g of H = mean x xᵀ, which is the
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.method import FOLDS, Group, Solved, check_choice
-from qwen3_export.solve.ranges import SEARCHES
-from qwen3_export.solve.rounding import round_group
+from qwen3_export.solve.rounding.nearest import round_group
+from qwen3_export.solve.rounding.scale_search import SEARCHES
 
 
 @dataclass(frozen=True)

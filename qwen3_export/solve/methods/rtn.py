@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.method import FOLDS, Group, Solved, check_choice
-from qwen3_export.solve.ranges import SEARCHES
+from qwen3_export.solve.rounding.scale_search import SEARCHES
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Options:
     """Options of the recipe.
 
     `scale_search`: `absmax` covers the whole range, `mse` and `hessian` try shrunken ranges per group.
-    `fold`: `none`, `awq` or `smoothquant`; see `solve.fold`.
+    `fold`: `none`, `awq` or `smoothquant`; see `blocks.fold`.
     """
 
     scale_search: str = "mse"
@@ -49,7 +49,7 @@ def needs_outputs(_options: Options) -> int:
 
 def solve(group: Group, options: Options, pool: Workers) -> dict[str, Solved]:
     """Round every weight of the group; the error is relative to its energy, weighted by the inputs if known."""
-    # Here, so that a run without inputs needs no torch: see `solve.alone`.
-    from qwen3_export.solve.rounding import round_group
+    # Here, so that a run without inputs needs no torch: see `blocks.rtn_without_torch`.
+    from qwen3_export.solve.rounding.nearest import round_group
 
     return round_group(group, options.scale_search, pool)

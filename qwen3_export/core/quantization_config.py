@@ -1,0 +1,124 @@
+"""Folders that other tools quantized: from their `quantization_config` to a scheme for every linear.
+
+quant_method         written by                              layout of the same name
+gptq                 AutoGPTQ, GPTQModel, AutoRound          formats gptq and gptq_v2
+awq                  AutoAWQ, GPTQModel                      version gemm
+fp8                  the official FP8 releases               blocks of N × 128
+compressed-tensors   llm-compressor and others               packed, int, float, mxfp4, nvfp4
+
+Where a configuration and the stored numbers disagree, the numbers decide: zero points that all are the
+midpoint make a folder symmetric. What a scheme cannot say is refused by name. A head or an embedding may
+be quantized where the layout has a place for it: the head in GPTQ, both in compressed-tensors, untied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen3_export.core.layouts import IDLE, NEEDS_ORIGINAL, Schemes, Shapes, Stored, group_index, layout
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD
+from qwen3_export.errors import CheckpointError, RecipeError
+
+# Where AutoGPTQ wrote its configuration before transformers knew of it.
+FALLBACK = "quantize_config.json"
+METHODS = ("gptq", "awq", "fp8", "compressed-tensors")
+_LINEARS = "give the 16-bit original, or a folder in which the linears of the blocks alone are quantized"
+_ROWS = "give the 16-bit original, or a folder whose head and embedding have scales per channel or group"
+_PARTS = ("qweight", "qzeros", "scales", "weight_packed", "weight_scale", "weight_scale_inv")
+_CACHE_PARTS = ("k_scale", "v_scale", "k_proj.output_scale", "v_proj.output_scale")
+
+
+def quantization_of(folder: Path, raw: Mapping[str, Any], names: Iterable[str]) -> Mapping[str, Any]:
+    """The `quantization_config` of a folder, or AutoGPTQ's own file; empty when nothing is quantized."""
+    config, where = raw.get("quantization_config"), f"{folder / 'config.json'}: quantization_config"
+    path = folder / FALLBACK
+    if not config and path.is_file() and any(name.endswith(".qweight") for name in names):
+        where = str(path)
+        try:
+            config = {"quant_method": "gptq", **json.loads(path.read_bytes())}
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{path}: no JSON object ({error})") from error
+    if not isinstance(config or {}, dict):
+        raise CheckpointError(f"{where}: an object was expected, found {type(config).__name__}")
+    return config or {}
+
+
+def read_schemes(where: str, stored: Stored, linears: Shapes) -> tuple[str, Schemes]:
+    """Layout and scheme of every quantized matrix of `linears`; GPTQ's and AWQ's are asymmetric until `settle`.
+
+    `linears` holds the embedding too, and an untied head. Raises CheckpointError with the reason when
+    the configuration says what no scheme can.
+    """
+    method = str(stored.config.get("quant_method"))
+    if method not in METHODS:
+        known = ", ".join(METHODS)
+        raise CheckpointError(f"{where}: quantized with quant_method {method!r}; {known} can be read", NEEDS_ORIGINAL)
+    outer = tuple(module for module in _outer(method, stored.config) if module in linears)
+    _refuse_outside(where, stored, outer)
+    linears = {name: shape for name, shape in linears.items() if name in outer or name not in (EMBEDDING, HEAD)}
+    try:
+        schemes = layout(method).read_schemes(where, stored, linears)
+    except RecipeError as error:
+        raise CheckpointError(f"{where}: {error}", error.hint or NEEDS_ORIGINAL) from error
+    except (TypeError, ValueError, LookupError, AttributeError, re.error) as error:
+        raise CheckpointError(f"{where}: a malformed quantization_config ({error!r})", NEEDS_ORIGINAL) from error
+    for module in outer:
+        if module in schemes and (not schemes[module].per_row or schemes[module].scale_dtype == "e4m3"):
+            raise CheckpointError(f"{where}: {module} is quantized as {schemes[module].label}: not supported", _ROWS)
+    if not schemes:
+        raise CheckpointError(f"{where}: quantized by {method}, as it says, but every linear is stored in 16 bits")
+    return method, schemes
+
+
+def settle(method: str, stored: Stored, schemes: Schemes, linears: Shapes) -> tuple[Schemes, frozenset[str]]:
+    """Let the small tensors correct the schemes, after every name, type and shape was checked.
+
+    Returns the schemes, and the linears whose groups are not consecutive inputs. Reads zero points,
+    scales and group indices, never codes. Raises ValueError naming a tensor that contradicts its scheme.
+    """
+    if method in ("gptq", "awq"):
+        zero_points = layout(method).zero_points
+        if all((zero_points(stored, m, linears[m], s) == s.midpoint).all() for m, s in schemes.items()):
+            schemes = {module: dataclasses.replace(scheme, symmetric=True) for module, scheme in schemes.items()}
+    suffix = "weight_scale" if method == "compressed-tensors" else "scales"
+    signed = [module for module, scheme in schemes.items() if scheme.type == "int" and scheme.symmetric]
+    if any((stored.read(f"{module}.{suffix}") < 0).any() for module in signed):
+        schemes = {**schemes, **{m: dataclasses.replace(schemes[m], signed_scales=True) for m in signed}}
+    reordered = set()
+    for module, scheme in schemes.items():
+        for name in (f"{module}.{idle}" for idle in IDLE if scheme.symmetric or idle != "weight_zero_point"):
+            if name in stored and stored.read(name).astype("<f4").any():
+                raise ValueError(f"{name}: it is not zero, though this linear has no such thing by its scheme")
+        indices = (f"{module}.g_idx", f"{module}.weight_g_idx")
+        if any(group_index(stored, name, linears[module], scheme) is not None for name in indices):
+            reordered.add(module)
+    return schemes, frozenset(reordered)
+
+
+def _outer(method: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which of embedding and head a folder of this kind may hold quantized."""
+    if method == "gptq":
+        return (HEAD,) if config.get("lm_head") else ()
+    return (EMBEDDING, HEAD) if method == "compressed-tensors" else ()
+
+
+def _refuse_outside(where: str, stored: Stored, outer: tuple[str, ...]) -> None:
+    """Only linears of the blocks and `outer` may be quantized: no router, no key/value cache."""
+    for name in stored.entries:
+        module, _, part = name.rpartition(".")
+        if name.endswith(_CACHE_PARTS):
+            raise CheckpointError(
+                f"{where}: {name}: the key/value cache is quantized, which is not supported", _LINEARS
+            )
+        inside = module.startswith("model.layers.") and not module.endswith(".mlp.gate")
+        if part in _PARTS and not inside and module not in outer:
+            raise CheckpointError(f"{where}: {module} is quantized, which is not supported ({name})", _LINEARS)
+    if stored.config.get("lm_head") and HEAD not in outer:
+        raise CheckpointError(
+            f"{where}: lm_head is quantized (lm_head: true), which is not supported beside a tied embedding", _LINEARS
+        )

@@ -1,0 +1,64 @@
+"""Opening any artifact in its own runtime, and what it brings along."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from qwen3_export.core.coverage import GGUF_KEY, Summary, read_coverage, summary_of
+from qwen3_export.errors import InputError
+from qwen3_export.run.session import HasMetadata, HasTokenizer, RuntimeOptions, Session
+from qwen3_export.text.tokenizer import ModelTokenizer, TextModel
+
+
+def open_session(artifact: Path, options: RuntimeOptions | None = None) -> Session:
+    """Open an artifact in its own runtime; InputError when it is none, MissingRuntimeError without it."""
+    options = options or RuntimeOptions()
+    if artifact.is_file():
+        with artifact.open("rb") as file:
+            magic = file.read(4)
+        if magic != b"GGUF":
+            raise InputError(f"{artifact}: neither a GGUF file nor an artifact folder")
+        from qwen3_export.run.llamacpp import LlamaSession
+
+        return LlamaSession(artifact, options)
+    if not artifact.is_dir():
+        raise InputError(f"{artifact}: no such artifact")
+    if (artifact / "model.onnx").is_file():
+        from qwen3_export.run.ort import OrtSession
+
+        return OrtSession(artifact, options)
+    if (artifact / "config.json").is_file():
+        from qwen3_export.run.torch import TorchSession
+
+        return TorchSession(artifact, options)
+    raise InputError(
+        f"{artifact}: neither model.onnx nor config.json is in it", "give an artifact folder or a .gguf file"
+    )
+
+
+def tokenizer_of(artifact: Path, session: Session) -> TextModel:
+    """The artifact's own tokenizer: in the folder, or inside the GGUF file."""
+    if isinstance(session, HasTokenizer):
+        return session.tokenizer
+    return ModelTokenizer(artifact)
+
+
+def artifact_coverage(artifact: Path, session: Session) -> Summary | None:
+    """How many calibration tokens the artifact's experts saw; None for a model without experts."""
+    if not isinstance(session, HasMetadata):
+        return read_coverage(artifact)
+    if not (session.metadata("general.architecture") or "").endswith("moe"):
+        return None
+    text = session.metadata(GGUF_KEY)
+    try:
+        return summary_of(json.loads(text or "{}"))
+    except ValueError:
+        return summary_of({})
+
+
+def artifact_bytes(artifact: Path) -> int:
+    """Size of an artifact on disk."""
+    if artifact.is_file():
+        return artifact.stat().st_size
+    return sum(path.stat().st_size for path in artifact.rglob("*") if path.is_file())

@@ -1,0 +1,123 @@
+"""ONNX folders: `model.onnx`, its data, the tokenizer, and what onnxruntime-genai needs to run it.
+
+Flavor `ort` is written in ONNX Runtime's fused operators, `standard` in ai.onnx operators alone.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from qwen3_export.core.checkpoint import Checkpoint, read_sidecar
+from qwen3_export.core.manifest import file_list, staged_folder, to_json, write_manifest
+from qwen3_export.core.progress import Progress
+from qwen3_export.errors import InputError
+from qwen3_export.ship.exactness import cast_errors
+from qwen3_export.ship.onnx import ort_ops, standard_ops
+from qwen3_export.ship.onnx.decoder import build_decoder
+from qwen3_export.ship.onnx.graph import GraphBuilder
+from qwen3_export.ship.result import check_schemes, exactness, export_result, provenance
+
+# With shared buffers onnxruntime-genai allocates the whole cache for max_length before it starts.
+_GENAI_LENGTH = 4096
+FLAVORS = ("ort", "standard")
+PRECISIONS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+
+
+def export_onnx(
+    checkpoint: Checkpoint,
+    output: Path,
+    flavor: str = "ort",
+    precision: str = "fp32",
+    accuracy_level: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write an ONNX folder; codes and scales land unchanged. Returns the result that `--json` prints.
+
+    Raises UnsupportedError, before anything is written, when a tensor's scheme does not fit.
+    """
+    started, progress = time.monotonic(), progress or Progress()
+    for value, choices, option in ((flavor, FLAVORS, "--flavor"), (precision, PRECISIONS, "--precision")):
+        if value not in choices:
+            raise InputError(f"{option} {value}: one of {', '.join(choices)} was expected")
+    check_schemes(checkpoint, ort_ops.supports if flavor == "ort" else standard_ops.supports, f"onnx ({flavor})")
+    inexact = cast_errors(checkpoint, precision)
+    with staged_folder(output, force) as folder:
+        write_graph(checkpoint, folder, flavor, precision, accuracy_level, progress)
+        for path in checkpoint.sidecars():
+            shutil.copyfile(path, folder / path.name)
+        if flavor == "ort":
+            config = genai_config(checkpoint)
+            (folder / "genai_config.json").write_text(to_json(config), encoding="utf-8")
+        values = {"flavor": flavor, "precision": precision, **provenance(checkpoint), **exactness(inexact)}
+        write_manifest(folder, "onnx", values)
+        files = file_list(folder)
+    return export_result(output, files, checkpoint, inexact, started)
+
+
+def write_graph(
+    checkpoint: Checkpoint, folder: Path, flavor: str, precision: str, accuracy_level: int | None, progress: Progress
+) -> None:
+    """Write `model.onnx` and its data in one flavor."""
+    dtype = PRECISIONS[precision]
+    with GraphBuilder(folder, ort_ops.OPSET if flavor == "ort" else standard_ops.OPSET) as graph:
+        ops = (
+            ort_ops.OrtOps(graph, dtype, accuracy_level) if flavor == "ort" else standard_ops.StandardOps(graph, dtype)
+        )
+        build_decoder(ops, checkpoint, progress)
+        graph.save({"qwen3_export.flavor": flavor, "qwen3_export.context": str(checkpoint.config.max_position)})
+
+
+def genai_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """`genai_config.json` of a folder with our input and output names."""
+    config, generation = checkpoint.config, _generation(checkpoint)
+    eos = generation.get("eos_token_id", checkpoint.raw_config.get("eos_token_id"))
+    first_eos = eos[0] if isinstance(eos, list) else eos
+    pad = generation.get("pad_token_id", checkpoint.raw_config.get("pad_token_id"))
+    bos = generation.get("bos_token_id", checkpoint.raw_config.get("bos_token_id"))
+    return {
+        "model": {
+            "type": "qwen3",
+            "vocab_size": config.vocab_size,
+            "context_length": config.max_position,
+            "bos_token_id": first_eos if bos is None else bos,
+            "eos_token_id": eos,
+            "pad_token_id": first_eos if pad is None else pad,
+            "decoder": {
+                "filename": "model.onnx",
+                "session_options": {"provider_options": []},
+                "hidden_size": config.hidden_size,
+                "head_size": config.head_dim,
+                "num_attention_heads": config.num_heads,
+                "num_key_value_heads": config.num_kv_heads,
+                "num_hidden_layers": config.num_layers,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "position_ids": "position_ids",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "max_length": min(config.max_position, _GENAI_LENGTH),
+            "past_present_share_buffer": True,
+            **{k: generation[k] for k in ("do_sample", "temperature", "top_k", "top_p") if k in generation},
+        },
+    }
+
+
+def _generation(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    return read_sidecar(checkpoint.folder / "generation_config.json")

@@ -1,0 +1,104 @@
+"""The Qwen3 decoder as a graph, independent of the operators that a runtime wants.
+
+    input_ids ─ embedding ─▶ h ─ [ norm ─ q,k,v ─ head norm ─ rope ─ attention ─ o ─ + h
+                                   norm ─ gate,up ─ silu·up ─ down ─ + h ] × layers ─ norm ─ head ─▶ logits
+
+A flavor (`ship.onnx`, `ship.standard`) says how a norm, a linear, RoPE and attention are written.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.progress import Progress
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config, block_name
+from qwen3_export.core.tensor import QuantizedTensor
+from qwen3_export.errors import UnsupportedError
+from qwen3_export.ship.onnx.graph import GraphBuilder
+
+
+class Flavor(Protocol):
+    """How one family of runtimes wants the decoder's parts; `dtype` is that of activations."""
+
+    graph: GraphBuilder
+    dtype: ir.DataType
+
+    def prepare(self, config: Qwen3Config) -> None:
+        """Declare inputs and what all layers share (mask, rope tables)."""
+
+    def embedding(self, table: QuantizedTensor | NDArray) -> ir.Value:
+        """Hidden states of `input_ids`."""
+
+    def norm(self, x: ir.Value, weight: NDArray, name: str) -> ir.Value:
+        """RMSNorm over the last axis."""
+
+    def add_norm(self, h: ir.Value, delta: ir.Value, weight: NDArray, name: str) -> tuple[ir.Value, ir.Value]:
+        """`h + delta` and its RMSNorm."""
+
+    def linear(self, x: ir.Value, weight: QuantizedTensor | NDArray, name: str) -> ir.Value:
+        """`x @ weight.T` for a weight `[out, in]`."""
+
+    def attention(
+        self, qkv: tuple[ir.Value, ir.Value, ir.Value], norms: tuple[NDArray, NDArray], layer: int
+    ) -> ir.Value:
+        """Head norms, RoPE, cache and attention: `[batch, sequence, heads * head_dim]`."""
+
+    def head(self, x: ir.Value, table: QuantizedTensor | NDArray | None) -> ir.Value:
+        """Logits in fp32; `table` None when the head is the embedding, which is stored once."""
+
+
+def build_decoder(flavor: Flavor, checkpoint: Checkpoint, progress: Progress) -> None:
+    """Write the whole decoder into the flavor's graph, reading one tensor at a time."""
+    config, graph = checkpoint.config, flavor.graph
+    if config.sparse_layers:
+        raise UnsupportedError(
+            f"{checkpoint.name}: ONNX export of mixture-of-experts models is not supported",
+            "`qwen3-export gguf` exports them",
+        )
+    flavor.prepare(config)
+    h = flavor.embedding(checkpoint.linear(EMBEDDING))
+    delta: ir.Value | None = None
+    with progress.bar(f"export layers of {graph.folder.name.removesuffix('.partial')}", config.num_layers) as tick:
+        for layer in range(config.num_layers):
+            h, delta = _block(flavor, checkpoint, layer, h, delta)
+            tick()
+    assert delta is not None
+    _, x = flavor.add_norm(h, delta, _weight(checkpoint, "model.norm"), "norm")
+    table = None if config.tie_word_embeddings else checkpoint.linear(HEAD)
+    logits = flavor.head(x, table)
+    graph.output(logits, "logits", ir.DataType.FLOAT, ["batch_size", "sequence_length", config.vocab_size])
+    # `logits` is made last and announced first, as every consumer expects.
+    graph.outputs.insert(0, graph.outputs.pop())
+
+
+def _block(
+    flavor: Flavor, checkpoint: Checkpoint, layer: int, h: ir.Value, delta: ir.Value | None
+) -> tuple[ir.Value, ir.Value]:
+    """One decoder block; returns the residual stream and the MLP's output still to be added to it."""
+    prefix, short = block_name(layer), f"layer.{layer}"
+
+    def linear(name: str, x: ir.Value) -> ir.Value:
+        return flavor.linear(x, checkpoint.linear(f"{prefix}.{name}"), f"{short}.{name}")
+
+    weight = _weight(checkpoint, f"{prefix}.input_layernorm")
+    if delta is None:
+        x = flavor.norm(h, weight, f"{short}.input_norm")
+    else:
+        h, x = flavor.add_norm(h, delta, weight, f"{short}.input_norm")
+    qkv = (linear("self_attn.q_proj", x), linear("self_attn.k_proj", x), linear("self_attn.v_proj", x))
+    norms = (_weight(checkpoint, f"{prefix}.self_attn.q_norm"), _weight(checkpoint, f"{prefix}.self_attn.k_norm"))
+    mixed = linear("self_attn.o_proj", flavor.attention(qkv, norms, layer))
+    h, x = flavor.add_norm(h, mixed, _weight(checkpoint, f"{prefix}.post_attention_layernorm"), f"{short}.post_norm")
+    gate, up = linear("mlp.gate_proj", x), linear("mlp.up_proj", x)
+    graph = flavor.graph
+    silu = graph.op("Mul", [gate, graph.op("Sigmoid", [gate], f"{short}.sigmoid")], f"{short}.silu")
+    return h, linear("mlp.down_proj", graph.op("Mul", [silu, up], f"{short}.glu"))
+
+
+def _weight(checkpoint: Checkpoint, module: str) -> NDArray[np.float32]:
+    return checkpoint.read(f"{module}.weight").astype(np.float32)

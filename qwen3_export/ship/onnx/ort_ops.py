@@ -1,0 +1,205 @@
+"""The decoder in ONNX Runtime's fused operators (`com.microsoft`).
+
+    MatMulNBits      B uint8 [out, groups, group·bits/8], low nibble first; scales [out, groups];
+                     zero points packed along groups, absent when symmetric (implicit 2^(bits-1))
+    GatherBlockQuantized  the same codes and scales as `[vocab, in·bits/8]` and `[vocab, groups]`: a tied
+                     table is stored once, and reshaped for the lookup
+    GroupQueryAttention   q [b, s, heads·d], past and present [b, kv_heads, length, d]
+    RotaryEmbedding       half-split pairs, cos/sin tables [positions, d/2], positions as an input
+    SkipSimplifiedLayerNormalization   residual add and RMSNorm in one
+
+Operator definitions: ONNX Runtime, docs/ContribOperators.md.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qwen3_export.core import pack
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
+from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.core.tensor import QuantizedTensor
+from qwen3_export.ship.onnx.graph import CONTRIB, GraphBuilder
+from qwen3_export.ship.result import not_integer
+
+OPSET = 21
+_INT64, _INT32 = ir.DataType.INT64, ir.DataType.INT32
+
+
+def supports(scheme: QuantScheme) -> str | None:
+    """Why `MatMulNBits` cannot hold a scheme, or None when it can."""
+    size = scheme.group_size
+    if reason := not_integer(scheme):
+        return reason
+    if scheme.num_bits not in (2, 4, 8):
+        return f"MatMulNBits runs with 2, 4 and 8 bits, not {scheme.num_bits}"
+    if scheme.strategy != "group" or size is None:
+        return "one scale per channel has no place in MatMulNBits; use strategy: group"
+    if size not in (16, 32, 64, 128, 256):
+        return f"MatMulNBits needs a group_size that is a power of two from 16 to 256, not {size}"
+    return None
+
+
+class OrtOps:
+    """`ship.onnx.decoder.Flavor` for plain ONNX Runtime and onnxruntime-genai.
+
+    `accuracy_level` of `MatMulNBits`: 0 multiplies with activations as they are, 4 with activations
+    rounded to int8. None takes 0 for 4-bit codes and 4 for others, whose level 0 expands the
+    whole matrix at every call.
+    """
+
+    def __init__(self, graph: GraphBuilder, dtype: ir.DataType, accuracy_level: int | None) -> None:
+        self.graph, self.dtype, self.accuracy_level = graph, dtype, accuracy_level
+        self._numpy = dtype.numpy()
+
+    def prepare(self, config: Qwen3Config) -> None:
+        """Inputs, sequence lengths from the attention mask, and the rope tables."""
+        graph, self._config = self.graph, config
+        self._ids = graph.input("input_ids", _INT64, ["batch_size", "sequence_length"])
+        mask = graph.input("attention_mask", _INT64, ["batch_size", "total_sequence_length"])
+        self._positions = graph.input("position_ids", _INT64, ["batch_size", "sequence_length"])
+        count = graph.op("ReduceSum", [mask, graph.constant([1])], "mask.count", keepdims=0)
+        last = graph.op("Sub", [count, graph.constant(1)], "mask.last")
+        self._lengths = graph.op("Cast", [last], "mask.lengths", to=_INT32)
+        total = graph.op("Gather", [graph.op("Shape", [mask], "mask.shape"), graph.constant(1)], "mask.total", axis=0)
+        self._total = graph.op("Cast", [total], "mask.total32", to=_INT32)
+        cos, sin = config.rope.cos_sin(config.head_dim, config.max_position)
+        self._cos = graph.weight("rope.cos", cos.astype(self._numpy))
+        self._sin = graph.weight("rope.sin", sin.astype(self._numpy))
+
+    def embedding(self, table: QuantizedTensor | NDArray) -> ir.Value:
+        """Rows of the table in its stored type, then cast: half the size of an fp32 table, and exact."""
+        self._tied = table if isinstance(table, QuantizedTensor) else None
+        if isinstance(table, QuantizedTensor):
+            return self._looked_up(table)
+        self._table = self.graph.float_weight(f"{EMBEDDING}.weight", table, self.dtype)
+        rows = self.graph.op("Gather", [self._table, self._ids], "embedding", axis=0)
+        return self.graph.as_type(rows, self._table.dtype, self.dtype, "embedding.cast")
+
+    def _looked_up(self, table: QuantizedTensor) -> ir.Value:
+        scheme, width = table.scheme, table.shape[1]
+        codes, *rest = self._stored(table, EMBEDDING)
+        flat = self.graph.constant([table.shape[0], width * scheme.num_bits // 8])
+        rows = self.graph.op("Reshape", [codes, flat], "embedding.codes")
+        return self.graph.op(
+            "GatherBlockQuantized",
+            [rows, self._ids, *rest],
+            "embedding",
+            CONTRIB,
+            bits=scheme.num_bits,
+            block_size=scheme.group_length(width),
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
+    def norm(self, x: ir.Value, weight: NDArray, name: str) -> ir.Value:
+        """RMSNorm."""
+        scale = self.graph.weight(f"{name}.weight", weight.astype(self._numpy))
+        epsilon = self._config.rms_norm_eps
+        return self.graph.op("SimplifiedLayerNormalization", [x, scale], name, axis=-1, epsilon=epsilon, stash_type=1)
+
+    def add_norm(self, h: ir.Value, delta: ir.Value, weight: NDArray, name: str) -> tuple[ir.Value, ir.Value]:
+        """Sum and norm in one operator; the sum is its fourth output."""
+        scale = self.graph.weight(f"{name}.weight", weight.astype(self._numpy))
+        outputs = self.graph.ops(
+            "SkipSimplifiedLayerNormalization",
+            [h, delta, scale],
+            name,
+            [name, "", "", f"{name}.sum"],
+            CONTRIB,
+            epsilon=self._config.rms_norm_eps,
+        )
+        return outputs[3], outputs[0]
+
+    def linear(self, x: ir.Value, weight: QuantizedTensor | NDArray, name: str) -> ir.Value:
+        """`MatMulNBits` for codes, `MatMul` for 16-bit weights."""
+        if isinstance(weight, QuantizedTensor):
+            return self._quantized(x, weight, self._stored(weight, name), name)
+        stored = self.graph.float_weight(f"{name}.weight", np.ascontiguousarray(weight.T), self.dtype)
+        matrix = self.graph.as_type(stored, stored.dtype, self.dtype, f"{name}.cast")
+        return self.graph.op("MatMul", [x, matrix], name)
+
+    def _stored(self, weight: QuantizedTensor, name: str) -> list[ir.Value]:
+        """Codes, scales and, if asymmetric, zero points."""
+        (out_features, in_features), scheme = weight.shape, weight.scheme
+        groups = scheme.num_groups(in_features)
+        blocks = pack.pack_bytes(weight.codes, scheme.num_bits).reshape(out_features, groups, -1)
+        values = [
+            self.graph.weight(f"{name}.codes", blocks),
+            self.graph.weight(f"{name}.scales", weight.scales.astype(self._numpy)),
+        ]
+        if weight.zeros is not None:
+            values.append(self.graph.weight(f"{name}.zeros", pack.pack_bytes(weight.zeros, scheme.num_bits)))
+        return values
+
+    def _quantized(self, x: ir.Value, weight: QuantizedTensor, stored: list[ir.Value], name: str) -> ir.Value:
+        (out_features, in_features), scheme = weight.shape, weight.scheme
+        return self.graph.op(
+            "MatMulNBits",
+            [x, *stored],
+            name,
+            CONTRIB,
+            K=in_features,
+            N=out_features,
+            bits=scheme.num_bits,
+            block_size=scheme.group_length(in_features),
+            accuracy_level=self._level(scheme),
+        )
+
+    def _level(self, scheme: QuantScheme) -> int:
+        if self.accuracy_level is not None:
+            return self.accuracy_level
+        return 0 if scheme.num_bits == 4 else 4
+
+    def attention(
+        self, qkv: tuple[ir.Value, ir.Value, ir.Value], norms: tuple[NDArray, NDArray], layer: int
+    ) -> ir.Value:
+        """Norm and rotate q and k, then grouped-query attention, which also appends to the cache."""
+        config, name = self._config, f"layer.{layer}.attention"
+        q = self._rotate(self._head_norm(qkv[0], norms[0], config.num_heads, f"{name}.q_norm"), f"{name}.q_rope")
+        k = self._rotate(self._head_norm(qkv[1], norms[1], config.num_kv_heads, f"{name}.k_norm"), f"{name}.k_rope")
+        shapes: list[list[int | str]] = [
+            ["batch_size", config.num_kv_heads, f"{when}_sequence_length", config.head_dim] for when in _WHEN
+        ]
+        past = [self.graph.input(f"past_key_values.{layer}.{kind}", self.dtype, shapes[0]) for kind in _KINDS]
+        outputs = self.graph.ops(
+            "GroupQueryAttention",
+            [q, k, qkv[2], *past, self._lengths, self._total],
+            name,
+            [name, f"{name}.key", f"{name}.value"],
+            CONTRIB,
+            num_heads=config.num_heads,
+            kv_num_heads=config.num_kv_heads,
+            scale=float(config.head_dim**-0.5),
+            do_rotary=0,
+        )
+        for kind, value in zip(_KINDS, outputs[1:], strict=True):
+            self.graph.output(value, f"present.{layer}.{kind}", self.dtype, shapes[1])
+        return outputs[0]
+
+    def _head_norm(self, x: ir.Value, weight: NDArray, heads: int, name: str) -> ir.Value:
+        head_dim, constant = self._config.head_dim, self.graph.constant
+        split = self.graph.op("Reshape", [x, constant([0, 0, heads, head_dim])], f"{name}.split")
+        normed = self.norm(split, weight, name)
+        return self.graph.op("Reshape", [normed, constant([0, 0, heads * head_dim])], f"{name}.merge")
+
+    def _rotate(self, x: ir.Value, name: str) -> ir.Value:
+        inputs = [x, self._positions, self._cos, self._sin]
+        return self.graph.op("RotaryEmbedding", inputs, name, CONTRIB, interleaved=0)
+
+    def head(self, x: ir.Value, table: QuantizedTensor | NDArray | None) -> ir.Value:
+        """Logits; a tied head multiplies by the one stored embedding table."""
+        weight, name = (self._tied, EMBEDDING) if table is None else (table, HEAD)
+        if isinstance(weight, QuantizedTensor):
+            logits = self._quantized(x, weight, self._stored(weight, name), "head")
+            return self.graph.as_type(logits, self.dtype, ir.DataType.FLOAT, "head.fp32")
+        stored = self._table if weight is None else self.graph.float_weight(f"{HEAD}.weight", weight, self.dtype)
+        matrix = self.graph.as_type(stored, stored.dtype, self.dtype, "head.cast")
+        logits = self.graph.op("FusedMatMul", [x, matrix], "head", CONTRIB, transB=1)
+        return self.graph.as_type(logits, self.dtype, ir.DataType.FLOAT, "head.fp32")
+
+
+_KINDS = ("key", "value")
+_WHEN = ("past", "total")

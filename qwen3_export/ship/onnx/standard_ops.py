@@ -1,0 +1,208 @@
+"""The decoder in ai.onnx operators alone: what TensorRT parses and any ONNX runtime can run.
+
+    weight     INT4 [in, out], two per byte, low nibble first ─ DequantizeLinear(axis 0, blocks) ─▶ MatMul
+    embedding  INT4 or INT8 [vocab, in] ─ DequantizeLinear(axis 1, blocks) ─▶ Gather and, when tied, head;
+               an untied 8-bit table is looked up first: no operator gathers INT4
+    cache      Concat(past, new) outside of Attention, which has neither past nor present
+    mask       query slot i may see slot j  ⇔  (j ≤ i and attention_mask[j]) or j = i
+
+The mask counts slots of the cache, not positions, so it is right for left-padded batches too; the
+diagonal keeps the rows of padding finite. Operators: the ONNX specification, opset 23.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qwen3_export.core import pack
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
+from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.core.tensor import QuantizedTensor
+from qwen3_export.ship.onnx.graph import GraphBuilder
+from qwen3_export.ship.result import not_integer
+
+OPSET = 23
+_INT64, _BOOL, _FLOAT = ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.FLOAT
+_CODES = {
+    (4, True): ir.DataType.INT4,
+    (4, False): ir.DataType.UINT4,
+    (8, True): ir.DataType.INT8,
+    (8, False): ir.DataType.UINT8,
+}
+
+
+def supports(scheme: QuantScheme) -> str | None:
+    """Why `DequantizeLinear` cannot hold a scheme, or None when it can."""
+    if reason := not_integer(scheme):
+        return reason
+    if scheme.num_bits not in (4, 8):
+        return f"DequantizeLinear has no {scheme.num_bits}-bit type in opset {OPSET}"
+    return None
+
+
+class StandardOps:
+    """`ship.onnx.decoder.Flavor` for TensorRT and other runtimes of the ONNX standard."""
+
+    def __init__(self, graph: GraphBuilder, dtype: ir.DataType) -> None:
+        self.graph, self.dtype = graph, dtype
+        self._numpy = dtype.numpy()
+
+    def prepare(self, config: Qwen3Config) -> None:
+        """Inputs, the attention mask, and cos/sin of the given positions."""
+        self._config = config
+        self._ids = self.graph.input("input_ids", _INT64, ["batch_size", "sequence_length"])
+        self._mask = self._attention_mask()
+        positions = self.graph.input("position_ids", _INT64, ["batch_size", "sequence_length"])
+        frequencies = config.rope.inverse_frequencies(config.head_dim)[None, None]
+        op, constant = self.graph.op, self.graph.constant
+        column = op("Unsqueeze", [op("Cast", [positions], "rope.fp32", to=_FLOAT), constant([2])], "rope.column")
+        angles = op("Mul", [column, constant(frequencies, np.float32)], "rope.angles")
+        self._cos, self._sin = (self._rope_table(kind, angles) for kind in ("Cos", "Sin"))
+
+    def _rope_table(self, kind: str, angles: ir.Value) -> ir.Value:
+        table, factor = self.graph.op(kind, [angles], f"rope.{kind}"), self._config.rope.attention_factor
+        if factor != 1.0:
+            table = self.graph.op("Mul", [table, self.graph.constant(factor, np.float32)], f"rope.{kind}.scaled")
+        return self.graph.as_type(table, _FLOAT, self.dtype, f"rope.{kind}.cast")
+
+    def _attention_mask(self) -> ir.Value:
+        """Which slots each query may see, bool `[batch, 1, sequence, total]`."""
+        op, constant = self.graph.op, self.graph.constant
+        mask = self.graph.input("attention_mask", _INT64, ["batch_size", "total_sequence_length"])
+        new, total = (
+            op("Squeeze", [op("Shape", [value], f"mask.{name}.shape", start=1, end=2), constant([0])], f"mask.{name}")
+            for value, name in ((self._ids, "new"), (mask, "total"))
+        )
+        slots = op("Range", [constant(0), total, constant(1)], "mask.slots")
+        first = op("Sub", [total, new], "mask.first")
+        queries = op("Range", [first, total, constant(1)], "mask.queries")
+        row = op("Unsqueeze", [queries, constant([0, 1, 3])], "mask.row")
+        column = op("Unsqueeze", [slots, constant([0, 1, 2])], "mask.column")
+        present = op("Unsqueeze", [op("Cast", [mask], "mask.bool", to=_BOOL), constant([1, 2])], "mask.present")
+        causal = op("And", [op("LessOrEqual", [column, row], "mask.past"), present], "mask.causal")
+        return op("Or", [causal, op("Equal", [column, row], "mask.self")], "mask.allowed")
+
+    def embedding(self, table: QuantizedTensor | NDArray) -> ir.Value:
+        """Rows of the table."""
+        if isinstance(table, QuantizedTensor):
+            return self._looked_up(table)
+        self._table = self.graph.float_weight(f"{EMBEDDING}.weight", table, self.dtype)
+        rows = self.graph.op("Gather", [self._table, self._ids], "embedding", axis=0)
+        return self.graph.as_type(rows, self._table.dtype, self.dtype, "embedding.cast")
+
+    def _looked_up(self, table: QuantizedTensor) -> ir.Value:
+        """A tied table is dequantized once for lookup and head; its type is then that of activations."""
+        scheme, width = table.scheme, table.shape[1]
+        parts = [
+            self._codes(table.codes, scheme, f"{EMBEDDING}.codes"),
+            self.graph.weight(f"{EMBEDDING}.scales", table.scales.astype(self._numpy)),
+        ]
+        if table.zeros is not None:
+            parts.append(self._codes(table.zeros, scheme, f"{EMBEDDING}.zeros"))
+        length, op = scheme.group_length(width), self.graph.op
+        if scheme.num_bits == 8 and not self._config.tie_word_embeddings:
+            rows = [op("Gather", [part, self._ids], f"embedding.{i}", axis=0) for i, part in enumerate(parts)]
+            return op("DequantizeLinear", rows, "embedding", axis=2, block_size=length)
+        self._table = op("DequantizeLinear", parts, "embedding.dequantized", axis=1, block_size=length)
+        self._table.dtype = self.dtype
+        return op("Gather", [self._table, self._ids], "embedding", axis=0)
+
+    def norm(self, x: ir.Value, weight: NDArray, name: str) -> ir.Value:
+        """RMSNorm, computed in fp32."""
+        scale = self.graph.weight(f"{name}.weight", weight.astype(self._numpy))
+        epsilon = self._config.rms_norm_eps
+        return self.graph.op("RMSNormalization", [x, scale], name, axis=-1, epsilon=epsilon, stash_type=1)
+
+    def add_norm(self, h: ir.Value, delta: ir.Value, weight: NDArray, name: str) -> tuple[ir.Value, ir.Value]:
+        """Sum and its norm."""
+        total = self.graph.op("Add", [h, delta], f"{name}.sum")
+        return total, self.norm(total, weight, name)
+
+    def linear(self, x: ir.Value, weight: QuantizedTensor | NDArray, name: str) -> ir.Value:
+        """`MatMul` with a plain or dequantized matrix `[in, out]`."""
+        if isinstance(weight, QuantizedTensor):
+            return self.graph.op("MatMul", [x, self._dequantized(weight, name)], name)
+        stored = self.graph.float_weight(f"{name}.weight", np.ascontiguousarray(weight.T), self.dtype)
+        return self.graph.op("MatMul", [x, self.graph.as_type(stored, stored.dtype, self.dtype, f"{name}.cast")], name)
+
+    def _dequantized(self, weight: QuantizedTensor, name: str) -> ir.Value:
+        """Scales have the activations' type: with a Cast behind it TensorRT does not fuse the multiplication."""
+        scheme, in_features = weight.scheme, weight.shape[1]
+        scales = np.ascontiguousarray(weight.scales.astype(self._numpy).T)
+        inputs: list[ir.Value | None] = [self._codes(weight.codes.T, scheme, f"{name}.codes")]
+        if scheme.strategy == "channel":
+            inputs.append(self.graph.weight(f"{name}.scales", scales[0]))
+            layout: dict[str, Any] = {"axis": 1}
+        else:
+            inputs.append(self.graph.weight(f"{name}.scales", scales))
+            layout = {"axis": 0, "block_size": scheme.group_length(in_features)}
+        if weight.zeros is not None:
+            zeros = weight.zeros[:, 0] if scheme.strategy == "channel" else weight.zeros
+            inputs.append(self._codes(zeros.T, scheme, f"{name}.zeros"))
+        return self.graph.op("DequantizeLinear", inputs, f"{name}.dequantized", **layout)
+
+    def _codes(self, codes: NDArray[np.uint8], scheme: QuantScheme, name: str) -> ir.Value:
+        """Codes, or zeros, in the given order; symmetric ones become signed by flipping the top bit."""
+        ordered = np.ascontiguousarray(codes)
+        if scheme.symmetric:
+            ordered = ordered ^ np.uint8(scheme.midpoint)
+        packed = pack.pack_bytes(ordered.reshape(-1), scheme.num_bits)
+        return self.graph.weight(name, packed, _CODES[scheme.num_bits, scheme.symmetric], ordered.shape)
+
+    def attention(
+        self, qkv: tuple[ir.Value, ir.Value, ir.Value], norms: tuple[NDArray, NDArray], layer: int
+    ) -> ir.Value:
+        """Head norms, RoPE, cache by Concat, then Attention with the explicit mask."""
+        config, name, op = self._config, f"layer.{layer}.attention", self.graph.op
+        q, k, v = (
+            self._heads(value, heads, weight, f"{name}.{part}")
+            for value, heads, weight, part in zip(
+                qkv,
+                (config.num_heads, config.num_kv_heads, config.num_kv_heads),
+                (norms[0], norms[1], None),
+                ("q", "k", "v"),
+                strict=True,
+            )
+        )
+        k, v = (self._extend(value, layer, kind) for value, kind in ((k, "key"), (v, "value")))
+        scale = float(config.head_dim**-0.5)
+        mixed = op("Attention", [q, k, v, self._mask], name, scale=scale, is_causal=0)
+        flat = op("Transpose", [mixed], f"{name}.transposed", perm=[0, 2, 1, 3])
+        width = config.num_heads * config.head_dim
+        return op("Reshape", [flat, self.graph.constant([0, 0, width])], f"{name}.merged")
+
+    def _heads(self, x: ir.Value, heads: int, weight: NDArray | None, name: str) -> ir.Value:
+        """`[batch, heads, sequence, head_dim]`; q and k are normed and rotated."""
+        op, shape = self.graph.op, self.graph.constant([0, 0, heads, self._config.head_dim])
+        split = op("Reshape", [x, shape], f"{name}.split")
+        if weight is not None:
+            split = self.norm(split, weight, f"{name}_norm")
+        turned = op("Transpose", [split], f"{name}.heads", perm=[0, 2, 1, 3])
+        if weight is None:
+            return turned
+        return op("RotaryEmbedding", [turned, self._cos, self._sin], f"{name}.rope", interleaved=0)
+
+    def _extend(self, value: ir.Value, layer: int, kind: str) -> ir.Value:
+        heads, head_dim = self._config.num_kv_heads, self._config.head_dim
+        past = self.graph.input(
+            f"past_key_values.{layer}.{kind}", self.dtype, ["batch_size", heads, "past_sequence_length", head_dim]
+        )
+        present = self.graph.op("Concat", [past, value], f"present.{layer}.{kind}", axis=2)
+        shape: list[int | str] = ["batch_size", heads, "total_sequence_length", head_dim]
+        self.graph.output(present, f"present.{layer}.{kind}", self.dtype, shape)
+        return present
+
+    def head(self, x: ir.Value, table: QuantizedTensor | NDArray | None) -> ir.Value:
+        """Logits in fp32; a tied head multiplies by the transposed embedding, stored once."""
+        if isinstance(table, QuantizedTensor):
+            logits = self.graph.op("MatMul", [x, self._dequantized(table, HEAD)], "head")
+            return self.graph.as_type(logits, self.dtype, _FLOAT, "head.fp32")
+        stored = self._table if table is None else self.graph.float_weight(f"{HEAD}.weight", table, self.dtype)
+        matrix = self.graph.as_type(stored, stored.dtype, self.dtype, "head.cast")
+        turned = self.graph.op("Transpose", [matrix], "head.transposed", perm=[1, 0])
+        logits = self.graph.op("MatMul", [x, turned], "head")
+        return self.graph.as_type(logits, self.dtype, _FLOAT, "head.fp32")

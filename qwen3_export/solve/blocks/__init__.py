@@ -1,0 +1,1 @@
+"""Solving one block as it streams by: its forward pass, folds, and the ends of the model."""

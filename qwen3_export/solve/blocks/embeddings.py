@@ -1,0 +1,182 @@
+"""The embedding and the output head, where the recipe names them.
+
+    embedding ─▶ block 0 ─▶ … ─▶ last block ─▶ norm ─▶ head
+    first: block 0 is calibrated on what is shipped      last: solved on what the quantized blocks hand on
+
+Rows of an embedding are looked up and never multiplied, so their own squared error is all there is: it
+is rounded to nearest, whatever the method. A head is solved by the recipe's method, as a linear is. The
+one matrix of a tied model is both. It is solved first, by the recipe's method, against
+
+    H = ½ I + ½ mean x xᵀ / mean(diag)      x: inputs of the head in the original model
+
+Both halves count: with 4 bits in groups of 32 for this matrix alone, the reference model's KL is 0.0212
+rounded to nearest, 0.0145 solved against x alone, and 0.0133 so, where the looked-up rows come out no
+worse than rounded.
+
+A vocabulary has many rows. They are independent of each other once the Hessian is known, so they are
+read, solved and turned into codes some at a time; only the codes are ever in memory as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD
+from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.core.tensor import join_rows
+from qwen3_export.model.block import Block, rms_norm
+from qwen3_export.model.decoder import load_block, rope_tables
+from qwen3_export.model.table import Table, to_torch
+from qwen3_export.model.workers import Workers
+from qwen3_export.solve.blocks.forward import compare_rows
+from qwen3_export.solve.calibration.activations import RowFile
+from qwen3_export.solve.calibration.experts import Inputs
+from qwen3_export.solve.calibration.moments import Moments, Sample, collect
+from qwen3_export.solve.chunk_sizes import TOKENS_AT_ONCE, rows_at_once
+from qwen3_export.solve.job import ORIGINAL, Job, SolvedLinear
+from qwen3_export.solve.method import Group, Solved
+from qwen3_export.solve.rounding.nearest import round_group
+from qwen3_export.solve.rounding.row_chunks import energy
+
+# The original runs ahead with every fourth row.
+AHEAD_EVERY = 4
+
+
+def solve_embedding(job: Job, tick: Callable[[], object] = lambda: None) -> SolvedLinear | None:
+    """Solve the embedding, which is also the head when tied; None when it stays in 16 bits.
+
+    With calibration rows, `tick` is called once per block for a tied matrix: the original runs ahead.
+    """
+    scheme = job.recipe.scheme_for(EMBEDDING)
+    if scheme is None:
+        return None
+    if not job.checkpoint.config.tie_word_embeddings:
+        solve_rows = partial(_round, job.pool, scheme)
+        return SolvedLinear(by_rows(job.checkpoint, EMBEDDING, solve_rows, None, job.device), 0, "rtn")
+    hessian, tokens = None, 0
+    if job.rows is not None:
+        rows = job.rows.ids[::AHEAD_EVERY]
+        with closing(job.hidden_file(job.scratch / "ahead.rows")) as file:
+            hessian, tokens = tied_hessian(job.checkpoint, rows, file, job.pool, job.device, tick)
+        file.path.unlink()
+
+    def solve(weight: Tensor) -> Solved:
+        group = Group({EMBEDDING: weight}, {EMBEDDING: scheme}, hessian, tokens)
+        return job.method.solve(group, job.options, job.pool)[EMBEDDING]
+
+    return SolvedLinear(by_rows(job.checkpoint, EMBEDDING, solve, hessian, job.device), tokens)
+
+
+def _round(pool: Workers, scheme: QuantScheme, weight: Tensor) -> Solved:
+    return round_group(Group({EMBEDDING: weight}, {EMBEDDING: scheme}), "mse", pool)[EMBEDDING]
+
+
+def tied_hessian(
+    checkpoint: Checkpoint, rows: Sequence[NDArray], file: RowFile, pool: Workers, device: str = "cpu",
+    tick: Callable[[], object] = lambda: None,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """The H of a tied matrix, see the module docstring, and of how many tokens it is made.
+
+    The original runs once over the rows, whose hidden states are kept in `file`; one tick per block.
+    """
+    config = checkpoint.config
+    table, rope = Table(checkpoint.read(f"{EMBEDDING}.weight")), rope_tables(config, 0, len(rows[0]), device)
+    for row, ids in enumerate(rows):
+        file.write(row, table.rows(ids)[None])
+    for layer in range(config.num_layers):
+        block = load_block(checkpoint, layer, device)
+
+        def step(row: int, block: Block = block) -> None:
+            file.write(row, block.forward(file.read(row).to(device), rope))
+
+        pool.map(step, range(len(rows)))
+        tick()
+    moments = head_moments(checkpoint, [file], range(len(rows)), len(rows[0]), pool, device)
+    own = moments.hessian / moments.hessian.diagonal().mean()
+    return (own + torch.eye(len(own), device=device)) / 2, moments.tokens
+
+
+def solve_head(job: Job) -> SolvedLinear | None:
+    """Solve an untied head; None when it stays in 16 bits or is the embedding.
+
+    With calibration rows, their hidden states behind the last block must be in the job's scratch folder.
+    """
+    scheme = job.recipe.scheme_for(HEAD)
+    if scheme is None or job.checkpoint.config.tie_word_embeddings:
+        return None
+    inputs = None if job.rows is None else _inputs(job)
+    hessian, compared, peak = None, None, 0.0
+    if inputs is not None:
+        hessian, compared = inputs.moments.hessian, inputs.compared
+        peak = 0.0 if inputs.moments.peak is None else float(inputs.moments.peak.max())
+    tokens = inputs.tokens if inputs else 0
+
+    def solve(weight: Tensor) -> Solved:
+        group = Group({HEAD: weight}, {HEAD: scheme}, hessian, tokens, compared, peak)
+        return job.method.solve(group, job.options, job.pool)[HEAD]
+
+    return SolvedLinear(by_rows(job.checkpoint, HEAD, solve, hessian, job.device), tokens)
+
+
+def by_rows(
+    checkpoint: Checkpoint, module: str, solve: Callable[[Tensor], Solved], hessian: Tensor | None, device: str = "cpu"
+) -> Solved:
+    """Solve a matrix `[vocab, hidden]` in pieces of rows; the error is that of all pieces together."""
+    rows, width = checkpoint.config.outer_matrices()[module]
+    parts, error, total, step = [], 0.0, 0.0, rows_at_once(width)
+    for begin in range(0, rows, step):
+        piece = checkpoint.rows(f"{module}.weight", begin, min(begin + step, rows))
+        weight = to_torch(piece).float().to(device)
+        solved = solve(weight)
+        size = energy(weight, hessian)
+        parts.append(solved.tensor)
+        error, total = error + solved.error * size, total + size
+    return Solved(join_rows(parts), error / total if total > 0 else 0.0)
+
+
+def _inputs(job: Job) -> Inputs:
+    """Moments of the head's inputs behind the last block as it is now; with the original beside, in two parts."""
+    assert job.rows is not None
+    length = len(job.rows.ids[0])
+    with ExitStack() as stack:
+        paths = [job.hidden_path(job.checkpoint.config.num_layers, stream) for stream in job.streams]
+        files = [stack.enter_context(closing(job.hidden_file(path))) for path in paths]
+        norm = _final_norm(job.checkpoint, job.device)
+        places = {row: place for place, row in enumerate(job.rows_of(ORIGINAL))}
+        samples = [
+            partial(_sample, some, places, norm, job.checkpoint.config.rms_norm_eps, job.device)
+            for some in (files, files[:1])
+        ]
+        if len(files) > 1:
+            return compare_rows(job, samples, job.checkpoint.config.hidden_size)
+        moments = head_moments(job.checkpoint, files, range(len(job.rows.ids)), length, job.pool, job.device)
+        return Inputs(moments, moments.tokens)
+
+
+def head_moments(
+    checkpoint: Checkpoint, files: Sequence[RowFile], rows: Sequence[int], length: int, pool: Workers, device: str
+) -> Moments:
+    """Moments of the head's inputs: hidden states behind the last block, normed, `[1, length, hidden]` per row."""
+    config = checkpoint.config
+    sample = partial(_sample, files, {}, _final_norm(checkpoint, device), config.rms_norm_eps, device)
+    return collect(sample, rows, max(1, TOKENS_AT_ONCE // length), config.hidden_size, device, pool)
+
+
+def _final_norm(checkpoint: Checkpoint, device: str) -> Tensor:
+    return to_torch(checkpoint.read("model.norm.weight")).float().to(device)
+
+
+def _sample(
+    files: Sequence[RowFile], places: Mapping[int, int], norm: Tensor, eps: float, device: str, row: int
+) -> Sample:
+    """One row's inputs of the head; with the original beside, whose rows are at `places`, how far they are from its."""
+    at = (row, places.get(row, row))
+    x, *original = (rms_norm(file.read(place)[0].to(device), norm, eps) for file, place in zip(files, at, strict=False))
+    return Sample(x, original[0] - x) if original else Sample(x)

@@ -1,0 +1,238 @@
+"""Moving scales between neighbours without changing what the model computes.
+
+    what is divided by s                 what is multiplied by s, column by column
+    input_layernorm                      q_proj, k_proj, v_proj
+    v_proj (rows)                        o_proj, query heads that share a value head alike
+    post_attention_layernorm             gate_proj, up_proj of all experts, and the router
+    up_proj (rows)                       down_proj, for each expert
+
+q and k themselves are normalised per head, so nothing can be moved through them. A norm is stored in
+16 bits: it is rounded first, and the columns are multiplied by what was really divided, so that
+nothing is lost. The router stays in 16 bits: before it, s is a power of two, which loses nothing.
+
+    awq          s = mean|x|^α / w^β on a grid of α; the least rounding error wins (Lin et al. 2023). A channel
+                 that the calibration text uses less than the median one counts like the median: to shrink
+                 its weights' share of the grid would harm other text, which may well use it
+    smoothquant  s = max|x|^½ / max|w|^½ at the norms, where activations are rounded (Xiao et al. 2023)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qwen3_export.core.qwen3 import ROUTER
+from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.model.block import Block
+from qwen3_export.model.workers import Workers
+from qwen3_export.solve.calibration.moments import Moments
+from qwen3_export.solve.rounding.grid import find_grid, round_to, shared_global_scale
+
+_EXPONENTS = [0.1 * step for step in range(1, 11)]
+# Experts whose rounding error speaks for all when a scale is searched before the router.
+_EXPERTS_TRIED = 8
+# So many rows of a linear, evenly chosen, speak for all of it.
+_ROWS_TRIED = 768
+# Less than this is noise, and a fold is a change to more weights.
+_LEAST_GAIN = 0.1
+
+
+@dataclass(frozen=True)
+class Site:
+    """One row of the table above, with local names; `index` `[in]` is the source row of each column."""
+
+    source: str
+    targets: tuple[str, ...]
+    stage: int
+    index: Tensor
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether the source is a norm's weight `[in]` and not a linear's rows."""
+        return self.source.endswith("layernorm")
+
+    def collapse(self, values: Tensor) -> Tensor:
+        """Means `[source rows]` over the columns that share a source row."""
+        rows = int(self.index.max()) + 1
+        total = torch.zeros(rows, device=values.device).index_add_(0, self.index, values)
+        return total / torch.zeros(rows, device=values.device).index_add_(0, self.index, torch.ones_like(values))
+
+
+def sites(block: Block) -> list[Site]:
+    """Every place of a block where scales can be moved, in the order the block runs."""
+    config, layer = block.config, block.layer
+    shapes = config.linear_shapes(layer)
+    head = torch.arange(config.num_heads * config.head_dim)
+    shared = head // config.head_dim // (config.num_heads // config.num_kv_heads)
+    hidden = torch.arange(config.hidden_size)
+    experts = [name.removesuffix(".gate_proj") for name in shapes if name.endswith(".gate_proj")]
+    readers = [f"{expert}.{name}" for expert in experts for name in ("gate_proj", "up_proj")]
+    router = (ROUTER,) if config.is_sparse(layer) else ()
+    found = [
+        Site("input_layernorm", tuple(f"self_attn.{n}_proj" for n in "qkv"), 0, hidden),
+        Site("self_attn.v_proj", ("self_attn.o_proj",), 1, shared * config.head_dim + head % config.head_dim),
+        Site("post_attention_layernorm", (*readers, *router), 2, hidden),
+    ]
+    inner = torch.arange(shapes[f"{experts[0]}.down_proj"][1])
+    return found + [Site(f"{expert}.up_proj", (f"{expert}.down_proj",), 3, inner) for expert in experts]
+
+
+def choose(
+    kind: str,
+    block: Block,
+    stage: int,
+    schemes: Mapping[str, QuantScheme],
+    moments_of: Callable[[str], Moments | None],
+    pool: Workers,
+) -> list[tuple[Site, Tensor]]:
+    """The sites of a stage where scales are worth moving, with the scales; `apply_all` when all stages are known.
+
+    `moments_of(name)` gives the moments of a linear's inputs in the block as it is, sizes included, or None
+    where they say too little to go by.
+    """
+    found = []
+    for site in (site for site in sites(block) if site.stage == stage):
+        # The last target is the router where there is one: its input is that of all experts.
+        moments = moments_of(site.targets[-1])
+        scales = None if moments is None else search(kind, site, block, moments, schemes, pool)
+        found += [(site, scales)] if scales is not None else []
+    return found
+
+
+def apply_all(
+    block: Block, chosen: list[tuple[Site, Tensor]], stored_as: Callable[[str], np.dtype]
+) -> dict[str, NDArray]:
+    """Move all chosen scales; returns norms and routers as they are stored, by local tensor name.
+
+    `stored_as(name)` is the type on disk of a local tensor.
+    """
+    replaced: dict[str, NDArray] = {}
+    for site, scales in chosen:
+        name, router = f"{site.source}.weight", f"{ROUTER}.weight"
+        changed = apply(block, site, scales, stored_as(name))
+        if changed is not None:
+            replaced[name] = changed
+        if ROUTER in site.targets:
+            replaced[router] = stored(block.weights[ROUTER], stored_as(router))
+    return replaced
+
+
+def search(
+    kind: str, site: Site, block: Block, moments: Moments, schemes: Mapping[str, QuantScheme], pool: Workers
+) -> Tensor | None:
+    """The scales `[source rows]` to move at a site, None when none are worth it.
+
+    A site whose linears are not all quantized (the router aside) is left alone.
+    """
+    linears = [name for name in site.targets if name != ROUTER]
+    quantized = all(name in schemes for name in linears) and (site.is_norm or site.source in schemes)
+    if not quantized or moments.tokens == 0:
+        return None
+    if kind == "smoothquant":
+        scales = _smooth(site, [block.weights[name] for name in linears], moments)
+    else:
+        tried = {name: block.weights[name] for name in linears[: 2 * _EXPERTS_TRIED]}
+        scales = _awq(site, tried, moments, schemes, pool)
+    if scales is None or ROUTER not in site.targets:
+        return scales
+    return torch.exp2(torch.log2(scales).round())
+
+
+def _awq(
+    site: Site, weights: Mapping[str, Tensor], moments: Moments, schemes: Mapping[str, QuantScheme], pool: Workers
+) -> Tensor | None:
+    """Try s = mean|x|^α, and mean|x|^α / mean|w|^(1 − α) with each row's weights relative to its largest."""
+    assert moments.mean_abs is not None
+    x = site.collapse(moments.mean_abs)
+    x = x.clamp(min=max(float(x.median()), 1e-8))
+    hessian = _at_least_median(moments.hessian)
+    w = site.collapse(torch.stack([_relative(weight, schemes[name]) for name, weight in weights.items()]).mean(0))
+    candidates = [torch.ones_like(x)]
+    for exponent in _EXPONENTS:
+        candidates += [x**exponent, x**exponent / (w ** (1 - exponent) + 1e-4)]
+    candidates = [_centred(scales) for scales in candidates]
+    tried = {name: _some_rows(weight, schemes[name]) for name, weight in weights.items()}
+
+    def error(scales: Tensor) -> float:
+        spread = scales[site.index]
+        return sum(_error(weight, spread, hessian, schemes[name]) for name, weight in tried.items())
+
+    errors = pool.map(error, candidates)
+    best = min(range(len(errors)), key=errors.__getitem__)
+    return candidates[best] if errors[best] < errors[0] * (1 - _LEAST_GAIN) else None
+
+
+def _at_least_median(hessian: Tensor) -> Tensor:
+    """H `[in, in]` with a diagonal that is nowhere below its median; stays positive semidefinite."""
+    diagonal = hessian.diagonal()
+    return hessian + torch.diag((diagonal.median() - diagonal).clamp(min=0))
+
+
+def _some_rows(weight: Tensor, scheme: QuantScheme) -> Tensor:
+    """Rows that speak for all; all of them where some share a scale."""
+    return weight if scheme.strategy in ("block", "tensor") else weight[:: math.ceil(len(weight) / _ROWS_TRIED)]
+
+
+def _relative(weight: Tensor, scheme: QuantScheme) -> Tensor:
+    """Mean over rows of |w| as a share of its group's largest, `[in]`."""
+    length = scheme.group_length(weight.shape[1])
+    length = weight.shape[1] if weight.shape[1] % length else length
+    groups = weight.abs().reshape(len(weight), -1, length)
+    return (groups / groups.amax(-1, keepdim=True).clamp(min=1e-12)).reshape(weight.shape).mean(0)
+
+
+def _error(weight: Tensor, spread: Tensor, hessian: Tensor, scheme: QuantScheme) -> float:
+    """tr(Δ H Δᵀ) of rounding W·s to nearest, divided by s again."""
+    scaled = weight * spread
+    grid = find_grid(scaled, scheme, "absmax", None, shared_global_scale([scaled], scheme)).columns(weight.shape)
+    codes = round_to(scaled, grid.scales, grid.zeros, scheme)
+    delta = ((codes - grid.zeros) * grid.scales - scaled) / spread
+    return float(((delta @ hessian) * delta).double().sum())
+
+
+def _smooth(site: Site, weights: list[Tensor], moments: Moments) -> Tensor | None:
+    if not site.is_norm or moments.peak is None:
+        return None
+    largest = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
+    scales = moments.peak.clamp(min=1e-5).sqrt() / largest.clamp(min=1e-5).sqrt()
+    return _centred(scales)
+
+
+def _centred(scales: Tensor) -> Tensor:
+    """Scaled so that the largest and the smallest lie evenly around one, within what 16 bits bear."""
+    scales = scales.clamp(min=1e-6)
+    return (scales / (scales.max() * scales.min()).sqrt()).clamp(2.0**-8, 2.0**8)
+
+
+def apply(block: Block, site: Site, scales: Tensor, stored_as: np.dtype) -> NDArray | None:
+    """Move the scales; returns a norm's new weight as it is stored (`stored_as`), None for a linear source."""
+    source, kept_as = block.weights[site.source], None
+    if site.is_norm:
+        _, divided = _store(source / scales, stored_as)
+        # What was really divided; a channel that the norm silences, or 16 bits cannot hold, keeps its scale.
+        kept = (divided == 0) | ~torch.isfinite(divided)
+        kept_as, divided = _store(torch.where(kept, source, divided), stored_as)
+        scales = torch.where(kept, 1.0, source / divided)
+        block.weights[site.source] = divided
+    else:
+        block.weights[site.source] = source / scales[:, None]
+    for name in site.targets:
+        block.weights[name] = block.weights[name] * scales[site.index]
+    return kept_as
+
+
+def _store(values: Tensor, stored_as: np.dtype) -> tuple[NDArray, Tensor]:
+    """Values in their type on disk, and the same numbers back in fp32."""
+    array = stored(values, stored_as)
+    return array, torch.from_numpy(array.astype(np.float32)).to(values.device)
+
+
+def stored(values: Tensor, stored_as: np.dtype) -> NDArray:
+    """Values in their type on disk."""
+    return values.cpu().numpy().astype(stored_as)

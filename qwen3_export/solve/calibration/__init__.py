@@ -1,0 +1,1 @@
+"""What calibration rows tell: activations, moments, experts' tokens, the importance of outputs."""

@@ -1,0 +1,114 @@
+"""Experts: how many calibration tokens reached each, and what stands in for those that never came.
+
+The router sends a token to a few experts, and some experts get hardly any. n tokens span at most n
+directions of an input; a Hessian made of few calls all others free, and a solver puts its errors
+there. An expert that fewer than `floor` tokens reach is therefore treated by the recipe's rule:
+
+    share   H = (n · H_own + (floor − n) · H_layer) / floor
+    rtn     rounded to nearest by the squared error of its weights; H only sets a static input scale
+
+H_layer is what this expert would see if every token of the layer were sent to it: for gate_proj and
+up_proj the mean of x xᵀ over the layer's one common input, computed once per layer; for down_proj the
+same over evenly chosen tokens, passed through this expert's own gate_proj and up_proj as quantized.
+The mean |x| is mixed alike, the peak is the larger one.
+
+Only one expert's moments are in memory at a time, and the layer's common ones beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen3_export.core.qwen3 import ROUTER
+from qwen3_export.model.block import Block
+from qwen3_export.model.workers import Workers
+from qwen3_export.solve.calibration.activations import States
+from qwen3_export.solve.calibration.moments import Compared, Moments, Sample, collect
+from qwen3_export.solve.chunk_sizes import SAMPLE_TOKENS
+
+_PIECE = 256
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a group of linears is solved against.
+
+    `tokens` counts those that reached the linears themselves; `compared` says what the original does, where
+    it ran beside; `fallback` is the rule that an expert below the floor was treated by.
+    """
+
+    moments: Moments
+    tokens: int
+    compared: Compared | None = None
+    fallback: str | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A block at one stage with all rows in it; `collect_all(name)` are one linear's moments over them."""
+
+    block: Block
+    states: States
+    floor: int
+    fallback: str
+    collect_all: Callable[[str], Moments]
+    pool: Workers
+    device: str = "cpu"
+
+    def inputs(self, name: str) -> Inputs:
+        """What a linear is solved against, by local name; the rule is for `mlp.experts.E.…`."""
+        own = self.collect_all(name)
+        lacking = self.floor - own.tokens if ".experts." in name else 0
+        if lacking <= 0:
+            return Inputs(own, own.tokens)
+        layer = self._inner(name) if name.endswith("down_proj") else self._common
+        return Inputs(own.join(replace(layer, tokens=lacking)), own.tokens, fallback=self.fallback)
+
+    @cached_property
+    def _common(self) -> Moments:
+        """Moments of the input that all tokens bring to the router and to every expert."""
+        return self.collect_all(ROUTER)
+
+    def _inner(self, name: str) -> Moments:
+        """Moments of what one expert's gate_proj and up_proj make of the sampled tokens."""
+        expert = name.rpartition(".")[0]
+        pieces = torch.split(self._sampled, _PIECE)
+
+        def sample(piece: int) -> Sample:
+            gate, up = (self.block.linear(f"{expert}.{part}_proj", pieces[piece]) for part in ("gate", "up"))
+            # In fp32: sums of so few products in 16 bits would be too coarse.
+            return Sample((F.silu(gate) * up).float())
+
+        size = self.block.width(name)
+        return collect(sample, range(len(pieces)), len(pieces), size, self.device, self.pool)
+
+    @cached_property
+    def _sampled(self) -> Tensor:
+        """The layer's common input `[tokens, hidden]` of tokens spread evenly over all rows."""
+        length = self.states.read(0)["residual"].shape[-2]
+        total = self.states.rows * length
+        count = min(max(self.floor, SAMPLE_TOKENS), total)
+        chosen = torch.arange(count) * total // count
+
+        def some(row: int) -> Tensor:
+            here = chosen[chosen // length == row] - row * length
+            residual = self.states.read(row, ("residual",))["residual"][0, here]
+            return self.block.norm("post_attention_layernorm", residual.to(self.device))
+
+        return torch.cat(self.pool.map(some, torch.unique(chosen // length).tolist()))
+
+
+def count_tokens(states: States, experts: int, pool: Workers) -> list[int]:
+    """Number of tokens that the router sends to each expert, over all rows; states at stage 2 or 3."""
+
+    def one(row: int) -> Tensor:
+        return torch.bincount(states.read(row, ("experts",))["experts"].flatten(), minlength=experts)
+
+    counts = pool.map(one, range(states.rows))
+    return torch.stack(counts).sum(0).tolist()

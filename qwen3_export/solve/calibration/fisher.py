@@ -1,0 +1,221 @@
+"""How much the model's answer depends on each linear's outputs y: G = mean g gᵀ, g = ∂(−log p(label)) / ∂y.
+
+Labels are drawn from the original's own answers, so G is the Fisher information of the outputs, and
+½ Δyᵀ G Δy is what an error Δy costs in KL divergence, to second order.
+
+    up     hidden states of a few rows before every block are kept on disk
+    top    gradient at the last hidden state, through final norm and head, the vocabulary in pieces
+    down   block by block: run it again, push the gradient through, add up g gᵀ of every linear
+
+Memory is bounded by one block and a few rows of activations. Of `[out, out]` only diagonal pieces of at
+most 256 rows are kept: what lies between them matters little, and a file grows with `out` alone.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.tensorfile import TensorFile, TensorFileWriter
+from qwen3_export.model.block import Block, rms_norm
+from qwen3_export.model.decoder import Rope, load_block, rope_tables, to_torch
+from qwen3_export.model.workers import Workers
+from qwen3_export.solve.calibration.activations import RowFile
+from qwen3_export.solve.chunk_sizes import BACK_TOKENS, OUTPUT_PIECE, TOP_TOKENS
+from qwen3_export.text.rows import Rows
+
+# Rows of the head that are multiplied at a time; fewer where they are brought to fp32 first, to stay in a cache.
+_HEAD_ROWS = 16384
+_CONVERTED_ROWS = 1024
+
+
+def pieces_of(rows: int) -> list[slice]:
+    """The output rows of a linear in pieces of one length, but for the last."""
+    length = math.ceil(rows / math.ceil(rows / OUTPUT_PIECE))
+    return [slice(begin, min(begin + length, rows)) for begin in range(0, rows, length)]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The measured pieces of G, one file per block in `folder`."""
+
+    folder: Path
+
+    def of(self, layer: int, name: str, rows: int) -> list[Tensor] | None:
+        """Pieces `[n, n]` fp32 of one linear's G, in the order of `pieces_of`; None for an expert's linear."""
+        file = TensorFile(self.folder / f"{layer:04d}.safetensors")
+        if f"{name}.0" not in file.entries:
+            return None
+        return [torch.from_numpy(file.read(f"{name}.{i}")) for i in range(len(pieces_of(rows)))]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass down and up: the model, some calibration rows and where their states are kept."""
+
+    checkpoint: Checkpoint
+    ids: list[np.ndarray]
+    seed: int
+    pool: Workers
+    folder: Path
+    device: str
+
+    @property
+    def products(self) -> torch.dtype:
+        """The type that the pass multiplies in: what it measures on few tokens is no better than that."""
+        return self.pool.products if self.device == "cpu" else torch.float32
+
+    def block(self, layer: int) -> Block:
+        """A block of the original, ready to run."""
+        return load_block(self.checkpoint, layer, self.device).running(self.products)
+
+    def file(self, name: str) -> RowFile:
+        """States `[1, tokens, hidden]` per row."""
+        return RowFile(self.folder / f"{name}.rows", (1, len(self.ids[0]), self.checkpoint.config.hidden_size))
+
+
+def measure(
+    checkpoint: Checkpoint, rows: Rows, count: int, seed: int, pool: Workers, scratch: Path, device: str,
+    tick: Callable[[], object] = lambda: None,
+) -> Outputs:  # fmt: skip
+    """Measure G of all linears on `count` rows, spread evenly; a finished measurement is found again.
+
+    `tick` is called twice per block.
+    """
+    done, working = scratch / "outputs", scratch / "outputs.new"
+    if done.is_dir():
+        return Outputs(done)
+    shutil.rmtree(working, ignore_errors=True)
+    working.mkdir()
+    chosen = np.linspace(0, len(rows.ids) - 1, min(count, len(rows.ids))).astype(int)
+    work = Pass(checkpoint, [rows.ids[i] for i in chosen], seed, pool, working, device)
+    rope = rope_tables(checkpoint.config, 0, len(work.ids[0]), device)
+    _up(work, rope, tick)
+    _top(work)
+    for layer in reversed(range(checkpoint.config.num_layers)):
+        _down(work, work.block(layer), rope)
+        tick()
+    for path in working.glob("*.rows"):
+        path.unlink()
+    working.rename(done)
+    return Outputs(done)
+
+
+def _up(work: Pass, rope: Rope, tick: Callable[[], object]) -> None:
+    table = work.checkpoint.read("model.embed_tokens.weight")
+    file = work.file("0")
+    for row, ids in enumerate(work.ids):
+        file.write(row, to_torch(table[ids]).float()[None])
+    for layer in range(work.checkpoint.config.num_layers):
+        block, after = work.block(layer), work.file(str(layer + 1))
+
+        def step(row: int, block: Block = block, before: RowFile = file, after: RowFile = after) -> None:
+            after.write(row, block.forward(before.read(row).to(work.device), rope))
+
+        work.pool.map(step, range(len(work.ids)))
+        file.close()
+        file = after
+        tick()
+    file.close()
+
+
+def _top(work: Pass) -> None:
+    """Write the gradient at the last hidden state of every row."""
+    config = work.checkpoint.config
+    norm = to_torch(work.checkpoint.read("model.norm.weight")).float().to(work.device)
+    head = to_torch(work.checkpoint.read(work.checkpoint.head))
+    hidden, gradient = work.file(str(config.num_layers)), work.file("gradient")
+
+    def one(row: int) -> None:
+        generator = torch.Generator().manual_seed((work.seed << 32) + row)
+        with torch.enable_grad():
+            last = hidden.read(row).to(work.device).requires_grad_()
+            normed = rms_norm(last[0], norm, config.rms_norm_eps)
+        parts = torch.split(normed.detach(), TOP_TOKENS)
+        slopes = torch.cat([_slope(part, head, generator, work.products) for part in parts])
+        (found,) = torch.autograd.grad(normed, last, slopes)
+        gradient.write(row, found)
+
+    work.pool.map(one, range(len(work.ids)))
+    hidden.close()
+    gradient.close()
+
+
+def _slope(normed: Tensor, head: Tensor, generator: torch.Generator, products: torch.dtype) -> Tensor:
+    """∂(−log p(label)) / ∂normed of a few tokens `[n, hidden]`: (p − label) times the head."""
+    size = _HEAD_ROWS if head.dtype == products else _CONVERTED_ROWS
+    cuts = [slice(i, i + size) for i in range(0, len(head), size)]
+
+    def piece(rows: slice) -> Tensor:
+        return head[rows].to(normed.device, products)
+
+    logits, inputs = torch.empty(len(normed), len(head), device=normed.device), normed.to(products)
+    for rows in cuts:
+        logits[:, rows] = inputs @ piece(rows).T
+    delta = logits.softmax(-1)
+    del logits
+    labels = draw(delta, generator)
+    delta.scatter_add_(1, labels, -torch.ones_like(labels, dtype=delta.dtype))
+    delta = delta.to(products)
+    found = torch.zeros_like(normed)
+    for rows in cuts:
+        found += delta[:, rows] @ piece(rows)
+    return found
+
+
+def draw(shares: Tensor, generator: torch.Generator) -> Tensor:
+    """One label `[n, 1]` from each distribution `[n, vocab]`.
+
+    By the cumulated shares: torch.multinomial draws a random number for every entry of a vocabulary.
+    """
+    cumulated = shares.cumsum(-1)
+    aim = torch.rand(len(shares), 1, generator=generator).to(shares.device) * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, aim, right=True).clamp_(max=shares.shape[1] - 1)
+
+
+def _down(work: Pass, block: Block, rope: Rope) -> None:
+    """Push the gradients through one block and write its pieces of G."""
+    shapes = block.config.linear_shapes(block.layer)
+    names = [name for name in shapes if ".experts." not in name]
+    totals = {(name, i): torch.zeros(1) for name in names for i in range(len(pieces_of(shapes[name][0])))}
+    hidden, gradient, count = work.file(str(block.layer)), work.file("gradient"), len(work.ids)
+    at_once = max(1, BACK_TOKENS // len(work.ids[0]))
+
+    def one(row: int) -> list[Tensor]:
+        own = replace(block, outputs={})
+        with torch.enable_grad():
+            before = hidden.read(row).to(work.device).requires_grad_()
+            after = own.forward(before, rope)
+        assert own.outputs is not None
+        found = torch.autograd.grad(
+            after, [before, *(own.outputs[n] for n in names)], gradient.read(row).to(work.device)
+        )
+        gradient.write(row, found[0])
+        return [part.reshape(-1, part.shape[-1]) for part in found[1:]]
+
+    for begin in range(0, count, at_once):
+        parts = work.pool.map(one, range(begin, min(begin + at_once, count)))
+        slopes = {name: torch.cat([part[i] for part in parts]) for i, name in enumerate(names)}
+
+        def add(key: tuple[str, int], slopes: dict[str, Tensor] = slopes) -> None:
+            part = slopes[key[0]][:, pieces_of(shapes[key[0]][0])[key[1]]]
+            totals[key] = totals[key] + part.T @ part
+
+        work.pool.map(add, list(totals))
+    hidden.close()
+    gradient.close()
+    (work.folder / f"{block.layer}.rows").unlink()
+    arrays = {f"{name}.{i}": total.cpu().numpy() for (name, i), total in totals.items()}
+    with TensorFileWriter(
+        work.folder / f"{block.layer:04d}.safetensors", {name: (a.dtype, a.shape) for name, a in arrays.items()}
+    ) as writer:
+        for name, array in arrays.items():
+            writer.write(name, array)

@@ -1,0 +1,231 @@
+"""What the calibration rows say about one linear's inputs: means over all tokens that reach it.
+
+    hessian   mean x xᵀ         [in, in]   x: its inputs in the quantized model so far
+    drift     mean (x̃ − x) xᵀ   [in, in]   x̃: the same inputs in the original model
+    target    mean t xᵀ         [out, in]  t: what it should answer, where that is known
+    mean_abs  mean |x|          [in]
+    peak      max |x|           [in]
+
+Sums run over column strips side by side, each over the rows in their order, so that they do not
+depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen3_export.model.workers import Workers, results
+from qwen3_export.solve.calibration.gram_int8 import Bytes, add_products, as_bytes
+
+_STRIP = 256
+# Fewer tokens are summed in fp32.
+_TOKENS = 2048
+# Centers whose contributions are added together.
+_CENTERS = 128
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row's inputs `[n, in]`, how far they are from the original's, and the wanted answers `[n, out]`."""
+
+    x: Tensor
+    drift: Tensor | None = None
+    target: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Moments:
+    """See the module docstring; `drift` or `target` only where the original was run beside."""
+
+    tokens: int
+    hessian: Tensor
+    drift: Tensor | None = None
+    target: Tensor | None = None
+    mean_abs: Tensor | None = None
+    peak: Tensor | None = None
+
+    def join(self, other: Moments) -> Moments:
+        """Moments over both sets of tokens; what only one of them knows is left out."""
+        total = max(self.tokens + other.tokens, 1)
+
+        def mean(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            return None if a is None or b is None else torch.lerp(a, b, other.tokens / total)
+
+        hessian = torch.lerp(self.hessian, other.hessian, other.tokens / total)
+        drift, target = mean(self.drift, other.drift), mean(self.target, other.target)
+        peak = None if self.peak is None or other.peak is None else torch.maximum(self.peak, other.peak)
+        mean_abs = mean(self.mean_abs, other.mean_abs)
+        return Moments(self.tokens + other.tokens, hessian, drift, target, mean_abs, peak)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Moments of the rows that ran through the original too: most of them, those held out, and both together."""
+
+    fitted: Moments
+    held_out: Moments
+    both: Moments
+
+
+def collect(
+    sample: Callable[[int], Sample], rows: Sequence[int], at_once: int, size: int, device: str, pool: Workers,
+    sizes: bool = True, integers: bool = False,
+) -> Moments:  # fmt: skip
+    """Moments over `rows`, `at_once` of them in memory and as many on their way; `size` is the number of inputs.
+
+    `sizes`: whether the mean and the largest |x| are wanted too, which take as long as a tenth of the Hessian.
+    `integers`: whether fp32 inputs may be rounded to bytes for their sums, as bf16 inputs are.
+    """
+    return collect_parts([(sample, rows)], at_once, size, device, pool, sizes, integers)[0]
+
+
+def collect_parts(
+    parts: Sequence[tuple[Callable[[int], Sample], Sequence[int]]], at_once: int, size: int, device: str,
+    pool: Workers, sizes: bool = True, integers: bool = False,
+) -> list[Moments]:  # fmt: skip
+    """Moments over several sets of rows, each with its own samples, one set after another; see `collect`."""
+    found = [_Sums(size, device, pool, sizes, integers) for _ in parts]
+    cuts = [
+        (sums, sample, rows[begin : begin + at_once])
+        for sums, (sample, rows) in zip(found, parts, strict=True)
+        for begin in range(0, len(rows), at_once)
+    ]
+
+    def ask(number: int) -> list[Future[Sample]]:
+        return [pool.start(partial(cuts[number][1], row)) for row in cuts[number][2]] if number < len(cuts) else []
+
+    coming, adding = ask(0), list[Future[None]]()
+    for number, (sums, _, _) in enumerate(cuts):
+        # The next are asked for first, so that the processors have work while the samples are put together.
+        samples, coming = results(coming), ask(number + 1)
+        joined = sums.join(samples)
+        results(adding)
+        adding = sums.start(joined)
+    results(adding)
+    return [sums.means() for sums in found]
+
+
+@dataclass(frozen=True)
+class _Common:
+    """The centers c of some rows, Σ d̂ of each, and how many tokens each has; Σ t of what they are multiplied with."""
+
+    centers: list[Tensor] = field(default_factory=list)
+    sums: list[Tensor] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    others: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def add(self, x: Bytes, counts: list[int], left: dict[str, Bytes]) -> None:
+        self.centers.append(x.centers)
+        self.sums.append(x.sums)
+        self.counts.extend(counts)
+        for name, values in left.items():
+            self.others.setdefault(name, []).append(values.sums)
+
+    def contribute(self, hessian: Tensor, others: dict[str, Tensor], columns: slice) -> None:
+        """Add to some columns of the sums what the centers contribute; see `calibration.gram_int8`."""
+        if not self.counts:
+            return
+        c, d = torch.cat(self.centers), torch.cat(self.sums)
+        count = torch.tensor(self.counts, dtype=c.dtype)[:, None]
+        first, second = torch.cat([c, d]), torch.cat([count * c + d, c])
+        hessian[: columns.stop, columns].addmm_(first[:, : columns.stop].T, second[:, columns])
+        for name, totals in self.others.items():
+            others[name][:, columns].addmm_(torch.cat(totals).T, c[:, columns])
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Some rows' inputs, and what they are multiplied with besides themselves: fp32 or bytes. `sizes`: the inputs as
+    they are, where their sizes are wanted; `common` only when much of it has come together."""
+
+    x: Any
+    left: dict[str, Any]
+    sizes: Tensor | None = None
+    common: _Common | None = None
+
+
+class _Sums:
+    """Sums over the samples so far: in fp32, or of bytes (`gram_int8`) where the inputs are in 16 bits or may be
+    rounded, but where there are few tokens, for which it would not pay."""
+
+    def __init__(self, size: int, device: str, pool: Workers, sizes: bool, integers: bool) -> None:
+        self.integers = integers
+        self.size, self.device, self.pool, self.sizes, self.tokens = size, device, pool, sizes, 0
+        # The longest first, so that the processors finish together.
+        self.strips = [slice(i, min(i + _STRIP, size)) for i in range(0, size, _STRIP)][::-1]
+        self.hessian = torch.zeros(size, size, device=device)
+        self.sum_abs, self.peak = (torch.zeros(size, device=device) for _ in range(2))
+        self.others = dict[str, Tensor]()
+        self.common = _Common()
+
+    def join(self, samples: list[Sample]) -> _Joined:
+        """A few rows more as one matrix each, counted in all sums but those of the strips."""
+        parts = [item.x for item in samples]
+        given = [name for name in ("drift", "target") if samples and getattr(samples[0], name) is not None]
+        left = {name: [getattr(item, name) for item in samples] for name in given}
+        added = sum(map(len, parts))
+        self.tokens += added
+        for name, values in left.items():
+            if name not in self.others:
+                self.others[name] = torch.zeros(values[0].shape[1], self.size, device=self.device)
+        if (parts[0].dtype == torch.float32 and not self.integers) or added < _TOKENS:
+            x = torch.cat(parts)
+            return _Joined(
+                x.float(), {name: torch.cat(values).float() for name, values in left.items()}, x if self.sizes else None
+            )
+        sizes, full = torch.cat(parts) if self.sizes else None, None
+        if len(self.common.counts) >= _CENTERS:
+            full, self.common = self.common, _Common()
+        rounded = as_bytes(parts, centered=True)
+        others = {name: as_bytes(values, centered=False) for name, values in left.items()}
+        self.common.add(rounded, [len(part) for part in parts], others)
+        return _Joined(rounded, others, sizes, full)
+
+    def start(self, more: _Joined) -> list[Future[None]]:
+        """Add what was joined, strip by strip; what was added before must be finished."""
+        return [self.pool.start(partial(self._strip, more, columns)) for columns in self.strips]
+
+    def _strip(self, more: _Joined, columns: slice) -> None:
+        _add(self.hessian, more.x, more.x, slice(0, columns.stop), columns)
+        for name, values in more.left.items():
+            total = self.others[name]
+            _add(total, values, more.x, slice(0, len(total)), columns)
+        if more.common is not None:
+            more.common.contribute(self.hessian, self.others, columns)
+        if more.sizes is not None and len(more.sizes):
+            sizes = more.sizes[:, columns].abs()
+            self.sum_abs[columns] += sizes.sum(0, dtype=torch.float32)
+            self.peak[columns] = torch.maximum(self.peak[columns], sizes.amax(0))
+
+    def means(self) -> Moments:
+        """The sums over the tokens, divided by their number."""
+        count = max(self.tokens, 1)
+        self.pool.map(partial(self._finish, count), self.strips)
+        mean_abs, peak = (self.sum_abs / count, self.peak) if self.sizes else (None, None)
+        drift, target = self.others.get("drift"), self.others.get("target")
+        return Moments(self.tokens, self.hessian, drift, target, mean_abs, peak)
+
+    def _finish(self, count: int, columns: slice) -> None:
+        """Sums of some columns to means; what lies above H's diagonal blocks is mirrored below them."""
+        self.common.contribute(self.hessian, self.others, columns)
+        self.hessian[: columns.stop, columns].div_(count)
+        for total in self.others.values():
+            total[:, columns].div_(count)
+        block = self.hessian[columns, columns].triu()
+        self.hessian[columns, columns] = block + block.triu(1).T
+        self.hessian[columns, : columns.start] = self.hessian[: columns.start, columns].T
+
+
+def _add(total: Tensor, left: Any, right: Any, rows: slice, columns: slice) -> None:
+    """`total[rows, columns] += leftᵀ right`, of fp32 or of bytes both."""
+    if isinstance(left, Bytes):
+        add_products(total, left, right, rows, columns)
+    else:
+        total[rows, columns].addmm_(left[:, rows].T, right[:, columns])

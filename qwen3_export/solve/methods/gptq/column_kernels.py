@@ -1,0 +1,132 @@
+"""The innermost loops of GPTQ for integer codes, compiled: one column after another, a few output rows at a time.
+
+The arithmetic is that of `gptq.refine` and `solve.methods.gptq`, operation by operation in fp32: a division,
+a rounding half to even, a clamp, and multiplications whose products are rounded before they are added. What torch
+does with a call per column takes a hundred times as long at the few rows that are solved together. Everything is
+`[columns, rows]` in solving order and runs without the interpreter's lock, so that pieces run side by side.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_export.model.compiled import Array, compiled
+from qwen3_export.solve.rounding.kernels import TILE, code_of
+
+_ZERO = np.float32(0.0)
+
+
+@compiled
+def _load(values: Array, begin: int, wide: int, work: Array) -> None:
+    """Copy the columns of some rows into a tile."""
+    for j in range(len(values)):
+        for r in range(wide):
+            work[j, r] = values[j, begin + r]
+
+
+@compiled
+def _spread(errors: Array, shares: Array, j: int, work: Array) -> None:
+    """`work[k] -= shares[j, k] · errors[j]` for the columns k behind j: those of the same four at once, all others
+    when the four are done, which reads and writes them a quarter as often. Always a whole tile."""
+    last = j - j % 4 + 3
+    for k in range(j + 1, min(last + 1, len(work))):
+        share = shares[j, k]
+        for r in range(TILE):
+            work[k, r] -= share * errors[j, r]
+    if j == last:
+        for k in range(last + 1, len(work)):
+            a, b, c, d = shares[j - 3, k], shares[j - 2, k], shares[j - 1, k], shares[j, k]
+            for r in range(TILE):
+                work[k, r] -= (a * errors[j - 3, r] + b * errors[j - 2, r]) + (c * errors[j - 1, r] + d * errors[j, r])
+
+
+@compiled
+def round_block(
+    rest: Array, scales: Array, zeros: Array, upper: Array, largest: np.float32, codes: Array, errors: Array
+) -> None:
+    """GPTQ's recursion over one block of columns `[n, rows]` against U `[n, n]`; fills codes and errors e."""
+    columns, rows = rest.shape
+    work, made = np.zeros((columns, TILE), np.float32), np.zeros((columns, TILE), np.float32)
+    for begin in range(0, rows, TILE):
+        wide = min(TILE, rows - begin)
+        _load(rest, begin, wide, work)
+        for j in range(columns):
+            for r in range(wide):
+                value, scale, zero = work[j, r], scales[j, begin + r], zeros[j, begin + r]
+                code = code_of(value, scale, zero, largest)
+                codes[j, begin + r] = code
+                made[j, r] = (value - (code - zero) * scale) / upper[j, j]
+                errors[j, begin + r] = made[j, r]
+            _spread(made, upper, j, work)
+
+
+@compiled
+def search_block(
+    part: Array, scales: Array, zeros: Array, upper: Array, largest: np.float32, codes: Array, errors: Array
+) -> NDArray[np.int64]:
+    """Solve one group `[n, rows]` with every candidate of `scales` and `zeros` `[candidates, rows]`; fills the codes
+    and errors of each row's best, the first with the least Σ e², whose number is returned."""
+    columns, rows = part.shape
+    chosen = np.zeros(rows, np.int64)
+    work, tried = np.zeros((columns, TILE), np.float32), np.zeros((columns, TILE), np.float32)
+    made = np.zeros((columns, TILE), np.float32)
+    kept = np.zeros((2, columns, TILE), np.float32)
+    least, total = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    scale, zero = np.ones(TILE, np.float32), np.zeros(TILE, np.float32)
+    for begin in range(0, rows, TILE):
+        wide = min(TILE, rows - begin)
+        least[:] = np.inf
+        for candidate in range(len(scales)):
+            for r in range(wide):
+                scale[r], zero[r] = scales[candidate, begin + r], zeros[candidate, begin + r]
+            _load(part, begin, wide, work)
+            total[:] = _ZERO
+            for j in range(columns):
+                for r in range(TILE):
+                    value = work[j, r]
+                    code = code_of(value, scale[r], zero[r], largest)
+                    tried[j, r] = code
+                    error = (value - (code - zero[r]) * scale[r]) / upper[j, j]
+                    made[j, r] = error
+                    total[r] += error * error
+                _spread(made, upper, j, work)
+            better = total < least
+            for j in range(columns):
+                for r in range(TILE):
+                    kept[0, j, r] = tried[j, r] if better[r] else kept[0, j, r]
+                    kept[1, j, r] = made[j, r] if better[r] else kept[1, j, r]
+            for r in range(wide):
+                if better[r]:
+                    least[r], chosen[begin + r] = total[r], candidate
+        for j in range(columns):
+            for r in range(wide):
+                codes[j, begin + r], errors[j, begin + r] = kept[0, j, r], kept[1, j, r]
+    return chosen
+
+
+@compiled
+def descend_block(
+    values: Array, scales: Array, zeros: Array, block: Array, largest: np.float32,
+    slopes: Array, codes: Array, steps: Array,
+) -> None:  # fmt: skip
+    """Each code of a block of columns `[n, rows]` to its minimiser, one column after another.
+
+    `block` `[n, n]` is the block's part of H, `values` the weights as they are, `slopes` the gradient, which follows
+    the steps inside the block; fills `steps` and changes `codes`.
+    """
+    columns, rows = values.shape
+    work, made = np.zeros((columns, TILE), np.float32), np.zeros((columns, TILE), np.float32)
+    for begin in range(0, rows, TILE):
+        wide = min(TILE, rows - begin)
+        _load(slopes, begin, wide, work)
+        for j in range(columns):
+            for r in range(wide):
+                scale = scales[j, begin + r]
+                best = values[j, begin + r] - work[j, r] / block[j, j]
+                code = code_of(best, scale, zeros[j, begin + r], largest)
+                step = (code - codes[j, begin + r]) * scale
+                steps[j, begin + r] = step
+                made[j, r] = -step
+                codes[j, begin + r] = code
+            _spread(made, block, j, work)

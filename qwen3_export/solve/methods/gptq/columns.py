@@ -1,0 +1,101 @@
+"""One block of columns at a time, column after column: what GPTQ does when it rounds, searches and descends.
+
+Everything is `[columns, rows]` in solving order, so that the innermost work is on contiguous memory. Integer
+codes on a processor take the compiled loops of `gptq.column_kernels`; floats and other devices take torch's operations.
+Both do the same arithmetic; the bound on their difference is tested.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.solve.rounding.grid import round_to
+
+
+def round_block(
+    rest: Tensor, scales: Tensor, zeros: Tensor, upper: Tensor, scheme: QuantScheme
+) -> tuple[Tensor, Tensor]:
+    """GPTQ's recursion over a block `[n, rows]` against its part of U `[n, n]`; codes and errors e."""
+    codes, errors = torch.empty_like(rest), torch.empty_like(rest)
+    if _is_compiled(rest, scheme):
+        from qwen3_export.solve.methods.gptq import column_kernels
+
+        column_kernels.round_block(
+            *_arrays(rest, scales, zeros, upper), _largest(scheme), codes.numpy(), errors.numpy()
+        )
+        return codes, errors
+    rest = rest.clone()
+    for j, pivot in enumerate(upper.diagonal().tolist()):
+        codes[j] = round_to(rest[j], scales[j], zeros[j], scheme)
+        errors[j] = (rest[j] - (codes[j] - zeros[j]) * scales[j]) / pivot
+        rest[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
+    return codes, errors
+
+
+def search_block(
+    part: Tensor, scales: Tensor, zeros: Tensor, upper: Tensor, scheme: QuantScheme
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`round_block` of one group with every candidate of `scales` and `zeros` `[candidates, rows]`.
+
+    Codes and errors of each row's best, the first with the least Σ e², and the number of that candidate.
+    """
+    if _is_compiled(part, scheme):
+        from qwen3_export.solve.methods.gptq import column_kernels
+
+        codes, errors = torch.empty_like(part), torch.empty_like(part)
+        chosen = column_kernels.search_block(
+            *_arrays(part, scales, zeros, upper), _largest(scheme), codes.numpy(), errors.numpy()
+        )
+        return codes, errors, torch.from_numpy(chosen)
+    tries, rows = scales.shape
+    wide = part.repeat(1, tries)
+    each = [values.reshape(-1).expand(len(part), -1) for values in (scales, zeros)]
+    codes, errors = round_block(wide, each[0], each[1], upper, scheme)
+    best = errors.square().sum(0).reshape(tries, rows).argmin(0)
+    taken = best * rows + torch.arange(rows, device=part.device)
+    return codes[:, taken], errors[:, taken], best
+
+
+def descend_block(
+    values: Tensor, scales: Tensor, zeros: Tensor, block: Tensor, slopes: Tensor, codes: Tensor, scheme: QuantScheme
+) -> Tensor:
+    """Set each code to its minimiser given all others; changes `codes` `[n, rows]`, returns the steps of the values.
+
+    `block` `[n, n]` is the block's part of H, `values` the weights as they are, `slopes` their gradient.
+    """
+    steps = torch.empty_like(values)
+    if _is_compiled(values, scheme):
+        from qwen3_export.solve.methods.gptq import column_kernels
+
+        arrays = _arrays(values, scales, zeros, block)
+        column_kernels.descend_block(*arrays, _largest(scheme), *_arrays(slopes), codes.numpy(), steps.numpy())
+        return steps
+    slopes = slopes.clone()
+    for j, pivot in enumerate(block.diagonal().tolist()):
+        code = round_to(values[j] - slopes[j] / pivot, scales[j], zeros[j], scheme)
+        steps[j] = (code - codes[j]) * scales[j]
+        codes[j] = code
+        slopes.addr_(block[:, j], steps[j])
+    return steps
+
+
+def multiply(left: Tensor, right: Tensor, products: torch.dtype) -> Tensor:
+    """`left @ right`, in the type that is given: rounding errors of 16 bits are a hundredth of what 8 bits leave."""
+    return left.to(products) @ right.to(products)
+
+
+def _is_compiled(values: Tensor, scheme: QuantScheme) -> bool:
+    return scheme.type == "int" and values.device.type == "cpu"
+
+
+def _arrays(*tensors: Tensor) -> list[Any]:
+    return [np.ascontiguousarray(tensor.numpy()) for tensor in tensors]
+
+
+def _largest(scheme: QuantScheme) -> np.float32:
+    return np.float32(scheme.max_code)

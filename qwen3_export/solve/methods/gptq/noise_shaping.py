@@ -1,0 +1,74 @@
+"""Noise shaping along the outputs: rounding errors of some rows are made up for by the rows that follow.
+
+    min over Q of tr(G (Q − W) H (Q − W)ᵀ)        G: `calibration.fisher`, H = mean x xᵀ
+
+    U = upper Cholesky factor of (G + λI)⁻¹
+    for each batch b of rows:   Q_b = the method's own solve of W_b under H
+                                W_r −= U_brᵀ U_bb⁻ᵀ (W_b − Q_b)      for all rows r that follow
+
+This is GPTQ's recursion (Frantar et al. 2022) over output rows, around any solve over input columns;
+the objective is that of YAQA (Tseng et al. 2025). Errors end up where the model's answer does not see
+them. Pieces of rows are independent: G has no entries between them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.solve.rounding.grid import Grid
+
+BATCH = 8
+# Share of the mean diagonal of G that is added to it: G is measured on few tokens.
+DAMPING = 0.1
+# Few, so that a batch has rows of many pieces: thin operations cost as much as wide ones.
+_TASKS = 2
+
+Solve = Callable[[Tensor], tuple[Grid, Tensor]]
+
+
+def factors(pieces: Sequence[Tensor]) -> list[Tensor]:
+    """U of each piece `[n, n]`; the identity where the model's answer depends on none of its rows."""
+    found = []
+    for piece in pieces:
+        mean = float(piece.diagonal().mean())
+        if not math.isfinite(mean) or mean <= 0:
+            found.append(torch.eye(len(piece)))
+            continue
+        damped = piece.double() / mean
+        damped.diagonal().add_(DAMPING)
+        found.append(torch.linalg.cholesky(torch.linalg.inv(damped), upper=True).float())
+    return found
+
+
+def tasks(count: int) -> list[slice]:
+    """Pieces that are solved in step, at most `_TASKS` tasks: one batch then takes rows of all of them."""
+    step = math.ceil(count / _TASKS)
+    return [slice(begin, min(begin + step, count)) for begin in range(0, count, step)]
+
+
+def shaped(weight: Tensor, uppers: Sequence[Tensor], solve: Solve, scheme: QuantScheme) -> tuple[Grid, Tensor]:
+    """Solve rows `[out, in]` whose pieces have the factors `uppers`; the grid and codes of all rows."""
+    lengths = [len(upper) for upper in uppers]
+    rest = list(torch.split(weight.clone(), lengths))
+    parts: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in rest]
+    for begin in range(0, max(lengths), BATCH):
+        batch = [piece[begin : begin + BATCH] for piece in rest]
+        grid, codes = solve(torch.cat(batch))
+        full = grid.columns(codes.shape)
+        errors = torch.cat(batch) - (codes - full.zeros) * full.scales
+        sizes = [len(piece) for piece in batch]
+        split = [torch.split(values, sizes) for values in (errors, grid.scales, grid.zeros, codes)]
+        for i, upper in enumerate(uppers):
+            parts[i].append((split[1][i], split[2][i], split[3][i]))
+            end = begin + sizes[i]
+            if sizes[i] and end < lengths[i]:
+                own = upper[begin:end, begin:end].T.contiguous()
+                made_up = torch.linalg.solve_triangular(own, split[0][i], upper=False)
+                rest[i][end:].addmm_(upper[begin:end, end:].T, made_up, alpha=-1)
+    scales, zeros, codes = (torch.cat([item[k] for part in parts for item in part]) for k in range(3))
+    return Grid(scheme, scales, zeros), codes

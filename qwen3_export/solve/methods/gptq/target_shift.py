@@ -1,0 +1,122 @@
+"""The target shift: quantize not W, but the weight that repairs what the layers before have broken.
+
+    min over W′ of ‖X W′ᵀ − X̃ Wᵀ − (R̃ − R)‖² + λ‖W′ − W‖²
+    W′ = W + α (W·drift)(H + λI)⁻¹       or, for a linear that writes to the residual stream,
+    W′ = W + α (target − W H)(H + λI)⁻¹     target = mean (X̃ Wᵀ + R̃ − R) xᵀ
+
+X are the inputs in the quantized model, X̃ in the original; R̃ and R, the residual streams that the output
+is added to, only for the linears that write there. Their X̃ Wᵀ + R̃ is what the original has behind them, so
+that the moments of X̃ itself, several times as large, are not needed. In aim this is GPTAQ (Li et al. 2025).
+
+The full step fits the calibration text, so it is shortened to what held-out calibration rows confirm: their
+error is a parabola in α, and the α in [0, 1] that minimises it is taken, for each linear. The step itself
+is then made anew from all rows. With fewer than eight rows none is held out, and nothing is shifted.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from qwen3_export.model.workers import Workers, results
+from qwen3_export.solve.calibration.moments import Compared, Moments
+from qwen3_export.solve.methods.gptq.cholesky import damped
+from qwen3_export.solve.methods.gptq.columns import multiply
+
+ROWS_AT_ONCE = 512
+# α is one number for all output rows: every so many of them tell it.
+CONFIRM_EVERY = 4
+_CONFIRMED = 128
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The full step that some rows want, for any weight: `lower` is the Cholesky factor of H + λI, and
+    `direct` drift·(H + λI)⁻¹, common to all linears with the same inputs, where there is no target."""
+
+    moments: Moments
+    lower: Tensor
+    direct: Tensor | None
+
+    def of(self, weight: Tensor, rows: slice, products: torch.dtype) -> Tensor:
+        if self.direct is not None:
+            return multiply(weight[rows], self.direct, products).float()
+        # Not in 16 bits: what is missing is the small difference of two large numbers.
+        return _solved(_missing(weight, rows, self.moments, torch.float32), self.lower)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What all linears with the same inputs share."""
+
+    held_out: Moments
+    fitted: _Step
+    both: _Step
+
+    def target(self, weight: Tensor, pool: Workers) -> Tensor:
+        """The weight `[out, in]` to quantize in place of `weight`."""
+        some = range(0, len(weight), CONFIRM_EVERY)
+        cuts = [some[i : i + _CONFIRMED] for i in range(0, len(some), _CONFIRMED)]
+        parts = pool.map(partial(self._confirm, weight, pool.products), cuts)
+        confirmed, curvature = (sum(part[i] for part in parts) for i in range(2))
+        alpha = min(max(confirmed / curvature, 0.0), 1.0) if curvature > 0 else 0.0
+        steps = pool.map(partial(self.both.of, weight, products=pool.products), _pieces(weight))
+        return weight + alpha * torch.cat(steps)
+
+    def _confirm(self, weight: Tensor, products: torch.dtype, rows: range) -> tuple[float, float]:
+        """Slope and curvature of the held-out error along the step that the other rows want."""
+        some = slice(rows.start, rows.stop, rows.step)
+        step = self.fitted.of(weight, some, products)
+        confirmed = (step * _missing(weight, some, self.held_out, products)).sum(dtype=torch.float64)
+        curvature = (multiply(step, self.held_out.hessian, products) * step).sum(dtype=torch.float64)
+        return float(confirmed), float(curvature)
+
+
+def start_factors(moments: Compared, percdamp: float, pool: Workers) -> list[Future[Tensor | None]]:
+    """Start to factorise H + λI for a group of linears, λ `percdamp` times the mean diagonal; nothing where no rows
+    are held out."""
+    parts = (moments.fitted, moments.both) if moments.held_out.tokens else ()
+    return [pool.start(partial(_factor, percdamp, part)) for part in parts]
+
+
+def prepare(moments: Compared, begun: list[Future[Tensor | None]], pool: Workers) -> Shift | None:
+    """The shift of a group whose factors were begun; None when H is not definite."""
+    fitted, both = results(begun)
+    if fitted is None or both is None:
+        return None
+    return Shift(moments.held_out, _step(moments.fitted, fitted, pool), _step(moments.both, both, pool))
+
+
+def _factor(percdamp: float, moments: Moments) -> Tensor | None:
+    lower, failed = torch.linalg.cholesky_ex(damped(moments.hessian, percdamp))
+    return None if failed else lower
+
+
+def _step(moments: Moments, lower: Tensor, pool: Workers) -> _Step:
+    drift = moments.drift
+    if drift is None:
+        return _Step(moments, lower, None)
+    parts = pool.map(lambda rows: _solved(drift[rows], lower), _pieces(drift))
+    return _Step(moments, lower, torch.cat(parts))
+
+
+def _pieces(matrix: Tensor) -> list[slice]:
+    return [slice(i, min(i + ROWS_AT_ONCE, len(matrix))) for i in range(0, len(matrix), ROWS_AT_ONCE)]
+
+
+def _solved(rows: Tensor, lower: Tensor) -> Tensor:
+    """`rows (L Lᵀ)⁻¹`."""
+    half = torch.linalg.solve_triangular(lower.T, rows, upper=True, left=False)
+    return torch.linalg.solve_triangular(lower, half, upper=False, left=False)
+
+
+def _missing(weight: Tensor, rows: slice, moments: Moments, products: torch.dtype) -> Tensor:
+    """`W·drift` or `target − W H`: the missing output's correlation with the inputs, `[rows, in]`."""
+    if moments.target is not None:
+        return moments.target[rows] - multiply(weight[rows], moments.hessian, products)
+    assert moments.drift is not None
+    return multiply(weight[rows], moments.drift, products).float()

@@ -1,0 +1,1 @@
+"""A recipe for a size budget: sensitivities, a knapsack, and a search."""

@@ -1,0 +1,55 @@
+"""How far changed models' outputs are from the original's: mean KL over all positions of some rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.model.block import rms_norm
+from qwen3_export.model.table import Table, to_torch
+from qwen3_export.model.workers import Workers
+from qwen3_export.solve.calibration.activations import RowFile
+
+_POSITIONS_AT_ONCE = 64
+
+
+def mean_divergences(
+    checkpoint: Checkpoint,
+    original: RowFile,
+    changed: Sequence[tuple[RowFile, Table | None]],
+    shape: tuple[int, int],
+    pool: Workers,
+    tick: Callable[[], object] = lambda: None,
+) -> list[float]:
+    """KL(original ‖ changed) of each, nats per token.
+
+    The files hold the hidden states behind the last block, `[1, tokens, hidden]` per row, each with the
+    head that it ends in, or None for the original's; `shape` is the number of rows and tokens. One tick
+    per row.
+    """
+    norm = to_torch(checkpoint.read("model.norm.weight")).float()
+    own = Table(checkpoint.read(checkpoint.head))
+    count, length = shape
+    pieces = [slice(i, min(i + _POSITIONS_AT_ONCE, length)) for i in range(0, length, _POSITIONS_AT_ONCE)]
+
+    def log_probabilities(file: RowFile, head: Table, row: int, piece: slice) -> Tensor:
+        hidden = rms_norm(file.read(row)[0, piece], norm, checkpoint.config.rms_norm_eps)
+        return head.logits(hidden).log_softmax(-1)
+
+    def one_row(row: int) -> NDArray[np.float64]:
+        total = np.zeros(len(changed))
+        for piece in pieces:
+            expected = log_probabilities(original, own, row, piece)
+            chances = expected.exp()
+            for number, (file, head) in enumerate(changed):
+                found = log_probabilities(file, head or own, row, piece)
+                total[number] += float((chances * (expected - found)).double().sum())
+        tick()
+        return total
+
+    sums = np.sum(pool.map(one_row, range(count)), axis=0)
+    return [max(float(value), 0.0) / (count * length) for value in sums]

@@ -1,0 +1,121 @@
+"""Embedding and head as units of a search: solved with one scheme as a whole, with all of them in some rows.
+
+    embedding   rows that start with it: at block 0, in files of their own
+    head        the original's rows, met by it at the end; a tied matrix does both
+
+As `quantize` does it (`blocks.embeddings`), but for the head's target shift: an embedding is rounded, a head solved
+against its inputs, a tied matrix against both uses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.core.tensor import dequantize
+from qwen3_export.model.block import Block
+from qwen3_export.model.decoder import rope_tables
+from qwen3_export.model.table import Table, to_torch
+from qwen3_export.model.workers import Workers
+from qwen3_export.solve.blocks.embeddings import AHEAD_EVERY, by_rows, head_moments, tied_hessian
+from qwen3_export.solve.calibration.activations import RowFile
+from qwen3_export.solve.method import Group, Solved
+from qwen3_export.solve.mixed_precision.compensation import Repairs, fit_repairs, run
+from qwen3_export.solve.mixed_precision.study import Study, Variant, at_once, embed_file, rows_file
+from qwen3_export.solve.mixed_precision.units import OUTER, Unit
+from qwen3_export.solve.rounding.nearest import round_group
+from qwen3_export.solve.rounding.row_chunks import energy
+
+SAMPLED_ROWS = 512
+
+
+def solve_end(
+    method: ModuleType | None, options: Any, pool: Workers, hessian: Tensor | None, scheme: QuantScheme, weight: Tensor
+) -> Solved:
+    """Some rows `[n, hidden]` as the method stores them; rounded to nearest when it is None."""
+    group = Group({"": weight}, {"": scheme}, hessian)
+    return (round_group(group, "mse", pool) if method is None else method.solve(group, options, pool))[""]
+
+
+def probe_end(
+    checkpoint: Checkpoint,
+    module: str,
+    schemes: Sequence[QuantScheme],
+    solve: Callable[[QuantScheme, Tensor], Solved],
+    hessian: Tensor | None,
+) -> tuple[Table, dict[QuantScheme, float]]:
+    """The matrix as the first scheme stores it, and tr(ΔHΔᵀ) of every scheme over evenly chosen rows."""
+    rows = checkpoint.config.outer_matrices()[module][0]
+    weight = checkpoint.linear(module)[:: math.ceil(rows / SAMPLED_ROWS)]  # type: ignore[index]  # 16-bit source
+    some = to_torch(weight).float()
+    errors = {}
+    for scheme in schemes:
+        delta = torch.from_numpy(dequantize(solve(scheme, some).tensor)) - some
+        errors[scheme] = energy(delta, hessian)
+    whole = by_rows(checkpoint, module, lambda piece: solve(schemes[0], piece), hessian)
+    return Table(whole.tensor), errors
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A quantized embedding, and the calibration and measured rows that start with it."""
+
+    variant: Variant
+    solving: RowFile
+
+
+def begin(study: Study, unit: Unit, stack: ExitStack) -> Begun:
+    """The rows with the embedding quantized, and if it is tied the head."""
+    checkpoint, schemes, hessian = study.checkpoint, study.schemes[unit], None
+    tied = checkpoint.config.tie_word_embeddings
+    if tied and study.method.needs_inputs(study.options):
+        file = rows_file(study, "ahead", len(study.solving[0]), stack)
+        hessian, _ = tied_hessian(checkpoint, study.solving[::AHEAD_EVERY], file, study.pool)
+        file.path.unlink()
+    solve = partial(solve_end, study.method if tied else None, study.options, study.pool, hessian)
+    table, errors = probe_end(checkpoint, unit.pattern, schemes, solve, hessian)
+    solving, measuring = (
+        embed_file(study, f"embedding-{name}", rows, stack, table)
+        for name, rows in (("solving", study.solving), ("measured", study.measuring))
+    )
+    return Begun(Variant(unit, schemes[0], errors, measuring, table if tied else None), solving)
+
+
+def enter_changed(study: Study, block: Block, begun: Begun, before: RowFile, original: RowFile) -> Variant:
+    """Run the measured rows of a quantized embedding through block 0, less what will be repaired of it."""
+    rows, repairs = begun.variant.rows, Repairs()
+    if study.method.needs_original(study.options):
+        rope, count = rope_tables(block.config, 0, len(study.solving[0])), len(study.solving)
+        repairs = fit_repairs(
+            block, block, OUTER, rope, before.read, count, at_once(study), study.pool, begun.solving.read
+        )
+    begun.solving.path.unlink()
+    rope = rope_tables(block.config, 0, len(study.measuring[0]))
+
+    def one(row: int) -> None:
+        _, output, error = run(block, block, repairs, rope, original.read(row), rows.read(row))
+        rows.write(row, output + error)
+
+    study.pool.map(one, range(len(study.measuring)))
+    return begun.variant
+
+
+def finish(study: Study, unit: Unit, before: RowFile, original: RowFile) -> Variant:
+    """The original's rows, which meet a quantized head; `before` are the calibration rows' states."""
+    schemes, hessian = study.schemes[unit], None
+    if study.method.needs_inputs(study.options):
+        rows, length = range(len(study.solving)), len(study.solving[0])
+        hessian = head_moments(study.checkpoint, [before], rows, length, study.pool, "cpu").hessian
+    solve = partial(solve_end, study.method, study.options, study.pool, hessian)
+    table, errors = probe_end(study.checkpoint, unit.pattern, schemes, solve, hessian)
+    return Variant(unit, schemes[0], errors, original, table)

@@ -1,0 +1,70 @@
+"""What a search measures, and its rows: plain data that the sweep and the two ends of the model share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from numpy.typing import NDArray
+
+from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.qwen3 import EMBEDDING
+from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.model.table import Table
+from qwen3_export.model.workers import Workers
+from qwen3_export.solve.calibration.activations import RowFile
+from qwen3_export.solve.mixed_precision.units import Unit
+
+_TOKENS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is measured: `schemes` per unit, the probe first; rows to solve with, rows to measure on."""
+
+    checkpoint: Checkpoint
+    method: ModuleType
+    options: Any
+    schemes: Mapping[Unit, Sequence[QuantScheme]]
+    solving: Sequence[NDArray]
+    measuring: Sequence[NDArray]
+    pool: Workers
+    scratch: Path
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One unit's errors, and the measured rows in the model where only this unit is quantized; a head of its own."""
+
+    unit: Unit
+    probe: QuantScheme
+    errors: Mapping[QuantScheme, float]
+    rows: RowFile
+    head: Table | None = None
+
+
+def rows_file(study: Study, name: str, tokens: int, stack: ExitStack) -> RowFile:
+    """Hidden states `[1, tokens, hidden]` per row, in a file that `stack` closes."""
+    file = RowFile(study.scratch / f"{name}.rows", (1, tokens, study.checkpoint.config.hidden_size))
+    stack.callback(file.close)
+    return file
+
+
+def embed_file(
+    study: Study, name: str, rows: Sequence[NDArray], stack: ExitStack, table: Table | None = None
+) -> RowFile:
+    """Embeddings of some token rows of one length; `table` None is the original's."""
+    table = table or Table(study.checkpoint.read(f"{EMBEDDING}.weight"))
+    file = rows_file(study, name, len(rows[0]), stack)
+    for number, ids in enumerate(rows):
+        file.write(number, table.rows(ids)[None])
+    return file
+
+
+def at_once(study: Study) -> int:
+    """Calibration rows in memory at a time."""
+    return max(1, _TOKENS_AT_ONCE // len(study.solving[0]))

@@ -1,0 +1,1 @@
+"""Grids, scales and rounding to nearest, compiled where that pays."""

@@ -1,0 +1,132 @@
+"""A weight in pieces of output rows: cut, solved side by side, and joined into one tensor for the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.core.tensor import E2M1, SCALE_TYPES, QuantizedTensor
+from qwen3_export.errors import RecipeError
+from qwen3_export.model.activations import largest_unit
+from qwen3_export.model.workers import Workers
+from qwen3_export.solve.method import Group, Solved, not_finite, ratio
+from qwen3_export.solve.rounding.grid import TORCH_SCALES, Grid
+
+ROWS_AT_ONCE = 512
+_ENERGY_STRIP = 256
+
+
+def row_pieces(weight: Tensor, scheme: QuantScheme, at_once: int = ROWS_AT_ONCE) -> list[slice]:
+    """Slices of output rows, cut the same way whatever the number of threads, never through a scale's rows."""
+    rows, together = weight.shape[0], scheme.rows_per_scale(weight.shape[0])
+    step = max(at_once // together, 1) * together
+    return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raise RecipeError when a weight holds NaN or infinity."""
+    # The least and the largest are NaN as soon as one weight is, and cost a tenth of asking every weight.
+    if not all(torch.isfinite(bound) for bound in torch.aminmax(weight)):
+        raise not_finite(name)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some solved output rows: grid, codes in fp32 or as bytes, their squared error and what it is relative to."""
+
+    grid: Grid
+    codes: Tensor
+    error: float
+    total: float
+
+
+def solve_rows(
+    name: str, weight: Tensor, group: Group, solve: Callable[[slice], Rows], pool: Workers,
+    global_scale: float = 1.0, cut: Sequence[slice] | None = None,
+) -> Solved:  # fmt: skip
+    """Solve a weight `[out, in]` by pieces of output rows (`cut`) and join them into one tensor for the disk."""
+    scheme = group.schemes[name]
+
+    def piece_of(rows: slice) -> Rows:
+        solved = solve(rows)
+        return replace(solved, codes=_code_bytes(solved.codes, scheme))
+
+    pieces = pool.map(piece_of, cut or row_pieces(weight, scheme))
+    codes = torch.cat([piece.codes for piece in pieces]).numpy()
+    scales = torch.cat([piece.grid.scales for piece in pieces])
+    if scheme.scale_dtype == "e4m3":
+        scales = scales * global_scale
+    stored = scales.to(TORCH_SCALES[scheme.scale_dtype]).cpu()
+    zeros = None
+    if not scheme.symmetric:
+        zeros = torch.cat([piece.grid.zeros for piece in pieces]).to(torch.uint8).cpu().numpy()
+    static = scheme.activations == "static-tensor"
+    tensor = QuantizedTensor(
+        name,
+        codes.shape,
+        scheme,
+        codes,
+        _to_numpy(stored),
+        zeros,
+        global_scale=global_scale if scheme.scale_dtype == "e4m3" else None,
+        input_scale=_input_scale(group.input_peak, scheme) if static else None,
+    )
+    return Solved(tensor, ratio(name, sum(piece.error for piece in pieces), sum(piece.total for piece in pieces)))
+
+
+def _code_bytes(codes: Tensor, scheme: QuantScheme) -> Tensor:
+    """Codes as they are stored, one per byte, in this machine's memory."""
+    if codes.dtype == torch.uint8:
+        return codes
+    if scheme.type == "int":
+        # numpy converts several times as fast as torch.
+        return torch.from_numpy(codes.cpu().numpy().astype(np.uint8))
+    if scheme.num_bits == 8:
+        return codes.to(torch.float8_e4m3fn).view(torch.uint8).cpu()
+    sizes = torch.from_numpy(E2M1[:8]).to(codes.device)
+    return (torch.bucketize(codes.abs(), sizes) + 8 * torch.signbit(codes)).to(torch.uint8).cpu()
+
+
+def _input_scale(peak: float, scheme: QuantScheme) -> float:
+    """The static scale of a linear's inputs, a bf16 number as the layout stores it; 1 where no token arrived."""
+    scale = torch.tensor(peak / largest_unit(scheme)).to(torch.bfloat16)
+    return float(scale) if scale > 0 else 1.0
+
+
+def _to_numpy(tensor: Tensor) -> Any:
+    """With the bits unchanged; numpy knows bf16 and the float8 types through ml_dtypes."""
+    for name, dtype in TORCH_SCALES.items():
+        if tensor.dtype == dtype and name not in ("fp16", "fp32"):
+            bits = torch.int16 if tensor.element_size() == 2 else torch.uint8
+            return tensor.view(bits).numpy().view(SCALE_TYPES[name])
+    return tensor.numpy()
+
+
+def check_inputs(group: Group) -> None:
+    """Raise RecipeError when the group's inputs hold NaN or infinity."""
+    # The sum is not finite as soon as one element is not, and costs a tenth of asking every element.
+    if group.hessian is not None and not torch.isfinite(group.hessian.sum(dtype=torch.float64)):
+        first = next(iter(group.weights))
+        raise RecipeError(f"{first}: its inputs hold NaN or infinity", "the checkpoint is damaged, or its config wrong")
+
+
+def energy(matrix: Tensor, hessian: Tensor | None, products: torch.dtype = torch.float32) -> float:
+    """tr(M H Mᵀ), or tr(M Mᵀ) without inputs, summed in fp64; M H in `products`, whose roundings average out.
+
+    H is symmetric: of what lies beside its diagonal blocks one half is multiplied, and counted twice.
+    """
+    if hessian is None:
+        return float(matrix.square().sum(dtype=torch.float64))
+    total = 0.0
+    for begin in range(0, len(hessian), _ENERGY_STRIP):
+        own = slice(begin, min(begin + _ENERGY_STRIP, len(hessian)))
+        through = (matrix[:, own].to(products) @ hessian[own, begin:].to(products)) * matrix[:, begin:]
+        inside = through[:, : own.stop - begin].sum(dtype=torch.float64)
+        total += 2 * float(through.sum(dtype=torch.float64)) - float(inside)
+    return total

@@ -1,0 +1,1 @@
+"""Text: the tokenizer, documents, and rows of token ids."""

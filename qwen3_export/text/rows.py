@@ -1,0 +1,100 @@
+"""Documents cut into rows of token ids, for calibration and for held-out text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_export.errors import InputError
+from qwen3_export.text.documents import Document, document_ids, document_text, form_of
+from qwen3_export.text.tokenizer import TextModel
+
+_SHORTEST_WINDOW = 16
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token rows with their domains, the hash of exactly these ids, and how many documents of each
+    form (see `form_of`) the rows were cut from, where that is known."""
+
+    ids: tuple[NDArray[np.int32], ...]
+    domains: tuple[str, ...]
+    documents: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in total."""
+        return sum(len(row) for row in self.ids)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the ids, row lengths included."""
+        digest = hashlib.sha256()
+        for row in self.ids:
+            digest.update(len(row).to_bytes(8, "little") + row.astype("<i4").tobytes())
+        return digest.hexdigest()
+
+
+def calibration_rows(tokenizer: TextModel, documents: list[Document], samples: int, length: int, seed: int) -> Rows:
+    """At most `samples` rows of exactly `length` tokens, spread evenly over the domains.
+
+    The documents of a domain are shuffled, joined and cut; rows are then taken from the domains in
+    turn. Fewer rows come back when the text is too short; none at all is an InputError.
+    """
+    random = np.random.default_rng(seed)
+    per_domain, forms = [], list[str]()
+    for domain in sorted({document.domain for document in documents}):
+        members = [document for document in documents if document.domain == domain]
+        texts = [(document_text(tokenizer, members[i]), members[i]) for i in random.permutation(len(members))]
+        pieces = [tokenizer.encode(text) for text, _ in texts]
+        stream = np.concatenate(pieces)
+        owners = np.repeat(np.arange(len(pieces)) + len(forms), [len(piece) for piece in pieces])
+        forms += [form_of(text, not isinstance(document.content, str)) for text, document in texts]
+        count = len(stream) // length
+        rows, owned = (values[: count * length].reshape(count, length) for values in (stream, owners))
+        per_domain.append([(rows[i], domain, owned[i]) for i in random.permutation(count)])
+    chosen = [item for turn in _zip_longest(per_domain) for item in turn][:samples]
+    if not chosen:
+        raise InputError(
+            f"the calibration text has fewer than {length} tokens in every domain",
+            "give more text, or a smaller --sequence-length",
+        )
+    ids, domains, owned_by = zip(*chosen, strict=True)
+    counted = Counter(forms[i] for i in np.unique(np.concatenate(owned_by)))
+    return Rows(ids, domains, dict(sorted(counted.items())))
+
+
+def _zip_longest(lists: list[list[Any]]) -> Iterator[list[Any]]:
+    for turn in range(max(map(len, lists), default=0)):
+        yield [items[turn] for items in lists if turn < len(items)]
+
+
+def heldout_rows(tokenizer: TextModel, documents: list[Document], length: int) -> Rows:
+    """Every document cut into windows of at most `length` tokens, tails under 16 tokens dropped."""
+    ids, domains = [], []
+    for document in documents:
+        tokens = document_ids(tokenizer, document)
+        for begin in range(0, len(tokens), length):
+            window = tokens[begin : begin + length]
+            if len(window) >= _SHORTEST_WINDOW:
+                ids.append(window)
+                domains.append(document.domain)
+    if not ids:
+        raise InputError("the held-out text has no window of 16 tokens", "give more text with --text")
+    return Rows(tuple(ids), tuple(domains))
+
+
+def spread(rows: Rows, tokens: int | None) -> Rows:
+    """At most `tokens` tokens of the rows, whole rows, taken evenly over the text and its domains."""
+    if tokens is None or rows.tokens <= tokens:
+        return rows
+    count = max(1, len(rows.ids) * tokens // rows.tokens)
+    chosen = np.linspace(0, len(rows.ids) - 1, count).astype(int)
+    return Rows(tuple(rows.ids[i] for i in chosen), tuple(rows.domains[i] for i in chosen))
