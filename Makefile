@@ -3,9 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 JUDGE := .venv/.gptqmodel
+PAGES := .venv/.mkdocs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-fast lint docs bench clean
 
 setup: $(STAMP)
 
@@ -26,13 +27,24 @@ demo: $(STAMP)
 	$(BIN)/qwen3-export demo --output demo-output --force
 
 test: $(STAMP) $(JUDGE)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+# Without the tests that need a runtime, an installation or a peer.
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python calibration/generate.py --check
+
+$(PAGES): $(STAMP)
+	$(PIP) -e '.[docs]'
+	touch $(PAGES)
+
+docs: $(PAGES)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

@@ -29,6 +29,18 @@ settings.register_profile("project", deadline=None, derandomize=True, database=N
 settings.load_profile("project")
 
 
+# Folders of tests that `make test-fast` leaves out.
+_SLOW = ("artifact", "cli", "hostile", "install", "reference")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs a runtime, an installation or a peer as slow."""
+    tests = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(tests).parts[0] in _SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def reference_folder() -> Path:
     return resource("calibration") / "reference-model"

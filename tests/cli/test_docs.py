@@ -1,4 +1,4 @@
-"""The README's commands, run in their order from an empty folder, and its recipe."""
+"""The commands, recipes and Python of README and guides: each page runs in its order from an empty folder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,86 +16,103 @@ import pytest
 from tests.cli.helpers import call
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-_BLOCK = re.compile(r"(?P<before>[^\n]*)\n```(?P<kind>\w+)\n(?P<text>.*?)\n```", re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_BLOCK = re.compile(r"(?P<before>[^\n]*)\n(?P<indent> *)```(?P<kind>\w+)\n(?P<text>.*?)\n *```", re.DOTALL)
 _EXCUSE = re.compile(r"<!-- not run: (?P<reason>.*) -->")
 _SHELL = ("console", "bash", "sh")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of the README: its language, its lines, and why it is not run."""
+    """A fenced block of a page: its language, its lines, and why it is not run."""
 
     kind: str
     text: str
     excuse: str | None
 
 
-def _blocks() -> list[Block]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def _blocks(page: Path) -> list[Block]:
     found = []
-    for match in _BLOCK.finditer(text):
+    for match in _BLOCK.finditer(page.read_text(encoding="utf-8")):
         excuse = _EXCUSE.fullmatch(match["before"].strip())
-        found.append(Block(match["kind"], match["text"], excuse["reason"] if excuse else None))
+        text = re.sub(f"(?m)^{match['indent']}", "", match["text"])
+        found.append(Block(match["kind"], text, excuse["reason"] if excuse else None))
     return found
 
 
-def _commands() -> list[str]:
-    """Every command line that is shown and not excused; a console's prompt is taken off."""
-    lines = []
-    for block in _blocks():
+def _lines(block: Block) -> list[str]:
+    """Every command line of a block; a console's prompt is taken off."""
+    shown = block.text.replace("\\\n", " ").splitlines()
+    if block.kind == "console":
+        shown = [line.removeprefix("$ ") for line in shown if line.startswith("$ ")]
+    return [line.strip() for line in shown if line.strip() and not line.startswith("#")]
+
+
+def _commands(page: Path) -> Iterator[str]:
+    for block in _blocks(page):
         if block.kind in _SHELL and block.excuse is None:
-            shown = block.text.replace("\\\n", " ").splitlines()
-            if block.kind == "console":
-                shown = [line.removeprefix("$ ") for line in shown if line.startswith("$ ")]
-            lines += [line.strip() for line in shown if line.strip() and not line.startswith("#")]
-    return lines
+            yield from _lines(block)
+
+
+def _with(pages: list[Path], kinds: tuple[str, ...]) -> list[Path]:
+    """The pages that show something of these kinds that is run."""
+    return [page for page in pages if any(b.kind in kinds and b.excuse is None for b in _blocks(page))]
 
 
 def test_the_readme_shows_the_main_job() -> None:
-    commands = _commands()
-    for words in ("make demo", "make test", "qwen3-export quantize", "qwen3-export validate", "qwen3-export bench"):
+    commands = list(_commands(ROOT / "README.md"))
+    for words in ("make demo", "make test", "qwen3-export quantize", "qwen3-export validate"):
         assert any(command.startswith(words) for command in commands), words
 
 
-def test_every_excuse_gives_its_reason() -> None:
-    for block in _blocks():
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_excuse_gives_its_reason(page: Path) -> None:
+    for block in _blocks(page):
         assert block.excuse is None or len(block.excuse.split()) > 2
 
 
-def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", _with(PAGES, (*_SHELL, "python")), ids=lambda page: page.stem)
+def test_every_command_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     # One thread each: beside other work, threads that wait for each other take many times as long.
     monkeypatch.setattr(os, "sched_getaffinity", lambda _process: {0})
-    ran = 0
-    for command in _commands():
-        words = shlex.split(command)
-        if words[0] == "make":
-            continue
-        assert words[0] == "qwen3-export", command
-        outcome = call(*words[1:])
-        assert outcome.code == 0, (command, outcome.err)
-        assert outcome.out, command
-        ran += 1
-    assert ran > 5
+    for block in (block for block in _blocks(page) if block.excuse is None):
+        if block.kind == "python":
+            exec(compile(block.text, str(page), "exec"), {})
+        for command in _lines(block) if block.kind in _SHELL else ():
+            words = shlex.split(command)
+            if words[0] in ("make", "pip"):
+                continue
+            assert words[0] == "qwen3-export", command
+            outcome = call(*words[1:])
+            assert outcome.code == 0, (command, outcome.err)
+            assert outcome.out or ">" in command, command
 
 
-@pytest.mark.parametrize("command", [line for line in _commands() if line.startswith("make ")])
-def test_every_make_target_exists(command: str) -> None:
-    target = command.split()[1]
-    plan = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert plan.returncode == 0, plan.stderr
-    assert plan.stdout.strip()
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+def test_every_make_target_exists(page: Path) -> None:
+    for command in (line for line in _commands(page) if line.startswith("make ")):
+        for target in command.split("#")[0].split()[1:]:
+            plan = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
+            assert plan.returncode == 0, (command, plan.stderr)
+            assert plan.stdout.strip(), command
 
 
-def test_the_recipe_shown_is_a_recipe(tmp_path: Path) -> None:
-    shown = [block.text for block in _blocks() if block.kind == "yaml"]
-    assert shown
+@pytest.mark.parametrize("page", _with(PAGES, ("yaml",)), ids=lambda page: page.stem)
+def test_the_recipe_shown_is_a_recipe(page: Path, tmp_path: Path) -> None:
+    shown = [block.text for block in _blocks(page) if block.kind == "yaml" and block.text.startswith("name:")]
     for number, text in enumerate(shown):
         recipe = tmp_path / f"recipe-{number}.yaml"
         recipe.write_text(text)
         options = ("--output", tmp_path / f"out-{number}", "--samples", "4", "--sequence-length", "128")
         outcome = call("quantize", "reference-model", "--recipe", recipe, *options)
         assert outcome.code == 0, outcome.err
+
+
+def test_every_link_between_pages_holds() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), (page.name, target)
 
 
 def _methods() -> list[Path]:
