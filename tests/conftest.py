@@ -34,11 +34,18 @@ _SLOW = ("artifact", "cli", "hostile", "install", "reference")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs a runtime, an installation or a peer as slow."""
+    """Mark what needs a runtime, an installation or a peer as slow; share out the work between processes.
+
+    The installations are made once, in one process, which begins with them: they take the longest.
+    """
     tests = Path(__file__).parent
+    folder = {item: item.path.relative_to(tests).parts[0] for item in items}
     for item in items:
-        if item.path.relative_to(tests).parts[0] in _SLOW:
+        if folder[item] in _SLOW:
             item.add_marker(pytest.mark.slow)
+        if folder[item] == "install":
+            item.add_marker(pytest.mark.xdist_group("install"))
+    items.sort(key=lambda item: folder[item] != "install")
 
 
 @pytest.fixture(scope="session")
