@@ -29,37 +29,53 @@ class Sampling:
 
 def chat(
     artifact: Path,
-    messages: list[dict[str, str]],
+    messages: list[dict[str, Any]],
     thinking: bool,
     sampling: Sampling,
     threads: int | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Answer a chat; `on_text` gets the text as it grows. Returns text, counts, speed and stop reason."""
+    """Open an artifact, answer a chat and close it; see `answer`."""
     session = open_session(artifact, RuntimeOptions(threads=threads))
     try:
-        tokenizer = tokenizer_of(artifact, session)
-        ids = tokenizer.encode(render_chat(tokenizer.template, messages, generate=True, thinking=thinking))
-        if int(ids.max(initial=0)) >= session.vocab_size:
-            raise InputError(f"the prompt has token {ids.max()}, {artifact.name} knows {session.vocab_size}")
-        room = session.context - len(ids)
-        if room < 1:
-            raise InputError(f"the prompt has {len(ids)} tokens, {artifact.name} holds {session.context}")
-        started = time.perf_counter()
-        shown = _Shown(tokenizer, on_text)
-        tokens, stop = _generate(session, tokenizer, ids, min(sampling.max_new_tokens, room), sampling, shown)
-        shown.grow(tokens, last=True)
-        seconds = time.perf_counter() - started
-        return {
-            "text": tokenizer.decode(tokens),
-            "prompt_tokens": len(ids),
-            "new_tokens": len(tokens),
-            "tokens_per_second": len(tokens) / seconds,
-            "stop": stop,
-            "runtime": session.runtime,
-        }
+        return answer(session, tokenizer_of(artifact, session), artifact.name, messages, thinking, sampling, on_text)
     finally:
         session.close()
+
+
+def answer(
+    session: Session,
+    tokenizer: TextModel,
+    name: str,
+    messages: list[dict[str, Any]],
+    thinking: bool,
+    sampling: Sampling,
+    on_text: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Answer a chat with an open session; `on_text` gets the text as it grows, and may raise to end it early.
+
+    Returns text, counts, speed and stop reason. Raises InputError when the prompt does not fit into the context
+    of the model called `name`.
+    """
+    ids = tokenizer.encode(render_chat(tokenizer.template, messages, generate=True, thinking=thinking))
+    if int(ids.max(initial=0)) >= session.vocab_size:
+        raise InputError(f"the prompt has token {ids.max()}, {name} knows {session.vocab_size}")
+    room = session.context - len(ids)
+    if room < 1:
+        raise InputError(f"the prompt has {len(ids)} tokens, {name} holds {session.context}")
+    started = time.perf_counter()
+    shown = _Shown(tokenizer, on_text)
+    tokens, stop = _generate(session, tokenizer, ids, min(sampling.max_new_tokens, room), sampling, shown)
+    shown.grow(tokens, last=True)
+    seconds = time.perf_counter() - started
+    return {
+        "text": tokenizer.decode(tokens),
+        "prompt_tokens": len(ids),
+        "new_tokens": len(tokens),
+        "tokens_per_second": len(tokens) / seconds,
+        "stop": stop,
+        "runtime": session.runtime,
+    }
 
 
 class _Shown:
