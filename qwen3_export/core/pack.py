@@ -18,10 +18,10 @@ GGML_BLOCK = 32
 def pack_int32(codes: NDArray[np.uint8], num_bits: int) -> NDArray[np.int32]:
     """`[..., n]` codes → `[..., ceil(n * num_bits / 32)]` words, first code in the lowest bits.
 
-    Three-bit codes go across words: 32 of them fill three.
+    Codes of 3, 5 and 6 bits go across words: 32 of them fill `num_bits` words.
     """
-    if num_bits == 3:
-        return _pack_bits(codes, num_bits)
+    if 32 % num_bits:
+        return _pack_across(codes, num_bits)
     per_word = 32 // num_bits
     padding = -codes.shape[-1] % per_word
     if padding:
@@ -32,20 +32,39 @@ def pack_int32(codes: NDArray[np.uint8], num_bits: int) -> NDArray[np.int32]:
 def unpack_int32(words: NDArray[np.int32], num_bits: int, count: int) -> NDArray[np.uint8]:
     """Inverse of `pack_int32`; `count` codes of the last axis are kept."""
     raw = np.ascontiguousarray(words.astype("<i4", copy=False)).view(np.uint8)
-    if num_bits == 3:
-        bits = np.unpackbits(raw, axis=-1, count=count * num_bits, bitorder="little")
-        grouped = bits.reshape(*raw.shape[:-1], count, num_bits)
-        return np.packbits(grouped, axis=-1, bitorder="little")[..., 0]
+    if 32 % num_bits:
+        return _unpack_across(raw, num_bits)[..., :count]
     return unpack_bytes(raw, num_bits)[..., :count]
 
 
-def _pack_bits(codes: NDArray[np.uint8], num_bits: int) -> NDArray[np.int32]:
-    bits = np.unpackbits(codes[..., None], axis=-1, count=num_bits, bitorder="little")
-    stream = bits.reshape(*codes.shape[:-1], -1)
-    padding = -stream.shape[-1] % 32
+def _pack_across(codes: NDArray[np.uint8], num_bits: int) -> NDArray[np.int32]:
+    """Eight codes at a time fill `num_bits` bytes, which are moved together in a word of 64 bits."""
+    needed = -(-codes.shape[-1] * num_bits // 32)
+    padding = -codes.shape[-1] % 32
     if padding:
-        stream = np.pad(stream, [(0, 0)] * (stream.ndim - 1) + [(0, padding)])
-    return np.packbits(stream, axis=-1, bitorder="little").view("<i4")
+        codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)])
+    words = np.ascontiguousarray(codes).view("<u8")
+    packed = np.zeros_like(words)
+    for i in range(8):
+        packed |= (words >> np.uint64(i * (8 - num_bits))) & np.uint64(((1 << num_bits) - 1) << (i * num_bits))
+    taken = packed.view(np.uint8).reshape(*words.shape, 8)[..., :num_bits]
+    found = np.ascontiguousarray(taken).reshape(*codes.shape[:-1], -1).view("<i4")
+    return np.ascontiguousarray(found[..., :needed])
+
+
+def _unpack_across(raw: NDArray[np.uint8], num_bits: int) -> NDArray[np.uint8]:
+    """Inverse of `_pack_across` on bytes."""
+    padding = -raw.shape[-1] % num_bits
+    if padding:
+        raw = np.pad(raw, [(0, 0)] * (raw.ndim - 1) + [(0, padding)])
+    taken = raw.reshape(*raw.shape[:-1], -1, num_bits)
+    words = np.zeros((*taken.shape[:-1], 8), np.uint8)
+    words[..., :num_bits] = taken
+    packed = words.view("<u8")[..., 0]
+    codes = np.zeros_like(packed)
+    for i in range(8):
+        codes |= (packed & np.uint64(((1 << num_bits) - 1) << (i * num_bits))) << np.uint64(i * (8 - num_bits))
+    return codes.view(np.uint8).reshape(*raw.shape[:-1], -1)
 
 
 def pack_bytes(codes: NDArray[np.uint8], num_bits: int) -> NDArray[np.uint8]:

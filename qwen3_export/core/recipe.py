@@ -2,7 +2,8 @@
 
 A recipe is an ordered list of name patterns. The first pattern that matches a linear's module name
 (`model.layers.3.mlp.down_proj`, shell wildcards) decides its scheme; a linear that no pattern
-matches, or one whose scheme is `none`, stays in 16 bits. Router and norms always do.
+matches, or one whose scheme is `none`, stays in 16 bits. Router and norms always do. A scheme may be the name of a
+ggml type, such as `q4_k`.
 
 The embedding and the output head take part only when a rule names them exactly, `model.embed_tokens`
 and `lm_head`; no wildcard reaches them. A tied model has one matrix for both: the rule of
@@ -39,7 +40,7 @@ import yaml
 
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD
 from qwen3_export.core.resources import resource
-from qwen3_export.core.scheme import QuantScheme, check_keys
+from qwen3_export.core.scheme import QuantScheme, check_keys, scheme_of_type
 from qwen3_export.errors import RecipeError
 
 DEFAULT_LAYOUT = "compressed-tensors"
@@ -213,10 +214,12 @@ def _rules(items: object, where: str) -> tuple[Rule, ...]:
         scheme = item.get("scheme")
         if scheme is None or scheme == "none":
             rules.append(Rule(item["match"], None))
+        elif isinstance(scheme, str):
+            rules.append(Rule(item["match"], scheme_of_type(scheme)))
         elif isinstance(scheme, dict):
             rules.append(Rule(item["match"], QuantScheme.from_dict(scheme, here)))
         else:
-            raise RecipeError(f"{here}: scheme is {scheme!r}, a mapping or none was expected")
+            raise RecipeError(f"{here}: scheme is {scheme!r}, a mapping, a ggml type's name or none was expected")
     return tuple(rules)
 
 

@@ -7,6 +7,7 @@ scheme                                                  known as
 {num_bits: 8, type: float, strategy: block, …}          FP8 with a scale per 128 × 128 weights
 {num_bits: 4, type: float, group_size: 32, scale_dtype: e8m0}   MXFP4
 {num_bits: 4, type: float, group_size: 16, scale_dtype: e4m3}   NVFP4
+{type: kquant, ggml_type: q4_k}                         a block type of ggml; everything else follows from its name
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qwen3_export.core.kquant import BLOCK_TYPES, BlockType
 from qwen3_export.errors import RecipeError
 
 SCALE_BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "e8m0": 8, "e4m3": 8}
@@ -25,6 +27,7 @@ STRATEGIES = ("tensor", "channel", "group", "block")
 ACTIVATIONS = ("dynamic-token", "dynamic-group", "static-tensor")
 # Inputs that share one scale under `dynamic-group`, as in the official FP8 releases.
 ACTIVATION_GROUP = 128
+_BITS = {"int": (2, 3, 4, 8), "float": (4, 8), "kquant": (2, 3, 4, 5, 6)}
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class QuantScheme:
     `2 ** (num_bits - 1)`, and a float one is E4M3 (8 bits) or E2M1 (4 bits). `signed_scales` lets
     scales be negative, which ONNX Runtime, llama.cpp and vLLM accept and TensorRT does not.
     `activations` says how a runtime rounds the linear's inputs, to the weights' own type at 8 bits;
-    None leaves them alone.
+    None leaves them alone. `type` kquant is a block type of ggml, whose name is `ggml_type` and decides
+    everything else but `activations`; see `core.kquant`.
     """
 
     num_bits: int = 4
@@ -49,12 +53,14 @@ class QuantScheme:
     scale_dtype: str = "bf16"
     signed_scales: bool = False
     activations: str | None = None
+    ggml_type: str | None = None
 
     def __post_init__(self) -> None:
-        self._check_choice("type", self.type, ("int", "float"))
+        self._check_choice("type", self.type, ("int", "float", "kquant"))
+        self._settle_kquant()
         self._check_choice("strategy", self.strategy, STRATEGIES)
         self._check_choice("scale_dtype", self.scale_dtype, tuple(SCALE_BITS))
-        self._check_choice("num_bits", self.num_bits, (2, 3, 4, 8) if self.type == "int" else (4, 8))
+        self._check_choice("num_bits", self.num_bits, _BITS[self.type])
         for key in ("symmetric", "signed_scales"):
             self._check_choice(key, getattr(self, key), (True, False))
         if self.activations is not None:
@@ -68,6 +74,18 @@ class QuantScheme:
                 f"scheme rounds activations ({self.activations}) beside {self.num_bits}-bit weights",
                 "activations are rounded to 8 bits beside 8-bit weights only",
             )
+
+    def _settle_kquant(self) -> None:
+        """A block type's other numbers follow from its name."""
+        if self.type != "kquant":
+            if self.ggml_type is not None:
+                raise RecipeError(f"scheme has ggml_type: {self.ggml_type!r}, which only type: kquant has")
+            return
+        self._check_choice("ggml_type", self.ggml_type or "", tuple(BLOCK_TYPES))
+        if self.activations:
+            raise RecipeError(f"scheme rounds activations ({self.activations}) beside {self.ggml_type} weights")
+        for key, value in _derived(BLOCK_TYPES[str(self.ggml_type)]).items():
+            object.__setattr__(self, key, value)
 
     def _check_grain(self) -> None:
         if self.strategy == "group":
@@ -112,6 +130,8 @@ class QuantScheme:
     @property
     def label(self) -> str:
         """A short name, e.g. `w4-g128-sym` or `fp8-channel-dynamic-token`, used in tables and manifests."""
+        if self.ggml_type is not None:
+            return self.ggml_type
         grains = {"group": f"g{self.group_size}", "block": "x".join(map(str, self.block_shape or ()))}
         kind = {"e8m0": "mxfp4", "e4m3": "nvfp4"}.get(self.scale_dtype, f"fp{self.num_bits}")
         parts = [f"w{self.num_bits}" if self.type == "int" else kind, grains.get(self.strategy, self.strategy)]
@@ -128,6 +148,11 @@ class QuantScheme:
     def max_code(self) -> int:
         """The largest unsigned code."""
         return (1 << self.num_bits) - 1
+
+    @property
+    def block_type(self) -> BlockType | None:
+        """The ggml block type of a kquant scheme."""
+        return BLOCK_TYPES[self.ggml_type] if self.ggml_type is not None else None
 
     @property
     def per_row(self) -> bool:
@@ -158,6 +183,11 @@ class QuantScheme:
         """Raise RecipeError when a weight `[out, in]` cannot be cut into this scheme's groups."""
         if len(shape) != 2:
             raise RecipeError(f"{name}: only matrices can be quantized, its shape is {list(shape)}")
+        if (block := self.block_type) and shape[1] % block.block:
+            raise RecipeError(
+                f"{name}: its {shape[1]} inputs are not divisible by {block.block}, the block of {block.name}",
+                "use a type with blocks of 32 (q4_0, q5_0, q8_0, iq4_nl), or a rule that leaves this tensor in 16 bits",
+            )
         if self.strategy != "block" and shape[1] % self.group_length(shape[1]):
             raise RecipeError(
                 f"{name}: its {shape[1]} inputs are not divisible by group_size {self.group_size}",
@@ -171,12 +201,16 @@ class QuantScheme:
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
         """Storage per weight in bits, scales and zero points included."""
+        if block := self.block_type:
+            return 8 * block.bytes_per_block / block.block
         each = SCALE_BITS[self.scale_dtype] + (0 if self.symmetric else self.num_bits)
         return self.num_bits + each * math.prod(self.grid(shape)) / math.prod(shape)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON and YAML."""
         values = dataclasses.asdict(self)
+        if self.ggml_type is None:
+            del values["ggml_type"]
         return {**values, "block_shape": list(self.block_shape) if self.block_shape else None}
 
     @classmethod
@@ -190,7 +224,53 @@ class QuantScheme:
             values = {**values, "block_shape": tuple(block)}
         if values.get("strategy", "group") != "group":
             values = {**values, "group_size": None}
-        return cls(**values)
+        found = cls(**values)
+        if found.ggml_type is not None:
+            _check_derived(found, values, where)
+        return found
+
+
+def _derived(block: BlockType) -> dict[str, Any]:
+    """The numbers of a kquant scheme that follow from its block type."""
+    return {
+        "num_bits": block.num_bits,
+        "symmetric": not block.has_mins,
+        "strategy": "group",
+        "group_size": block.group,
+        "block_shape": None,
+        "scale_dtype": "fp16",
+        "signed_scales": False,
+    }
+
+
+def _check_derived(scheme: QuantScheme, values: Mapping[str, Any], where: str) -> None:
+    """Raise RecipeError for a given number that contradicts the block type's."""
+    for key, value in values.items():
+        if value != getattr(scheme, key):
+            raise RecipeError(
+                f"{where}: {key} is {value!r} beside ggml_type {scheme.ggml_type}, whose is {getattr(scheme, key)!r}",
+                f"leave {key} away: it follows from the type",
+            )
+
+
+_PLAIN_TYPES = {
+    "q2_0": QuantScheme(2, group_size=64, scale_dtype="fp16", signed_scales=True),
+    "q4_0": QuantScheme(4, group_size=32, scale_dtype="fp16", signed_scales=True),
+    "q8_0": QuantScheme(8, group_size=32, scale_dtype="fp16"),
+    "mxfp4": QuantScheme(4, "float", group_size=32, scale_dtype="e8m0"),
+}
+GGML_TYPES = (*_PLAIN_TYPES, *BLOCK_TYPES)
+
+
+def scheme_of_type(name: str) -> QuantScheme:
+    """The scheme that a ggml type's name stands for, e.g. `q4_0` or `q4_k`; RecipeError when there is none."""
+    if name in _PLAIN_TYPES:
+        return _PLAIN_TYPES[name]
+    if name not in BLOCK_TYPES:
+        near = difflib.get_close_matches(name, GGML_TYPES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else None
+        raise RecipeError(f"{name!r} is no ggml type; one of {', '.join(GGML_TYPES)} was expected", hint)
+    return QuantScheme(type="kquant", ggml_type=name)
 
 
 def check_keys(values: Iterable[Any], known: list[str], where: str, error: type[RecipeError] = RecipeError) -> None:

@@ -7,12 +7,21 @@ zeros   uint8   [rows, groups]  or None: symmetric, implicit 2 ** (num_bits - 1)
 weight[o, i] = (value(codes[o, i]) - zeros[r, g]) * scales[r, g]     in fp32
                r = o // rows_per_scale, g = i // group_length (or g_idx[i])
 
+A block type of ggml (`core.kquant`) has, in place of zeros, some of
+
+mins          uint8 or fp16  [out, groups]   uint8 under a super scale, where `scales` are int8 too
+super_scales  fp16 [out, in / 256]           multiply the scales of their 256 weights
+super_mins    fp16 [out, in / 256]           multiply the mins
+
+weight[o, i] = value(codes[o, i]) * scales32[o, g] + offsets32[o, g]
+
 `global_scale` divides NVFP4's scales; `input_scale` is the one that a static scheme rounds inputs by.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -49,11 +58,19 @@ class QuantizedTensor:
     g_idx: NDArray[np.int32] | None = None
     global_scale: float | None = None
     input_scale: float | None = None
+    mins: NDArray | None = None
+    super_scales: NDArray[np.float16] | None = None
+    super_mins: NDArray[np.float16] | None = None
 
     def __post_init__(self) -> None:
         grid = self.scheme.grid(self.shape)
         if self.codes.shape != self.shape or self.codes.dtype != np.uint8:
             raise ValueError(f"{self.name}: codes are {self.codes.dtype} {self.codes.shape}, not uint8 {self.shape}")
+        if int(self.codes.max(initial=0)) > self.scheme.max_code:
+            raise ValueError(f"{self.name}: a code exceeds {self.scheme.max_code}")
+        if self.scheme.ggml_type is not None:
+            check_blocks(self)
+            return
         if self.scales.shape != grid or self.scales.dtype != SCALE_TYPES[self.scheme.scale_dtype]:
             raise ValueError(f"{self.name}: scales are {self.scales.dtype} {self.scales.shape}, not {grid}")
         if (self.zeros is None) != self.scheme.symmetric:
@@ -64,36 +81,93 @@ class QuantizedTensor:
             raise ValueError(f"{self.name}: a global scale must be given exactly with e4m3 scales")
         if (self.input_scale is None) != (self.scheme.activations != "static-tensor"):
             raise ValueError(f"{self.name}: an input scale must be given exactly for static activations")
-        if int(self.codes.max(initial=0)) > self.scheme.max_code:
-            raise ValueError(f"{self.name}: a code exceeds {self.scheme.max_code}")
         if self.scheme.type == "float" and self.scheme.num_bits == 8 and (self.codes & 0x7F == _NAN_CODE).any():
             raise ValueError(f"{self.name}: a code is E4M3's NaN")
 
     @property
     def scales32(self) -> NDArray[np.float32]:
-        """Scales in fp32, `[rows, groups]`, NVFP4's already divided by the global scale."""
+        """Scales in fp32, `[rows, groups]`, NVFP4's over the global scale, integer ones times the super scale."""
         scales = self.scales.astype(np.float32)
+        if self.super_scales is not None:
+            return _times_super(self.super_scales, scales)
         return scales if self.global_scale is None else scales / np.float32(self.global_scale)
 
     def rows(self, chosen: slice | NDArray) -> QuantizedTensor:
         """Some rows of a tensor whose rows share no scale, as a tensor of their own."""
         assert self.scheme.per_row
-        codes, zeros = self.codes[chosen], None if self.zeros is None else self.zeros[chosen]
-        shape = (len(codes), self.shape[1])
-        return replace(self, shape=shape, codes=codes, scales=self.scales[chosen], zeros=zeros)
+        parts: dict[str, Any] = {key: array[chosen] for key, array in self._by_row().items()}
+        return replace(self, shape=(len(parts["codes"]), self.shape[1]), **parts)
+
+    @property
+    def offsets32(self) -> NDArray[np.float32] | None:
+        """What is added to every weight of a group, in fp32 `[out, groups]`; None for a type without mins."""
+        if self.mins is None:
+            return None
+        mins = self.mins.astype(np.float32)
+        return mins if self.super_mins is None else -_times_super(self.super_mins, mins)
+
+    def _by_row(self) -> dict[str, NDArray]:
+        """The arrays whose first axis is the output rows."""
+        names = ("codes", "scales", "zeros", "mins", "super_scales", "super_mins")
+        return {name: array for name in names if (array := getattr(self, name)) is not None}
 
 
 def join_rows(parts: list[QuantizedTensor]) -> QuantizedTensor:
     """Pieces of rows of one matrix, one below the other."""
     first = parts[0]
-    codes = np.concatenate([part.codes for part in parts])
-    zeros = None if first.zeros is None else np.concatenate([part.zeros for part in parts if part.zeros is not None])
-    scales = np.concatenate([part.scales for part in parts])
-    return replace(first, shape=(len(codes), first.shape[1]), codes=codes, scales=scales, zeros=zeros)
+    joined: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in first._by_row()}
+    return replace(first, shape=(len(joined["codes"]), first.shape[1]), **joined)
+
+
+def _times_super(super_scales: NDArray[np.float16], scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Integer scales `[out, groups]` times the fp16 number of their 256 weights."""
+    blocks = super_scales.shape[1]
+    return (scales.reshape(len(scales), blocks, -1) * super_scales.astype(np.float32)[..., None]).reshape(scales.shape)
+
+
+def block_specs(scheme: QuantScheme, shape: tuple[int, int]) -> dict[str, tuple[np.dtype, tuple[int, int]]]:
+    """Type and shape of every array beside the codes of a ggml block type, by the name of its field."""
+    block, grid = scheme.block_type, scheme.grid(shape)
+    assert block is not None
+    half, above = np.dtype(np.float16), (shape[0], shape[1] // block.block)
+    found: dict[str, tuple[np.dtype, tuple[int, int]]] = {
+        "scales": (np.dtype(np.int8) if block.is_super else half, grid)
+    }
+    if block.has_mins:
+        found["mins"] = (np.dtype(np.uint8) if block.is_super else half, grid)
+    if block.is_super:
+        found["super_scales"] = (half, above)
+        if block.has_mins:
+            found["super_mins"] = (half, above)
+    return found
+
+
+def check_blocks(tensor: QuantizedTensor) -> None:
+    """Raise ValueError when a tensor's arrays are not those of its ggml block type."""
+    specs, block = block_specs(tensor.scheme, tensor.shape), tensor.scheme.block_type
+    assert block is not None
+    if tensor.shape[1] % block.block:
+        raise ValueError(f"{tensor.name}: its {tensor.shape[1]} inputs are not divisible by {block.block}")
+    for field in ("scales", "zeros", "mins", "super_scales", "super_mins", "g_idx", "global_scale", "input_scale"):
+        array = getattr(tensor, field)
+        if (array is None) != (field not in specs):
+            raise ValueError(f"{tensor.name}: {block.name} has {'no ' * (field not in specs)}{field}")
+        if array is not None and (array.dtype, array.shape) != specs[field]:
+            raise ValueError(f"{tensor.name}: {field} are {array.dtype} {array.shape}, not {specs[field]}")
+    if block.is_super and tensor.scales.size:
+        low, high = block.scale_range
+        if tensor.scales.min() < low or tensor.scales.max() > high:
+            raise ValueError(f"{tensor.name}: a scale lies outside of {low} to {high}")
+        if tensor.mins is not None and int(tensor.mins.max()) > block.max_min:
+            raise ValueError(f"{tensor.name}: a min exceeds {block.max_min}")
 
 
 def code_values(codes: NDArray[np.uint8], scheme: QuantScheme) -> NDArray[np.float32]:
-    """What the codes stand for before zero point and scale."""
+    """What the codes stand for before zero point and scale; a ggml block type's midpoint is taken off."""
+    if block := scheme.block_type:
+        if block.values is not None:
+            return np.array(block.values, np.float32)[codes]
+        return codes.astype(np.float32) - np.float32(scheme.midpoint if scheme.symmetric else 0)
     if scheme.type == "int":
         return codes.astype(np.float32)
     if scheme.num_bits == 4:
@@ -105,17 +179,23 @@ def dequantize(tensor: QuantizedTensor) -> NDArray[np.float32]:
     """`(value(codes) - zeros) * scales` in fp32, shape `[out, in]`."""
     scheme, (out_features, in_features) = tensor.scheme, tensor.shape
     weight = code_values(tensor.codes, scheme)
+    if scheme.ggml_type is not None:
+        groups = weight.reshape(out_features, -1, scheme.group_length(in_features))
+        groups *= tensor.scales32[..., None]
+        if (offsets := tensor.offsets32) is not None:
+            groups += offsets[..., None]
+        return weight
     if tensor.g_idx is not None:
         zeros: NDArray | np.float32 = np.float32(scheme.midpoint if scheme.type == "int" else 0)
         weight -= zeros if tensor.zeros is None else tensor.zeros[:, tensor.g_idx]
         weight *= tensor.scales32[:, tensor.g_idx]
         return weight
     # A view `[rows, rows per scale, groups, group length]` broadcasts without copies; ragged blocks are padded.
-    rows, groups = scheme.grid(tensor.shape)
-    padded = (rows * scheme.rows_per_scale(out_features), groups * scheme.group_length(in_features))
+    rows, columns = scheme.grid(tensor.shape)
+    padded = (rows * scheme.rows_per_scale(out_features), columns * scheme.group_length(in_features))
     if padded != tensor.shape:
         weight = np.pad(weight, [(0, padded[0] - out_features), (0, padded[1] - in_features)])
-    cells = weight.reshape(rows, padded[0] // rows, groups, padded[1] // groups)
+    cells = weight.reshape(rows, padded[0] // rows, columns, padded[1] // columns)
     if tensor.zeros is not None:
         cells -= tensor.zeros[:, None, :, None]
     elif scheme.type == "int":

@@ -41,6 +41,8 @@ def check_schemes(checkpoint: Checkpoint, supports: Supports, target: str) -> No
 
 def not_integer(scheme: QuantScheme) -> str | None:
     """Why an export that carries integer weights alone cannot hold a scheme, or None when it can."""
+    if scheme.ggml_type is not None:
+        return f"{scheme.ggml_type} is a block type of ggml, which llama.cpp alone runs; `qwen3-export gguf` writes it"
     if scheme.type == "float":
         return f"its {scheme.num_bits}-bit floats have no exact place there; the folder itself runs in vLLM and SGLang"
     if scheme.activations:

@@ -113,6 +113,11 @@ def _check_layout(checkpoint: Checkpoint, recipe: Recipe, name: str) -> None:
     chosen, matrices = layout(name), checkpoint.config.all_matrices()
     schemes = {module: scheme for module in matrices if (scheme := recipe.scheme_for(module))}
     for module, scheme in schemes.items():
+        if scheme.ggml_type is not None:
+            raise RecipeError(
+                f"{module} ({scheme.label}): method {recipe.method} does not solve block types of ggml",
+                f"`qwen3-export gguf SOURCE --type {scheme.label}` rounds to nearest",
+            )
         if reason := chosen.supports(scheme):
             raise RecipeError(
                 f"{module} ({scheme.label}) does not fit the {name} layout: {reason}",

@@ -150,7 +150,7 @@ def test_the_awq_words_are_those_of_a_plain_loop(symmetric: bool) -> None:
 
 
 def test_an_unknown_layout_lists_the_known_ones() -> None:
-    with pytest.raises(InputError, match="layout 'marlin': one of awq, compressed-tensors, fp8, gptq"):
+    with pytest.raises(InputError, match="layout 'marlin': one of awq, compressed-tensors, fp8, ggml, gptq"):
         layout("marlin")
 
 

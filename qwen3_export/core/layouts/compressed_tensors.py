@@ -49,7 +49,9 @@ def format_of(scheme: QuantScheme) -> str:
 
 
 def supports(scheme: QuantScheme) -> str | None:
-    """Everything fits but integers in blocks."""
+    """Everything fits but integers in blocks, and block types of ggml."""
+    if scheme.ggml_type is not None:
+        return f"{scheme.ggml_type} is a block type of ggml: use layout ggml"
     if scheme.type == "int" and not scheme.activations and not scheme.per_row:
         return "packed integers have a scale per channel or group"
     return None
