@@ -6,7 +6,7 @@ JUDGE := .venv/.gptqmodel
 PAGES := .venv/.mkdocs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test test-fast lint docs bench clean
+.PHONY: setup demo test test-fast lint docs bench fuzz clean
 
 setup: $(STAMP)
 
@@ -45,6 +45,10 @@ $(PAGES): $(STAMP)
 
 docs: $(PAGES)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# Hostile inputs, 1,000 and more, from a seed: prints `N tried, M faults`. SEED and EACH may be set.
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.hostile $(if $(SEED),--seed $(SEED)) $(if $(EACH),--each $(EACH))
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

@@ -1,0 +1,1 @@
+"""A seeded campaign of damaged, odd and hostile inputs; see `campaign`."""

@@ -1,0 +1,30 @@
+"""GGUF files and ONNX folders with damaged bytes, or without a part of theirs."""
+
+from __future__ import annotations
+
+from random import Random
+
+from tests.hostile.damage import change_bytes, replace_file
+from tests.hostile.trial import Place, Trial
+
+_RUN = ("--prompt", "hi", "--max-new-tokens", "2")
+
+
+def make(random: Random, place: Place) -> Trial:
+    """An artifact that a runtime is asked to run."""
+    kind = random.choice(("onnx", "gguf"))
+    path = place.copy(kind)
+    if kind == "gguf":
+        what = change_bytes(random, path, first=random.choice((64, 4096, None)))
+    else:
+        part = path / random.choice(("model.onnx", "model.onnx", "model.onnx.data", "tokenizer.json"))
+        what = replace_file(random, part) if random.random() < 0.15 else change_bytes(random, part)
+    command: tuple[object, ...] = random.choice(
+        (
+            ("run", path, *_RUN),
+            ("validate", path, "--reference", place.base("reference")),
+            ("bench", path, "--prompt-tokens", "8", "--new-tokens", "1", "--repeat", "1"),
+        )
+    )
+    # A library that is needed may be named as missing when a graph asks for a kernel that there is none of.
+    return Trial(what, command, frozenset({0, 2, 3}))
