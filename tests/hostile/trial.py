@@ -24,8 +24,9 @@ class Trial:
     `what` says the damage in words. `codes` are the exit codes that are right: narrow them where only a refusal is.
     `outputs` may appear, or be replaced, when the command ends with 0 or 1. `keeps` may be left by a run that was
     stopped. `env` is added to the environment (None removes a variable). `setup` runs in the child before the command:
-    closed streams, limits. `signal` is sent when `when()` holds. `check` raises AssertionError after a success. `then` is
-    a command that must end well afterwards and leave nothing but `outputs`: what a stopped run is repeated with.
+    closed streams, limits. `signal` is sent when `when()` holds. `check` raises AssertionError after a success.
+    `then` is a command that must end well afterwards and leave nothing but `outputs`: what a stopped run is
+    repeated with.
     """
 
     what: str
