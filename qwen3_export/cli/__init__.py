@@ -30,8 +30,7 @@ def run(arguments: list[str]) -> int:
     try:
         import typer.main
 
-        from qwen3_export.cli import demo, prove, ship, solve  # noqa: F401  (they register their commands)
-        from qwen3_export.cli.app import app
+        from qwen3_export.cli.commands import app
 
         code = typer.main.get_command(app).main(arguments, prog_name="qwen3-export", standalone_mode=False)
         if code == _EXIT_INTERRUPTED:

@@ -73,7 +73,8 @@ def uninterrupted() -> Iterator[None]:
         yield
         return
     caught: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    # None: a program that holds this interpreter has a handler of its own, which could not be put back.
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not None]
     before = [(number, signal.signal(number, lambda found, _frame: caught.append(found))) for number in numbers]
     try:
         yield

@@ -15,7 +15,7 @@ import pytest
 import typer.main
 
 from qwen3_export import __version__
-from qwen3_export.cli.app import app
+from qwen3_export.cli.commands import app
 from tests.cli.conftest import SHORT
 from tests.cli.helpers import COMMAND, call, finish, names, start
 
@@ -65,7 +65,7 @@ def test_version() -> None:
 
 
 def test_start_imports_nothing_heavy() -> None:
-    code = "import sys, typer.main; from qwen3_export.cli.app import app; typer.main.get_command(app)"
+    code = "import sys, typer.main; from qwen3_export.cli.commands import app; typer.main.get_command(app)"
     code += "; print(*{name.partition('.')[0] for name in sys.modules})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "qwen3_export" in found

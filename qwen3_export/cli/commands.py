@@ -1,0 +1,8 @@
+"""Every command, registered: importing a file of commands adds them to the application."""
+
+from __future__ import annotations
+
+from qwen3_export.cli import demo, prove, serve, ship, solve  # noqa: F401  (they register their commands)
+from qwen3_export.cli.app import app
+
+__all__ = ["app"]

@@ -1,0 +1,48 @@
+"""The command that writes a model repository for Triton Inference Server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console
+from qwen3_export.cli.console import fields, size
+
+
+@app.command(epilog="Example: qwen3-export triton model-onnx --output repository --name qwen3")
+def triton(
+    artifact: Annotated[Path, typer.Argument(help="ONNX folder, .gguf file, or a quantized folder for vLLM.")],
+    output: Annotated[Path, typer.Option(help="Model repository to write.")],
+    name: Annotated[str, typer.Option(help="The model's name in the server.")] = "qwen3",
+    instances: Annotated[int, typer.Option(help="Copies of the model: requests answered at the same time.")] = 1,
+    threads: Annotated[int | None, typer.Option(help="Threads of each copy (default: all processors).")] = None,
+    queue: Annotated[int, typer.Option(help="Requests that may wait in each copy; more are refused.")] = 64,
+    mount: Annotated[str, typer.Option(help="Where the server sees the repository; vLLM's path to the model.")] = (
+        "/models"
+    ),
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a Triton repository that generates text: streaming, chat template, sampling, bounded queue."""
+    from qwen3_export.ship.triton import export_triton
+    from qwen3_export.ship.triton.config import Serving
+
+    show = console(json, quiet, verbose)
+    result = export_triton(artifact, output, name, Serving(instances, threads, queue), mount, force, show)
+    show.result(result, lambda: _written(result))
+
+
+def _written(result: dict[str, Any]) -> None:
+    fields(
+        {
+            "repository": result["output"],
+            "model": f"{result['model']} ({result['backend']} backend)",
+            "size": size(sum(item["bytes"] for item in result["files"])),
+            "server's Python needs": result["requirements"],
+            "start": result["start"],
+        }
+    )

@@ -1,0 +1,134 @@
+"""Triton Inference Server: a model repository that generates text from an artifact.
+
+    REPO/NAME/config.pbtxt        inputs, outputs, instances and the queue's bound
+    REPO/NAME/1/model.py          the python backend's code
+    REPO/NAME/1/qwen3_export/     the part of this package that runs artifacts
+    REPO/NAME/1/artifact…         the ONNX folder or GGUF file, tokenizer inside
+
+    REPO/NAME/1/model.json        of a quantized folder instead: engine arguments for Triton's vllm backend
+    REPO/NAME/1/model/            the folder
+
+The repository starts in tritonserver as it is, where the server's Python has the libraries that `REQUIREMENTS` names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen3_export.core.manifest import file_list, read_manifest, staged_folder, write_manifest
+from qwen3_export.core.progress import Progress, peak_rss_bytes
+from qwen3_export.errors import InputError
+from qwen3_export.ship.triton.config import Serving, python_config, vllm_config
+
+# What the server's Python needs, by the kind of artifact.
+REQUIREMENTS = {
+    "onnx": "numpy ml_dtypes safetensors tokenizers jinja2 huggingface_hub PyYAML onnxruntime",
+    "gguf": "numpy ml_dtypes safetensors tokenizers jinja2 huggingface_hub PyYAML xllamacpp==2026.10.11549",
+    "vllm": "vllm",
+}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_PACKAGE = Path(__file__).resolve().parents[2]
+_SERVED = ("__init__.py", "errors.py", "core", "text", "run")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is served, and under which name it lies in the repository."""
+
+    name: str
+    place: str
+
+
+def kind_of(artifact: Path) -> Kind:
+    """ONNX folder, GGUF file, or a folder for vLLM; InputError for what is none."""
+    if artifact.is_file():
+        with artifact.open("rb") as file:
+            if file.read(4) == b"GGUF":
+                return Kind("gguf", "artifact.gguf")
+        raise InputError(f"{artifact}: not a GGUF file", "give a .gguf file, an ONNX folder or a quantized folder")
+    if (artifact / "engine.json").is_file():
+        raise InputError(
+            f"{artifact}: a TensorRT plan has no place in a repository so far",
+            "give an ONNX folder, a .gguf file or a quantized folder",
+        )
+    if (artifact / "model.onnx").is_file():
+        return Kind("onnx", "artifact")
+    if (artifact / "config.json").is_file():
+        return Kind("vllm", "model")
+    raise InputError(f"{artifact}: no such artifact", "give an ONNX folder, a .gguf file or a quantized folder")
+
+
+def export_triton(
+    artifact: Path,
+    output: Path,
+    name: str = "qwen3",
+    serving: Serving | None = None,
+    mount: str = "/models",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a repository with one model called `name`; returns the result that `--json` prints.
+
+    `mount` is the folder under which the server will see the repository; only vLLM needs to know it.
+    Raises InputError for an artifact or a name that cannot be served.
+    """
+    started, progress, serving = time.monotonic(), progress or Progress(), serving or Serving()
+    if not _NAME.fullmatch(name):
+        raise InputError(f"--name {name!r}: letters, digits, '.', '_' and '-' were expected")
+    kind = kind_of(artifact)
+    with staged_folder(output, force) as folder:
+        version = folder / name / "1"
+        version.mkdir(parents=True)
+        progress.log(f"copying {artifact}")
+        _copy(artifact, version / kind.place)
+        if kind.name == "vllm":
+            text = vllm_config(name)
+            engine = {"model": f"{mount.rstrip('/')}/{name}/1/{kind.place}", "disable_log_stats": True}
+            (version / "model.json").write_text(json.dumps(engine, indent=2) + "\n")
+        else:
+            text = python_config(name, kind.place, serving)
+            shutil.copyfile(Path(__file__).with_name("model.py"), version / "model.py")
+            _copy_package(version / "qwen3_export")
+        (folder / name / "config.pbtxt").write_text(text)
+        origin = {
+            key: value for key, value in read_manifest(artifact).items() if key in ("source", "quantized", "recipe")
+        }
+        write_manifest(folder, "triton", {"model": name, "artifact": artifact.name, "backend": kind.name, **origin})
+        files = file_list(folder)
+    return {
+        "output": str(output),
+        "model": name,
+        "backend": "vllm" if kind.name == "vllm" else "python",
+        "requirements": REQUIREMENTS[kind.name],
+        "start": f"tritonserver --model-repository={output.resolve()}",
+        "files": files,
+        "seconds": time.monotonic() - started,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A file or a folder, links followed."""
+    if source.is_file():
+        shutil.copyfile(source, target)
+    else:
+        shutil.copytree(source, target, copy_function=shutil.copyfile)
+
+
+def _copy_package(target: Path) -> None:
+    """The modules that load and run an artifact, without caches and lint settings."""
+    ignored: Callable[..., set[str]] = shutil.ignore_patterns("__pycache__", "ruff.toml", "*.pyc")
+    target.mkdir()
+    for name in _SERVED:
+        source = _PACKAGE / name
+        if source.is_file():
+            shutil.copyfile(source, target / name)
+        else:
+            shutil.copytree(source, target / name, ignore=ignored, copy_function=shutil.copyfile)

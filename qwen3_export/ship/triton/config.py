@@ -1,0 +1,63 @@
+"""The text of config.pbtxt, Triton's description of a model (protobuf `inference.ModelConfig`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen3_export.errors import InputError
+
+# What a client sends; names and types follow Triton's vllm backend, so that clients can serve both.
+INPUTS = (
+    ("text_input", "TYPE_STRING", False),
+    ("messages", "TYPE_STRING", True),
+    ("sampling_parameters", "TYPE_STRING", True),
+    ("stream", "TYPE_BOOL", True),
+    ("thinking", "TYPE_BOOL", True),
+    ("exclude_input_in_output", "TYPE_BOOL", True),
+)
+OUTPUTS = (("text_output", "TYPE_STRING"), ("finish_reason", "TYPE_STRING"), ("num_output_tokens", "TYPE_UINT32"))
+_MOST_INSTANCES, _LONGEST_QUEUE = 64, 100_000
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How requests are served: copies of the model, threads of each, and how many requests may wait."""
+
+    instances: int = 1
+    threads: int | None = None
+    queue: int = 64
+
+    def __post_init__(self) -> None:
+        """Raise InputError for numbers that cannot be."""
+        for key, value, most in (("instances", self.instances, _MOST_INSTANCES), ("queue", self.queue, _LONGEST_QUEUE)):
+            if not 1 <= value <= most:
+                raise InputError(f"--{key} {value}: a number from 1 to {most} was expected")
+        if self.threads is not None and not 1 <= self.threads <= 1024:
+            raise InputError(f"--threads {self.threads}: a number from 1 to 1024 was expected")
+
+
+def python_config(name: str, artifact: str, serving: Serving) -> str:
+    """For the python backend: streaming, one sequence at a time in each instance, a bounded queue.
+
+    The model takes no batches, and says so (`max_batch_size: 0`): an instance decodes one sequence, and what
+    arrives meanwhile waits in the backend's queue. A request that finds the queue full is refused at once.
+    """
+    lines = [f'name: "{name}"', 'backend: "python"', "max_batch_size: 0"]
+    lines += ["model_transaction_policy { decoupled: true }"]
+    lines += [_tensor("input", key, kind, optional) for key, kind, optional in INPUTS]
+    lines += [_tensor("output", key, kind) for key, kind in OUTPUTS]
+    lines += [f"instance_group [ {{ count: {serving.instances}, kind: KIND_CPU }} ]"]
+    values = {"artifact": artifact, "queue": str(serving.queue), "threads": str(serving.threads or 0)}
+    lines += [f'parameters {{ key: "{key}", value {{ string_value: "{value}" }} }}' for key, value in values.items()]
+    return "\n".join(lines) + "\n"
+
+
+def vllm_config(name: str) -> str:
+    """For Triton's vllm backend, which fills in inputs and outputs, batches continuously, and streams."""
+    lines = [f'name: "{name}"', 'backend: "vllm"', "model_transaction_policy { decoupled: true }"]
+    return "\n".join([*lines, "instance_group [ { count: 1, kind: KIND_MODEL } ]"]) + "\n"
+
+
+def _tensor(field: str, name: str, kind: str, optional: bool = False) -> str:
+    more = ", optional: true" if optional else ""
+    return f'{field} [ {{ name: "{name}", data_type: {kind}, dims: [ 1 ]{more} }} ]'
