@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
@@ -169,7 +168,7 @@ def test_no_second_copy_of_a_quantized_matrix(onnx_folder: OnnxFolder, name: str
 
 
 def wanted_bytes(exported: Exported) -> int:
-    """What must be stored: codes, fp32 scales, zeros; the 16-bit embedding; fp32 norms and RoPE tables."""
+    """What must be stored: codes, fp32 scales, zeros; the 16-bit embedding; fp32 norms; no table of positions."""
     config, total = exported.source.config, 2 * exported.source.config.vocab_size * exported.source.config.hidden_size
     for module, (rows, columns) in exported.linears.items():
         scheme = exported.source.schemes[module]
@@ -177,7 +176,7 @@ def wanted_bytes(exported: Exported) -> int:
         total += rows * columns * scheme.num_bits // 8 + 4 * rows * groups
         total += 0 if scheme.symmetric else rows * math.ceil(groups * scheme.num_bits / 8)
     norms = config.num_layers * (2 * config.hidden_size + 2 * config.head_dim) + config.hidden_size
-    return total + 4 * norms + 2 * 4 * config.max_position * config.head_dim // 2
+    return total + 4 * norms
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -224,55 +223,6 @@ def test_inputs_and_outputs_are_those_of_the_contract(onnx_folder: OnnxFolder, f
         assert isinstance(batch, str)
         assert isinstance(length, str)
         assert axes(outputs[f"present.{name}"])[2] != length
-
-
-class Batch:
-    """Plain ONNX Runtime with the cache handed on, as a user of the folder would drive it."""
-
-    def __init__(self, folder: Path) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = THREADS
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-        self._session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options)
-        self._names = [item.name for item in self._session.get_outputs()]
-        self._cache: dict[str, NDArray] = {}
-
-    def step(self, ids: NDArray, mask: NDArray, positions: NDArray) -> NDArray[np.float32]:
-        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        for item in self._session.get_inputs():
-            if item.name.startswith("past"):
-                empty = np.zeros((len(ids), item.shape[1], 0, item.shape[3]), np.float32)
-                feeds[item.name] = self._cache.get(item.name, empty)
-        values = dict(zip(self._names, self._session.run(self._names, feeds), strict=True))
-        self._cache = {name.replace("present", "past_key_values"): value for name, value in values.items()}
-        return values["logits"]
-
-
-@pytest.mark.parametrize("name", ["original", "gptq-w4a16-g32-asym"])
-def test_right_padded_batch_equals_its_rows_alone(onnx_folder: OnnxFolder, rows: list[NDArray], name: str) -> None:
-    folder = onnx_folder(name, accuracy_level=0).path
-    a, b = rows[0][:37], rows[1][:20]
-    alone = logits(folder, [np.append(a, [11]).astype(np.int32), np.append(b, [12]).astype(np.int32)])
-    batch, width = Batch(folder), len(a)
-    ids = np.stack([a, np.pad(b, (0, width - len(b)))]).astype(np.int64)
-    mask = np.stack([np.arange(width) < len(row) for row in (a, b)]).astype(np.int64)
-    together = batch.step(ids, mask, np.tile(np.arange(width), (2, 1)))
-    assert np.abs(together[0] - alone[0][:-1]).max() < SAME
-    assert np.abs(together[1, : len(b)] - alone[1][:-1]).max() < SAME
-    # One more token each: ones count the tokens of a row, its padding is overwritten.
-    lengths = np.array([len(a), len(b)])
-    mask = (np.arange(width + 1) <= lengths[:, None]).astype(np.int64)
-    step = batch.step(np.array([[11], [12]]), mask, lengths[:, None])
-    assert np.abs(step[:, 0] - np.stack([alone[0][-1], alone[1][-1]])).max() < SAME
-
-
-def test_chunks_with_a_cache_equal_one_prefill(onnx_folder: OnnxFolder, rows: list[NDArray]) -> None:
-    folder, ids = onnx_folder("gptq-w4a16-g32", accuracy_level=0).path, rows[0][:64].astype(np.int64)
-    whole, batch, pieces = logits(folder, [rows[0][:64]])[0], Batch(folder), []
-    for begin, end in ((0, 1), (1, 24), (24, 63), (63, 64)):
-        mask, positions = np.ones((1, end), np.int64), np.arange(begin, end)[None]
-        pieces.append(batch.step(ids[None, begin:end], mask, positions)[0])
-    assert np.abs(np.concatenate(pieces) - whole).max() < SAME
 
 
 SCHEMES = [

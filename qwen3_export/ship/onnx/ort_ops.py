@@ -5,8 +5,10 @@
     GatherBlockQuantized  the same codes and scales as `[vocab, in·bits/8]` and `[vocab, groups]`: a tied
                      table is stored once, and reshaped for the lookup
     GroupQueryAttention   q [b, s, heads·d], past and present [b, kv_heads, length, d]
-    RotaryEmbedding       half-split pairs, cos/sin tables [positions, d/2], positions as an input
+    RotaryEmbedding       half-split pairs; cos and sin of the given positions alone, [b·s, d/2]
     SkipSimplifiedLayerNormalization   residual add and RMSNorm in one
+
+`ship.onnx.padding` says how a batch with padding reaches GroupQueryAttention.
 
 Operator definitions: ONNX Runtime, docs/ContribOperators.md.
 """
@@ -22,10 +24,11 @@ from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.ship.onnx.graph import CONTRIB, GraphBuilder
+from qwen3_export.ship.onnx.padding import TokenOrder
 from qwen3_export.ship.result import not_integer
 
 OPSET = 21
-_INT64, _INT32 = ir.DataType.INT64, ir.DataType.INT32
+_INT64, _FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
 
 
 def supports(scheme: QuantScheme) -> str | None:
@@ -55,19 +58,31 @@ class OrtOps:
         self._numpy = dtype.numpy()
 
     def prepare(self, config: Qwen3Config) -> None:
-        """Inputs, sequence lengths from the attention mask, and the rope tables."""
+        """Inputs, the tokens in the order of the cache, and cos and sin of their positions."""
         graph, self._config = self.graph, config
-        self._ids = graph.input("input_ids", _INT64, ["batch_size", "sequence_length"])
+        ids = graph.input("input_ids", _INT64, ["batch_size", "sequence_length"])
         mask = graph.input("attention_mask", _INT64, ["batch_size", "total_sequence_length"])
-        self._positions = graph.input("position_ids", _INT64, ["batch_size", "sequence_length"])
-        count = graph.op("ReduceSum", [mask, graph.constant([1])], "mask.count", keepdims=0)
-        last = graph.op("Sub", [count, graph.constant(1)], "mask.last")
-        self._lengths = graph.op("Cast", [last], "mask.lengths", to=_INT32)
-        total = graph.op("Gather", [graph.op("Shape", [mask], "mask.shape"), graph.constant(1)], "mask.total", axis=0)
-        self._total = graph.op("Cast", [total], "mask.total32", to=_INT32)
-        cos, sin = config.rope.cos_sin(config.head_dim, config.max_position)
-        self._cos = graph.weight("rope.cos", cos.astype(self._numpy))
-        self._sin = graph.weight("rope.sin", sin.astype(self._numpy))
+        positions = graph.input("position_ids", _INT64, ["batch_size", "sequence_length"])
+        self._order = TokenOrder(graph, ids, mask)
+        self._ids = self._order.tokens_first(ids, "embedding.ids")
+        self._rope_tables(self._order.tokens_first(positions, "rope.positions"))
+
+    def _rope_tables(self, positions: ir.Value) -> None:
+        """Cos and sin `[b·s, d/2]`, made once a call in fp32, and each token's row in them, `[b, s]`."""
+        op, constant, rope = self.graph.op, self.graph.constant, self._config.rope
+        column = op("Reshape", [op("Cast", [positions], "rope.fp32", to=_FLOAT), constant([-1, 1])], "rope.column")
+        frequencies = constant(rope.inverse_frequencies(self._config.head_dim)[None], np.float32)
+        angles = op("Mul", [column, frequencies], "rope.angles")
+        tables = []
+        for kind in ("Cos", "Sin"):
+            table = op(kind, [angles], f"rope.{kind}")
+            if rope.attention_factor != 1.0:
+                table = op("Mul", [table, constant(rope.attention_factor, np.float32)], f"rope.{kind}.scaled")
+            tables.append(self.graph.as_type(table, _FLOAT, self.dtype, f"rope.{kind}.cast"))
+        self._cos, self._sin = tables
+        count = op("Size", [positions], "rope.count")
+        rows = op("Range", [constant(0), count, constant(1)], "rope.range")
+        self._positions = op("Reshape", [rows, op("Shape", [positions], "rope.shape")], "rope.rows")
 
     def embedding(self, table: QuantizedTensor | NDArray) -> ir.Value:
         """Rows of the table in its stored type, then cast: half the size of an fp32 table, and exact."""
@@ -166,7 +181,7 @@ class OrtOps:
         past = [self.graph.input(f"past_key_values.{layer}.{kind}", self.dtype, shapes[0]) for kind in _KINDS]
         outputs = self.graph.ops(
             "GroupQueryAttention",
-            [q, k, qkv[2], *past, self._lengths, self._total],
+            [q, k, qkv[2], *past, self._order.lengths, self._order.total],
             name,
             [name, f"{name}.key", f"{name}.value"],
             CONTRIB,
@@ -192,6 +207,7 @@ class OrtOps:
     def head(self, x: ir.Value, table: QuantizedTensor | NDArray | None) -> ir.Value:
         """Logits; a tied head multiplies by the one stored embedding table."""
         weight, name = (self._tied, EMBEDDING) if table is None else (table, HEAD)
+        x = self._order.as_given(x, "head.order")
         if isinstance(weight, QuantizedTensor):
             logits = self._quantized(x, weight, self._stored(weight, name), "head")
             return self.graph.as_type(logits, self.dtype, ir.DataType.FLOAT, "head.fp32")
