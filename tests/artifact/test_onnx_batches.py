@@ -17,7 +17,7 @@ from tests.artifact.support import SAME, THREADS, YARN, Exported, logits, random
 from tests.conftest import tiny_config
 
 OnnxFolder = Callable[..., Exported]
-FOLDERS = [("original", "ort"), ("gptq-w4a16-g32-asym", "ort"), ("original", "standard")]
+FOLDERS = [("original", "ort"), ("gptq-w4a16-g32-asym", "ort"), ("gptq-w4a16-g128", "standard")]
 LENGTHS, STEPS = (37, 20, 1), 3
 
 

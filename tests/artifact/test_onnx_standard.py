@@ -31,7 +31,7 @@ from tests.artifact.support import (
     random_ids,
     round_to_nearest,
 )
-from tests.artifact.test_onnx_ort import EVERY, QUANTIZED, Batch, OnnxFolder
+from tests.artifact.test_onnx_ort import EVERY, QUANTIZED, OnnxFolder
 
 
 def check_codes(exported: Exported) -> None:
@@ -82,34 +82,6 @@ def test_fused_as_it_runs_by_default_it_stays_close(
     """ONNX Runtime fuses DequantizeLinear and MatMul into one that rounds activations to 8 bits."""
     fused = logits(onnx_folder("gptq-w4a16-g128", flavor="standard").path, rows)
     assert mean_kl(torch_logits("gptq-w4a16-g128"), fused) < 1e-3
-
-
-@pytest.mark.parametrize("name", ["original", "gptq-w4a16-g128"])
-def test_left_padded_batch_equals_its_rows_alone(onnx_folder: OnnxFolder, rows: list[NDArray], name: str) -> None:
-    folder = onnx_folder(name, flavor="standard").path
-    a, b = rows[0][:37], rows[1][:20]
-    alone = logits(folder, [np.append(a, [11]).astype(np.int32), np.append(b, [12]).astype(np.int32)], exact=True)
-    batch, padding = Batch(folder), len(a) - len(b)
-    ids = np.stack([a, np.pad(b, (padding, 0))]).astype(np.int64)
-    mask = np.ones_like(ids)
-    mask[1, :padding] = 0
-    positions = np.maximum(mask.cumsum(1) - 1, 0)
-    together = batch.step(ids, mask, positions)
-    assert np.isfinite(together).all()
-    assert np.abs(together[0] - alone[0][:-1]).max() < SAME
-    assert np.abs(together[1, padding:] - alone[1][:-1]).max() < SAME
-    mask = np.concatenate([mask, np.ones((2, 1), np.int64)], 1)
-    step = batch.step(np.array([[11], [12]]), mask, positions[:, -1:] + 1)
-    assert np.abs(step[:, 0] - np.stack([alone[0][-1], alone[1][-1]])).max() < SAME
-
-
-def test_chunks_with_a_cache_equal_one_prefill(onnx_folder: OnnxFolder, rows: list[NDArray]) -> None:
-    folder, ids = onnx_folder("gptq-w4a16-g32-asym", flavor="standard").path, rows[0][:64].astype(np.int64)
-    whole, batch, pieces = logits(folder, [rows[0][:64]], exact=True)[0], Batch(folder), []
-    for begin, end in ((0, 1), (1, 24), (24, 63), (63, 64)):
-        mask, positions = np.ones((1, end), np.int64), np.arange(begin, end)[None]
-        pieces.append(batch.step(ids[None, begin:end], mask, positions)[0])
-    assert np.abs(np.concatenate(pieces) - whole).max() < SAME
 
 
 SCHEMES = [
