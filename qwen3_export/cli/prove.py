@@ -16,7 +16,7 @@ from qwen3_export.errors import InputError
 Artifacts = Annotated[list[str], typer.Argument(help="ONNX, TensorRT or Hugging Face folders, or .gguf files.")]
 Texts = Annotated[list[str] | None, typer.Option("--text", help="Text file in place of the bundled one; repeatable.")]
 Tokens = Annotated[int | None, typer.Option(min=64, help="Use about this many tokens of the text.")]
-Report = Annotated[Path | None, typer.Option(help="Folder for report.json, report.md and report.xml (JUnit).")]
+Report = Annotated[Path | None, typer.Option(help="Folder for report.json, .md, .html and .xml (JUnit).")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime (default: all).")]
 
 
@@ -60,6 +60,8 @@ def validate(
     max_kl: Annotated[float | None, typer.Option(help="Largest mean KL, nats per token.")] = None,
     min_top1: Annotated[float | None, typer.Option(help="Smallest share of equal top tokens.")] = None,
     max_ppl_ratio: Annotated[float | None, typer.Option(help="Largest perplexity ratio.")] = None,
+    max_bytes: Annotated[str | None, typer.Option(help="Largest size on disk, such as 9MB.")] = None,
+    on: Annotated[str, typer.Option(help="What must hold: `mean`, or `upper`, the bad end of its interval.")] = "mean",
     text: Texts = None,
     tokens: Tokens = None,
     exact: Annotated[bool, typer.Option("--exact", help="The runtime's highest-precision mode.")] = False,
@@ -71,20 +73,23 @@ def validate(
     verbose: Verbose = False,
 ) -> None:
     """Measure accuracy drift in the artifact's own runtime; exit 1 when a limit is exceeded."""
-    from qwen3_export.prove.gate import read_limits
+    from qwen3_export.prove.gate import CHOICES
+    from qwen3_export.prove.limits import parse_limit, read_limits
     from qwen3_export.prove.report import write_report
     from qwen3_export.prove.validate import open_reference
     from qwen3_export.prove.validate import validate as run
     from qwen3_export.run.session import RuntimeOptions
 
     show, limits = console(json, quiet, verbose), read_limits(gate) if gate else {}
-    given = {"max_kl": max_kl, "min_top1": min_top1, "max_ppl_ratio": max_ppl_ratio}
-    limits.update({name: value for name, value in given.items() if value is not None})
+    given = {"max_kl": max_kl, "min_top1": min_top1, "max_ppl_ratio": max_ppl_ratio, "max_bytes": max_bytes}
+    limits.update({name: parse_limit(name, value) for name, value in given.items() if value is not None})
+    if on not in CHOICES:
+        raise InputError(f"--on {on}: mean or upper was expected")
     if report:
         refuse_existing(report.absolute(), force)
     paths = [find(artifact) for artifact in artifacts]
     truth = open_reference(reference, text or (), tokens, show)
-    result = run(paths, truth, limits, RuntimeOptions(threads=threads, exact=exact), show)
+    result = run(paths, truth, limits, RuntimeOptions(threads=threads, exact=exact), show, on)
     if report:
         write_report(report, result, force)
     if truth.is_lower_bound and "max_kl" in limits:
@@ -95,7 +100,7 @@ def validate(
 
 
 def _validated(result: dict[str, Any]) -> None:
-    from qwen3_export.prove.gate import explain
+    from qwen3_export.prove.gate import doubt, explain
 
     rows = [
         [
@@ -127,6 +132,8 @@ def _validated(result: dict[str, Any]) -> None:
         for check in item["gate"]["checks"]:
             if not check["passed"]:
                 print(f"{item['artifact']}: {explain(check)}")
+            elif doubt(check):
+                print(f"{item['artifact']}: passed, but {doubt(check)}")
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -146,6 +153,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode after the shortest prompt.")] = 64,
     threads: Threads = None,
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs after one warm-up.")] = 5,
+    gate: Annotated[Path | None, typer.Option(help="YAML or JSON file of limits; those on latency apply.")] = None,
     text: Texts = None,
     report: Report = None,
     force: Force = False,
@@ -154,7 +162,7 @@ def bench(
     verbose: Verbose = False,
 ) -> None:
     """Measure prefill, decode, load time and peak memory on this device."""
-    from qwen3_export.prove.latency import Workload
+    from qwen3_export.prove.latency import Workload, judged
     from qwen3_export.prove.latency import bench as run
     from qwen3_export.prove.report import write_report
 
@@ -162,13 +170,31 @@ def bench(
     if report:
         refuse_existing(report.absolute(), force)
     workload = Workload(_counts(prompt_tokens), new_tokens, repeat, threads, tuple(text or ()))
-    result = run([find(artifact) for artifact in artifacts], workload, show)
+    limits = _latency_limits(gate, show) if gate else {}
+    result = judged(run([find(artifact) for artifact in artifacts], workload, show), limits)
     if report:
-        write_report(report, result, force)
+        write_report(report, result, force, title="Latency")
     show.result(result, lambda: _benched(result))
+    if not result["passed"]:
+        raise typer.Exit(1)
+
+
+def _latency_limits(gate: Path, show: Console) -> dict[str, float]:
+    """The limits of a gate file that a latency run can check; InputError when it has none."""
+    from qwen3_export.prove.limits import is_latency, read_limits
+
+    limits = read_limits(gate)
+    mine = {name: value for name, value in limits.items() if is_latency(name)}
+    if not mine:
+        raise InputError(f"{gate}: it has no limit on latency", "validate checks limits on drift and size")
+    if len(mine) < len(limits):
+        show.say(f"note: {len(limits) - len(mine)} limits of {gate} are on drift or size: validate checks them")
+    return mine
 
 
 def _benched(result: dict[str, Any]) -> None:
+    from qwen3_export.prove.gate import explain
+
     rows = []
     for item in result["results"]:
         for index, prefill in enumerate(item["prefill"]):
@@ -187,6 +213,10 @@ def _benched(result: dict[str, Any]) -> None:
             )
     headers = ["artifact", "runtime", "prompt", "prefill tok/s", "decode tok/s", "p99 ms/tok", "load s", "peak memory"]
     table(headers, rows)
+    for item in result["results"]:
+        for check in item.get("gate", {}).get("checks", ()):
+            if not check["passed"]:
+                print(f"{item['artifact']}: {explain(check)}")
 
 
 @app.command(epilog='Example: qwen3-export run model-onnx --prompt "What does ocean mean?" --max-new-tokens 32')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -15,17 +14,16 @@ from qwen3_export.core.manifest import refuse_existing, staged_file
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD
 from qwen3_export.core.recipe import load_recipe, recipe_names
 from qwen3_export.core.source import open_source
+from qwen3_export.core.units import parse_size
 from qwen3_export.errors import InputError
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
 def parse_bytes(text: str) -> int:
     """`8GiB`, `500MB` or a plain number of bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.strip().lower())
-    if not match:
+    count = parse_size(text)
+    if count is None:
         raise InputError(f"--memory {text}: a size such as 8GiB was expected")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
+    return count
 
 
 @app.command(epilog="Example: qwen3-export inspect reference-model")

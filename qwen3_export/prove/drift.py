@@ -11,7 +11,6 @@ inequality that KL is a lower bound of the full one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,19 +19,8 @@ from numpy.typing import NDArray
 from qwen3_export.core.progress import Progress
 from qwen3_export.errors import InputError
 from qwen3_export.prove.reference import Continuations, Reference, Truth, log_softmax
+from qwen3_export.prove.statistics import RowDrift, histogram, intervals, row_sums, statistics
 from qwen3_export.run.session import Session, greedy
-
-_RESAMPLES = 1000
-
-
-@dataclass(frozen=True)
-class RowDrift:
-    """Per scored position of one row: KL, agreement of the top token, both log-probabilities."""
-
-    kl: NDArray[np.float64]
-    same_top: NDArray[np.bool_]
-    reference_logprob: NDArray[np.float64]
-    artifact_logprob: NDArray[np.float64]
 
 
 def row_drift(truth: Truth, logits: NDArray[np.float32], ids: NDArray[np.int32]) -> RowDrift:
@@ -81,6 +69,9 @@ def measure(session: Session, reference: Reference, label: str, progress: Progre
         domain: _domain([d for d, found in zip(drifts, rows.domains, strict=True) if found == domain])
         for domain in sorted(set(rows.domains))
     }
+    result["statistics"] = statistics(drifts)
+    result["kl_histogram"] = histogram(drifts)
+    result["rows"] = row_sums(drifts, rows.domains)
     result["generation"] = generation(session, reference.continuations)
     return result
 
@@ -97,13 +88,12 @@ def _check_fit(session: Session, reference: Reference, label: str) -> None:
 
 def _summary(drifts: Sequence[RowDrift]) -> dict[str, Any]:
     kl = np.concatenate([d.kl for d in drifts])
-    low, high = bootstrap(drifts)
     return {
         "tokens": len(kl),
         "kl_mean": float(kl.mean()),
-        "kl_ci95": [low, high],
         "kl_p99": float(np.quantile(kl, 0.99)),
         **_common(drifts),
+        **intervals(drifts),
     }
 
 
@@ -120,17 +110,7 @@ def _common(drifts: Sequence[RowDrift]) -> dict[str, float]:
 
 def _domain(drifts: Sequence[RowDrift]) -> dict[str, Any]:
     kl = np.concatenate([d.kl for d in drifts])
-    return {"tokens": len(kl), "kl_mean": float(kl.mean()), **_common(drifts)}
-
-
-def bootstrap(drifts: Sequence[RowDrift]) -> tuple[float, float]:
-    """95 % interval of the mean KL, rows resampled: positions of one row are not independent."""
-    sums = np.array([d.kl.sum() for d in drifts])
-    counts = np.array([len(d.kl) for d in drifts])
-    draws = np.random.default_rng(0).integers(0, len(sums), (_RESAMPLES, len(sums)))
-    means = sums[draws].sum(-1) / counts[draws].sum(-1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    return {"tokens": len(kl), "kl_mean": float(kl.mean()), **_common(drifts), **intervals(drifts)}
 
 
 def generation(session: Session, text: Continuations) -> dict[str, Any]:

@@ -1,66 +1,98 @@
-"""Limits on a validation result → a verdict with every check spelled out."""
+"""Limits on a result → a verdict with every check spelled out.
+
+Where the 95 % interval of a value straddles its limit, the check says that it is not conclusive, and
+how many positions would decide it: the interval's width falls with the square root of their number.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import yaml
+import numpy as np
 
-from qwen3_export.errors import InputError
+from qwen3_export.prove.limits import Limit, limit_named
 
-# Name of a limit → (path of the value in a result, whether the value must not exceed it).
-LIMITS: dict[str, tuple[str, bool]] = {
-    "max_kl": ("kl_mean", True),
-    "max_kl_p99": ("kl_p99", True),
-    "min_top1": ("top1_agreement", False),
-    "max_ppl_ratio": ("ppl_ratio", True),
-    "max_bytes": ("bytes", True),
-    "max_extra_loops": ("generation.extra_loops", True),
-    "min_expert_tokens": ("experts.min_tokens", False),
-    "max_experts_below_floor": ("experts.below_floor", True),
-}
+# What must hold: the mean itself, or the bad end of its 95 % interval.
+CHOICES = ("mean", "upper")
 
 
-def read_limits(path: Path) -> dict[str, float]:
-    """Read a gate file, YAML or JSON: `{max_kl: 0.02, min_top1: 0.9, …}`; InputError when malformed."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a readable gate file ({str(error).splitlines()[0]})") from error
-    if not isinstance(values, dict) or not values:
-        raise InputError(f"{path}: a mapping of limits was expected", f"known limits: {', '.join(LIMITS)}")
-    for name, value in values.items():
-        if name not in LIMITS or isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"{path}: {name}: {value!r} is no limit", f"known limits: {', '.join(LIMITS)}")
-    return {name: float(value) for name, value in values.items()}
+def check(result: Mapping[str, Any], limits: Mapping[str, float], on: str = "mean") -> dict[str, Any]:
+    """`{passed, on, checks: [{name, value, limit, passed, …}]}`; a value that is NaN or unknown (None) fails.
+
+    A check of a mean also has its `ci95`, whether the limit lies outside of it (`conclusive`), the
+    `positions` that were scored and about how many would decide it (`positions_needed`, None when
+    no number would).
+    """
+    checks = [_check(result, name, limit, on) for name, limit in limits.items()]
+    return {"passed": all(item["passed"] for item in checks), "on": on, "checks": checks}
 
 
-def refuse_without_experts(limits: Mapping[str, float], artifact: Path, experts: Mapping[str, Any] | None) -> None:
-    """Raise InputError when a limit is on experts and the artifact's model has none."""
-    for name in limits:
-        if LIMITS[name][0].startswith("experts.") and experts is None:
-            raise InputError(
-                f"{name}: {artifact} is a dense model, it has no experts", "leave this limit away for dense models"
-            )
+def _check(result: Mapping[str, Any], name: str, bound: float, on: str) -> dict[str, Any]:
+    limit = limit_named(name)
+    assert limit is not None, name
+    value, interval = _look_up(result, limit.path), _look_up(result, limit.interval) if limit.interval else None
+    item: dict[str, Any] = {"name": name, "value": value, "limit": bound}
+    if value is None or interval is None or not np.isfinite([value, bound, *interval]).all():
+        return {**item, "passed": _holds(value, bound, limit)}
+    judged = interval[1 if limit.at_most else 0] if on == "upper" else value
+    positions = _look_up(result, f"{limit.path.rpartition('.')[0]}.tokens".lstrip("."))
+    return {**item, "passed": _holds(judged, bound, limit), **_precision(value, bound, interval, positions)}
 
 
-def check(result: Mapping[str, Any], limits: Mapping[str, float]) -> dict[str, Any]:
-    """`{passed, checks: [{name, value, limit, passed}]}`; a value that is NaN or unknown (None) fails."""
-    checks = []
-    for name, limit in limits.items():
-        path, at_most = LIMITS[name]
-        value: Any = result
-        for key in path.split("."):
-            value = value[key]
-        passed = value is not None and (value <= limit if at_most else value >= limit)
-        checks.append({"name": name, "value": value, "limit": limit, "passed": bool(passed)})
-    return {"passed": all(item["passed"] for item in checks), "checks": checks}
+def _holds(value: float | None, bound: float, limit: Limit) -> bool:
+    return value is not None and bool(value <= bound if limit.at_most else value >= bound)
+
+
+def _precision(value: float, bound: float, interval: list[float], positions: int) -> dict[str, Any]:
+    low, high = interval
+    conclusive = not low < bound < high
+    distance = abs(value - bound)
+    half = high - value if bound > value else value - low
+    needed = math.ceil(round(positions * (half / distance) ** 2, 6)) if distance else None
+    decided = {"ci95": [low, high], "conclusive": conclusive, "positions": positions}
+    return decided if conclusive else {**decided, "positions_needed": needed}
+
+
+def _look_up(result: Mapping[str, Any], path: str) -> Any:
+    """The value under a dotted path; None where there is none. A domain's name may hold dots."""
+    value: Any = result
+    section, _, rest = path.partition(".")
+    keys = [section, *rest.rsplit(".", 1)] if section == "domains" else path.split(".")
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def explain(check: Mapping[str, Any]) -> str:
     """One check in words, for a failure's message."""
-    if check["value"] is None:
-        return f"{check['name']}: the artifact does not say how many tokens its experts were calibrated on"
-    return f"{check['name']} is {check['value']:.6g}, the limit is {check['limit']:g}"
+    name, value = check["name"], check["value"]
+    if value is None:
+        experts = (limit_named(name) or Limit("", True)).path.startswith("experts.")
+        what = "say how many tokens its experts were calibrated on" if experts else "have this value"
+        return f"{name}: the artifact does not {what}"
+    ci95 = check.get("ci95")
+    outside = f" (95 %: {ci95[0]:.6g} … {ci95[1]:.6g})" if ci95 else ""
+    return f"{name} is {number(value)}{outside}, the limit is {number(check['limit'])}{_doubt(check)}"
+
+
+def _doubt(check: Mapping[str, Any]) -> str:
+    """`; inconclusive at N positions, M would decide it`, or nothing."""
+    if check.get("conclusive", True):
+        return ""
+    needed = check["positions_needed"]
+    more = f"about {needed:,} would decide it" if needed else "no number of them would decide it"
+    return f"; inconclusive at {check['positions']:,} positions, {more}"
+
+
+def doubt(check: Mapping[str, Any]) -> str | None:
+    """That a check is not conclusive, in words; None when it is."""
+    return f"{check['name']}{_doubt(check).replace(';', ' is', 1)}" if _doubt(check) else None
+
+
+def number(value: float) -> str:
+    """A number for people, whole where it is whole, never `-0`."""
+    if isinstance(value, int) or (float(value).is_integer() and abs(value) >= 1000):
+        return f"{int(value)}"
+    return f"{value + 0.0:.6g}" if value else "0"

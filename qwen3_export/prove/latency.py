@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from qwen3_export import errors
 from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.errors import ExportError, InputError
+from qwen3_export.prove.environment import environment
+from qwen3_export.prove.gate import check
 from qwen3_export.run.artifact import open_session, tokenizer_of
 from qwen3_export.run.session import RuntimeOptions, Session
 from qwen3_export.text.documents import document_ids, load_documents
@@ -44,7 +46,15 @@ def bench(artifacts: Sequence[Path], workload: Workload, progress: Progress | No
         for artifact in artifacts:
             results.append(_in_child(artifact, workload))
             tick()
-    return {"results": results, "passed": True}
+    return {"results": results, "passed": True, "environment": environment()}
+
+
+def judged(result: dict[str, Any], limits: Mapping[str, float]) -> dict[str, Any]:
+    """A `bench` result with the verdict of some limits on latency; as it was without any."""
+    if not limits:
+        return result
+    results = [{**item, "gate": check(item, limits)} for item in result["results"]]
+    return {**result, "results": results, "passed": all(item["gate"]["passed"] for item in results)}
 
 
 def _in_child(artifact: Path, workload: Workload) -> dict[str, Any]:
@@ -80,6 +90,7 @@ def measure(artifact: Path, workload: Workload) -> dict[str, Any]:
             "device": session.device,
             "threads": session.threads,
             "load_seconds": loaded,
+            "first_token": first_token(prefill),
             "prefill": prefill,
             "decode": decode,
             "peak_rss_bytes": peak_rss_bytes(),
@@ -116,6 +127,12 @@ def _prefill(session: Session, ids: NDArray[np.int32], repeat: int) -> dict[str,
         "seconds_p95": float(np.quantile(seconds, 0.95)),
         "tokens_per_second": len(ids) / median,
     }
+
+
+def first_token(prefill: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Seconds until the first token of the longest prompt: its prefill, whose last logits choose that token."""
+    longest = max(prefill, key=lambda item: item["prompt_tokens"])
+    return {key: longest[key] for key in ("prompt_tokens", "seconds_p50", "seconds_p95")}
 
 
 def _decode(session: Session, ids: NDArray[np.int32], workload: Workload) -> dict[str, float]:

@@ -10,7 +10,10 @@ from qwen3_export.core.progress import Progress
 from qwen3_export.core.source import open_source
 from qwen3_export.errors import InputError
 from qwen3_export.prove.drift import measure
-from qwen3_export.prove.gate import check, refuse_without_experts
+from qwen3_export.prove.environment import environment
+from qwen3_export.prove.gate import check
+from qwen3_export.prove.latency import Workload, bench
+from qwen3_export.prove.limits import is_latency, parse_limit, refuse_unmeasurable, refuse_without_experts
 from qwen3_export.prove.reference import Reference, ReferenceFile
 from qwen3_export.run.artifact import artifact_bytes, artifact_coverage, open_session
 from qwen3_export.run.session import RuntimeOptions
@@ -48,10 +51,26 @@ def validate(
     limits: Mapping[str, float] | None = None,
     options: RuntimeOptions | None = None,
     progress: Progress | None = None,
+    on: str = "mean",
 ) -> dict[str, Any]:
-    """`{results: [one per artifact], passed}`, the contract's fields; raises what a runtime raises."""
-    results = [_validate_one(artifact, reference, limits or {}, options, progress) for artifact in artifacts]
-    return {"results": results, "passed": all(result["gate"]["passed"] for result in results)}
+    """`{results: [one per artifact], passed}`, the contract's fields; raises what a runtime raises.
+
+    `on`: whether a mean or the bad end of its interval must hold a limit. Limits on latency have it
+    measured too, with the fields of `prove.latency.bench`.
+    """
+    limits = {name: parse_limit(name, value) for name, value in (limits or {}).items()}
+    refuse_unmeasurable(limits, reference.rows.domains)
+    results = [_validate_one(artifact, reference, limits, options, progress) for artifact in artifacts]
+    if any(is_latency(name) for name in limits):
+        workload = Workload(threads=options.threads if options else None)
+        speeds = bench(artifacts, workload, progress)["results"]
+        results = [{**drift, **speed} for drift, speed in zip(results, speeds, strict=True)]
+    results = [{**result, "gate": check(result, limits, on)} for result in results]
+    return {
+        "results": results,
+        "passed": all(result["gate"]["passed"] for result in results),
+        "environment": environment(),
+    }
 
 
 def _validate_one(
@@ -66,17 +85,17 @@ def _validate_one(
         experts = artifact_coverage(artifact, session)
         refuse_without_experts(limits, artifact, experts)
         drift = measure(session, reference, artifact.name, progress)
-        result = {
+        return {
             "artifact": str(artifact),
             "runtime": session.runtime,
             "runtime_version": session.version,
             "device": session.device,
+            "settings": {"exact": bool(options and options.exact), "threads": session.threads},
             "reference_sha256": reference.source_sha256,
+            "text_sha256": reference.rows.sha256,
             **drift,
             "bytes": artifact_bytes(artifact),
             "experts": experts,
         }
     finally:
         session.close()
-    result["gate"] = check(result, limits)
-    return result

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from qwen3_export.errors import InputError
-from qwen3_export.prove.drift import RowDrift, bootstrap, loops, measure, row_drift
+from qwen3_export.prove.drift import loops, measure, row_drift
 from qwen3_export.prove.reference import Continuations, Truth, full_truth, log_softmax, top_of
+from qwen3_export.prove.statistics import RowDrift, intervals
 from qwen3_export.text.rows import Rows
 
 VOCAB = 97
@@ -129,7 +130,14 @@ def test_domains_are_measured_apart_and_add_up(rows: Rows) -> None:
     assert list(result["domains"]) == ["a", "b", "c"]
     for name, found in result["domains"].items():
         wanted = by_hand(rows, name)
-        assert found == pytest.approx({key: wanted[key] for key in found}, rel=1e-5)
+        figures = {key: value for key, value in found.items() if not key.endswith("_ci95")}
+        assert figures == pytest.approx({key: wanted[key] for key in figures}, rel=1e-5)
+        for mean, interval in (
+            ("kl_mean", "kl_ci95"),
+            ("top1_agreement", "top1_ci95"),
+            ("ppl_ratio", "ppl_ratio_ci95"),
+        ):
+            assert found[interval][0] <= found[mean] <= found[interval][1]
     together = sum(domain["kl_mean"] * domain["tokens"] for domain in result["domains"].values())
     assert together / result["tokens"] == pytest.approx(result["kl_mean"])
 
@@ -257,6 +265,11 @@ def test_a_loop_of_the_original_is_no_extra_loop(rows: Rows) -> None:
 )
 def test_a_loop_is_three_copies_of_up_to_eight_tokens_at_the_end(text: list[int], is_loop: bool) -> None:
     assert loops(np.array(text)) is is_loop
+
+
+def bootstrap(sample: list[RowDrift]) -> tuple[float, float]:
+    low, high = intervals(sample)["kl_ci95"]
+    return low, high
 
 
 def drifts(rows: int, seed: int = 0, tokens: int = 20) -> Iterator[RowDrift]:

@@ -9,13 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.coverage import UNKNOWN, read_coverage
 from qwen3_export.core.manifest import read_manifest, write_manifest
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.errors import InputError
-from qwen3_export.prove.gate import LIMITS, check, explain, read_limits, refuse_without_experts
+from qwen3_export.prove.gate import check, doubt, explain
+from qwen3_export.prove.limits import (
+    LIMITS,
+    parse_limit,
+    read_limits,
+    refuse_unmeasurable,
+    refuse_without_experts,
+)
 from qwen3_export.prove.report import junit, markdown, write_report
 from qwen3_export.prove.validate import open_reference, validate
 from qwen3_export.ship.gguf import export_gguf
@@ -39,6 +47,11 @@ RESULT: dict[str, Any] = {
     "domains": {"code": {"tokens": 60, "kl_mean": 0.02, "top1_agreement": 0.8, "ppl_ratio": 1.1}},
     "generation": {"texts": 8, "agreement": 0.5, "loops": 3, "loops_reference": 2, "extra_loops": 1},
     "bytes": 1000,
+    "statistics": {"kl": {"median": 0.004, "p99_9": 0.5, "max": 0.9}, "probability_change": {"rms": 0.03}},
+    "sidecars": {"changed": 0},
+    "decode": {"tokens_per_second_p50": 20.0},
+    "first_token": {"seconds_p50": 0.25},
+    "peak_rss_bytes": 5_000_000,
     "experts": {"min_tokens": 64, "below_floor": 3, "floor": 128, "fallback": "share"},
 }
 AT_THE_LIMIT = {
@@ -50,11 +63,19 @@ AT_THE_LIMIT = {
     "max_extra_loops": 1.0,
     "min_expert_tokens": 64.0,
     "max_experts_below_floor": 3.0,
+    "max_kl_median": 0.004,
+    "max_kl_p999": 0.5,
+    "max_kl_max": 0.9,
+    "max_delta_p_rms": 0.03,
+    "max_changed_sidecars": 0.0,
+    "min_decode_tokens_per_second": 20.0,
+    "max_first_token_seconds": 0.25,
+    "max_peak_memory": 5_000_000.0,
 }
 
 
 def judged(limits: dict[str, float], **changes: Any) -> dict[str, Any]:
-    result = {**RESULT, **changes}
+    result = {**{key: value for key, value in RESULT.items() if key != "decode"}, **changes}
     return {**result, "gate": check(result, limits)}
 
 
@@ -66,7 +87,17 @@ def test_a_value_at_its_limit_passes() -> None:
     verdict = check(RESULT, AT_THE_LIMIT)
     assert verdict["passed"] is True
     assert [item["passed"] for item in verdict["checks"]] == [True] * len(AT_THE_LIMIT)
-    assert verdict["checks"][0] == {"name": "max_kl", "value": 0.01, "limit": 0.01, "passed": True}
+    assert verdict["checks"][1] == {"name": "max_kl_p99", "value": 0.2, "limit": 0.2, "passed": True}
+    assert verdict["checks"][0] == {
+        "name": "max_kl",
+        "value": 0.01,
+        "limit": 0.01,
+        "passed": True,
+        "ci95": [0.008, 0.012],
+        "conclusive": False,
+        "positions": 100,
+        "positions_needed": None,
+    }
 
 
 @pytest.mark.parametrize("name", AT_THE_LIMIT)
@@ -162,8 +193,115 @@ def test_a_starved_export_fails_its_gate_in_its_own_runtime(tmp_path: Path, refe
         validate([reference_folder], open_reference("reference-model", tokens=64), limits)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("min_top1", 92, "lies between 0 and 1"),
+        ("min_top1", -0.1, "lies between 0 and 1"),
+        ("max_kl", -1, "never below 0"),
+        ("max_kl", math.nan, "a finite number"),
+        ("max_kl", math.inf, "a finite number"),
+        ("max_ppl_ratio", 0, "always above 0"),
+        ("max_bytes", 0, "always above 0"),
+        ("domains.math.min_top1", 2, "lies between 0 and 1"),
+        ("thinking.min_agreement", 1.5, "lies between 0 and 1"),
+        ("min_decode_tokens_per_second", -3, "always above 0"),
+        ("max_extra_loops", -1, "never below 0"),
+    ],
+)
+def test_a_limit_that_cannot_be_is_refused_with_the_reason(
+    name: str, value: float, reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=f"{name}: .* cannot be a limit: .*{reason}"):
+        parse_limit(name, value)
+    *sections, last = name.split(".")
+    for section in reversed([*sections, last]):
+        value = {section: value}  # type: ignore[assignment]
+    (tmp_path / "gate.yaml").write_text(yaml.safe_dump(value))
+    with pytest.raises(InputError, match=r"gate\.yaml: .* cannot be a limit"):
+        read_limits(tmp_path / "gate.yaml")
+
+
+def test_a_percentage_in_place_of_a_share_is_guessed() -> None:
+    with pytest.raises(InputError) as caught:
+        parse_limit("min_top1", 92)
+    assert caught.value.hint == "0.92 for 92 %"
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("9MB", 9e6), ("9 MiB", 9 * 2**20), ("1.5GB", 1.5e9), ("800kB", 8e5), ("'12'", 12), ("12", 12)]
+)
+def test_sizes_are_written_as_people_do(text: str, count: float, tmp_path: Path) -> None:
+    (tmp_path / "gate.yaml").write_text(f"max_bytes: {text}\nmax_peak_memory: {text}\n")
+    assert read_limits(tmp_path / "gate.yaml") == {"max_bytes": count, "max_peak_memory": count}
+
+
+def test_limits_of_a_domain_and_of_thinking(tmp_path: Path) -> None:
+    (tmp_path / "gate.yaml").write_text(
+        "max_kl: 1\ndomains:\n  code: {max_kl: 0.01, min_top1: 0.8}\n  v1.2: {max_ppl_ratio: 2}\n"
+        "thinking: {max_extra_loops: 0}\nno_thinking: {min_agreement: 0.5}\n"
+    )
+    limits = read_limits(tmp_path / "gate.yaml")
+    assert list(limits) == [
+        *("max_kl", "domains.code.max_kl", "domains.code.min_top1", "domains.v1.2.max_ppl_ratio"),
+        *("thinking.max_extra_loops", "no_thinking.min_agreement"),
+    ]
+    domains = {**RESULT["domains"], "v1.2": {"tokens": 4, "ppl_ratio": 1.5}}
+    modes = {"thinking": {"extra_loops": 1, "agreement": 1}, "no_thinking": {"extra_loops": 0, "agreement": 0.5}}
+    result = {**RESULT, "domains": domains, "generation": {**RESULT["generation"], **modes}}
+    verdict = check(result, limits)
+    assert [item["passed"] for item in verdict["checks"]] == [True, False, True, True, False, True]
+    assert [item["value"] for item in verdict["checks"]] == [0.01, 0.02, 0.8, 1.5, 1, 0.5]
+    refuse_unmeasurable(limits, ("code", "v1.2"))
+    with pytest.raises(InputError, match=r"domains\.code\.max_kl: the reference's text has no domain 'code'"):
+        refuse_unmeasurable(limits, ("prose", "v1.2"))
+
+
+def test_what_was_not_measured_fails_its_limit() -> None:
+    verdict = check({"kl_mean": 0.1}, {"max_first_token_seconds": 1.0, "thinking.max_extra_loops": 9.0})
+    assert [item["passed"] for item in verdict["checks"]] == [False, False]
+    assert explain(verdict["checks"][0]) == "max_first_token_seconds: the artifact does not have this value"
+
+
+@pytest.mark.parametrize(
+    ("limit", "on", "passed", "conclusive"),
+    [
+        (0.013, "mean", True, True),
+        (0.013, "upper", True, True),
+        (0.011, "mean", True, False),
+        (0.011, "upper", False, False),
+        (0.009, "mean", False, False),
+        (0.007, "upper", False, True),
+    ],
+)
+def test_the_mean_or_the_bad_end_of_its_interval_must_hold(
+    limit: float, on: str, passed: bool, conclusive: bool
+) -> None:
+    verdict = check(RESULT, {"max_kl": limit}, on)
+    assert verdict["passed"] is passed
+    assert verdict["checks"][0]["conclusive"] is conclusive
+    assert (doubt(verdict["checks"][0]) is None) is conclusive
+
+
+def test_the_bad_end_of_a_share_is_the_lower_one() -> None:
+    result = {**RESULT, "top1_ci95": [0.88, 0.92]}
+    assert check(result, {"min_top1": 0.89}, "mean")["passed"] is True
+    assert check(result, {"min_top1": 0.89}, "upper")["passed"] is False
+    assert check(result, {"min_top1": 0.87}, "upper")["passed"] is True
+
+
+def test_so_many_positions_would_decide_it() -> None:
+    """At a distance of half the interval's half width, four times the positions are needed."""
+    item = check(RESULT, {"max_kl": 0.011})["checks"][0]
+    assert item["positions_needed"] == 400
+    assert doubt(item) == "max_kl is inconclusive at 100 positions, about 400 would decide it"
+    assert explain({**item, "passed": False}).endswith("; inconclusive at 100 positions, about 400 would decide it")
+    item = check(RESULT, {"max_kl": 0.01})["checks"][0]
+    assert doubt(item) == "max_kl is inconclusive at 100 positions, no number of them would decide it"
+
+
 def test_no_limits_pass_without_a_check() -> None:
-    assert check(RESULT, {}) == {"passed": True, "checks": []}
+    assert check(RESULT, {}) == {"passed": True, "on": "mean", "checks": []}
 
 
 @pytest.mark.parametrize("text", ["max_kl: 0.02\nmin_top1: 1\n", '{"max_kl": 0.02, "min_top1": 1}'])
@@ -182,6 +320,12 @@ def test_a_gate_file_is_yaml_or_json(tmp_path: Path, text: str) -> None:
         "{}",
         "0.02",
         "max_lk: 0.02",
+        "domains: {math: {max_lk: 1}}",
+        "domains: {math: 3}",
+        "domains: {max_kl: 3}",
+        "thinking: {math: {max_extra_loops: 3}}",
+        "thinking: {max_kl: 3}",
+        "max_bytes: 9 metres",
         "max_kl: high",
         "max_kl: true",
         "max_kl: [0.1]",

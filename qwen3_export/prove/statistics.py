@@ -1,0 +1,151 @@
+"""Intervals and tables of statistics over rows of scored positions.
+
+Two kinds of uncertainty stand in a result, and they answer different questions:
+
+    ±  (`stderr`)   √((E[x²] − E[x]²) / (n − 1)): positions as if they were independent, which is what
+                    `llama-perplexity --kl-divergence` prints; for comparison with its figures
+    95 % interval   rows are resampled: positions of one row are not independent, so it is wider;
+                    limits and baselines use this one
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 1000
+_KL_QUANTILES = {
+    "p99_9": 0.999,
+    "p99": 0.99,
+    "p95": 0.95,
+    "p90": 0.9,
+    "p10": 0.1,
+    "p5": 0.05,
+    "p1": 0.01,
+    "p0_1": 0.001,
+}
+_DELTA_QUANTILES = {**_KL_QUANTILES, "p75": 0.75, "p25": 0.25}
+# Half decades from 1e-9 to 100 nats; what is smaller or larger is counted at the ends.
+HISTOGRAM_EXPONENTS = tuple(x / 2 for x in range(-18, 5))
+
+
+@dataclass(frozen=True)
+class RowDrift:
+    """Per scored position of one row: KL, agreement of the top token, both log-probabilities of the next token."""
+
+    kl: NDArray[np.float64]
+    same_top: NDArray[np.bool_]
+    reference_logprob: NDArray[np.float64]
+    artifact_logprob: NDArray[np.float64]
+
+
+def resampled(counts: NDArray, *sums: NDArray) -> tuple[NDArray[np.float64], ...]:
+    """Means over rows drawn with replacement, `[RESAMPLES]` for each of the row sums; the same draws for all."""
+    draws = np.random.default_rng(0).integers(0, len(counts), (RESAMPLES, len(counts)))
+    positions = counts[draws].sum(-1)
+    return tuple(values[draws].sum(-1) / positions for values in sums)
+
+
+def ends(values: NDArray[np.float64]) -> list[float]:
+    """The middle 95 % of some values."""
+    low, high = np.quantile(values, [0.025, 0.975])
+    return [float(low), float(high)]
+
+
+def intervals(drifts: Sequence[RowDrift]) -> dict[str, list[float]]:
+    """95 % intervals of mean KL, top-1 agreement and perplexity ratio, `{name: [low, high]}`."""
+    counts = np.array([len(d.kl) for d in drifts])
+    kl, top, ratio = resampled(
+        counts,
+        np.array([d.kl.sum() for d in drifts]),
+        np.array([d.same_top.sum() for d in drifts]),
+        np.array([(d.reference_logprob - d.artifact_logprob).sum() for d in drifts]),
+    )
+    return {"kl_ci95": ends(kl), "top1_ci95": ends(top), "ppl_ratio_ci95": ends(np.exp(ratio))}
+
+
+def row_sums(drifts: Sequence[RowDrift], domains: Sequence[str]) -> dict[str, list[Any]]:
+    """What a later comparison needs of every row: its positions and the sums over them."""
+    return {
+        "domain": list(domains),
+        "positions": [len(d.kl) for d in drifts],
+        "kl": [float(d.kl.sum()) for d in drifts],
+        "same_top": [int(d.same_top.sum()) for d in drifts],
+        "reference_logprob": [float(d.reference_logprob.sum()) for d in drifts],
+        "artifact_logprob": [float(d.artifact_logprob.sum()) for d in drifts],
+    }
+
+
+def mean_and_error(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Mean and its standard error over independent positions; the error is 0 up to ten of them."""
+    mean = float(values.mean())
+    variance = float((values**2).mean()) - mean**2
+    return mean, float(np.sqrt(variance / (len(values) - 1))) if variance > 0 and len(values) > 10 else 0.0
+
+
+def statistics(drifts: Sequence[RowDrift]) -> dict[str, Any]:
+    """The statistics of `llama-perplexity --kl-divergence` (ggml-org/llama.cpp, tools/perplexity).
+
+    `probability_change` is Δp: the artifact's probability of the text's next token less the original's.
+    """
+    kl = np.concatenate([d.kl for d in drifts])
+    base = -np.concatenate([d.reference_logprob for d in drifts])
+    ours = -np.concatenate([d.artifact_logprob for d in drifts])
+    change = np.exp(-ours) - np.exp(-base)
+    same = float(np.concatenate([d.same_top for d in drifts]).mean())
+    mean, error = mean_and_error(kl)
+    delta, delta_error = mean_and_error(change)
+    return {
+        "kl": {"mean": mean, "stderr": error, **_quantiles(kl, _KL_QUANTILES)},
+        "probability_change": {
+            "mean": delta,
+            "stderr": delta_error,
+            **_root_mean_square(change),
+            **_quantiles(change, _DELTA_QUANTILES),
+        },
+        "same_top": {"mean": same, "stderr": float(np.sqrt(same * (1 - same) / max(len(kl) - 1, 1)))},
+        **_perplexity(ours, base),
+    }
+
+
+def _quantiles(values: NDArray[np.float64], wanted: dict[str, float]) -> dict[str, float]:
+    middle = {
+        name: float(value) for name, value in zip(wanted, np.quantile(values, list(wanted.values())), strict=True)
+    }
+    return {"max": float(values.max()), **middle, "median": float(np.median(values)), "min": float(values.min())}
+
+
+def _root_mean_square(values: NDArray[np.float64]) -> dict[str, float]:
+    square, error = mean_and_error(values**2)
+    root = float(np.sqrt(square))
+    return {"rms": root, "rms_stderr": 0.5 / root * error if root else 0.0}
+
+
+def _perplexity(ours: NDArray[np.float64], base: NDArray[np.float64]) -> dict[str, Any]:
+    """Perplexities of artifact and original from negative log-probabilities, and how these go together."""
+    (mean, error), (base_mean, base_error) = mean_and_error(ours), mean_and_error(base)
+    count = len(ours)
+    covariance = float((ours * base).mean() - mean * base_mean) / (count - 1) if count >= 10 else 0.0
+    ratio = mean - base_mean
+    ratio_error = float(np.sqrt(max(error**2 + base_error**2 - 2 * covariance, 0.0)))
+    spread = error * base_error
+    return {
+        "logprob_correlation": covariance / spread if spread else None,
+        "log_ppl_ratio": {"mean": ratio, "stderr": ratio_error},
+        "ppl_ratio": {"mean": float(np.exp(ratio)), "stderr": float(np.exp(ratio)) * ratio_error},
+        "ppl_artifact": {"mean": float(np.exp(mean)), "stderr": float(np.exp(mean)) * error},
+        "ppl_reference": {"mean": float(np.exp(base_mean)), "stderr": float(np.exp(base_mean)) * base_error},
+    }
+
+
+def histogram(drifts: Sequence[RowDrift]) -> dict[str, list[float]]:
+    """How many positions lie between which powers of ten of KL: `{exponents [n + 1], counts [n]}`."""
+    kl = np.concatenate([d.kl for d in drifts])
+    exponents = np.array(HISTOGRAM_EXPONENTS)
+    logs = np.log10(np.clip(kl, 10.0 ** exponents[0], None))
+    counts, _ = np.histogram(np.clip(logs, exponents[0], exponents[-1]), exponents)
+    return {"exponents": list(HISTOGRAM_EXPONENTS), "counts": [int(count) for count in counts]}
