@@ -1,0 +1,237 @@
+"""Rounding onto codes that stand for sixteen given numbers: iq4_nl, iq4_xs under a super scale, mxfp4.
+
+    iq4     scales that bring the largest weight near either end of the numbers: nearest numbers, then the scale by
+            least squares, Σ w (scale · value − x)² the least; once more with the numbers of the scale found;
+            then the super scale and the integers beside it as in `symmetric`
+    mxfp4   of three powers of two the one with the least Σ w (scale · value − x)²
+
+w is the importance of the input, 1 without one. Halfway between two numbers lies a multiple of 1 / `fine`, so the
+number nearest to a weight in units of the scale stands in a table, by the multiple below.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_export.ggml.tiles import ONE, TILE, ZERO, half, load, store_codes, super_scale
+from qwen3_export.model.compiled import Array, compiled, contracted
+
+# Numbers by multiple of 1 / `fine`, their codes, and `fine`.
+Book = tuple[Array, NDArray[np.uint8], np.float32]
+_HUGE = np.float32(3e38)
+# A tile's rows, a line each: the weight furthest from zero, one attempt and its sums, and the best scale so far.
+_PEAK, _INVERSE, _WXV, _WVV, _SCALE, _BEST, _ERROR, _CODE = range(8)
+_LINES = _CODE + 1
+
+
+@compiled
+def _cell(unit: np.float32, fine: np.float32, cells: int) -> Any:
+    """Where the number nearest to a weight stands in the table; the table's middle is zero."""
+    place = unit * fine + np.float32(cells // 2)
+    place = place if place > ZERO else ZERO
+    return np.int32(min(place, np.float32(cells - 1)))
+
+
+@contracted
+def _attempt(work: Array, weights: Array, book: Book, lines: Array) -> None:
+    """The nearest value of every weight for `_INVERSE`, and their sums."""
+    (table, _, fine), inverse, wxv, wvv = book, lines[_INVERSE], lines[_WXV], lines[_WVV]
+    for r in range(TILE):
+        wxv[r], wvv[r] = ZERO, ZERO
+    for j in range(0, len(work), 4):
+        for r in range(TILE):
+            first, second = ZERO, ZERO
+            for k in range(4):
+                x = work[j + k, r]
+                value = table[_cell(x * inverse[r], fine, len(table))]
+                weighed = weights[j + k] * value
+                first += weighed * x
+                second += weighed * value
+            wxv[r] += first
+            wvv[r] += second
+
+
+@compiled
+def _keep_fit(lines: Array) -> None:
+    """The least-squares scale of the attempt, kept where it explains more of the weights."""
+    for r in range(TILE):
+        wxv, wvv = lines[_WXV, r], lines[_WVV, r]
+        if wvv > ZERO and wxv * wxv > lines[_BEST, r] * wvv:
+            lines[_BEST, r], lines[_SCALE, r] = wxv * wxv / wvv, wxv / wvv
+
+
+@compiled
+def _search(work: Array, weights: Array, book: Book, ends: Array, lines: Array) -> None:
+    """Leave the best scale of a group in `lines`, and Σ w value²; `ends` are where the peak may fall."""
+    for r in range(TILE):
+        lines[_PEAK, r], lines[_BEST, r], lines[_SCALE, r] = ZERO, ZERO, ZERO
+    for j in range(len(work)):
+        for r in range(TILE):
+            x = work[j, r]
+            lines[_PEAK, r] = x if abs(x) > abs(lines[_PEAK, r]) else lines[_PEAK, r]
+    for end in ends:
+        for r in range(TILE):
+            lines[_INVERSE, r] = end / lines[_PEAK, r] if lines[_PEAK, r] != ZERO else ZERO
+        _attempt(work, weights, book, lines)
+        _keep_fit(lines)
+    for r in range(TILE):
+        lines[_INVERSE, r] = ONE / lines[_SCALE, r] if lines[_SCALE, r] != ZERO else ZERO
+    _attempt(work, weights, book, lines)
+    _keep_fit(lines)
+
+
+@contracted
+def _errors(work: Array, weights: Array, book: Book, lines: Array) -> None:
+    """Σ w (scale · value − x)² of `_SCALE` with the nearest values."""
+    (table, _, fine), scale, inverse, error = book, lines[_SCALE], lines[_INVERSE], lines[_ERROR]
+    for r in range(TILE):
+        inverse[r] = ONE / scale[r] if scale[r] != ZERO else ZERO
+        error[r] = ZERO
+    for j in range(0, len(work), 4):
+        for r in range(TILE):
+            part = ZERO
+            for k in range(4):
+                x = work[j + k, r]
+                miss = scale[r] * table[_cell(x * inverse[r], fine, len(table))] - x
+                part += weights[j + k] * (miss * miss)
+            error[r] += part
+
+
+@compiled
+def _choose(
+    work: Array, weights: Array, book: Book, supers: Array, limit: np.float32, near: Array,
+    lines: Array, kept: Array,
+) -> None:  # fmt: skip
+    """The integer beside the ideal scale `near` with the least error: `kept` [0], its error [1]."""
+    for r in range(TILE):
+        kept[1, r] = _HUGE
+    for step in range(-1, 2):
+        for r in range(TILE):
+            code = np.rint(near[r] / supers[r]) + np.float32(step) if supers[r] != ZERO else ZERO
+            lines[_CODE, r] = min(max(code, -limit), limit - ONE)
+            lines[_SCALE, r] = lines[_CODE, r] * supers[r]
+        _errors(work, weights, book, lines)
+        for r in range(TILE):
+            if lines[_ERROR, r] < kept[1, r]:
+                kept[0, r], kept[1, r] = lines[_CODE, r], lines[_ERROR, r]
+
+
+@compiled
+def _round(work: Array, scale: Array, book: Book, here: int, sums: NDArray[np.float64]) -> None:
+    """A group's weights to their codes; adds to Σ δ² and Σ x², and raises the largest |δ| and |x|."""
+    table, numbers, fine = book
+    for r in range(TILE):
+        inverse = ONE / scale[r] if scale[r] != ZERO else ZERO
+        missed, whole, furthest, largest = ZERO, ZERO, ZERO, ZERO
+        for j in range(len(work)):
+            x = work[j, r]
+            cell = _cell(x * inverse, fine, len(table))
+            miss = abs(scale[r] * table[cell] - x)
+            missed += miss * miss
+            whole += x * x
+            furthest, largest = max(furthest, miss), max(largest, abs(x))
+            work[j, r] = np.float32(numbers[cell])
+        if r < here:
+            sums[0] += missed
+            sums[1] += whole
+            sums[2], sums[3] = max(sums[2], furthest), max(sums[3], largest)
+
+
+@compiled
+def round_super(
+    words: Any, shift: int, importance: Array, book: Book, limit: np.float32, ends: Array,
+    codes: NDArray[np.uint8], scales: NDArray[np.int8], super_scales: Array,
+) -> NDArray[np.float64]:  # fmt: skip
+    """Round rows of weights onto iq4_xs; returns Σ δ², Σ x², the largest |δ| and |x|.
+
+    `words` `[rows, in]` are the weights' bits, the upper halves of fp32 where `shift` is 16; `importance` `[in]`.
+    The other arrays are filled; see `core.tensor` for their shapes.
+    """
+    work, lines = np.zeros((256, TILE), np.float32), np.zeros((_LINES, TILE), np.float32)
+    found, weighs = np.zeros((8, TILE), np.float32), np.zeros((8, TILE), np.float32)
+    supers, kept = np.zeros(TILE, np.float32), np.zeros((2, TILE), np.float32)
+    sums, bits = np.zeros(4, np.float64), work.view(np.uint32)
+    for row in range(0, len(words), TILE):
+        here = min(TILE, len(words) - row)
+        for block in range(super_scales.shape[1]):
+            load(words, shift, row, 256 * block, 256, bits)
+            for g in range(8):
+                weights = importance[256 * block + 32 * g : 256 * block + 32 * g + 32]
+                _search(work[32 * g : 32 * g + 32], weights, book, ends, lines)
+                found[g], weighs[g] = lines[_SCALE], lines[_WVV]
+            for r in range(TILE):
+                supers[r] = super_scale(found, weighs, r, -limit, limit - ONE)
+            for g in range(8):
+                part = work[32 * g : 32 * g + 32]
+                weights = importance[256 * block + 32 * g : 256 * block + 32 * g + 32]
+                _choose(part, weights, book, supers, limit, found[g], lines, kept)
+                for r in range(TILE):
+                    lines[_SCALE, r] = kept[0, r] * supers[r]
+                _round(part, lines[_SCALE], book, here, sums)
+                for r in range(here):
+                    scales[row + r, block * 8 + g] = np.int8(kept[0, r])
+            for r in range(here):
+                super_scales[row + r, block] = supers[r]
+            store_codes(codes, work, row, 256 * block, here)
+    return sums
+
+
+@compiled
+def round_simple(
+    words: Any, shift: int, importance: Array, book: Book, ends: Array, codes: NDArray[np.uint8],
+    scales: Array,
+) -> NDArray[np.float64]:  # fmt: skip
+    """Round rows of weights onto iq4_nl, whose scales are fp16; returns as `round_super` does."""
+    work, lines = np.zeros((32, TILE), np.float32), np.zeros((_LINES, TILE), np.float32)
+    sums, bits = np.zeros(4, np.float64), work.view(np.uint32)
+    for row in range(0, len(words), TILE):
+        here = min(TILE, len(words) - row)
+        for g in range(scales.shape[1]):
+            load(words, shift, row, 32 * g, 32, bits)
+            _search(work, importance[32 * g : 32 * g + 32], book, ends, lines)
+            for r in range(TILE):
+                lines[_SCALE, r] = half(lines[_SCALE, r])
+            _round(work, lines[_SCALE], book, here, sums)
+            for r in range(here):
+                scales[row + r, g] = lines[_SCALE, r]
+            store_codes(codes, work, row, 32 * g, here)
+    return sums
+
+
+@compiled
+def round_powers(
+    words: Any, shift: int, importance: Array, book: Book, codes: NDArray[np.uint8],
+    exponents: NDArray[np.uint8],
+) -> NDArray[np.float64]:  # fmt: skip
+    """Round rows of weights onto mxfp4, whose scales are 2 ** (exponent − 127); returns as `round_super` does."""
+    work, lines = np.zeros((32, TILE), np.float32), np.zeros((_LINES, TILE), np.float32)
+    sums, bits, kept = np.zeros(4, np.float64), work.view(np.uint32), np.zeros((2, TILE), np.float32)
+    for row in range(0, len(words), TILE):
+        here = min(TILE, len(words) - row)
+        for g in range(exponents.shape[1]):
+            load(words, shift, row, 32 * g, 32, bits)
+            weights = importance[32 * g : 32 * g + 32]
+            for r in range(TILE):
+                peak = ZERO
+                for j in range(32):
+                    peak = max(peak, abs(work[j, r]))
+                lines[_PEAK, r] = np.floor(np.log2(peak)) - np.float32(2.0) if peak > ZERO else np.float32(-127.0)
+                kept[1, r] = _HUGE
+            for step in range(-1, 2):
+                for r in range(TILE):
+                    power = min(max(lines[_PEAK, r] + np.float32(step), np.float32(-126.0)), np.float32(125.0))
+                    lines[_CODE, r], lines[_SCALE, r] = power, np.float32(2.0) ** power
+                _errors(work, weights, book, lines)
+                for r in range(TILE):
+                    if lines[_ERROR, r] < kept[1, r]:
+                        kept[0, r], kept[1, r] = lines[_CODE, r], lines[_ERROR, r]
+            for r in range(TILE):
+                lines[_SCALE, r] = np.float32(2.0) ** kept[0, r]
+            _round(work, lines[_SCALE], book, here, sums)
+            for r in range(here):
+                exponents[row + r, g] = np.uint8(np.int32(kept[0, r]) + 127)
+            store_codes(codes, work, row, 32 * g, here)
+    return sums

@@ -1,0 +1,234 @@
+"""Rounding onto scale · (code − midpoint): q3_k and q6_k under a super scale, q4_0, q5_0 and q2_0 with an fp16 scale.
+
+    per group     scales that bring the largest weight near the end of the codes, of either sign: codes, then the
+                  scale by least squares, Σ w (scale · code − x)² the least; once more with codes of the scale found
+    super-block   super_scale from the groups' scales, weighed by what an error there costs
+    per group     of the integers next to scale / super_scale the one with the least error
+
+w is the importance of the input, 1 without one. q8_0 is what llama.cpp's converter writes: the largest weight is 127.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_export.ggml.tiles import ONE, TILE, ZERO, half, load, store_codes, super_scale
+from qwen3_export.model.compiled import Array, compiled, contracted
+
+_HUGE = np.float32(3e38)
+# A tile's rows, a line each: the weight furthest from zero, one attempt and its sums, and the best scale so far.
+_PEAK, _INVERSE, _WXQ, _WQQ, _SCALE, _BEST, _ERROR, _CODE = range(8)
+_LINES = _CODE + 1
+
+
+@contracted
+def _attempt(work: Array, weights: Array, middle: np.float32, lines: Array) -> None:
+    """Codes of every weight for `_INVERSE`, and their sums; the columns come in fours."""
+    inverse, wxq, wqq = lines[_INVERSE], lines[_WXQ], lines[_WQQ]
+    low, high = -middle, middle - ONE
+    for r in range(TILE):
+        wxq[r], wqq[r] = ZERO, ZERO
+    for j in range(0, len(work), 4):
+        for r in range(TILE):
+            first, second = ZERO, ZERO
+            for k in range(4):
+                x = work[j + k, r]
+                code = np.rint(x * inverse[r])
+                code = code if code > low else low
+                code = code if code < high else high
+                weighed = weights[j + k] * code
+                first += weighed * x
+                second += weighed * code
+            wxq[r] += first
+            wqq[r] += second
+
+
+@compiled
+def _keep_fit(lines: Array) -> None:
+    """The least-squares scale of the attempt, kept where it explains more of the weights."""
+    for r in range(TILE):
+        wxq, wqq = lines[_WXQ, r], lines[_WQQ, r]
+        if wqq > ZERO and wxq * wxq > lines[_BEST, r] * wqq:
+            lines[_BEST, r], lines[_SCALE, r] = wxq * wxq / wqq, wxq / wqq
+
+
+@compiled
+def _search(work: Array, weights: Array, middle: np.float32, ends: Array, lines: Array) -> None:
+    """Leave the best scale of a group in `lines`, and Σ w code² of its codes; `ends` are where the peak may fall."""
+    for r in range(TILE):
+        lines[_PEAK, r], lines[_BEST, r], lines[_SCALE, r] = ZERO, ZERO, ZERO
+    for j in range(len(work)):
+        for r in range(TILE):
+            x = work[j, r]
+            lines[_PEAK, r] = x if abs(x) > abs(lines[_PEAK, r]) else lines[_PEAK, r]
+    for end in ends:
+        for r in range(TILE):
+            lines[_INVERSE, r] = end / lines[_PEAK, r] if lines[_PEAK, r] != ZERO else ZERO
+        _attempt(work, weights, middle, lines)
+        _keep_fit(lines)
+    for _ in range(2):
+        for r in range(TILE):
+            lines[_INVERSE, r] = ONE / lines[_SCALE, r] if lines[_SCALE, r] != ZERO else ZERO
+        _attempt(work, weights, middle, lines)
+        _keep_fit(lines)
+
+
+@contracted
+def _errors(work: Array, weights: Array, middle: np.float32, lines: Array) -> None:
+    """Σ w (scale · code − x)² of `_SCALE` with the nearest codes."""
+    scale, inverse, error = lines[_SCALE], lines[_INVERSE], lines[_ERROR]
+    low, high = -middle, middle - ONE
+    for r in range(TILE):
+        inverse[r] = ONE / scale[r] if scale[r] != ZERO else ZERO
+        error[r] = ZERO
+    for j in range(0, len(work), 4):
+        for r in range(TILE):
+            part = ZERO
+            for k in range(4):
+                x = work[j + k, r]
+                code = np.rint(x * inverse[r])
+                code = code if code > low else low
+                code = code if code < high else high
+                miss = scale[r] * code - x
+                part += weights[j + k] * (miss * miss)
+            error[r] += part
+
+
+@compiled
+def _choose(
+    work: Array, weights: Array, middle: np.float32, supers: Array, limit: np.float32, near: Array, lines: Array,
+    kept: Array,
+) -> None:  # fmt: skip
+    """The integer beside the ideal scale `near` with the least error: `kept` [0], its error [1]."""
+    for r in range(TILE):
+        kept[1, r] = _HUGE
+    for step in range(-1, 2):
+        for r in range(TILE):
+            code = np.rint(near[r] / supers[r]) + np.float32(step) if supers[r] != ZERO else ZERO
+            lines[_CODE, r] = min(max(code, -limit), limit - ONE)
+            lines[_SCALE, r] = lines[_CODE, r] * supers[r]
+        _errors(work, weights, middle, lines)
+        for r in range(TILE):
+            if lines[_ERROR, r] < kept[1, r]:
+                kept[0, r], kept[1, r] = lines[_CODE, r], lines[_ERROR, r]
+
+
+@compiled
+def _round(work: Array, scale: Array, middle: np.float32, here: int, sums: NDArray[np.float64]) -> None:
+    """A group's weights to their unsigned codes; adds to Σ δ² and Σ x², and raises the largest |δ| and |x|."""
+    for r in range(TILE):
+        inverse = ONE / scale[r] if scale[r] != ZERO else ZERO
+        missed, whole, furthest, largest = ZERO, ZERO, ZERO, ZERO
+        for j in range(len(work)):
+            x = work[j, r]
+            code = min(max(np.rint(x * inverse), -middle), middle - ONE)
+            miss = abs(scale[r] * code - x)
+            missed += miss * miss
+            whole += x * x
+            furthest, largest = max(furthest, miss), max(largest, abs(x))
+            work[j, r] = code + middle
+        if r < here:
+            sums[0] += missed
+            sums[1] += whole
+            sums[2], sums[3] = max(sums[2], furthest), max(sums[3], largest)
+
+
+@compiled
+def round_super(
+    words: Any, shift: int, group: int, importance: Array, middle: np.float32, limit: np.float32, ends: Array,
+    codes: NDArray[np.uint8], scales: NDArray[np.int8], super_scales: Array,
+) -> NDArray[np.float64]:  # fmt: skip
+    """Round rows of weights onto q3_k or q6_k; returns Σ δ², Σ x², the largest |δ| and |x|.
+
+    `words` `[rows, in]` are the weights' bits, the upper halves of fp32 where `shift` is 16; `importance` `[in]`.
+    The other arrays are filled; see `core.tensor` for their shapes.
+    """
+    per_block = 256 // group
+    work, lines = np.zeros((256, TILE), np.float32), np.zeros((_LINES, TILE), np.float32)
+    found, weighs = np.zeros((per_block, TILE), np.float32), np.zeros((per_block, TILE), np.float32)
+    supers, kept = np.zeros(TILE, np.float32), np.zeros((2, TILE), np.float32)
+    sums, bits = np.zeros(4, np.float64), work.view(np.uint32)
+    for row in range(0, len(words), TILE):
+        here = min(TILE, len(words) - row)
+        for block in range(super_scales.shape[1]):
+            load(words, shift, row, 256 * block, 256, bits)
+            for g in range(per_block):
+                weights = importance[256 * block + g * group : 256 * block + (g + 1) * group]
+                _search(work[g * group : (g + 1) * group], weights, middle, ends, lines)
+                found[g], weighs[g] = lines[_SCALE], lines[_WQQ]
+            for r in range(TILE):
+                supers[r] = super_scale(found, weighs, r, -limit, limit - ONE)
+            for g in range(per_block):
+                part = work[g * group : (g + 1) * group]
+                weights = importance[256 * block + g * group : 256 * block + (g + 1) * group]
+                _choose(part, weights, middle, supers, limit, found[g], lines, kept)
+                for r in range(TILE):
+                    lines[_SCALE, r] = kept[0, r] * supers[r]
+                _round(part, lines[_SCALE], middle, here, sums)
+                for r in range(here):
+                    scales[row + r, block * per_block + g] = np.int8(kept[0, r])
+            for r in range(here):
+                super_scales[row + r, block] = supers[r]
+            store_codes(codes, work, row, 256 * block, here)
+    return sums
+
+
+@compiled
+def round_simple(
+    words: Any, shift: int, group: int, importance: Array, middle: np.float32, ends: Array, codes: NDArray[np.uint8],
+    scales: Array,
+) -> NDArray[np.float64]:  # fmt: skip
+    """Round rows of weights onto q4_0, q5_0 or q2_0, whose scales are fp16; returns as `round_super` does."""
+    work, lines = np.zeros((group, TILE), np.float32), np.zeros((_LINES, TILE), np.float32)
+    sums, bits = np.zeros(4, np.float64), work.view(np.uint32)
+    for row in range(0, len(words), TILE):
+        here = min(TILE, len(words) - row)
+        for g in range(scales.shape[1]):
+            load(words, shift, row, group * g, group, bits)
+            _search(work, importance[group * g : group * g + group], middle, ends, lines)
+            for r in range(TILE):
+                lines[_SCALE, r] = half(lines[_SCALE, r])
+            _round(work, lines[_SCALE], middle, here, sums)
+            for r in range(here):
+                scales[row + r, g] = lines[_SCALE, r]
+            store_codes(codes, work, row, group * g, here)
+    return sums
+
+
+@compiled
+def round_q8_0(words: Any, shift: int, codes: NDArray[np.uint8], scales: Array) -> NDArray[np.float64]:
+    """Round rows of weights onto q8_0 as ggml's reference does, halves away from zero; returns as `round_super`.
+
+    The scales are left in fp32, to be rounded half to even.
+    """
+    row_bits, sums = np.zeros(32, np.uint32), np.zeros(4, np.float64)
+    row = row_bits.view(np.float32)
+    for i in range(len(words)):
+        for g in range(scales.shape[1]):
+            source, target = words[i, 32 * g : 32 * g + 32], codes[i, 32 * g : 32 * g + 32]
+            peak = ZERO
+            for j in range(32):
+                row_bits[j] = np.uint32(source[j]) << shift
+                peak = max(peak, abs(row[j]))
+            step = peak / np.float32(127.0)
+            inverse = ONE / step if step > ZERO else ZERO
+            stored = half(step)
+            missed, whole, furthest = ZERO, ZERO, ZERO
+            for j in range(32):
+                unit = row[j] * inverse
+                whole_part = np.floor(abs(unit))
+                size = whole_part + np.floor(np.float32(2.0) * (abs(unit) - whole_part))
+                code = size if unit > ZERO else -size
+                miss = abs(stored * code - row[j])
+                missed += miss * miss
+                whole += row[j] * row[j]
+                furthest = max(furthest, miss)
+                target[j] = np.uint8(np.int32(code + np.float32(128.0)))
+            scales[i, g] = step
+            sums[0] += missed
+            sums[1] += whole
+            sums[2], sums[3] = max(sums[2], furthest), max(sums[3], peak)
+    return sums
