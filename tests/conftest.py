@@ -30,7 +30,7 @@ settings.load_profile("project")
 
 
 # Folders of tests that `make test-fast` leaves out.
-_SLOW = ("artifact", "cli", "hostile", "install", "reference")
+_SLOW = ("artifact", "cli", "hostile", "install", "reference", "serving")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,8 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if folder[item] in _SLOW:
             item.add_marker(pytest.mark.slow)
-        if folder[item] == "install":
-            item.add_marker(pytest.mark.xdist_group("install"))
+        if folder[item] in ("install", "serving"):
+            item.add_marker(pytest.mark.xdist_group(folder[item]))
     items.sort(key=lambda item: folder[item] != "install")
 
 

@@ -16,8 +16,11 @@ def triton(
     artifact: Annotated[Path, typer.Argument(help="ONNX folder, .gguf file, or a quantized folder for vLLM.")],
     output: Annotated[Path, typer.Option(help="Model repository to write.")],
     name: Annotated[str, typer.Option(help="The model's name in the server.")] = "qwen3",
-    instances: Annotated[int, typer.Option(help="Copies of the model: requests answered at the same time.")] = 1,
+    instances: Annotated[int, typer.Option(help="Copies of the model.")] = 1,
     threads: Annotated[int | None, typer.Option(help="Threads of each copy (default: all processors).")] = None,
+    sequences: Annotated[
+        int, typer.Option(help="Answers that one copy decodes together (ONNX folders; GGUF files: one).")
+    ] = 8,
     queue: Annotated[int, typer.Option(help="Requests that may wait in each copy; more are refused.")] = 64,
     mount: Annotated[str, typer.Option(help="Where the server sees the repository; vLLM's path to the model.")] = (
         "/models"
@@ -32,7 +35,7 @@ def triton(
     from qwen3_export.ship.triton.config import Serving
 
     show = console(json, quiet, verbose)
-    result = export_triton(artifact, output, name, Serving(instances, threads, queue), mount, force, show)
+    result = export_triton(artifact, output, name, Serving(instances, threads, sequences, queue), mount, force, show)
     show.result(result, lambda: _written(result))
 
 

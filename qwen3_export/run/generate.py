@@ -64,7 +64,7 @@ def answer(
     if room < 1:
         raise InputError(f"the prompt has {len(ids)} tokens, {name} holds {session.context}")
     started = time.perf_counter()
-    shown = _Shown(tokenizer, on_text)
+    shown = Shown(tokenizer, on_text)
     tokens, stop = _generate(session, tokenizer, ids, min(sampling.max_new_tokens, room), sampling, shown)
     shown.grow(tokens, last=True)
     seconds = time.perf_counter() - started
@@ -78,8 +78,8 @@ def answer(
     }
 
 
-class _Shown:
-    """The text that `on_text`, where there is one, has got so far."""
+class Shown:
+    """What `on_text` has been given of a growing answer."""
 
     def __init__(self, tokenizer: TextModel, on_text: Callable[[str], None] | None) -> None:
         self._tokenizer, self._on_text, self._text = tokenizer, on_text, ""
@@ -96,7 +96,7 @@ class _Shown:
 
 
 def _generate(
-    session: Session, tokenizer: TextModel, ids: NDArray[np.int32], limit: int, sampling: Sampling, shown: _Shown
+    session: Session, tokenizer: TextModel, ids: NDArray[np.int32], limit: int, sampling: Sampling, shown: Shown
 ) -> tuple[list[int], str]:
     random, stops = np.random.default_rng(sampling.seed), tokenizer.stop_ids()
     tokens: list[int] = []

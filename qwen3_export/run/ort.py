@@ -64,7 +64,7 @@ class OrtSession:
         self._binding = self._session.io_binding()
         self._length = self._capacity = 0
         self._cache: dict[str, Any] = {}
-        if self._in_place:
+        if self.in_place:
             self._grow(_SMALLEST_CACHE)
 
     def _read_signature(self, folder: Path) -> None:
@@ -81,7 +81,7 @@ class OrtSession:
         self.vocab_size = int(outputs["logits"].shape[-1])
         metadata = self._session.get_modelmeta().custom_metadata_map
         self.context = int(metadata.get("qwen3_export.context", 2**31))
-        self._in_place = metadata.get("qwen3_export.flavor") == "ort"
+        self.in_place = metadata.get("qwen3_export.flavor") == "ort"
 
     def _grow(self, capacity: int) -> None:
         """Buffers for at least `capacity` positions, bound as past and present alike."""
@@ -98,7 +98,7 @@ class OrtSession:
     def prefill(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """Start a new sequence; logits `[len(ids), vocab]`."""
         self._length = 0
-        if not self._in_place:
+        if not self.in_place:
             self._cache = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self._past.items()}
         return self._run(ids)
 
@@ -109,18 +109,18 @@ class OrtSession:
     def _run(self, ids: NDArray) -> NDArray[np.float32]:
         check_ids(self, self._folder, ids, self._length)
         total, binding = self._length + len(ids), self._binding
-        if self._in_place and total > self._capacity:
+        if self.in_place and total > self._capacity:
             self._grow(total)
         binding.bind_cpu_input("input_ids", ids.astype(np.int64)[None])
         binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
         binding.bind_cpu_input("position_ids", np.arange(self._length, total, dtype=np.int64)[None])
-        if not self._in_place:
+        if not self.in_place:
             self._bind_moving()
         # Outputs come back in the order in which they were first bound: the caches, then the logits.
         binding.bind_output("logits")
         self._session.run_with_iobinding(binding)
         *presents, logits = binding.get_outputs()
-        if not self._in_place:
+        if not self.in_place:
             self._cache = dict(zip(self._past, presents, strict=True))
         self._length = total
         return logits.numpy()[0].astype(np.float32, copy=False)
@@ -133,6 +133,22 @@ class OrtSession:
             else:
                 self._binding.bind_ortvalue_input(name, value)
             self._binding.bind_output(name.replace("past_key_values", "present"))
+
+    def new_binding(self) -> Any:
+        """A binding of its own, for whoever keeps other caches for the same model."""
+        return self._session.io_binding()
+
+    def run_bound(self, binding: Any) -> None:
+        """Run the model on what is bound."""
+        self._session.run_with_iobinding(binding)
+
+    def cache_shapes(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Shape `[1, kv_heads, 0, head_dim]` and dtype of every past, by input name."""
+        return dict(self._past)
+
+    def cache_values(self) -> dict[str, NDArray]:
+        """The sequence's cache by input name, where it is written in place; positions past its end are unused."""
+        return dict(self._cache)
 
     def close(self) -> None:
         """Free the model."""

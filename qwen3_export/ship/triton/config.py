@@ -16,7 +16,7 @@ INPUTS = (
     ("exclude_input_in_output", "TYPE_BOOL", True),
 )
 OUTPUTS = (("text_output", "TYPE_STRING"), ("finish_reason", "TYPE_STRING"), ("num_output_tokens", "TYPE_UINT32"))
-_MOST_INSTANCES, _LONGEST_QUEUE = 64, 100_000
+_MOST_INSTANCES, _MOST_SEQUENCES, _LONGEST_QUEUE = 64, 1024, 100_000
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,17 @@ class Serving:
 
     instances: int = 1
     threads: int | None = None
+    sequences: int = 8
     queue: int = 64
 
     def __post_init__(self) -> None:
         """Raise InputError for numbers that cannot be."""
-        for key, value, most in (("instances", self.instances, _MOST_INSTANCES), ("queue", self.queue, _LONGEST_QUEUE)):
+        bounds = (
+            ("instances", self.instances, _MOST_INSTANCES),
+            ("sequences", self.sequences, _MOST_SEQUENCES),
+            ("queue", self.queue, _LONGEST_QUEUE),
+        )
+        for key, value, most in bounds:
             if not 1 <= value <= most:
                 raise InputError(f"--{key} {value}: a number from 1 to {most} was expected")
         if self.threads is not None and not 1 <= self.threads <= 1024:
@@ -37,17 +43,23 @@ class Serving:
 
 
 def python_config(name: str, artifact: str, serving: Serving) -> str:
-    """For the python backend: streaming, one sequence at a time in each instance, a bounded queue.
+    """For the python backend: streaming, continuous batching, a bounded queue.
 
-    The model takes no batches, and says so (`max_batch_size: 0`): an instance decodes one sequence, and what
-    arrives meanwhile waits in the backend's queue. A request that finds the queue full is refused at once.
+    Sequences join and leave a batch at every token, inside the backend (`run.serving`). Triton's own batcher, which
+    waits for requests of one shape and gives them back together, stays off: `max_batch_size: 0`. A request that
+    finds the queue full is refused at once.
     """
     lines = [f'name: "{name}"', 'backend: "python"', "max_batch_size: 0"]
     lines += ["model_transaction_policy { decoupled: true }"]
     lines += [_tensor("input", key, kind, optional) for key, kind, optional in INPUTS]
     lines += [_tensor("output", key, kind) for key, kind in OUTPUTS]
     lines += [f"instance_group [ {{ count: {serving.instances}, kind: KIND_CPU }} ]"]
-    values = {"artifact": artifact, "queue": str(serving.queue), "threads": str(serving.threads or 0)}
+    values = {
+        "artifact": artifact,
+        "sequences": str(serving.sequences),
+        "queue": str(serving.queue),
+        "threads": str(serving.threads or 0),
+    }
     lines += [f'parameters {{ key: "{key}", value {{ string_value: "{value}" }} }}' for key, value in values.items()]
     return "\n".join(lines) + "\n"
 

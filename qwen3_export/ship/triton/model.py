@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import queue
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from qwen3_export.errors import ExportError, InputError
 from qwen3_export.run.artifact import open_session, tokenizer_of
-from qwen3_export.run.generate import Sampling, answer
+from qwen3_export.run.generate import Sampling
+from qwen3_export.run.serving import Chat, Server
 from qwen3_export.run.session import RuntimeOptions
 
 _FINAL = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -46,64 +46,54 @@ class TritonPythonModel:
     """See Triton's python backend: `initialize`, `execute` with decoupled responses, `finalize`."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the artifact; one thread answers the queue's requests in their order."""
+        """Load the artifact and start the thread that answers."""
         values = {key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()}
-        self._name = args["model_name"]
+        self._name, self._most = args["model_name"], int(values["queue"])
         artifact = Path(__file__).resolve().parent / values["artifact"]
         self._session = open_session(artifact, RuntimeOptions(threads=int(values["threads"]) or None))
-        self._tokenizer = tokenizer_of(artifact, self._session)
-        self._waiting: queue.Queue[Any] = queue.Queue(int(values["queue"]))
-        self._worker = threading.Thread(target=self._work, daemon=True)
-        self._worker.start()
+        tokenizer = tokenizer_of(artifact, self._session)
+        self._server = Server(self._session, tokenizer, self._name, int(values["sequences"]), self._most)
 
     def execute(self, requests: list[Any]) -> None:
         """Queue requests; a full queue refuses at once."""
         for request in requests:
             sender = request.get_response_sender()
             try:
-                asked = _read(request)
-                self._waiting.put_nowait((request, sender, asked))
+                self._server.submit(_chat(request, sender))
             except queue.Full:
-                _fail(sender, f"{self._name} is busy: {self._waiting.maxsize} requests are waiting", "UNAVAILABLE")
+                _fail(sender, f"{self._name} is busy: {self._most} requests are waiting", "UNAVAILABLE")
             except InputError as error:
                 _fail(sender, str(error), "INVALID_ARG")
 
     def finalize(self) -> None:
-        """Let the worker end what it is at, and free the model."""
-        self._waiting.put(None)
-        self._worker.join()
+        """Answer what is queued, and free the model."""
+        self._server.close()
         self._session.close()
 
-    def _work(self) -> None:
-        while (item := self._waiting.get()) is not None:
-            request, sender, asked = item
-            try:
-                self._answer(request, sender, asked)
-            except CancelledError:
-                _fail(sender, "the request was cancelled", "CANCELLED")
-            except InputError as error:
-                _fail(sender, str(error), "INVALID_ARG")
-            except Exception as error:  # one request must not end the server
-                known = isinstance(error, ExportError)
-                _fail(sender, str(error) if known else f"{type(error).__name__}: {error}", "INTERNAL")
 
-    def _answer(self, request: Any, sender: Any, asked: dict[str, Any]) -> None:
-        sent = 0
+def _chat(request: Any, sender: Any) -> Chat:
+    """A request as a chat whose answer goes to `sender`; InputError where it cannot be read."""
+    asked = _read(request)
 
-        def on_text(text: str) -> None:
-            nonlocal sent
-            if sender.is_cancelled():
-                raise CancelledError
-            if asked["stream"] and text:
-                sender.send(_response(text, "", 0))
-                sent += 1
+    def on_text(text: str) -> None:
+        if sender.is_cancelled():
+            raise CancelledError
+        if asked["stream"] and text:
+            sender.send(_response(text, "", 0))
 
-        on_text("")
-        found = answer(
-            self._session, self._tokenizer, self._name, asked["messages"], asked["thinking"], asked["sampling"], on_text
-        )
-        reason = {"end": "stop"}.get(found["stop"], found["stop"])
+    def on_end(found: dict[str, Any]) -> None:
+        reason = "stop" if found["stop"] == "end" else found["stop"]
         sender.send(_response("" if asked["stream"] else found["text"], reason, found["new_tokens"]), flags=_FINAL)
+
+    def on_error(error: Exception) -> None:
+        if isinstance(error, CancelledError):
+            _fail(sender, "the request was cancelled", "CANCELLED")
+        elif isinstance(error, ExportError):
+            _fail(sender, str(error), "INVALID_ARG")
+        else:
+            _fail(sender, f"{type(error).__name__}: {error}", "INTERNAL")
+
+    return Chat(asked["messages"], asked["thinking"], asked["sampling"], on_text, on_end, on_error)
 
 
 def _read(request: Any) -> dict[str, Any]:

@@ -1,0 +1,126 @@
+"""Repositories that a real tritonserver runs: what it answers is what `run` answers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen3_export.run.generate import Sampling, chat
+from qwen3_export.ship.triton import REQUIREMENTS
+from tests.cli.helpers import call
+from tests.serving import tritonserver
+from tests.serving.client_questions import QUESTIONS
+
+TOKENS = 12
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> tritonserver.Environment:
+    needed = " ".join(dict.fromkeys(f"{REQUIREMENTS['onnx']} {REQUIREMENTS['gguf']}".split()))
+    return tritonserver.make(tmp_path_factory.mktemp("triton"), needed)
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    base = tmp_path_factory.mktemp("served")
+    made = {"onnx": base / "onnx", "gguf": base / "model.gguf", "folder": base / "folder"}
+    for command in (
+        ("onnx", "reference-model", "--recipe", "rtn-w4a16-g32", "--accuracy-level", "0", "--output", made["onnx"]),
+        ("gguf", "reference-model", "--type", "q8_0", "--output", made["gguf"]),
+        ("quantize", "reference-model", "--recipe", "rtn-w4a16-g128", "--output", made["folder"]),
+    ):
+        outcome = call(*command)
+        assert outcome.code == 0, outcome.err
+    return made
+
+
+def ask(environment: tritonserver.Environment, repository: Path, log: Path) -> dict[str, Any]:
+    with tritonserver.serving(environment, repository, "qwen3", log) as (http, grpc):
+        script = Path(__file__).with_name("client.py")
+        command = [environment.python, script, http, grpc, "qwen3", repository, str(TOKENS)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr + log.read_text()[-2000:]
+        found = json.loads(done.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+def expected(artifact: Path) -> list[str]:
+    """What `run` answers to every question."""
+    sampling = Sampling(max_new_tokens=TOKENS)
+    asked = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    return [chat(artifact, messages, False, sampling)["text"] for messages in asked]
+
+
+@pytest.mark.parametrize("kind", ["onnx", "gguf"])
+def test_server_answers_as_run_does(
+    kind: str, environment: tritonserver.Environment, artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    repository = tmp_path / "repository"
+    outcome = call(
+        "triton", artifacts[kind], "--output", repository, "--queue", "4", "--sequences", "4", "--threads", "1"
+    )
+    assert outcome.code == 0, outcome.err
+    found, wanted = ask(environment, repository, tmp_path / "log"), expected(artifacts[kind])
+    assert found["backend"] == "python"
+    assert found["decoupled"] is True
+    for key in ("generate", "chat", "after"):
+        code, text = found[key]
+        assert code == 200, text
+        assert json.loads(text)["text_output"] == wanted[0], key
+    pieces = [json.loads(line.removeprefix("data: ")) for line in found["stream"][1].splitlines() if line]
+    assert "".join(piece["text_output"] for piece in pieces) == wanted[0]
+    assert len(pieces) > 3
+    assert pieces[-1]["finish_reason"] in ("stop", "length")
+    answered = [item.get("text_output") for item in found["together"]]
+    assert all(text in (want, None) for text, want in zip(answered, wanted, strict=True))
+    assert sum(text is not None for text in answered) >= 4
+    assert found["grpc"]["text"] == wanted[0], found["grpc"]
+    assert found["grpc"]["pieces"] > 3
+    assert found["cancelled"]["reason"] == "cancelled"
+    assert [code for code, _ in found["bad"]].count(200) == 0
+    assert all("Traceback" not in text and "unexpected" not in text for _, text in found["bad"])
+    assert found["flood"]["other"] == 0
+    assert found["flood"]["answered"] > 0
+    assert found["flood"]["busy"] > 0
+
+
+def test_a_quantized_folder_is_laid_out_for_vllm(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    outcome = call("triton", artifacts["folder"], "--output", repository, "--name", "q", "--mount", "/srv", "--json")
+    assert outcome.json["backend"] == "vllm"
+    engine = json.loads((repository / "q/1/model.json").read_text())
+    assert engine["model"] == "/srv/q/1/model"
+    assert (repository / "q/1/model/config.json").read_bytes() == (artifacts["folder"] / "config.json").read_bytes()
+    assert 'backend: "vllm"' in (repository / "q/config.pbtxt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("--name", "a/b"), "--name"),
+        (("--queue", "0"), "--queue"),
+        (("--sequences", "0"), "--sequences"),
+        (("--instances", "-3"), "--instances"),
+        (("--threads", "100000"), "--threads"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(
+    options: tuple[str, str], word: str, artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    outcome = call("triton", artifacts["gguf"], "--output", tmp_path / "repository", *options)
+    assert outcome.code == 2
+    assert word in outcome.err
+    assert not (tmp_path / "repository").exists()
+
+
+def test_no_artifact_no_repository(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no model")
+    for artifact in (tmp_path / "file", tmp_path, tmp_path / "missing"):
+        outcome = call("triton", artifact, "--output", tmp_path / "repository")
+        assert outcome.code == 2, outcome.err
+        assert str(artifact) in outcome.err
