@@ -19,13 +19,16 @@ Supports = Callable[[QuantScheme], str | None]
 _WEIGHTS = (".data", ".gguf", ".plan")
 
 
-def check_schemes(checkpoint: Checkpoint, supports: Supports, target: str) -> None:
-    """Raise UnsupportedError for the first tensor that a target cannot hold."""
-    reasons: dict[QuantScheme, str | None] = {}
+def check_schemes(
+    checkpoint: Checkpoint, supports: Supports, target: str, supports_experts: Supports | None = None
+) -> None:
+    """Raise UnsupportedError for the first tensor that a target cannot hold; experts may have rules of their own."""
+    reasons: dict[tuple[QuantScheme, bool], str | None] = {}
     for name, scheme in checkpoint.schemes.items():
-        if scheme not in reasons:
-            reasons[scheme] = supports(scheme)
-        if reason := reasons[scheme]:
+        expert = supports_experts is not None and ".experts." in name
+        if (scheme, expert) not in reasons:
+            reasons[scheme, expert] = supports_experts(scheme) if expert and supports_experts else supports(scheme)
+        if reason := reasons[scheme, expert]:
             raise UnsupportedError(
                 f"{name} ({scheme.label}) cannot be exported to {target}: {reason}",
                 "quantize again with a recipe that fits, e.g. gptq-w4a16-g128 or gptq-w4a16-g32",

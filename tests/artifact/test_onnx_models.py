@@ -28,7 +28,7 @@ from tests.artifact.support import (
     random_ids,
     round_to_nearest,
 )
-from tests.conftest import random_tensors, tiny_config, tiny_moe_config
+from tests.conftest import random_tensors, tiny_config
 
 BITS = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 
@@ -172,13 +172,6 @@ def test_group_of_512_is_refused(make_checkpoint: Callable, tmp_path: Path) -> N
     with pytest.raises(UnsupportedError, match="512"):
         export_onnx(checkpoint, tmp_path / "out" / "onnx")
     assert not (tmp_path / "out").exists()
-
-
-def test_experts_are_refused(make_checkpoint: Callable, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="mixture-of-experts") as caught:
-        export_onnx(open_checkpoint(make_checkpoint(tiny_moe_config())), tmp_path / "out" / "onnx")
-    assert "gguf" in caught.value.hint
-    assert not list((tmp_path / "out").glob("*"))
 
 
 @pytest.mark.parametrize("options", [{"flavor": "tflite"}, {"precision": "fp8"}])

@@ -18,7 +18,7 @@ from qwen3_export.core.manifest import file_list, staged_folder, to_json, write_
 from qwen3_export.core.progress import Progress
 from qwen3_export.errors import InputError
 from qwen3_export.ship.exactness import cast_errors
-from qwen3_export.ship.onnx import ort_ops, standard_ops
+from qwen3_export.ship.onnx import experts, ort_ops, standard_ops
 from qwen3_export.ship.onnx.decoder import build_decoder
 from qwen3_export.ship.onnx.graph import GraphBuilder
 from qwen3_export.ship.result import check_schemes, exactness, export_result, provenance
@@ -46,25 +46,27 @@ def export_onnx(
     for value, choices, option in ((flavor, FLAVORS, "--flavor"), (precision, PRECISIONS, "--precision")):
         if value not in choices:
             raise InputError(f"{option} {value}: one of {', '.join(choices)} was expected")
-    check_schemes(checkpoint, ort_ops.supports if flavor == "ort" else standard_ops.supports, f"onnx ({flavor})")
+    supports = ort_ops.supports if flavor == "ort" else standard_ops.supports
+    check_schemes(checkpoint, supports, f"onnx ({flavor})", experts.supports)
+    experts.sparse_layers(checkpoint)
     inexact = cast_errors(checkpoint, precision)
     with staged_folder(output, force) as folder:
-        write_graph(checkpoint, folder, flavor, precision, accuracy_level, progress)
+        sparse = write_graph(checkpoint, folder, flavor, precision, accuracy_level, progress)
         for path in checkpoint.sidecars():
             shutil.copyfile(path, folder / path.name)
         if flavor == "ort":
             config = genai_config(checkpoint)
             (folder / "genai_config.json").write_text(to_json(config), encoding="utf-8")
-        values = {"flavor": flavor, "precision": precision, **provenance(checkpoint), **exactness(inexact)}
+        values = {"flavor": flavor, "precision": precision, **provenance(checkpoint), **exactness(inexact), **sparse}
         write_manifest(folder, "onnx", values)
         files = file_list(folder)
-    return export_result(output, files, checkpoint, inexact, started)
+    return {**export_result(output, files, checkpoint, inexact, started), **sparse}
 
 
 def write_graph(
     checkpoint: Checkpoint, folder: Path, flavor: str, precision: str, accuracy_level: int | None, progress: Progress
-) -> None:
-    """Write `model.onnx` and its data in one flavor."""
+) -> dict[str, Any]:
+    """Write `model.onnx` and its data in one flavor; says which operators the experts became, where there are any."""
     dtype = PRECISIONS[precision]
     with GraphBuilder(folder, ort_ops.OPSET if flavor == "ort" else standard_ops.OPSET) as graph:
         ops = (
@@ -72,6 +74,19 @@ def write_graph(
         )
         build_decoder(ops, checkpoint, progress)
         graph.save({"qwen3_export.flavor": flavor, "qwen3_export.context": str(checkpoint.config.max_position)})
+    return {"expert_layers": _expert_layers(ops, checkpoint, progress)} if checkpoint.config.sparse_layers else {}
+
+
+def _expert_layers(
+    ops: ort_ops.OrtOps | standard_ops.StandardOps, checkpoint: Checkpoint, progress: Progress
+) -> list[dict[str, Any]]:
+    found = experts.expressions(experts.sparse_layers(checkpoint), ops.not_fused)
+    for item in found:
+        if item["reason"] and isinstance(ops, ort_ops.OrtOps):
+            progress.warn(
+                f"experts of {len(item['layers'])} layers run as a slower {item['operator']}: {item['reason']}"
+            )
+    return found
 
 
 def genai_config(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The Qwen3 decoder as a graph, independent of the operators that a runtime wants.
 
     input_ids ─ embedding ─▶ h ─ [ norm ─ q,k,v ─ head norm ─ rope ─ attention ─ o ─ + h
-                                   norm ─ gate,up ─ silu·up ─ down ─ + h ] × layers ─ norm ─ head ─▶ logits
+                                   norm ─ gate,up ─ silu·up ─ down, or experts ─ + h ] × layers ─ norm ─ head ─▶ logits
 
 A flavor (`ship.onnx`, `ship.standard`) says how a norm, a linear, RoPE and attention are written.
 """
@@ -18,7 +18,7 @@ from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config, block_name
 from qwen3_export.core.tensor import QuantizedTensor
-from qwen3_export.errors import UnsupportedError
+from qwen3_export.ship.onnx.experts import SparseLayer
 from qwen3_export.ship.onnx.graph import GraphBuilder
 
 
@@ -48,6 +48,9 @@ class Flavor(Protocol):
     ) -> ir.Value:
         """Head norms, RoPE, cache and attention: `[batch, sequence, heads * head_dim]`."""
 
+    def experts(self, x: ir.Value, layer: SparseLayer) -> ir.Value:
+        """The MLP of a sparse layer: router, and the sum of the chosen experts."""
+
     def head(self, x: ir.Value, table: QuantizedTensor | NDArray | None) -> ir.Value:
         """Logits in fp32; `table` None when the head is the embedding, which is stored once."""
 
@@ -55,11 +58,6 @@ class Flavor(Protocol):
 def build_decoder(flavor: Flavor, checkpoint: Checkpoint, progress: Progress) -> None:
     """Write the whole decoder into the flavor's graph, reading one tensor at a time."""
     config, graph = checkpoint.config, flavor.graph
-    if config.sparse_layers:
-        raise UnsupportedError(
-            f"{checkpoint.name}: ONNX export of mixture-of-experts models is not supported",
-            "`qwen3-export gguf` exports them",
-        )
     flavor.prepare(config)
     h = flavor.embedding(checkpoint.linear(EMBEDDING))
     delta: ir.Value | None = None
@@ -94,6 +92,8 @@ def _block(
     norms = (_weight(checkpoint, f"{prefix}.self_attn.q_norm"), _weight(checkpoint, f"{prefix}.self_attn.k_norm"))
     mixed = linear("self_attn.o_proj", flavor.attention(qkv, norms, layer))
     h, x = flavor.add_norm(h, mixed, _weight(checkpoint, f"{prefix}.post_attention_layernorm"), f"{short}.post_norm")
+    if checkpoint.config.is_sparse(layer):
+        return h, flavor.experts(x, SparseLayer(checkpoint, layer))
     gate, up = linear("mlp.gate_proj", x), linear("mlp.up_proj", x)
     graph = flavor.graph
     silu = graph.op("Mul", [gate, graph.op("Sigmoid", [gate], f"{short}.sigmoid")], f"{short}.silu")

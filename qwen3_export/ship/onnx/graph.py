@@ -6,7 +6,8 @@ A weight is written when it is mentioned and forgotten at once: the graph keeps 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -52,15 +53,20 @@ class GraphBuilder:
 
         `dtype` and `shape` describe packed sub-byte types, whose `array` is raw bytes.
         """
+        kind = dtype or ir.DataType.from_numpy(array.dtype)
+        return self.weight_parts(name, [array], kind, shape or array.shape)
+
+    def weight_parts(self, name: str, parts: Iterable[NDArray], dtype: ir.DataType, shape: Sequence[int]) -> ir.Value:
+        """As `weight`, for one that comes piece by piece along its first axis; one piece is in memory at a time."""
         if name in self._initializers:
             return self._initializers[name]
         self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
         offset = self._data.tell()
-        self._data.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        kind = dtype or ir.DataType.from_numpy(array.dtype)
-        tensor = ir.ExternalTensor(
-            DATA, offset, array.nbytes, kind, shape=ir.Shape(shape or array.shape), name=name, base_dir=self.folder
-        )
+        for part in parts:
+            self._data.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+        length = self._data.tell() - offset
+        place = ir.Shape(shape)
+        tensor = ir.ExternalTensor(DATA, offset, length, dtype, shape=place, name=name, base_dir=self.folder)
         return self._register(name, tensor)
 
     def constant(self, value: Any, dtype: Any = np.int64) -> ir.Value:
@@ -97,6 +103,16 @@ class GraphBuilder:
         self._nodes.append(ir.node(kind, inputs, attributes=attributes, domain=domain, outputs=values, name=name))
         return values
 
+    @contextmanager
+    def body(self, name: str, inputs: Sequence[tuple[str, ir.DataType, Sequence[int | str]]]) -> Iterator[Body]:
+        """Nodes appended inside belong to the body of a loop; weights and constants stay in the outer graph."""
+        body = Body(name, [_typed(f"{name}.{label}", dtype, shape) for label, dtype, shape in inputs])
+        outer, self._nodes = self._nodes, body.nodes
+        try:
+            yield body
+        finally:
+            self._nodes = outer
+
     def float_weight(self, name: str, array: NDArray, dtype: ir.DataType) -> ir.Value:
         """Store a 16- or 32-bit weight for use as `dtype`; `as_type` then gives it that type.
 
@@ -129,6 +145,25 @@ class GraphBuilder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._data.close()
+
+
+class Body:
+    """The graph inside a Loop, in the making: its inputs, its nodes, and its results in order."""
+
+    def __init__(self, name: str, inputs: list[ir.Value]) -> None:
+        self.name, self.inputs = name, inputs
+        self.nodes: list[ir.Node] = []
+        self._results: list[ir.Value] = []
+
+    def result(self, value: ir.Value, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
+        """Declare a node's value as the next result."""
+        value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
+        self._results.append(value)
+
+    @property
+    def graph(self) -> ir.Graph:
+        """The finished body."""
+        return ir.Graph(self.inputs, self._results, nodes=self.nodes, name=self.name)
 
 
 def _typed(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:

@@ -23,6 +23,8 @@ from qwen3_export.core import pack
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
+from qwen3_export.ship.onnx import qmoe, routed
+from qwen3_export.ship.onnx.experts import SparseLayer
 from qwen3_export.ship.onnx.graph import CONTRIB, GraphBuilder
 from qwen3_export.ship.onnx.padding import TokenOrder
 from qwen3_export.ship.result import not_integer
@@ -203,6 +205,19 @@ class OrtOps:
     def _rotate(self, x: ir.Value, name: str) -> ir.Value:
         inputs = [x, self._positions, self._cos, self._sin]
         return self.graph.op("RotaryEmbedding", inputs, name, CONTRIB, interleaved=0)
+
+    def experts(self, x: ir.Value, layer: SparseLayer) -> ir.Value:
+        """QMoE where it computes what the accuracy level promises, else a loop over the chosen experts."""
+        if self.not_fused(layer):
+            return routed.experts(self.graph, x, layer, self.dtype)
+        scheme = layer.schemes["down_proj"]
+        assert scheme is not None
+        return qmoe.experts(self.graph, x, layer, self._level(scheme), self.dtype)
+
+    def not_fused(self, layer: SparseLayer) -> str | None:
+        """Why a layer's experts are no QMoE, or None when they are."""
+        scheme = layer.schemes["down_proj"]
+        return qmoe.cannot_hold(layer, self._level(scheme) if scheme else 0)
 
     def head(self, x: ir.Value, table: QuantizedTensor | NDArray | None) -> ir.Value:
         """Logits; a tied head multiplies by the one stored embedding table."""

@@ -22,6 +22,8 @@ from qwen3_export.core import pack
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
+from qwen3_export.ship.onnx import routed
+from qwen3_export.ship.onnx.experts import SparseLayer
 from qwen3_export.ship.onnx.graph import GraphBuilder
 from qwen3_export.ship.result import not_integer
 
@@ -195,6 +197,14 @@ class StandardOps:
         shape: list[int | str] = ["batch_size", heads, "total_sequence_length", head_dim]
         self.graph.output(present, f"present.{layer}.{kind}", self.dtype, shape)
         return present
+
+    def experts(self, x: ir.Value, layer: SparseLayer) -> ir.Value:
+        """A loop over the chosen experts."""
+        return routed.experts(self.graph, x, layer, self.dtype)
+
+    def not_fused(self, layer: SparseLayer) -> str | None:
+        """Why a layer's experts are no fused operator."""
+        return "ai.onnx has no operator for experts"
 
     def head(self, x: ir.Value, table: QuantizedTensor | NDArray | None) -> ir.Value:
         """Logits in fp32; a tied head multiplies by the transposed embedding, stored once."""

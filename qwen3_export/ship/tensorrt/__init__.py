@@ -124,6 +124,12 @@ def check_request(checkpoint: Checkpoint, engine: str, capabilities: Sequence[st
     unknown = [name for name in capabilities if name not in CAPABILITIES]
     if unknown or not capabilities:
         raise InputError(f"--sm {' '.join(unknown) or 'without a value'}: known are {', '.join(CAPABILITIES)}")
+    if checkpoint.config.sparse_layers:
+        raise UnsupportedError(
+            f"{checkpoint.name}: a mixture of experts cannot be exported to TensorRT: its experts become a loop over "
+            "the chosen ones, which TensorRT does not take",
+            "`qwen3-export onnx` and `gguf` export it",
+        )
     check_schemes(checkpoint, supports, "TensorRT")
     if "7.5" in capabilities and (checkpoint.schemes or precision == "bf16"):
         raise UnsupportedError("--sm 7.5 has neither int4 nor bf16 kernels", "use 8.0 or later, or fp16 weights")

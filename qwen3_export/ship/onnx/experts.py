@@ -1,0 +1,104 @@
+"""A sparse layer's experts on their way into an ONNX graph: read one at a time, stacked along a first axis.
+
+    router    [experts, hidden]                        fp32 scores, in every flavor
+    codes     [experts, out, in · bits / 8]            one operator's input for all experts of a layer
+    scales    [experts, out, groups]                   zeros likewise
+
+`ship.onnx.qmoe` writes them as ONNX Runtime's fused operator, `ship.onnx.routed` as a loop of plain operators
+over the experts that the tokens chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.qwen3 import ROUTER, block_name
+from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.core.tensor import QuantizedTensor
+from qwen3_export.errors import UnsupportedError
+from qwen3_export.ship.result import not_integer
+
+PARTS = ("gate_proj", "up_proj", "down_proj")
+QMOE, LOOP = "QMoE", "loop of ai.onnx operators"
+Weights = QuantizedTensor | NDArray
+
+
+@dataclass(frozen=True)
+class SparseLayer:
+    """The experts of one layer of a checkpoint; nothing is read before it is asked for."""
+
+    checkpoint: Checkpoint
+    layer: int
+
+    @property
+    def name(self) -> str:
+        """What the layer's nodes are called after."""
+        return f"layer.{self.layer}.experts"
+
+    @property
+    def router(self) -> NDArray[np.float32]:
+        """The router's matrix `[experts, hidden]`."""
+        return self.checkpoint.read(f"{block_name(self.layer)}.{ROUTER}.weight").astype(np.float32)
+
+    @cached_property
+    def schemes(self) -> dict[str, QuantScheme | None]:
+        """Each part's scheme, None for 16 bits; UnsupportedError when the experts of a part differ."""
+        return {part: self._scheme(part) for part in PARTS}
+
+    def _scheme(self, part: str) -> QuantScheme | None:
+        modules = [self.module(expert, part) for expert in range(self.checkpoint.config.num_experts)]
+        first = self.checkpoint.schemes.get(modules[0])
+        for module in modules:
+            if (found := self.checkpoint.schemes.get(module)) != first:
+                labels = [scheme.label if scheme else "16 bits" for scheme in (first, found)]
+                raise UnsupportedError(
+                    f"{module} is {labels[1]}, {modules[0]} {labels[0]}: an ONNX graph stacks a layer's experts",
+                    "give all experts of a layer one scheme, by a rule that matches mlp.experts.*",
+                )
+        return first
+
+    def module(self, expert: int, part: str) -> str:
+        """Name of one expert's matrix."""
+        return f"{block_name(self.layer)}.mlp.experts.{expert}.{part}"
+
+    def read(self, *parts: str) -> Iterator[list[Weights]]:
+        """These matrices of each expert, one expert at a time."""
+        for expert in range(self.checkpoint.config.num_experts):
+            yield [self.checkpoint.linear(self.module(expert, part)) for part in parts]
+
+
+def supports(scheme: QuantScheme) -> str | None:
+    """Why no graph can hold experts in a scheme, or None: what QMoE cannot, plain operators can."""
+    if reason := not_integer(scheme):
+        return reason
+    if scheme.num_bits not in (2, 4, 8):
+        return f"experts of {scheme.num_bits} bits have no place in ONNX: 2, 4 and 8 are packed into whole bytes"
+    if scheme.strategy not in ("group", "channel"):
+        return f"experts with one scale per {scheme.strategy} have no place in ONNX; use group or channel"
+    return None
+
+
+def sparse_layers(checkpoint: Checkpoint) -> list[SparseLayer]:
+    """The checkpoint's layers of experts, checked: UnsupportedError names the first expert that differs."""
+    layers = [SparseLayer(checkpoint, layer) for layer in checkpoint.config.sparse_layers]
+    for layer in layers:
+        _ = layer.schemes
+    return layers
+
+
+def expressions(layers: Sequence[SparseLayer], reason_of: Callable[[SparseLayer], str | None]) -> list[dict[str, Any]]:
+    """For manifest and result: which layers became which operator, and why where it is not the fused one."""
+    groups: dict[str | None, list[int]] = {}
+    for layer in layers:
+        groups.setdefault(reason_of(layer), []).append(layer.layer)
+    return [
+        {"operator": LOOP if reason else QMOE, "layers": numbers, "reason": reason}
+        for reason, numbers in groups.items()
+    ]

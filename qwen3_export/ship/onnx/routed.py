@@ -1,0 +1,163 @@
+"""Experts in ai.onnx operators alone: a loop over the experts that the call's tokens chose.
+
+    scores ─ Softmax ─ TopK ─▶ which experts, which weights       [tokens, k]
+    Unique ─▶ the experts that were chosen at all
+    Loop: tokens of one expert ─ Gemm gate, up ─ silu · up ─ Gemm down ─ · weight ─▶ added to their rows
+
+Codes lie packed in bytes, because no operator gathers 4-bit types; an expert's are unpacked and dequantized when
+its turn comes, so one expert is expanded at a time. A packed row holds its parts one after the other: byte j has
+code j in its lowest bits, code j + row bytes above it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.core.tensor import QuantizedTensor
+from qwen3_export.ship.onnx.experts import PARTS, SparseLayer
+from qwen3_export.ship.onnx.graph import GraphBuilder
+from qwen3_export.ship.onnx.qmoe import router_scores
+
+_INT64, _BOOL, _FLOAT = ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.FLOAT
+
+
+def experts(graph: GraphBuilder, x: ir.Value, layer: SparseLayer, dtype: ir.DataType) -> ir.Value:
+    """The sum of the chosen experts' outputs, in the shape of `x` `[batch, sequence, hidden]`."""
+    config, name, op, constant = layer.checkpoint.config, layer.name, graph.op, graph.constant
+    scores = router_scores(graph, x, layer, dtype)
+    chosen, mix = _chosen(graph, scores, layer, dtype)
+    used = graph.ops("Unique", [op("Reshape", [chosen, constant([-1])], f"{name}.flat")], name, [f"{name}.used"])[0]
+    rows = op("Reshape", [x, constant([-1, config.hidden_size])], f"{name}.rows")
+    # ONNX Runtime adds to rows in fp32 alone.
+    nothing = op(
+        "Mul", [graph.as_type(rows, dtype, _FLOAT, f"{name}.wide"), constant(0, np.float32)], f"{name}.nothing"
+    )
+    stacks = {part: _stored(graph, layer, part, dtype) for part in PARTS}
+    body = _body(graph, layer, (rows, chosen, mix, used), stacks, dtype)
+    count = op("Size", [used], f"{name}.count")
+    total = op("Loop", [count, None, nothing], f"{name}.loop", body=body)
+    total = graph.as_type(total, _FLOAT, dtype, f"{name}.sum")
+    return op("Reshape", [total, op("Shape", [x], f"{name}.shape")], f"{name}.out")
+
+
+def _chosen(graph: GraphBuilder, scores: ir.Value, layer: SparseLayer, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
+    """Which experts, and their weights in fp32: the top k of the softmax over all, normalised if the model says so."""
+    config, name, op = layer.checkpoint.config, f"{layer.name}.choice", graph.op
+    probabilities = op("Softmax", [graph.as_type(scores, dtype, _FLOAT, f"{name}.fp32")], f"{name}.softmax", axis=-1)
+    k = graph.constant([config.experts_per_token])
+    mix, chosen = graph.ops("TopK", [probabilities, k], name, [f"{name}.mix", f"{name}.experts"], axis=-1)
+    if config.norm_topk_prob:
+        mix = op("Div", [mix, op("ReduceSum", [mix, graph.constant([-1])], f"{name}.sum")], f"{name}.normalised")
+    return chosen, mix
+
+
+Stack = tuple[ir.Value, ir.Value | None, ir.Value | None]
+
+
+def _stored(graph: GraphBuilder, layer: SparseLayer, part: str, dtype: ir.DataType) -> Stack:
+    """One matrix of all experts: codes, scales and zero points; or the 16-bit matrices alone."""
+    config, scheme, name = layer.checkpoint.config, layer.schemes[part], f"{layer.name}.{part}"
+    rows, width = config.linear_shapes(layer.layer)[f"mlp.experts.0.{part}"]
+    if scheme is None:
+        kind = layer.checkpoint.entry(f"{layer.module(0, part)}.weight").dtype
+        keep = ir.DataType.from_numpy(kind) if kind.itemsize == 2 and dtype == _FLOAT else dtype
+        plain = (tensors[0].astype(keep.numpy()) for tensors in layer.read(part) if isinstance(tensors[0], np.ndarray))
+        return graph.weight_parts(f"{name}.weight", plain, keep, (config.num_experts, rows, width)), None, None
+    scales: list[NDArray] = []
+    zeros: list[NDArray] = []
+
+    def codes(bits: int) -> Iterator[NDArray]:
+        for (tensor,) in layer.read(part):
+            assert isinstance(tensor, QuantizedTensor)
+            scales.append(tensor.scales.astype(dtype.numpy()))
+            midpoint = np.full(tensor.scales.shape, tensor.scheme.midpoint, np.uint8)
+            zeros.append(midpoint if tensor.zeros is None else tensor.zeros)
+            yield _packed(tensor.codes, bits)
+
+    shape = (config.num_experts, rows, width * scheme.num_bits // 8)
+    packed = graph.weight_parts(f"{name}.codes", codes(scheme.num_bits), ir.DataType.UINT8, shape)
+    points = np.stack(zeros)
+    shared = graph.constant(scheme.midpoint, np.uint8) if scheme.symmetric else graph.weight(f"{name}.zeros", points)
+    return packed, graph.weight(f"{name}.scales", np.stack(scales)), shared
+
+
+def _packed(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Parts of a row on top of each other in its bytes."""
+    per_byte = 8 // bits
+    parts = codes.reshape(len(codes), per_byte, -1)
+    packed = parts[:, 0].copy()
+    for i in range(1, per_byte):
+        packed |= parts[:, i] << np.uint8(i * bits)
+    return packed
+
+
+def _body(
+    graph: GraphBuilder,
+    layer: SparseLayer,
+    outer: tuple[ir.Value, ir.Value, ir.Value, ir.Value],
+    stacks: dict[str, Stack],
+    dtype: ir.DataType,
+) -> ir.Graph:
+    """What happens in one expert's turn; the sum so far goes in and comes out."""
+    rows, chosen, mix, used = outer
+    name, op, constant = f"{layer.name}.turn", graph.op, graph.constant
+    hidden = layer.checkpoint.config.hidden_size
+    with graph.body(name, [("turn", _INT64, []), ("go_on", _BOOL, []), ("sum", _FLOAT, ["tokens", hidden])]) as body:
+        turn, go_on, total = body.inputs
+        expert = op("Gather", [used, turn], f"{name}.expert", axis=0)
+        places = op("NonZero", [op("Equal", [chosen, expert], f"{name}.here")], f"{name}.places")
+        tokens = op("Gather", [places, constant(0)], f"{name}.tokens", axis=0)
+        own = op("Gather", [rows, tokens], f"{name}.rows", axis=0)
+        weights = op("GatherND", [mix, op("Transpose", [places], f"{name}.pairs", perm=[1, 0])], f"{name}.weights")
+
+        def linear(value: ir.Value, part: str) -> ir.Value:
+            matrix = _matrix(graph, stacks[part], layer.schemes[part], expert, f"{name}.{part}", dtype)
+            return op("Gemm", [value, matrix], f"{name}.{part}", transB=1)
+
+        gate, up = linear(own, "gate_proj"), linear(own, "up_proj")
+        silu = op("Mul", [gate, op("Sigmoid", [gate], f"{name}.sigmoid")], f"{name}.silu")
+        down = linear(op("Mul", [silu, up], f"{name}.glu"), "down_proj")
+        column = op("Unsqueeze", [weights, constant([1])], f"{name}.column")
+        weighed = op("Mul", [graph.as_type(down, dtype, _FLOAT, f"{name}.fp32"), column], f"{name}.weighed")
+        at = op("Unsqueeze", [tokens, constant([1])], f"{name}.at")
+        grown = op("ScatterND", [total, at, weighed], f"{name}.grown", reduction="add")
+        body.result(op("Identity", [go_on], f"{name}.go_on"), _BOOL, [])
+        body.result(grown, _FLOAT, ["tokens", hidden])
+    return body.graph
+
+
+def _matrix(
+    graph: GraphBuilder, stack: Stack, scheme: QuantScheme | None, expert: ir.Value, name: str, dtype: ir.DataType
+) -> ir.Value:
+    """One expert's matrix `[out, in]` in the type of activations."""
+    op, constant = graph.op, graph.constant
+    stored, scales, zeros = stack
+    one = op("Gather", [stored, expert], f"{name}.stored", axis=0)
+    if scheme is None or scales is None or zeros is None:
+        return graph.as_type(one, stored.dtype, dtype, f"{name}.cast")
+    parts = [one]
+    if scheme.num_bits < 8:
+        mask = constant(scheme.max_code, np.uint8)
+        shifts = range(0, 8, scheme.num_bits)
+        moved = [
+            op("BitShift", [one, constant(i, np.uint8)], f"{name}.shift.{i}", direction="RIGHT") if i else one
+            for i in shifts
+        ]
+        parts = [op("BitwiseAnd", [part, mask], f"{name}.part.{i}") for i, part in zip(shifts, moved, strict=True)]
+    codes = parts[0] if len(parts) == 1 else op("Concat", parts, f"{name}.codes", axis=1)
+    scale = op("Gather", [scales, expert], f"{name}.scale", axis=0)
+    if scheme.symmetric:
+        zero = op("Expand", [zeros, op("Shape", [scale], f"{name}.grid")], f"{name}.zero")
+    else:
+        zero = op("Gather", [zeros, expert], f"{name}.zero", axis=0)
+    if scheme.strategy == "channel":
+        flat = constant([-1])
+        scale, zero = (op("Reshape", [v, flat], f"{name}.{n}.flat") for v, n in ((scale, "scale"), (zero, "zero")))
+        return op("DequantizeLinear", [codes, scale, zero], f"{name}.matrix", axis=0)
+    size = int(scheme.group_size or 0)
+    return op("DequantizeLinear", [codes, scale, zero], f"{name}.matrix", axis=1, block_size=size)
