@@ -3,46 +3,111 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qwen3_export.cli.app import Force, Json, Quiet, Source, Verbose, app, console
 from qwen3_export.cli.console import Console, fields, size
+from qwen3_export.cli.solve import parse_bytes
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.manifest import refuse_existing
 from qwen3_export.core.process import uninterrupted
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
-from qwen3_export.errors import MissingRuntimeError
+from qwen3_export.errors import InputError, MissingRuntimeError
+
+if TYPE_CHECKING:
+    from qwen3_export.solve.job import Settings
 
 RecipeOption = Annotated[str | None, typer.Option(help="Quantize a 16-bit source with this recipe first.")]
+# What quantizing on the way takes; None is quantize's own default, and says that nothing was asked for.
+Calibration = Annotated[str | None, typer.Option(help="With --recipe: as for quantize (default: bundled).")]
+Samples = Annotated[int | None, typer.Option(min=1, help="With --recipe: calibration rows.")]
+SequenceLength = Annotated[int | None, typer.Option(min=16, help="With --recipe: tokens per row.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="With --recipe: chooses the calibration rows.")]
+Memory = Annotated[str | None, typer.Option(help="With --recipe: refuse to start when more is needed, e.g. 8GiB.")]
+Device = Annotated[str | None, typer.Option(help="With --recipe: `cpu` or `cuda`.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="With --recipe: threads of quantizing.")]
+Resume = Annotated[
+    bool | None, typer.Option("--resume/--no-resume", help="With --recipe: go on with an interrupted run.")
+]
+Check = Callable[[Checkpoint], object]
+
+
+@dataclass(frozen=True)
+class Quantizing:
+    """`quantize`'s options for an export with a recipe; None where nothing was asked for."""
+
+    calibration: str | None = None
+    samples: int | None = None
+    sequence_length: int | None = None
+    seed: int | None = None
+    memory: str | None = None
+    device: str | None = None
+    threads: int | None = None
+    resume: bool | None = None
+
+    def settings(self, recipe: str | None) -> Settings:
+        """How to quantize; InputError for options without a recipe, and for values that cannot be."""
+        given: dict[str, Any] = {name: value for name, value in asdict(self).items() if value is not None}
+        if recipe is None and given:
+            raise InputError(
+                f"--{next(iter(given)).replace('_', '-')} is about quantizing, and there is no --recipe",
+                "add --recipe NAME, or leave it away",
+            )
+        if given.get("device", "cpu") not in ("cpu", "cuda"):
+            raise InputError(f"--device {given['device']}: cpu or cuda was expected")
+        if "memory" in given:
+            given["memory"] = parse_bytes(given["memory"])
+        from qwen3_export.solve.job import Settings
+
+        return Settings(**given)
 
 
 @contextmanager
-def _prepared(source: str, recipe: str | None, output: Path, force: bool, show: Console) -> Iterator[Checkpoint]:
-    """The source, or, with a recipe, a quantized copy of it beside the output that is removed afterwards."""
+def _prepared(
+    source: str,
+    recipe: str | None,
+    options: Quantizing,
+    output: Path,
+    force: bool,
+    show: Console,
+    check: Check,
+) -> Iterator[Checkpoint]:
+    """The source, or, with a recipe, a quantized copy of it beside the output that is removed afterwards.
+
+    `check` is the export's own check, made before anything is quantized. An interrupted run's finished blocks are
+    kept in `OUTPUT.quantized.partial/`, from which the same command goes on.
+    """
     checkpoint = open_source(source)
     refuse_existing(output, force)
+    settings = options.settings(recipe)
     if recipe is None:
+        check(checkpoint)
         yield checkpoint
         return
     with uninterrupted():
-        from qwen3_export.solve.job import Settings
+        from qwen3_export.plan import check_target
         from qwen3_export.solve.quantize import quantize
 
     chosen = load_recipe(recipe)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.quantized-", dir=output.parent))
+    check_target(checkpoint, chosen, settings, check)
+    folder = output.with_name(f"{output.name}.quantized.partial")
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        quantize(checkpoint, chosen, folder / checkpoint.name, Settings(), show)
+        quantize(checkpoint, chosen, folder / checkpoint.name, settings, show)
         yield open_source(str(folder / checkpoint.name))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder)
+    except BaseException:
+        if not any(folder.glob("*.partial/state/progress.json")):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 @app.command(
@@ -64,6 +129,14 @@ def onnx(
         ),
     ] = None,
     recipe: RecipeOption = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    sequence_length: SequenceLength = None,
+    seed: Seed = None,
+    memory: Memory = None,
+    device: Device = None,
+    threads: Threads = None,
+    resume: Resume = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -71,10 +144,12 @@ def onnx(
 ) -> None:
     """Write an ONNX folder for onnxruntime and onnxruntime-genai; codes land unchanged."""
     _need("onnx_ir", "onnx")
-    from qwen3_export.ship.onnx import export_onnx
+    from qwen3_export.ship.onnx import check_request, export_onnx
 
     show = console(json, quiet, verbose)
-    with _prepared(source, recipe, output, force, show) as checkpoint:
+    options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume)
+    check = partial(check_request, flavor=flavor, precision=precision)
+    with _prepared(source, recipe, options, output, force, show, check) as checkpoint:
         result = export_onnx(checkpoint, output, flavor, precision, accuracy_level, force, show)
     show.result(result, lambda: _exported(result))
 
@@ -87,6 +162,14 @@ def gguf(
         str | None, typer.Option("--type", help="bf16, f16, q8_0, q4_0, q4_1 (default: what holds the codes).")
     ] = None,
     recipe: RecipeOption = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    sequence_length: SequenceLength = None,
+    seed: Seed = None,
+    memory: Memory = None,
+    device: Device = None,
+    threads: Threads = None,
+    resume: Resume = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -94,10 +177,12 @@ def gguf(
 ) -> None:
     """Write a GGUF file for llama.cpp; codes are repacked bit for bit."""
     _need("gguf", "gguf")
-    from qwen3_export.ship.gguf import export_gguf
+    from qwen3_export.ship.gguf import check_request, export_gguf
 
     show = console(json, quiet, verbose)
-    with _prepared(source, recipe, output, force, show) as checkpoint:
+    options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume)
+    check = partial(check_request, type_name=type_name)
+    with _prepared(source, recipe, options, output, force, show, check) as checkpoint:
         result = export_gguf(checkpoint, output, type_name, force, show)
     show.result(result, lambda: _exported(result))
 
@@ -116,6 +201,14 @@ def tensorrt(
     max_prompt: Annotated[int | None, typer.Option(min=1, help="Longest prompt at once (default 1024).")] = None,
     max_context: Annotated[int | None, typer.Option(min=1, help="Longest cache (default 4096).")] = None,
     recipe: RecipeOption = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    sequence_length: SequenceLength = None,
+    seed: Seed = None,
+    memory: Memory = None,
+    device: Device = None,
+    threads: Threads = None,
+    resume: Resume = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -123,13 +216,14 @@ def tensorrt(
 ) -> None:
     """Write an ONNX for TensorRT and build its plan ahead of time."""
     _need("onnx_ir", "tensorrt")
-    from qwen3_export.ship.tensorrt import DEFAULT_CAPABILITIES, Profile, export_tensorrt
+    from qwen3_export.ship.tensorrt import DEFAULT_CAPABILITIES, Profile, check_request, export_tensorrt
 
-    show = console(json, quiet, verbose)
-    with _prepared(source, recipe, output, force, show) as checkpoint:
+    show, capabilities = console(json, quiet, verbose), tuple(sm) if sm else DEFAULT_CAPABILITIES
+    options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume)
+    check = partial(check_request, engine=engine, capabilities=capabilities, precision=precision)
+    with _prepared(source, recipe, options, output, force, show, check) as checkpoint:
         context = checkpoint.config.max_position
         profile = Profile(max_prompt or min(1024, context), max_context or min(4096, context))
-        capabilities = tuple(sm) if sm else DEFAULT_CAPABILITIES
         result = export_tensorrt(checkpoint, output, engine, capabilities, precision, profile, force, show)
     show.result(result, lambda: _exported(result))
 

@@ -42,20 +42,17 @@ def quantize(
     progress, started = progress or Progress(), time.monotonic()
     checkpoint.hash_ahead()
     refuse_existing(output.absolute(), settings.force)
-    if checkpoint.is_quantized:
-        raise InputError(f"{checkpoint.folder} is quantized already", "give the 16-bit original")
+    settings = replace(settings, layout=settings.layout or recipe.layout)
+    assert settings.layout is not None
+    check_recipe(checkpoint, recipe, settings.layout)
     plain = settings.device == "cpu" and rtn_without_torch.serves(checkpoint, recipe)
     if plain:
         rtn_without_torch.import_loops()
     else:
         import_torch()
-        _check_device(settings.device)
+        check_device(settings.device)
     method, options = load_method(recipe)
-    settings = replace(settings, layout=settings.layout or recipe.layout)
-    assert settings.layout is not None
-    recipe.check_against(checkpoint.config.all_matrices())
-    _check_layout(checkpoint, recipe, settings.layout)
-    rows = _calibration(checkpoint, recipe, settings, progress) if _needs_inputs(recipe, method, options) else None
+    rows = calibration_of(checkpoint, recipe, settings, progress) if needs_inputs(recipe, method, options) else None
     original = method.needs_original(options)
     floor = recipe.experts.floor(checkpoint.config.expert_width)
     outputs = method.needs_outputs(options)
@@ -93,7 +90,19 @@ def quantize(
     return result_of(output, manifest, resumed, time.monotonic() - started)
 
 
-def _check_device(device: str) -> None:
+def check_recipe(checkpoint: Checkpoint, recipe: Recipe, layout_name: str) -> None:
+    """Everything about model, recipe and layout that can be known before the long work, without torch.
+
+    Raises InputError or RecipeError with the first thing that does not fit.
+    """
+    if checkpoint.is_quantized:
+        raise InputError(f"{checkpoint.folder} is quantized already", "give the 16-bit original")
+    recipe.check_against(checkpoint.config.all_matrices())
+    _check_layout(checkpoint, recipe, layout_name)
+
+
+def check_device(device: str) -> None:
+    """Raise MissingRuntimeError when torch cannot use the device."""
     import torch
 
     if device != "cpu" and not torch.cuda.is_available():
@@ -102,7 +111,7 @@ def _check_device(device: str) -> None:
         )
 
 
-def _needs_inputs(recipe: Recipe, method: ModuleType, options: Any) -> bool:
+def needs_inputs(recipe: Recipe, method: ModuleType, options: Any) -> bool:
     """Whether the calibration rows must run through the model: for the method, a fold, or static input scales."""
     static = any(rule.scheme and rule.scheme.activations == "static-tensor" for rule in recipe.rules)
     return static or method.needs_inputs(options) or fold_of(options) != "none"
@@ -127,7 +136,8 @@ def _check_layout(checkpoint: Checkpoint, recipe: Recipe, name: str) -> None:
     chosen.config(schemes, list(checkpoint.config.all_linears()))
 
 
-def _calibration(checkpoint: Checkpoint, recipe: Recipe, settings: Settings, progress: Progress) -> Rows:
+def calibration_of(checkpoint: Checkpoint, recipe: Recipe, settings: Settings, progress: Progress) -> Rows:
+    """The calibration rows that the settings ask for; InputError when there is no text for them."""
     samples, length = settings.size(recipe)
     if length > checkpoint.config.max_position:
         raise InputError(f"--sequence-length {length}: the model has {checkpoint.config.max_position} positions")

@@ -13,6 +13,8 @@ by `token_embd`, so a tied matrix is stored once.
 from __future__ import annotations
 
 import json
+import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -101,17 +103,47 @@ def export_gguf(
     Raises UnsupportedError, before anything is written, when the codes do not fit.
     """
     started, progress = time.monotonic(), progress or Progress()
-    if type_name is not None and type_name not in TYPES:
-        raise InputError(f"--type {type_name}: one of {', '.join(TYPES)} was expected")
-    check_architecture(checkpoint.config)
-    check_schemes(checkpoint, supports, "GGUF")
-    wanted = _wanted_type(checkpoint, type_name)
+    wanted = _checked_type(checkpoint, type_name)
     inexact: list[Inexact] = []
     plan = list(_plan(checkpoint, wanted, inexact))
     with staged_file(output, force) as partial:
         _write(checkpoint, partial, plan, _FILE_TYPES[wanted], progress)
     files = [{"path": output.name, "bytes": output.stat().st_size, "sha256": sha256_file(output)}]
     return export_result(output, files, checkpoint, inexact, started)
+
+
+def _checked_type(checkpoint: Checkpoint, type_name: str | None) -> Type:
+    """What the file is called after; raises what `check_request` raises."""
+    if type_name is not None and type_name not in TYPES:
+        raise InputError(f"--type {type_name}: one of {', '.join(TYPES)} was expected")
+    check_architecture(checkpoint.config)
+    check_schemes(checkpoint, supports, "GGUF")
+    return _wanted_type(checkpoint, type_name)
+
+
+def check_request(checkpoint: Checkpoint, type_name: str | None = None) -> None:
+    """Everything that can be known before the long work; a recipe's target is checked by it too, before quantizing.
+
+    Raises InputError for an unknown type, UnsupportedError for the first tensor that does not fit.
+    """
+    for _ in _plan(checkpoint, _checked_type(checkpoint, type_name), []):
+        pass
+
+
+def planned_bytes(checkpoint: Checkpoint, type_name: str | None = None) -> int:
+    """Size of the file that an export would write, from shapes alone: header and tensors."""
+    wanted = _checked_type(checkpoint, type_name)
+    plan = list(_plan(checkpoint, wanted, []))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "header.gguf"
+        writer = gguf.GGUFWriter(path, ARCHITECTURES[checkpoint.config.model_type])
+        add_metadata(writer, checkpoint, _FILE_TYPES[wanted])
+        _add_tensor_infos(writer, plan)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        return path.stat().st_size + sum(_stored_bytes(item) for item in plan)
 
 
 def _wanted_type(checkpoint: Checkpoint, type_name: str | None) -> Type:
@@ -258,10 +290,7 @@ def _write(checkpoint: Checkpoint, path: Path, plan: list[Planned], file_type: i
         writer.add_string("qwen3_export.recipe", origin["quantized"]["recipe"])
         if origin["experts"] is not None:
             writer.add_string(GGUF_KEY, json.dumps(origin["experts"]))
-    for item in plan:
-        shape, dtype = _stored_shape(item)
-        nbytes = int(np.prod(shape)) * dtype.itemsize
-        writer.add_tensor_info(item.name, shape, dtype, nbytes, raw_dtype=item.type)
+    _add_tensor_infos(writer, plan)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -276,6 +305,17 @@ def _write(checkpoint: Checkpoint, path: Path, plan: list[Planned], file_type: i
         raise
     finally:
         writer.close()
+
+
+def _add_tensor_infos(writer: gguf.GGUFWriter, plan: list[Planned]) -> None:
+    for item in plan:
+        shape, dtype = _stored_shape(item)
+        writer.add_tensor_info(item.name, shape, dtype, _stored_bytes(item), raw_dtype=item.type)
+
+
+def _stored_bytes(item: Planned) -> int:
+    shape, dtype = _stored_shape(item)
+    return math.prod(shape) * dtype.itemsize
 
 
 def _stored_shape(item: Planned) -> tuple[tuple[int, ...], np.dtype]:

@@ -43,12 +43,7 @@ def export_onnx(
     Raises UnsupportedError, before anything is written, when a tensor's scheme does not fit.
     """
     started, progress = time.monotonic(), progress or Progress()
-    for value, choices, option in ((flavor, FLAVORS, "--flavor"), (precision, PRECISIONS, "--precision")):
-        if value not in choices:
-            raise InputError(f"{option} {value}: one of {', '.join(choices)} was expected")
-    supports = ort_ops.supports if flavor == "ort" else standard_ops.supports
-    check_schemes(checkpoint, supports, f"onnx ({flavor})", experts.supports)
-    experts.sparse_layers(checkpoint)
+    check_request(checkpoint, flavor, precision)
     inexact = cast_errors(checkpoint, precision)
     with staged_folder(output, force) as folder:
         sparse = write_graph(checkpoint, folder, flavor, precision, accuracy_level, progress)
@@ -61,6 +56,19 @@ def export_onnx(
         write_manifest(folder, "onnx", values)
         files = file_list(folder)
     return {**export_result(output, files, checkpoint, inexact, started), **sparse}
+
+
+def check_request(checkpoint: Checkpoint, flavor: str = "ort", precision: str = "fp32") -> None:
+    """Everything that can be known before the long work; a recipe's target is checked by it too, before quantizing.
+
+    Raises InputError for an unknown option, UnsupportedError for the first tensor that does not fit.
+    """
+    for value, choices, option in ((flavor, FLAVORS, "--flavor"), (precision, PRECISIONS, "--precision")):
+        if value not in choices:
+            raise InputError(f"{option} {value}: one of {', '.join(choices)} was expected")
+    supports = ort_ops.supports if flavor == "ort" else standard_ops.supports
+    check_schemes(checkpoint, supports, f"onnx ({flavor})", experts.supports)
+    experts.sparse_layers(checkpoint)
 
 
 def write_graph(

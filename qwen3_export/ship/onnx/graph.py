@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 MODEL, DATA = "model.onnx", "model.onnx.data"
 CONTRIB = "com.microsoft"
 # Weights start on page boundaries, so that a runtime can map each of them on its own.
-_ALIGNMENT = 4096
+ALIGNMENT = 4096
 _IR_VERSION = 10
 
 
@@ -60,7 +60,7 @@ class GraphBuilder:
         """As `weight`, for one that comes piece by piece along its first axis; one piece is in memory at a time."""
         if name in self._initializers:
             return self._initializers[name]
-        self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
+        self._data.write(b"\0" * (-self._data.tell() % ALIGNMENT))
         offset = self._data.tell()
         for part in parts:
             self._data.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)

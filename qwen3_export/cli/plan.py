@@ -1,0 +1,73 @@
+"""The command that says beforehand what a recipe needs and where its result can go."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from qwen3_export.cli.app import Json, Quiet, Source, Verbose, app, console
+from qwen3_export.cli.console import fields, size, table
+from qwen3_export.cli.solve import parse_bytes
+from qwen3_export.core.recipe import load_recipe
+from qwen3_export.core.source import open_source
+
+
+@app.command(epilog="Example: qwen3-export plan reference-model --recipe gptq-w4a16-g128 --format onnx --memory 8GiB")
+def plan(
+    source: Source,
+    recipe: Annotated[str, typer.Option(help="A shipped recipe's name, or a YAML file.")],
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="A format that must hold the result; repeatable.")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="Impossible when more is needed, e.g. 8GiB.")] = None,
+    calibration: Annotated[str, typer.Option(help="As for quantize.")] = "bundled",
+    samples: Annotated[int | None, typer.Option(min=1, help="Calibration rows (default: the recipe's).")] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=16, help="Tokens per row (default: the recipe's).")] = None,
+    layout: Annotated[str | None, typer.Option(help="Of the quantized folder (default: the recipe's).")] = None,
+    device: Annotated[str, typer.Option(help="`cpu` or `cuda`.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: all.")] = None,
+    time: Annotated[
+        bool, typer.Option("--time/--no-time", help="Time the recipe on a block of random numbers.")
+    ] = True,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say whether a recipe can work, what it needs here and how large its result gets; exit 2 when it cannot."""
+    chosen, checkpoint = load_recipe(recipe), open_source(source)
+    limit = parse_bytes(memory) if memory else None
+    from qwen3_export.plan import plan as run
+    from qwen3_export.solve.job import Settings
+
+    show = console(json, quiet, verbose)
+    settings = Settings(calibration, samples, sequence_length, 0, limit, device, threads, layout=layout)
+    result = run(checkpoint, chosen, tuple(formats or ()), settings, time, show)
+    show.result(result, lambda: _planned(result))
+    if not result["possible"]:
+        raise typer.Exit(2)
+
+
+def _planned(result: dict[str, Any]) -> None:
+    known = {
+        "possible": "yes" if result["possible"] else "no",
+        "peak memory": _size(result["peak_rss_bytes"]),
+        "disk": _size(result["disk_bytes"]),
+        "time": "-" if result["seconds"] is None else f"about {result['seconds']:.0f} s",
+    }
+    fields(known)
+    rows = [
+        [name, "yes" if item["supported"] else "no", _size(item["bytes"]), item["reason"] or item.get("note") or ""]
+        for name, item in result["formats"].items()
+    ]
+    rows += [
+        [name, "yes" if item["supported"] else "no", "", item["reason"] or ""]
+        for name, item in result["runtimes"].items()
+    ]
+    table(["format or runtime", "works", "size", "why not"], rows)
+    for reason in result["reasons"]:
+        print(f"not possible: {reason}")
+
+
+def _size(count: int | None) -> str:
+    return "-" if count is None else size(count)

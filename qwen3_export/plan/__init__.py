@@ -1,0 +1,185 @@
+"""`plan`: can this recipe be solved, exported and run, and what will it take? Nothing is written.
+
+    __init__    the answer: reasons, memory, disk, time
+    formats     every format's verdict and size
+    runtimes    what each runtime takes of a recipe's schemes
+    timing      the recipe itself on a block of random numbers, timed on this machine
+
+It stands above solving and shipping, which never meet elsewhere, and below the command line alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.progress import Progress
+from qwen3_export.core.recipe import Recipe
+from qwen3_export.errors import ExportError, InputError, RecipeError
+from qwen3_export.plan.formats import FORMATS, Verdict, as_quantized, folder_of, unsupported_tensors
+from qwen3_export.plan.runtimes import RUNTIMES
+from qwen3_export.solve.job import Settings
+from qwen3_export.text.rows import Rows
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Peak memory and working disk of a run in bytes, its time in seconds; None where nothing was timed."""
+
+    peak_rss_bytes: int | None = None
+    disk_bytes: int | None = None
+    seconds: float | None = None
+
+
+def plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    formats: Sequence[str] = (),
+    settings: Settings | None = None,
+    measure: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """What a recipe needs and where its result can go: the contract's fields, and `tensors` and `estimate` beside.
+
+    `formats` must all work, else it is impossible; without them one format is enough. `measure` times the recipe on
+    random numbers. Never raises for what cannot work: that is what `possible` and `reasons` say.
+    """
+    settings, progress = settings or Settings(), progress or Progress()
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown:
+        raise InputError(f"--format {unknown[0]}: one of {', '.join(FORMATS)} was expected")
+    reasons = _recipe_reasons(checkpoint, recipe)
+    fits = not reasons
+    folder = folder_of(settings.layout or recipe.layout)
+    quantized = as_quantized(checkpoint, recipe)
+    found = {name: check(quantized) if fits else Verdict(reasons[0]) for name, check in FORMATS.items()}
+    if fits and (reason := found[folder].reason):
+        reasons.append(reason)
+    reasons += [f"{name}: {found[name].reason}" for name in formats if found[name].reason and name != folder]
+    needs = Needs()
+    if fits and not found[folder].reason:
+        with _collecting(reasons):
+            needs = _needs(checkpoint, recipe, settings, measure and not reasons, progress)
+        reasons += _limits(needs, settings)
+    return {
+        "possible": not reasons,
+        "reasons": reasons,
+        "source": checkpoint.name,
+        "recipe": recipe.name,
+        "peak_rss_bytes": needs.peak_rss_bytes,
+        "disk_bytes": needs.disk_bytes,
+        "seconds": needs.seconds,
+        "formats": {name: verdict.to_dict() for name, verdict in found.items()},
+        "runtimes": {name: _runtime(rule(quantized, found)) for name, rule in RUNTIMES.items()},
+        "tensors": unsupported_tensors(quantized) if fits else [],
+    }
+
+
+def _runtime(reason: str | None) -> dict[str, Any]:
+    return {"supported": reason is None, "reason": reason}
+
+
+class _collecting:  # noqa: N801  (used as a statement)
+    """What is wrong inside the block becomes one more reason."""
+
+    def __init__(self, reasons: list[str]) -> None:
+        self._reasons = reasons
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
+        if isinstance(error, ExportError):
+            self._reasons.append(str(error))
+        return isinstance(error, ExportError)
+
+
+def _recipe_reasons(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
+    """Why the recipe cannot be solved on this model: the rules first, then every tensor that does not divide."""
+    reasons: list[str] = []
+    if checkpoint.is_quantized:
+        return [f"{checkpoint.name} is quantized already: give the 16-bit original"]
+    per_reason: dict[str, list[str]] = {}
+    for name, shape in checkpoint.config.all_matrices().items():
+        scheme = recipe.scheme_for(name)
+        try:
+            if scheme is not None:
+                scheme.check_shape(name, shape)
+        except RecipeError as error:
+            reason = str(error).removeprefix(f"{name}: ")
+            per_reason.setdefault(reason, []).append(name)
+    for reason, tensors in per_reason.items():
+        others = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+        reasons.append(f"{tensors[0]}{others}: {reason}")
+    if not reasons:
+        with _collecting(reasons):
+            recipe.check_against(checkpoint.config.all_matrices())
+    return reasons
+
+
+def _needs(checkpoint: Checkpoint, recipe: Recipe, settings: Settings, measure: bool, progress: Progress) -> Needs:
+    """Memory and disk from the model's numbers, time from a trial on this machine; raises what the run would raise."""
+    from qwen3_export.model.workers import import_torch
+    from qwen3_export.solve.blocks import rtn_without_torch
+    from qwen3_export.solve.methods import load_method
+    from qwen3_export.solve.preflight import disk_needed, memory_needed
+    from qwen3_export.solve.quantize import check_device, check_recipe, needs_inputs
+
+    check_recipe(checkpoint, recipe, settings.layout or recipe.layout)
+    plain = settings.device == "cpu" and rtn_without_torch.serves(checkpoint, recipe)
+    if not plain:
+        import_torch()
+        check_device(settings.device)
+    method, options = load_method(recipe)
+    rows = planned_rows(checkpoint, recipe, settings, progress) if needs_inputs(recipe, method, options) else None
+    original, outputs = method.needs_original(options), method.needs_outputs(options)
+    floor = recipe.experts.floor(checkpoint.config.expert_width)
+    outer = any(recipe.scheme_for(module) for module in checkpoint.config.outer_matrices())
+    memory = memory_needed(checkpoint.config, rows, original, floor, outputs, outer, plain)
+    disk = disk_needed(checkpoint, recipe, rows, original, outputs)
+    seconds = None
+    if measure:
+        from qwen3_export.plan.timing import estimate_seconds
+
+        seconds = estimate_seconds(checkpoint, recipe, rows, settings, progress)
+    return Needs(memory, disk, seconds)
+
+
+def planned_rows(checkpoint: Checkpoint, recipe: Recipe, settings: Settings, progress: Progress) -> Rows:
+    """The calibration rows of the run, or as many as are asked for where their text is not at hand yet."""
+    from qwen3_export.solve.quantize import calibration_of
+
+    samples, length = settings.size(recipe)
+    if settings.calibration == "self" or settings.calibration.startswith("hf:"):
+        return Rows((np.zeros(length, np.int32),) * samples, ("",) * samples)
+    return calibration_of(checkpoint, recipe, settings, progress)
+
+
+def _limits(needs: Needs, settings: Settings) -> list[str]:
+    """Reasons from this machine: `--memory`, its own memory."""
+    if needs.peak_rss_bytes is None:
+        return []
+    wanted = needs.peak_rss_bytes / 2**30
+    if settings.memory is not None and needs.peak_rss_bytes > settings.memory:
+        return [f"about {wanted:.2f} GiB of memory are needed, --memory allows {settings.memory / 2**30:.2f} GiB"]
+    return []
+
+
+def check_target(
+    checkpoint: Checkpoint, recipe: Recipe, settings: Settings, check: Callable[[Checkpoint], object]
+) -> None:
+    """Before an export with a recipe quantizes: does recipe fit model, and its result the target? Raises what is wrong.
+
+    `check` is the export's own check of a quantized checkpoint and of its options.
+    """
+    from qwen3_export.solve.quantize import check_recipe
+
+    check_recipe(checkpoint, recipe, settings.layout or recipe.layout)
+    check(as_quantized(checkpoint, recipe))
+    _, length = settings.size(recipe)
+    if length > checkpoint.config.max_position:
+        raise InputError(f"--sequence-length {length}: the model has {checkpoint.config.max_position} positions")

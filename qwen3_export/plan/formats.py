@@ -1,0 +1,167 @@
+"""What every format would make of a recipe's result: whether it can hold each tensor, and how large it gets.
+
+All that is asked of a format is its own check and its own arithmetic, on a checkpoint that has the recipe's schemes
+and the original's shapes: no weight is read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.layouts import layout
+from qwen3_export.core.recipe import Recipe
+from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.errors import ExportError, InputError, MissingRuntimeError
+
+# Manifest: what it says about each quantized tensor, and about everything else.
+_MANIFEST_BYTES, _TENSOR_BYTES, _INDEX_BYTES = 4 << 10, 460, 110
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One format's answer: why it cannot hold the result (None: it can), the bytes it takes, and what to know."""
+
+    reason: str | None = None
+    bytes: int | None = None
+    note: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contract's `{supported, reason, bytes}`; `note` where there is one."""
+        values = {"supported": self.reason is None, "reason": self.reason, "bytes": self.bytes}
+        return values if self.note is None else {**values, "note": self.note}
+
+
+def as_quantized(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """The checkpoint as it will be described when the recipe is done: schemes are there, codes are not."""
+    matrices = checkpoint.config.all_matrices()
+    schemes = {name: scheme for name in matrices if (scheme := recipe.scheme_for(name))}
+    return replace(checkpoint, schemes=schemes, quantization={}, reordered=frozenset())
+
+
+def folder_of(layout_name: str) -> str:
+    """The name of a layout's format."""
+    return layout_name.replace("_", "-")
+
+
+def _folder(name: str) -> Callable[[Checkpoint], Verdict]:
+    """Check and size of a Hugging Face folder in one layout."""
+
+    def check(quantized: Checkpoint) -> Verdict:
+        chosen, shapes = layout(name), quantized.config.all_matrices()
+        reasons = {scheme: chosen.supports(scheme) for scheme in set(quantized.schemes.values())}
+        if reason := _first(quantized, lambda scheme: reasons[scheme]):
+            return Verdict(reason)
+        total, count = 0, 0
+        try:
+            for module, scheme in quantized.schemes.items():
+                specs = chosen.specs(module, shapes[module], scheme)
+                total += sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values())
+                count += len(specs)
+            chosen.config(dict(quantized.schemes), list(quantized.config.all_linears()))
+        except InputError as error:
+            return Verdict(str(error))
+        for tensor in quantized.config.tensor_shapes():
+            if tensor.removesuffix(".weight") not in quantized.schemes:
+                entry = quantized.entry(tensor)
+                total, count = total + entry.end - entry.begin, count + 1
+        records = _MANIFEST_BYTES + _TENSOR_BYTES * len(quantized.schemes) + _INDEX_BYTES * count
+        return Verdict(None, total + _sidecars(quantized) + records)
+
+    return check
+
+
+def _first(quantized: Checkpoint, supports: Callable[[QuantScheme], str | None]) -> str | None:
+    """The reason of the first tensor that does not fit, with its name."""
+    for module, scheme in quantized.schemes.items():
+        if reason := supports(scheme):
+            return f"{module} ({scheme.label}): {reason}"
+    return None
+
+
+def _sidecars(checkpoint: Checkpoint) -> int:
+    return sum(path.stat().st_size for path in (*checkpoint.sidecars(), checkpoint.folder / "config.json"))
+
+
+def _asked(module: str, extra: str, check: Callable[[Checkpoint], Verdict]) -> Callable[[Checkpoint], Verdict]:
+    """A check that needs the format's own library, and turns what it raises into a reason."""
+
+    def answer(quantized: Checkpoint) -> Verdict:
+        if importlib.util.find_spec(module) is None:
+            return Verdict(f"{module} is not installed here: pip install 'qwen3-export[{extra}]'")
+        try:
+            return check(quantized)
+        except ExportError as error:
+            return Verdict(str(error))
+
+    return answer
+
+
+def _onnx(flavor: str) -> Callable[[Checkpoint], Verdict]:
+    def check(quantized: Checkpoint) -> Verdict:
+        from qwen3_export.ship.onnx import check_request
+        from qwen3_export.ship.onnx.size import planned_bytes
+
+        check_request(quantized, flavor)
+        return Verdict(None, planned_bytes(quantized))
+
+    return check
+
+
+def _gguf(quantized: Checkpoint) -> Verdict:
+    from qwen3_export.ship.gguf import check_request, planned_bytes
+
+    check_request(quantized)
+    return Verdict(None, planned_bytes(quantized))
+
+
+def _tensorrt(quantized: Checkpoint) -> Verdict:
+    from qwen3_export.ship.tensorrt import DEFAULT_CAPABILITIES, check_request, planned_bytes
+
+    capabilities = ", ".join(DEFAULT_CAPABILITIES)
+    note = (
+        f"a plan runs on the compute capabilities it is built for ({capabilities} unless --sm says otherwise), "
+        "with the same TensorRT-RTX version, and is built anew for others"
+    )
+    try:
+        check_request(quantized, "rtx", DEFAULT_CAPABILITIES, "fp16")
+    except MissingRuntimeError as error:
+        note = f"{note}; to build it here: {error.hint}"
+    return Verdict(None, planned_bytes(quantized), note)
+
+
+FORMATS: dict[str, Callable[[Checkpoint], Verdict]] = {
+    "compressed-tensors": _folder("compressed-tensors"),
+    "gptq": _folder("gptq"),
+    "awq": _folder("awq"),
+    "fp8": _folder("fp8"),
+    "ggml": _folder("ggml"),
+    "onnx": _asked("onnx_ir", "onnx", _onnx("ort")),
+    "onnx-standard": _asked("onnx_ir", "onnx", _onnx("standard")),
+    "gguf": _asked("gguf", "gguf", _gguf),
+    "tensorrt": _asked("onnx_ir", "tensorrt", _tensorrt),
+}
+
+
+def unsupported_tensors(quantized: Checkpoint) -> list[dict[str, Any]]:
+    """Per scheme of the recipe: how many tensors, one of their names, and which formats cannot hold them, why."""
+    found = []
+    for scheme in dict.fromkeys(quantized.schemes.values()):
+        names = [name for name, other in quantized.schemes.items() if other == scheme]
+        alone = replace(quantized, schemes=dict.fromkeys(names, scheme))
+        reasons = {name: reason for name, check in FORMATS.items() if (reason := check(alone).reason)}
+        shapes = sorted({quantized.config.all_matrices()[name] for name in names})
+        found.append(
+            {
+                "scheme": scheme.label,
+                "count": len(names),
+                "first": names[0],
+                "shapes": [list(shape) for shape in shapes],
+                "unsupported": reasons,
+            }
+        )
+    return found

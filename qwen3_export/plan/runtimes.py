@@ -1,0 +1,87 @@
+"""What every runtime takes: the format it reads, and rules of its own on top.
+
+    transformers, vllm, sglang      the quantized folder
+    onnxruntime, onnxruntime-genai  the ONNX folder
+    llama.cpp                       the GGUF file
+    tensorrt-rtx                    the plan
+    torch                           any folder, dequantized: this package's own forward pass
+
+vLLM and SGLang multiply q, k, v and gate, up as one matrix each, so these need one scheme.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.qwen3 import EMBEDDING, block_name
+from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.plan.formats import Verdict
+
+Verdicts = Mapping[str, Verdict]
+Rule = Callable[[Checkpoint, Verdicts], str | None]
+_FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
+
+
+def _reads(*formats: str) -> Rule:
+    """A runtime without rules of its own: one of these formats must work."""
+
+    def rule(_quantized: Checkpoint, found: Verdicts) -> str | None:
+        reasons = [f"{name}: {found[name].reason}" for name in formats]
+        return None if any(found[name].reason is None for name in formats) else reasons[0]
+
+    return rule
+
+
+def _transformers(quantized: Checkpoint, found: Verdicts) -> str | None:
+    for name, scheme in quantized.schemes.items():
+        if scheme.ggml_type is not None:
+            return f"{name} ({scheme.label}): transformers computes with no block type of ggml"
+    return _reads("compressed-tensors", "gptq", "awq", "fp8")(quantized, found)
+
+
+def _server(name: str) -> Rule:
+    def rule(quantized: Checkpoint, found: Verdicts) -> str | None:
+        if EMBEDDING in quantized.schemes:
+            return f"{EMBEDDING}: {name} takes no quantized embedding"
+        for module, scheme in quantized.schemes.items():
+            if reason := _kernel(scheme):
+                return f"{module} ({scheme.label}): {name} {reason}"
+        for layer in range(quantized.config.num_layers):
+            if reason := _one_scheme(quantized, layer):
+                return f"{reason}; {name} multiplies them as one matrix"
+        return _reads("compressed-tensors", "gptq", "awq", "fp8")(quantized, found)
+
+    return rule
+
+
+def _kernel(scheme: QuantScheme) -> str | None:
+    """Why the weight-only and 8-bit kernels of a server do not take a scheme."""
+    if scheme.ggml_type is not None:
+        return f"does not read {scheme.ggml_type}"
+    if scheme.type == "int" and scheme.num_bits not in (4, 8):
+        return f"has no kernel for {scheme.num_bits}-bit integers"
+    if scheme.type == "int" and scheme.strategy == "group" and scheme.group_size not in (32, 64, 128):
+        return f"has kernels for groups of 32, 64 and 128, not {scheme.group_size}"
+    return None
+
+
+def _one_scheme(quantized: Checkpoint, layer: int) -> str | None:
+    for parts in _FUSED:
+        names = [f"{block_name(layer)}.{part}" for part in parts]
+        names = [name for name in names if name in quantized.config.all_linears()]
+        if len({quantized.schemes.get(name) for name in names}) > 1:
+            return f"{names[0]} and {names[-1]} have different schemes"
+    return None
+
+
+RUNTIMES: dict[str, Rule] = {
+    "transformers": _transformers,
+    "vllm": _server("vLLM"),
+    "sglang": _server("SGLang"),
+    "onnxruntime": _reads("onnx", "onnx-standard"),
+    "onnxruntime-genai": _reads("onnx"),
+    "llama.cpp": _reads("gguf"),
+    "tensorrt-rtx": _reads("tensorrt"),
+    "torch": _reads("compressed-tensors", "gptq", "awq", "fp8", "ggml"),
+}

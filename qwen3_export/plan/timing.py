@@ -1,0 +1,151 @@
+"""How long will it take here? The recipe itself, timed on one block of random numbers.
+
+    trial(few rows), trial(more rows)  ─▶  seconds = at rest + per token · tokens      of the trial's block
+    of the model's blocks: at rest grows with the work of solving, per token with the work of running
+
+A block wider than `_WIDEST` is narrowed first; the work is counted for both, and the seconds are scaled. Embedding
+and head, where the recipe quantizes them, are timed on some of their rows.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
+from qwen3_export.core.manifest import to_json
+from qwen3_export.core.progress import Progress
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config, parse_config
+from qwen3_export.core.recipe import Recipe
+from qwen3_export.core.tensorfile import write_tensors
+from qwen3_export.solve.job import Settings
+from qwen3_export.text.rows import Rows
+
+_WIDEST, _WIDEST_INNER, _EXPERTS, _VOCABULARY = 1024, 3072, 8, 2048
+_LENGTH, _FEW, _MORE = 256, 4, 16
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one block costs, in numbers that only their ratio means something: at rest, and per token."""
+
+    at_rest: float
+    per_token: float
+
+
+def work_of(config: Qwen3Config, layer: int, with_inputs: bool) -> Work:
+    """Multiplications of solving a block's linears, and of running one token through it and counting its moments."""
+    shapes = config.linear_shapes(layer)
+    at_rest = sum(rows * width * (width if with_inputs else 1) for rows, width in shapes.values())
+    share = config.experts_per_token / config.num_experts if config.is_sparse(layer) else 1.0
+    per_token = 0.0
+    for name, (rows, width) in shapes.items():
+        active = share if ".experts." in name else 1.0
+        # Linears of one stage share their moments.
+        moments = width * width if with_inputs and name.endswith(("q_proj", "o_proj", "gate_proj", "down_proj")) else 0
+        per_token += active * (2 * rows * width + moments)
+    return Work(at_rest, per_token)
+
+
+def narrowed(raw: Mapping[str, Any], config: Qwen3Config) -> dict[str, Any]:
+    """The `config.json` of a model with one block of the same kind that a trial can afford."""
+    heads = max(1, min(config.num_heads, _WIDEST // config.head_dim))
+    kv_heads = max(1, heads * config.num_kv_heads // config.num_heads)
+    while heads % kv_heads:
+        kv_heads -= 1
+    changes: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "vocab_size": min(config.vocab_size, _VOCABULARY),
+        "hidden_size": min(config.hidden_size, _WIDEST),
+        "intermediate_size": min(config.intermediate_size, _WIDEST_INNER),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": config.head_dim,
+        "mlp_only_layers": [],
+        "decoder_sparse_step": 1,
+    }
+    if config.sparse_layers:
+        experts = min(config.num_experts, _EXPERTS)
+        spelled = "num_local_experts" if raw.get("num_local_experts") is not None else "num_experts"
+        changes[spelled] = experts
+        changes["num_experts_per_tok"] = min(config.experts_per_token, experts)
+    return {**raw, **changes}
+
+
+def estimate_seconds(
+    checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None, settings: Settings, progress: Progress
+) -> float:
+    """Seconds that `quantize` would take here, from trials of a few seconds."""
+    config, outer = checkpoint.config, {EMBEDDING, HEAD} & {rule.match for rule in recipe.rules if rule.scheme}
+    inner = replace(recipe, rules=tuple(rule for rule in recipe.rules if rule.match not in (EMBEDDING, HEAD)))
+    with tempfile.TemporaryDirectory(prefix="qwen3-export-plan-") as name, progress.bar("time a block", 4) as tick:
+        folder = Path(name)
+        small = _write_block(folder / "block", narrowed(checkpoint.raw_config, config))
+        few, more = (_random_rows(small, count) if rows else None for count in (_FEW, _MORE))
+        _trial(small, inner, few, settings, folder / "warm")
+        tick()
+        at_few = _trial(small, inner, few, settings, folder / "few")
+        tick()
+        per_token = 0.0
+        if few is not None and more is not None:
+            at_more = _trial(small, inner, more, settings, folder / "more")
+            per_token = max(0.0, (at_more - at_few) / (more.tokens - few.tokens))
+        tick()
+        for_outer = _trial(small, recipe, few, settings, folder / "outer") - at_few if outer else 0.0
+        tick()
+    at_rest = max(0.0, at_few - per_token * (few.tokens if few else 0))
+    done = work_of(small.config, 0, rows is not None)
+    total = max(0.0, for_outer) * config.vocab_size / small.config.vocab_size
+    for layer in range(config.num_layers):
+        work = work_of(config, layer, rows is not None)
+        total += at_rest * work.at_rest / done.at_rest
+        total += per_token * (rows.tokens if rows else 0) * work.per_token / done.per_token
+    return total
+
+
+def _write_block(folder: Path, raw: dict[str, Any]) -> Checkpoint:
+    """A checkpoint of one block of random numbers."""
+    folder.mkdir()
+    (folder / "config.json").write_text(to_json(raw))
+    config, random = parse_config(raw, "trial"), np.random.default_rng(0)
+    tensors = {
+        name: (random.standard_normal(shape, np.float32) / math.sqrt(shape[-1])).astype(ml_dtypes.bfloat16)
+        for name, shape in config.tensor_shapes().items()
+    }
+    write_tensors(folder / "model.safetensors", tensors.items())
+    return open_checkpoint(folder)
+
+
+def _random_rows(checkpoint: Checkpoint, count: int) -> Rows:
+    length = min(_LENGTH, checkpoint.config.max_position)
+    ids = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, (count, length), dtype=np.int32)
+    return Rows(tuple(ids), ("trial",) * count)
+
+
+def _trial(checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None, settings: Settings, folder: Path) -> float:
+    """Seconds of the block loop."""
+    from qwen3_export.model.workers import plain_workers, workers
+    from qwen3_export.solve.blocks import rtn_without_torch
+    from qwen3_export.solve.job import Job
+    from qwen3_export.solve.loop import run_blocks
+    from qwen3_export.solve.methods import load_method
+    from qwen3_export.solve.output_folder import QuantizedFolder
+
+    method, options = load_method(recipe)
+    plain = settings.device == "cpu" and rtn_without_torch.serves(checkpoint, recipe)
+    head_apart = not checkpoint.config.tie_word_embeddings and recipe.scheme_for(HEAD) is not None
+    folder.mkdir()
+    target = QuantizedFolder(folder, checkpoint, settings.layout or recipe.layout, {}, head_apart)
+    with plain_workers(settings.threads) if plain else workers(settings.threads, fast=True) as pool:
+        job = Job(checkpoint, recipe, method, options, rows, pool, target.scratch, settings.device, plain=plain)
+        started = time.perf_counter()
+        run_blocks(job, target, replace(settings, memory=None), Progress())
+        return time.perf_counter() - started
