@@ -5,7 +5,8 @@
 
 The `safetensors` library maps whole files and wants every tensor in memory to write one; here a
 tensor is read by its own offsets and written as it comes, so memory is bounded by one tensor. The
-header is checked before anything is believed: sizes, offsets, overlaps, holes, duplicate names.
+header is checked before anything is believed: sizes, offsets, overlaps, holes, duplicate names. A tensor
+that holds NaN or infinity never leaves a file, however it is read.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_export.core.finite import all_finite
 from qwen3_export.errors import CheckpointError
 
 DTYPES: dict[str, np.dtype] = {
@@ -137,9 +139,19 @@ class TensorFile:
         entry = self.entries[name]
         try:
             array = np.fromfile(self.path, entry.dtype, (end - begin) // entry.dtype.itemsize, offset=begin)
-            return array.reshape(shape)
+            array = array.reshape(shape)
         except (OSError, ValueError) as error:
             raise self._fail(f"tensor {name}: cannot be read ({error})", "the file changed or is truncated") from error
+        self.check_finite(name, array)
+        return array
+
+    def check_finite(self, name: str, piece: NDArray) -> None:
+        """Raise CheckpointError when a piece of a tensor holds NaN or infinity."""
+        if not all_finite(piece):
+            raise self._fail(
+                f"tensor {name}: it holds NaN or infinity",
+                "the file is damaged, or the training diverged: download it again, or use an earlier checkpoint",
+            )
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -195,16 +207,17 @@ class TensorFileWriter:
         entry = source.entries[name]
         if name != next(self._pending, None) or (entry.dtype, entry.shape) != self._specs[name]:
             raise ValueError(f"{name} {entry.dtype} {entry.shape} is not the next announced tensor")
-        with source.path.open("rb", buffering=0) as file:
+        with source.path.open("rb") as file:
             file.seek(entry.begin)
             left = entry.end - entry.begin
             buffer = memoryview(bytearray(min(left, _PIECE)))
             while left:
-                count = file.readinto(buffer[:left])
-                if not count:
+                piece = buffer[:left]
+                if file.readinto(piece) < len(piece):
                     raise CheckpointError(f"{source.path}: tensor {name}: the file became shorter while it was read")
-                self._file.write(buffer[:count])
-                left -= count
+                source.check_finite(name, np.frombuffer(piece, entry.dtype))
+                self._file.write(piece)
+                left -= len(piece)
 
     def __enter__(self) -> TensorFileWriter:
         return self

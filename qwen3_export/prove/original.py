@@ -16,6 +16,7 @@ from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.core.tensorfile import TensorFileWriter
 from qwen3_export.errors import InputError, MissingRuntimeError
 from qwen3_export.prove.reference import Continuations, Truth, answer_specs, file_metadata, full_truth, top_of
+from qwen3_export.run.session import check_logits
 from qwen3_export.text.rows import Rows
 
 PROMPT_TOKENS, NEW_TOKENS, PROMPTS = 32, 32, 8
@@ -52,7 +53,7 @@ class LiveReference:
 
     def logits(self, row: int) -> NDArray[np.float32]:
         """fp32 logits `[tokens, vocab]` of one row."""
-        return self._decoder.logits(self._hidden[row]).numpy()
+        return check_logits(self._decoder.logits(self._hidden[row]).numpy(), "the original model")
 
     def truth(self, row: int) -> Truth:
         """The original's full distributions on one row."""

@@ -7,13 +7,16 @@ from pathlib import Path
 
 from qwen3_export.core.coverage import GGUF_KEY, Summary, read_coverage, summary_of
 from qwen3_export.errors import InputError
-from qwen3_export.run.session import HasMetadata, HasTokenizer, RuntimeOptions, Session
+from qwen3_export.run.session import FiniteSession, HasMetadata, HasTokenizer, RuntimeOptions, Session
 from qwen3_export.text.tokenizer import ModelTokenizer, TextModel
 
 
-def open_session(artifact: Path, options: RuntimeOptions | None = None) -> Session:
+def open_session(artifact: Path, options: RuntimeOptions | None = None) -> FiniteSession:
     """Open an artifact in its own runtime; InputError when it is none, MissingRuntimeError without it."""
-    options = options or RuntimeOptions()
+    return FiniteSession(_open(artifact, options or RuntimeOptions()), artifact.name)
+
+
+def _open(artifact: Path, options: RuntimeOptions) -> Session:
     if artifact.is_file():
         with artifact.open("rb") as file:
             magic = file.read(4)
@@ -39,18 +42,20 @@ def open_session(artifact: Path, options: RuntimeOptions | None = None) -> Sessi
 
 def tokenizer_of(artifact: Path, session: Session) -> TextModel:
     """The artifact's own tokenizer: in the folder, or inside the GGUF file."""
-    if isinstance(session, HasTokenizer):
-        return session.tokenizer
+    inner = session.inner if isinstance(session, FiniteSession) else session
+    if isinstance(inner, HasTokenizer):
+        return inner.tokenizer
     return ModelTokenizer(artifact)
 
 
 def artifact_coverage(artifact: Path, session: Session) -> Summary | None:
     """How many calibration tokens the artifact's experts saw; None for a model without experts."""
-    if not isinstance(session, HasMetadata):
+    inner = session.inner if isinstance(session, FiniteSession) else session
+    if not isinstance(inner, HasMetadata):
         return read_coverage(artifact)
-    if not (session.metadata("general.architecture") or "").endswith("moe"):
+    if not (inner.metadata("general.architecture") or "").endswith("moe"):
         return None
-    text = session.metadata(GGUF_KEY)
+    text = inner.metadata(GGUF_KEY)
     try:
         return summary_of(json.loads(text or "{}"))
     except ValueError:

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_export.core.finite import all_finite
 from qwen3_export.errors import InputError
 from qwen3_export.text.tokenizer import TextModel
 
@@ -57,6 +58,37 @@ class HasMetadata(Protocol):
 
     def metadata(self, key: str) -> str | None:
         """A value of the header as text, None when there is none."""
+
+
+class FiniteSession:
+    """A session whose logits are numbers: NaN or infinity becomes an InputError, whatever the runtime."""
+
+    def __init__(self, inner: Session, name: str) -> None:
+        self.inner, self._name = inner, name
+        self.runtime, self.version, self.device = inner.runtime, inner.version, inner.device
+        self.threads, self.vocab_size, self.context = inner.threads, inner.vocab_size, inner.context
+
+    def prefill(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        """See `Session.prefill`."""
+        return check_logits(self.inner.prefill(ids), f"{self._name} in {self.runtime}")
+
+    def decode(self, token: int) -> NDArray[np.float32]:
+        """See `Session.decode`."""
+        return check_logits(self.inner.decode(token), f"{self._name} in {self.runtime}")
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        self.inner.close()
+
+
+def check_logits(logits: NDArray[np.float32], where: str) -> NDArray[np.float32]:
+    """The logits, when all are finite; InputError when one is NaN or infinity."""
+    if not all_finite(logits):
+        raise InputError(
+            f"{where}: the tensor logits holds NaN or infinity",
+            "its weights are damaged, or its activations too large for 16 bits: export again with --precision fp32",
+        )
+    return logits
 
 
 def check_ids(session: Session, name: Path, ids: NDArray, past: int) -> None:

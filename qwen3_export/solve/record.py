@@ -14,16 +14,21 @@ from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, block_name
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.errors import RecipeError
 from qwen3_export.solve.job import Settings, SolvedLinear
 from qwen3_export.text.documents import source_name
 from qwen3_export.text.rows import Rows
 
+# The relative squared error above which a matrix counts as lost.
+_LOST = 0.5
+
 
 def linears_record(recipe: Recipe, linears: Mapping[str, SolvedLinear], progress: Progress) -> dict[str, Any]:
-    """One entry per linear for the manifest, and a line in the log."""
+    """One entry per linear for the manifest, and a line in the log; RecipeError when a matrix is lost."""
     result: dict[str, Any] = {}
     for name, linear in linears.items():
         scheme = linear.solved.tensor.scheme
+        _refuse_lost(name, linear)
         method = "rtn" if linear.fallback == "rtn" else recipe.method
         result[name] = {
             "method": method,
@@ -35,6 +40,17 @@ def linears_record(recipe: Recipe, linears: Mapping[str, SolvedLinear], progress
             result[name]["calibrated_on"] = "shared"
         progress.log(f"{name}  {method} {scheme.label}  error {linear.solved.error:.3e}  {linear.tokens} tokens")
     return result
+
+
+def _refuse_lost(name: str, linear: SolvedLinear) -> None:
+    """Raise RecipeError when more of a matrix is missing from its codes than is left in them."""
+    if linear.solved.error > _LOST:
+        raise RecipeError(
+            f"{name}: as {linear.solved.tensor.scheme.label} it loses {linear.solved.error:.0%} of its outputs' power "
+            f"(at most {_LOST:.0%} is written)",
+            f"its weights are too small for the scales, or too uneven: leave it in 16 bits by a first rule "
+            f"{{match: {name}, scheme: none}}, or give it more bits or smaller groups",
+        )
 
 
 def _tensors(found: Mapping[str, Any]) -> dict[str, Any]:

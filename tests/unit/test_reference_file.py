@@ -202,7 +202,7 @@ def test_a_file_whose_parts_do_not_fit_is_refused_when_opened(
 
 @pytest.mark.parametrize("top_k", [0, 16])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_answers_that_are_not_finite_are_refused_with_their_row(
+def test_answers_that_are_not_finite_are_refused_with_their_tensor(
     tmp_path: Path, written: Callable[..., Any], top_k: int, value: float
 ) -> None:
     source = TensorFile(written(top_k)[0])
@@ -211,7 +211,7 @@ def test_answers_that_are_not_finite_are_refused_with_their_row(
     write_tensors(tmp_path / "broken.safetensors", tensors.items(), source.metadata)
     file = ReferenceFile(tmp_path / "broken.safetensors")
     assert np.isfinite(file.truth(0).logprobs).all()
-    with pytest.raises(CheckpointError, match="row 1 holds NaN"):
+    with pytest.raises(CheckpointError, match=r"tensor (top_logprobs|logits): it holds NaN"):
         file.truth(1)
 
 

@@ -141,7 +141,7 @@ def check_request(checkpoint: Checkpoint, engine: str, capabilities: Sequence[st
 
 
 def planned_bytes(checkpoint: Checkpoint, precision: str = "fp16") -> int:
-    """Size of the folder that an export would write, from shapes alone: the ONNX, and the plan with the same weights."""
+    """Size of the folder that an export would write, from shapes alone: ONNX, and plan with the same weights."""
     block = _QUANTIZED_BLOCK_BYTES if checkpoint.schemes else _BLOCK_BYTES
     plan = onnx_size.weight_bytes(checkpoint, precision) + _ENGINE_BYTES + block * checkpoint.config.num_layers
     return onnx_size.planned_bytes(checkpoint, precision) + plan

@@ -1,0 +1,257 @@
+"""Which ggml type every matrix of a model has in a GGUF file: llama.cpp's own rule, a pure function of shapes.
+
+n layers, layer i, more(i): the first eighth, the last eighth, and every third between.
+
+    file type           attn_v                  attn_output   ffn_down
+    q4_k_m, q5_k_m      more(i): q6_k           base          more(i): q6_k
+    q4_k_s              i < 4: q5_k             base          i < n / 8: q5_k
+    q3_k_m              i < 2: q5_k, else q4_k  q4_k          i < n / 16: q5_k, else q4_k
+    q3_k_l              q5_k                    q5_k          q5_k
+    q2_k                shared 4 ways: q4_k, else q3_k  q3_k  q3_k
+    iq4_nl, iq4_xs      shared 4 ways: q5_k     base          i < n / 8, without importance: q5_k
+    q4_0, q5_0          base                    base          i < n / 8, with importance: q4_1, q5_1
+
+Everything else has the base type; the head, or the embedding that is one too, has q6_k (q8_0 in a q8_0 file).
+With exactly eight experts attention keeps more. A row that the type's blocks do not divide takes a type of blocks
+of 32, or f16. `mxfp4_moe` puts experts in mxfp4 and the rest in q8_0, q2_0 an embedding that is no head in q4_k.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from qwen3_export.core.kquant import BLOCK_TYPES
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config, block_name
+from qwen3_export.core.scheme import GGML_TYPES
+from qwen3_export.errors import InputError
+
+PLAIN = ("f32", "f16", "bf16")
+
+
+@dataclass(frozen=True)
+class FileType:
+    """Base type of a file, and the number that llama.cpp knows the mix by (`general.file_type`)."""
+
+    base: str
+    number: int
+
+
+FILE_TYPES = {
+    "f16": FileType("f16", 1),
+    "bf16": FileType("bf16", 32),
+    "q8_0": FileType("q8_0", 7),
+    "q4_0": FileType("q4_0", 2),
+    "q4_1": FileType("q4_1", 3),
+    "q5_0": FileType("q5_0", 8),
+    "q5_1": FileType("q5_1", 9),
+    "q2_k": FileType("q2_k", 10),
+    "q3_k_s": FileType("q3_k", 11),
+    "q3_k_m": FileType("q3_k", 12),
+    "q3_k_l": FileType("q3_k", 13),
+    "q4_k_s": FileType("q4_k", 14),
+    "q4_k_m": FileType("q4_k", 15),
+    "q5_k_s": FileType("q5_k", 16),
+    "q5_k_m": FileType("q5_k", 17),
+    "q6_k": FileType("q6_k", 18),
+    "iq4_nl": FileType("iq4_nl", 25),
+    "iq4_xs": FileType("iq4_xs", 30),
+    "mxfp4": FileType("mxfp4", 38),
+    "mxfp4_moe": FileType("mxfp4", 38),
+    "q2_0": FileType("q2_0", 41),
+}
+# A mix is also known by its middle size.
+_ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
+_FALLBACK = {
+    "q2_0": "q4_0", "q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl",
+}  # fmt: skip
+_EIGHT_EXPERTS = ("q2_k", "q3_k_s", "q3_k_m", "iq4_nl", "q4_k_s", "q4_k_m", "iq4_xs")
+_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+}
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """Types that the user asked for: by patterns searched in tensor names, first match first, and by role."""
+
+    patterns: tuple[tuple[str, str], ...] = ()
+    token_embedding: str | None = None
+    output: str | None = None
+    _compiled: tuple[tuple[re.Pattern[str], str], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        compiled = []
+        for pattern, name in self.patterns:
+            check_type(name, f"--tensor-type {pattern}={name}")
+            try:
+                compiled.append((re.compile(pattern), name))
+            except re.error as error:
+                raise InputError(f"--tensor-type {pattern}={name}: not a regular expression ({error})") from error
+        for option, given in (("--token-embedding-type", self.token_embedding), ("--output-type", self.output)):
+            if given is not None:
+                check_type(given, f"{option} {given}")
+        object.__setattr__(self, "_compiled", tuple(compiled))
+
+    def of(self, tensor: str) -> str | None:
+        """The type that a pattern asks for, for a tensor such as `blk.0.attn_v.weight`."""
+        return next((name for pattern, name in self._compiled if pattern.search(tensor)), None)
+
+
+def check_type(name: str, where: str) -> None:
+    """Raise InputError when no tensor type is called so."""
+    if name not in GGML_TYPES and name not in PLAIN:
+        raise InputError(f"{where}: one of {', '.join((*PLAIN, *GGML_TYPES))} was expected")
+
+
+def file_type(name: str) -> str:
+    """The name of a file type, its aliases replaced; InputError when there is none."""
+    found = _ALIASES.get(name.lower(), name.lower())
+    if found not in FILE_TYPES:
+        raise InputError(f"--type {name}: one of {', '.join(FILE_TYPES)} was expected")
+    return found
+
+
+def block_length(name: str) -> int:
+    """Weights of a row that a type stores together."""
+    if name in BLOCK_TYPES:
+        return BLOCK_TYPES[name].block
+    return 1 if name in PLAIN else 64 if name == "q2_0" else 32
+
+
+def gguf_name(module: str) -> str:
+    """A matrix's name in a GGUF file, without `.weight`; experts have that of their stack."""
+    if module in (EMBEDDING, HEAD):
+        return "token_embd" if module == EMBEDDING else "output"
+    layer, _, local = module.removeprefix("model.layers.").partition(".")
+    part = local.rpartition(".")[2]
+    name = _NAMES[local] if local in _NAMES else _NAMES[part]
+    return f"blk.{layer}.{name}{'_exps' if '.experts.' in local else ''}"
+
+
+def module_types(
+    config: Qwen3Config, name: str, weighed: bool = False, overrides: Overrides | None = None
+) -> Mapping[str, str]:
+    """`{module: ggml type}` of every matrix of a model for a file type; experts of a stack share one.
+
+    `weighed`: whether an importance matrix is used. Types are lower-case names such as `q4_k` or `f16`.
+    """
+    rule, found, stacks = _Rule(config, file_type(name), weighed, overrides or Overrides()), dict[str, str](), {}
+    for module in (EMBEDDING, HEAD):
+        if module in config.outer_matrices():
+            found[module] = rule.outer(module)
+    for layer in range(config.num_layers):
+        for local, shape in config.linear_shapes(layer).items():
+            module = f"{block_name(layer)}.{local}"
+            tensor = gguf_name(module)
+            if tensor not in stacks:
+                stacks[tensor] = rule.inner(tensor, layer, shape[1])
+            found[module] = stacks[tensor]
+    return found
+
+
+class _Rule:
+    """The rule at work: it counts the value projections that no pattern took away, as llama.cpp does."""
+
+    def __init__(self, config: Qwen3Config, name: str, weighed: bool, overrides: Overrides) -> None:
+        self.config, self.name, self.weighed, self.overrides = config, name, weighed, overrides
+        self.base, self.values, self.downs = FILE_TYPES[name].base, 0, 0
+
+    def outer(self, module: str) -> str:
+        """Type of the embedding or of a head of its own."""
+        inputs, given, tensor = self.config.hidden_size, self.overrides, f"{gguf_name(module)}.weight"
+        fixed = given.token_embedding if module == EMBEDDING else given.output
+        head = module == HEAD or self.config.tie_word_embeddings
+        if fixed is not None:
+            return _fitting(fixed, inputs, tensor)
+        if (chosen := given.of(tensor)) is not None:
+            return _fallback(chosen, inputs)
+        if head and given.output is not None:
+            return _fallback(given.output, inputs)
+        if self.base in PLAIN or (not head and self.name != "mxfp4_moe"):
+            return _fallback("q4_k" if self.name == "q2_0" else self.base, inputs)
+        wide = self.name in ("q8_0", "mxfp4_moe") or bool(inputs % block_length(self.base))
+        return _fallback("q8_0" if wide else "q6_k", inputs)
+
+    def inner(self, tensor: str, layer: int, inputs: int) -> str:
+        """Type of a linear, or of a stack of experts."""
+        if (chosen := self.overrides.of(f"{tensor}.weight")) is not None:
+            return _fallback(chosen, inputs)
+        role = tensor.partition(f"blk.{layer}.")[2]
+        found = self.base
+        if self.name == "mxfp4_moe":
+            found = "mxfp4" if role.endswith("_exps") else "q8_0"
+        elif self.base not in PLAIN and role == "attn_v":
+            found, self.values = self._value(self.values), self.values + 1
+        elif role.startswith("ffn_down"):
+            index = layer if role.endswith("_exps") else self.downs
+            found, self.downs = self._down(index), self.downs + 1
+        elif role == "attn_output":
+            found = self._output()
+        elif role == "attn_k" and self.config.num_experts == 8 and self.base not in PLAIN:
+            found = "q8_0"
+        return _fallback(found, inputs)
+
+    def _more(self, index: int) -> bool:
+        layers = self.config.num_layers
+        return index < layers // 8 or index >= 7 * layers // 8 or (index - layers // 8) % 3 == 2
+
+    def _value(self, index: int) -> str:
+        shared = self.config.num_heads // self.config.num_kv_heads >= 4
+        if self.config.num_experts == 8:
+            return "q8_0"
+        if self.name == "q2_k":
+            return "q4_k" if shared else "q3_k"
+        if self.name in ("iq4_nl", "iq4_xs") and shared:
+            return "q5_k"
+        if self.name == "q3_k_m":
+            return "q5_k" if index < 2 else "q4_k"
+        if self.name in ("q4_k_m", "q5_k_m") and self._more(index):
+            return "q6_k"
+        return "q5_k" if self.name == "q3_k_l" or (self.name == "q4_k_s" and index < 4) else self.base
+
+    def _down(self, index: int) -> str:
+        layers = self.config.num_layers
+        early = index < layers // 8
+        if self.name == "q2_k":
+            return "q3_k"
+        if self.name == "q3_k_m":
+            return "q5_k" if index < layers // 16 else "q4_k"
+        if self.name in ("q4_k_m", "q5_k_m") and self._more(index):
+            return "q6_k"
+        if self.name == "q3_k_l" or (self.name == "q4_k_s" and early):
+            return "q5_k"
+        if self.name in ("iq4_nl", "iq4_xs") and early and not self.weighed:
+            return "q5_k"
+        if self.name in ("q4_0", "q5_0") and early and self.weighed:
+            return {"q4_0": "q4_1", "q5_0": "q5_1"}[self.name]
+        return self.base
+
+    def _output(self) -> str:
+        if self.config.num_experts == 8:
+            return "q5_k" if self.name in _EIGHT_EXPERTS else self.base
+        return {"q2_k": "q3_k", "q3_k_m": "q4_k", "q3_k_l": "q5_k"}.get(self.name, self.base)
+
+
+def _fallback(name: str, inputs: int) -> str:
+    """The type itself, or one whose blocks divide a row of `inputs` weights."""
+    for found in (name, _FALLBACK.get(name)):
+        if found is not None and inputs % block_length(found) == 0:
+            return found
+    return "f16"
+
+
+def _fitting(name: str, inputs: int, tensor: str) -> str:
+    """A type that was asked for by role; InputError when its blocks do not divide a row."""
+    if inputs % block_length(name):
+        raise InputError(
+            f"{tensor}: its {inputs} inputs are not divisible by {block_length(name)}, the block of {name}"
+        )
+    return name
