@@ -6,13 +6,13 @@ on one thread, and whole pieces of work, cut the same way on every machine, run 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen3_export.core.process import keep_few_kernels, keep_memory, uncollected, uninterrupted
+from qwen3_export.core.processors import processors
 from qwen3_export.errors import MissingRuntimeError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def plain_workers(threads: int | None = None) -> Iterator[Workers]:
 
 
 def _count(threads: int | None) -> int:
-    return threads or len(os.sched_getaffinity(0))
+    return threads or processors()
 
 
 @contextmanager

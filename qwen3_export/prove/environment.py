@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_export import __version__
+from qwen3_export.core.processors import processors
 
 _PACKAGES = ("numpy", "onnxruntime", "xllamacpp", "tensorrt-rtx", "torch", "tokenizers")
 
@@ -21,6 +22,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
+        "default_threads": processors(),
         "load_average": [round(value, 2) for value in os.getloadavg()],
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "python": platform.python_version(),

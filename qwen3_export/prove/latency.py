@@ -1,12 +1,15 @@
 """`bench`: how fast an artifact loads, reads a prompt and writes, on this device.
 
 Each artifact runs in a process of its own, so that its peak memory is its own. Every figure is taken
-after a warm-up; prefill is timed over whole prompts, decode token by token after a prompt.
+after a warm-up; prefill is timed over whole prompts, decode token by token after a prompt. `scatter` is the standard
+deviation over the repeats, relative to their median: what differs by less is noise. Other work on the machine is
+measured beside it, and so are the memory's bandwidth, which bounds decoding, and energy where the platform counts it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -23,9 +26,13 @@ from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.errors import ExportError, InputError
 from qwen3_export.prove.environment import environment
 from qwen3_export.prove.gate import check
-from qwen3_export.run.artifact import open_session, tokenizer_of
+from qwen3_export.prove.meters import NOTICEABLE, EnergyMeter, MachineLoad, energy_meter, memory_bandwidth
+from qwen3_export.run.artifact import artifact_coverage, open_session, tokenizer_of
 from qwen3_export.run.session import RuntimeOptions, Session
 from qwen3_export.text.documents import document_ids, load_documents
+
+# Repeats that differ by more than this share deserve a warning.
+_SCATTERED = 0.1
 
 
 @dataclass(frozen=True)
@@ -42,11 +49,44 @@ class Workload:
 def bench(artifacts: Sequence[Path], workload: Workload, progress: Progress | None = None) -> dict[str, Any]:
     """`{results: [one per artifact], passed}`, the contract's fields."""
     results = []
-    with (progress or Progress()).bar("bench", len(artifacts)) as tick:
+    progress = progress or Progress()
+    with progress.bar("bench", len(artifacts)) as tick:
         for artifact in artifacts:
-            results.append(_in_child(artifact, workload))
+            found = {**_in_child(artifact, workload), "load_average": list(os.getloadavg())}
+            found["bandwidth"] = _bandwidth(artifact, found, sparse=found.pop("sparse"))
+            found["warnings"] = _warnings(found)
+            for text in found["warnings"]:
+                progress.warn(f"{artifact}: {text}")
+            results.append(found)
             tick()
     return {"results": results, "passed": True, "environment": environment()}
+
+
+def _bandwidth(artifact: Path, found: Mapping[str, Any], sparse: bool) -> dict[str, Any]:
+    """What decoding takes of the memory's bandwidth: a dense model reads all its weights for every token."""
+    measured = memory_bandwidth(found["threads"])
+    weights = None if sparse else weight_bytes(artifact)
+    used = None if weights is None else weights * found["decode"]["tokens_per_second_p50"] / measured
+    return {"bytes_per_second": measured, "weight_bytes": weights, "fraction": used}
+
+
+def weight_bytes(artifact: Path) -> int:
+    """Bytes of the files that hold an artifact's weights, an ONNX beside its plan not counted twice."""
+    if artifact.is_file():
+        return artifact.stat().st_size
+    files = [*artifact.glob("*.data"), *artifact.glob("*.onnx_data*"), *artifact.glob("*.safetensors")]
+    return sum(path.stat().st_size for path in files)
+
+
+def _warnings(found: Mapping[str, Any]) -> list[str]:
+    """What makes the figures doubtful."""
+    texts, others = [], found["other_work"]
+    if others is not None and others > NOTICEABLE:
+        texts.append(f"other work kept {others:.1f} processors busy: figures are those of a busy machine")
+    scatter = max([item["scatter"] for item in found["prefill"]] + [found["decode"]["scatter"]])
+    if scatter > _SCATTERED:
+        texts.append(f"repeats differ by {scatter:.0%}: take more with --repeat, or measure on a quiet machine")
+    return texts
 
 
 def judged(result: dict[str, Any], limits: Mapping[str, float]) -> dict[str, Any]:
@@ -74,6 +114,7 @@ def _in_child(artifact: Path, workload: Workload) -> dict[str, Any]:
 def measure(artifact: Path, workload: Workload) -> dict[str, Any]:
     """Time one artifact in this process."""
     longest = max(workload.prompt_tokens) + workload.new_tokens
+    load = MachineLoad()
     started = time.perf_counter()
     session = open_session(artifact, RuntimeOptions(threads=workload.threads, context=longest))
     loaded = time.perf_counter() - started
@@ -94,6 +135,8 @@ def measure(artifact: Path, workload: Workload) -> dict[str, Any]:
             "prefill": prefill,
             "decode": decode,
             "peak_rss_bytes": peak_rss_bytes(),
+            "other_work": load.others(),
+            "sparse": artifact_coverage(artifact, session) is not None,
         }
     finally:
         session.close()
@@ -126,7 +169,13 @@ def _prefill(session: Session, ids: NDArray[np.int32], repeat: int) -> dict[str,
         "seconds_p50": median,
         "seconds_p95": float(np.quantile(seconds, 0.95)),
         "tokens_per_second": len(ids) / median,
+        "scatter": _scatter(seconds),
     }
+
+
+def _scatter(seconds: Sequence[float]) -> float:
+    """Standard deviation of the repeats, relative to their median."""
+    return float(np.std(seconds) / np.median(seconds))
 
 
 def first_token(prefill: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -135,17 +184,38 @@ def first_token(prefill: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {key: longest[key] for key in ("prompt_tokens", "seconds_p50", "seconds_p95")}
 
 
-def _decode(session: Session, ids: NDArray[np.int32], workload: Workload) -> dict[str, float]:
-    seconds = []
+def _decode(session: Session, ids: NDArray[np.int32], workload: Workload) -> dict[str, Any]:
+    turns, joules, meter = [], 0.0, energy_meter()
     for turn in range(workload.repeat + 1):
         token = int(session.prefill(ids)[-1].argmax())
+        if meter:
+            meter.start()
+        seconds = []
         for _ in range(workload.new_tokens):
             started = time.perf_counter()
             token = int(session.decode(token).argmax())
-            if turn > 0:
-                seconds.append(time.perf_counter() - started)
-    p50, p95, p99 = (float(value) for value in np.quantile(seconds, [0.5, 0.95, 0.99]))
-    return {"tokens_per_second_p50": 1 / p50, "per_token_seconds_p50": p50, "p95": p95, "p99": p99}
+            seconds.append(time.perf_counter() - started)
+        used = meter.stop() if meter else 0.0
+        if turn > 0:
+            turns.append(seconds)
+            joules += used
+    p50, p95, p99 = (float(value) for value in np.quantile(np.concatenate(turns), [0.5, 0.95, 0.99]))
+    return {
+        "tokens_per_second_p50": 1 / p50,
+        "per_token_seconds_p50": p50,
+        "p95": p95,
+        "p99": p99,
+        "scatter": _scatter([float(np.median(seconds)) for seconds in turns]),
+        "energy": _energy(meter, joules, turns),
+    }
+
+
+def _energy(meter: EnergyMeter | None, joules: float, turns: Sequence[Sequence[float]]) -> dict[str, Any] | None:
+    """Joules per token and mean watts while decoding, of all that the meter counts; None without one."""
+    if meter is None:
+        return None
+    count, seconds = sum(map(len, turns)), sum(map(sum, turns))
+    return {"source": meter.source, "joules_per_token": joules / count, "watts": joules / seconds}
 
 
 def main() -> None:

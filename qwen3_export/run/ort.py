@@ -7,7 +7,6 @@ standard operators returns a longer cache each time, which becomes the next past
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.core.process import uninterrupted
+from qwen3_export.core.processors import processors
 from qwen3_export.errors import InputError, MissingRuntimeError
 from qwen3_export.run.session import RuntimeOptions, check_ids
 
@@ -40,7 +40,7 @@ class OrtSession:
                 f"{folder}: running an ONNX folder needs onnxruntime", "pip install 'qwen3-export[ort]'"
             ) from error
         self.version, self._folder = onnxruntime.__version__, folder
-        self.threads = options.threads or len(os.sched_getaffinity(0))
+        self.threads = options.threads or processors()
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = self.threads
         settings.log_severity_level = 4

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.process import uninterrupted
+from qwen3_export.core.processors import processors
 from qwen3_export.errors import MissingRuntimeError
 from qwen3_export.run.session import RuntimeOptions, check_ids
 
@@ -29,8 +30,9 @@ class TorchSession:
             raise MissingRuntimeError(
                 f"{folder}: running a Hugging Face folder needs torch", "pip install 'qwen3-export[solve]'"
             ) from error
-        if options.threads:
-            torch.set_num_threads(options.threads)
+        wanted = options.threads or min(processors(), torch.get_num_threads())
+        if wanted != torch.get_num_threads():
+            torch.set_num_threads(wanted)
         self.version = str(torch.__version__)
         self.threads = torch.get_num_threads()
         self.vocab_size = checkpoint.config.vocab_size

@@ -1,0 +1,59 @@
+"""How many processors this process may keep busy: its affinity, and the quota of its container.
+
+    cgroup v2   /sys/fs/cgroup/GROUP/cpu.max                    "150000 100000", or "max 100000"
+    cgroup v1   /sys/fs/cgroup/cpu/GROUP/cpu.cfs_quota_us       150000, -1 for none      cpu.cfs_period_us  100000
+
+A quota counts wherever it stands between the process's own group and the root. More threads than that are stopped
+for the rest of every period, and all wait for the one that is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_ROOT, _GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def processors() -> int:
+    """Threads that a runtime takes unless it is told how many; at least one."""
+    allowed, quota = len(os.sched_getaffinity(0)), cpu_quota()
+    return allowed if quota is None else max(1, min(allowed, int(quota)))
+
+
+def cpu_quota(root: Path = _ROOT, groups: Path = _GROUPS) -> float | None:
+    """Processors' worth of time that the tightest group allows, None where none is limited."""
+    found = [quota for folder in _folders(root, groups) if (quota := _quota_of(folder)) is not None]
+    return min(found, default=None)
+
+
+def _folders(root: Path, groups: Path) -> Iterator[Path]:
+    """The process's groups of both versions, each with its parents up to the root."""
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:
+        lines = []
+    places = [(root, "/")]
+    for line in lines:
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if controllers == "":
+            places.append((root, path))
+        elif "cpu" in controllers.split(","):
+            places += [(root / name, path) for name in ("cpu", controllers)]
+    for base, path in places:
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for count in range(len(parts) + 1):
+            yield base.joinpath(*parts[:count])
+
+
+def _quota_of(folder: Path) -> float | None:
+    try:
+        if (folder / "cpu.max").is_file():
+            quota, period = (folder / "cpu.max").read_text().split()[:2]
+        else:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        share = float(quota) / float(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+    return share if share > 0 else None

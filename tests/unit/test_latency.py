@@ -1,0 +1,115 @@
+"""What latency is held against: processors, quotas, other work, bandwidth and energy."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen3_export.core.processors import cpu_quota, processors
+from qwen3_export.prove.latency import _warnings, weight_bytes
+from qwen3_export.prove.meters import MachineLoad, energy_meter, memory_bandwidth
+
+
+def _tree(base: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text(text)
+    return base
+
+
+def test_quota_of_a_container(tmp_path: Path) -> None:
+    two = _tree(
+        tmp_path / "v2", {"cpu.max": "max 100000\n", "pod/cpu.max": "150000 100000\n", "pod/box/cpu.max": "max 1"}
+    )
+    groups = _tree(tmp_path, {"groups": "0::/pod/box\n"}) / "groups"
+    assert cpu_quota(two, groups) == 1.5
+    assert cpu_quota(_tree(tmp_path / "none", {"cpu.max": "max 100000"}), groups) is None
+    one = {
+        "cpu/box/cpu.cfs_quota_us": "300000\n",
+        "cpu/box/cpu.cfs_period_us": "100000\n",
+        "cpu/cpu.cfs_quota_us": "-1",
+    }
+    groups.write_text("4:memory:/box\n1:cpu:/box\n0::/\n")
+    assert cpu_quota(_tree(tmp_path / "v1", {**one, "cpu/cpu.cfs_period_us": "100000"}), groups) == 3.0
+    assert cpu_quota(tmp_path / "absent", tmp_path / "absent") is None
+
+
+def test_quota_and_affinity_decide_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(8)))
+    for quota, threads in ((None, 8), (2.5, 2), (0.2, 1), (16.0, 8)):
+        monkeypatch.setattr("qwen3_export.core.processors.cpu_quota", lambda quota=quota: quota)
+        assert processors() == threads
+
+
+def test_every_runtime_takes_the_threads_of_the_quota(monkeypatch: pytest.MonkeyPatch, reference_folder: Path) -> None:
+    import torch
+
+    from qwen3_export.model.workers import _count
+    from qwen3_export.run.artifact import open_session
+
+    monkeypatch.setattr("qwen3_export.core.processors.cpu_quota", lambda: 1.0)
+    before = torch.get_num_threads()
+    session = open_session(reference_folder)
+    assert session.threads == _count(None) == 1
+    session.close()
+    torch.set_num_threads(before)
+
+
+def test_other_work_is_noticed(tmp_path: Path) -> None:
+    idle = _tree(tmp_path, {"stat": "cpu  100 0 100 1000 0 0 0 0 0 0\n"}) / "stat"
+    load = MachineLoad(idle)
+    sum(range(3_000_000))  # our own work is not others'
+    found = load.others()
+    assert found is not None
+    assert found < 0.05
+    worker = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        load = MachineLoad()
+        end = os.times().elapsed + 1.0
+        while os.times().elapsed < end:
+            os.getloadavg()
+        assert (load.others() or 0) > 0.1
+    finally:
+        worker.kill()
+        worker.wait()
+    assert MachineLoad(tmp_path / "absent").others() is None
+
+
+def test_bandwidth_is_a_plausible_number() -> None:
+    assert 1e8 < memory_bandwidth(1) < 1e13
+
+
+def test_energy_of_sockets_wraps_around(tmp_path: Path) -> None:
+    base = "class/powercap/intel-rapl:0"
+    files = {f"{base}/energy_uj": "900000", f"{base}/max_energy_range_uj": "1000000", f"{base}:0/energy_uj": "5"}
+    meter = energy_meter(_tree(tmp_path, files))
+    assert meter is not None
+    meter.start()
+    (tmp_path / base / "energy_uj").write_text("400000")
+    assert meter.stop() == pytest.approx(0.5)
+
+
+def test_energy_of_a_boards_rail(tmp_path: Path) -> None:
+    base = "class/hwmon/hwmon3"
+    files = {f"{base}/in1_label": "VDD_IN\n", f"{base}/in1_input": "5000", f"{base}/curr1_input": "2000"}
+    others = {f"{base}/in2_label": "VDD_CPU_GPU_CV\n", f"{base}/in2_input": "5000", f"{base}/curr2_input": "9000"}
+    meter = energy_meter(_tree(tmp_path, files | others))
+    assert meter is not None
+    started = os.times().elapsed
+    meter.start()
+    joules = meter.stop()
+    assert 0 < joules <= 10 * (os.times().elapsed - started + 0.02)
+    assert energy_meter(tmp_path / "absent") is None
+
+
+def test_doubtful_figures_say_so(tmp_path: Path) -> None:
+    quiet = {"other_work": 0.01, "prefill": [{"scatter": 0.01}], "decode": {"scatter": 0.02}}
+    assert _warnings(quiet) == []
+    assert "1.3 processors" in _warnings({**quiet, "other_work": 1.3})[0]
+    assert "25%" in _warnings({**quiet, "decode": {"scatter": 0.25}})[0]
+    folder = _tree(tmp_path, {"model.onnx": "x" * 9, "model.onnx.data": "x" * 70, "model.plan": "x" * 80})
+    assert weight_bytes(folder) == 70
