@@ -20,16 +20,16 @@ _FORMATS = ("onnx", "gguf", "tensorrt")
 
 
 def quantize(source: str | Path, recipe: str, output: str | Path, **settings: Any) -> dict[str, Any]:
-    """Quantize `source` into the folder `output`; `settings` are those of `solve.job.Settings`.
+    """Quantize `source` into the folder `output`; `settings` are those of `solve.job.QuantizeSettings`.
 
     Returns what `qwen3-export quantize --json` prints; raises `errors.ExportError`.
     """
     from qwen3_export.core.recipe import load_recipe
     from qwen3_export.core.source import open_source
-    from qwen3_export.solve.job import Settings
+    from qwen3_export.solve.job import QuantizeSettings
     from qwen3_export.solve.quantize import quantize as run
 
-    return run(open_source(str(source)), load_recipe(recipe), Path(output), Settings(**settings))
+    return run(open_source(str(source)), load_recipe(recipe), Path(output), QuantizeSettings(**settings))
 
 
 def export(source: str | Path, output: str | Path, format: str, **options: Any) -> dict[str, Any]:

@@ -138,9 +138,9 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def exact_products() -> Iterator[None]:
-    """Calibration rows are multiplied in fp32 on every processor, as on one that has nothing faster."""
+    """Calibration samples are multiplied in fp32 on every processor, as on one that has nothing faster."""
     with pytest.MonkeyPatch.context() as patch:
-        for faster in ("has_bf16", "has_integers"):
+        for faster in ("has_bf16", "has_fast_int_matmul"):
             patch.setattr(f"qwen3_export.model.workers.{faster}", lambda: False)
         yield
 
@@ -148,7 +148,7 @@ def exact_products() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`quantized(recipe)` → the reference model quantized with few rows, made once per session."""
-    from qwen3_export.solve.job import Settings
+    from qwen3_export.solve.job import QuantizeSettings
     from qwen3_export.solve.quantize import quantize
 
     base, made = tmp_path_factory.mktemp("quantized"), {}
@@ -156,7 +156,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     def get(recipe: str) -> Path:
         if recipe not in made:
             folder = base / Path(recipe).stem
-            settings = Settings(samples=32, sequence_length=256)
+            settings = QuantizeSettings(samples=32, sequence_length=256)
             quantize(open_source("reference-model"), load_recipe(recipe), folder, settings)
             made[recipe] = folder
         return made[recipe]

@@ -1,6 +1,6 @@
 """`python -m benchmarks.quality`: our recipes and other tools side by side.
 
-Same checkpoint, same calibration rows, same bits, one evaluator; every run in a process of its own.
+Same checkpoint, same calibration samples, same bits, one evaluator; every run in a process of its own.
 """
 
 from __future__ import annotations

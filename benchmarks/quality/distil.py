@@ -21,7 +21,7 @@ from benchmarks.quality.sidecars import copy_sidecars
 from qwen3_export.core.source import locate
 from qwen3_export.model.workers import has_bf16
 from qwen3_export.text.documents import load_documents
-from qwen3_export.text.rows import calibration_rows
+from qwen3_export.text.samples import calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 
 LENGTH, BATCH = 256, 8
@@ -36,8 +36,10 @@ def make(name: str, folder: Path) -> None:
     torch.manual_seed(0)
     teacher = load(locate("reference-model"))
     student = {"small": widened, "moe": with_experts}[name](teacher)
-    rows = calibration_rows(ModelTokenizer(locate("reference-model")), load_documents("bundled"), 10_000, LENGTH, 0)
-    ids = torch.stack([torch.from_numpy(row).long() for row in rows.ids])
+    samples = calibration_samples(
+        ModelTokenizer(locate("reference-model")), load_documents("bundled"), 10_000, LENGTH, 0
+    )
+    ids = torch.stack([torch.from_numpy(row).long() for row in samples.ids])
     train(student, teacher, ids, STEPS[name])
     write(student, folder)
 

@@ -1,4 +1,4 @@
-"""KL(original ‖ quantized) over held-out rows, in a process of its own.
+"""KL(original ‖ quantized) over held-out samples, in a process of its own.
 
 The original's log-probabilities are computed once per checkpoint and kept beside it.
 """
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks.quality.folders import load, quantization_of
-from benchmarks.quality.rows import read_rows
+from benchmarks.quality.samples import read_samples
 
 
 @torch.inference_mode()
@@ -23,14 +23,14 @@ def log_probabilities(model: torch.nn.Module, ids: np.ndarray) -> torch.Tensor:
     return logits.float().log_softmax(-1)
 
 
-def original(folder: Path, rows: list[np.ndarray], cache: Path) -> np.ndarray:
+def original(folder: Path, samples: list[np.ndarray], cache: Path) -> np.ndarray:
     """The original's log-probabilities of all rows, from `cache` when they are there."""
     if not cache.is_file():
         model, partial = load(folder), cache.with_suffix(".partial.npy")
-        positions = sum(len(row) - 1 for row in rows)
+        positions = sum(len(row) - 1 for row in samples)
         array = np.lib.format.open_memmap(partial, "w+", np.float32, (positions, model.config.vocab_size))
         begin = 0
-        for row in rows:
+        for row in samples:
             array[begin : begin + len(row) - 1] = log_probabilities(model, row)
             begin += len(row) - 1
         array.flush()
@@ -39,12 +39,12 @@ def original(folder: Path, rows: list[np.ndarray], cache: Path) -> np.ndarray:
 
 
 @torch.inference_mode()
-def measure(folder: Path, rows: list[np.ndarray], domains: list[str], truth: np.ndarray) -> dict:
+def measure(folder: Path, samples: list[np.ndarray], domains: list[str], truth: np.ndarray) -> dict:
     """Mean KL and top-1 agreement of every domain of the held-out text."""
     model, begin = load(folder), 0
     kl: dict[str, list[torch.Tensor]] = {domain: [] for domain in domains}
     same: dict[str, list[torch.Tensor]] = {domain: [] for domain in domains}
-    for row, domain in zip(rows, domains, strict=True):
+    for row, domain in zip(samples, domains, strict=True):
         q = log_probabilities(model, row)
         p = torch.from_numpy(np.array(truth[begin : begin + len(row) - 1]))
         kl[domain].append((p.exp() * (p - q)).sum(-1, dtype=torch.float64))
@@ -73,9 +73,9 @@ def activations(folder: Path) -> str:
 
 def main() -> None:
     source, folder, heldout, cache, result = map(Path, sys.argv[1:])
-    rows, domains = read_rows(heldout)
-    truth = original(source, rows, cache)
-    result.write_text(json.dumps(measure(folder, rows, domains, truth)))
+    samples, domains = read_samples(heldout)
+    truth = original(source, samples, cache)
+    result.write_text(json.dumps(measure(folder, samples, domains, truth)))
 
 
 if __name__ == "__main__":

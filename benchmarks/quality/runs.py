@@ -14,11 +14,11 @@ from typing import Any
 import qwen3_export
 from benchmarks.quality.plan import Job, find_recipe, recipe_spec
 from benchmarks.quality.process import run
-from benchmarks.quality.rows import write_matrix, write_rows
+from benchmarks.quality.samples import write_matrix, write_samples
 from benchmarks.quality.venvs import PEERS, cache_folder, python_of, version
 from qwen3_export.core.source import open_source
 from qwen3_export.text.documents import Document, load_documents
-from qwen3_export.text.rows import calibration_rows, heldout_rows
+from qwen3_export.text.samples import calibration_samples, heldout_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -57,16 +57,16 @@ def make_setting(name: str, checkpoint: Path, samples: int, length: int, domain:
     source = open_source(str(checkpoint))
     tokenizer = ModelTokenizer(source.folder)
     documents = [d for d in load_documents("bundled") if domain in (None, d.domain)]
-    rows = calibration_rows(tokenizer, documents, samples, length, seed=0)
-    heldout = heldout_rows(tokenizer, load_documents("heldout"), WINDOW)
-    identity = {"checkpoint": source.sha256, "rows": rows.sha256, "heldout": heldout.sha256}
+    calibration = calibration_samples(tokenizer, documents, samples, length, seed=0)
+    heldout = heldout_samples(tokenizer, load_documents("heldout"), WINDOW)
+    identity = {"checkpoint": source.sha256, "rows": calibration.sha256, "heldout": heldout.sha256}
     folder = cache_folder() / "rows"
     folder.mkdir(parents=True, exist_ok=True)
     text, matrix, windows = (folder / f"{key(identity)}-{end}" for end in ("text.jsonl", "rows.npy", "heldout.npz"))
     write_text(text, documents)
-    write_matrix(matrix, rows)
-    write_rows(windows, heldout)
-    return Setting(name, source.folder, text, matrix, windows, len(rows.ids), length, identity, domain)
+    write_matrix(matrix, calibration)
+    write_samples(windows, heldout)
+    return Setting(name, source.folder, text, matrix, windows, len(calibration.ids), length, identity, domain)
 
 
 def write_text(path: Path, documents: list[Document]) -> None:

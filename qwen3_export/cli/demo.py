@@ -89,10 +89,10 @@ def _make(folder: Path, show: Console) -> tuple[dict[str, tuple[float, str]], di
 
 
 def _quantize(folder: Path, recipe: str, show: Console) -> float:
-    from qwen3_export.solve.job import Settings
+    from qwen3_export.solve.job import QuantizeSettings
     from qwen3_export.solve.quantize import quantize
 
-    settings = Settings(samples=_SAMPLES, sequence_length=_LENGTH)
+    settings = QuantizeSettings(samples=_SAMPLES, sequence_length=_LENGTH)
     result = quantize(open_source(REFERENCE_MODEL), load_recipe(recipe), folder / recipe, settings, show)
     return result["bits_per_weight"]
 

@@ -38,10 +38,10 @@ def plan(
     chosen, checkpoint = load_recipe(recipe), open_source(source)
     limit = parse_bytes(memory) if memory else None
     from qwen3_export.plan import plan as run
-    from qwen3_export.solve.job import Settings
+    from qwen3_export.solve.job import QuantizeSettings
 
     show = console(json, quiet, verbose)
-    settings = Settings(calibration, samples, sequence_length, 0, limit, device, threads, layout=layout)
+    settings = QuantizeSettings(calibration, samples, sequence_length, 0, limit, device, threads, layout=layout)
     result = run(checkpoint, chosen, tuple(formats or ()), settings, time, show)
     show.result(result, lambda: _planned(result))
     if not result["possible"]:

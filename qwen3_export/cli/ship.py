@@ -23,7 +23,7 @@ from qwen3_export.core.source import open_source
 from qwen3_export.errors import InputError, MissingRuntimeError
 
 if TYPE_CHECKING:
-    from qwen3_export.solve.job import Settings
+    from qwen3_export.solve.job import QuantizeSettings
 
 RecipeOption = Annotated[str | None, typer.Option(help="Quantize a 16-bit source with this recipe first.")]
 # What quantizing on the way takes; None is quantize's own default, and says that nothing was asked for.
@@ -53,7 +53,7 @@ class Quantizing:
     threads: int | None = None
     resume: bool | None = None
 
-    def settings(self, recipe: str | None) -> Settings:
+    def settings(self, recipe: str | None) -> QuantizeSettings:
         """How to quantize; InputError for options without a recipe, and for values that cannot be."""
         given: dict[str, Any] = {name: value for name, value in asdict(self).items() if value is not None}
         if recipe is None and given:
@@ -65,9 +65,9 @@ class Quantizing:
             raise InputError(f"--device {given['device']}: cpu or cuda was expected")
         if "memory" in given:
             given["memory"] = parse_bytes(given["memory"])
-        from qwen3_export.solve.job import Settings
+        from qwen3_export.solve.job import QuantizeSettings
 
-        return Settings(**given)
+        return QuantizeSettings(**given)
 
 
 @contextmanager

@@ -88,9 +88,9 @@ def quantize(
             help="`bundled`, `self` (the model writes it), a .txt/.jsonl/.parquet file, or hf:DATASET[:SPLIT]."
         ),
     ] = "bundled",
-    samples: Annotated[int | None, typer.Option(min=1, help="Calibration rows (default: the recipe's).")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Calibration samples (default: the recipe's).")] = None,
     sequence_length: Annotated[int | None, typer.Option(min=16, help="Tokens per row (default: the recipe's).")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Chooses the calibration rows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the calibration samples.")] = 0,
     memory: Annotated[str | None, typer.Option(help="Refuse to start when more is needed, e.g. 8GiB.")] = None,
     device: Annotated[str, typer.Option(help="`cpu` or `cuda`.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Default: all. Never changes the bytes.")] = None,
@@ -111,11 +111,13 @@ def quantize(
     if device not in ("cpu", "cuda"):
         raise InputError(f"--device {device}: cpu or cuda was expected")
     checkpoint.hash_ahead()
-    from qwen3_export.solve.job import Settings
+    from qwen3_export.solve.job import QuantizeSettings
     from qwen3_export.solve.quantize import quantize as run
 
     show = console(json, quiet, verbose)
-    settings = Settings(calibration, samples, sequence_length, seed, limit, device, threads, resume, force, layout)
+    settings = QuantizeSettings(
+        calibration, samples, sequence_length, seed, limit, device, threads, resume, force, layout
+    )
     result = run(checkpoint, chosen, output, settings, show)
     show.result(result, lambda: _quantized(result))
 
@@ -173,9 +175,9 @@ def search_recipe(
     calibration: Annotated[
         str, typer.Option(help="`bundled`, a .txt/.jsonl/.parquet file, or hf:DATASET.")
     ] = "bundled",
-    samples: Annotated[int, typer.Option(min=1, help="Calibration rows.")] = 128,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 128,
     sequence_length: Annotated[int, typer.Option(min=16, help="Tokens per row.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Chooses the calibration rows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the calibration samples.")] = 0,
     measure_rows: Annotated[int, typer.Option(min=1, help="Further rows, that the KL is measured on.")] = 16,
     method: Annotated[str, typer.Option(help="`gptq`, `awq` or `rtn`.")] = "gptq",
     bits: Annotated[str, typer.Option(help="What may be mixed: 2, 3, 4, 8 and 16.")] = "4,8",
@@ -206,10 +208,10 @@ def search_recipe(
     from qwen3_export.model.workers import import_torch
 
     import_torch()
-    from qwen3_export.solve.mixed_precision.search import Settings, outcome, search, to_yaml
+    from qwen3_export.solve.mixed_precision.search import SearchSettings, outcome, search, to_yaml
 
     show = console(json, quiet, verbose)
-    settings = Settings(
+    settings = SearchSettings(
         target_bpw,
         _bits(bits),
         _words(grids),

@@ -17,12 +17,12 @@ _LARGEST_IN_HEAP, _KEPT = 32 << 20, 1 << 30
 _KERNELS, _CACHES = 32, ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
-def keep_memory() -> None:
+def keep_freed_memory() -> None:
     """Let all threads allocate from one heap that keeps what is freed, where the C library is glibc.
 
     With a heap each, what one thread frees no other can use: a sparse block took 2.6 times the memory
     of what was alive in it. Pages that are given back and taken again cost more than the work on them:
-    `give_back` gives them back where nothing is at hand that the next step could use.
+    `trim_heap` gives them back where nothing is at hand that the next step could use.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -41,7 +41,7 @@ def keep_few_kernels() -> None:
         os.environ.setdefault(name, str(_KERNELS))
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Give freed memory back to the system, where the C library is glibc: between blocks, so that what is
     scattered over the heap does not add up."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

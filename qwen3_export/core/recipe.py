@@ -74,7 +74,7 @@ class ExpertRule:
     min_tokens: int | None = None
     fallback: str = "share"
 
-    def floor(self, width: int) -> int:
+    def token_floor(self, width: int) -> int:
         """The number of tokens below which the rule applies; `width`: inputs of an expert's widest linear."""
         return 2 * width if self.min_tokens is None else self.min_tokens
 

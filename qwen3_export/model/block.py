@@ -29,7 +29,7 @@ from qwen3_export.core.qwen3 import Qwen3Config
 from qwen3_export.model.attention import causal_attention
 
 if TYPE_CHECKING:
-    from qwen3_export.model.coded import Coded
+    from qwen3_export.model.integer_linear import IntegerLinear
 
 State = dict[str, Tensor]
 NUM_STAGES = 4
@@ -56,20 +56,20 @@ class KVCache:
 class Block:
     """Weights of one block by local name (`self_attn.q_proj`, `[out, in]`), replaceable one by one.
 
-    `products` is the type that linears and attention multiply in; None leaves them as they are.
-    `rounders` are the functions that round some linears' inputs; see `model.activations`. Where
-    `outputs` is given, every linear leaves its output there. `coded` linears have integers in place of weights; with
-    `integers`, for processors that multiply these fastest, quantized ones become such.
+    `matmul_dtype` is the type that linears and attention multiply in; None leaves them as they are.
+    `rounders` are the functions that round some linears' inputs; see `model.activations`. Where `outputs`
+    is given, every linear leaves its output there. `integer_linears` have integers in place of weights; with
+    `int_matmul`, for processors that multiply these fastest, quantized ones become such.
     """
 
     config: Qwen3Config
     layer: int
     weights: dict[str, Tensor] = field(repr=False)
-    products: torch.dtype | None = None
+    matmul_dtype: torch.dtype | None = None
     rounders: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict, repr=False)
     outputs: dict[str, Tensor] | None = field(default=None, repr=False)
-    integers: bool = False
-    coded: dict[str, Coded] = field(default_factory=dict, repr=False)
+    int_matmul: bool = False
+    integer_linears: dict[str, IntegerLinear] = field(default_factory=dict, repr=False)
 
     def stage_linears(self, stage: int) -> list[str]:
         """Local names of the linears whose input is `x` at this stage."""
@@ -78,33 +78,41 @@ class Block:
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """`x @ weight.T`, the inputs rounded first where the linear's scheme says so."""
-        y = self.coded[name].product(x) if name in self.coded else self._plain(name, x)
+        y = self.integer_linears[name].product(x) if name in self.integer_linears else self._plain(name, x)
         if self.outputs is not None:
             self.outputs[name] = y
         return y
 
     def _plain(self, name: str, x: Tensor) -> Tensor:
         rounder = self.rounders.get(name)
-        weight = self.weights[name] if self.products is None else self.weights[name].to(self.products)
+        weight = self.weights[name] if self.matmul_dtype is None else self.weights[name].to(self.matmul_dtype)
         x = (x if rounder is None else rounder(x)).to(weight.dtype)
         return _product(x, weight) if ".experts." in name else F.linear(x, weight)
 
-    def running(self, products: torch.dtype) -> Block:
+    def running(self, matmul_dtype: torch.dtype) -> Block:
         """The same block with weights of its own, its linears stored as they multiply: in that type, or as integers."""
         linears = self.config.linear_shapes(self.layer)
-        weights = {name: weight.to(products) if name in linears else weight for name, weight in self.weights.items()}
-        own = replace(self, weights=weights, products=products, rounders=dict(self.rounders), coded=dict(self.coded))
-        if self.integers:
+        weights = {
+            name: weight.to(matmul_dtype) if name in linears else weight for name, weight in self.weights.items()
+        }
+        own = replace(
+            self,
+            weights=weights,
+            matmul_dtype=matmul_dtype,
+            rounders=dict(self.rounders),
+            integer_linears=dict(self.integer_linears),
+        )
+        if self.int_matmul:
             own._round(list(linears))
         return own
 
     def _round(self, linears: list[str]) -> None:
         """Linears that still have weights are multiplied as integers from now on, where they can be."""
-        from qwen3_export.model.coded import rounded
+        from qwen3_export.model.integer_linear import from_weight
 
         for name in linears:
-            if name in self.weights and (codes := rounded(self.weights[name])) is not None:
-                self.coded[name] = codes
+            if name in self.weights and (codes := from_weight(self.weights[name])) is not None:
+                self.integer_linears[name] = codes
                 del self.weights[name]
 
     def width(self, name: str) -> int:
@@ -114,18 +122,18 @@ class Block:
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         """RMSNorm over the last axis, in fp32."""
-        if self.integers:
+        if self.int_matmul:
             from qwen3_export.model.passes import normed
 
             return normed(x.to(self.weights[name].dtype), self.weights[name], self.config.rms_norm_eps)
         return rms_norm(x.to(self.weights[name].dtype), self.weights[name], self.config.rms_norm_eps)
 
-    def enter(self, hidden: Tensor) -> State:
+    def initial_state(self, hidden: Tensor) -> State:
         """State before stage 0, from hidden states `[batch, tokens, hidden]`."""
         return {"residual": hidden, "x": self._as_products(self.norm("input_layernorm", hidden))}
 
     def _as_products(self, x: Tensor) -> Tensor:
-        return x if self.products is None else x.to(self.products)
+        return x if self.matmul_dtype is None else x.to(self.matmul_dtype)
 
     def advance(self, stage: int, state: State, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> State:
         """Run the linears of `stage` and what follows them, up to the input of the next linears."""
@@ -140,7 +148,7 @@ class Block:
 
     def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
         """Hidden states in, hidden states out, `[batch, tokens, hidden]`."""
-        state = self.enter(hidden)
+        state = self.initial_state(hidden)
         for stage in range(NUM_STAGES):
             state = self.advance(stage, state, rope, cache)
         return state["residual"]
@@ -159,7 +167,7 @@ class Block:
         if cache is not None:
             k, v = cache.extend(k, v)
         length, total = q.shape[-2], k.shape[-2]
-        if length == total and (self.integers or (q.dtype == torch.bfloat16 and q.device.type == "cpu")):
+        if length == total and (self.int_matmul or (q.dtype == torch.bfloat16 and q.device.type == "cpu")):
             return causal_attention(q, k, v).transpose(1, 2).flatten(2)
         mask = None
         if 1 < length < total:
@@ -174,7 +182,7 @@ class Block:
         """Queries or keys, normed and turned, `[batch, heads, tokens, head_dim]` in the type of the products."""
         heads, name = self._heads(f"{which}_proj", x), f"self_attn.{which}_norm"
         halves = heads.dtype == torch.bfloat16 and heads.device.type == "cpu" and not heads.requires_grad
-        if halves or self.integers:
+        if halves or self.int_matmul:
             from qwen3_export.model.passes import normed_and_turned
 
             return normed_and_turned(heads, self.weights[name], self.config.rms_norm_eps, *rope)

@@ -44,14 +44,14 @@ def put_quantized(
     block: Block, name: str, tensor: QuantizedTensor, device: str = "cpu", in_place: bool = False
 ) -> None:
     """Make one linear of a block compute as the quantized tensor does; `in_place` where nobody else has its weight."""
-    if block.integers:
-        from qwen3_export.model.coded import coded
+    if block.int_matmul:
+        from qwen3_export.model.integer_linear import from_codes
 
-        if (codes := coded(tensor)) is not None:
-            block.coded[name] = codes
+        if (codes := from_codes(tensor)) is not None:
+            block.integer_linears[name] = codes
             del block.weights[name]
             return
-    weight = torch.from_numpy(dequantize(tensor)).to(device, block.products)
+    weight = torch.from_numpy(dequantize(tensor)).to(device, block.matmul_dtype)
     same = in_place and block.weights[name].dtype == weight.dtype
     block.weights[name] = block.weights[name].copy_(weight) if same else weight
     if tensor.scheme.activations:

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qwen3_export.core.process import keep_few_kernels, keep_memory, uncollected, uninterrupted
+from qwen3_export.core.process import keep_few_kernels, keep_freed_memory, uncollected, uninterrupted
 from qwen3_export.core.processors import processors
 from qwen3_export.errors import MissingRuntimeError
 
@@ -23,17 +23,17 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """A pool of threads; see `workers` and `plain_workers`.
+    """A pool of threads; see `workers` and `workers_without_torch`.
 
-    `products` is the type in which this processor multiplies fastest what need not be exact: the calibration rows on
-    their way through the model. `integers`: whether it is faster still with integers where weights are codes
-    (`model.coded`), and in sums of what the rows have in them (`calibration.gram_avx2`).
+    `matmul_dtype` is the type in which this processor multiplies fastest what need not be exact:
+    calibration samples on their way through the model. `int_matmul`: integers are faster still, where
+    weights are codes (`model.integer_linear`), and in the Gram sums of inputs (`calibration.gram_avx2`).
     """
 
-    def __init__(self, pool: ThreadPoolExecutor, products: Any = None, integers: bool = False) -> None:
+    def __init__(self, pool: ThreadPoolExecutor, matmul_dtype: Any = None, int_matmul: bool = False) -> None:
         self._pool = pool
-        self.products: torch.dtype = products
-        self.integers = integers
+        self.matmul_dtype: torch.dtype = matmul_dtype
+        self.int_matmul = int_matmul
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """Results in the order of the items; the first exception is raised, the rest is cancelled."""
@@ -70,9 +70,9 @@ def import_torch() -> None:
 
 
 @contextmanager
-def plain_workers(threads: int | None = None) -> Iterator[Workers]:
+def workers_without_torch(threads: int | None = None) -> Iterator[Workers]:
     """Yield a pool of `threads` (default: the processors that this process may use) for work without torch."""
-    keep_memory()
+    keep_freed_memory()
     with ThreadPoolExecutor(_count(threads)) as pool:
         yield Workers(pool)
 
@@ -97,21 +97,21 @@ def workers(threads: int | None = None, fast: bool = False) -> Iterator[Workers]
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    products: Any = getattr(torch.backends.mkldnn, "matmul", None)
-    precision = products.fp32_precision if products else None
-    if fast and products:
-        products.fp32_precision = "bf16"
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    precision = matmul.fp32_precision if matmul else None
+    if fast and matmul:
+        matmul.fp32_precision = "bf16"
         if _product_error() > FAST_BOUND:
-            products.fp32_precision = precision
-    keep_memory()
+            matmul.fp32_precision = precision
+    keep_freed_memory()
     try:
         with ThreadPoolExecutor(_count(threads), initializer=prepare) as pool:
-            kind = fast_products() if fast else "fp32"
+            kind = fast_matmul() if fast else "fp32"
             yield Workers(pool, torch.bfloat16 if kind == "bf16" else torch.float32, kind == "integers")
     finally:
         torch.set_num_threads(before)
-        if products:
-            products.fp32_precision = precision
+        if matmul:
+            matmul.fp32_precision = precision
 
 
 def has_bf16() -> bool:
@@ -122,7 +122,7 @@ def has_bf16() -> bool:
     return any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def has_integers() -> bool:
+def has_fast_int_matmul() -> bool:
     """Whether this processor multiplies integers with AVX2 faster than fp32 numbers: with AVX-512 these are as fast."""
     import torch
 
@@ -130,11 +130,11 @@ def has_integers() -> bool:
     return bool(known.get("avx2")) and not known.get("avx512_f")
 
 
-def fast_products() -> str:
-    """In what `fast` workers multiply calibration rows: `bf16`, `integers` or `fp32`. It decides the bytes."""
+def fast_matmul() -> str:
+    """In what `fast` workers multiply calibration samples: `bf16`, `integers` or `fp32`. It decides the bytes."""
     if has_bf16():
         return "bf16"
-    return "integers" if has_integers() else "fp32"
+    return "integers" if has_fast_int_matmul() else "fp32"
 
 
 def _product_error() -> float:

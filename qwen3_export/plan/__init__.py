@@ -22,8 +22,8 @@ from qwen3_export.core.recipe import Recipe
 from qwen3_export.errors import ExportError, InputError, RecipeError
 from qwen3_export.plan.formats import FORMATS, Verdict, as_quantized, folder_of, unsupported_tensors
 from qwen3_export.plan.runtimes import RUNTIMES
-from qwen3_export.solve.job import Settings
-from qwen3_export.text.rows import Rows
+from qwen3_export.solve.job import QuantizeSettings
+from qwen3_export.text.samples import Samples
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def plan(
     checkpoint: Checkpoint,
     recipe: Recipe,
     formats: Sequence[str] = (),
-    settings: Settings | None = None,
+    settings: QuantizeSettings | None = None,
     measure: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def plan(
     `formats` must all work, else it is impossible; without them one format is enough. `measure` times the recipe on
     random numbers. Never raises for what cannot work: that is what `possible` and `reasons` say.
     """
-    settings, progress = settings or Settings(), progress or Progress()
+    settings, progress = settings or QuantizeSettings(), progress or Progress()
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
         raise InputError(f"--format {unknown[0]}: one of {', '.join(FORMATS)} was expected")
@@ -121,7 +121,9 @@ def _recipe_reasons(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
     return reasons
 
 
-def _needs(checkpoint: Checkpoint, recipe: Recipe, settings: Settings, measure: bool, progress: Progress) -> Needs:
+def _needs(
+    checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSettings, measure: bool, progress: Progress
+) -> Needs:
     """Memory and disk from the model's numbers, time from a trial on this machine; raises what the run would raise."""
     from qwen3_export.model.workers import import_torch
     from qwen3_export.solve.blocks import rtn_without_torch
@@ -130,36 +132,36 @@ def _needs(checkpoint: Checkpoint, recipe: Recipe, settings: Settings, measure: 
     from qwen3_export.solve.quantize import check_device, check_recipe, needs_inputs
 
     check_recipe(checkpoint, recipe, settings.layout or recipe.layout)
-    plain = settings.device == "cpu" and rtn_without_torch.serves(checkpoint, recipe)
-    if not plain:
+    without_torch = settings.device == "cpu" and rtn_without_torch.serves(checkpoint, recipe)
+    if not without_torch:
         import_torch()
         check_device(settings.device)
     method, options = load_method(recipe)
-    rows = planned_rows(checkpoint, recipe, settings, progress) if needs_inputs(recipe, method, options) else None
-    original, outputs = method.needs_original(options), method.needs_outputs(options)
-    floor = recipe.experts.floor(checkpoint.config.expert_width)
+    samples = planned_samples(checkpoint, recipe, settings, progress) if needs_inputs(recipe, method, options) else None
+    original, outputs = method.needs_original(options), method.fisher_samples(options)
+    token_floor = recipe.experts.token_floor(checkpoint.config.expert_width)
     outer = any(recipe.scheme_for(module) for module in checkpoint.config.outer_matrices())
-    memory = memory_needed(checkpoint.config, rows, original, floor, outputs, outer, plain)
-    disk = disk_needed(checkpoint, recipe, rows, original, outputs)
+    memory = memory_needed(checkpoint.config, samples, original, token_floor, outputs, outer, without_torch)
+    disk = disk_needed(checkpoint, recipe, samples, original, outputs)
     seconds = None
     if measure:
         from qwen3_export.plan.timing import estimate_seconds
 
-        seconds = estimate_seconds(checkpoint, recipe, rows, settings, progress)
+        seconds = estimate_seconds(checkpoint, recipe, samples, settings, progress)
     return Needs(memory, disk, seconds)
 
 
-def planned_rows(checkpoint: Checkpoint, recipe: Recipe, settings: Settings, progress: Progress) -> Rows:
-    """The calibration rows of the run, or as many as are asked for where their text is not at hand yet."""
+def planned_samples(checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSettings, progress: Progress) -> Samples:
+    """The calibration samples of the run, or as many as are asked for where their text is not at hand yet."""
     from qwen3_export.solve.quantize import calibration_of
 
-    samples, length = settings.size(recipe)
+    count, length = settings.size(recipe)
     if settings.calibration == "self" or settings.calibration.startswith("hf:"):
-        return Rows((np.zeros(length, np.int32),) * samples, ("",) * samples)
+        return Samples((np.zeros(length, np.int32),) * count, ("",) * count)
     return calibration_of(checkpoint, recipe, settings, progress)
 
 
-def _limits(needs: Needs, settings: Settings) -> list[str]:
+def _limits(needs: Needs, settings: QuantizeSettings) -> list[str]:
     """Reasons from this machine: `--memory`, its own memory."""
     if needs.peak_rss_bytes is None:
         return []
@@ -170,7 +172,7 @@ def _limits(needs: Needs, settings: Settings) -> list[str]:
 
 
 def check_target(
-    checkpoint: Checkpoint, recipe: Recipe, settings: Settings, check: Callable[[Checkpoint], object]
+    checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSettings, check: Callable[[Checkpoint], object]
 ) -> None:
     """Before an export with a recipe quantizes: does recipe fit model, and its result the target? Raises what is wrong.
 

@@ -1,6 +1,6 @@
 """How long will it take here? The recipe itself, timed on one block of random numbers.
 
-    trial(few rows), trial(more rows)  ─▶  seconds = at rest + per token · tokens      of the trial's block
+    trial(few samples), trial(more samples)  ─▶  seconds = at rest + per token · tokens      of the trial's block
     of the model's blocks: at rest grows with the work of solving, per token with the work of running
 
 A block wider than `_WIDEST` is narrowed first; the work is counted for both, and the seconds are scaled. Embedding
@@ -26,8 +26,8 @@ from qwen3_export.core.progress import Progress
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config, parse_config
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.tensorfile import write_tensors
-from qwen3_export.solve.job import Settings
-from qwen3_export.text.rows import Rows
+from qwen3_export.solve.job import QuantizeSettings
+from qwen3_export.text.samples import Samples
 
 _WIDEST, _WIDEST_INNER, _EXPERTS, _VOCABULARY = 1024, 3072, 8, 2048
 _LENGTH, _FEW, _MORE = 256, 4, 16
@@ -44,14 +44,14 @@ class Work:
 def work_of(config: Qwen3Config, layer: int, with_inputs: bool) -> Work:
     """Multiplications of solving a block's linears, and of running one token through it and counting its moments."""
     shapes = config.linear_shapes(layer)
-    at_rest = sum(rows * width * (width if with_inputs else 1) for rows, width in shapes.values())
+    at_rest = sum(out_rows * width * (width if with_inputs else 1) for out_rows, width in shapes.values())
     share = config.experts_per_token / config.num_experts if config.is_sparse(layer) else 1.0
     per_token = 0.0
-    for name, (rows, width) in shapes.items():
+    for name, (out_rows, width) in shapes.items():
         active = share if ".experts." in name else 1.0
         # Linears of one stage share their moments.
         moments = width * width if with_inputs and name.endswith(("q_proj", "o_proj", "gate_proj", "down_proj")) else 0
-        per_token += active * (2 * rows * width + moments)
+        per_token += active * (2 * out_rows * width + moments)
     return Work(at_rest, per_token)
 
 
@@ -81,7 +81,7 @@ def narrowed(raw: Mapping[str, Any], config: Qwen3Config) -> dict[str, Any]:
 
 
 def estimate_seconds(
-    checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None, settings: Settings, progress: Progress
+    checkpoint: Checkpoint, recipe: Recipe, samples: Samples | None, settings: QuantizeSettings, progress: Progress
 ) -> float:
     """Seconds that `quantize` would take here, from trials of a few seconds."""
     config, outer = checkpoint.config, {EMBEDDING, HEAD} & {rule.match for rule in recipe.rules if rule.scheme}
@@ -89,7 +89,7 @@ def estimate_seconds(
     with tempfile.TemporaryDirectory(prefix="qwen3-export-plan-") as name, progress.bar("time a block", 4) as tick:
         folder = Path(name)
         small = _write_block(folder / "block", narrowed(checkpoint.raw_config, config))
-        few, more = (_random_rows(small, count) if rows else None for count in (_FEW, _MORE))
+        few, more = (_random_samples(small, count) if samples else None for count in (_FEW, _MORE))
         _trial(small, inner, few, settings, folder / "warm")
         tick()
         at_few = _trial(small, inner, few, settings, folder / "few")
@@ -102,12 +102,12 @@ def estimate_seconds(
         for_outer = _trial(small, recipe, few, settings, folder / "outer") - at_few if outer else 0.0
         tick()
     at_rest = max(0.0, at_few - per_token * (few.tokens if few else 0))
-    done = work_of(small.config, 0, rows is not None)
+    done = work_of(small.config, 0, samples is not None)
     total = max(0.0, for_outer) * config.vocab_size / small.config.vocab_size
     for layer in range(config.num_layers):
-        work = work_of(config, layer, rows is not None)
+        work = work_of(config, layer, samples is not None)
         total += at_rest * work.at_rest / done.at_rest
-        total += per_token * (rows.tokens if rows else 0) * work.per_token / done.per_token
+        total += per_token * (samples.tokens if samples else 0) * work.per_token / done.per_token
     return total
 
 
@@ -124,15 +124,17 @@ def _write_block(folder: Path, raw: dict[str, Any]) -> Checkpoint:
     return open_checkpoint(folder)
 
 
-def _random_rows(checkpoint: Checkpoint, count: int) -> Rows:
+def _random_samples(checkpoint: Checkpoint, count: int) -> Samples:
     length = min(_LENGTH, checkpoint.config.max_position)
     ids = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, (count, length), dtype=np.int32)
-    return Rows(tuple(ids), ("trial",) * count)
+    return Samples(tuple(ids), ("trial",) * count)
 
 
-def _trial(checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None, settings: Settings, folder: Path) -> float:
+def _trial(
+    checkpoint: Checkpoint, recipe: Recipe, samples: Samples | None, settings: QuantizeSettings, folder: Path
+) -> float:
     """Seconds of the block loop."""
-    from qwen3_export.model.workers import plain_workers, workers
+    from qwen3_export.model.workers import workers, workers_without_torch
     from qwen3_export.solve.blocks import rtn_without_torch
     from qwen3_export.solve.job import Job
     from qwen3_export.solve.loop import run_blocks
@@ -140,12 +142,22 @@ def _trial(checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None, settings: 
     from qwen3_export.solve.output_folder import QuantizedFolder
 
     method, options = load_method(recipe)
-    plain = settings.device == "cpu" and rtn_without_torch.serves(checkpoint, recipe)
+    without_torch = settings.device == "cpu" and rtn_without_torch.serves(checkpoint, recipe)
     head_apart = not checkpoint.config.tie_word_embeddings and recipe.scheme_for(HEAD) is not None
     folder.mkdir()
     target = QuantizedFolder(folder, checkpoint, settings.layout or recipe.layout, {}, head_apart)
-    with plain_workers(settings.threads) if plain else workers(settings.threads, fast=True) as pool:
-        job = Job(checkpoint, recipe, method, options, rows, pool, target.scratch, settings.device, plain=plain)
+    with workers_without_torch(settings.threads) if without_torch else workers(settings.threads, fast=True) as pool:
+        job = Job(
+            checkpoint,
+            recipe,
+            method,
+            options,
+            samples,
+            pool,
+            target.scratch,
+            settings.device,
+            without_torch=without_torch,
+        )
         started = time.perf_counter()
         run_blocks(job, target, replace(settings, memory=None), Progress())
         return time.perf_counter() - started

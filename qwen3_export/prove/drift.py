@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from qwen3_export.core.progress import Progress
 from qwen3_export.errors import InputError
 from qwen3_export.prove.reference import Continuations, Reference, Truth, log_softmax
-from qwen3_export.prove.statistics import RowDrift, histogram, intervals, row_sums, statistics
+from qwen3_export.prove.statistics import SampleDrift, histogram, intervals, row_sums, statistics
 from qwen3_export.run.session import Session, greedy
 
 
-def row_drift(truth: Truth, logits: NDArray[np.float32], ids: NDArray[np.int32]) -> RowDrift:
+def sample_drift(truth: Truth, logits: NDArray[np.float32], ids: NDArray[np.int32]) -> SampleDrift:
     """Compare one row: `logits` `[len(ids), vocab]` of the artifact; the last position is not scored."""
     q = log_softmax(logits[:-1])
     following = ids[1:, None].astype(np.int64)
@@ -35,7 +35,7 @@ def row_drift(truth: Truth, logits: NDArray[np.float32], ids: NDArray[np.int32])
         kl = _partial_kl(truth, q)
         same = truth.ids[:, 0] == top
     artifact = np.take_along_axis(q, following, 1)[:, 0]
-    return RowDrift(kl, same, truth.next_logprob.astype(np.float64), artifact.astype(np.float64))
+    return SampleDrift(kl, same, truth.next_logprob.astype(np.float64), artifact.astype(np.float64))
 
 
 def _partial_kl(truth: Truth, q: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -51,27 +51,27 @@ def _partial_kl(truth: Truth, q: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def measure(session: Session, reference: Reference, label: str, progress: Progress | None = None) -> dict[str, Any]:
-    """Run every held-out row through the artifact; returns the drift fields of the contract.
+    """Run every held-out sample through the artifact; returns the drift fields of the contract.
 
     Raises InputError when the artifact's vocabulary or context does not fit the reference.
     """
     _check_fit(session, reference, label)
-    rows, drifts = reference.rows, []
-    with (progress or Progress()).bar(f"validate {label}", len(rows.ids)) as tick:
-        for row, ids in enumerate(rows.ids):
+    samples, drifts = reference.samples, []
+    with (progress or Progress()).bar(f"validate {label}", len(samples.ids)) as tick:
+        for row, ids in enumerate(samples.ids):
             logits = session.prefill(ids)[:, : reference.vocab_size]
             if not np.isfinite(logits).all():
-                raise InputError(f"{label}: its logits hold NaN or infinity on held-out row {row}")
-            drifts.append(row_drift(reference.truth(row), logits, ids))
+                raise InputError(f"{label}: its logits hold NaN or infinity on held-out sample {row}")
+            drifts.append(sample_drift(reference.truth(row), logits, ids))
             tick()
     result = {**_summary(drifts), "kl_is_lower_bound": reference.is_lower_bound}
     result["domains"] = {
-        domain: _domain([d for d, found in zip(drifts, rows.domains, strict=True) if found == domain])
-        for domain in sorted(set(rows.domains))
+        domain: _domain([d for d, found in zip(drifts, samples.domains, strict=True) if found == domain])
+        for domain in sorted(set(samples.domains))
     }
     result["statistics"] = statistics(drifts)
     result["kl_histogram"] = histogram(drifts)
-    result["rows"] = row_sums(drifts, rows.domains)
+    result["rows"] = row_sums(drifts, samples.domains)
     result["generation"] = generation(session, reference.continuations)
     return result
 
@@ -81,12 +81,12 @@ def _check_fit(session: Session, reference: Reference, label: str) -> None:
         raise InputError(
             f"{label} has {session.vocab_size} tokens, the reference {reference.vocab_size}: another model?"
         )
-    longest = max(len(ids) for ids in reference.rows.ids)
+    longest = max(len(ids) for ids in reference.samples.ids)
     if session.context < longest:
         raise InputError(f"{label} holds {session.context} positions, the reference's rows have {longest}")
 
 
-def _summary(drifts: Sequence[RowDrift]) -> dict[str, Any]:
+def _summary(drifts: Sequence[SampleDrift]) -> dict[str, Any]:
     kl = np.concatenate([d.kl for d in drifts])
     return {
         "tokens": len(kl),
@@ -97,7 +97,7 @@ def _summary(drifts: Sequence[RowDrift]) -> dict[str, Any]:
     }
 
 
-def _common(drifts: Sequence[RowDrift]) -> dict[str, float]:
+def _common(drifts: Sequence[SampleDrift]) -> dict[str, float]:
     reference = float(np.exp(-np.concatenate([d.reference_logprob for d in drifts]).mean()))
     artifact = float(np.exp(-np.concatenate([d.artifact_logprob for d in drifts]).mean()))
     return {
@@ -108,7 +108,7 @@ def _common(drifts: Sequence[RowDrift]) -> dict[str, float]:
     }
 
 
-def _domain(drifts: Sequence[RowDrift]) -> dict[str, Any]:
+def _domain(drifts: Sequence[SampleDrift]) -> dict[str, Any]:
     kl = np.concatenate([d.kl for d in drifts])
     return {"tokens": len(kl), "kl_mean": float(kl.mean()), **_common(drifts), **intervals(drifts)}
 

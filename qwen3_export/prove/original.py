@@ -17,7 +17,7 @@ from qwen3_export.core.tensorfile import TensorFileWriter
 from qwen3_export.errors import InputError, MissingRuntimeError
 from qwen3_export.prove.reference import Continuations, Truth, answer_specs, file_metadata, full_truth, top_of
 from qwen3_export.run.session import check_logits
-from qwen3_export.text.rows import Rows
+from qwen3_export.text.samples import Samples
 
 PROMPT_TOKENS, NEW_TOKENS, PROMPTS = 32, 32, 8
 
@@ -27,7 +27,7 @@ class LiveReference:
 
     is_lower_bound = False
 
-    def __init__(self, checkpoint: Checkpoint, rows: Rows, progress: Progress | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, samples: Samples, progress: Progress | None = None) -> None:
         try:
             with uninterrupted():
                 from qwen3_export.model.decoder import Decoder
@@ -38,15 +38,15 @@ class LiveReference:
                 "pip install 'qwen3-export[solve]', or give --reference FILE made on another machine",
             ) from error
         progress = progress or Progress()
-        self.rows, self.vocab_size = rows, checkpoint.config.vocab_size
-        if max(int(ids.max()) for ids in rows.ids) >= self.vocab_size:
+        self.samples, self.vocab_size = samples, checkpoint.config.vocab_size
+        if max(int(ids.max()) for ids in samples.ids) >= self.vocab_size:
             raise InputError(f"{checkpoint.folder}: the tokenizer has more tokens than the model's vocabulary")
         self.source_sha256 = checkpoint.sha256
         with workers() as pool:
             self._decoder = Decoder(checkpoint, pool)
             with progress.bar(f"original {checkpoint.name}", checkpoint.config.num_layers) as tick:
-                self._hidden = self._decoder.hidden(rows.ids, tick=tick)
-            prompts = _prompts(rows)
+                self._hidden = self._decoder.hidden(samples.ids, tick=tick)
+            prompts = _prompts(samples)
             self.continuations = Continuations(
                 prompts, np.stack(self._decoder.greedy(prompts, NEW_TOKENS)).astype(np.int32)
             )
@@ -57,24 +57,24 @@ class LiveReference:
 
     def truth(self, row: int) -> Truth:
         """The original's full distributions on one row."""
-        return full_truth(self.logits(row), self.rows.ids[row])
+        return full_truth(self.logits(row), self.samples.ids[row])
 
 
-def _prompts(rows: Rows) -> tuple[NDArray[np.int32], ...]:
+def _prompts(samples: Samples) -> tuple[NDArray[np.int32], ...]:
     """The first tokens of some rows, spread evenly over the text."""
-    count = min(PROMPTS, len(rows.ids))
-    chosen = np.linspace(0, len(rows.ids) - 1, count).astype(int)
-    return tuple(rows.ids[i][:PROMPT_TOKENS] for i in chosen)
+    count = min(PROMPTS, len(samples.ids))
+    chosen = np.linspace(0, len(samples.ids) - 1, count).astype(int)
+    return tuple(samples.ids[i][:PROMPT_TOKENS] for i in chosen)
 
 
 def write_reference(
-    checkpoint: Checkpoint, rows: Rows, output: Path, top_k: int, force: bool, progress: Progress | None = None
+    checkpoint: Checkpoint, samples: Samples, output: Path, top_k: int, force: bool, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Write the portable reference file; `top_k` 0 keeps all logits. Returns what was written."""
     with staged_file(output, force) as partial:
-        live = LiveReference(checkpoint, rows, progress)
-        positions = sum(len(ids) - 1 for ids in rows.ids)
-        domains = sorted(set(rows.domains))
+        live = LiveReference(checkpoint, samples, progress)
+        positions = sum(len(ids) - 1 for ids in samples.ids)
+        domains = sorted(set(samples.domains))
         head, specs = _head(live, domains), answer_specs(positions, top_k, live.vocab_size)
         all_specs = {**{name: (array.dtype, array.shape) for name, array in head.items()}, **specs}
         metadata = file_metadata(
@@ -83,7 +83,7 @@ def write_reference(
                 "source_sha256": checkpoint.sha256,
                 "vocab_size": live.vocab_size,
                 "top_k": top_k,
-                "rows_sha256": rows.sha256,
+                "rows_sha256": samples.sha256,
             },
             domains,
         )
@@ -94,9 +94,9 @@ def write_reference(
     return {
         "output": str(output),
         "source_sha256": checkpoint.sha256,
-        "tokens": rows.tokens,
+        "tokens": samples.tokens,
         "positions": positions,
-        "rows": len(rows.ids),
+        "rows": len(samples.ids),
         "domains": domains,
         "top_k": top_k,
         "bytes": output.stat().st_size,
@@ -106,11 +106,11 @@ def write_reference(
 
 
 def _head(live: LiveReference, domains: list[str]) -> dict[str, NDArray]:
-    rows, text = live.rows, live.continuations
+    samples, text = live.samples, live.continuations
     return {
-        "tokens": np.concatenate(rows.ids).astype(np.int32),
-        "row_lengths": np.array([len(ids) for ids in rows.ids], np.int32),
-        "row_domains": np.array([domains.index(domain) for domain in rows.domains], np.int32),
+        "tokens": np.concatenate(samples.ids).astype(np.int32),
+        "row_lengths": np.array([len(ids) for ids in samples.ids], np.int32),
+        "row_domains": np.array([domains.index(domain) for domain in samples.domains], np.int32),
         "prompts": np.concatenate(text.prompts).astype(np.int32),
         "prompt_lengths": np.array([len(ids) for ids in text.prompts], np.int32),
         "continuations": text.tokens,
@@ -120,16 +120,16 @@ def _head(live: LiveReference, domains: list[str]) -> dict[str, NDArray]:
 def _write_answers(
     writer: TensorFileWriter, live: LiveReference, top_k: int, positions: int, progress: Progress
 ) -> None:
-    rows = range(len(live.rows.ids))
-    with progress.bar("answers", len(rows)) as tick:
+    samples = range(len(live.samples.ids))
+    with progress.bar("answers", len(samples)) as tick:
         if top_k == 0:
             with writer.pieces("logits") as write:
-                for row in rows:
+                for row in samples:
                     write(live.logits(row)[:-1])
                     tick()
             return
         parts: Mapping[str, list[NDArray]] = {name: [] for name in answer_specs(positions, top_k, live.vocab_size)}
-        for row in rows:
+        for row in samples:
             for name, array in top_of(live.truth(row), top_k).items():
                 parts[name].append(array)
             tick()

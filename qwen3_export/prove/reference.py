@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.tensorfile import Spec, TensorFile
 from qwen3_export.errors import CheckpointError
-from qwen3_export.text.rows import Rows
+from qwen3_export.text.samples import Samples
 
 FORMAT = "qwen3-export reference 1"
 
@@ -56,7 +56,7 @@ class Continuations:
 class Reference(Protocol):
     """What drift is measured against."""
 
-    rows: Rows
+    samples: Samples
     vocab_size: int
     is_lower_bound: bool
     source_sha256: str
@@ -86,14 +86,14 @@ class ReferenceFile:
         try:
             domains = json.loads(metadata["domains"])
             self.vocab_size, self.source_sha256 = int(metadata["vocab_size"]), metadata["source_sha256"]
-            self.rows = Rows(
+            self.samples = Samples(
                 tuple(self._split("tokens", "row_lengths", shortest=2)),
                 tuple(str(domains[i]) for i in self._integers("row_domains", len(domains))),
             )
             prompts = tuple(self._split("prompts", "prompt_lengths", shortest=1))
             texts = self._integers("continuations", self.vocab_size, axes=2)
             self.continuations = Continuations(prompts, texts)
-            if len(self.rows.ids) != len(self.rows.domains) or len(prompts) != len(texts):
+            if len(self.samples.ids) != len(self.samples.domains) or len(prompts) != len(texts):
                 raise ValueError("rows and domains, or prompts and continuations, are not as many")
             self._check_answers(int(metadata["top_k"]))
             self.is_lower_bound = "logits" not in self._answers
@@ -115,7 +115,7 @@ class ReferenceFile:
         return np.split(flat, np.cumsum(lengths)[:-1])
 
     def _check_answers(self, top_k: int) -> None:
-        self._answers = answer_specs(sum(len(ids) - 1 for ids in self.rows.ids), top_k, self.vocab_size)
+        self._answers = answer_specs(sum(len(ids) - 1 for ids in self.samples.ids), top_k, self.vocab_size)
         for name, (dtype, shape) in self._answers.items():
             found = self._file.entries[name]
             if (found.dtype, found.shape) != (dtype, shape):
@@ -123,12 +123,12 @@ class ReferenceFile:
 
     @cached_property
     def _starts(self) -> NDArray[np.int64]:
-        return np.concatenate([[0], np.cumsum([len(ids) - 1 for ids in self.rows.ids])])
+        return np.concatenate([[0], np.cumsum([len(ids) - 1 for ids in self.samples.ids])])
 
     def truth(self, row: int) -> Truth:
         """The original's answers on one row."""
         begin, end = (int(i) for i in self._starts[row : row + 2])
-        following = self.rows.ids[row][1:]
+        following = self.samples.ids[row][1:]
         answers = {name: self._file.rows(name, begin, end) for name in self._answers}
         if not self.is_lower_bound:
             logprobs = log_softmax(answers["logits"])

@@ -34,7 +34,7 @@ HISTOGRAM_EXPONENTS = tuple(x / 2 for x in range(-18, 5))
 
 
 @dataclass(frozen=True)
-class RowDrift:
+class SampleDrift:
     """Per scored position of one row: KL, agreement of the top token, both log-probabilities of the next token."""
 
     kl: NDArray[np.float64]
@@ -56,7 +56,7 @@ def ends(values: NDArray[np.float64]) -> list[float]:
     return [float(low), float(high)]
 
 
-def intervals(drifts: Sequence[RowDrift]) -> dict[str, list[float]]:
+def intervals(drifts: Sequence[SampleDrift]) -> dict[str, list[float]]:
     """95 % intervals of mean KL, top-1 agreement and perplexity ratio, `{name: [low, high]}`."""
     counts = np.array([len(d.kl) for d in drifts])
     kl, top, ratio = resampled(
@@ -68,7 +68,7 @@ def intervals(drifts: Sequence[RowDrift]) -> dict[str, list[float]]:
     return {"kl_ci95": ends(kl), "top1_ci95": ends(top), "ppl_ratio_ci95": ends(np.exp(ratio))}
 
 
-def row_sums(drifts: Sequence[RowDrift], domains: Sequence[str]) -> dict[str, list[Any]]:
+def row_sums(drifts: Sequence[SampleDrift], domains: Sequence[str]) -> dict[str, list[Any]]:
     """What a later comparison needs of every row: its positions and the sums over them."""
     return {
         "domain": list(domains),
@@ -87,7 +87,7 @@ def mean_and_error(values: NDArray[np.float64]) -> tuple[float, float]:
     return mean, float(np.sqrt(variance / (len(values) - 1))) if variance > 0 and len(values) > 10 else 0.0
 
 
-def statistics(drifts: Sequence[RowDrift]) -> dict[str, Any]:
+def statistics(drifts: Sequence[SampleDrift]) -> dict[str, Any]:
     """The statistics of `llama-perplexity --kl-divergence` (ggml-org/llama.cpp, tools/perplexity).
 
     `probability_change` is Δp: the artifact's probability of the text's next token less the original's.
@@ -142,7 +142,7 @@ def _perplexity(ours: NDArray[np.float64], base: NDArray[np.float64]) -> dict[st
     }
 
 
-def histogram(drifts: Sequence[RowDrift]) -> dict[str, list[float]]:
+def histogram(drifts: Sequence[SampleDrift]) -> dict[str, list[float]]:
     """How many positions lie between which powers of ten of KL: `{exponents [n + 1], counts [n]}`."""
     kl = np.concatenate([d.kl for d in drifts])
     exponents = np.array(HISTOGRAM_EXPONENTS)

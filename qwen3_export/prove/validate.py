@@ -18,16 +18,16 @@ from qwen3_export.prove.reference import Reference, ReferenceFile
 from qwen3_export.run.artifact import artifact_bytes, artifact_coverage, open_session
 from qwen3_export.run.session import RuntimeOptions
 from qwen3_export.text.documents import load_documents
-from qwen3_export.text.rows import Rows, heldout_rows, spread
+from qwen3_export.text.samples import Samples, heldout_samples, subsample
 from qwen3_export.text.tokenizer import ModelTokenizer
 
 WINDOW = 256
 
 
-def held_out(folder: Path, texts: Sequence[str] = (), window: int = WINDOW, tokens: int | None = None) -> Rows:
-    """Held-out rows for a model's tokenizer: the bundled text, or files in its place."""
+def held_out(folder: Path, texts: Sequence[str] = (), window: int = WINDOW, tokens: int | None = None) -> Samples:
+    """Held-out samples for a model's tokenizer: the bundled text, or files in its place."""
     documents = [document for text in texts or ["heldout"] for document in load_documents(text)]
-    return spread(heldout_rows(ModelTokenizer(folder), documents, window), tokens)
+    return subsample(heldout_samples(ModelTokenizer(folder), documents, window), tokens)
 
 
 def open_reference(
@@ -59,7 +59,7 @@ def validate(
     measured too, with the fields of `prove.latency.bench`.
     """
     limits = {name: parse_limit(name, value) for name, value in (limits or {}).items()}
-    refuse_unmeasurable(limits, reference.rows.domains)
+    refuse_unmeasurable(limits, reference.samples.domains)
     results = [_validate_one(artifact, reference, limits, options, progress) for artifact in artifacts]
     if any(is_latency(name) for name in limits):
         workload = Workload(threads=options.threads if options else None)
@@ -92,7 +92,7 @@ def _validate_one(
             "device": session.device,
             "settings": {"exact": bool(options and options.exact), "threads": session.threads},
             "reference_sha256": reference.source_sha256,
-            "text_sha256": reference.rows.sha256,
+            "text_sha256": reference.samples.sha256,
             **drift,
             "bytes": artifact_bytes(artifact),
             "experts": experts,

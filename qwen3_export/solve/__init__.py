@@ -1,1 +1,1 @@
-"""Quantization: calibration rows through the block loop, a method's codes to disk. Needs torch."""
+"""Quantization: calibration samples through the block loop, a method's codes to disk. Needs torch."""

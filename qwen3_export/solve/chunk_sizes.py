@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Tokens of the calibration rows whose inputs are in memory together.
+# Tokens of the calibration samples whose inputs are in memory together.
 TOKENS_AT_ONCE = 4096
 # Tokens that stand for all of a layer at an expert's down_proj, unless the floor is higher.
 SAMPLE_TOKENS = 1024
@@ -16,6 +16,6 @@ TOP_TOKENS = 128
 PIECE_WEIGHTS = 1 << 24
 
 
-def rows_at_once(width: int) -> int:
+def out_rows_at_once(width: int) -> int:
     """Rows of a matrix with `width` inputs that are solved together, a multiple of 512."""
     return max(PIECE_WEIGHTS // width // 512, 1) * 512

@@ -15,18 +15,18 @@ from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.chunk_sizes import TOKENS_AT_ONCE
-from qwen3_export.solve.method import Solved, fold_of
-from qwen3_export.text.rows import Rows
+from qwen3_export.solve.method import SolvedWeight, fold_of
+from qwen3_export.text.samples import Samples
 
 if TYPE_CHECKING:
     import torch
 
-    from qwen3_export.solve.calibration.activations import RowFile, Shelf
-    from qwen3_export.solve.calibration.fisher import Outputs
+    from qwen3_export.solve.calibration.activations import SampleFile, SpareFiles
+    from qwen3_export.solve.calibration.fisher import FisherInformation
 
 
 @dataclass(frozen=True)
-class Settings:
+class QuantizeSettings:
     """How to run; only `calibration`, `samples`, `sequence_length` and `seed` can change the bytes."""
 
     calibration: str = "bundled"
@@ -41,7 +41,7 @@ class Settings:
     layout: str | None = None
 
     def size(self, recipe: Recipe) -> tuple[int, int]:
-        """Calibration rows that are asked for, and tokens in each."""
+        """Calibration samples that are asked for, and tokens in each."""
         samples = self.samples or recipe.calibration.get("samples", 128)
         return samples, self.sequence_length or recipe.calibration.get("sequence_length", 512)
 
@@ -51,37 +51,40 @@ QUANTIZED, ORIGINAL = "quantized", "original"
 
 @dataclass(frozen=True)
 class Job:
-    """What the block loop needs to know; `plain` where nothing of the model runs (`blocks.rtn_without_torch`)."""
+    """What the block loop needs to know.
+
+    `without_torch`: nothing of the model runs, see `blocks.rtn_without_torch`.
+    """
 
     checkpoint: Checkpoint
     recipe: Recipe
     method: ModuleType
     options: Any
-    rows: Rows | None
+    samples: Samples | None
     pool: Workers
     scratch: Path
     device: str = "cpu"
-    outputs: Outputs | None = None
-    shelf: Shelf | None = None
-    plain: bool = False
+    fisher: FisherInformation | None = None
+    spare_files: SpareFiles | None = None
+    without_torch: bool = False
 
-    def hidden_path(self, layer: int, stream: str = QUANTIZED) -> Path:
+    def hidden_path(self, layer: int, model: str = QUANTIZED) -> Path:
         """Where the rows' hidden states before block `layer` are kept, of one of the two models."""
-        return self.scratch / f"{stream}-{layer:04d}.rows"
+        return self.scratch / f"{model}-{layer:04d}.rows"
 
     @property
-    def products(self) -> torch.dtype:
-        """The type in which calibration rows are multiplied: the pool's, but where inputs are rounded too, so
+    def matmul_dtype(self) -> torch.dtype:
+        """The type in which calibration samples are multiplied: the pool's, but where inputs are rounded too, so
         that no other rounding is mistaken for theirs."""
         import torch
 
         exact = self.device != "cpu" or any(self._activations)
-        return torch.float32 if exact else self.pool.products
+        return torch.float32 if exact else self.pool.matmul_dtype
 
     @property
-    def integers(self) -> bool:
-        """Whether calibration rows are multiplied as integers where they can be; not where inputs are rounded too."""
-        return self.device == "cpu" and self.pool.integers and not any(self._activations)
+    def int_matmul(self) -> bool:
+        """Whether calibration samples are multiplied as integers; not where inputs are rounded too."""
+        return self.device == "cpu" and self.pool.int_matmul and not any(self._activations)
 
     @property
     def _activations(self) -> set[str | None]:
@@ -89,13 +92,13 @@ class Job:
         return {rule.scheme.activations for rule in self.recipe.rules if rule.scheme}
 
     @property
-    def at_once(self) -> int:
-        """Calibration rows whose inputs are in memory together."""
-        assert self.rows is not None
-        return max(1, TOKENS_AT_ONCE // len(self.rows.ids[0]))
+    def samples_at_once(self) -> int:
+        """Calibration samples whose inputs are in memory together."""
+        assert self.samples is not None
+        return max(1, TOKENS_AT_ONCE // len(self.samples.ids[0]))
 
     @property
-    def sizes(self) -> bool:
+    def needs_magnitudes(self) -> bool:
         """Whether the inputs' sizes count: for folds, and for input scales that are fixed in advance."""
         return self.fold != "none" or "static-tensor" in self._activations
 
@@ -111,35 +114,35 @@ class Job:
         return {name: scheme for name, scheme in found.items() if scheme is not None}
 
     @property
-    def floor(self) -> int:
+    def token_floor(self) -> int:
         """Tokens below which the recipe's rule for experts applies."""
-        return self.recipe.experts.floor(self.checkpoint.config.expert_width)
+        return self.recipe.experts.token_floor(self.checkpoint.config.expert_width)
 
-    def rows_of(self, stream: str) -> list[int]:
-        """The calibration rows that run through one of the models: the original may be given only some."""
-        assert self.rows is not None
-        every = getattr(self.options, "shift_every", 1) if stream == ORIGINAL else 1
-        return list(range(every - 1, len(self.rows.ids), every))
+    def samples_of(self, model: str) -> list[int]:
+        """The calibration samples that run through one of the models: the original may be given only some."""
+        assert self.samples is not None
+        every = getattr(self.options, "shift_every", 1) if model == ORIGINAL else 1
+        return list(range(every - 1, len(self.samples.ids), every))
 
     @property
-    def streams(self) -> tuple[str, ...]:
+    def models(self) -> tuple[str, ...]:
         """The models that run: the quantized one, and the original beside it if the method asks."""
-        beside = self.method.needs_original(self.options) and self.rows_of(ORIGINAL)
+        beside = self.method.needs_original(self.options) and self.samples_of(ORIGINAL)
         return (QUANTIZED, ORIGINAL) if beside else (QUANTIZED,)
 
-    def hidden_file(self, path: Path) -> RowFile:
+    def hidden_file(self, path: Path) -> SampleFile:
         """Hidden states `[1, tokens, hidden]` per row, fp32."""
-        from qwen3_export.solve.calibration.activations import RowFile
+        from qwen3_export.solve.calibration.activations import SampleFile
 
-        assert self.rows is not None
-        return RowFile(path, (1, len(self.rows.ids[0]), self.checkpoint.config.hidden_size))
+        assert self.samples is not None
+        return SampleFile(path, (1, len(self.samples.ids[0]), self.checkpoint.config.hidden_size))
 
 
 @dataclass(frozen=True)
 class SolvedLinear:
     """One quantized linear with what the manifest says about it; `fallback` is that of a starved expert."""
 
-    solved: Solved
+    solved: SolvedWeight
     tokens: int
     fallback: str | None = None
 

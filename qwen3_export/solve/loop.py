@@ -9,66 +9,68 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from qwen3_export.core.process import give_back
+from qwen3_export.core.process import trim_heap
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.solve.blocks import rtn_without_torch
-from qwen3_export.solve.job import Job, Settings, SolvedBlock, SolvedLinear
+from qwen3_export.solve.job import Job, QuantizeSettings, SolvedBlock, SolvedLinear
 from qwen3_export.solve.output_folder import QuantizedFolder
-from qwen3_export.solve.preflight import hold_memory
-from qwen3_export.solve.record import linears_record
+from qwen3_export.solve.preflight import check_peak_memory
+from qwen3_export.solve.record import record_linears
 
 
-def _with_outputs(job: Job, seed: int, resumed: int, progress: Progress) -> Job:
+def _with_fisher(job: Job, seed: int, resumed: int, progress: Progress) -> Job:
     """The job with the outputs' importance measured, or found from an earlier run, if its method asks for it."""
-    count, layers = job.method.needs_outputs(job.options), job.checkpoint.config.num_layers
-    if not count or job.rows is None or resumed == layers:
+    count, layers = job.method.fisher_samples(job.options), job.checkpoint.config.num_layers
+    if not count or job.samples is None or resumed == layers:
         return job
     with progress.bar("which outputs matter", 2 * layers) as tick:
-        from qwen3_export.solve.calibration.fisher import measure
+        from qwen3_export.solve.calibration.fisher import measure_fisher
 
-        found = measure(job.checkpoint, job.rows, count, seed, job.pool, job.scratch, job.device, tick)
-    return replace(job, outputs=found)
+        found = measure_fisher(job.checkpoint, job.samples, count, seed, job.pool, job.scratch, job.device, tick)
+    return replace(job, fisher=found)
 
 
-def run_blocks(job: Job, target: QuantizedFolder, settings: Settings, progress: Progress) -> tuple[dict[str, Any], int]:
+def run_blocks(
+    job: Job, target: QuantizedFolder, settings: QuantizeSettings, progress: Progress
+) -> tuple[dict[str, Any], int]:
     """Solve what is not done yet; returns the results of blocks, embedding and head, and how many blocks were there."""
     found = target.resume()
     blocks, resumed, layers = found["blocks"], len(found["blocks"]), job.checkpoint.config.num_layers
-    if job.rows is not None:
-        from qwen3_export.solve.calibration.activations import Shelf
+    if job.samples is not None:
+        from qwen3_export.solve.calibration.activations import SpareFiles
 
-        job = replace(job, shelf=Shelf(target.scratch / "shelf"))
+        job = replace(job, spare_files=SpareFiles(target.scratch / "shelf"))
     with ThreadPoolExecutor(1) as writer:
         written = None if blocks else _start(job, target, found, writer, progress)
-        job = _with_outputs(job, settings.seed, resumed, progress)
+        job = _with_fisher(job, settings.seed, resumed, progress)
         with progress.bar(f"quantize {job.checkpoint.name} ({job.recipe.name})", layers + target.head_apart) as tick:
             for layer in range(layers):
                 if layer >= resumed:
                     solved = _solve_block(job, layer)
                     if written is not None:
                         written.result()
-                    linears = linears_record(job.recipe, solved.linears, progress)
+                    linears = record_linears(job.recipe, solved.linears, progress)
                     blocks.append({"linears": linears, "expert_tokens": solved.expert_tokens})
                     done = {**found, "blocks": list(blocks)}
                     written = writer.submit(_keep_block, job, target, layer, solved, done)
-                    if job.rows is not None:
+                    if job.samples is not None:
                         # Hidden states before and after a block would be on the disk together for too long.
                         written.result()
-                    hold_memory(settings.memory)
+                    check_peak_memory(settings.memory)
                 tick()
             if written is not None:
                 written.result()
             if target.head_apart:
                 _finish_head(job, target, found, progress)
-                hold_memory(settings.memory)
+                check_peak_memory(settings.memory)
                 tick()
     return found, resumed
 
 
 def _solve_block(job: Job, layer: int) -> SolvedBlock:
-    if job.plain:
+    if job.without_torch:
         return rtn_without_torch.solve_block(job.checkpoint, job.recipe, job.options, layer, job.pool)
     from qwen3_export.solve.blocks.block import solve_block
 
@@ -87,10 +89,10 @@ def _start(
             embedding = solve_embedding(job, tick)
     found["outer"].update(_outer_result(job.recipe, embedding, progress))
     written = writer.submit(target.write_outer, embedding)
-    if job.rows is not None:
-        from qwen3_export.solve.blocks.block import embed_rows
+    if job.samples is not None:
+        from qwen3_export.solve.blocks.block import embed_samples
 
-        embed_rows(job, embedding.solved.tensor if embedding else None)
+        embed_samples(job, embedding.solved.tensor if embedding else None)
     return written
 
 
@@ -108,16 +110,16 @@ def _finish_head(job: Job, target: QuantizedFolder, found: dict[str, Any], progr
 
 
 def _outer_result(recipe: Recipe, linear: SolvedLinear | None, progress: Progress) -> dict[str, Any]:
-    return {} if linear is None else linears_record(recipe, {linear.solved.tensor.name: linear}, progress)
+    return {} if linear is None else record_linears(recipe, {linear.solved.tensor.name: linear}, progress)
 
 
 def _keep_block(job: Job, target: QuantizedFolder, layer: int, solved: SolvedBlock, done: dict[str, Any]) -> None:
     """Bring a block to the disk, then count it as done; while that lasts, the next one may be solved."""
     target.write_block(layer, solved)
     target.save_progress(done)
-    if job.rows is not None:
-        from qwen3_export.solve.blocks.block import forget_hidden
+    if job.samples is not None:
+        from qwen3_export.solve.blocks.block import drop_hidden
 
-        forget_hidden(job, layer)
+        drop_hidden(job, layer)
         # Moments and states of all sizes leave holes; rounding alone reuses the same few pieces.
-        give_back()
+        trim_heap()

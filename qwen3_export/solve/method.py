@@ -5,7 +5,7 @@ A method module defines
     Options        frozen dataclass of the recipe's `options`, with defaults
     needs_inputs(options) -> bool       whether it looks at the linears' inputs
     needs_original(options) -> bool     whether the original model must run beside the quantized one
-    needs_outputs(options) -> int       rows on which the outputs' importance is measured (`calibration.fisher`)
+    fisher_samples(options) -> int      samples on which the outputs' importance is measured (`calibration.fisher`)
     solve(group, options, pool) -> {local name: Solved}
 
 A group holds the linears that read the same input (q, k, v; o; gate, up; down): what a method sees
@@ -28,34 +28,34 @@ from qwen3_export.errors import RecipeError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qwen3_export.solve.calibration.moments import Compared
+    from qwen3_export.solve.calibration.moments import PairedMoments
 
 # What an option called `fold` may be; see `blocks.fold`.
 FOLDS = ("none", "awq", "smoothquant")
 
 
 @dataclass(frozen=True)
-class Group:
+class LinearGroup:
     """Linears of one stage that share their input.
 
     `weights` `[out, in]` by module name, in fp32, or as they are stored where there are no inputs;
     `hessian` `[in, in]` is the mean of x xᵀ over the `tokens` calibration vectors that reached them,
-    None for a method that needs no inputs. `compared` are the moments of rows that the
+    None for a method that needs no inputs. `paired` are the moments of rows that the
     original ran beside; `input_peak` is the largest |x|, from which a static
-    input scale is made; `outputs` are the pieces of G by name (`calibration.fisher`), where they were measured.
+    input scale is made; `fisher` are the pieces of G by name (`calibration.fisher`), where they were measured.
     """
 
     weights: Mapping[str, Tensor]
     schemes: Mapping[str, QuantScheme]
     hessian: Tensor | None = None
     tokens: int = 0
-    compared: Compared | None = None
+    paired: PairedMoments | None = None
     input_peak: float = 0.0
-    outputs: Mapping[str, list[Tensor]] = field(default_factory=dict)
+    fisher: Mapping[str, list[Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Solved:
+class SolvedWeight:
     """Codes of one linear, and its relative error: weighted by the inputs where they are known."""
 
     tensor: QuantizedTensor

@@ -18,11 +18,11 @@ from qwen3_export.solve.chunk_sizes import (
     SAMPLE_TOKENS,
     TOKENS_AT_ONCE,
     TOP_TOKENS,
-    rows_at_once,
+    out_rows_at_once,
 )
 from qwen3_export.solve.method import fold_of
 from qwen3_export.solve.methods import load_method
-from qwen3_export.text.rows import Rows
+from qwen3_export.text.samples import Samples
 
 # Python, torch, and what the allocator keeps of freed pieces; measured on Linux with torch 2.13. And without torch.
 _BASE_BYTES, _PLAIN_BASE_BYTES = 700 << 20, 320 << 20
@@ -30,25 +30,25 @@ _BASE_BYTES, _PLAIN_BASE_BYTES = 700 << 20, 320 << 20
 
 def memory_needed(
     config: Qwen3Config,
-    rows: Rows | None,
+    samples: Samples | None,
     original: bool = False,
-    floor: int = 0,
-    outputs: int = 0,
+    token_floor: int = 0,
+    fisher_samples: int = 0,
     outer: bool = False,
-    plain: bool = False,
+    without_torch: bool = False,
 ) -> int:
     """Estimated peak memory in bytes: one block in fp32 and its codes, and the largest linear's work on top.
 
     `original`: the original model runs beside the quantized one, with a block and moments of its own.
-    `floor`: tokens below which an expert is lent its layer's; see `calibration.experts`. The number of experts
-    counts in the block alone: one expert's moments are in memory at a time. `outputs`: rows of the pass
+    `token_floor`: tokens below which an expert is lent its layer's; see `calibration.experts`. The number of experts
+    counts in the block alone: one expert's moments are in memory at a time. `fisher_samples`: rows of the pass
     back through the model, which keeps every linear's output and slope of a few rows. `outer`: embedding
     or head are quantized, whose codes are in memory as a whole and everything else by pieces of rows.
-    `plain`: nothing of the model runs (`blocks.rtn_without_torch`).
+    `without_torch`: nothing of the model runs (`blocks.rtn_without_torch`).
     """
     layers = range(config.num_layers)
     block = max(sum(math.prod(shape) for shape in config.linear_shapes(layer).values()) for layer in layers)
-    if plain:
+    if without_torch:
         # The codes of one block, of another that is being written, and scales, zeros and packed codes.
         return 4 * block + _PLAIN_BASE_BYTES
     shapes = [shape for layer in layers for shape in set(config.linear_shapes(layer).values())]
@@ -56,40 +56,40 @@ def memory_needed(
     # Weight, codes, scales and zeros per column, rest: about five matrices while one linear is solved.
     # Thousands of small pieces leave holes in memory, measured as a third of what is alive.
     total = (7 if config.sparse_layers else 5) * block + 4 * 5 * largest
-    if rows is not None:
+    if samples is not None:
         # Moments of two sets of rows and their mean; damped, permuted and inverse Hessian, its factor.
         squares = 14 if original else 8
         total += 4 * (squares * widest * widest + 3 * TOKENS_AT_ONCE * widest)
         total += 4 * block if original else 0
         if config.sparse_layers:
             # The layer's common moments, and the tokens that are passed through one expert.
-            lent = min(max(floor, SAMPLE_TOKENS), rows.tokens)
+            lent = min(max(token_floor, SAMPLE_TOKENS), samples.tokens)
             total += 4 * (config.expert_width**2 + lent * (config.hidden_size + 3 * config.moe_intermediate_size))
         total += 2 * config.vocab_size * config.hidden_size
-        if outputs:
+        if fisher_samples:
             # Beside it no moments are alive, but what either leaves behind is not given back at once.
             per_token = sum(shape[0] for shape in config.linear_shapes(0).values())
             total += 4 * (2 * BACK_TOKENS * per_token + 2 * TOP_TOKENS * config.vocab_size)
     if outer:
         # No block is in memory beside them. Codes, their pieces until they are joined, and packed ones; a piece's work.
-        piece = rows_at_once(config.hidden_size) * config.hidden_size
-        squares = 0 if rows is None else (14 if original else 8) * config.hidden_size**2
+        piece = out_rows_at_once(config.hidden_size) * config.hidden_size
+        squares = 0 if samples is None else (14 if original else 8) * config.hidden_size**2
         total = max(total, 3 * config.vocab_size * config.hidden_size + 4 * (6 * piece + squares))
     return total + _BASE_BYTES
 
 
 def check_memory(
     config: Qwen3Config,
-    rows: Rows | None,
+    samples: Samples | None,
     original: bool,
     limit: int | None,
-    floor: int = 0,
-    outputs: int = 0,
+    token_floor: int = 0,
+    fisher_samples: int = 0,
     outer: bool = False,
-    plain: bool = False,
+    without_torch: bool = False,
 ) -> None:
     """Raise InputError when the run needs more than `--memory`."""
-    needed = memory_needed(config, rows, original, floor, outputs, outer, plain)
+    needed = memory_needed(config, samples, original, token_floor, fisher_samples, outer, without_torch)
     if limit is not None and needed > limit:
         raise InputError(
             f"this run needs about {needed / 2**30:.2f} GiB of memory, --memory allows {limit / 2**30:.2f} GiB",
@@ -97,7 +97,7 @@ def check_memory(
         )
 
 
-def hold_memory(limit: int | None) -> None:
+def check_peak_memory(limit: int | None) -> None:
     """Raise ResourceError when the process has taken more than `--memory`: the estimate was wrong."""
     if limit is not None and (peak := peak_rss_bytes()) > limit:
         raise ResourceError(
@@ -107,7 +107,7 @@ def hold_memory(limit: int | None) -> None:
 
 
 def disk_needed(
-    checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None, original: bool = False, outputs: int = 0
+    checkpoint: Checkpoint, recipe: Recipe, samples: Samples | None, original: bool = False, fisher_samples: int = 0
 ) -> int:
     """Estimated bytes in OUTPUT.partial at its fullest: the artifact and the activations, of both models."""
     config = checkpoint.config
@@ -117,7 +117,7 @@ def disk_needed(
         if scheme := recipe.scheme_for(name):
             entry = checkpoint.entry(f"{name}.weight")
             total += int(math.prod(shape) * scheme.bits_per_weight(shape) / 8) - (entry.end - entry.begin)
-    if rows is not None:
+    if samples is not None:
         # Hidden states before, inside and after a block, and the inputs of its four stages, which lie side by side.
         shapes = [config.linear_shapes(layer) for layer in range(config.num_layers)]
         into = {name.rpartition(".")[2]: shape[1] for layer in shapes for name, shape in layer.items()}
@@ -125,23 +125,31 @@ def disk_needed(
         per_token = 4 * config.hidden_size + into["o_proj"] + inner + 3 * config.experts_per_token
         # A fold is searched on some rows, whose files lie beside those of the block loop.
         passes = 1 + original + (1 / FOLD_EVERY if fold_of(load_method(recipe)[1]) != "none" else 0)
-        total += int(4 * rows.tokens * per_token * passes)
+        total += int(4 * samples.tokens * per_token * passes)
         if original and config.sparse_layers:
             # What experts leave of the original's residual stream.
-            total += 4 * rows.tokens * config.hidden_size
-        if outputs:
-            tokens = min(outputs, len(rows.ids)) * len(rows.ids[0])
+            total += 4 * samples.tokens * config.hidden_size
+        if fisher_samples:
+            tokens = min(fisher_samples, len(samples.ids)) * len(samples.ids[0])
             kept = sum(min(OUTPUT_PIECE, shape[0]) * shape[0] for shape in config.linear_shapes(0).values())
             total += 4 * (config.num_layers * kept + tokens * config.hidden_size * (config.num_layers + 2))
     return total
 
 
 def check_disk(
-    checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None, original: bool, partial: Path, outputs: int = 0
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    samples: Samples | None,
+    original: bool,
+    partial: Path,
+    fisher_samples: int = 0,
 ) -> None:
     """Raise ResourceError when the file system has too little room for the run."""
     present = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-    needed, free = disk_needed(checkpoint, recipe, rows, original, outputs) - present, shutil.disk_usage(partial).free
+    needed, free = (
+        disk_needed(checkpoint, recipe, samples, original, fisher_samples) - present,
+        shutil.disk_usage(partial).free,
+    )
     if needed > free:
         raise ResourceError(
             f"{partial.parent}: about {needed / 2**20:.1f} MiB are needed, {free / 2**20:.1f} MiB are free",

@@ -17,9 +17,9 @@ from qwen3_export.core.qwen3 import HEAD
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import InputError, MissingRuntimeError, RecipeError
-from qwen3_export.model.workers import fast_products, import_torch, plain_workers, workers
+from qwen3_export.model.workers import fast_matmul, import_torch, workers, workers_without_torch
 from qwen3_export.solve.blocks import rtn_without_torch
-from qwen3_export.solve.job import Job, Settings
+from qwen3_export.solve.job import Job, QuantizeSettings
 from qwen3_export.solve.loop import run_blocks
 from qwen3_export.solve.method import fold_of
 from qwen3_export.solve.methods import load_method
@@ -27,12 +27,12 @@ from qwen3_export.solve.output_folder import QuantizedFolder
 from qwen3_export.solve.preflight import check_disk, check_memory
 from qwen3_export.solve.record import manifest_of, report_experts, result_of
 from qwen3_export.text.documents import load_documents
-from qwen3_export.text.rows import Rows, calibration_rows
+from qwen3_export.text.samples import Samples, calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 
 
 def quantize(
-    checkpoint: Checkpoint, recipe: Recipe, output: Path, settings: Settings, progress: Progress | None = None
+    checkpoint: Checkpoint, recipe: Recipe, output: Path, settings: QuantizeSettings, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Quantize a checkpoint into the folder `output`; returns the result that `--json` prints.
 
@@ -45,29 +45,31 @@ def quantize(
     settings = replace(settings, layout=settings.layout or recipe.layout)
     assert settings.layout is not None
     check_recipe(checkpoint, recipe, settings.layout)
-    plain = settings.device == "cpu" and rtn_without_torch.serves(checkpoint, recipe)
-    if plain:
+    without_torch = settings.device == "cpu" and rtn_without_torch.serves(checkpoint, recipe)
+    if without_torch:
         rtn_without_torch.import_loops()
     else:
         import_torch()
         check_device(settings.device)
     method, options = load_method(recipe)
-    rows = calibration_of(checkpoint, recipe, settings, progress) if needs_inputs(recipe, method, options) else None
+    samples = calibration_of(checkpoint, recipe, settings, progress) if needs_inputs(recipe, method, options) else None
     original = method.needs_original(options)
-    floor = recipe.experts.floor(checkpoint.config.expert_width)
-    outputs = method.needs_outputs(options)
+    token_floor = recipe.experts.token_floor(checkpoint.config.expert_width)
+    fisher_samples = method.fisher_samples(options)
     outer = any(recipe.scheme_for(module) for module in checkpoint.config.outer_matrices())
-    check_memory(checkpoint.config, rows, original, settings.memory, floor, outputs, outer, plain)
+    check_memory(
+        checkpoint.config, samples, original, settings.memory, token_floor, fisher_samples, outer, without_torch
+    )
     identity = {
         "recipe": recipe.sha256,
-        "calibration": rows.sha256 if rows else None,
+        "calibration": samples.sha256 if samples else None,
         "seed": settings.seed,
         "layout": settings.layout,
         "version": __version__,
         # A run does not go on where its rows would be rounded in another way.
-        "products": fast_products() if rows is not None and settings.device == "cpu" else "fp32",
+        "matmul": fast_matmul() if samples is not None and settings.device == "cpu" else "fp32",
     }
-    pools = plain_workers(settings.threads) if plain else workers(settings.threads, fast=True)
+    pools = workers_without_torch(settings.threads) if without_torch else workers(settings.threads, fast=True)
     with staged_folder(output, settings.force, resume=True) as partial, pools as pool:
         config = checkpoint.config
         head_apart = not config.tie_word_embeddings and recipe.scheme_for(HEAD) is not None
@@ -75,14 +77,24 @@ def quantize(
         try:
             if not settings.resume:
                 target.start_over()
-            check_disk(checkpoint, recipe, rows, original, partial, outputs)
-            job = Job(checkpoint, recipe, method, options, rows, pool, target.scratch, settings.device, plain=plain)
+            check_disk(checkpoint, recipe, samples, original, partial, fisher_samples)
+            job = Job(
+                checkpoint,
+                recipe,
+                method,
+                options,
+                samples,
+                pool,
+                target.scratch,
+                settings.device,
+                without_torch=without_torch,
+            )
             found, resumed = run_blocks(job, target, settings, progress)
-            libraries = ["numba"] if plain else ["torch", "numba"]
-            manifest = manifest_of(checkpoint, recipe, rows, settings, found, libraries)
+            libraries = ["numba"] if without_torch else ["torch", "numba"]
+            manifest = manifest_of(checkpoint, recipe, samples, settings, found, libraries)
             schemes = {name: QuantScheme.from_dict(item["scheme"]) for name, item in manifest["tensors"].items()}
             target.finish(recipe, manifest, schemes)
-            if rows is not None:
+            if samples is not None:
                 report_experts(manifest["experts"], progress)
         except Exception:
             target.drop_unless_resumable()
@@ -136,20 +148,22 @@ def _check_layout(checkpoint: Checkpoint, recipe: Recipe, name: str) -> None:
     chosen.config(schemes, list(checkpoint.config.all_linears()))
 
 
-def calibration_of(checkpoint: Checkpoint, recipe: Recipe, settings: Settings, progress: Progress) -> Rows:
+def calibration_of(checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSettings, progress: Progress) -> Samples:
     """The calibration rows that the settings ask for; InputError when there is no text for them."""
-    samples, length = settings.size(recipe)
+    count, length = settings.size(recipe)
     if length > checkpoint.config.max_position:
         raise InputError(f"--sequence-length {length}: the model has {checkpoint.config.max_position} positions")
     tokenizer = ModelTokenizer(checkpoint.folder)
     if settings.calibration == "self":
-        from qwen3_export.solve.calibration.self_generated import self_rows
+        from qwen3_export.solve.calibration.self_generated import self_generated_samples
 
-        return self_rows(checkpoint, tokenizer, samples, length, settings.seed, progress)
+        return self_generated_samples(checkpoint, tokenizer, count, length, settings.seed, progress)
     documents = load_documents(settings.calibration)
-    rows = calibration_rows(tokenizer, documents, samples, length, settings.seed)
-    if max(int(ids.max()) for ids in rows.ids) >= checkpoint.config.vocab_size:
+    samples = calibration_samples(tokenizer, documents, count, length, settings.seed)
+    if max(int(ids.max()) for ids in samples.ids) >= checkpoint.config.vocab_size:
         raise InputError(f"{checkpoint.folder}: the tokenizer has more tokens than the model's vocabulary")
-    if len(rows.ids) < samples:
-        progress.warn(f"the calibration text gives {len(rows.ids)} rows of {length} tokens, {samples} were asked for")
-    return rows
+    if len(samples.ids) < count:
+        progress.warn(
+            f"the calibration text gives {len(samples.ids)} samples of {length} tokens, {count} were asked for"
+        )
+    return samples

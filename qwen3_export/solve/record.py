@@ -15,15 +15,15 @@ from qwen3_export.core.qwen3 import EMBEDDING, HEAD, block_name
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import RecipeError
-from qwen3_export.solve.job import Settings, SolvedLinear
+from qwen3_export.solve.job import QuantizeSettings, SolvedLinear
 from qwen3_export.text.documents import source_name
-from qwen3_export.text.rows import Rows
+from qwen3_export.text.samples import Samples
 
 # The relative squared error above which a matrix counts as lost.
 _LOST = 0.5
 
 
-def linears_record(recipe: Recipe, linears: Mapping[str, SolvedLinear], progress: Progress) -> dict[str, Any]:
+def record_linears(recipe: Recipe, linears: Mapping[str, SolvedLinear], progress: Progress) -> dict[str, Any]:
     """One entry per linear for the manifest, and a line in the log; RecipeError when a matrix is lost."""
     result: dict[str, Any] = {}
     for name, linear in linears.items():
@@ -61,15 +61,15 @@ def _tensors(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def manifest_of(
-    checkpoint: Checkpoint, recipe: Recipe, rows: Rows | None, settings: Settings, found: Mapping[str, Any],
-    libraries: Sequence[str],
+    checkpoint: Checkpoint, recipe: Recipe, samples: Samples | None, settings: QuantizeSettings,
+    found: Mapping[str, Any], libraries: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that the folder says of how it came about; `found` are the results of blocks, embedding and head,
     `libraries` what they were computed with."""
     return {
         "source": {"name": checkpoint.name, "sha256": checkpoint.sha256},
         "recipe": recipe.to_dict(),
-        "calibration": None if rows is None else _calibration_record(recipe, rows, settings),
+        "calibration": None if samples is None else _calibration_record(recipe, samples, settings),
         "seed": settings.seed,
         "layout": settings.layout,
         "versions": {"qwen3-export": __version__, **{name: metadata.version(name).split("+")[0] for name in libraries}},
@@ -90,26 +90,26 @@ def _policy(scheme: QuantScheme | None) -> str:
     return "16 bit" if scheme is None else scheme.label
 
 
-def _calibration_record(recipe: Recipe, rows: Rows, settings: Settings) -> dict[str, Any]:
+def _calibration_record(recipe: Recipe, samples: Samples, settings: QuantizeSettings) -> dict[str, Any]:
     """What the model was calibrated on; a file by its name alone, so that no path of this machine leaves it."""
-    samples, length = settings.size(recipe)
+    count, length = settings.size(recipe)
     return {
         "source": source_name(settings.calibration),
-        "sha256": rows.sha256,
+        "sha256": samples.sha256,
         "seed": settings.seed,
-        "samples": samples,
+        "samples": count,
         "sequence_length": length,
-        "rows": len(rows.ids),
-        "tokens": rows.tokens,
-        "domains": {domain: rows.domains.count(domain) for domain in sorted(set(rows.domains))},
-        "documents": dict(rows.documents),
+        "rows": len(samples.ids),
+        "tokens": samples.tokens,
+        "domains": {domain: samples.domains.count(domain) for domain in sorted(set(samples.domains))},
+        "documents": dict(samples.documents),
     }
 
 
 def _experts(recipe: Recipe, width: int, blocks: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Tokens of every expert by layer, and their summary; None for a model without experts."""
     tokens = {block_name(layer): block["expert_tokens"] for layer, block in enumerate(blocks) if block["expert_tokens"]}
-    found = summarise(tokens, recipe.experts.floor(width), recipe.experts.fallback)
+    found = summarise(tokens, recipe.experts.token_floor(width), recipe.experts.fallback)
     return None if found is None else {**found, "tokens_per_expert": tokens}
 
 

@@ -1,1 +1,1 @@
-"""Text: the tokenizer, documents, and rows of token ids."""
+"""Text: the tokenizer, documents, and samples of token ids."""

@@ -14,7 +14,7 @@ from qwen3_export.core.source import open_source
 from qwen3_export.ship.gguf import export_gguf
 from qwen3_export.ship.onnx import export_onnx
 from qwen3_export.text.documents import load_documents
-from qwen3_export.text.rows import heldout_rows
+from qwen3_export.text.samples import heldout_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.artifact import support
 from tests.artifact.support import Exported
@@ -29,8 +29,8 @@ def tokenizer(reference_folder: Path) -> ModelTokenizer:
 
 @pytest.fixture(scope="session")
 def rows(tokenizer: ModelTokenizer) -> list[NDArray[np.int32]]:
-    """One held-out row of each domain, up to 96 tokens."""
-    found = heldout_rows(tokenizer, load_documents("heldout"), 96)
+    """One held-out sample of each domain, up to 96 tokens."""
+    found = heldout_samples(tokenizer, load_documents("heldout"), 96)
     first = dict(zip(reversed(found.domains), reversed(found.ids), strict=True))
     return list(first.values())
 

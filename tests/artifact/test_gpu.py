@@ -9,7 +9,7 @@ import torch
 
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
-from qwen3_export.solve.job import Settings
+from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.quantize import quantize
 
 
@@ -18,7 +18,7 @@ from qwen3_export.solve.quantize import quantize
 def test_quantizing_on_the_gpu_is_as_good_as_on_the_cpu(tmp_path: Path) -> None:
     results = {}
     for device in ("cpu", "cuda"):
-        settings = Settings(samples=16, sequence_length=128, device=device)
+        settings = QuantizeSettings(samples=16, sequence_length=128, device=device)
         recipe = load_recipe("gptq-max-w4a16-g128")
         results[device] = quantize(open_source("reference-model"), recipe, tmp_path / device, settings)["layers"]
     for cpu, cuda in zip(results["cpu"], results["cuda"], strict=True):

@@ -24,7 +24,7 @@ from pathlib import Path
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
-from qwen3_export.solve.job import Settings
+from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.quantize import quantize
 
 found = []
@@ -38,7 +38,7 @@ class Watch(Progress):
         yield tick if label.startswith("quantize") else lambda: None
 
 source, recipe, output, samples = sys.argv[1:]
-settings = Settings(samples=int(samples), sequence_length=32, threads=1)
+settings = QuantizeSettings(samples=int(samples), sequence_length=32, threads=1)
 quantize(open_source(source), load_recipe(recipe), Path(output), settings, Watch())
 print(json.dumps(found))
 """

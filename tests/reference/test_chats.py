@@ -15,7 +15,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from qwen3_export.text.documents import document_ids, document_text, load_documents
-from qwen3_export.text.rows import calibration_rows
+from qwen3_export.text.samples import calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.conftest import copy_tokenizer
 
@@ -102,7 +102,7 @@ def test_thinking_and_non_thinking_answers_are_rendered_as_they_are_generated_an
     path.write_text(json.dumps(CHATS[name]) + "\n")
     documents = load_documents(str(path))
     assert document_text(ModelTokenizer(folder), documents[0]).endswith(ending)
-    assert calibration_rows(ModelTokenizer(folder), documents, 1, 16, 0).documents == {form: 1}
+    assert calibration_samples(ModelTokenizer(folder), documents, 1, 16, 0).documents == {form: 1}
 
 
 def test_content_that_is_absent_beside_tool_calls_is_empty(tmp_path: Path, folder: Path, theirs: Any) -> None:

@@ -25,7 +25,7 @@ from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.model.table import to_torch
-from qwen3_export.solve.job import Settings
+from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.quantize import quantize
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
 from tests.reference.models import assert_same_logits, dequantized, load_theirs
@@ -64,7 +64,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
             source = write_checkpoint(base / f"{name} source", config or DENSE)
             chosen = rules or [{"match": "*", "scheme": SCHEMES[name]}]
             recipe = Recipe.from_dict({"name": name, "method": "rtn", "rules": chosen}, "test")
-            quantize(open_checkpoint(source), recipe, output, Settings())
+            quantize(open_checkpoint(source), recipe, output, QuantizeSettings())
         return output
 
     return folder

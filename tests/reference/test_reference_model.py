@@ -36,14 +36,14 @@ def session(reference_folder: Path) -> Iterator[TorchSession]:
 
 @pytest.mark.parametrize("row", range(3))
 def test_logits_on_held_out_text_are_transformers(theirs: Any, live: LiveReference, session: Any, row: int) -> None:
-    ids = live.rows.ids[row * 3]
+    ids = live.samples.ids[row * 3]
     wanted = their_logits(theirs, ids)
     assert relative_error(live.logits(row * 3), wanted) <= TOLERANCE
     assert relative_error(session.prefill(ids), wanted) <= TOLERANCE
 
 
 def test_decoding_one_by_one_gives_transformers_logits(theirs: Any, live: LiveReference, session: Any) -> None:
-    ids = live.rows.ids[1][:60]
+    ids = live.samples.ids[1][:60]
     wanted = their_logits(theirs, ids)
     session.prefill(ids[:40])
     for position in range(40, 60):
@@ -51,9 +51,9 @@ def test_decoding_one_by_one_gives_transformers_logits(theirs: Any, live: LiveRe
 
 
 def test_the_perplexity_is_that_of_a_trained_model_and_transformers(theirs: Any, live: LiveReference) -> None:
-    ours = np.concatenate([live.truth(row).next_logprob for row in range(len(live.rows.ids))])
+    ours = np.concatenate([live.truth(row).next_logprob for row in range(len(live.samples.ids))])
     wanted = []
-    for ids in live.rows.ids:
+    for ids in live.samples.ids:
         logits = their_logits(theirs, ids)[:-1].astype(np.float64)
         total = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
         wanted.append(logits[np.arange(len(ids) - 1), ids[1:]] - total)

@@ -12,7 +12,7 @@ from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.resources import resource
 from qwen3_export.model.decoder import load_block
-from qwen3_export.solve.blocks.fold import apply, sites
+from qwen3_export.solve.blocks.fold import apply_fold, fold_sites
 from tests.artifact.support import with_tokenizer
 from tests.conftest import write_checkpoint
 
@@ -24,10 +24,10 @@ def with_outliers(checkpoint: Checkpoint, folder: Path) -> Path:
     tensors = {name: checkpoint.read(name) for name in checkpoint.files}
     for layer in range(checkpoint.config.num_layers):
         block = load_block(checkpoint, layer)
-        for site in (site for site in sites(block) if site.is_norm):
+        for site in (site for site in fold_sites(block) if site.is_norm):
             scales = torch.ones(len(site.index))
             scales[::9] = 2.0**-6
-            apply(block, site, scales, BF16)
+            apply_fold(block, site, scales, BF16)
         tensors |= {
             f"{block_name(layer)}.{name}.weight": weight.numpy().astype(BF16) for name, weight in block.weights.items()
         }

@@ -17,7 +17,7 @@ from qwen3_export.core.manifest import read_manifest
 from qwen3_export.core.recipe import Recipe, load_recipe
 from qwen3_export.errors import MissingRuntimeError, RecipeError
 from qwen3_export.solve.blocks import rtn_without_torch
-from qwen3_export.solve.job import Settings
+from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.quantize import quantize
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
 
@@ -67,10 +67,10 @@ def test_it_makes_the_bytes_that_torch_makes(
         tensors = {name: source.read(name).astype(np.float32) * 1.0009765625 for name in source.files}
         source = open_checkpoint(write_checkpoint(tmp_path / "fp32", config, tensors))
     assert rtn_without_torch.serves(source, chosen)
-    quantize(source, chosen, tmp_path / "plain", Settings(threads=2))
+    quantize(source, chosen, tmp_path / "plain", QuantizeSettings(threads=2))
     with monkeypatch.context() as patch:
         patch.setattr(rtn_without_torch, "serves", lambda *_: False)
-        quantize(source, chosen, tmp_path / "torch", Settings())
+        quantize(source, chosen, tmp_path / "torch", QuantizeSettings())
     assert files(tmp_path / "plain") == files(tmp_path / "torch")
     plain, with_torch = (read_manifest(tmp_path / name) for name in ("plain", "torch"))
     assert set(plain["versions"]) == {"qwen3-export", "numba"}
@@ -82,9 +82,9 @@ def test_it_makes_the_bytes_that_torch_makes(
 
 def test_pieces_and_threads_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, chosen = open_checkpoint(write_checkpoint(tmp_path / "source", CONFIGS["dense"])), recipe(SCHEMES["w4"])
-    quantize(source, chosen, tmp_path / "whole", Settings(threads=1))
+    quantize(source, chosen, tmp_path / "whole", QuantizeSettings(threads=1))
     monkeypatch.setattr(rtn_without_torch, "ROUNDED_AT_ONCE", 1000)
-    quantize(source, chosen, tmp_path / "cut", Settings(threads=3))
+    quantize(source, chosen, tmp_path / "cut", QuantizeSettings(threads=3))
     assert files(tmp_path / "whole") == files(tmp_path / "cut")
 
 
@@ -95,7 +95,9 @@ def test_the_command_needs_no_torch(tmp_path: Path, arguments: tuple[str, ...]) 
     done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *given], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     layout = arguments[1] if arguments else None
-    quantize(open_checkpoint(source), load_recipe("rtn-w4a16-g32"), tmp_path / "wanted", Settings(layout=layout))
+    quantize(
+        open_checkpoint(source), load_recipe("rtn-w4a16-g32"), tmp_path / "wanted", QuantizeSettings(layout=layout)
+    )
     assert files(made) == files(tmp_path / "wanted")
 
 
@@ -130,7 +132,7 @@ def test_a_weight_that_is_no_number_is_named(tmp_path: Path, make_checkpoint: Ca
     tensors[f"{name}.weight"][5, 7] = bad
     broken = open_checkpoint(make_checkpoint(CONFIGS["dense"], tensors, "broken"))
     with pytest.raises(RecipeError, match=f"{name}: the weight holds NaN or infinity"):
-        quantize(broken, recipe(SCHEMES["w4"]), tmp_path / "out", Settings())
+        quantize(broken, recipe(SCHEMES["w4"]), tmp_path / "out", QuantizeSettings())
 
 
 def test_finite_weights_too_large_for_their_sums_are_told_apart(tmp_path: Path) -> None:
@@ -139,5 +141,5 @@ def test_finite_weights_too_large_for_their_sums_are_told_apart(tmp_path: Path) 
     tensors["model.layers.0.mlp.up_proj.weight"][3] = 1e30
     large = open_checkpoint(write_checkpoint(tmp_path / "large", CONFIGS["dense"], tensors))
     with pytest.raises(RecipeError, match=r"mlp\.up_proj: its error is not finite"):
-        quantize(large, recipe(SCHEMES["w4"]), tmp_path / "out", Settings())
+        quantize(large, recipe(SCHEMES["w4"]), tmp_path / "out", QuantizeSettings())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "source"]

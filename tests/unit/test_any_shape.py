@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve.method import Group, Solved
+from qwen3_export.solve.method import LinearGroup, SolvedWeight
 from qwen3_export.solve.methods import gptq, rtn
 from qwen3_export.solve.rounding.grid import Grid, find_grid
 from tests.unit.test_gptq import Problem, assert_same_but_for_ties, by_the_paper, problem, weighted
@@ -92,7 +92,7 @@ def test_rtn_stores_the_nearest_number_of_the_grid_that_it_stores(
     pool: Workers, sample: tuple[QuantScheme, Problem], search: str
 ) -> None:
     scheme, (weight, hessian) = sample
-    group = Group({"linear": weight}, {"linear": scheme}, hessian if search == "hessian" else None, 1000)
+    group = LinearGroup({"linear": weight}, {"linear": scheme}, hessian if search == "hessian" else None, 1000)
     tensor = rtn.solve(group, rtn.Options(search), pool)["linear"].tensor
     check_stored(tensor)
     grid, stored = full(tensor), torch.from_numpy(dequantize(tensor)).double()
@@ -146,5 +146,5 @@ def test_every_rung_ships_what_it_reports(
 
 def solve(
     weight: torch.Tensor, hessian: torch.Tensor, scheme: QuantScheme, options: gptq.Options, pool: Workers
-) -> Solved:
-    return gptq.solve(Group({"linear": weight}, {"linear": scheme}, hessian, 1000), options, pool)["linear"]
+) -> SolvedWeight:
+    return gptq.solve(LinearGroup({"linear": weight}, {"linear": scheme}, hessian, 1000), options, pool)["linear"]

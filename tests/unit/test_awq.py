@@ -14,13 +14,13 @@ from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.decoder import load_block
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve.blocks.fold import search, sites
-from qwen3_export.solve.calibration.moments import Sample, collect
-from qwen3_export.solve.job import Settings
+from qwen3_export.solve.blocks.fold import fold_sites, search_scales
+from qwen3_export.solve.calibration.moments import SampleInputs, collect_moments
+from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.preflight import disk_needed
 from qwen3_export.solve.quantize import quantize
 from qwen3_export.solve.rounding.grid import find_grid, range_grid, round_to
-from qwen3_export.text.rows import Rows
+from qwen3_export.text.samples import Samples
 from tests.artifact.support import VOCABULARY
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
 from tests.reference.models import our_logits, random_rows
@@ -39,7 +39,7 @@ def pool() -> Workers:
 def test_awq_repairs_large_channels_and_leaves_even_ones_alone(tmp_path: Path, pool: Workers) -> None:
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "model", tiny_config(hidden_size=64)))
     block = load_block(checkpoint, 0)
-    site = sites(block)[0]
+    site = fold_sites(block)[0]
     generator = torch.Generator().manual_seed(5)
     for name in site.targets:
         block.weights[name] = torch.randn(block.weights[name].shape, generator=generator) * 0.05
@@ -52,9 +52,9 @@ def test_awq_repairs_large_channels_and_leaves_even_ones_alone(tmp_path: Path, p
         block.weights[name][:, ::16] /= 60
 
     def moments(x: torch.Tensor) -> object:
-        return collect(lambda _: Sample(x), [0], 1, 64, "cpu", pool)
+        return collect_moments(lambda _: SampleInputs(x), [0], 1, 64, "cpu", pool)
 
-    scales = search("awq", site, block, moments(large), schemes, pool)
+    scales = search_scales("awq", site, block, moments(large), schemes, pool)
     assert scales is not None
     assert scales[::16].min() > 4 * scales[1::16].max()
 
@@ -107,7 +107,7 @@ def test_what_is_shipped_after_a_fold_is_the_same_model_and_better(
         scheme = {"num_bits": 4, "group_size": 32 if config["model_type"] == "qwen3" else 16}
         values = {"name": fold, "method": method, "rules": [{"match": "*", "scheme": scheme}]}
         recipe = Recipe.from_dict({**values, "options": {"fold": fold}, "experts": {"min_tokens": 0}}, "test")
-        quantize(open_checkpoint(source), recipe, tmp_path / fold, Settings(samples=12, sequence_length=64))
+        quantize(open_checkpoint(source), recipe, tmp_path / fold, QuantizeSettings(samples=12, sequence_length=64))
         errors[fold] = float(((our_logits(tmp_path / fold, rows)[0] - wanted) ** 2).mean())
     norm = "model.layers.0.input_layernorm.weight"
     before, after = (open_checkpoint(path).read(norm).astype(np.float32) for path in (source, tmp_path / "awq"))
@@ -118,7 +118,7 @@ def test_what_is_shipped_after_a_fold_is_the_same_model_and_better(
 
 def test_the_room_for_a_fold_is_counted_where_a_recipe_leaves_it_to_the_method(tmp_path: Path) -> None:
     source, rules = open_checkpoint(write_checkpoint(tmp_path / "model", tiny_config())), [{"match": "*", "scheme": {}}]
-    text = Rows([np.zeros(64, np.int32)] * 64, ["test"] * 64)
+    text = Samples([np.zeros(64, np.int32)] * 64, ["test"] * 64)
     rooms = [
         disk_needed(
             source, Recipe.from_dict({"name": "r", "method": "awq", "rules": rules, "options": options}, "r"), text
@@ -160,19 +160,24 @@ def test_awq_takes_the_scales_with_the_least_output_error(
     monkeypatch.setattr("qwen3_export.solve.blocks.fold._ROWS_TRIED", rows_tried)
     config = tiny_config(intermediate_size=64)
     block = load_block(open_checkpoint(write_checkpoint(tmp_path / "model", config)), 0)
-    site, group = sites(block)[number], 16
+    site, group = fold_sites(block)[number], 16
     scheme, generator = QuantScheme(num_bits=4, group_size=group), torch.Generator().manual_seed(number)
     x = torch.randn(400, len(site.index), generator=generator)
     x *= torch.exp(1.5 * torch.randn(len(site.index), generator=generator))
     weights = [block.weights[name] for name in site.targets]
     schemes = dict.fromkeys([*site.targets, site.source], scheme)
-    scales = search(
-        "awq", site, block, collect(lambda _: Sample(x), [0], 1, len(site.index), "cpu", pool), schemes, pool
+    scales = search_scales(
+        "awq",
+        site,
+        block,
+        collect_moments(lambda _: SampleInputs(x), [0], 1, len(site.index), "cpu", pool),
+        schemes,
+        pool,
     )
     assert scales is not None
     # Rows of one channel each, which lift those that the text hardly uses to the median one's energy.
-    energy = x.square().sum(0)
-    seen = torch.cat([x, torch.diag((energy.median() - energy).clamp(min=0).sqrt())])
+    quadratic_form = x.square().sum(0)
+    seen = torch.cat([x, torch.diag((quadratic_form.median() - quadratic_form).clamp(min=0).sqrt())])
 
     def error(tried: np.ndarray) -> float:
         spread = torch.from_numpy(tried).float()[site.index]
@@ -196,14 +201,20 @@ def test_channels_that_calibration_text_hardly_uses_are_no_worse_for_other_text(
 ) -> None:
     """A third of down_proj's inputs sleep on one kind of text, and wake on another."""
     block = load_block(open_checkpoint(write_checkpoint(tmp_path / "model", tiny_config(intermediate_size=96))), 0)
-    site, scheme, generator = sites(block)[3], QuantScheme(num_bits=4, group_size=32), torch.Generator().manual_seed(11)
+    site, scheme, generator = (
+        fold_sites(block)[3],
+        QuantScheme(num_bits=4, group_size=32),
+        torch.Generator().manual_seed(11),
+    )
     x = torch.randn(400, 96, generator=generator)
     x[:, 1::3] *= 0.05
     x[:, ::24] *= loud
     weight = block.weights[site.targets[0]] = torch.randn(block.weights[site.targets[0]].shape, generator=generator)
     weight[:, ::24] /= loud
     schemes = dict.fromkeys([*site.targets, site.source], scheme)
-    scales = search("awq", site, block, collect(lambda _: Sample(x), [0], 1, 96, "cpu", pool), schemes, pool)
+    scales = search_scales(
+        "awq", site, block, collect_moments(lambda _: SampleInputs(x), [0], 1, 96, "cpu", pool), schemes, pool
+    )
     if loud == 1:
         assert scales is None
         return

@@ -1,4 +1,4 @@
-"""The original beside the quantized model on some of the calibration rows: which, what they are compared with, and
+"""The original beside the quantized model on some of the calibration samples: which, what they are compared with, and
 the same bytes whatever happens to the run."""
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.errors import InputError, RecipeError
 from qwen3_export.model.decoder import to_torch
-from qwen3_export.solve.job import ORIGINAL, QUANTIZED, Job, Settings
+from qwen3_export.solve.job import ORIGINAL, QUANTIZED, Job, QuantizeSettings
 from qwen3_export.solve.methods import gptq
 from qwen3_export.solve.quantize import quantize
 from qwen3_export.text.documents import load_documents
-from qwen3_export.text.rows import Rows, calibration_rows
+from qwen3_export.text.samples import Samples, calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.conftest import copy_tokenizer, write_checkpoint
 from tests.unit.processors import needs_avx2
@@ -42,7 +42,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-SETTINGS = Settings(samples=SAMPLES, sequence_length=LENGTH, threads=2)
+SETTINGS = QuantizeSettings(samples=SAMPLES, sequence_length=LENGTH, threads=2)
 dense_only = pytest.mark.parametrize("source", ["dense"], indirect=True)
 
 
@@ -62,7 +62,7 @@ def run(source: Path, tmp_path: Path) -> Run:
 
 
 def job_of(every: int, rows: int) -> Job:
-    ids = Rows((np.zeros(LENGTH, np.int32),) * rows, ("a",) * rows)
+    ids = Samples((np.zeros(LENGTH, np.int32),) * rows, ("a",) * rows)
     options = gptq.Options(target_shift=True, shift_every=every)
     return Job(None, None, gptq, options, ids, None, Path())  # type: ignore[arg-type]
 
@@ -70,8 +70,8 @@ def job_of(every: int, rows: int) -> Job:
 @pytest.mark.parametrize("every", BESIDE)
 def test_the_original_is_given_every_nth_row(every: int) -> None:
     job = job_of(every, SAMPLES)
-    assert job.rows_of(ORIGINAL) == BESIDE[every]
-    assert job.rows_of(QUANTIZED) == list(range(SAMPLES))
+    assert job.samples_of(ORIGINAL) == BESIDE[every]
+    assert job.samples_of(QUANTIZED) == list(range(SAMPLES))
     assert job.streams == (QUANTIZED, ORIGINAL)
 
 
@@ -106,8 +106,8 @@ def test_neither_threads_nor_a_stop_change_a_byte(source: Path, run: Run, tmp_pa
     assert hashes(tmp_path / "stopped") == wanted
 
 
-def rows_of(source: Path) -> list[np.ndarray]:
-    return list(calibration_rows(ModelTokenizer(source), load_documents("bundled"), SAMPLES, LENGTH, 0).ids)
+def samples_of(source: Path) -> list[np.ndarray]:
+    return list(calibration_samples(ModelTokenizer(source), load_documents("bundled"), SAMPLES, LENGTH, 0).ids)
 
 
 def parts_of(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
@@ -124,13 +124,13 @@ def test_each_row_is_compared_with_the_same_row_of_the_original(
     source: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_products: None
 ) -> None:
     groups = spied(monkeypatch, lambda: run("out", shifted(2)))
-    ours, theirs = (inputs_of_linears(folder, rows_of(source), monkeypatch) for folder in (tmp_path / "out", source))
+    ours, theirs = (inputs_of_linears(folder, samples_of(source), monkeypatch) for folder in (tmp_path / "out", source))
     checkpoint = open_checkpoint(source)
     fitted = [row for row in BESIDE[2] if row != HELD_OUT]
     for name, group in groups.items():
-        assert group.compared is not None
+        assert group.paired is not None
         close(group.hessian, (moment := ours[name].double()).T @ moment / len(moment))
-        found = group.compared
+        found = group.paired
         for part, rows in ((found.fitted, fitted), (found.held_out, [HELD_OUT]), (found.both, BESIDE[2])):
             x, original = parts_of(ours[name], rows), parts_of(theirs[name], rows)
             assert part.tokens == len(x)
@@ -157,21 +157,21 @@ def test_fast_products_leave_hessians_and_drifts_near_those_of_fp32(
     """On any processor: torch multiplies bf16 numbers everywhere, only slower. Some Hessian must have been made so."""
     farthest = 0.0
     monkeypatch.setattr("qwen3_export.model.workers.has_bf16", lambda: kind == "bf16")
-    monkeypatch.setattr("qwen3_export.model.workers.has_integers", lambda: kind == "integers")
+    monkeypatch.setattr("qwen3_export.model.workers.has_fast_int_matmul", lambda: kind == "integers")
     groups = spied(monkeypatch, lambda: run("out", shifted(2)))
     monkeypatch.undo()
-    ours, theirs = (inputs_of_linears(folder, rows_of(source), monkeypatch) for folder in (tmp_path / "out", source))
+    ours, theirs = (inputs_of_linears(folder, samples_of(source), monkeypatch) for folder in (tmp_path / "out", source))
     for name, group in groups.items():
         x = ours[name].double()
         wanted = x.T @ x / len(x)
         assert group.hessian is not None
         farthest = max(farthest, float((group.hessian - wanted).norm() / wanted.norm()))
-        assert group.compared is not None
-        if group.compared.both.drift is not None:
+        assert group.paired is not None
+        if group.paired.both.drift is not None:
             x, original = (parts_of(inputs[name], BESIDE[2]) for inputs in (ours, theirs))
             drift = (original - x).T @ x / len(x)
             if float(drift.norm() / wanted.norm()) > 0.02:
-                assert float((group.compared.both.drift - drift).norm() / drift.norm()) < bounds[2]
+                assert float((group.paired.both.drift - drift).norm() / drift.norm()) < bounds[2]
     assert bounds[0] < farthest < bounds[1]
 
 
@@ -187,7 +187,7 @@ def test_a_run_does_not_go_on_where_its_rows_would_be_rounded_in_another_way(
     with pytest.raises(KeyboardInterrupt):
         run("out", shifted(2), Interrupted(1))
     on_a_processor(has_bf16=False)
-    with pytest.raises(InputError, match="unfinished run with another products"):
+    with pytest.raises(InputError, match="unfinished run with another matmul"):
         run("out", shifted(2))
     on_a_processor(has_bf16=True)
     assert run("out", shifted(2)) == wanted

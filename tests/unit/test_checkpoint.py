@@ -21,7 +21,7 @@ from qwen3_export.core.source import open_source
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.core.tensorfile import write_tensors
 from qwen3_export.errors import CheckpointError, InputError
-from qwen3_export.solve.job import Settings
+from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.quantize import quantize
 from tests.conftest import random_tensors, tiny_config, tiny_moe_config, write_checkpoint
 
@@ -296,7 +296,7 @@ def mixed(tmp_path: Path, tensors: Tensors) -> Path:
     """A folder with 4-bit asymmetric, 8-bit symmetric and 16-bit linears."""
     source = write_checkpoint(tmp_path / "source", tiny_config(), tensors)
     recipe = Recipe.from_dict({"name": "mixed", "method": "rtn", "rules": RULES}, "test")
-    quantize(open_checkpoint(source), recipe, tmp_path / "mixed", Settings())
+    quantize(open_checkpoint(source), recipe, tmp_path / "mixed", QuantizeSettings())
     return tmp_path / "mixed"
 
 

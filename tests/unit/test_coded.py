@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor, dequantize
-from qwen3_export.model.coded import coded, rounded
+from qwen3_export.model.integer_linear import from_codes, from_weight
 from tests.unit.processors import needs_avx2
 
 pytestmark = needs_avx2
@@ -57,7 +57,7 @@ def test_products_are_as_near_as_the_rounding_of_inputs_lets_them_be(
     tensor: QuantizedTensor, tokens: int, seed: int
 ) -> None:
     x, weight = inputs(tokens, tensor.shape[1], seed), dequantize(tensor).astype(np.float64)
-    linear = coded(tensor)
+    linear = from_codes(tensor)
     assert linear is not None
     found = linear.product(x[None])
     assert found.shape == (1, tokens, tensor.shape[0])
@@ -80,7 +80,7 @@ def test_sums_of_integers_are_exact(num_bits: int, zeros: bool) -> None:
         tensor.zeros[::2], tensor.zeros[1::2] = 0, scheme.max_code
     x = random.integers(-32767, 32768, (6, 512))
     x[0], x[1], x[:, ::128] = 32767, -32767, 32767
-    linear = coded(tensor)
+    linear = from_codes(tensor)
     assert linear is not None
     found = linear.product(torch.from_numpy(x.astype(np.float32))).numpy()
     shifts = np.repeat(np.full((20, 4), scheme.midpoint) if tensor.zeros is None else tensor.zeros, 128, 1)
@@ -92,7 +92,7 @@ def test_sums_of_integers_are_exact(num_bits: int, zeros: bool) -> None:
 
 
 def test_every_token_is_by_itself() -> None:
-    linear, x = coded(quantized(QuantScheme(group_size=32), (33, 96))), inputs(11, 96)
+    linear, x = from_codes(quantized(QuantScheme(group_size=32), (33, 96))), inputs(11, 96)
     assert linear is not None
     together = linear.product(x)
     assert torch.equal(together, torch.cat([linear.product(x[i : i + 1]) for i in range(11)]))
@@ -104,7 +104,7 @@ def test_every_token_is_by_itself() -> None:
 def test_an_input_that_is_no_number_leaves_none_in_its_token(bad: float) -> None:
     x = inputs(6, 96)
     x[3, 40] = bad
-    for linear in (coded(quantized(QuantScheme(group_size=32), (33, 96))), rounded(torch.randn(33, 96))):
+    for linear in (from_codes(quantized(QuantScheme(group_size=32), (33, 96))), from_weight(torch.randn(33, 96))):
         assert linear is not None
         assert torch.isfinite(linear.product(x)).all(1).tolist() == [i != 3 for i in range(6)]
         assert not torch.isfinite(linear.product(x)[3]).any()
@@ -124,14 +124,14 @@ def test_an_input_that_is_no_number_leaves_none_in_its_token(bad: float) -> None
 def test_schemes_that_do_not_fit_are_left_to_fp32(scheme: QuantScheme) -> None:
     shape = (8, 288)
     codes, scales = np.zeros(shape, np.uint8), np.ones(scheme.grid(shape)).astype(SCALE_TYPES[scheme.scale_dtype])
-    assert coded(QuantizedTensor("some", shape, scheme, codes, scales)) is None
-    assert rounded(torch.ones(8, 12)) is None
+    assert from_codes(QuantizedTensor("some", shape, scheme, codes, scales)) is None
+    assert from_weight(torch.ones(8, 12)) is None
 
 
 @pytest.mark.parametrize("width", [40, 96, 1024])
 def test_rounded_weights_are_nearer_than_products_in_bf16(width: int) -> None:
     weight, x = inputs(70, width, 3).bfloat16().float(), inputs(30, width, 4)
-    linear = rounded(weight)
+    linear = from_weight(weight)
     assert linear is not None
     wanted = x.double() @ weight.double().T
     found, coarse = (value.double() - wanted for value in (linear.product(x), x.bfloat16() @ weight.bfloat16().T))
@@ -141,7 +141,7 @@ def test_rounded_weights_are_nearer_than_products_in_bf16(width: int) -> None:
 
 def test_weights_and_inputs_at_their_limits_do_not_overflow() -> None:
     for sign in (1.0, -1.0):
-        linear = rounded(torch.full((5, 256), 0.5 * sign))
+        linear = from_weight(torch.full((5, 256), 0.5 * sign))
         assert linear is not None
         torch.testing.assert_close(
             linear.product(torch.full((3, 256), -7.0)), torch.full((3, 5), -7 * 0.5 * sign * 256)

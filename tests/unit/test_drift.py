@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from qwen3_export.errors import InputError
-from qwen3_export.prove.drift import loops, measure, row_drift
+from qwen3_export.prove.drift import loops, measure, sample_drift
 from qwen3_export.prove.reference import Continuations, Truth, full_truth, log_softmax, top_of
-from qwen3_export.prove.statistics import RowDrift, intervals
-from qwen3_export.text.rows import Rows
+from qwen3_export.prove.statistics import SampleDrift, intervals
+from qwen3_export.text.samples import Samples
 
 VOCAB = 97
 
@@ -64,29 +64,29 @@ class Chain:
 
     vocab_size, source_sha256 = VOCAB, "chain"
 
-    def __init__(self, rows: Rows, top_k: int | None = None, new_tokens: int = 6) -> None:
-        self.rows, self.top_k = rows, top_k
+    def __init__(self, rows: Samples, top_k: int | None = None, new_tokens: int = 6) -> None:
+        self.samples, self.top_k = rows, top_k
         self.is_lower_bound = top_k is not None
         prompts = tuple(ids[:3] for ids in rows.ids[:4])
         texts = [greedy(ORIGINAL, int(prompt[-1]), new_tokens) for prompt in prompts]
         self.continuations = Continuations(prompts, np.array(texts, np.int32))
 
     def truth(self, row: int) -> Truth:
-        truth = full_truth(ORIGINAL[self.rows.ids[row]], self.rows.ids[row])
+        truth = full_truth(ORIGINAL[self.samples.ids[row]], self.samples.ids[row])
         if self.top_k is None:
             return truth
         parts = top_of(truth, self.top_k)
         return Truth(parts["top_logprobs"], parts["next_logprob"], parts["top_ids"], parts["tail_logprob"])
 
 
-def random_rows(count: int = 9, seed: int = 3) -> Rows:
+def random_rows(count: int = 9, seed: int = 3) -> Samples:
     random = np.random.default_rng(seed)
     ids = tuple(random.integers(0, VOCAB, random.integers(2, 60)).astype(np.int32) for _ in range(count))
-    return Rows(ids, tuple("abc"[i % 3] for i in range(count)))
+    return Samples(ids, tuple("abc"[i % 3] for i in range(count)))
 
 
 @pytest.fixture(scope="module")
-def rows() -> Rows:
+def rows() -> Samples:
     return random_rows()
 
 
@@ -95,7 +95,7 @@ def exact_log_softmax(logits: np.ndarray) -> np.ndarray:
     return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
 
 
-def by_hand(rows: Rows, wanted: str | None = None) -> dict[str, Any]:
+def by_hand(rows: Samples, wanted: str | None = None) -> dict[str, Any]:
     """The figures of a result in fp64, over all rows or those of one domain."""
     p_log, q_log = exact_log_softmax(ORIGINAL), exact_log_softmax(QUANTIZED)
     kl_of = (np.exp(p_log) * (p_log - q_log)).sum(-1)
@@ -118,14 +118,14 @@ def by_hand(rows: Rows, wanted: str | None = None) -> dict[str, Any]:
     }
 
 
-def test_every_figure_is_that_of_plain_fp64_sums(rows: Rows) -> None:
+def test_every_figure_is_that_of_plain_fp64_sums(rows: Samples) -> None:
     result, wanted = measure(Markov(QUANTIZED), Chain(rows), "artifact"), by_hand(rows)
     assert result["tokens"] == wanted["tokens"] == rows.tokens - len(rows.ids)
     assert {key: result[key] for key in wanted} == pytest.approx(wanted, rel=1e-5)
     assert result["kl_is_lower_bound"] is False
 
 
-def test_domains_are_measured_apart_and_add_up(rows: Rows) -> None:
+def test_domains_are_measured_apart_and_add_up(rows: Samples) -> None:
     result = measure(Markov(QUANTIZED), Chain(rows), "artifact")
     assert list(result["domains"]) == ["a", "b", "c"]
     for name, found in result["domains"].items():
@@ -142,7 +142,7 @@ def test_domains_are_measured_apart_and_add_up(rows: Rows) -> None:
     assert together / result["tokens"] == pytest.approx(result["kl_mean"])
 
 
-def test_the_original_itself_has_no_drift(rows: Rows) -> None:
+def test_the_original_itself_has_no_drift(rows: Samples) -> None:
     result = measure(Markov(ORIGINAL), Chain(rows), "artifact")
     assert result["kl_mean"] == result["kl_p99"] == 0
     assert result["top1_agreement"] == result["ppl_ratio"] == 1
@@ -156,32 +156,32 @@ def test_the_original_itself_has_no_drift(rows: Rows) -> None:
 
 
 @pytest.mark.parametrize("top_k", [1, 5, 40, VOCAB, VOCAB + 10])
-def test_a_partial_reference_gives_all_but_the_kl_exactly(rows: Rows, top_k: int) -> None:
+def test_a_partial_reference_gives_all_but_the_kl_exactly(rows: Samples, top_k: int) -> None:
     result, wanted = measure(Markov(QUANTIZED), Chain(rows, top_k), "artifact"), by_hand(rows)
     same = ["tokens", "top1_agreement", "ppl_reference", "ppl_artifact", "ppl_ratio"]
     assert {key: result[key] for key in same} == pytest.approx({key: wanted[key] for key in same}, rel=1e-5)
     assert result["kl_is_lower_bound"] is True
 
 
-def test_a_partial_kl_grows_with_k_up_to_the_full_one(rows: Rows) -> None:
-    full = row_drift(Chain(rows).truth(0), QUANTIZED[rows.ids[0]], rows.ids[0]).kl
+def test_a_partial_kl_grows_with_k_up_to_the_full_one(rows: Samples) -> None:
+    full = sample_drift(Chain(rows).truth(0), QUANTIZED[rows.ids[0]], rows.ids[0]).kl
     before = np.zeros_like(full)
     for top_k in (1, 2, 5, 20, 60, VOCAB):
-        partial = row_drift(Chain(rows, top_k).truth(0), QUANTIZED[rows.ids[0]], rows.ids[0]).kl
+        partial = sample_drift(Chain(rows, top_k).truth(0), QUANTIZED[rows.ids[0]], rows.ids[0]).kl
         assert (partial >= before - 1e-6).all()
         assert (partial <= full + 1e-6).all()
         before = partial
     np.testing.assert_allclose(before, full, rtol=1e-5, atol=1e-7)
 
 
-def test_a_partial_kl_is_that_of_the_k_tokens_and_the_rest_as_one(rows: Rows) -> None:
+def test_a_partial_kl_is_that_of_the_k_tokens_and_the_rest_as_one(rows: Samples) -> None:
     ids, top_k = rows.ids[0], 7
     p, q = (np.exp(exact_log_softmax(t[ids[:-1]])) for t in (ORIGINAL, QUANTIZED))
     chosen = np.argsort(-p, -1)[:, :top_k]
     merged = [np.take_along_axis(d, chosen, -1) for d in (p, q)]
     merged = [np.concatenate([d, 1 - d.sum(-1, keepdims=True)], -1) for d in merged]
     wanted = (merged[0] * np.log(merged[0] / merged[1])).sum(-1)
-    found = row_drift(Chain(rows, top_k).truth(0), QUANTIZED[ids], ids).kl
+    found = sample_drift(Chain(rows, top_k).truth(0), QUANTIZED[ids], ids).kl
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-7)
 
 
@@ -193,7 +193,7 @@ def test_log_softmax_is_exact_for_large_logits(scale: float) -> None:
     np.testing.assert_allclose(log_softmax(logits), wanted, rtol=1e-6, atol=2e-7)
 
 
-def test_a_small_drift_is_not_lost_in_fp32(rows: Rows) -> None:
+def test_a_small_drift_is_not_lost_in_fp32(rows: Samples) -> None:
     near = table(2, 1e-3, ORIGINAL)
     p_log, q_log = exact_log_softmax(ORIGINAL), exact_log_softmax(near)
     exact = (np.exp(p_log) * (p_log - q_log)).sum(-1)
@@ -202,21 +202,21 @@ def test_a_small_drift_is_not_lost_in_fp32(rows: Rows) -> None:
     assert measure(Markov(near), Chain(rows), "artifact")["kl_mean"] == pytest.approx(wanted, rel=0.1, abs=3e-8)
 
 
-def test_tokens_beyond_the_references_vocabulary_are_left_out(rows: Rows) -> None:
+def test_tokens_beyond_the_references_vocabulary_are_left_out(rows: Samples) -> None:
     padded = measure(Markov(QUANTIZED, padding=31), Chain(rows, new_tokens=1), "artifact")
     plain = measure(Markov(QUANTIZED), Chain(rows, new_tokens=1), "artifact")
     assert {**padded, "generation": None} == {**plain, "generation": None}
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_logits_that_are_not_finite_are_an_error_with_the_row(rows: Rows, value: float) -> None:
+def test_logits_that_are_not_finite_are_an_error_with_the_row(rows: Samples, value: float) -> None:
     broken = QUANTIZED.copy()
     broken[rows.ids[0][0], 5] = value
-    with pytest.raises(InputError, match="artifact: its logits hold NaN or infinity on held-out row 0"):
+    with pytest.raises(InputError, match="artifact: its logits hold NaN or infinity on held-out sample 0"):
         measure(Markov(broken), Chain(rows), "artifact")
 
 
-def test_an_artifact_that_does_not_fit_is_refused(rows: Rows) -> None:
+def test_an_artifact_that_does_not_fit_is_refused(rows: Samples) -> None:
     small = Markov(QUANTIZED)
     small.vocab_size = VOCAB - 1
     with pytest.raises(InputError, match="has 96 tokens, the reference 97: another model"):
@@ -226,7 +226,7 @@ def test_an_artifact_that_does_not_fit_is_refused(rows: Rows) -> None:
         measure(Markov(QUANTIZED, context=longest - 1), Chain(rows), "artifact")
 
 
-def test_generation_is_compared_token_by_token(rows: Rows) -> None:
+def test_generation_is_compared_token_by_token(rows: Samples) -> None:
     reference = Chain(rows, new_tokens=40)
     result = measure(Markov(QUANTIZED), reference, "artifact")["generation"]
     ours = np.array([greedy(QUANTIZED, int(prompt[-1]), 40) for prompt in reference.continuations.prompts])
@@ -237,7 +237,7 @@ def test_generation_is_compared_token_by_token(rows: Rows) -> None:
     assert result["loops_reference"] == sum(map(loops, theirs))
 
 
-def test_a_loop_of_the_original_is_no_extra_loop(rows: Rows) -> None:
+def test_a_loop_of_the_original_is_no_extra_loop(rows: Samples) -> None:
     constant = np.zeros((VOCAB, VOCAB), np.float32)
     constant[:, 5] = 9
     reference = Chain(rows, new_tokens=30)
@@ -267,16 +267,16 @@ def test_a_loop_is_three_copies_of_up_to_eight_tokens_at_the_end(text: list[int]
     assert loops(np.array(text)) is is_loop
 
 
-def bootstrap(sample: list[RowDrift]) -> tuple[float, float]:
+def bootstrap(sample: list[SampleDrift]) -> tuple[float, float]:
     low, high = intervals(sample)["kl_ci95"]
     return low, high
 
 
-def drifts(rows: int, seed: int = 0, tokens: int = 20) -> Iterator[RowDrift]:
+def drifts(rows: int, seed: int = 0, tokens: int = 20) -> Iterator[SampleDrift]:
     random = np.random.default_rng(seed)
     for _ in range(rows):
         kl, ones = random.exponential(random.uniform(0, 2), tokens), np.ones(tokens)
-        yield RowDrift(kl, ones > 0, ones, ones)
+        yield SampleDrift(kl, ones > 0, ones, ones)
 
 
 def test_the_interval_holds_the_mean_and_has_the_width_of_the_row_means() -> None:
@@ -294,7 +294,7 @@ def test_the_interval_of_equal_rows_has_no_width() -> None:
 
 
 def test_rows_of_unlike_length_weigh_as_their_tokens() -> None:
-    short, long = RowDrift(*(np.full(1, 100.0),) * 4), RowDrift(*(np.zeros(99),) * 4)
+    short, long = SampleDrift(*(np.full(1, 100.0),) * 4), SampleDrift(*(np.zeros(99),) * 4)
     low, high = bootstrap([short] + [long] * 99)
     # One token in a hundred rows of 99: were rows weighed alike, the mean would be 1.
     assert low == 0

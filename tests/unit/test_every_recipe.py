@@ -9,7 +9,7 @@ import pytest
 
 from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
 from qwen3_export.core.recipe import Recipe, load_recipe, recipe_names
-from qwen3_export.solve.job import Settings
+from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.quantize import quantize
 from tests.conftest import copy_tokenizer, tiny_config, tiny_moe_config, write_checkpoint
 from tests.reference.models import our_logits, random_rows
@@ -42,6 +42,6 @@ def bits(recipe: Recipe) -> int:
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_shipped_recipe_quantizes(name: str, source: tuple[Checkpoint, np.ndarray], tmp_path: Path) -> None:
     recipe, (checkpoint, wanted) = load_recipe(name), source
-    quantize(checkpoint, recipe, tmp_path / "out", Settings(samples=9, sequence_length=32))
+    quantize(checkpoint, recipe, tmp_path / "out", QuantizeSettings(samples=9, sequence_length=32))
     error = np.concatenate(our_logits(tmp_path / "out", ROWS)) - wanted
     assert 0 < np.sqrt(np.square(error).mean() / np.square(wanted).mean()) < BOUNDS[bits(recipe)]

@@ -28,13 +28,13 @@ from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.solve.blocks import fold
 from qwen3_export.solve.blocks import forward as walk
 from qwen3_export.solve.calibration import experts as experts_module
-from qwen3_export.solve.job import Settings
-from qwen3_export.solve.method import Group
+from qwen3_export.solve.job import QuantizeSettings
+from qwen3_export.solve.method import LinearGroup
 from qwen3_export.solve.methods import gptq
 from qwen3_export.solve.preflight import memory_needed
 from qwen3_export.solve.quantize import quantize
 from qwen3_export.text.documents import load_documents
-from qwen3_export.text.rows import Rows, calibration_rows
+from qwen3_export.text.samples import Samples, calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.conftest import copy_tokenizer, random_tensors, tiny_moe_config, write_checkpoint
 from tests.unit.test_stream import Interrupted, hashes, inputs_of_linears
@@ -52,10 +52,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 Counts = dict[str, list[int]]
 
 
-def recipe(method: str = "gptq", fallback: str = "share", floor: int | None = FLOOR, **more: Any) -> Recipe:
+def recipe(method: str = "gptq", fallback: str = "share", token_floor: int | None = FLOOR, **more: Any) -> Recipe:
     scheme = {"num_bits": 4, "group_size": 16, **more.pop("scheme", {})}
     rules = more.pop("rules", [{"match": "*", "scheme": scheme}])
-    rule = {"min_tokens": floor, "fallback": fallback}
+    rule = {"min_tokens": token_floor, "fallback": fallback}
     values = {"name": "test", "method": method, "rules": rules, "options": more, "experts": rule}
     return Recipe.from_dict(values, "test")
 
@@ -82,13 +82,13 @@ def source(tmp_path_factory: pytest.TempPathFactory, reference_folder: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def settings(source: Path) -> Settings:
-    return Settings(str(source.parent / "calibration.txt"), SAMPLES, LENGTH, threads=2)
+def settings(source: Path) -> QuantizeSettings:
+    return QuantizeSettings(str(source.parent / "calibration.txt"), SAMPLES, LENGTH, threads=2)
 
 
 @pytest.fixture(scope="module")
 def run(
-    source: Path, settings: Settings, tmp_path_factory: pytest.TempPathFactory
+    source: Path, settings: QuantizeSettings, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Checkpoint, dict[str, Any]]]:
     """`run(recipe, setting=…)` → the quantized folder, opened, and its manifest."""
 
@@ -100,18 +100,18 @@ def run(
     return quantized
 
 
-def rows_of(source: Path, settings: Settings) -> Rows:
+def samples_of(source: Path, settings: QuantizeSettings) -> Samples:
     documents = load_documents(settings.calibration)
-    return calibration_rows(ModelTokenizer(source), documents, SAMPLES, LENGTH, settings.seed)
+    return calibration_samples(ModelTokenizer(source), documents, SAMPLES, LENGTH, settings.seed)
 
 
-def starved(counts: Counts, floor: int = FLOOR) -> set[str]:
+def starved(counts: Counts, token_floor: int = FLOOR) -> set[str]:
     """Prefixes of the experts below the floor."""
     return {
         f"{layer}.mlp.experts.{expert}."
         for layer, found in counts.items()
         for expert, count in enumerate(found)
-        if count < floor
+        if count < token_floor
     }
 
 
@@ -121,13 +121,13 @@ def is_starved(name: str, counts: Counts) -> bool:
 
 def test_counts_are_those_of_a_plain_loop_over_the_routers_choices(
     source: Path,
-    settings: Settings,
+    settings: QuantizeSettings,
     run: Callable[..., tuple[Checkpoint, dict[str, Any]]],
     monkeypatch: pytest.MonkeyPatch,
     exact_products: None,
 ) -> None:
     checkpoint, manifest = run(recipe())
-    inputs = inputs_of_linears(checkpoint.folder, list(rows_of(source, settings).ids), monkeypatch)
+    inputs = inputs_of_linears(checkpoint.folder, list(samples_of(source, settings).ids), monkeypatch)
     wanted: Counts = {}
     for layer in checkpoint.config.sparse_layers:
         router = checkpoint.read(f"{block_name(layer)}.mlp.gate.weight").astype(np.float64)
@@ -147,15 +147,15 @@ def test_counts_are_those_of_a_plain_loop_over_the_routers_choices(
 
 def test_an_expert_below_the_floor_shares_the_layers_inputs_in_proportion(
     source: Path,
-    settings: Settings,
+    settings: QuantizeSettings,
     run: Callable[..., tuple[Checkpoint, dict[str, Any]]],
     monkeypatch: pytest.MonkeyPatch,
     exact_products: None,
 ) -> None:
-    groups: dict[str, Group] = {}
+    groups: dict[str, LinearGroup] = {}
     plain = gptq.solve
 
-    def spy(group: Group, options: Any, pool: Any) -> Any:
+    def spy(group: LinearGroup, options: Any, pool: Any) -> Any:
         groups.update(dict.fromkeys(group.weights, group))
         return plain(group, options, pool)
 
@@ -164,7 +164,7 @@ def test_an_expert_below_the_floor_shares_the_layers_inputs_in_proportion(
     monkeypatch.setattr(experts_module, "SAMPLE_TOKENS", 200)
     checkpoint, manifest = run(recipe())
     monkeypatch.undo()
-    inputs = inputs_of_linears(checkpoint.folder, list(rows_of(source, settings).ids), monkeypatch)
+    inputs = inputs_of_linears(checkpoint.folder, list(samples_of(source, settings).ids), monkeypatch)
     counts = manifest["experts"]["tokens_per_expert"]
     for name, group in groups.items():
         width = group.weights[name].shape[1]
@@ -250,27 +250,27 @@ def test_a_static_input_scale_covers_the_layers_tokens(
 
 
 def test_a_floor_of_zero_turns_the_rule_off(run: Callable[..., tuple[Checkpoint, dict[str, Any]]]) -> None:
-    _, manifest = run(recipe(floor=0))
+    _, manifest = run(recipe(token_floor=0))
     assert manifest["experts"]["min_tokens"] == manifest["experts"]["below_floor"] == 0
     assert not any("calibrated_on" in item for item in manifest["tensors"].values())
 
 
 def test_the_default_floor_is_twice_the_widest_input(run: Callable[..., tuple[Checkpoint, dict[str, Any]]]) -> None:
-    _, manifest = run(recipe(floor=None))
+    _, manifest = run(recipe(token_floor=None))
     assert manifest["experts"]["floor"] == 2 * 64
 
 
 def test_a_fold_at_the_norm_sees_all_tokens_even_if_the_first_expert_sees_none(
-    tmp_path: Path, source: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, source: Path, settings: QuantizeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens: dict[str, int] = {}
-    plain = fold.search
+    plain = fold.search_scales
 
     def spy(kind: str, site: Any, block: Any, moments: Any, *rest: Any) -> Any:
         tokens[site.source] = moments.tokens
         return plain(kind, site, block, moments, *rest)
 
-    monkeypatch.setattr(fold, "search", spy)
+    monkeypatch.setattr(fold, "search_scales", spy)
     quantize(open_checkpoint(source), recipe("awq"), tmp_path / "out", settings)
     # Every fourth of 11 rows.
     assert tokens["post_attention_layernorm"] == 3 * LENGTH
@@ -280,7 +280,7 @@ def test_a_fold_at_the_norm_sees_all_tokens_even_if_the_first_expert_sees_none(
 
 @pytest.mark.parametrize("fallback", ["share", "rtn"])
 def test_neither_threads_nor_a_stop_change_a_byte(
-    source: Path, settings: Settings, tmp_path: Path, fallback: str
+    source: Path, settings: QuantizeSettings, tmp_path: Path, fallback: str
 ) -> None:
     checkpoint, chosen = open_checkpoint(source), recipe("gptq", fallback, target_shift=True, fold="awq")
     quantize(checkpoint, chosen, tmp_path / "wanted", settings)
@@ -293,8 +293,8 @@ def test_neither_threads_nor_a_stop_change_a_byte(
     assert hashes(tmp_path / "stopped") == wanted
 
 
-def test_a_run_with_another_rule_is_another_run(source: Path, settings: Settings, tmp_path: Path) -> None:
-    rules = [recipe(), recipe(fallback="rtn"), recipe(floor=FLOOR + 1), recipe(floor=None)]
+def test_a_run_with_another_rule_is_another_run(source: Path, settings: QuantizeSettings, tmp_path: Path) -> None:
+    rules = [recipe(), recipe(fallback="rtn"), recipe(token_floor=FLOOR + 1), recipe(token_floor=None)]
     assert len({rule.sha256 for rule in rules}) == len(rules)
 
 
@@ -322,13 +322,13 @@ def test_starved_experts_are_reported(run: Callable[..., tuple[Checkpoint, dict[
     assert len(told.warned) == 1
     assert f"{below} of 8 experts saw fewer than {FLOOR} calibration tokens" in told.warned[0]
     enough, plain = Told(), Told()
-    run(recipe(floor=0), progress=enough)
+    run(recipe(token_floor=0), progress=enough)
     run(recipe("rtn"), progress=plain)
     assert enough.warned == plain.warned == []
 
 
 def test_the_result_holds_the_summary_and_the_manifest_the_counts(
-    source: Path, settings: Settings, tmp_path: Path
+    source: Path, settings: QuantizeSettings, tmp_path: Path
 ) -> None:
     result = quantize(open_checkpoint(source), recipe(), tmp_path / "out", settings)
     counts = read_manifest(tmp_path / "out")["experts"].pop("tokens_per_expert")
@@ -343,11 +343,11 @@ UNCOUNTED = {"min_tokens", "below_floor", "floor", "fallback"}
 
 
 def live_hessians(
-    folder: Path, settings: Settings, output: Path, chosen: Recipe, monkeypatch: pytest.MonkeyPatch
+    folder: Path, settings: QuantizeSettings, output: Path, chosen: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[int, int]:
     """The most moments alive whenever new ones are collected, and how often that was."""
     alive: list[weakref.ref] = []
-    most, plain = [0], walk.collect
+    most, plain = [0], walk.collect_moments
 
     def spy(*arguments: Any) -> Any:
         most[0] = max(most[0], sum(ref() is not None for ref in alive))
@@ -355,8 +355,8 @@ def live_hessians(
         alive.append(weakref.ref(moments.hessian))
         return moments
 
-    monkeypatch.setattr(walk, "collect", spy)
-    monkeypatch.setattr(experts_module, "collect", spy)
+    monkeypatch.setattr(walk, "collect_moments", spy)
+    monkeypatch.setattr(experts_module, "collect_moments", spy)
     gc.disable()
     try:
         quantize(open_checkpoint(folder), chosen, output, settings)
@@ -368,12 +368,12 @@ def live_hessians(
 
 @pytest.mark.parametrize("fallback", ["share", "rtn"])
 def test_the_moments_of_one_expert_are_in_memory_at_a_time(
-    settings: Settings, tmp_path: Path, reference_folder: Path, monkeypatch: pytest.MonkeyPatch, fallback: str
+    settings: QuantizeSettings, tmp_path: Path, reference_folder: Path, monkeypatch: pytest.MonkeyPatch, fallback: str
 ) -> None:
     most = []
     for experts in (4, 16):
         folder = make_source(tmp_path / f"moe-{experts}", reference_folder, num_experts=experts, num_hidden_layers=1)
-        chosen = recipe("gptq", fallback, floor=10_000)
+        chosen = recipe("gptq", fallback, token_floor=10_000)
         found, collected = live_hessians(folder, settings, tmp_path / f"out-{experts}", chosen, monkeypatch)
         assert collected > 3 * experts
         most.append(found)
@@ -382,8 +382,8 @@ def test_the_moments_of_one_expert_are_in_memory_at_a_time(
 
 
 def test_memory_grows_with_the_weights_of_the_experts_alone() -> None:
-    rows = Rows((np.zeros(512, np.int32),) * 128, ("a",) * 128)
+    rows = Samples((np.zeros(512, np.int32),) * 128, ("a",) * 128)
     few, many = (parse_config(tiny_moe_config(num_experts=count), "test") for count in (8, 64))
     weights = 56 * 3 * 64 * 48
     assert memory_needed(many, rows) - memory_needed(few, rows) == 7 * weights
-    assert memory_needed(few, rows, floor=4096) > memory_needed(few, rows)
+    assert memory_needed(few, rows, token_floor=4096) > memory_needed(few, rows)

@@ -14,10 +14,10 @@ from qwen3_export.core.qwen3 import ROUTER, block_name
 from qwen3_export.core.recipe import ExpertRule, Recipe
 from qwen3_export.model.decoder import load_block, rope_tables, to_torch
 from qwen3_export.solve.blocks.forward import _share
-from qwen3_export.solve.method import Group
+from qwen3_export.solve.method import LinearGroup
 from qwen3_export.solve.quantize import quantize
 from tests.conftest import copy_tokenizer, write_checkpoint
-from tests.unit.test_beside import BESIDE, HELD_OUT, LENGTH, SETTINGS, close, parts_of, rows_of, shifted
+from tests.unit.test_beside import BESIDE, HELD_OUT, LENGTH, SETTINGS, close, parts_of, samples_of, shifted
 from tests.unit.test_head import spied
 from tests.unit.test_stream import CONFIGS, inputs_of_linears
 
@@ -33,7 +33,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path, reference_folder: Pat
     return copy_tokenizer(reference_folder, write_checkpoint(tmp_path / "source", config))
 
 
-def groups_of(source: Path, output: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> dict[str, Group]:
+def groups_of(source: Path, output: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> dict[str, LinearGroup]:
     """The experts' groups of the first block as GPTQ saw them."""
     run = spied(monkeypatch, lambda: quantize(open_checkpoint(source), recipe, output, SETTINGS))
     return {name: group for name, group in run.items() if name.startswith(PREFIX)}
@@ -61,22 +61,22 @@ def test_an_expert_is_compared_on_the_tokens_that_reach_it(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_products: None
 ) -> None:
     groups, original = groups_of(source, tmp_path / "out", shifted(EVERY), monkeypatch), open_checkpoint(source)
-    rows, quantized = rows_of(source), open_checkpoint(tmp_path / "out")
+    rows, quantized = samples_of(source), open_checkpoint(tmp_path / "out")
     ours, theirs = (inputs_of_linears(checkpoint.folder, rows, monkeypatch) for checkpoint in (quantized, original))
     router = f"{block_name(0)}.{ROUTER}"
     experts, mix = routed(ours[router], original)
     missing = torch.cat([missing_of(original, quantized, ids) for ids in rows]).double()
     assert len(groups) == 4 * 3
     for name, group in groups.items():
-        assert group.compared is not None
+        assert group.paired is not None
         everywhere = ours[name].double()
         close(group.hessian, everywhere.T @ everywhere / len(everywhere))
         chosen = experts == int(name.removeprefix(PREFIX).split(".")[0])
         place = chosen.any(-1).cumsum(0) - 1
         for part, some in (
-            (group.compared.fitted, FITTED),
-            (group.compared.held_out, [HELD_OUT]),
-            (group.compared.both, BESIDE[EVERY]),
+            (group.paired.fitted, FITTED),
+            (group.paired.held_out, [HELD_OUT]),
+            (group.paired.both, BESIDE[EVERY]),
         ):
             tokens = parts_of(torch.arange(len(chosen))[:, None], some).long()[:, 0]
             tokens = tokens[chosen[tokens].any(-1)]
@@ -100,12 +100,12 @@ def test_an_expert_is_compared_on_the_tokens_that_reach_it(
 def test_an_expert_that_few_tokens_reach_is_not_shifted(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    floor = SETTINGS.samples * LENGTH // 2
-    recipe = replace(shifted(EVERY), experts=ExpertRule(min_tokens=floor))
+    token_floor = SETTINGS.samples * LENGTH // 2
+    recipe = replace(shifted(EVERY), experts=ExpertRule(min_tokens=token_floor))
     groups = groups_of(source, tmp_path / "out", recipe, monkeypatch)
-    assert {group.compared is None for group in groups.values()} == {True, False}
+    assert {group.paired is None for group in groups.values()} == {True, False}
     for group in groups.values():
-        assert (group.compared is None) == (group.tokens < floor)
+        assert (group.paired is None) == (group.tokens < token_floor)
 
 
 def test_its_answers_make_up_for_what_is_missing() -> None:

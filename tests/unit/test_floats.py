@@ -12,7 +12,7 @@ from qwen3_export.core.tensor import E2M1, QuantizedTensor, dequantize
 from qwen3_export.errors import RecipeError
 from qwen3_export.model.activations import round_e4m3, rounder
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve.method import Group
+from qwen3_export.solve.method import LinearGroup
 from qwen3_export.solve.methods.rtn import Options, solve
 from qwen3_export.solve.rounding.grid import find_grid, round_to
 
@@ -64,7 +64,7 @@ def test_what_is_stored_is_the_nearest_number_of_its_grid(
     pool: Workers, scheme: QuantScheme, shape: tuple[int, int]
 ) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.05
-    tensor = solve(Group({"w": weight}, {"w": scheme}), Options(), pool)["w"].tensor
+    tensor = solve(LinearGroup({"w": weight}, {"w": scheme}), Options(), pool)["w"].tensor
     assert tensor.scales.shape == scheme.grid(shape)
     plain = transcribed(tensor)
     np.testing.assert_array_equal(dequantize(tensor), plain)
@@ -111,7 +111,7 @@ def test_a_block_scale_covers_its_block_alone() -> None:
 def test_nvfp4_linears_that_are_fused_share_their_global_scale(pool: Workers) -> None:
     scheme = SCHEMES["nvfp4"]
     weights = {"q": torch.randn(32, 64) * 0.1, "k": torch.randn(16, 64)}
-    solved = solve(Group(weights, dict.fromkeys(weights, scheme)), Options(), pool)
+    solved = solve(LinearGroup(weights, dict.fromkeys(weights, scheme)), Options(), pool)
     shared = {solved[name].tensor.global_scale for name in weights}
     assert len(shared) == 1
     largest = max(float(weight.abs().max()) for weight in weights.values())
@@ -121,7 +121,7 @@ def test_nvfp4_linears_that_are_fused_share_their_global_scale(pool: Workers) ->
 def test_a_signed_scale_puts_the_largest_weight_on_the_lowest_code(pool: Workers) -> None:
     weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(2))
     scheme = SCHEMES["int4 signed"]
-    tensor = solve(Group({"w": weight}, {"w": scheme}), Options(scale_search="absmax"), pool)["w"].tensor
+    tensor = solve(LinearGroup({"w": weight}, {"w": scheme}), Options(scale_search="absmax"), pool)["w"].tensor
     groups = weight.reshape(24, 2, 32)
     at = groups.abs().argmax(-1)
     assert (np.take_along_axis(tensor.codes.reshape(24, 2, 32), at[..., None].numpy(), -1) == 0).all()

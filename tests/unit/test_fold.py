@@ -16,8 +16,8 @@ from qwen3_export.model.activations import rounder
 from qwen3_export.model.block import NUM_STAGES
 from qwen3_export.model.decoder import load_block, rope_tables
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve.blocks.fold import Site, apply, search, sites
-from qwen3_export.solve.calibration.moments import Sample, collect
+from qwen3_export.solve.blocks.fold import FoldSite, apply_fold, fold_sites, search_scales
+from qwen3_export.solve.calibration.moments import SampleInputs, collect_moments
 from qwen3_export.solve.rounding.grid import find_grid, round_to
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
 from tests.reference.models import TOLERANCE, load_theirs, random_rows, relative_error, their_logits
@@ -42,7 +42,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "model", request.param)
 
 
-def scales_for(site: Site, seed: int) -> torch.Tensor:
+def scales_for(site: FoldSite, seed: int) -> torch.Tensor:
     random = torch.Generator().manual_seed(seed)
     scales = torch.exp(torch.randn(int(site.index.max()) + 1, generator=random))
     return torch.exp2(torch.log2(scales).round()) if ROUTER in site.targets else scales
@@ -55,9 +55,9 @@ def test_a_fold_alone_changes_the_block_by_rounding_only(folder: Path) -> None:
     x = torch.randn(2, 12, checkpoint.config.hidden_size, generator=torch.Generator().manual_seed(0))
     rope = rope_tables(checkpoint.config, 0, 12)
     wanted = block.forward(x, rope)
-    found_sites = sites(folded)
+    found_sites = fold_sites(folded)
     for number, site in enumerate(found_sites):
-        stored = apply(folded, site, scales_for(site, number), BF16)
+        stored = apply_fold(folded, site, scales_for(site, number), BF16)
         assert (stored is not None) == site.is_norm
         if stored is not None:
             # What is on the disk is what the columns were multiplied for.
@@ -72,8 +72,8 @@ def folded_copy(checkpoint: Checkpoint, folder: Path) -> Path:
     tensors = {name: checkpoint.read(name).astype(np.float32) for name in checkpoint.files}
     for layer in range(checkpoint.config.num_layers):
         block = load_block(checkpoint, layer)
-        for number, site in enumerate(sites(block)):
-            apply(block, site, scales_for(site, 100 * layer + number), BF16)
+        for number, site in enumerate(fold_sites(block)):
+            apply_fold(block, site, scales_for(site, 100 * layer + number), BF16)
         tensors |= {f"{block_name(layer)}.{name}.weight": weight.numpy() for name, weight in block.weights.items()}
     return write_checkpoint(folder, dict(checkpoint.raw_config), tensors)
 
@@ -102,12 +102,12 @@ def test_smoothquant_moves_half_of_the_range_from_activations_to_weights(tmp_pat
     block = load_block(open_checkpoint(write_checkpoint(tmp_path / "model", tiny_config())), 0)
     generator = torch.Generator().manual_seed(7)
     scheme = QuantScheme(num_bits=8, strategy="channel", activations="dynamic-token")
-    for site in sites(block):
+    for site in fold_sites(block):
         x = torch.randn(300, len(site.index), generator=generator)
         x[:, 3] *= 50
-        moments = collect(lambda _, x=x: Sample(x), [0], 1, len(site.index), "cpu", pool)
+        moments = collect_moments(lambda _, x=x: SampleInputs(x), [0], 1, len(site.index), "cpu", pool)
         schemes = dict.fromkeys([*site.targets, site.source], scheme)
-        scales = search("smoothquant", site, block, moments, schemes, pool)
+        scales = search_scales("smoothquant", site, block, moments, schemes, pool)
         if not site.is_norm:
             assert scales is None
             continue
@@ -116,7 +116,7 @@ def test_smoothquant_moves_half_of_the_range_from_activations_to_weights(tmp_pat
         wanted = (x.abs().amax(0) / largest).sqrt()
         torch.testing.assert_close(scales / scales[0], wanted / wanted[0], rtol=1e-4, atol=0)
 
-        def error(spread: torch.Tensor, x: torch.Tensor = x, site: Site = site) -> float:
+        def error(spread: torch.Tensor, x: torch.Tensor = x, site: FoldSite = site) -> float:
             total = 0.0
             for name in site.targets:
                 scaled = block.weights[name] * spread
@@ -133,10 +133,10 @@ def test_smoothquant_moves_half_of_the_range_from_activations_to_weights(tmp_pat
 def test_the_routers_choices_are_the_same_bits(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "moe", tiny_moe_config()))
     block = load_block(checkpoint, 0)
-    site = next(site for site in sites(block) if ROUTER in site.targets)
+    site = next(site for site in fold_sites(block) if ROUTER in site.targets)
     before = block.weights[ROUTER].clone()
     scales = scales_for(site, 1)
-    apply(block, site, scales, BF16)
+    apply_fold(block, site, scales, BF16)
     np.testing.assert_array_equal(block.weights[ROUTER].numpy(), (before * scales).numpy())
     as_stored = block.weights[ROUTER].numpy().astype(BF16).astype(np.float32)
     np.testing.assert_array_equal(as_stored, block.weights[ROUTER].numpy())
@@ -144,7 +144,7 @@ def test_the_routers_choices_are_the_same_bits(tmp_path: Path) -> None:
 
 def test_every_site_runs_at_its_targets_stage(folder: Path) -> None:
     block = load_block(open_checkpoint(folder), 0)
-    for site in sites(block):
+    for site in fold_sites(block):
         linears = block.stage_linears(site.stage)
         assert site.stage < NUM_STAGES
         assert all(name in linears for name in site.targets if name != ROUTER)

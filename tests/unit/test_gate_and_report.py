@@ -27,7 +27,7 @@ from qwen3_export.prove.limits import (
 from qwen3_export.prove.report import junit, markdown, write_report
 from qwen3_export.prove.validate import open_reference, validate
 from qwen3_export.ship.gguf import export_gguf
-from qwen3_export.solve.job import Settings
+from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.quantize import quantize
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
 
@@ -177,7 +177,9 @@ def test_a_starved_export_fails_its_gate_in_its_own_runtime(tmp_path: Path, refe
         {"name": "test", "method": "gptq", "rules": [{"match": "*", "scheme": {"group_size": 32}}]}, "test"
     )
     folder, file = tmp_path / "quantized", tmp_path / "model.gguf"
-    experts = quantize(open_checkpoint(source), recipe, folder, Settings(samples=2, sequence_length=64))["experts"]
+    experts = quantize(open_checkpoint(source), recipe, folder, QuantizeSettings(samples=2, sequence_length=64))[
+        "experts"
+    ]
     assert 0 < experts["min_tokens"] < experts["floor"] == 128
     export_gguf(open_checkpoint(folder), file)
     export_gguf(open_checkpoint(source), tmp_path / "plain.gguf", "bf16")

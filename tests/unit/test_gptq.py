@@ -18,7 +18,7 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import dequantize
 from qwen3_export.errors import RecipeError
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve.method import Group
+from qwen3_export.solve.method import LinearGroup
 from qwen3_export.solve.methods import gptq, rtn
 from qwen3_export.solve.rounding.grid import Grid, find_grid
 
@@ -84,8 +84,8 @@ def column_grid(weight: torch.Tensor, scheme: QuantScheme, hessian: torch.Tensor
     return find_grid(weight, scheme, "mse", hessian.diagonal()).columns(weight.shape)
 
 
-def solve(sample: Problem, scheme: QuantScheme, options: gptq.Options, pool: Workers) -> gptq.Solved:
-    group = Group({"linear": sample.weight}, {"linear": scheme}, sample.hessian, 1000)
+def solve(sample: Problem, scheme: QuantScheme, options: gptq.Options, pool: Workers) -> gptq.SolvedWeight:
+    group = LinearGroup({"linear": sample.weight}, {"linear": scheme}, sample.hessian, 1000)
     return gptq.solve(group, options, pool)["linear"]
 
 
@@ -158,7 +158,7 @@ def test_inputs_that_are_all_zero_are_plain_rounding(pool: Workers) -> None:
     weight = problem(8, 64).weight
     scheme = QuantScheme(group_size=32)
     solved = solve(Problem(weight, torch.zeros(64, 64)), scheme, gptq.Options(scale_search="absmax"), pool)
-    plain = rtn.solve(Group({"linear": weight}, {"linear": scheme}), rtn.Options("absmax"), pool)["linear"]
+    plain = rtn.solve(LinearGroup({"linear": weight}, {"linear": scheme}), rtn.Options("absmax"), pool)["linear"]
     np.testing.assert_array_equal(solved.tensor.codes, plain.tensor.codes)
     assert solved.error == 0
 
@@ -170,7 +170,7 @@ def test_uncorrelated_inputs_are_plain_rounding(act_order: bool, search: str, sy
     weight = problem(16, 160).weight
     scheme = QuantScheme(group_size=160, symmetric=symmetric)
     found = solve(Problem(weight, torch.eye(160)), scheme, gptq.Options(0.01, act_order, search), pool)
-    plain = rtn.solve(Group({"linear": weight}, {"linear": scheme}), rtn.Options(search), pool)["linear"]
+    plain = rtn.solve(LinearGroup({"linear": weight}, {"linear": scheme}), rtn.Options(search), pool)["linear"]
     np.testing.assert_array_equal(found.tensor.codes, plain.tensor.codes)
     np.testing.assert_array_equal(found.tensor.scales, plain.tensor.scales)
     assert found.error == pytest.approx(plain.error, rel=1e-5)
@@ -192,7 +192,9 @@ def test_the_weighted_error_is_below_that_of_rounding(act_order: bool, bits: int
     for seed in range(12):
         sample, scheme = problem(24, 128, seed), QuantScheme(num_bits=bits, group_size=32)
         solved = solve(sample, scheme, gptq.Options(act_order=act_order), pool)
-        plain = rtn.solve(Group({"linear": sample.weight}, {"linear": scheme}), rtn.Options("mse"), pool)["linear"]
+        plain = rtn.solve(LinearGroup({"linear": sample.weight}, {"linear": scheme}), rtn.Options("mse"), pool)[
+            "linear"
+        ]
         weight = sample.weight.double().numpy()
         errors = [weighted(dequantize(s.tensor) - weight, sample.hessian) for s in (solved, plain)]
         ratios.append(errors[0] / errors[1])
@@ -245,10 +247,10 @@ def test_a_hessian_too_hard_for_fp32_is_factorised_in_fp64() -> None:
 def test_linears_of_one_group_are_solved_as_they_are_alone(pool: Workers) -> None:
     first, second = problem(8, 64), problem(40, 64, seed=1)
     schemes = {"q": QuantScheme(group_size=32), "k": QuantScheme(num_bits=8, symmetric=False, group_size=16)}
-    group = Group({"q": first.weight, "k": second.weight}, schemes, first.hessian, 10)
+    group = LinearGroup({"q": first.weight, "k": second.weight}, schemes, first.hessian, 10)
     together = gptq.solve(group, gptq.Options(), pool)
     for name, weight in group.weights.items():
-        alone = gptq.solve(Group({name: weight}, schemes, first.hessian, 10), gptq.Options(), pool)[name]
+        alone = gptq.solve(LinearGroup({name: weight}, schemes, first.hessian, 10), gptq.Options(), pool)[name]
         assert alone.tensor.codes.tobytes() == together[name].tensor.codes.tobytes()
         assert alone.error == together[name].error
 

@@ -14,7 +14,7 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import LARGEST_SCALE, SMALLEST_SCALE, dequantize
 from qwen3_export.errors import RecipeError
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve.method import Group, Solved
+from qwen3_export.solve.method import LinearGroup, SolvedWeight
 from qwen3_export.solve.methods import rtn
 from qwen3_export.solve.rounding.grid import Grid, find_grid
 
@@ -68,8 +68,8 @@ def error_of(weight: torch.Tensor, grid: Grid) -> np.ndarray:
     return squared_error(as_groups(weight, grid.scheme), grid.scales.double().numpy(), grid.zeros.numpy(), grid.scheme)
 
 
-def solve(weight: torch.Tensor, scheme: QuantScheme, search: str, pool: Workers) -> Solved:
-    return rtn.solve(Group({"linear": weight}, {"linear": scheme}), rtn.Options(search), pool)["linear"]
+def solve(weight: torch.Tensor, scheme: QuantScheme, search: str, pool: Workers) -> SolvedWeight:
+    return rtn.solve(LinearGroup({"linear": weight}, {"linear": scheme}), rtn.Options(search), pool)["linear"]
 
 
 @by_search

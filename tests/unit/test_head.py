@@ -22,13 +22,13 @@ from qwen3_export.model.decoder import Decoder, load_block
 from qwen3_export.model.table import Table
 from qwen3_export.solve import chunk_sizes as cuts
 from qwen3_export.solve.blocks import embeddings as head
-from qwen3_export.solve.job import Settings
-from qwen3_export.solve.method import Group
+from qwen3_export.solve.job import QuantizeSettings
+from qwen3_export.solve.method import LinearGroup
 from qwen3_export.solve.methods import gptq
 from qwen3_export.solve.preflight import disk_needed, memory_needed
 from qwen3_export.solve.quantize import quantize
 from qwen3_export.text.documents import load_documents
-from qwen3_export.text.rows import calibration_rows
+from qwen3_export.text.samples import calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.conftest import copy_tokenizer, random_tensors, tiny_config, write_checkpoint
 from tests.unit.test_stream import ALL_RUNGS, LENGTH, SAMPLES, Interrupted
@@ -55,7 +55,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory, reference_folder: Path) ->
     return made
 
 
-SETTINGS = Settings(samples=SAMPLES, sequence_length=LENGTH, threads=1)
+SETTINGS = QuantizeSettings(samples=SAMPLES, sequence_length=LENGTH, threads=1)
 
 
 def outer_rules(tied: bool) -> tuple[tuple[str, Any], ...]:
@@ -67,7 +67,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def calibration(source: Path) -> list[np.ndarray]:
-    rows = calibration_rows(ModelTokenizer(source), load_documents("bundled"), SAMPLES, LENGTH, 0)
+    rows = calibration_samples(ModelTokenizer(source), load_documents("bundled"), SAMPLES, LENGTH, 0)
     return list(rows.ids)
 
 
@@ -82,12 +82,12 @@ def second_moment(rows: list[torch.Tensor]) -> np.ndarray:
     return (x.T @ x / len(x)).numpy()
 
 
-def spied(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> dict[str, Group]:
+def spied(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> dict[str, LinearGroup]:
     """The groups that GPTQ saw, by module name."""
-    groups: dict[str, Group] = {}
+    groups: dict[str, LinearGroup] = {}
     plain = gptq.solve
 
-    def spy(group: Group, options: Any, pool: Any) -> Any:
+    def spy(group: LinearGroup, options: Any, pool: Any) -> Any:
         groups.update(dict.fromkeys(group.weights, group))
         return plain(group, options, pool)
 
@@ -111,9 +111,9 @@ def test_an_untied_head_is_solved_against_what_the_quantized_model_hands_it(
     decoder = Decoder(made)
     close(groups[HEAD].hessian, second_moment(decoder.hidden(rows)))
     block, table = load_block(made, 0), Table(codes(made, EMBEDDING))
-    first = [block.enter(table.rows(ids)[None])["x"][0] for ids in rows]
+    first = [block.initial_state(table.rows(ids)[None])["x"][0] for ids in rows]
     close(groups["model.layers.0.self_attn.q_proj"].hessian, second_moment(first))
-    plain = [block.enter(Table(source.read(f"{EMBEDDING}.weight")).rows(ids)[None])["x"][0] for ids in rows]
+    plain = [block.initial_state(Table(source.read(f"{EMBEDDING}.weight")).rows(ids)[None])["x"][0] for ids in rows]
     assert not np.allclose(second_moment(plain), second_moment(first), rtol=1e-4)
 
 
@@ -124,11 +124,11 @@ def test_a_shifted_head_aims_at_the_original(
     chosen = recipe(*BOTH, target_shift=True)
     groups = spied(monkeypatch, lambda: quantize(source, chosen, tmp_path / "out", SETTINGS))
     ours, theirs = (Decoder(c).hidden(rows) for c in (open_checkpoint(tmp_path / "out"), source))
-    compared = groups[HEAD].compared
-    assert compared is not None
+    paired = groups[HEAD].paired
+    assert paired is not None
     held_out = [i for i in range(SAMPLES) if i % 8 == 7]
     fitted = [i for i in range(SAMPLES) if i not in held_out]
-    parts = ((compared.fitted, fitted), (compared.held_out, held_out), (compared.both, range(SAMPLES)))
+    parts = ((paired.fitted, fitted), (paired.held_out, held_out), (paired.both, range(SAMPLES)))
     for found, chosen_rows in parts:
         x, original = (torch.cat([part[i] for i in chosen_rows]).double() for part in (ours, theirs))
         assert found.tokens == len(x)
@@ -168,7 +168,7 @@ def test_the_pieces_of_rows_do_not_show(
 ) -> None:
     source, chosen = open_checkpoint(sources[tied]), recipe(*outer_rules(tied))
     quantize(source, chosen, tmp_path / "whole", SETTINGS)
-    assert cuts.rows_at_once(64) > 8192 > 1024
+    assert cuts.out_rows_at_once(64) > 8192 > 1024
     monkeypatch.setattr(cuts, "PIECE_WEIGHTS", 1536 * 64)
     quantize(source, chosen, tmp_path / "cut", SETTINGS)
     whole, cut = (open_checkpoint(tmp_path / name) for name in ("whole", "cut"))

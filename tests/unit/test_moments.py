@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve.calibration.moments import Moments, Sample, collect, collect_parts
+from qwen3_export.solve.calibration.moments import Moments, SampleInputs, collect_moments, collect_moments_of_parts
 from tests.unit.processors import needs_avx2
 
 OUT, ROWS, LENGTH, AT_ONCE = 24, 20, 301, 8
@@ -20,14 +20,14 @@ LOUD = [3, 40, 41, 95]
 FIELDS = ("hessian", "drift", "target", "mean_abs", "peak")
 # Bytes have seven bits and a sign, or six.
 BOUND = {torch.bfloat16: 4e-3, torch.float32: 8e-3}
-Take = Callable[[int], Sample]
+Take = Callable[[int], SampleInputs]
 # What becomes bytes: bf16 inputs, and fp32 inputs where integers are multiplied.
 ROUNDED = [
     pytest.param(torch.bfloat16, False, id="bf16"),
     pytest.param(torch.float32, True, id="integers", marks=needs_avx2),
 ]
-as_bytes = pytest.mark.parametrize(("dtype", "integers"), ROUNDED)
-every_kind = pytest.mark.parametrize(("dtype", "integers"), [pytest.param(torch.float32, False, id="fp32"), *ROUNDED])
+as_bytes = pytest.mark.parametrize(("dtype", "int_matmul"), ROUNDED)
+every_kind = pytest.mark.parametrize(("dtype", "int_matmul"), [pytest.param(torch.float32, False, id="fp32"), *ROUNDED])
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,9 @@ class Tokens:
         target = x @ torch.randn(size, OUT, generator=generator)
         self.x, self.drift, self.target = (values.to(dtype) for values in (x, drift, target))
 
-    def sample(self, beside: bool, row: int) -> Sample:
+    def sample(self, beside: bool, row: int) -> SampleInputs:
         part = slice(LENGTH * row, LENGTH * row + LENGTH)
-        return Sample(self.x[part], self.drift[part], self.target[part]) if beside else Sample(self.x[part])
+        return SampleInputs(self.x[part], self.drift[part], self.target[part]) if beside else SampleInputs(self.x[part])
 
     def wanted(self, rows: range) -> dict[str, torch.Tensor]:
         part = slice(LENGTH * rows.start, LENGTH * rows.stop)
@@ -65,7 +65,7 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.mark.parametrize("size", SIZES)
 def test_moments_are_the_plain_means(pool: Workers, size: int) -> None:
     tokens = Tokens(size, torch.float32)
-    found = collect(partial(tokens.sample, True), range(ROWS), AT_ONCE, size, "cpu", pool)
+    found = collect_moments(partial(tokens.sample, True), range(ROWS), AT_ONCE, size, "cpu", pool)
     assert found.tokens == ROWS * LENGTH
     for name, wanted in tokens.wanted(range(ROWS)).items():
         torch.testing.assert_close(getattr(found, name).double(), wanted, rtol=1e-4, atol=1e-4)
@@ -75,11 +75,11 @@ def test_moments_are_the_plain_means(pool: Workers, size: int) -> None:
 @as_bytes
 @pytest.mark.parametrize("size", SIZES)
 def test_moments_of_rounded_samples_are_the_plain_means_to_some_thousandths(
-    pool: Workers, dtype: torch.dtype, integers: bool, size: int
+    pool: Workers, dtype: torch.dtype, int_matmul: bool, size: int
 ) -> None:
     rows = range(2 * ROWS)
     tokens = Tokens(size, dtype, len(rows))
-    found = collect(partial(tokens.sample, True), rows, AT_ONCE, size, "cpu", pool, integers=integers)
+    found = collect_moments(partial(tokens.sample, True), rows, AT_ONCE, size, "cpu", pool, int_matmul=int_matmul)
     wanted = tokens.wanted(rows)
     for name in ("hessian", "drift", "target", "mean_abs"):
         assert getattr(found, name).dtype == torch.float32
@@ -91,7 +91,7 @@ def test_moments_of_rounded_samples_are_the_plain_means_to_some_thousandths(
 @as_bytes
 @pytest.mark.parametrize("size", SIZES)
 def test_what_a_few_loud_inputs_have_in_common_leaves_the_hessian_definite(
-    pool: Workers, dtype: torch.dtype, integers: bool, size: int
+    pool: Workers, dtype: torch.dtype, int_matmul: bool, size: int
 ) -> None:
     """A few inputs a thousand times as large as the others, and nearly the same number everywhere."""
     tokens = Tokens(size, dtype)
@@ -99,7 +99,9 @@ def test_what_a_few_loud_inputs_have_in_common_leaves_the_hessian_definite(
     common = 1000 * torch.randn(ROWS * LENGTH, 1, generator=generator)
     nearly = 1 + 0.004 * torch.randn(ROWS * LENGTH, len(LOUD), generator=generator)
     tokens.x[:, LOUD] = (common * nearly).to(dtype)
-    found = collect(partial(tokens.sample, False), range(ROWS), AT_ONCE, size, "cpu", pool, integers=integers).hessian
+    found = collect_moments(
+        partial(tokens.sample, False), range(ROWS), AT_ONCE, size, "cpu", pool, int_matmul=int_matmul
+    ).hessian
     own = tokens.x[:, LOUD].double()
     block, wanted = found[LOUD][:, LOUD].double(), own.T @ own / len(own)
     assert distance(block, wanted) < 1e-3
@@ -120,13 +122,15 @@ def with_damping(hessian: torch.Tensor) -> torch.Tensor:
 @as_bytes
 @pytest.mark.parametrize("size", SIZES)
 def test_rows_whose_tokens_are_nearly_the_same_leave_the_hessian_definite(
-    pool: Workers, dtype: torch.dtype, integers: bool, size: int
+    pool: Workers, dtype: torch.dtype, int_matmul: bool, size: int
 ) -> None:
     """As attention does with random weights: a hundred times the rest is common to all tokens of a row."""
     tokens, generator = Tokens(size, dtype), torch.Generator().manual_seed(5)
     own = torch.randn(ROWS, 1, size, generator=generator) * 100
     tokens.x = (own + tokens.x.float().reshape(ROWS, LENGTH, size)).reshape(-1, size).to(dtype)
-    found = collect(partial(tokens.sample, True), range(ROWS), AT_ONCE, size, "cpu", pool, integers=integers)
+    found = collect_moments(
+        partial(tokens.sample, True), range(ROWS), AT_ONCE, size, "cpu", pool, int_matmul=int_matmul
+    )
     wanted = tokens.wanted(range(ROWS))
     assert torch.linalg.eigvalsh(found.hessian.double())[0] > -1e-6 * found.hessian.diagonal().max()
     assert torch.linalg.cholesky_ex(with_damping(found.hessian)).info == 0
@@ -137,10 +141,12 @@ def test_rows_whose_tokens_are_nearly_the_same_leave_the_hessian_definite(
 
 @as_bytes
 @pytest.mark.parametrize("rows", [8, 300])
-def test_centers_of_many_rows_are_added_together(pool: Workers, dtype: torch.dtype, integers: bool, rows: int) -> None:
+def test_centers_of_many_rows_are_added_together(
+    pool: Workers, dtype: torch.dtype, int_matmul: bool, rows: int
+) -> None:
     """More rows than are kept, and one that reaches fewer tokens than would be rounded."""
     tokens = Tokens(96, dtype, rows)
-    found = collect(partial(tokens.sample, True), range(rows), AT_ONCE, 96, "cpu", pool, integers=integers)
+    found = collect_moments(partial(tokens.sample, True), range(rows), AT_ONCE, 96, "cpu", pool, int_matmul=int_matmul)
     for name in ("hessian", "drift", "target"):
         assert distance(getattr(found, name), tokens.wanted(range(rows))[name]) < BOUND[dtype], name
 
@@ -152,7 +158,8 @@ def test_few_tokens_are_summed_in_fp32(pool: Workers) -> None:
     common = torch.randn(count, 4, generator=generator) @ torch.randn(4, size, generator=generator)
     x = (common + 0.01 * torch.randn(count, size, generator=generator)).bfloat16()
     few, exact = (
-        collect(lambda _, x=values: Sample(x), range(1), AT_ONCE, size, "cpu", pool) for values in (x, x.float())
+        collect_moments(lambda _, x=values: SampleInputs(x), range(1), AT_ONCE, size, "cpu", pool)
+        for values in (x, x.float())
     )
     assert torch.equal(few.hessian, exact.hessian)
     assert few.mean_abs is not None
@@ -163,11 +170,13 @@ def test_few_tokens_are_summed_in_fp32(pool: Workers) -> None:
 @as_bytes
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_an_input_that_is_no_number_makes_its_moments_none(
-    pool: Workers, dtype: torch.dtype, integers: bool, bad: float
+    pool: Workers, dtype: torch.dtype, int_matmul: bool, bad: float
 ) -> None:
     tokens = Tokens(96, dtype)
     tokens.x[1000, 17] = bad
-    found = collect(partial(tokens.sample, False), range(ROWS), AT_ONCE, 96, "cpu", pool, integers=integers).hessian
+    found = collect_moments(
+        partial(tokens.sample, False), range(ROWS), AT_ONCE, 96, "cpu", pool, int_matmul=int_matmul
+    ).hessian
     assert not torch.isfinite(found[17]).any()
     others = [i for i in range(96) if i != 17]
     assert torch.isfinite(found[others][:, others]).all()
@@ -175,12 +184,14 @@ def test_an_input_that_is_no_number_makes_its_moments_none(
 
 @every_kind
 @pytest.mark.parametrize("size", SIZES)
-def test_the_number_of_threads_changes_no_bit(size: int, dtype: torch.dtype, integers: bool) -> None:
+def test_the_number_of_threads_changes_no_bit(size: int, dtype: torch.dtype, int_matmul: bool) -> None:
     tokens, found = Tokens(size, dtype), []
     for threads in (1, 2, 3):
         with workers(threads) as pool:
             found.append(
-                collect(partial(tokens.sample, True), range(ROWS), AT_ONCE, size, "cpu", pool, integers=integers)
+                collect_moments(
+                    partial(tokens.sample, True), range(ROWS), AT_ONCE, size, "cpu", pool, int_matmul=int_matmul
+                )
             )
     for other in found[1:]:
         assert_equal(other, found[0])
@@ -194,7 +205,7 @@ def assert_equal(found: Moments, wanted: Moments) -> None:
 
 
 @every_kind
-def test_parts_are_collected_as_each_is_alone(pool: Workers, dtype: torch.dtype, integers: bool) -> None:
+def test_parts_are_collected_as_each_is_alone(pool: Workers, dtype: torch.dtype, int_matmul: bool) -> None:
     first, second = Tokens(96, dtype), Tokens(96, dtype, seed=1)
     parts: list[tuple[Take, list[int]]] = [
         (partial(first.sample, True), [1, 3, 5, 7, 9, 11, 13, 17, 19]),
@@ -202,10 +213,10 @@ def test_parts_are_collected_as_each_is_alone(pool: Workers, dtype: torch.dtype,
         (partial(second.sample, False), []),
         (partial(second.sample, False), list(range(0, ROWS, 2))),
     ]
-    together = collect_parts(parts, 4, 96, "cpu", pool, integers=integers)
+    together = collect_moments_of_parts(parts, 4, 96, "cpu", pool, int_matmul=int_matmul)
     assert [part.tokens // LENGTH for part in together] == [9, 1, 0, 10]
     for found, (sample, rows) in zip(together, parts, strict=True):
-        assert_equal(found, collect(sample, rows, 4, 96, "cpu", pool, integers=integers))
+        assert_equal(found, collect_moments(sample, rows, 4, 96, "cpu", pool, int_matmul=int_matmul))
     assert together[0].drift is not None
     assert together[3].drift is None
     assert not together[2].hessian.any()
@@ -213,31 +224,33 @@ def test_parts_are_collected_as_each_is_alone(pool: Workers, dtype: torch.dtype,
 
 def test_sizes_are_left_out_where_nobody_asks(pool: Workers) -> None:
     tokens = Tokens(96, torch.float32)
-    found = collect(partial(tokens.sample, False), range(ROWS), AT_ONCE, 96, "cpu", pool, sizes=False)
+    found = collect_moments(partial(tokens.sample, False), range(ROWS), AT_ONCE, 96, "cpu", pool, sizes=False)
     assert found.mean_abs is None
     assert found.peak is None
-    with_sizes = collect(partial(tokens.sample, False), range(ROWS), AT_ONCE, 96, "cpu", pool)
+    with_sizes = collect_moments(partial(tokens.sample, False), range(ROWS), AT_ONCE, 96, "cpu", pool)
     assert torch.equal(found.hessian, with_sizes.hessian)
 
 
 def test_joined_parts_are_the_moments_of_all_rows(pool: Workers) -> None:
     tokens = Tokens(96, torch.float32)
-    cut = [collect(partial(tokens.sample, True), rows, 4, 96, "cpu", pool) for rows in (range(13), range(13, ROWS))]
+    cut = [
+        collect_moments(partial(tokens.sample, True), rows, 4, 96, "cpu", pool) for rows in (range(13), range(13, ROWS))
+    ]
     joined = cut[0].join(cut[1])
     assert joined.tokens == ROWS * LENGTH
     for name, wanted in tokens.wanted(range(ROWS)).items():
         torch.testing.assert_close(getattr(joined, name).double(), wanted, rtol=1e-4, atol=1e-4)
-    alone = collect(partial(tokens.sample, False), range(3), 4, 96, "cpu", pool)
+    alone = collect_moments(partial(tokens.sample, False), range(3), 4, 96, "cpu", pool)
     assert cut[0].join(alone).drift is None
 
 
 def test_a_row_that_cannot_be_had_stops_the_collection(pool: Workers) -> None:
     tokens = Tokens(96, torch.float32)
 
-    def sample(row: int) -> Sample:
+    def sample(row: int) -> SampleInputs:
         if row == 11:
             raise ValueError("row 11")
         return tokens.sample(False, row)
 
     with pytest.raises(ValueError, match="row 11"):
-        collect(sample, range(ROWS), 4, 96, "cpu", pool)
+        collect_moments(sample, range(ROWS), 4, 96, "cpu", pool)

@@ -19,7 +19,7 @@ import torch
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import dequantize
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve.method import Group
+from qwen3_export.solve.method import LinearGroup
 from qwen3_export.solve.methods import gptq
 from qwen3_export.solve.methods.gptq.refine import descend
 from qwen3_export.solve.rounding.grid import Grid, find_grid
@@ -159,7 +159,7 @@ def test_each_rung_brings_scales_and_codes_nearer_to_their_common_optimum(
 ) -> None:
     weight, hessian = problem(columns, 20)
     scheme, exact = QuantScheme(num_bits=bits, group_size=columns), damped(hessian)
-    group = Group({"linear": weight}, {"linear": scheme}, hessian, 1000)
+    group = LinearGroup({"linear": weight}, {"linear": scheme}, hessian, 1000)
     least, totals = best_with_any_scale(weight, scheme, exact), []
     for options in (gptq.Options(), gptq.Options(scale_search="solve"), gptq.Options(0.01, True, "solve", 3)):
         tensor = gptq.solve(group, options, pool)["linear"].tensor

@@ -18,7 +18,7 @@ from qwen3_export.errors import CheckpointError, InputError
 from qwen3_export.model.decoder import Decoder
 from qwen3_export.prove.original import LiveReference, write_reference
 from qwen3_export.prove.reference import ReferenceFile, log_softmax
-from qwen3_export.text.rows import Rows
+from qwen3_export.text.samples import Samples
 from tests.conftest import tiny_config, write_checkpoint
 
 VOCAB = 320
@@ -32,20 +32,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def rows() -> Rows:
+def rows() -> Samples:
     random = np.random.default_rng(0)
     ids = tuple(random.integers(0, VOCAB, length).astype(np.int32) for length in (40, 17, 33, 16))
-    return Rows(ids, ("code", "ünï", "code", "chat"))
+    return Samples(ids, ("code", "ünï", "code", "chat"))
 
 
 @pytest.fixture(scope="module")
-def live(checkpoint: Checkpoint, rows: Rows) -> LiveReference:
+def live(checkpoint: Checkpoint, samples: Samples) -> LiveReference:
     return LiveReference(checkpoint, rows)
 
 
 @pytest.fixture(scope="module")
 def written(
-    checkpoint: Checkpoint, rows: Rows, tmp_path_factory: pytest.TempPathFactory
+    checkpoint: Checkpoint, samples: Samples, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[int], tuple[Path, dict[str, Any]]]:
     """`written(top_k)` → the file and what was reported about it."""
     folder, made = tmp_path_factory.mktemp("references"), {}
@@ -60,7 +60,7 @@ def written(
 
 
 def test_the_live_reference_says_what_a_plain_forward_pass_says(
-    checkpoint: Checkpoint, rows: Rows, live: LiveReference
+    checkpoint: Checkpoint, samples: Samples, live: LiveReference
 ) -> None:
     decoder = Decoder(checkpoint)
     for row, ids in enumerate(rows.ids):
@@ -73,7 +73,7 @@ def test_the_live_reference_says_what_a_plain_forward_pass_says(
 
 
 def test_the_continuations_are_the_originals_greedy_text(
-    checkpoint: Checkpoint, rows: Rows, live: LiveReference
+    checkpoint: Checkpoint, samples: Samples, live: LiveReference
 ) -> None:
     decoder = Decoder(checkpoint)
     assert len(live.continuations.prompts) == 4
@@ -88,12 +88,12 @@ def test_the_continuations_are_the_originals_greedy_text(
 
 @pytest.mark.parametrize("top_k", [0, 1, 16, VOCAB, VOCAB + 1])
 def test_text_domains_and_continuations_are_read_back_exactly(
-    checkpoint: Checkpoint, rows: Rows, live: LiveReference, written: Callable[..., Any], top_k: int
+    checkpoint: Checkpoint, samples: Samples, live: LiveReference, written: Callable[..., Any], top_k: int
 ) -> None:
     path, report = written(top_k)
     file = ReferenceFile(path)
-    assert file.rows.sha256 == rows.sha256
-    assert file.rows.domains == rows.domains
+    assert file.samples.sha256 == rows.sha256
+    assert file.samples.domains == rows.domains
     assert (file.vocab_size, file.source_sha256) == (VOCAB, checkpoint.sha256)
     assert file.is_lower_bound is (top_k > 0)
     np.testing.assert_array_equal(file.continuations.tokens, live.continuations.tokens)
@@ -128,7 +128,7 @@ def test_the_top_k_are_the_most_likely_of_the_live_truth(
 
 
 def test_a_reference_file_is_not_replaced_without_force(
-    checkpoint: Checkpoint, rows: Rows, written: Callable[..., Any]
+    checkpoint: Checkpoint, samples: Samples, written: Callable[..., Any]
 ) -> None:
     path, _ = written(1)
     before = path.read_bytes()
@@ -193,7 +193,7 @@ def test_a_file_whose_parts_do_not_fit_is_refused_when_opened(
     source = TensorFile(written(16)[0])
     tensors, metadata = {name: source.read(name) for name in source.entries}, dict(source.metadata)
     write_tensors(tmp_path / "whole.safetensors", tensors.items(), metadata)
-    assert ReferenceFile(tmp_path / "whole.safetensors").rows.tokens == 106
+    assert ReferenceFile(tmp_path / "whole.safetensors").samples.tokens == 106
     edit(tensors, metadata)
     write_tensors(tmp_path / "broken.safetensors", tensors.items(), metadata)
     with pytest.raises(CheckpointError, match=r"broken\.safetensors: damaged reference file"):
@@ -246,8 +246,8 @@ def test_a_damaged_file_is_read_or_is_a_checkpoint_error(
     path.write_bytes(content[: data.draw(st.sampled_from([len(content), len(content) - 1, header]))])
     try:
         file = ReferenceFile(path)
-        truths = [file.truth(row) for row in range(len(file.rows.ids))]
+        truths = [file.truth(row) for row in range(len(file.samples.ids))]
     except CheckpointError:
         return
-    assert sum(len(truth.next_logprob) for truth in truths) == file.rows.tokens - len(file.rows.ids)
+    assert sum(len(truth.next_logprob) for truth in truths) == file.samples.tokens - len(file.samples.ids)
     assert json.loads(TensorFile(path).metadata["domains"])

@@ -11,7 +11,7 @@ from qwen3_export.core.qwen3 import Qwen3Config, parse_config
 from qwen3_export.model.block import Block
 from qwen3_export.model.decoder import rope_tables
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve.mixed_precision.compensation import fit_repairs, run
+from qwen3_export.solve.mixed_precision.compensation import fit_compensation, run_compensated
 from tests.conftest import tiny_config, tiny_moe_config
 
 TOKENS, ROWS = 24, 32
@@ -38,8 +38,8 @@ def rows(config: Qwen3Config) -> torch.Tensor:
 def left(block: Block, changed: Block, stage: int, pool: Workers, count: int = ROWS) -> float:
     """The share of the error's energy that is left, on a row that nothing was fitted on."""
     hidden, rope = rows(block.config), rope_tables(block.config, 0, TOKENS)
-    repairs = fit_repairs(block, changed, stage, rope, lambda row: hidden[row], count, 4, pool)
-    errors = [run(block, changed, kept, rope, hidden[1])[2] for kept in (repairs, {})]
+    repairs = fit_compensation(block, changed, stage, rope, lambda row: hidden[row], count, 4, pool)
+    errors = [run_compensated(block, changed, kept, rope, hidden[1])[2] for kept in (repairs, {})]
     return float(errors[0].square().sum() / errors[1].square().sum())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen3_export.solve.rounding.row_chunks import energy
+from qwen3_export.solve.rounding.row_chunks import quadratic_form
 
 
 @pytest.mark.parametrize("size", [1, 40, 256, 257, 700])
@@ -16,8 +16,8 @@ def test_energy_is_the_trace(size: int, products: torch.dtype) -> None:
     hessian = x.T @ x / 300
     wanted = float((matrix.double() @ hessian.double() @ matrix.double().T).trace())
     bound = 1e-5 if products == torch.float32 else 1e-2
-    assert energy(matrix, hessian, products) == pytest.approx(wanted, rel=bound)
+    assert quadratic_form(matrix, hessian, products) == pytest.approx(wanted, rel=bound)
 
 
 def test_without_inputs_it_is_the_sum_of_squares() -> None:
-    assert energy(torch.tensor([[1.0, -2.0], [3.0, 0.5]]), None) == 14.25
+    assert quadratic_form(torch.tensor([[1.0, -2.0], [3.0, 0.5]]), None) == 14.25

@@ -8,7 +8,7 @@ import torch
 
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve.method import Group
+from qwen3_export.solve.method import LinearGroup
 from qwen3_export.solve.methods.gptq import Factor, Options, factorise, round_columns, solve
 from qwen3_export.solve.methods.gptq.refine import descend, group_order, refit_scales, search_columns
 from qwen3_export.solve.rounding.grid import Grid, find_grid
@@ -130,7 +130,7 @@ def test_each_pass_of_descent_lowers_the_error_of_the_layer(
     problem: tuple[torch.Tensor, torch.Tensor], pool: Workers, search: str
 ) -> None:
     weight, hessian = problem
-    group = Group({"linear": weight}, {"linear": SCHEME}, hessian, TOKENS)
+    group = LinearGroup({"linear": weight}, {"linear": SCHEME}, hessian, TOKENS)
     options = [Options(scale_search=search, descent=passes) for passes in range(4)]
     errors = [solve(group, option, pool)["linear"].error for option in options]
     assert errors == sorted(errors, reverse=True)

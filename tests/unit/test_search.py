@@ -17,17 +17,17 @@ from qwen3_export.core.recipe import Recipe, Rule, load_recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import InputError, RecipeError, ResourceError
 from qwen3_export.model.decoder import Decoder
-from qwen3_export.solve.job import Settings as QuantizeSettings
-from qwen3_export.solve.mixed_precision.search import OPTIONS_OF, Found, Settings, search, to_yaml
+from qwen3_export.solve.job import QuantizeSettings
+from qwen3_export.solve.mixed_precision.search import OPTIONS_OF, SearchResult, SearchSettings, search, to_yaml
 from qwen3_export.solve.mixed_precision.units import OUTER, Unit, units
 from qwen3_export.solve.quantize import quantize
 from qwen3_export.text.documents import load_documents
-from qwen3_export.text.rows import calibration_rows
+from qwen3_export.text.samples import calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.conftest import copy_tokenizer, tiny_config, tiny_moe_config, write_checkpoint
 from tests.unit.outliers import with_outliers
 
-SETTINGS = Settings(4.6, samples=8, sequence_length=48, measure=3, fused=True, threads=1)
+SETTINGS = SearchSettings(4.6, samples=8, sequence_length=48, measure=3, fused=True, threads=1)
 CONFIGS = {
     "dense": tiny_config(vocab_size=8192),
     "moe": tiny_moe_config(vocab_size=8192, num_experts=4, moe_intermediate_size=64, mlp_only_layers=[1]),
@@ -42,7 +42,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def found(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
+def found(source: Path, tmp_path_factory: pytest.TempPathFactory) -> SearchResult:
     return search(open_checkpoint(source), SETTINGS, tmp_path_factory.mktemp("scratch"))
 
 
@@ -59,7 +59,7 @@ def divergence(original: Checkpoint, changed: Checkpoint, rows: list[np.ndarray]
 
 def measured_rows(source: Path) -> list[np.ndarray]:
     documents = load_documents("bundled")
-    rows = calibration_rows(ModelTokenizer(source), documents, SETTINGS.samples + SETTINGS.measure, 48, 0)
+    rows = calibration_samples(ModelTokenizer(source), documents, SETTINGS.samples + SETTINGS.measure, 48, 0)
     return list(rows.ids[SETTINGS.samples :])
 
 
@@ -153,7 +153,7 @@ def test_every_linear_is_in_one_unit(source: Path, fused: bool) -> None:
     assert len(found) == (4 if fused else 7) * config.num_layers
 
 
-def test_the_budget_holds(found: Found, source: Path) -> None:
+def test_the_budget_holds(found: SearchResult, source: Path) -> None:
     config, recipe = open_checkpoint(source).config, found.recipe
     linears = config.all_linears()
     recipe.check_against(linears)
@@ -167,7 +167,7 @@ def test_the_budget_holds(found: Found, source: Path) -> None:
             assert schemes[f"model.layers.{sensitivity.unit.layer}.{name}"] == scheme
 
 
-def test_it_expects_less_loss_than_any_uniform_recipe(found: Found) -> None:
+def test_it_expects_less_loss_than_any_uniform_recipe(found: SearchResult) -> None:
     uniform = found.expected_uniform_kl()
     assert uniform is not None
     assert 0 < found.expected_kl < uniform
@@ -180,14 +180,14 @@ def test_more_room_never_loses_more(source: Path, tmp_path: Path) -> None:
         assert larger.expected_kl < smaller.expected_kl
 
 
-def test_the_same_recipe_whatever_the_number_of_threads(found: Found, source: Path, tmp_path: Path) -> None:
+def test_the_same_recipe_whatever_the_number_of_threads(found: SearchResult, source: Path, tmp_path: Path) -> None:
     again = search(open_checkpoint(source), replace(SETTINGS, threads=2), tmp_path)
     assert to_yaml(again.recipe) == to_yaml(found.recipe)
     assert [s.kl for s, _ in again.units] == [s.kl for s, _ in found.units]
     assert not list(tmp_path.iterdir())
 
 
-def test_the_file_is_the_recipe(found: Found, tmp_path: Path) -> None:
+def test_the_file_is_the_recipe(found: SearchResult, tmp_path: Path) -> None:
     path = tmp_path / "found.yaml"
     path.write_text(to_yaml(found.recipe))
     assert load_recipe(str(path)) == found.recipe

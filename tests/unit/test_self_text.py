@@ -8,13 +8,15 @@ import torch
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.progress import Progress
 from qwen3_export.model.decoder import Decoder
-from qwen3_export.solve.calibration.self_generated import self_rows
+from qwen3_export.solve.calibration.self_generated import self_generated_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 
 
 def test_the_seed_decides_the_text(reference_model: Checkpoint) -> None:
     tokenizer = ModelTokenizer(reference_model.folder)
-    first, again, other = (self_rows(reference_model, tokenizer, 3, 24, seed, Progress()) for seed in (1, 1, 2))
+    first, again, other = (
+        self_generated_samples(reference_model, tokenizer, 3, 24, seed, Progress()) for seed in (1, 1, 2)
+    )
     assert first.sha256 == again.sha256
     assert first.sha256 != other.sha256
     assert [len(row) for row in first.ids] == [24, 24, 24]

@@ -15,12 +15,12 @@ from qwen3_export.model.block import Block, rms_norm
 from qwen3_export.model.decoder import load_block, rope_tables, to_torch
 from qwen3_export.model.workers import Workers, workers
 from qwen3_export.solve.calibration import fisher
-from qwen3_export.solve.calibration.fisher import measure, pieces_of
-from qwen3_export.solve.job import Settings
+from qwen3_export.solve.calibration.fisher import measure_fisher, pieces_of
+from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.methods.gptq import noise_shaping
 from qwen3_export.solve.quantize import quantize
 from qwen3_export.solve.rounding.grid import Grid, find_grid, round_to
-from qwen3_export.text.rows import Rows
+from qwen3_export.text.samples import Samples
 from tests.conftest import copy_tokenizer, tiny_config, tiny_moe_config, write_checkpoint
 
 SCHEME = QuantScheme(num_bits=3, group_size=16)
@@ -32,12 +32,12 @@ def pool() -> Workers:
         yield found
 
 
-def rows(count: int = 3, length: int = 20) -> Rows:
+def rows(count: int = 3, length: int = 20) -> Samples:
     random = np.random.default_rng(0)
-    return Rows([random.integers(0, 320, length).astype(np.int32) for _ in range(count)], ["test"] * count)
+    return Samples([random.integers(0, 320, length).astype(np.int32) for _ in range(count)], ["test"] * count)
 
 
-def plain_information(folder: Path, text: Rows, seed: int) -> dict[tuple[int, str], torch.Tensor]:
+def plain_information(folder: Path, text: Samples, seed: int) -> dict[tuple[int, str], torch.Tensor]:
     """Mean g gᵀ of every linear's outputs by one backward pass over the whole model per row, in fp64."""
     checkpoint = open_checkpoint(folder)
     config = checkpoint.config
@@ -52,7 +52,7 @@ def plain_information(folder: Path, text: Rows, seed: int) -> dict[tuple[int, st
             weights = {name: weight.double() for name, weight in load_block(checkpoint, layer).weights.items()}
             made: dict[str, torch.Tensor] = {}
             rope = tuple(table.double() for table in rope_tables(config, 0, len(ids)))
-            state = Block(config, layer, weights, outputs=made).forward(state, (rope[0], rope[1]))
+            state = Block(config, layer, weights, fisher=made).forward(state, (rope[0], rope[1]))
             taps |= {(layer, name): value for name, value in made.items() if name.endswith("_proj")}
         logits = rms_norm(state[0], norm, config.rms_norm_eps) @ head.T
         # The same labels as the streamed pass draws, from its fp32 probabilities.
@@ -78,7 +78,7 @@ def test_the_streamed_pass_measures_what_a_whole_backward_pass_gives(
     scratch.mkdir()
     checkpoint = open_checkpoint(folder)
     with torch.no_grad():
-        found = measure(checkpoint, text, 3, 7, pool, scratch, "cpu")
+        found = measure_fisher(checkpoint, text, 3, 7, pool, scratch, "cpu")
     wanted = plain_information(folder, text, 7)
     for layer in range(checkpoint.config.num_layers):
         for name, (out, _) in checkpoint.config.linear_shapes(layer).items():
@@ -102,9 +102,9 @@ def test_in_bf16_the_pass_measures_nearly_the_same(
     (tmp_path / "scratch").mkdir()
     checkpoint = open_checkpoint(folder)
     monkeypatch.setattr(fisher, "draw", lambda shares, _: torch.arange(len(shares))[:, None] * 7 % shares.shape[1])
-    monkeypatch.setattr(pool, "products", torch.bfloat16)
+    monkeypatch.setattr(pool, "matmul_dtype", torch.bfloat16)
     with torch.no_grad():
-        found = measure(checkpoint, text, 3, 7, pool, tmp_path / "scratch", "cpu")
+        found = measure_fisher(checkpoint, text, 3, 7, pool, tmp_path / "scratch", "cpu")
     for (layer, name), exact in plain_information(folder, text, 7).items():
         pieces = found.of(layer, name, len(exact))
         if ".experts." in name:
@@ -148,7 +148,7 @@ def test_the_solve_is_the_transcribed_recursion(monkeypatch: pytest.MonkeyPatch)
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(20, 32, generator=random)
     pieces = [_information(12, random), _information(8, random)]
-    grid, codes = noise_shaping.shaped(weight, noise_shaping.factors(pieces), plain_round, SCHEME)
+    grid, codes = noise_shaping.solve_shaped(weight, noise_shaping.fisher_factors(pieces), plain_round, SCHEME)
     begin = 0
     for piece in pieces:
         rest = weight[begin : begin + len(piece)].double().clone()
@@ -175,14 +175,16 @@ def test_shaping_lowers_its_objective_where_outputs_depend_on_each_other() -> No
         delta = ((codes - full.zeros) * full.scales - weight).double()
         return float(((information.double() @ delta) * delta).sum())
 
-    assert cost(*noise_shaping.shaped(weight, noise_shaping.factors([information]), plain_round, SCHEME)) < 0.8 * cost(
-        *plain_round(weight)
-    )
+    assert cost(
+        *noise_shaping.solve_shaped(weight, noise_shaping.fisher_factors([information]), plain_round, SCHEME)
+    ) < 0.8 * cost(*plain_round(weight))
 
 
 def test_rows_that_nothing_depends_on_are_left_to_the_plain_solve() -> None:
     weight = torch.randn(40, 32, generator=torch.Generator().manual_seed(2))
-    grid, codes = noise_shaping.shaped(weight, noise_shaping.factors([torch.zeros(40, 40)]), plain_round, SCHEME)
+    grid, codes = noise_shaping.solve_shaped(
+        weight, noise_shaping.fisher_factors([torch.zeros(40, 40)]), plain_round, SCHEME
+    )
     plain = plain_round(weight)
     assert torch.equal(codes, plain[1])
     assert torch.equal(grid.scales, plain[0].scales)
@@ -196,7 +198,7 @@ def test_a_run_has_the_same_bytes_for_one_and_two_threads(tmp_path: Path, refere
     values = {"name": "t", "method": "gptq", "rules": [{"match": "*", "scheme": scheme}], "options": options}
     recipe = Recipe.from_dict(values, "test")
     for threads in (1, 2):
-        settings = Settings(samples=9, sequence_length=32, threads=threads)
+        settings = QuantizeSettings(samples=9, sequence_length=32, threads=threads)
         quantize(source, recipe, tmp_path / str(threads), settings)
     for path in (tmp_path / "1").iterdir():
         assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes(), path.name

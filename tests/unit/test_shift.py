@@ -13,10 +13,16 @@ import torch
 
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve.calibration.moments import Compared, Moments
-from qwen3_export.solve.method import Group
+from qwen3_export.solve.calibration.moments import Moments, PairedMoments
+from qwen3_export.solve.method import LinearGroup
 from qwen3_export.solve.methods import gptq
-from qwen3_export.solve.methods.gptq.target_shift import CONFIRM_EVERY, ROWS_AT_ONCE, Shift, prepare, start_factors
+from qwen3_export.solve.methods.gptq.target_shift import (
+    CONFIRM_EVERY,
+    ROWS_AT_ONCE,
+    TargetShift,
+    start_shift_factors,
+    target_shift_of,
+)
 
 # More rows than are shifted at once, and an odd number of them.
 OUT, IN, TOKENS, PERCDAMP = ROWS_AT_ONCE + 101, 96, 400, 0.01
@@ -73,13 +79,13 @@ def case_of(seed: int, weight_seed: int = 0, noise: float = 0.2) -> Case:
     return Case(x, original + 0.3 * x.roll(1, 1), gap, torch.randn(OUT, IN, generator=fixed))
 
 
-def compared(fitted: Case, held_out: Case, writes: bool) -> Compared:
+def compared(fitted: Case, held_out: Case, writes: bool) -> PairedMoments:
     parts = fitted.moments(writes), held_out.moments(writes)
-    return Compared(*parts, parts[0].join(parts[1]))
+    return PairedMoments(*parts, parts[0].join(parts[1]))
 
 
-def shift_of(moments: Compared, pool: Workers) -> Shift:
-    shift = prepare(moments, start_factors(moments, PERCDAMP, pool), pool)
+def shift_of(moments: PairedMoments, pool: Workers) -> TargetShift:
+    shift = target_shift_of(moments, start_shift_factors(moments, PERCDAMP, pool), pool)
     assert shift is not None
     return shift
 
@@ -127,11 +133,11 @@ def test_the_shift_is_refused_when_held_out_rows_contradict_it(pool: Workers, wr
 def test_nothing_is_shifted_without_held_out_rows(pool: Workers, writes: bool) -> None:
     case, scheme = case_of(7), QuantScheme(num_bits=4, group_size=32)
     fitted, nothing = case.moments(writes), Moments(0, torch.zeros(IN, IN), torch.zeros(IN, IN), torch.zeros(OUT, IN))
-    alone = Compared(fitted, nothing, fitted)
-    assert start_factors(alone, PERCDAMP, pool) == []
+    alone = PairedMoments(fitted, nothing, fitted)
+    assert start_shift_factors(alone, PERCDAMP, pool) == []
     solved = []
     for moments in (alone, None, compared(case, case, writes)):
-        group = Group({"linear": case.weight}, {"linear": scheme}, fitted.hessian, TOKENS, moments)
+        group = LinearGroup({"linear": case.weight}, {"linear": scheme}, fitted.hessian, TOKENS, moments)
         options = gptq.Options(target_shift=True)
         solved.append(gptq.solve(group, options, pool)["linear"].tensor.codes.tobytes())
     assert solved[0] == solved[1] != solved[2]
@@ -142,8 +148,8 @@ def test_nothing_is_shifted_where_a_hessian_is_not_definite(pool: Workers, write
     case = case_of(8)
     good = compared(case, case, writes)
     wrong = good.fitted.hessian - 2 * torch.eye(IN)
-    bad = Compared(Moments(TOKENS, wrong, good.fitted.drift, good.fitted.target), good.held_out, good.both)
-    assert prepare(bad, start_factors(bad, PERCDAMP, pool), pool) is None
+    bad = PairedMoments(Moments(TOKENS, wrong, good.fitted.drift, good.fitted.target), good.held_out, good.both)
+    assert target_shift_of(bad, start_shift_factors(bad, PERCDAMP, pool), pool) is None
 
 
 @every_form

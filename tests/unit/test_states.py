@@ -11,21 +11,21 @@ import torch
 from qwen3_export.errors import InputError
 from qwen3_export.model.block import State
 from qwen3_export.model.workers import workers
-from qwen3_export.solve.calibration.activations import RowFile, Shelf, States
+from qwen3_export.solve.calibration.activations import BlockStates, SampleFile, SpareFiles
 
 
 def test_rows_of_a_file_are_read_back_bit_for_bit(tmp_path: Path) -> None:
-    file = RowFile(tmp_path / "a.rows", (2, 3), torch.float32)
+    file = SampleFile(tmp_path / "a.rows", (2, 3), torch.float32)
     rows = torch.randn(5, 2, 3)
     for row in (3, 0, 4, 1, 2):
         file.write(row, rows[row])
     assert all(torch.equal(file.read(row), rows[row]) for row in range(5))
-    with pytest.raises(InputError, match="row 5 is not there"):
+    with pytest.raises(InputError, match="sample 5 is not there"):
         file.read(5)
     file.keep_as(tmp_path / "b.rows")
     file.close(remove=True)
     assert [path.name for path in tmp_path.iterdir()] == ["b.rows"], "what was kept is its owner's to delete"
-    again = RowFile(tmp_path / "b.rows", (2, 3), torch.float32)
+    again = SampleFile(tmp_path / "b.rows", (2, 3), torch.float32)
     assert all(torch.equal(again.read(row), rows[row]) for row in range(5))
     assert (tmp_path / "b.rows").stat().st_size == 5 * 6 * 4
     again.close(remove=True)
@@ -39,7 +39,7 @@ def test_a_file_that_is_to_last_goes_to_the_disk_while_it_is_written(
     monkeypatch.setattr("qwen3_export.solve.calibration.activations._EARLY", 100)
     monkeypatch.setattr(os, "fsync", flushed.append)
     for early in (False, True):
-        file = RowFile(tmp_path / "a.rows", (10,), early=early)
+        file = SampleFile(tmp_path / "a.rows", (10,), early=early)
         for row in range(20):
             file.write(row, torch.full((10,), float(row)))
         assert bool(flushed) == early
@@ -56,7 +56,7 @@ def test_what_could_not_be_flushed_is_not_kept(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr("qwen3_export.solve.calibration.activations._EARLY", 40)
     monkeypatch.setattr(os, "fsync", flush)
-    file = RowFile(tmp_path / "a.rows", (10,), early=True)
+    file = SampleFile(tmp_path / "a.rows", (10,), early=True)
     file.write(0, torch.zeros(10))
     with pytest.raises(OSError, match="No space left"):
         file.keep_as(tmp_path / "b.rows")
@@ -65,7 +65,7 @@ def test_what_could_not_be_flushed_is_not_kept(tmp_path: Path, monkeypatch: pyte
 
 
 def test_states_keep_fields_of_every_type_and_drop_what_is_gone(tmp_path: Path) -> None:
-    states = States(tmp_path, 4)
+    states = BlockStates(tmp_path, 4)
     with workers(2) as pool:
         states.advance(lambda row, _: {"x": torch.full((2,), float(row)), "n": torch.tensor([row])}, pool)
         files = {path.name for path in tmp_path.iterdir()}
@@ -87,7 +87,7 @@ def test_idle_fields_are_neither_read_nor_lost(tmp_path: Path) -> None:
         seen.append(set(state))
         return {"x": state["x"] + 1}
 
-    states = States(tmp_path, 3)
+    states = BlockStates(tmp_path, 3)
     with workers(2) as pool:
         states.advance(lambda row, _: {"x": torch.zeros(2), "residual": torch.full((2,), float(row))}, pool)
         states.advance(step, pool, idle=("residual", "absent"))
@@ -106,7 +106,7 @@ def write(path: Path, size: int, byte: bytes = b"a") -> Path:
 
 
 def test_a_file_that_was_put_is_found_again_by_its_size(tmp_path: Path) -> None:
-    shelf, found = Shelf(tmp_path / "shelf"), tmp_path / "found"
+    shelf, found = SpareFiles(tmp_path / "shelf"), tmp_path / "found"
     shelf.put(write(tmp_path / "large", 800, b"l"))
     shelf.put(write(tmp_path / "small", 300, b"s"))
     shelf.put(write(tmp_path / "second", 300, b"t"))
@@ -126,9 +126,9 @@ def test_a_file_that_was_put_is_found_again_by_its_size(tmp_path: Path) -> None:
 
 
 def test_a_new_run_empties_the_shelf(tmp_path: Path) -> None:
-    before = Shelf(tmp_path / "shelf")
+    before = SpareFiles(tmp_path / "shelf")
     before.put(write(tmp_path / "left", 300))
-    after = Shelf(tmp_path / "shelf")
+    after = SpareFiles(tmp_path / "shelf")
     assert not list((tmp_path / "shelf").iterdir())
     after.find(tmp_path / "found", 300)
     assert not (tmp_path / "found").exists()
@@ -137,10 +137,10 @@ def test_a_new_run_empties_the_shelf(tmp_path: Path) -> None:
 def test_states_write_over_the_files_on_the_shelf(tmp_path: Path) -> None:
     folder = tmp_path / "states"
     folder.mkdir()
-    shelf = Shelf(tmp_path / "shelf")
+    shelf = SpareFiles(tmp_path / "shelf")
     with workers(2) as pool:
         for turn in range(3):
-            states = States(folder, 4, shelf=shelf)
+            states = BlockStates(folder, 4, shelf=shelf)
             states.advance(lambda row, _, turn=turn: {"x": torch.full((3,), float(row + turn))}, pool)
             states.advance(lambda _, state: {"x": state["x"] * 2, "n": torch.ones(5)}, pool)
             assert [states.read(row)["x"].tolist() for row in range(4)] == [
@@ -156,18 +156,18 @@ def test_states_write_over_the_files_on_the_shelf(tmp_path: Path) -> None:
 def test_a_file_that_is_another_s_is_not_put_on_the_shelf(tmp_path: Path) -> None:
     folder = tmp_path / "states"
     folder.mkdir()
-    shelf, before = Shelf(tmp_path / "shelf"), RowFile(tmp_path / "hidden.rows", (3,))
+    shelf, before = SpareFiles(tmp_path / "shelf"), SampleFile(tmp_path / "hidden.rows", (3,))
     for row in range(2):
         before.write(row, torch.full((3,), float(row)))
     before.lasting = True
-    states = States(folder, 2, {"residual": before}, shelf)
+    states = BlockStates(folder, 2, {"residual": before}, shelf)
     with workers(1) as pool:
         states.advance(lambda _, state: {"residual": state["residual"] + 1}, pool)
     kept = states.take("residual")
     kept.keep_as(tmp_path / "after.rows")
     assert torch.equal(kept.read(1), torch.full((3,), 2.0))
     kept.close()
-    again = RowFile(tmp_path / "hidden.rows", (3,))
+    again = SampleFile(tmp_path / "hidden.rows", (3,))
     assert torch.equal(again.read(1), torch.ones(3))
     again.close()
     assert not list((tmp_path / "shelf").iterdir())

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from qwen3_export.core.source import open_source
-from qwen3_export.prove.drift import row_drift
+from qwen3_export.prove.drift import sample_drift
 from qwen3_export.prove.reference import Truth
-from qwen3_export.prove.statistics import RowDrift, histogram, mean_and_error, statistics
+from qwen3_export.prove.statistics import SampleDrift, histogram, mean_and_error, statistics
 from qwen3_export.prove.validate import held_out
 from qwen3_export.run.artifact import open_session
 from qwen3_export.ship.gguf import export_gguf
@@ -110,7 +110,7 @@ def flat(values: dict, prefix: str = "") -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def logits(tmp_path_factory: pytest.TempPathFactory) -> list[Answers]:
-    """Token ids, the original's logits and those of a q8_0 file, both from llama.cpp, for a few rows of held-out text."""
+    """Token ids, the original's logits and those of a q8_0 file, both from llama.cpp, for held-out samples."""
     folder = tmp_path_factory.mktemp("statistics")
     source = open_source("reference-model")
     for kind in ("f16", "q8_0"):
@@ -132,7 +132,7 @@ def test_every_line_of_llama_perplexity_is_the_same(logits: list[Answers]) -> No
             theirs.add(ours[position], base[position], int(token))
         next_logprob = np.take_along_axis(base, ids[1:, None].astype(np.int64), 1)[:, 0]
         base = np.where(base > -16, base, -200.0)
-        drifts.append(row_drift(Truth(base.astype(np.float32), next_logprob.astype(np.float32)), ours, ids))
+        drifts.append(sample_drift(Truth(base.astype(np.float32), next_logprob.astype(np.float32)), ours, ids))
     found, wanted = flat(statistics(drifts)), theirs.printed()
     assert set(found) == set(wanted)
     # Ours keeps log-probabilities in fp32 and takes their differences there.
@@ -148,7 +148,7 @@ def test_given_the_same_positions_the_statistics_are_the_same_to_rounding() -> N
         base = -random.exponential(2.0, length)
         ours = base - random.standard_normal(length) * 0.1
         kl, same = random.exponential(0.01, length), random.random(length) < 0.9
-        drifts.append(RowDrift(kl, same, base, ours))
+        drifts.append(SampleDrift(kl, same, base, ours))
         theirs.kl += list(kl)
         theirs.same += list(same)
         theirs.nll += list(-ours)
@@ -159,7 +159,7 @@ def test_given_the_same_positions_the_statistics_are_the_same_to_rounding() -> N
 
 def test_nothing_to_estimate_gives_no_error_and_no_correlation() -> None:
     assert mean_and_error(np.full(10, 3.0)) == (3.0, 0.0)
-    constant = RowDrift(np.zeros(20), np.ones(20, bool), np.full(20, -1.0), np.full(20, -1.0))
+    constant = SampleDrift(np.zeros(20), np.ones(20, bool), np.full(20, -1.0), np.full(20, -1.0))
     found = statistics([constant])
     assert found["logprob_correlation"] is None
     assert found["probability_change"]["rms"] == found["probability_change"]["rms_stderr"] == 0
@@ -167,7 +167,7 @@ def test_nothing_to_estimate_gives_no_error_and_no_correlation() -> None:
 
 
 def test_the_histogram_counts_every_position_once() -> None:
-    row = RowDrift(*(np.zeros(0),) * 4)
+    row = SampleDrift(*(np.zeros(0),) * 4)
     kl = np.array([0.0, -1e-12, 1e-12, 2e-9, 0.5, 0.5, 1.0, 5000.0])
     counted = histogram([replace(row, kl=kl[:3]), replace(row, kl=kl[3:])])
     assert len(counted["exponents"]) == len(counted["counts"]) + 1

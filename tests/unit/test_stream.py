@@ -32,12 +32,12 @@ from qwen3_export.model import block as block_module
 from qwen3_export.model.decoder import load_block, rope_tables, to_torch
 from qwen3_export.model.workers import workers
 from qwen3_export.solve import job
-from qwen3_export.solve.job import Settings
-from qwen3_export.solve.method import Group
+from qwen3_export.solve.job import QuantizeSettings
+from qwen3_export.solve.method import LinearGroup
 from qwen3_export.solve.methods import gptq
 from qwen3_export.solve.quantize import quantize
 from qwen3_export.text.documents import load_documents
-from qwen3_export.text.rows import calibration_rows
+from qwen3_export.text.samples import calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.conftest import copy_tokenizer, tiny_config, tiny_moe_config, write_checkpoint
 
@@ -74,8 +74,8 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def settings(source: Path) -> Settings:
-    return Settings(str(source.parent / "calibration.txt"), SAMPLES, LENGTH, threads=2)
+def settings(source: Path) -> QuantizeSettings:
+    return QuantizeSettings(str(source.parent / "calibration.txt"), SAMPLES, LENGTH, threads=2)
 
 
 @pytest.fixture(scope="module", params=[{}, ALL_RUNGS], ids=["paper", "all-rungs"])
@@ -84,7 +84,7 @@ def options(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def wanted(source: Path, settings: Settings, options: dict[str, Any]) -> dict[str, str]:
+def wanted(source: Path, settings: QuantizeSettings, options: dict[str, Any]) -> dict[str, str]:
     """`{file name: sha256}` of a run that was never stopped, on two threads."""
     output = source.parent / f"wanted-{len(options)}"
     if not output.exists():
@@ -93,7 +93,7 @@ def wanted(source: Path, settings: Settings, options: dict[str, Any]) -> dict[st
 
 
 @pytest.fixture
-def run(source: Path, tmp_path: Path, settings: Settings) -> Callable[..., dict[str, str]]:
+def run(source: Path, tmp_path: Path, settings: QuantizeSettings) -> Callable[..., dict[str, str]]:
     """`run(name, recipe, setting=…)` quantizes and returns `{file name: sha256}` of the output."""
 
     def quantized(name: str, chosen: Recipe, progress: Progress | None = None, **changes: Any) -> dict[str, str]:
@@ -133,15 +133,15 @@ def inputs_of_linears(folder: Path, rows: list[np.ndarray], monkeypatch: pytest.
 def test_every_linear_is_solved_against_the_inputs_it_will_get(
     source: Path,
     tmp_path: Path,
-    settings: Settings,
+    settings: QuantizeSettings,
     run: Callable[..., dict[str, str]],
     monkeypatch: pytest.MonkeyPatch,
     exact_products: None,
 ) -> None:
-    groups: dict[str, Group] = {}
+    groups: dict[str, LinearGroup] = {}
     plain = gptq.solve
 
-    def spy(group: Group, options: Any, pool: Any) -> Any:
+    def spy(group: LinearGroup, options: Any, pool: Any) -> Any:
         groups.update(dict.fromkeys(group.weights, group))
         return plain(group, options, pool)
 
@@ -152,7 +152,7 @@ def test_every_linear_is_solved_against_the_inputs_it_will_get(
     monkeypatch.undo()
 
     documents = load_documents(settings.calibration)
-    rows = calibration_rows(ModelTokenizer(source), documents, SAMPLES, LENGTH, settings.seed)
+    rows = calibration_samples(ModelTokenizer(source), documents, SAMPLES, LENGTH, settings.seed)
     inputs = inputs_of_linears(tmp_path / "out", list(rows.ids), monkeypatch)
     checkpoint, manifest = open_checkpoint(tmp_path / "out"), read_manifest(tmp_path / "out")
     assert set(groups) == set(checkpoint.schemes)
@@ -170,7 +170,7 @@ def test_every_linear_is_solved_against_the_inputs_it_will_get(
 def test_a_static_input_scale_is_the_largest_input_that_calibration_saw(
     source: Path,
     tmp_path: Path,
-    settings: Settings,
+    settings: QuantizeSettings,
     run: Callable[..., dict[str, str]],
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
@@ -179,7 +179,7 @@ def test_a_static_input_scale_is_the_largest_input_that_calibration_saw(
     scheme = {"num_bits": 8, "type": kind, "strategy": "channel", "activations": "static-tensor"}
     values = {"name": "test", "method": "rtn", "rules": [{"match": "*", "scheme": scheme}]}
     run("out", Recipe.from_dict({**values, "experts": {"min_tokens": 0}}, "test"))
-    rows = calibration_rows(ModelTokenizer(source), load_documents(settings.calibration), SAMPLES, LENGTH, 0)
+    rows = calibration_samples(ModelTokenizer(source), load_documents(settings.calibration), SAMPLES, LENGTH, 0)
     inputs, checkpoint = (
         inputs_of_linears(tmp_path / "out", list(rows.ids), monkeypatch),
         open_checkpoint(tmp_path / "out"),
@@ -267,7 +267,7 @@ class Interrupted(Progress):
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(
-    source: Path, tmp_path: Path, settings: Settings, options: dict[str, Any], wanted: dict[str, str]
+    source: Path, tmp_path: Path, settings: QuantizeSettings, options: dict[str, Any], wanted: dict[str, str]
 ) -> None:
     checkpoint, output = open_checkpoint(source), tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
@@ -288,7 +288,7 @@ def test_a_stopped_run_can_be_started_over(run: Callable[..., dict[str, str]], w
     assert run("stopped", recipe(), resume=False) == wanted
 
 
-def test_a_damaged_weight_stops_the_run_with_its_name(source: Path, tmp_path: Path, settings: Settings) -> None:
+def test_a_damaged_weight_stops_the_run_with_its_name(source: Path, tmp_path: Path, settings: QuantizeSettings) -> None:
     from qwen3_export.core.tensorfile import write_tensors
 
     folder, name = shutil.copytree(source, tmp_path / "damaged"), "model.layers.1.self_attn.o_proj"
@@ -302,7 +302,7 @@ def test_a_damaged_weight_stops_the_run_with_its_name(source: Path, tmp_path: Pa
 
 
 def test_a_run_that_needs_more_memory_than_allowed_stops_before_it_starts(
-    source: Path, tmp_path: Path, settings: Settings
+    source: Path, tmp_path: Path, settings: QuantizeSettings
 ) -> None:
     with pytest.raises(InputError, match="--memory allows"):
         quantize(open_checkpoint(source), recipe(), tmp_path / "out", replace(settings, memory=1 << 20))
@@ -310,7 +310,7 @@ def test_a_run_that_needs_more_memory_than_allowed_stops_before_it_starts(
 
 
 def test_a_quantized_folder_is_not_quantized_again(
-    tmp_path: Path, settings: Settings, run: Callable[..., dict[str, str]]
+    tmp_path: Path, settings: QuantizeSettings, run: Callable[..., dict[str, str]]
 ) -> None:
     run("once", recipe("rtn"))
     with pytest.raises(InputError, match="quantized already"):

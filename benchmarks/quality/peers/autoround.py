@@ -1,4 +1,4 @@
-"""AutoRound on given token rows; run by the Python of its own environment."""
+"""AutoRound on given token samples; run by the Python of its own environment."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""GPTQModel on given token rows; run by the Python of its own environment.
+"""GPTQModel on given token samples; run by the Python of its own environment.
 
 It sorts rows by length; ours all have one length, so it sees exactly these tokens in this order.
 """

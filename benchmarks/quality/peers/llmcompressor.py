@@ -1,4 +1,4 @@
-"""llm-compressor on given token rows; run by the Python of its own environment."""
+"""llm-compressor on given token samples; run by the Python of its own environment."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""The block loop: one decoder block in memory, calibration rows handed on from block to block.
+"""The block loop: one decoder block in memory, calibration samples handed on from block to block.
 
     for each block:                         for each stage (q,k,v │ o │ gate,up │ down):
         read its tensors                        H = mean x xᵀ over all rows
@@ -29,13 +29,21 @@ from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.model.block import NUM_STAGES, Block
 from qwen3_export.model.decoder import Rope, load_block, put_quantized, rope_tables
 from qwen3_export.model.table import Table, to_torch
-from qwen3_export.solve.blocks.fold import apply_all, choose
-from qwen3_export.solve.blocks.forward import WRITERS, Walk, enter, inputs_of, layer_of, move, note_missing
-from qwen3_export.solve.calibration.experts import Inputs, Layer, count_tokens
+from qwen3_export.solve.blocks.fold import apply_folds, choose_folds
+from qwen3_export.solve.blocks.forward import (
+    WRITERS,
+    BlockRun,
+    add_missing_output,
+    layer_inputs,
+    linear_inputs,
+    run_stage,
+    start_run,
+)
+from qwen3_export.solve.calibration.experts import LayerInputs, LinearInputs, count_tokens
 from qwen3_export.solve.calibration.moments import Moments
 from qwen3_export.solve.chunk_sizes import FOLD_EVERY
 from qwen3_export.solve.job import QUANTIZED, Job, SolvedBlock, SolvedLinear
-from qwen3_export.solve.method import Group
+from qwen3_export.solve.method import LinearGroup
 from qwen3_export.solve.rounding.nearest import round_group
 
 # Where a sparse layer's tokens have been sent to their experts.
@@ -44,97 +52,97 @@ ROUTED = 2
 MIXED = 3
 
 
-def embed_rows(job: Job, quantized: QuantizedTensor | None = None) -> None:
+def embed_samples(job: Job, quantized: QuantizedTensor | None = None) -> None:
     """Write the embeddings of all rows, the hidden states before block 0; `quantized` is what will be shipped."""
-    assert job.rows is not None
-    for stream in job.streams:
-        shipped = quantized if stream == QUANTIZED else None
+    assert job.samples is not None
+    for model in job.models:
+        shipped = quantized if model == QUANTIZED else None
         table = Table(job.checkpoint.read(f"{EMBEDDING}.weight") if shipped is None else shipped)
         file = job.hidden_file(job.scratch / "embedding.rows")
-        for place, row in enumerate(job.rows_of(stream)):
-            file.write(place, table.rows(job.rows.ids[row])[None])
-        file.keep_as(job.hidden_path(0, stream))
+        for place, row in enumerate(job.samples_of(model)):
+            file.write(place, table.rows(job.samples.ids[row])[None])
+        file.keep_as(job.hidden_path(0, model))
         file.close()
 
 
-def forget_hidden(job: Job, layer: int) -> None:
+def drop_hidden(job: Job, layer: int) -> None:
     """The hidden states before a block that is done are no longer needed."""
-    for stream in job.streams:
-        path = job.hidden_path(layer, stream)
-        if job.shelf is not None and path.exists():
-            job.shelf.put(path)
+    for model in job.models:
+        path = job.hidden_path(layer, model)
+        if job.spare_files is not None and path.exists():
+            job.spare_files.put(path)
 
 
 def solve_block(job: Job, layer: int) -> SolvedBlock:
     """Quantize one block; with inputs, leave the hidden states after it in `hidden_path(layer + 1)`."""
     config = job.checkpoint.config
     experts = config.num_experts if config.is_sparse(layer) else 0
-    if job.rows is None:
+    if job.samples is None:
         return SolvedBlock(_solve_alone(job, layer), {}, [0] * experts)
     block = load_block(job.checkpoint, layer, job.device)
-    rope = rope_tables(config, 0, len(job.rows.ids[0]), job.device)
-    block.products, block.integers = job.products, job.integers
+    rope = rope_tables(config, 0, len(job.samples.ids[0]), job.device)
+    block.matmul_dtype, block.int_matmul = job.matmul_dtype, job.int_matmul
     replaced = _fold(job, block, rope) if job.fold != "none" else {}
-    walks = [enter(job, block, stream) for stream in job.streams]
+    runs = [start_run(job, block, model) for model in job.models]
     try:
         results: dict[str, SolvedLinear] = {}
         counts: list[int] = []
         for stage in range(NUM_STAGES):
             if experts and stage == ROUTED:
-                counts = count_tokens(walks[0].states, experts, job.pool)
+                counts = count_tokens(runs[0].states, experts, job.pool)
             # Where a linear writes to the residual stream, what it should leave there is the original's.
-            ahead = walks[1:] if stage in WRITERS else []
-            for walk in ahead:
-                move(job, walk, stage, rope)
+            ahead = runs[1:] if stage in WRITERS else []
+            for run in ahead:
+                run_stage(job, run, stage, rope)
             if ahead and experts and stage == MIXED:
-                note_missing(job, walks, stage, rope)
-            results.update(_solve_stage(job, stage, walks))
-            for walk in walks[:1] if ahead else walks:
-                move(job, walk, stage, rope)
-        for walk in walks:
+                add_missing_output(job, runs, stage, rope)
+            results.update(_solve_stage(job, stage, runs))
+            for run in runs[:1] if ahead else runs:
+                run_stage(job, run, stage, rope)
+        for run in runs:
             # Closed at once: a file that is deleted while it is open keeps its room on the disk.
-            with closing(walk.states.take("residual")) as hidden:
-                hidden.keep_as(job.hidden_path(layer + 1, walk.stream))
+            with closing(run.states.take("residual")) as hidden:
+                hidden.keep_as(job.hidden_path(layer + 1, run.model))
     finally:
-        for walk in walks:
-            walk.states.close()
+        for run in runs:
+            run.states.close()
     return SolvedBlock(results, replaced, counts)
 
 
 def _fold(job: Job, block: Block, rope: Rope) -> dict[str, NDArray]:
     """Walk some rows through the block as it is, choose the scales of every site, then move them all."""
-    assert job.rows is not None
+    assert job.samples is not None
     prefix, chosen, schemes = block_name(block.layer), [], job.schemes(block.layer)
-    walk = enter(job, block.running(job.products), QUANTIZED, range(0, len(job.rows.ids), FOLD_EVERY))
+    run = start_run(job, block.running(job.matmul_dtype), QUANTIZED, range(0, len(job.samples.ids), FOLD_EVERY))
     try:
         for stage in range(NUM_STAGES):
             if stage > 0:
-                move(job, walk, stage - 1, rope)
-            layer = layer_of(job, walk, -(-job.floor // FOLD_EVERY))
+                run_stage(job, run, stage - 1, rope)
+            layer = layer_inputs(job, run, -(-job.token_floor // FOLD_EVERY))
 
-            def moments_of(name: str, layer: Layer = layer) -> Moments | None:
+            def moments_of(name: str, layer: LayerInputs = layer) -> Moments | None:
                 inputs = layer.inputs(name)
                 return inputs.moments if inputs.fallback != "rtn" else None
 
-            chosen += choose(job.fold, block, stage, schemes, moments_of, job.pool)
+            chosen += choose_folds(job.fold, block, stage, schemes, moments_of, job.pool)
     finally:
-        walk.states.close()
-    replaced = apply_all(block, chosen, lambda name: job.checkpoint.entry(f"{prefix}.{name}").dtype)
+        run.states.close()
+    replaced = apply_folds(block, chosen, lambda name: job.checkpoint.entry(f"{prefix}.{name}").dtype)
     return {f"{prefix}.{name}": array for name, array in replaced.items()}
 
 
-def _solve_stage(job: Job, stage: int, walks: list[Walk]) -> dict[str, SolvedLinear]:
+def _solve_stage(job: Job, stage: int, runs: list[BlockRun]) -> dict[str, SolvedLinear]:
     results: dict[str, SolvedLinear] = {}
-    block, schemes = walks[0].block, job.schemes(walks[0].block.layer)
-    layer = layer_of(job, walks[0], job.floor)
+    block, schemes = runs[0].block, job.schemes(runs[0].block.layer)
+    layer = layer_inputs(job, runs[0], job.token_floor)
     for names in _groups(block.stage_linears(stage)):
         wanted = [name for name in names if name in schemes]
         if wanted:
-            inputs = inputs_of(job, wanted[0], walks, layer)
+            inputs = linear_inputs(job, wanted[0], runs, layer)
             results.update(_solve_linears(job, block, wanted, inputs))
     for name in block.stage_linears(stage):
         if name not in schemes:
-            block.weights[name] = block.weights[name].to(job.products)
+            block.weights[name] = block.weights[name].to(job.matmul_dtype)
     return results
 
 
@@ -157,14 +165,14 @@ def _solve_alone(job: Job, layer: int) -> dict[str, SolvedLinear]:
 
     def solve(group: dict[str, QuantScheme]) -> dict[str, SolvedLinear]:
         weights = {name: to_torch(job.checkpoint.read(f"{name}.weight")).to(job.device) for name in group}
-        solved = job.method.solve(Group(weights, group), job.options, job.pool)
+        solved = job.method.solve(LinearGroup(weights, group), job.options, job.pool)
         return {name: SolvedLinear(result, 0) for name, result in solved.items()}
 
     with ThreadPoolExecutor(2) as pair:
         return {name: linear for solved in pair.map(solve, groups) for name, linear in solved.items()}
 
 
-def _solve_linears(job: Job, block: Block, names: list[str], inputs: Inputs) -> dict[str, SolvedLinear]:
+def _solve_linears(job: Job, block: Block, names: list[str], inputs: LinearInputs) -> dict[str, SolvedLinear]:
     """Solve some linears of a block and put what will be shipped in their place."""
     prefix, local = block_name(block.layer), job.schemes(block.layer)
     chosen = {f"{prefix}.{name}": local[name] for name in names if name in local}
@@ -173,21 +181,23 @@ def _solve_linears(job: Job, block: Block, names: list[str], inputs: Inputs) -> 
     weights = {name: block.weights[name.removeprefix(f"{prefix}.")] for name in chosen}
     moments = inputs.moments
     peak = 0.0 if moments.peak is None else float(moments.peak.max())
-    group = Group(weights, chosen, moments.hessian, inputs.tokens, inputs.compared, peak, _outputs(job, block, weights))
+    group = LinearGroup(
+        weights, chosen, moments.hessian, inputs.tokens, inputs.paired, peak, _outputs(job, block, weights)
+    )
     if inputs.fallback == "rtn":
         solved = round_group(replace(group, hessian=None), "mse", job.pool)
     else:
         solved = job.method.solve(group, job.options, job.pool)
     for name, result in solved.items():
         # In its place, so that freed weights do not leave holes in memory that the codes then break up.
-        put_quantized(block, name.removeprefix(f"{prefix}."), result.tensor, job.device, len(job.streams) == 1)
+        put_quantized(block, name.removeprefix(f"{prefix}."), result.tensor, job.device, len(job.models) == 1)
     return {name: SolvedLinear(result, inputs.tokens, inputs.fallback) for name, result in solved.items()}
 
 
 def _outputs(job: Job, block: Block, weights: dict[str, Tensor]) -> dict[str, list[Tensor]]:
     """How much the answer depends on the linears' outputs, by module name, where it was measured."""
-    if job.outputs is None:
+    if job.fisher is None:
         return {}
     prefix = f"{block_name(block.layer)}."
-    found = {n: job.outputs.of(block.layer, n.removeprefix(prefix), len(weight)) for n, weight in weights.items()}
+    found = {n: job.fisher.of(block.layer, n.removeprefix(prefix), len(weight)) for n, weight in weights.items()}
     return {name: pieces for name, pieces in found.items() if pieces is not None}

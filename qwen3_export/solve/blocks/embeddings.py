@@ -35,15 +35,15 @@ from qwen3_export.model.block import Block, rms_norm
 from qwen3_export.model.decoder import load_block, rope_tables
 from qwen3_export.model.table import Table, to_torch
 from qwen3_export.model.workers import Workers
-from qwen3_export.solve.blocks.forward import compare_rows
-from qwen3_export.solve.calibration.activations import RowFile
-from qwen3_export.solve.calibration.experts import Inputs
-from qwen3_export.solve.calibration.moments import Moments, Sample, collect
-from qwen3_export.solve.chunk_sizes import TOKENS_AT_ONCE, rows_at_once
+from qwen3_export.solve.blocks.forward import paired_inputs
+from qwen3_export.solve.calibration.activations import SampleFile
+from qwen3_export.solve.calibration.experts import LinearInputs
+from qwen3_export.solve.calibration.moments import Moments, SampleInputs, collect_moments
+from qwen3_export.solve.chunk_sizes import TOKENS_AT_ONCE, out_rows_at_once
 from qwen3_export.solve.job import ORIGINAL, Job, SolvedLinear
-from qwen3_export.solve.method import Group, Solved
+from qwen3_export.solve.method import LinearGroup, SolvedWeight
 from qwen3_export.solve.rounding.nearest import round_group
-from qwen3_export.solve.rounding.row_chunks import energy
+from qwen3_export.solve.rounding.row_chunks import quadratic_form
 
 # The original runs ahead with every fourth row.
 AHEAD_EVERY = 4
@@ -52,34 +52,34 @@ AHEAD_EVERY = 4
 def solve_embedding(job: Job, tick: Callable[[], object] = lambda: None) -> SolvedLinear | None:
     """Solve the embedding, which is also the head when tied; None when it stays in 16 bits.
 
-    With calibration rows, `tick` is called once per block for a tied matrix: the original runs ahead.
+    With calibration samples, `tick` is called once per block for a tied matrix: the original runs ahead.
     """
     scheme = job.recipe.scheme_for(EMBEDDING)
     if scheme is None:
         return None
     if not job.checkpoint.config.tie_word_embeddings:
         solve_rows = partial(_round, job.pool, scheme)
-        return SolvedLinear(by_rows(job.checkpoint, EMBEDDING, solve_rows, None, job.device), 0, "rtn")
+        return SolvedLinear(solve_row_chunks(job.checkpoint, EMBEDDING, solve_rows, None, job.device), 0, "rtn")
     hessian, tokens = None, 0
-    if job.rows is not None:
-        rows = job.rows.ids[::AHEAD_EVERY]
+    if job.samples is not None:
+        rows = job.samples.ids[::AHEAD_EVERY]
         with closing(job.hidden_file(job.scratch / "ahead.rows")) as file:
             hessian, tokens = tied_hessian(job.checkpoint, rows, file, job.pool, job.device, tick)
         file.path.unlink()
 
-    def solve(weight: Tensor) -> Solved:
-        group = Group({EMBEDDING: weight}, {EMBEDDING: scheme}, hessian, tokens)
+    def solve(weight: Tensor) -> SolvedWeight:
+        group = LinearGroup({EMBEDDING: weight}, {EMBEDDING: scheme}, hessian, tokens)
         return job.method.solve(group, job.options, job.pool)[EMBEDDING]
 
-    return SolvedLinear(by_rows(job.checkpoint, EMBEDDING, solve, hessian, job.device), tokens)
+    return SolvedLinear(solve_row_chunks(job.checkpoint, EMBEDDING, solve, hessian, job.device), tokens)
 
 
-def _round(pool: Workers, scheme: QuantScheme, weight: Tensor) -> Solved:
-    return round_group(Group({EMBEDDING: weight}, {EMBEDDING: scheme}), "mse", pool)[EMBEDDING]
+def _round(pool: Workers, scheme: QuantScheme, weight: Tensor) -> SolvedWeight:
+    return round_group(LinearGroup({EMBEDDING: weight}, {EMBEDDING: scheme}), "mse", pool)[EMBEDDING]
 
 
 def tied_hessian(
-    checkpoint: Checkpoint, rows: Sequence[NDArray], file: RowFile, pool: Workers, device: str = "cpu",
+    checkpoint: Checkpoint, rows: Sequence[NDArray], file: SampleFile, pool: Workers, device: str = "cpu",
     tick: Callable[[], object] = lambda: None,
 ) -> tuple[Tensor, int]:  # fmt: skip
     """The H of a tied matrix, see the module docstring, and of how many tokens it is made.
@@ -106,67 +106,71 @@ def tied_hessian(
 def solve_head(job: Job) -> SolvedLinear | None:
     """Solve an untied head; None when it stays in 16 bits or is the embedding.
 
-    With calibration rows, their hidden states behind the last block must be in the job's scratch folder.
+    With calibration samples, their hidden states behind the last block must be in the job's scratch folder.
     """
     scheme = job.recipe.scheme_for(HEAD)
     if scheme is None or job.checkpoint.config.tie_word_embeddings:
         return None
-    inputs = None if job.rows is None else _inputs(job)
-    hessian, compared, peak = None, None, 0.0
+    inputs = None if job.samples is None else _inputs(job)
+    hessian, paired, peak = None, None, 0.0
     if inputs is not None:
-        hessian, compared = inputs.moments.hessian, inputs.compared
+        hessian, paired = inputs.moments.hessian, inputs.paired
         peak = 0.0 if inputs.moments.peak is None else float(inputs.moments.peak.max())
     tokens = inputs.tokens if inputs else 0
 
-    def solve(weight: Tensor) -> Solved:
-        group = Group({HEAD: weight}, {HEAD: scheme}, hessian, tokens, compared, peak)
+    def solve(weight: Tensor) -> SolvedWeight:
+        group = LinearGroup({HEAD: weight}, {HEAD: scheme}, hessian, tokens, paired, peak)
         return job.method.solve(group, job.options, job.pool)[HEAD]
 
-    return SolvedLinear(by_rows(job.checkpoint, HEAD, solve, hessian, job.device), tokens)
+    return SolvedLinear(solve_row_chunks(job.checkpoint, HEAD, solve, hessian, job.device), tokens)
 
 
-def by_rows(
-    checkpoint: Checkpoint, module: str, solve: Callable[[Tensor], Solved], hessian: Tensor | None, device: str = "cpu"
-) -> Solved:
+def solve_row_chunks(
+    checkpoint: Checkpoint,
+    module: str,
+    solve: Callable[[Tensor], SolvedWeight],
+    hessian: Tensor | None,
+    device: str = "cpu",
+) -> SolvedWeight:
     """Solve a matrix `[vocab, hidden]` in pieces of rows; the error is that of all pieces together."""
     rows, width = checkpoint.config.outer_matrices()[module]
-    parts, error, total, step = [], 0.0, 0.0, rows_at_once(width)
+    parts, error, total, step = [], 0.0, 0.0, out_rows_at_once(width)
     for begin in range(0, rows, step):
         piece = checkpoint.rows(f"{module}.weight", begin, min(begin + step, rows))
         weight = to_torch(piece).float().to(device)
         solved = solve(weight)
-        size = energy(weight, hessian)
+        size = quadratic_form(weight, hessian)
         parts.append(solved.tensor)
         error, total = error + solved.error * size, total + size
-    return Solved(join_rows(parts), error / total if total > 0 else 0.0)
+    return SolvedWeight(join_rows(parts), error / total if total > 0 else 0.0)
 
 
-def _inputs(job: Job) -> Inputs:
+def _inputs(job: Job) -> LinearInputs:
     """Moments of the head's inputs behind the last block as it is now; with the original beside, in two parts."""
-    assert job.rows is not None
-    length = len(job.rows.ids[0])
+    assert job.samples is not None
+    length = len(job.samples.ids[0])
     with ExitStack() as stack:
-        paths = [job.hidden_path(job.checkpoint.config.num_layers, stream) for stream in job.streams]
+        paths = [job.hidden_path(job.checkpoint.config.num_layers, stream) for stream in job.models]
         files = [stack.enter_context(closing(job.hidden_file(path))) for path in paths]
         norm = _final_norm(job.checkpoint, job.device)
-        places = {row: place for place, row in enumerate(job.rows_of(ORIGINAL))}
+        places = {row: place for place, row in enumerate(job.samples_of(ORIGINAL))}
         samples = [
             partial(_sample, some, places, norm, job.checkpoint.config.rms_norm_eps, job.device)
             for some in (files, files[:1])
         ]
         if len(files) > 1:
-            return compare_rows(job, samples, job.checkpoint.config.hidden_size)
-        moments = head_moments(job.checkpoint, files, range(len(job.rows.ids)), length, job.pool, job.device)
-        return Inputs(moments, moments.tokens)
+            return paired_inputs(job, samples, job.checkpoint.config.hidden_size)
+        moments = head_moments(job.checkpoint, files, range(len(job.samples.ids)), length, job.pool, job.device)
+        return LinearInputs(moments, moments.tokens)
 
 
 def head_moments(
-    checkpoint: Checkpoint, files: Sequence[RowFile], rows: Sequence[int], length: int, pool: Workers, device: str
+    checkpoint: Checkpoint, files: Sequence[SampleFile], rows: Sequence[int], length: int, pool: Workers, device: str
 ) -> Moments:
     """Moments of the head's inputs: hidden states behind the last block, normed, `[1, length, hidden]` per row."""
     config = checkpoint.config
     sample = partial(_sample, files, {}, _final_norm(checkpoint, device), config.rms_norm_eps, device)
-    return collect(sample, rows, max(1, TOKENS_AT_ONCE // length), config.hidden_size, device, pool)
+    return collect_moments(sample, rows, max(1, TOKENS_AT_ONCE // length), config.hidden_size, device, pool)
 
 
 def _final_norm(checkpoint: Checkpoint, device: str) -> Tensor:
@@ -174,9 +178,9 @@ def _final_norm(checkpoint: Checkpoint, device: str) -> Tensor:
 
 
 def _sample(
-    files: Sequence[RowFile], places: Mapping[int, int], norm: Tensor, eps: float, device: str, row: int
-) -> Sample:
+    files: Sequence[SampleFile], places: Mapping[int, int], norm: Tensor, eps: float, device: str, row: int
+) -> SampleInputs:
     """One row's inputs of the head; with the original beside, whose rows are at `places`, how far they are from its."""
     at = (row, places.get(row, row))
     x, *original = (rms_norm(file.read(place)[0].to(device), norm, eps) for file, place in zip(files, at, strict=False))
-    return Sample(x, original[0] - x) if original else Sample(x)
+    return SampleInputs(x, original[0] - x) if original else SampleInputs(x)

@@ -44,7 +44,7 @@ _LEAST_GAIN = 0.1
 
 
 @dataclass(frozen=True)
-class Site:
+class FoldSite:
     """One row of the table above, with local names; `index` `[in]` is the source row of each column."""
 
     source: str
@@ -64,7 +64,7 @@ class Site:
         return total / torch.zeros(rows, device=values.device).index_add_(0, self.index, torch.ones_like(values))
 
 
-def sites(block: Block) -> list[Site]:
+def fold_sites(block: Block) -> list[FoldSite]:
     """Every place of a block where scales can be moved, in the order the block runs."""
     config, layer = block.config, block.layer
     shapes = config.linear_shapes(layer)
@@ -75,38 +75,38 @@ def sites(block: Block) -> list[Site]:
     readers = [f"{expert}.{name}" for expert in experts for name in ("gate_proj", "up_proj")]
     router = (ROUTER,) if config.is_sparse(layer) else ()
     found = [
-        Site("input_layernorm", tuple(f"self_attn.{n}_proj" for n in "qkv"), 0, hidden),
-        Site("self_attn.v_proj", ("self_attn.o_proj",), 1, shared * config.head_dim + head % config.head_dim),
-        Site("post_attention_layernorm", (*readers, *router), 2, hidden),
+        FoldSite("input_layernorm", tuple(f"self_attn.{n}_proj" for n in "qkv"), 0, hidden),
+        FoldSite("self_attn.v_proj", ("self_attn.o_proj",), 1, shared * config.head_dim + head % config.head_dim),
+        FoldSite("post_attention_layernorm", (*readers, *router), 2, hidden),
     ]
     inner = torch.arange(shapes[f"{experts[0]}.down_proj"][1])
-    return found + [Site(f"{expert}.up_proj", (f"{expert}.down_proj",), 3, inner) for expert in experts]
+    return found + [FoldSite(f"{expert}.up_proj", (f"{expert}.down_proj",), 3, inner) for expert in experts]
 
 
-def choose(
+def choose_folds(
     kind: str,
     block: Block,
     stage: int,
     schemes: Mapping[str, QuantScheme],
     moments_of: Callable[[str], Moments | None],
     pool: Workers,
-) -> list[tuple[Site, Tensor]]:
-    """The sites of a stage where scales are worth moving, with the scales; `apply_all` when all stages are known.
+) -> list[tuple[FoldSite, Tensor]]:
+    """The sites of a stage where scales are worth moving, with the scales; `apply_folds` when all stages are known.
 
     `moments_of(name)` gives the moments of a linear's inputs in the block as it is, sizes included, or None
     where they say too little to go by.
     """
     found = []
-    for site in (site for site in sites(block) if site.stage == stage):
+    for site in (site for site in fold_sites(block) if site.stage == stage):
         # The last target is the router where there is one: its input is that of all experts.
         moments = moments_of(site.targets[-1])
-        scales = None if moments is None else search(kind, site, block, moments, schemes, pool)
+        scales = None if moments is None else search_scales(kind, site, block, moments, schemes, pool)
         found += [(site, scales)] if scales is not None else []
     return found
 
 
-def apply_all(
-    block: Block, chosen: list[tuple[Site, Tensor]], stored_as: Callable[[str], np.dtype]
+def apply_folds(
+    block: Block, chosen: list[tuple[FoldSite, Tensor]], stored_as: Callable[[str], np.dtype]
 ) -> dict[str, NDArray]:
     """Move all chosen scales; returns norms and routers as they are stored, by local tensor name.
 
@@ -115,7 +115,7 @@ def apply_all(
     replaced: dict[str, NDArray] = {}
     for site, scales in chosen:
         name, router = f"{site.source}.weight", f"{ROUTER}.weight"
-        changed = apply(block, site, scales, stored_as(name))
+        changed = apply_fold(block, site, scales, stored_as(name))
         if changed is not None:
             replaced[name] = changed
         if ROUTER in site.targets:
@@ -123,8 +123,8 @@ def apply_all(
     return replaced
 
 
-def search(
-    kind: str, site: Site, block: Block, moments: Moments, schemes: Mapping[str, QuantScheme], pool: Workers
+def search_scales(
+    kind: str, site: FoldSite, block: Block, moments: Moments, schemes: Mapping[str, QuantScheme], pool: Workers
 ) -> Tensor | None:
     """The scales `[source rows]` to move at a site, None when none are worth it.
 
@@ -145,7 +145,7 @@ def search(
 
 
 def _awq(
-    site: Site, weights: Mapping[str, Tensor], moments: Moments, schemes: Mapping[str, QuantScheme], pool: Workers
+    site: FoldSite, weights: Mapping[str, Tensor], moments: Moments, schemes: Mapping[str, QuantScheme], pool: Workers
 ) -> Tensor | None:
     """Try s = mean|x|^α, and mean|x|^α / mean|w|^(1 − α) with each row's weights relative to its largest."""
     assert moments.mean_abs is not None
@@ -196,7 +196,7 @@ def _error(weight: Tensor, spread: Tensor, hessian: Tensor, scheme: QuantScheme)
     return float(((delta @ hessian) * delta).double().sum())
 
 
-def _smooth(site: Site, weights: list[Tensor], moments: Moments) -> Tensor | None:
+def _smooth(site: FoldSite, weights: list[Tensor], moments: Moments) -> Tensor | None:
     if not site.is_norm or moments.peak is None:
         return None
     largest = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
@@ -210,7 +210,7 @@ def _centred(scales: Tensor) -> Tensor:
     return (scales / (scales.max() * scales.min()).sqrt()).clamp(2.0**-8, 2.0**8)
 
 
-def apply(block: Block, site: Site, scales: Tensor, stored_as: np.dtype) -> NDArray | None:
+def apply_fold(block: Block, site: FoldSite, scales: Tensor, stored_as: np.dtype) -> NDArray | None:
     """Move the scales; returns a norm's new weight as it is stored (`stored_as`), None for a linear source."""
     source, kept_as = block.weights[site.source], None
     if site.is_norm:

@@ -1,9 +1,9 @@
-"""Calibration rows on their way through one block, and what they say about the inputs of its linears.
+"""Calibration samples on their way through one block, and what they say about the inputs of its linears.
 
-    enter         hidden states before the block ─▶ state before stage 0
-    note_missing  what experts as they are will leave of the original's residual stream ─▶ `missing`
-    inputs_of     moments of a linear's inputs at the present stage, with the original beside where it runs
-    move          all rows through the linears of a stage, to the inputs of the next
+    start_run             hidden states before the block ─▶ state before stage 0
+    add_missing_output    what experts as they are will leave of the original's residual stream ─▶ `missing`
+    linear_inputs         moments of a linear's inputs at the present stage, with the original beside where it runs
+    run_stage             all samples through the linears of a stage, to the inputs of the next
 
 Where the original runs beside, every eighth of its rows is held out (`gptq.target_shift`). An expert is compared on
 the tokens that reach it in the quantized model, wherever the original sends them: gate_proj and up_proj with
@@ -25,9 +25,15 @@ from torch import Tensor
 
 from qwen3_export.model.block import NUM_STAGES, Block, State
 from qwen3_export.model.decoder import Rope
-from qwen3_export.solve.calibration.activations import States
-from qwen3_export.solve.calibration.experts import Inputs, Layer
-from qwen3_export.solve.calibration.moments import Compared, Moments, Sample, collect, collect_parts
+from qwen3_export.solve.calibration.activations import BlockStates
+from qwen3_export.solve.calibration.experts import LayerInputs, LinearInputs
+from qwen3_export.solve.calibration.moments import (
+    Moments,
+    PairedMoments,
+    SampleInputs,
+    collect_moments,
+    collect_moments_of_parts,
+)
 from qwen3_export.solve.job import ORIGINAL, QUANTIZED, Job
 
 HELD_OUT = 8
@@ -36,29 +42,29 @@ WRITERS = (1, 3)
 
 
 @dataclass(frozen=True)
-class Walk:
+class BlockRun:
     """One model's block and the state of all rows in it."""
 
-    stream: str
+    model: str
     block: Block
-    states: States
+    states: BlockStates
 
 
-def enter(job: Job, block: Block, stream: str, rows: Sequence[int] | None = None) -> Walk:
+def start_run(job: Job, block: Block, model: str, rows: Sequence[int] | None = None) -> BlockRun:
     """All of a model's rows, or some, at the entrance of the block; the original's weights are never replaced."""
-    assert job.rows is not None
-    chosen = range(len(job.rows_of(stream))) if rows is None else rows
-    own = block if stream == QUANTIZED else block.running(job.products)
-    folder = job.scratch / f"{stream}-states"
+    assert job.samples is not None
+    chosen = range(len(job.samples_of(model))) if rows is None else rows
+    own = block if model == QUANTIZED else block.running(job.matmul_dtype)
+    folder = job.scratch / f"{model}-states"
     folder.mkdir(exist_ok=True)
-    before = job.hidden_file(job.hidden_path(block.layer, stream))
+    before = job.hidden_file(job.hidden_path(block.layer, model))
     before.lasting = True
     # All rows in their order need no copy of their hidden states.
-    states = States(folder, len(chosen), {"residual": before} if rows is None else {}, job.shelf)
+    states = BlockStates(folder, len(chosen), {"residual": before} if rows is None else {}, job.spare_files)
 
     def step(place: int, state: State) -> State:
         hidden = before.read(chosen[place]) if rows is not None else state["residual"]
-        entered = own.enter(hidden.to(job.device))
+        entered = own.initial_state(hidden.to(job.device))
         return {**entered, "residual": state.get("residual", hidden)}
 
     try:
@@ -66,14 +72,14 @@ def enter(job: Job, block: Block, stream: str, rows: Sequence[int] | None = None
     finally:
         if rows is not None:
             before.close()
-    return Walk(stream, own, states)
+    return BlockRun(model, own, states)
 
 
-def move(job: Job, walk: Walk, stage: int, rope: Rope) -> None:
+def run_stage(job: Job, run: BlockRun, stage: int, rope: Rope) -> None:
     """All rows through the linears of a stage; those between two writers leave the residual stream alone."""
-    step = partial(_advance, job, walk.block, stage, rope)
+    step = partial(_advance, job, run.block, stage, rope)
     lasting = ("residual",) if stage == NUM_STAGES - 1 else ()
-    walk.states.advance(step, job.pool, () if stage in WRITERS else ("residual",), lasting)
+    run.states.advance(step, job.pool, () if stage in WRITERS else ("residual",), lasting)
 
 
 def _advance(job: Job, block: Block, stage: int, rope: Rope, _row: int, state: State) -> State:
@@ -83,11 +89,11 @@ def _advance(job: Job, block: Block, stage: int, rope: Rope, _row: int, state: S
     return {name: state[name] if tensor is moved.get(name) else tensor for name, tensor in after.items()}
 
 
-def note_missing(job: Job, walks: list[Walk], stage: int, rope: Rope) -> None:
+def add_missing_output(job: Job, runs: list[BlockRun], stage: int, rope: Rope) -> None:
     """Add `missing` `[1, tokens, hidden]` to the quantized model's rows before its experts write to the residual
     stream: what the original, which is a stage ahead, has there and they will not; zeros where it does not run."""
-    ours, theirs = walks
-    beside = {row: place for place, row in enumerate(job.rows_of(ORIGINAL))}
+    ours, theirs = runs
+    beside = {row: place for place, row in enumerate(job.samples_of(ORIGINAL))}
 
     def step(row: int, state: State) -> State:
         if row not in beside:
@@ -99,73 +105,86 @@ def note_missing(job: Job, walks: list[Walk], stage: int, rope: Rope) -> None:
     ours.states.advance(step, job.pool)
 
 
-def layer_of(job: Job, walk: Walk, floor: int) -> Layer:
+def layer_inputs(job: Job, run: BlockRun, token_floor: int) -> LayerInputs:
     """A block at one stage with all rows in it, for experts, and for folds."""
-    collect_all = partial(_collect, job, walks=[walk], rows=list(range(walk.states.rows)))
-    return Layer(walk.block, walk.states, floor, job.recipe.experts.fallback, collect_all, job.pool, job.device)
+    collect_all = partial(_collect, job, runs=[run], rows=list(range(run.states.rows)))
+    return LayerInputs(
+        run.block, run.states, token_floor, job.recipe.experts.fallback, collect_all, job.pool, job.device
+    )
 
 
-def inputs_of(job: Job, name: str, walks: list[Walk], layer: Layer) -> Inputs:
+def linear_inputs(job: Job, name: str, runs: list[BlockRun], layer: LayerInputs) -> LinearInputs:
     """Moments of one linear's inputs, over most rows and over every eighth, which is held out; for an expert that
     too few tokens reach, over all of them with what stands in."""
     expert = ".experts." in name
-    if len(walks) > 1:
-        samples = [partial(_sample, job, name, some) for some in (walks, walks[:1])]
-        found = compare_rows(job, samples, walks[0].block.width(name))
-        return layer.inputs(name) if expert and found.tokens < job.floor else found
+    if len(runs) > 1:
+        samples = [partial(_sample, job, name, some) for some in (runs, runs[:1])]
+        found = paired_inputs(job, samples, runs[0].block.width(name))
+        return layer.inputs(name) if expert and found.tokens < job.token_floor else found
     if expert:
         return layer.inputs(name)
-    moments = _collect(job, name, walks, list(range(walks[0].states.rows)))
-    return Inputs(moments, moments.tokens)
+    moments = _collect(job, name, runs, list(range(runs[0].states.rows)))
+    return LinearInputs(moments, moments.tokens)
 
 
-def compare_rows(job: Job, samples: Sequence[Callable[[int], Sample]], size: int) -> Inputs:
+def paired_inputs(job: Job, samples: Sequence[Callable[[int], SampleInputs]], size: int) -> LinearInputs:
     """Moments of the rows that ran through the original too, in two parts, joined by those of the others.
 
     `samples` are one row's inputs with the original beside, and alone; `size` is their number.
     """
-    assert job.rows is not None
+    assert job.samples is not None
     beside, alone = samples
-    fitted, held_out = split_rows(job.rows_of(ORIGINAL))
-    others = sorted({*job.rows_of(QUANTIZED)} - {*fitted, *held_out})
+    fitted, held_out = split_held_out(job.samples_of(ORIGINAL))
+    others = sorted({*job.samples_of(QUANTIZED)} - {*fitted, *held_out})
     parts = [(beside, fitted), (beside, held_out), *([(alone, others)] if others else [])]
-    found = collect_parts(parts, job.at_once, size, job.device, job.pool, job.sizes, job.integers)
+    found = collect_moments_of_parts(
+        parts, job.samples_at_once, size, job.device, job.pool, job.needs_magnitudes, job.int_matmul
+    )
     both = found[0].join(found[1])
     joined = both.join(found[2]) if others else both
-    return Inputs(joined, joined.tokens, Compared(found[0], found[1], both))
+    return LinearInputs(joined, joined.tokens, PairedMoments(found[0], found[1], both))
 
 
-def split_rows(rows: list[int]) -> tuple[list[int], list[int]]:
+def split_held_out(rows: list[int]) -> tuple[list[int], list[int]]:
     """The rows that are fitted, and every eighth, which is held out."""
     held_out = rows[HELD_OUT - 1 :: HELD_OUT]
     return [row for row in rows if row not in held_out], held_out
 
 
-def _collect(job: Job, name: str, walks: list[Walk], rows: list[int]) -> Moments:
-    sample = partial(_sample, job, name, walks)
-    return collect(sample, rows, job.at_once, walks[0].block.width(name), job.device, job.pool, job.sizes, job.integers)
+def _collect(job: Job, name: str, runs: list[BlockRun], rows: list[int]) -> Moments:
+    sample = partial(_sample, job, name, runs)
+    return collect_moments(
+        sample,
+        rows,
+        job.samples_at_once,
+        runs[0].block.width(name),
+        job.device,
+        job.pool,
+        job.needs_magnitudes,
+        job.int_matmul,
+    )
 
 
-def _sample(job: Job, name: str, walks: list[Walk], row: int) -> Sample:
+def _sample(job: Job, name: str, runs: list[BlockRun], row: int) -> SampleInputs:
     """One row's inputs of a linear; with the original beside, how far they are from its, or what to answer."""
-    alone, block, device = len(walks) == 1, walks[0].block, job.device
+    alone, block, device = len(runs) == 1, runs[0].block, job.device
     expert, writes = ".experts." in name, name.endswith(("o_proj", "down_proj"))
     more = () if alone or not writes else ("mix", "missing") if expert else ("residual",)
-    state = walks[0].states.read(row, ("x", "experts", *more))
+    state = runs[0].states.read(row, ("x", "experts", *more))
     x = block.inputs_of(name, state).to(device)
     if alone:
-        return Sample(x)
-    theirs, place = walks[1], job.rows_of(ORIGINAL).index(row)
+        return SampleInputs(x)
+    theirs, place = runs[1], job.samples_of(ORIGINAL).index(row)
     if writes:
         if expert:
             wanted = block.linear(name, x) + _share(name, state).to(device)
         else:
             wanted = theirs.states.read(place, ("residual",))["residual"] - state["residual"]
-        return Sample(x, target=wanted.reshape(-1, wanted.shape[-1]).to(device, x.dtype))
+        return SampleInputs(x, target=wanted.reshape(-1, wanted.shape[-1]).to(device, x.dtype))
     # The same tokens of the original: an expert's by the quantized model's choice.
     beside = {**state, **theirs.states.read(place, ("x",))}
     original = theirs.block.inputs_of(name, beside).to(device)
-    return Sample(x, (original.float() - x.float()).to(x.dtype))
+    return SampleInputs(x, (original.float() - x.float()).to(x.dtype))
 
 
 def _share(name: str, state: State) -> Tensor:

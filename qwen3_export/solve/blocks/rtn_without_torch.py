@@ -25,7 +25,7 @@ from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor
 from qwen3_export.errors import MissingRuntimeError
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.job import SolvedBlock, SolvedLinear
-from qwen3_export.solve.method import Solved, not_finite, ratio
+from qwen3_export.solve.method import SolvedWeight, not_finite, ratio
 from qwen3_export.solve.methods import load_method
 from qwen3_export.solve.rounding.scale_search import ROUNDED_AT_ONCE, is_one_pass, round_groups
 
@@ -64,12 +64,12 @@ class _Linear:
     scales: NDArray[np.float32]
     zeros: NDArray[np.float32]
 
-    def solved(self, missed: float, whole: float) -> Solved:
+    def solved(self, missed: float, whole: float) -> SolvedWeight:
         """All rows, as they go to the disk."""
         error, scheme = ratio(self.name, missed, whole), self.scheme
         zeros = None if scheme.symmetric else self.zeros.astype(np.uint8)
         scales = self.scales.astype(SCALE_TYPES[scheme.scale_dtype])
-        return Solved(QuantizedTensor(self.name, self.codes.shape, scheme, self.codes, scales, zeros), error)
+        return SolvedWeight(QuantizedTensor(self.name, self.codes.shape, scheme, self.codes, scales, zeros), error)
 
 
 def solve_block(checkpoint: Checkpoint, recipe: Recipe, options: Any, layer: int, pool: Workers) -> SolvedBlock:

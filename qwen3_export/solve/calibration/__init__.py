@@ -1,1 +1,1 @@
-"""What calibration rows tell: activations, moments, experts' tokens, the importance of outputs."""
+"""What calibration samples tell: activations, moments, experts' tokens, the importance of outputs."""

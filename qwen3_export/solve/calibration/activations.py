@@ -1,4 +1,4 @@
-"""Activations of all calibration rows, on disk.
+"""Activations of all calibration samples, on disk.
 
 The operating system's page cache keeps them in memory while there is room and writes them out when
 there is not, so one path serves the 8M and the 32B model, the process itself stays small, and what
@@ -26,7 +26,7 @@ from qwen3_export.model.workers import Workers
 _EARLY = 64 << 20
 
 
-class RowFile:
+class SampleFile:
     """`count` tensors of one shape and type in one file, each read and written on its own; `early`: it is to last, and
     what is written goes to the disk beside the work, which would wait for it in the end."""
 
@@ -43,7 +43,7 @@ class RowFile:
         """Row `row`."""
         found = torch.empty(self._shape, dtype=self._dtype)
         if os.preadv(self._descriptor, [_bytes(found)], row * self._bytes) != self._bytes:
-            raise InputError(f"{self.path}: row {row} is not there", "--no-resume starts over")
+            raise InputError(f"{self.path}: sample {row} is not there", "--no-resume starts over")
         return found
 
     def write(self, row: int, tensor: Tensor) -> None:
@@ -100,7 +100,7 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(torch.uint8).numpy().reshape(-1))  # type: ignore[arg-type]
 
 
-class Shelf:
+class SpareFiles:
     """Files that nobody needs any more, to be written over: a file system takes many times as long to find room for
     new ones, at the sizes that come again in every block. `folder` is the shelf's own, and emptied at first."""
 
@@ -124,15 +124,15 @@ class Shelf:
                 spare.pop().rename(path)
 
 
-class States:
-    """The state of every row at the present stage of a block, one RowFile per field; `files` are those it begins
+class BlockStates:
+    """The state of every row at the present stage of a block, one SampleFile per field; `files` are those it begins
     with, `shelf` where others come from and go to."""
 
     def __init__(
-        self, folder: Path, rows: int, files: dict[str, RowFile] | None = None, shelf: Shelf | None = None
+        self, folder: Path, rows: int, files: dict[str, SampleFile] | None = None, shelf: SpareFiles | None = None
     ) -> None:
         self._folder, self.rows, self._shelf = folder, rows, shelf
-        self._files: dict[str, RowFile] = dict(files or {})
+        self._files: dict[str, SampleFile] = dict(files or {})
         self._generation = 0
 
     def read(self, row: int, fields: Collection[str] | None = None) -> State:
@@ -146,7 +146,7 @@ class States:
         """Replace every row's state by `step(row, state)`; unchanged fields are not written again, and those that are
         `idle` not even read. Those that are `lasting` will be kept as they then are."""
         self._generation += 1
-        fresh: dict[str, RowFile] = {}
+        fresh: dict[str, SampleFile] = {}
         lock, names = threading.Lock(), {name for name in idle if name in self._files}
 
         def one(row: int) -> None:
@@ -169,18 +169,18 @@ class States:
                 self._drop(file)
             self._files = {**kept, **fresh}
 
-    def _new(self, name: str, like: Tensor, lasting: bool) -> RowFile:
+    def _new(self, name: str, like: Tensor, lasting: bool) -> SampleFile:
         path = self._folder / f"{name}-{self._generation}.rows"
         if self._shelf is not None:
             self._shelf.find(path, self.rows * like.numel() * like.element_size())
-        return RowFile(path, tuple(like.shape), like.dtype, lasting)
+        return SampleFile(path, tuple(like.shape), like.dtype, lasting)
 
-    def _drop(self, file: RowFile) -> None:
+    def _drop(self, file: SampleFile) -> None:
         file.close(remove=self._shelf is None)
         if self._shelf is not None and not file.lasting:
             self._shelf.put(file.path)
 
-    def take(self, name: str) -> RowFile:
+    def take(self, name: str) -> SampleFile:
         """Hand one field's file over to the caller and drop the others."""
         taken = self._files.pop(name)
         self.close()

@@ -2,7 +2,7 @@
 
 The router sends a token to a few experts, and some experts get hardly any. n tokens span at most n
 directions of an input; a Hessian made of few calls all others free, and a solver puts its errors
-there. An expert that fewer than `floor` tokens reach is therefore treated by the recipe's rule:
+there. An expert that fewer than `token_floor` tokens reach is therefore treated by the recipe's rule:
 
     share   H = (n · H_own + (floor − n) · H_layer) / floor
     rtn     rounded to nearest by the squared error of its weights; H only sets a static input scale
@@ -28,47 +28,47 @@ from torch import Tensor
 from qwen3_export.core.qwen3 import ROUTER
 from qwen3_export.model.block import Block
 from qwen3_export.model.workers import Workers
-from qwen3_export.solve.calibration.activations import States
-from qwen3_export.solve.calibration.moments import Compared, Moments, Sample, collect
+from qwen3_export.solve.calibration.activations import BlockStates
+from qwen3_export.solve.calibration.moments import Moments, PairedMoments, SampleInputs, collect_moments
 from qwen3_export.solve.chunk_sizes import SAMPLE_TOKENS
 
 _PIECE = 256
 
 
 @dataclass(frozen=True)
-class Inputs:
+class LinearInputs:
     """What a group of linears is solved against.
 
-    `tokens` counts those that reached the linears themselves; `compared` says what the original does, where
+    `tokens` counts those that reached the linears themselves; `paired` says what the original does, where
     it ran beside; `fallback` is the rule that an expert below the floor was treated by.
     """
 
     moments: Moments
     tokens: int
-    compared: Compared | None = None
+    paired: PairedMoments | None = None
     fallback: str | None = None
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerInputs:
     """A block at one stage with all rows in it; `collect_all(name)` are one linear's moments over them."""
 
     block: Block
-    states: States
-    floor: int
+    states: BlockStates
+    token_floor: int
     fallback: str
     collect_all: Callable[[str], Moments]
     pool: Workers
     device: str = "cpu"
 
-    def inputs(self, name: str) -> Inputs:
+    def inputs(self, name: str) -> LinearInputs:
         """What a linear is solved against, by local name; the rule is for `mlp.experts.E.…`."""
         own = self.collect_all(name)
-        lacking = self.floor - own.tokens if ".experts." in name else 0
+        lacking = self.token_floor - own.tokens if ".experts." in name else 0
         if lacking <= 0:
-            return Inputs(own, own.tokens)
+            return LinearInputs(own, own.tokens)
         layer = self._inner(name) if name.endswith("down_proj") else self._common
-        return Inputs(own.join(replace(layer, tokens=lacking)), own.tokens, fallback=self.fallback)
+        return LinearInputs(own.join(replace(layer, tokens=lacking)), own.tokens, fallback=self.fallback)
 
     @cached_property
     def _common(self) -> Moments:
@@ -80,20 +80,20 @@ class Layer:
         expert = name.rpartition(".")[0]
         pieces = torch.split(self._sampled, _PIECE)
 
-        def sample(piece: int) -> Sample:
+        def sample(piece: int) -> SampleInputs:
             gate, up = (self.block.linear(f"{expert}.{part}_proj", pieces[piece]) for part in ("gate", "up"))
             # In fp32: sums of so few products in 16 bits would be too coarse.
-            return Sample((F.silu(gate) * up).float())
+            return SampleInputs((F.silu(gate) * up).float())
 
         size = self.block.width(name)
-        return collect(sample, range(len(pieces)), len(pieces), size, self.device, self.pool)
+        return collect_moments(sample, range(len(pieces)), len(pieces), size, self.device, self.pool)
 
     @cached_property
     def _sampled(self) -> Tensor:
         """The layer's common input `[tokens, hidden]` of tokens spread evenly over all rows."""
         length = self.states.read(0)["residual"].shape[-2]
         total = self.states.rows * length
-        count = min(max(self.floor, SAMPLE_TOKENS), total)
+        count = min(max(self.token_floor, SAMPLE_TOKENS), total)
         chosen = torch.arange(count) * total // count
 
         def some(row: int) -> Tensor:
@@ -104,7 +104,7 @@ class Layer:
         return torch.cat(self.pool.map(some, torch.unique(chosen // length).tolist()))
 
 
-def count_tokens(states: States, experts: int, pool: Workers) -> list[int]:
+def count_tokens(states: BlockStates, experts: int, pool: Workers) -> list[int]:
     """Number of tokens that the router sends to each expert, over all rows; states at stage 2 or 3."""
 
     def one(row: int) -> Tensor:

@@ -28,9 +28,9 @@ from qwen3_export.core.tensorfile import TensorFile, TensorFileWriter
 from qwen3_export.model.block import Block, rms_norm
 from qwen3_export.model.decoder import Rope, load_block, rope_tables, to_torch
 from qwen3_export.model.workers import Workers
-from qwen3_export.solve.calibration.activations import RowFile
+from qwen3_export.solve.calibration.activations import SampleFile
 from qwen3_export.solve.chunk_sizes import BACK_TOKENS, OUTPUT_PIECE, TOP_TOKENS
-from qwen3_export.text.rows import Rows
+from qwen3_export.text.samples import Samples
 
 # Rows of the head that are multiplied at a time; fewer where they are brought to fp32 first, to stay in a cache.
 _HEAD_ROWS = 16384
@@ -44,7 +44,7 @@ def pieces_of(rows: int) -> list[slice]:
 
 
 @dataclass(frozen=True)
-class Outputs:
+class FisherInformation:
     """The measured pieces of G, one file per block in `folder`."""
 
     folder: Path
@@ -58,8 +58,8 @@ class Outputs:
 
 
 @dataclass(frozen=True)
-class Pass:
-    """One pass down and up: the model, some calibration rows and where their states are kept."""
+class FisherPass:
+    """One pass down and up: the model, some calibration samples and where their states are kept."""
 
     checkpoint: Checkpoint
     ids: list[np.ndarray]
@@ -69,47 +69,47 @@ class Pass:
     device: str
 
     @property
-    def products(self) -> torch.dtype:
+    def matmul_dtype(self) -> torch.dtype:
         """The type that the pass multiplies in: what it measures on few tokens is no better than that."""
-        return self.pool.products if self.device == "cpu" else torch.float32
+        return self.pool.matmul_dtype if self.device == "cpu" else torch.float32
 
     def block(self, layer: int) -> Block:
         """A block of the original, ready to run."""
-        return load_block(self.checkpoint, layer, self.device).running(self.products)
+        return load_block(self.checkpoint, layer, self.device).running(self.matmul_dtype)
 
-    def file(self, name: str) -> RowFile:
+    def file(self, name: str) -> SampleFile:
         """States `[1, tokens, hidden]` per row."""
-        return RowFile(self.folder / f"{name}.rows", (1, len(self.ids[0]), self.checkpoint.config.hidden_size))
+        return SampleFile(self.folder / f"{name}.rows", (1, len(self.ids[0]), self.checkpoint.config.hidden_size))
 
 
-def measure(
-    checkpoint: Checkpoint, rows: Rows, count: int, seed: int, pool: Workers, scratch: Path, device: str,
+def measure_fisher(
+    checkpoint: Checkpoint, rows: Samples, count: int, seed: int, pool: Workers, scratch: Path, device: str,
     tick: Callable[[], object] = lambda: None,
-) -> Outputs:  # fmt: skip
+) -> FisherInformation:  # fmt: skip
     """Measure G of all linears on `count` rows, spread evenly; a finished measurement is found again.
 
     `tick` is called twice per block.
     """
     done, working = scratch / "outputs", scratch / "outputs.new"
     if done.is_dir():
-        return Outputs(done)
+        return FisherInformation(done)
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir()
     chosen = np.linspace(0, len(rows.ids) - 1, min(count, len(rows.ids))).astype(int)
-    work = Pass(checkpoint, [rows.ids[i] for i in chosen], seed, pool, working, device)
+    work = FisherPass(checkpoint, [rows.ids[i] for i in chosen], seed, pool, working, device)
     rope = rope_tables(checkpoint.config, 0, len(work.ids[0]), device)
-    _up(work, rope, tick)
-    _top(work)
+    _forward(work, rope, tick)
+    _loss_gradient(work)
     for layer in reversed(range(checkpoint.config.num_layers)):
-        _down(work, work.block(layer), rope)
+        _backward(work, work.block(layer), rope)
         tick()
     for path in working.glob("*.rows"):
         path.unlink()
     working.rename(done)
-    return Outputs(done)
+    return FisherInformation(done)
 
 
-def _up(work: Pass, rope: Rope, tick: Callable[[], object]) -> None:
+def _forward(work: FisherPass, rope: Rope, tick: Callable[[], object]) -> None:
     table = work.checkpoint.read("model.embed_tokens.weight")
     file = work.file("0")
     for row, ids in enumerate(work.ids):
@@ -117,7 +117,7 @@ def _up(work: Pass, rope: Rope, tick: Callable[[], object]) -> None:
     for layer in range(work.checkpoint.config.num_layers):
         block, after = work.block(layer), work.file(str(layer + 1))
 
-        def step(row: int, block: Block = block, before: RowFile = file, after: RowFile = after) -> None:
+        def step(row: int, block: Block = block, before: SampleFile = file, after: SampleFile = after) -> None:
             after.write(row, block.forward(before.read(row).to(work.device), rope))
 
         work.pool.map(step, range(len(work.ids)))
@@ -127,7 +127,7 @@ def _up(work: Pass, rope: Rope, tick: Callable[[], object]) -> None:
     file.close()
 
 
-def _top(work: Pass) -> None:
+def _loss_gradient(work: FisherPass) -> None:
     """Write the gradient at the last hidden state of every row."""
     config = work.checkpoint.config
     norm = to_torch(work.checkpoint.read("model.norm.weight")).float().to(work.device)
@@ -140,7 +140,7 @@ def _top(work: Pass) -> None:
             last = hidden.read(row).to(work.device).requires_grad_()
             normed = rms_norm(last[0], norm, config.rms_norm_eps)
         parts = torch.split(normed.detach(), TOP_TOKENS)
-        slopes = torch.cat([_slope(part, head, generator, work.products) for part in parts])
+        slopes = torch.cat([_slope(part, head, generator, work.matmul_dtype) for part in parts])
         (found,) = torch.autograd.grad(normed, last, slopes)
         gradient.write(row, found)
 
@@ -149,22 +149,22 @@ def _top(work: Pass) -> None:
     gradient.close()
 
 
-def _slope(normed: Tensor, head: Tensor, generator: torch.Generator, products: torch.dtype) -> Tensor:
+def _slope(normed: Tensor, head: Tensor, generator: torch.Generator, matmul_dtype: torch.dtype) -> Tensor:
     """∂(−log p(label)) / ∂normed of a few tokens `[n, hidden]`: (p − label) times the head."""
-    size = _HEAD_ROWS if head.dtype == products else _CONVERTED_ROWS
+    size = _HEAD_ROWS if head.dtype == matmul_dtype else _CONVERTED_ROWS
     cuts = [slice(i, i + size) for i in range(0, len(head), size)]
 
     def piece(rows: slice) -> Tensor:
-        return head[rows].to(normed.device, products)
+        return head[rows].to(normed.device, matmul_dtype)
 
-    logits, inputs = torch.empty(len(normed), len(head), device=normed.device), normed.to(products)
+    logits, inputs = torch.empty(len(normed), len(head), device=normed.device), normed.to(matmul_dtype)
     for rows in cuts:
         logits[:, rows] = inputs @ piece(rows).T
     delta = logits.softmax(-1)
     del logits
     labels = draw(delta, generator)
     delta.scatter_add_(1, labels, -torch.ones_like(labels, dtype=delta.dtype))
-    delta = delta.to(products)
+    delta = delta.to(matmul_dtype)
     found = torch.zeros_like(normed)
     for rows in cuts:
         found += delta[:, rows] @ piece(rows)
@@ -181,7 +181,7 @@ def draw(shares: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(cumulated, aim, right=True).clamp_(max=shares.shape[1] - 1)
 
 
-def _down(work: Pass, block: Block, rope: Rope) -> None:
+def _backward(work: FisherPass, block: Block, rope: Rope) -> None:
     """Push the gradients through one block and write its pieces of G."""
     shapes = block.config.linear_shapes(block.layer)
     names = [name for name in shapes if ".experts." not in name]

@@ -1,4 +1,4 @@
-"""What the calibration rows say about one linear's inputs: means over all tokens that reach it.
+"""What the calibration samples say about one linear's inputs: means over all tokens that reach it.
 
     hessian   mean x xᵀ         [in, in]   x: its inputs in the quantized model so far
     drift     mean (x̃ − x) xᵀ   [in, in]   x̃: the same inputs in the original model
@@ -32,7 +32,7 @@ _CENTERS = 128
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleInputs:
     """One row's inputs `[n, in]`, how far they are from the original's, and the wanted answers `[n, out]`."""
 
     x: Tensor
@@ -66,7 +66,7 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class Compared:
+class PairedMoments:
     """Moments of the rows that ran through the original too: most of them, those held out, and both together."""
 
     fitted: Moments
@@ -74,38 +74,38 @@ class Compared:
     both: Moments
 
 
-def collect(
-    sample: Callable[[int], Sample], rows: Sequence[int], at_once: int, size: int, device: str, pool: Workers,
-    sizes: bool = True, integers: bool = False,
+def collect_moments(
+    read: Callable[[int], SampleInputs], indices: Sequence[int], at_once: int, width: int, device: str, pool: Workers,
+    magnitudes: bool = True, int_matmul: bool = False,
 ) -> Moments:  # fmt: skip
-    """Moments over `rows`, `at_once` of them in memory and as many on their way; `size` is the number of inputs.
+    """Moments over `indices`, `at_once` of them in memory and as many on their way; `width` is the number of inputs.
 
-    `sizes`: whether the mean and the largest |x| are wanted too, which take as long as a tenth of the Hessian.
-    `integers`: whether fp32 inputs may be rounded to bytes for their sums, as bf16 inputs are.
+    `magnitudes`: whether the mean and the largest |x| are wanted too, which take as long as a tenth of the Hessian.
+    `int_matmul`: whether fp32 inputs may be rounded to bytes for their sums, as bf16 inputs are.
     """
-    return collect_parts([(sample, rows)], at_once, size, device, pool, sizes, integers)[0]
+    return collect_moments_of_parts([(read, indices)], at_once, width, device, pool, magnitudes, int_matmul)[0]
 
 
-def collect_parts(
-    parts: Sequence[tuple[Callable[[int], Sample], Sequence[int]]], at_once: int, size: int, device: str,
-    pool: Workers, sizes: bool = True, integers: bool = False,
+def collect_moments_of_parts(
+    parts: Sequence[tuple[Callable[[int], SampleInputs], Sequence[int]]], at_once: int, width: int, device: str,
+    pool: Workers, magnitudes: bool = True, int_matmul: bool = False,
 ) -> list[Moments]:  # fmt: skip
-    """Moments over several sets of rows, each with its own samples, one set after another; see `collect`."""
-    found = [_Sums(size, device, pool, sizes, integers) for _ in parts]
+    """Moments over several sets of rows, each with its own samples, one set after another; see `collect_moments`."""
+    found = [_Sums(width, device, pool, magnitudes, int_matmul) for _ in parts]
     cuts = [
-        (sums, sample, rows[begin : begin + at_once])
-        for sums, (sample, rows) in zip(found, parts, strict=True)
-        for begin in range(0, len(rows), at_once)
+        (sums, read, indices[begin : begin + at_once])
+        for sums, (read, indices) in zip(found, parts, strict=True)
+        for begin in range(0, len(indices), at_once)
     ]
 
-    def ask(number: int) -> list[Future[Sample]]:
-        return [pool.start(partial(cuts[number][1], row)) for row in cuts[number][2]] if number < len(cuts) else []
+    def ask(number: int) -> list[Future[SampleInputs]]:
+        return [pool.start(partial(cuts[number][1], index)) for index in cuts[number][2]] if number < len(cuts) else []
 
     coming, adding = ask(0), list[Future[None]]()
     for number, (sums, _, _) in enumerate(cuts):
         # The next are asked for first, so that the processors have work while the samples are put together.
-        samples, coming = results(coming), ask(number + 1)
-        joined = sums.join(samples)
+        batch, coming = results(coming), ask(number + 1)
+        joined = sums.join(batch)
         results(adding)
         adding = sums.start(joined)
     results(adding)
@@ -142,12 +142,14 @@ class _Common:
 
 @dataclass(frozen=True)
 class _Joined:
-    """Some rows' inputs, and what they are multiplied with besides themselves: fp32 or bytes. `sizes`: the inputs as
-    they are, where their sizes are wanted; `common` only when much of it has come together."""
+    """Inputs of some samples, and what they are multiplied with besides themselves: fp32 or bytes.
+
+    `magnitudes`: the inputs as they are, where their sizes are wanted; `common` only when much of it has come together.
+    """
 
     x: Any
     left: dict[str, Any]
-    sizes: Tensor | None = None
+    magnitudes: Tensor | None = None
     common: _Common | None = None
 
 
@@ -155,38 +157,40 @@ class _Sums:
     """Sums over the samples so far: in fp32, or of bytes (`gram_int8`) where the inputs are in 16 bits or may be
     rounded, but where there are few tokens, for which it would not pay."""
 
-    def __init__(self, size: int, device: str, pool: Workers, sizes: bool, integers: bool) -> None:
-        self.integers = integers
-        self.size, self.device, self.pool, self.sizes, self.tokens = size, device, pool, sizes, 0
+    def __init__(self, width: int, device: str, pool: Workers, magnitudes: bool, int_matmul: bool) -> None:
+        self.int_matmul = int_matmul
+        self.width, self.device, self.pool, self.magnitudes, self.tokens = width, device, pool, magnitudes, 0
         # The longest first, so that the processors finish together.
-        self.strips = [slice(i, min(i + _STRIP, size)) for i in range(0, size, _STRIP)][::-1]
-        self.hessian = torch.zeros(size, size, device=device)
-        self.sum_abs, self.peak = (torch.zeros(size, device=device) for _ in range(2))
+        self.strips = [slice(i, min(i + _STRIP, width)) for i in range(0, width, _STRIP)][::-1]
+        self.hessian = torch.zeros(width, width, device=device)
+        self.sum_abs, self.peak = (torch.zeros(width, device=device) for _ in range(2))
         self.others = dict[str, Tensor]()
         self.common = _Common()
 
-    def join(self, samples: list[Sample]) -> _Joined:
+    def join(self, batch: list[SampleInputs]) -> _Joined:
         """A few rows more as one matrix each, counted in all sums but those of the strips."""
-        parts = [item.x for item in samples]
-        given = [name for name in ("drift", "target") if samples and getattr(samples[0], name) is not None]
-        left = {name: [getattr(item, name) for item in samples] for name in given}
+        parts = [item.x for item in batch]
+        given = [name for name in ("drift", "target") if batch and getattr(batch[0], name) is not None]
+        left = {name: [getattr(item, name) for item in batch] for name in given}
         added = sum(map(len, parts))
         self.tokens += added
         for name, values in left.items():
             if name not in self.others:
-                self.others[name] = torch.zeros(values[0].shape[1], self.size, device=self.device)
-        if (parts[0].dtype == torch.float32 and not self.integers) or added < _TOKENS:
+                self.others[name] = torch.zeros(values[0].shape[1], self.width, device=self.device)
+        if (parts[0].dtype == torch.float32 and not self.int_matmul) or added < _TOKENS:
             x = torch.cat(parts)
             return _Joined(
-                x.float(), {name: torch.cat(values).float() for name, values in left.items()}, x if self.sizes else None
+                x.float(),
+                {name: torch.cat(values).float() for name, values in left.items()},
+                x if self.magnitudes else None,
             )
-        sizes, full = torch.cat(parts) if self.sizes else None, None
+        magnitudes, full = torch.cat(parts) if self.magnitudes else None, None
         if len(self.common.counts) >= _CENTERS:
             full, self.common = self.common, _Common()
         rounded = as_bytes(parts, centered=True)
         others = {name: as_bytes(values, centered=False) for name, values in left.items()}
         self.common.add(rounded, [len(part) for part in parts], others)
-        return _Joined(rounded, others, sizes, full)
+        return _Joined(rounded, others, magnitudes, full)
 
     def start(self, more: _Joined) -> list[Future[None]]:
         """Add what was joined, strip by strip; what was added before must be finished."""
@@ -199,16 +203,16 @@ class _Sums:
             _add(total, values, more.x, slice(0, len(total)), columns)
         if more.common is not None:
             more.common.contribute(self.hessian, self.others, columns)
-        if more.sizes is not None and len(more.sizes):
-            sizes = more.sizes[:, columns].abs()
-            self.sum_abs[columns] += sizes.sum(0, dtype=torch.float32)
-            self.peak[columns] = torch.maximum(self.peak[columns], sizes.amax(0))
+        if more.magnitudes is not None and len(more.magnitudes):
+            magnitudes = more.magnitudes[:, columns].abs()
+            self.sum_abs[columns] += magnitudes.sum(0, dtype=torch.float32)
+            self.peak[columns] = torch.maximum(self.peak[columns], magnitudes.amax(0))
 
     def means(self) -> Moments:
         """The sums over the tokens, divided by their number."""
         count = max(self.tokens, 1)
         self.pool.map(partial(self._finish, count), self.strips)
-        mean_abs, peak = (self.sum_abs / count, self.peak) if self.sizes else (None, None)
+        mean_abs, peak = (self.sum_abs / count, self.peak) if self.magnitudes else (None, None)
         drift, target = self.others.get("drift"), self.others.get("target")
         return Moments(self.tokens, self.hessian, drift, target, mean_abs, peak)
 
@@ -223,9 +227,9 @@ class _Sums:
         self.hessian[columns, : columns.start] = self.hessian[: columns.start, columns].T
 
 
-def _add(total: Tensor, left: Any, right: Any, rows: slice, columns: slice) -> None:
-    """`total[rows, columns] += leftᵀ right`, of fp32 or of bytes both."""
+def _add(total: Tensor, left: Any, right: Any, indices: slice, columns: slice) -> None:
+    """`total[indices, columns] += leftᵀ right`, of fp32 or of bytes both."""
     if isinstance(left, Bytes):
-        add_products(total, left, right, rows, columns)
+        add_products(total, left, right, indices, columns)
     else:
-        total[rows, columns].addmm_(left[:, rows].T, right[:, columns])
+        total[indices, columns].addmm_(left[:, indices].T, right[:, columns])

@@ -18,21 +18,21 @@ from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.progress import Progress
 from qwen3_export.model.decoder import Decoder
 from qwen3_export.text.documents import form_of
-from qwen3_export.text.rows import Rows
+from qwen3_export.text.samples import Samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 
 _ROWS_AT_ONCE = 32
 _OPENING = "<|im_start|>user\n"
 
 
-def self_rows(
+def self_generated_samples(
     checkpoint: Checkpoint,
     tokenizer: ModelTokenizer,
     samples: int,
     length: int,
     seed: int,
     progress: Progress,
-) -> Rows:
+) -> Samples:
     """`samples` rows of `length` tokens written by the model; the seed decides them."""
     decoder = Decoder(checkpoint)
     opening = tokenizer.encode(_OPENING)
@@ -49,7 +49,7 @@ def self_rows(
         form_of(tokenizer.decode(row.tolist(), skip_special=False), domain == "self-chat")
         for row, domain in zip(ids, domains, strict=True)
     )
-    return Rows(tuple(ids), domains, dict(sorted(forms.items())))
+    return Samples(tuple(ids), domains, dict(sorted(forms.items())))
 
 
 @torch.no_grad()

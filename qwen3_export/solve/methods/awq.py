@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwen3_export.model.workers import Workers
-from qwen3_export.solve.method import FOLDS, Group, Solved, check_choice
+from qwen3_export.solve.method import FOLDS, LinearGroup, SolvedWeight, check_choice
 from qwen3_export.solve.rounding.nearest import round_group
 from qwen3_export.solve.rounding.scale_search import SEARCHES
 
@@ -39,11 +39,11 @@ def needs_original(_options: Options) -> bool:
     return False
 
 
-def needs_outputs(_options: Options) -> int:
+def fisher_samples(_options: Options) -> int:
     """Rows are rounded on their own."""
     return 0
 
 
-def solve(group: Group, options: Options, pool: Workers) -> dict[str, Solved]:
+def solve(group: LinearGroup, options: Options, pool: Workers) -> dict[str, SolvedWeight]:
     """Clip and round the weights of a group, whose scales were folded before."""
     return round_group(group, options.scale_search, pool)

@@ -5,7 +5,7 @@ undo of an error δ in it what is a linear function of their own inputs x:
 
     δ ← δ − B x,   B = α · mean(δ xᵀ) (mean(x xᵀ) + λI)⁻¹        x: o_proj's, then down_proj's
 
-fitted on calibration rows; α in [0, 1] is what every eighth of them, held out, confirms. On the
+fitted on calibration samples; α in [0, 1] is what every eighth of them, held out, confirms. On the
 reference model this foretells the KL that is left within a third; without it, the first block's
 v_proj seems six times as harmful as it is. What experts repair, each on a few tokens, is left out. An
 embedding's error is repaired by the first block, which it enters by other hidden states than the original's.
@@ -22,16 +22,16 @@ from torch import Tensor
 from qwen3_export.model.block import NUM_STAGES, Block
 from qwen3_export.model.decoder import Rope
 from qwen3_export.model.workers import Workers
-from qwen3_export.solve.calibration.moments import Moments, Sample, collect
+from qwen3_export.solve.calibration.moments import Moments, SampleInputs, collect_moments
 
 EVERY = 2
 _HELD_OUT = 8
 _PERCDAMP = 0.01
 _OUT, _DOWN = 1, 3
-Repairs = dict[int, Tensor]
+Compensation = dict[int, Tensor]
 
 
-def fit_repairs(
+def fit_compensation(
     block: Block,
     changed: Block,
     stage: int,
@@ -41,14 +41,14 @@ def fit_repairs(
     at_once: int,
     pool: Workers,
     entered: Callable[[int], Tensor] | None = None,
-) -> Repairs:
+) -> Compensation:
     """`{stage: B [hidden, in]}` of what repairs a block whose linears of one stage are changed.
 
     `read(row)` gives a calibration row's hidden states before the block, `[1, tokens, hidden]`, and
     `entered(row)` those that the changed block gets, where they differ; every other of `count` rows is
     used. Empty with fewer than eight such rows, since none is held out.
     """
-    found: Repairs = {}
+    found: Compensation = {}
     rows = list(range(0, count, EVERY))
     held_out = rows[_HELD_OUT - 1 :: _HELD_OUT]
     if not held_out:
@@ -58,28 +58,28 @@ def fit_repairs(
         if later > stage and not (later == _DOWN and block.config.is_sparse(block.layer)):
             wide = block.weights[block.stage_linears(later)[0]].shape[1]
 
-            def sample(row: int, later: int = later) -> Sample:
-                inputs, _, error = run(block, changed, found, rope, read(row), entered and entered(row))
-                return Sample(inputs[later][0], target=error[0])
+            def sample(row: int, later: int = later) -> SampleInputs:
+                inputs, _, error = run_compensated(block, changed, found, rope, read(row), entered and entered(row))
+                return SampleInputs(inputs[later][0], target=error[0])
 
-            gather = partial(collect, sample, at_once=at_once, size=wide, device="cpu", pool=pool)
+            gather = partial(collect_moments, sample, at_once=at_once, width=wide, device="cpu", pool=pool)
             step = _predict(gather(fitted), gather(held_out))
             if step is not None:
                 found[later] = step
     return found
 
 
-def run(
-    block: Block, changed: Block, repairs: Repairs, rope: Rope, hidden: Tensor, entered: Tensor | None = None
+def run_compensated(
+    block: Block, changed: Block, compensation: Compensation, rope: Rope, hidden: Tensor, entered: Tensor | None = None
 ) -> tuple[dict[int, Tensor], Tensor, Tensor]:
     """Inputs of the repairing stages, the original output, and the error that is left of a changed block's."""
-    state, inputs = block.enter(hidden), {}
+    state, inputs = block.initial_state(hidden), {}
     for stage in range(NUM_STAGES):
         if stage in (_OUT, _DOWN):
             inputs[stage] = state["x"]
         state = block.advance(stage, state, rope)
     error = changed.forward(hidden if entered is None else entered, rope) - state["residual"]
-    for stage, step in repairs.items():
+    for stage, step in compensation.items():
         error = error - inputs[stage] @ step.T
     return inputs, state["residual"], error
 

@@ -12,15 +12,15 @@ from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.model.block import rms_norm
 from qwen3_export.model.table import Table, to_torch
 from qwen3_export.model.workers import Workers
-from qwen3_export.solve.calibration.activations import RowFile
+from qwen3_export.solve.calibration.activations import SampleFile
 
 _POSITIONS_AT_ONCE = 64
 
 
 def mean_divergences(
     checkpoint: Checkpoint,
-    original: RowFile,
-    changed: Sequence[tuple[RowFile, Table | None]],
+    original: SampleFile,
+    changed: Sequence[tuple[SampleFile, Table | None]],
     shape: tuple[int, int],
     pool: Workers,
     tick: Callable[[], object] = lambda: None,
@@ -36,7 +36,7 @@ def mean_divergences(
     count, length = shape
     pieces = [slice(i, min(i + _POSITIONS_AT_ONCE, length)) for i in range(0, length, _POSITIONS_AT_ONCE)]
 
-    def log_probabilities(file: RowFile, head: Table, row: int, piece: slice) -> Tensor:
+    def log_probabilities(file: SampleFile, head: Table, row: int, piece: slice) -> Tensor:
         hidden = rms_norm(file.read(row)[0, piece], norm, checkpoint.config.rms_norm_eps)
         return head.logits(hidden).log_softmax(-1)
 

@@ -27,31 +27,31 @@ from qwen3_export.model.block import Block
 from qwen3_export.model.decoder import rope_tables
 from qwen3_export.model.table import Table, to_torch
 from qwen3_export.model.workers import Workers
-from qwen3_export.solve.blocks.embeddings import AHEAD_EVERY, by_rows, head_moments, tied_hessian
-from qwen3_export.solve.calibration.activations import RowFile
-from qwen3_export.solve.method import Group, Solved
-from qwen3_export.solve.mixed_precision.compensation import Repairs, fit_repairs, run
-from qwen3_export.solve.mixed_precision.study import Study, Variant, at_once, embed_file, rows_file
+from qwen3_export.solve.blocks.embeddings import AHEAD_EVERY, head_moments, solve_row_chunks, tied_hessian
+from qwen3_export.solve.calibration.activations import SampleFile
+from qwen3_export.solve.method import LinearGroup, SolvedWeight
+from qwen3_export.solve.mixed_precision.compensation import Compensation, fit_compensation, run_compensated
+from qwen3_export.solve.mixed_precision.study import Study, Variant, at_once, embed_file, hidden_file
 from qwen3_export.solve.mixed_precision.units import OUTER, Unit
 from qwen3_export.solve.rounding.nearest import round_group
-from qwen3_export.solve.rounding.row_chunks import energy
+from qwen3_export.solve.rounding.row_chunks import quadratic_form
 
 SAMPLED_ROWS = 512
 
 
-def solve_end(
+def solve_some_rows(
     method: ModuleType | None, options: Any, pool: Workers, hessian: Tensor | None, scheme: QuantScheme, weight: Tensor
-) -> Solved:
-    """Some rows `[n, hidden]` as the method stores them; rounded to nearest when it is None."""
-    group = Group({"": weight}, {"": scheme}, hessian)
+) -> SolvedWeight:
+    """Some rows `[n, rows]` as the method stores them; rounded to nearest when it is None."""
+    group = LinearGroup({"": weight}, {"": scheme}, hessian)
     return (round_group(group, "mse", pool) if method is None else method.solve(group, options, pool))[""]
 
 
-def probe_end(
+def probe_matrix(
     checkpoint: Checkpoint,
     module: str,
     schemes: Sequence[QuantScheme],
-    solve: Callable[[QuantScheme, Tensor], Solved],
+    solve: Callable[[QuantScheme, Tensor], SolvedWeight],
     hessian: Tensor | None,
 ) -> tuple[Table, dict[QuantScheme, float]]:
     """The matrix as the first scheme stores it, and tr(ΔHΔᵀ) of every scheme over evenly chosen rows."""
@@ -61,61 +61,63 @@ def probe_end(
     errors = {}
     for scheme in schemes:
         delta = torch.from_numpy(dequantize(solve(scheme, some).tensor)) - some
-        errors[scheme] = energy(delta, hessian)
-    whole = by_rows(checkpoint, module, lambda piece: solve(schemes[0], piece), hessian)
+        errors[scheme] = quadratic_form(delta, hessian)
+    whole = solve_row_chunks(checkpoint, module, lambda piece: solve(schemes[0], piece), hessian)
     return Table(whole.tensor), errors
 
 
 @dataclass(frozen=True)
-class Begun:
-    """A quantized embedding, and the calibration and measured rows that start with it."""
+class EmbeddingProbe:
+    """A quantized embedding, and the calibration and measured samples that start with it."""
 
     variant: Variant
-    solving: RowFile
+    calibration: SampleFile
 
 
-def begin(study: Study, unit: Unit, stack: ExitStack) -> Begun:
+def probe_embedding(study: Study, unit: Unit, stack: ExitStack) -> EmbeddingProbe:
     """The rows with the embedding quantized, and if it is tied the head."""
     checkpoint, schemes, hessian = study.checkpoint, study.schemes[unit], None
     tied = checkpoint.config.tie_word_embeddings
     if tied and study.method.needs_inputs(study.options):
-        file = rows_file(study, "ahead", len(study.solving[0]), stack)
-        hessian, _ = tied_hessian(checkpoint, study.solving[::AHEAD_EVERY], file, study.pool)
+        file = hidden_file(study, "ahead", len(study.calibration[0]), stack)
+        hessian, _ = tied_hessian(checkpoint, study.calibration[::AHEAD_EVERY], file, study.pool)
         file.path.unlink()
-    solve = partial(solve_end, study.method if tied else None, study.options, study.pool, hessian)
-    table, errors = probe_end(checkpoint, unit.pattern, schemes, solve, hessian)
-    solving, measuring = (
+    solve = partial(solve_some_rows, study.method if tied else None, study.options, study.pool, hessian)
+    table, errors = probe_matrix(checkpoint, unit.pattern, schemes, solve, hessian)
+    calibration, held_out = (
         embed_file(study, f"embedding-{name}", rows, stack, table)
-        for name, rows in (("solving", study.solving), ("measured", study.measuring))
+        for name, rows in (("solving", study.calibration), ("measured", study.held_out))
     )
-    return Begun(Variant(unit, schemes[0], errors, measuring, table if tied else None), solving)
+    return EmbeddingProbe(Variant(unit, schemes[0], errors, held_out, table if tied else None), calibration)
 
 
-def enter_changed(study: Study, block: Block, begun: Begun, before: RowFile, original: RowFile) -> Variant:
-    """Run the measured rows of a quantized embedding through block 0, less what will be repaired of it."""
-    rows, repairs = begun.variant.rows, Repairs()
+def run_first_block(
+    study: Study, block: Block, probe: EmbeddingProbe, before: SampleFile, original: SampleFile
+) -> Variant:
+    """Run the measured samples of a quantized embedding through block 0, less what will be repaired of it."""
+    hidden, compensation = probe.variant.hidden, Compensation()
     if study.method.needs_original(study.options):
-        rope, count = rope_tables(block.config, 0, len(study.solving[0])), len(study.solving)
-        repairs = fit_repairs(
-            block, block, OUTER, rope, before.read, count, at_once(study), study.pool, begun.solving.read
+        rope, count = rope_tables(block.config, 0, len(study.calibration[0])), len(study.calibration)
+        compensation = fit_compensation(
+            block, block, OUTER, rope, before.read, count, at_once(study), study.pool, probe.calibration.read
         )
-    begun.solving.path.unlink()
-    rope = rope_tables(block.config, 0, len(study.measuring[0]))
+    probe.calibration.path.unlink()
+    rope = rope_tables(block.config, 0, len(study.held_out[0]))
 
     def one(row: int) -> None:
-        _, output, error = run(block, block, repairs, rope, original.read(row), rows.read(row))
-        rows.write(row, output + error)
+        _, output, error = run_compensated(block, block, compensation, rope, original.read(row), hidden.read(row))
+        hidden.write(row, output + error)
 
-    study.pool.map(one, range(len(study.measuring)))
-    return begun.variant
+    study.pool.map(one, range(len(study.held_out)))
+    return probe.variant
 
 
-def finish(study: Study, unit: Unit, before: RowFile, original: RowFile) -> Variant:
-    """The original's rows, which meet a quantized head; `before` are the calibration rows' states."""
+def probe_head(study: Study, unit: Unit, before: SampleFile, original: SampleFile) -> Variant:
+    """The original's rows, which meet a quantized head; `before` are the calibration samples' states."""
     schemes, hessian = study.schemes[unit], None
     if study.method.needs_inputs(study.options):
-        rows, length = range(len(study.solving)), len(study.solving[0])
+        rows, length = range(len(study.calibration)), len(study.calibration[0])
         hessian = head_moments(study.checkpoint, [before], rows, length, study.pool, "cpu").hessian
-    solve = partial(solve_end, study.method, study.options, study.pool, hessian)
-    table, errors = probe_end(study.checkpoint, unit.pattern, schemes, solve, hessian)
+    solve = partial(solve_some_rows, study.method, study.options, study.pool, hessian)
+    table, errors = probe_matrix(study.checkpoint, unit.pattern, schemes, solve, hessian)
     return Variant(unit, schemes[0], errors, original, table)

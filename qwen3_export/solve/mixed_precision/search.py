@@ -29,11 +29,11 @@ from qwen3_export.errors import InputError, RecipeError, ResourceError
 from qwen3_export.model.workers import workers
 from qwen3_export.solve.methods import load_method
 from qwen3_export.solve.mixed_precision.knapsack import Choice, choose
-from qwen3_export.solve.mixed_precision.sensitivity import Sensitivity, measure, steps
+from qwen3_export.solve.mixed_precision.sensitivity import Sensitivity, measure_sensitivities, steps
 from qwen3_export.solve.mixed_precision.study import Study
 from qwen3_export.solve.mixed_precision.units import OUTER, Unit, units
 from qwen3_export.text.documents import load_documents
-from qwen3_export.text.rows import Rows, calibration_rows
+from qwen3_export.text.samples import Samples, calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 
 # Whose options a method is searched and shipped with.
@@ -47,7 +47,7 @@ _MEASURED_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class Settings:
+class SearchSettings:
     """What to search; everything but `threads` can change the recipe.
 
     `target_bpw` counts the decoder's linears, scales and zero points included, and with `embeddings` also
@@ -74,7 +74,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The recipe and how it came about: per unit, its sensitivity and the chosen scheme (None: 16 bits)."""
 
     recipe: Recipe
@@ -102,7 +102,9 @@ class Found:
         return min(sums, default=None)
 
 
-def search(checkpoint: Checkpoint, settings: Settings, scratch: Path, progress: Progress | None = None) -> Found:
+def search(
+    checkpoint: Checkpoint, settings: SearchSettings, scratch: Path, progress: Progress | None = None
+) -> SearchResult:
     """Measure, solve the budget, and return the recipe; hidden states lie in a folder below `scratch` meanwhile.
 
     Raises InputError before the long work when the budget is out of reach or the text too short, and
@@ -117,21 +119,21 @@ def search(checkpoint: Checkpoint, settings: Settings, scratch: Path, progress: 
         unit: _fitting(unit, settings) for unit in units(checkpoint.config, settings.fused, settings.embeddings)
     }
     capacity = _capacity(options_of, settings.target_bpw)
-    solving, measuring = _rows(checkpoint, settings)
-    _check_disk(checkpoint, len(options_of), solving, measuring, scratch)
+    calibration, held_out = _samples(checkpoint, settings)
+    _check_disk(checkpoint, len(options_of), calibration, held_out, scratch)
     with tempfile.TemporaryDirectory(prefix=".search-", dir=scratch) as folder, workers(settings.threads) as pool:
         probed = {unit: _probe_first(unit, found, settings.target_bpw) for unit, found in options_of.items()}
-        study = Study(checkpoint, method, options, probed, solving, measuring, pool, Path(folder))
+        study = Study(checkpoint, method, options, probed, calibration, held_out, pool, Path(folder))
         with progress.bar(f"search {checkpoint.name}", steps(study)) as tick:
-            measured = measure(study, tick)
+            measured = measure_sensitivities(study, tick)
     chosen = _choose(measured, options_of, capacity)
     for sensitivity, scheme in chosen:
         label = scheme.label if scheme else "16 bits"
         progress.log(f"{sensitivity.unit.match}  KL {sensitivity.kl:.2e} at {sensitivity.probe.label}  → {label}")
-    return Found(_recipe(checkpoint, settings, base, chosen), tuple(chosen), time.monotonic() - started)
+    return SearchResult(_recipe(checkpoint, settings, base, chosen), tuple(chosen), time.monotonic() - started)
 
 
-def outcome(found: Found, settings: Settings, output: Path) -> dict[str, Any]:
+def outcome(found: SearchResult, settings: SearchSettings, output: Path) -> dict[str, Any]:
     """What `--json` prints."""
     return {
         "output": str(output),
@@ -167,7 +169,7 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(values, sort_keys=False, width=120, default_flow_style=None)
 
 
-def _base(settings: Settings) -> Recipe:
+def _base(settings: SearchSettings) -> Recipe:
     """The recipe whose method and options are searched with."""
     base = load_recipe(OPTIONS_OF[_one_of("--method", settings.method, tuple(OPTIONS_OF))])
     usual = "none" if settings.method == "rtn" else "awq"
@@ -181,7 +183,7 @@ def _one_of(option: str, value: object, known: Sequence[Any]) -> Any:
     return value
 
 
-def schemes(settings: Settings) -> list[QuantScheme | None]:
+def schemes(settings: SearchSettings) -> list[QuantScheme | None]:
     """All candidates, coarse to fine, None for 16 bits."""
     found: list[QuantScheme | None] = []
     for bits in sorted({_one_of("--bits", bits, BITS) for bits in settings.bits}):
@@ -193,7 +195,7 @@ def schemes(settings: Settings) -> list[QuantScheme | None]:
     return found
 
 
-def _fitting(unit: Unit, settings: Settings) -> list[QuantScheme | None]:
+def _fitting(unit: Unit, settings: SearchSettings) -> list[QuantScheme | None]:
     """Candidates whose groups divide the unit's inputs; of 8 bits the coarsest, its error is nothing anyway."""
     wide = [shape[1] for shape in unit.shapes.values()]
     found = [s for s in schemes(settings) if s is None or not any(n % s.group_length(n) for n in wide)]
@@ -225,21 +227,23 @@ def _capacity(candidates: dict[Unit, list[QuantScheme | None]], target: float) -
     return math.floor(target * weights)
 
 
-def _rows(checkpoint: Checkpoint, settings: Settings) -> tuple[list[Any], list[Any]]:
+def _samples(checkpoint: Checkpoint, settings: SearchSettings) -> tuple[list[Any], list[Any]]:
     """Rows that `quantize` will calibrate on, and further ones, cut short, to measure on."""
     length = settings.sequence_length
     if length > checkpoint.config.max_position:
         raise InputError(f"--sequence-length {length}: the model has {checkpoint.config.max_position} positions")
     tokenizer, documents = ModelTokenizer(checkpoint.folder), load_documents(settings.calibration)
-    rows: Rows = calibration_rows(tokenizer, documents, settings.samples + settings.measure, length, settings.seed)
+    rows: Samples = calibration_samples(
+        tokenizer, documents, settings.samples + settings.measure, length, settings.seed
+    )
     if max(int(ids.max()) for ids in rows.ids) >= checkpoint.config.vocab_size:
         raise InputError(f"{checkpoint.folder}: the tokenizer has more tokens than the model's vocabulary")
     chosen = _to_measure(len(rows.ids), settings)
-    measuring = [rows.ids[i][:_MEASURED_TOKENS] for i in chosen]
-    return [ids for i, ids in enumerate(rows.ids) if i not in chosen], measuring
+    held_out = [rows.ids[i][:_MEASURED_TOKENS] for i in chosen]
+    return [ids for i, ids in enumerate(rows.ids) if i not in chosen], held_out
 
 
-def _to_measure(count: int, settings: Settings) -> list[int]:
+def _to_measure(count: int, settings: SearchSettings) -> list[int]:
     """Which of `count` rows the KL is measured on: those after `samples`, or a part of a text that is too short."""
     if count == settings.samples + settings.measure:
         return list(range(settings.samples, count))
@@ -252,14 +256,14 @@ def _to_measure(count: int, settings: Settings) -> list[int]:
     return [(2 * i + 1) * count // (2 * number) for i in range(number)]
 
 
-def _check_disk(checkpoint: Checkpoint, count: int, solving: list[Any], measuring: list[Any], scratch: Path) -> None:
+def _check_disk(checkpoint: Checkpoint, count: int, calibration: list[Any], held_out: list[Any], scratch: Path) -> None:
     """Raise ResourceError when the hidden states will not fit on the disk."""
     config = checkpoint.config
     shapes = [shape for layer in range(config.num_layers) for shape in config.linear_shapes(layer).values()]
     widest = max(shape[1] for shape in shapes) * max(config.experts_per_token, 1)
     # Before and after a block, in it, and before the first one once more with a quantized embedding.
-    calibrating = sum(map(len, solving)) * (5 * config.hidden_size + 2 * widest)
-    passing = sum(map(len, measuring)) * config.hidden_size * (count + 1)
+    calibrating = sum(map(len, calibration)) * (5 * config.hidden_size + 2 * widest)
+    passing = sum(map(len, held_out)) * config.hidden_size * (count + 1)
     needed, free = 4 * (calibrating + passing), shutil.disk_usage(scratch).free
     if needed > free:
         raise ResourceError(
@@ -279,7 +283,7 @@ def _choose(
 
 
 def _recipe(
-    checkpoint: Checkpoint, settings: Settings, base: Recipe, chosen: list[tuple[Sensitivity, QuantScheme | None]]
+    checkpoint: Checkpoint, settings: SearchSettings, base: Recipe, chosen: list[tuple[Sensitivity, QuantScheme | None]]
 ) -> Recipe:
     """The scheme of most weights for all, rules for the units that differ."""
     weights: dict[QuantScheme | None, int] = {}

@@ -7,7 +7,7 @@ One sweep over the blocks measures all units:
                             ├ o changed ─────────────┼────────────▶ …
                             └ …                      ├ q,k,v changed ▶ …
 
-    1. mean x xᵀ of every linear's inputs, from the calibration rows in the original model
+    1. mean x xᵀ of every linear's inputs, from the calibration samples in the original model
     2. each scheme's error tr(ΔHΔᵀ), from at most `SAMPLED_ROWS` output rows of every linear
     3. the unit solved with one scheme, the probe, in an otherwise original model, on rows of
        which the solver knows nothing, without what a target shift will repair (`mixed_precision.compensation`);
@@ -42,17 +42,22 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import dequantize
 from qwen3_export.model.block import NUM_STAGES, Block
 from qwen3_export.model.decoder import load_block, rope_tables
-from qwen3_export.solve.blocks.fold import Site, apply_all, choose
-from qwen3_export.solve.calibration.activations import RowFile, States
-from qwen3_export.solve.calibration.moments import Moments, Sample, collect
+from qwen3_export.solve.blocks.fold import FoldSite, apply_folds, choose_folds
+from qwen3_export.solve.calibration.activations import BlockStates, SampleFile
+from qwen3_export.solve.calibration.moments import Moments, SampleInputs, collect_moments
 from qwen3_export.solve.chunk_sizes import FOLD_EVERY
-from qwen3_export.solve.method import Group, fold_of
-from qwen3_export.solve.mixed_precision.compensation import Repairs, fit_repairs, run
+from qwen3_export.solve.method import LinearGroup, fold_of
+from qwen3_export.solve.mixed_precision.compensation import Compensation, fit_compensation, run_compensated
 from qwen3_export.solve.mixed_precision.divergence import mean_divergences
-from qwen3_export.solve.mixed_precision.embedding_units import SAMPLED_ROWS, begin, enter_changed, finish
-from qwen3_export.solve.mixed_precision.study import Study, Variant, at_once, embed_file, rows_file
+from qwen3_export.solve.mixed_precision.embedding_units import (
+    SAMPLED_ROWS,
+    probe_embedding,
+    probe_head,
+    run_first_block,
+)
+from qwen3_export.solve.mixed_precision.study import Study, Variant, at_once, embed_file, hidden_file
 from qwen3_export.solve.mixed_precision.units import OUTER, Unit
-from qwen3_export.solve.rounding.row_chunks import energy
+from qwen3_export.solve.rounding.row_chunks import quadratic_form
 
 
 @dataclass(frozen=True)
@@ -73,33 +78,33 @@ class Sensitivity:
 
 
 def steps(study: Study) -> int:
-    """How often `measure` ticks: every unit once per block from its own on, the original too, then each row."""
+    """How often `measure_sensitivities` ticks: each unit per block from its own on, the original, then each sample."""
     layers = study.checkpoint.config.num_layers
-    return layers + sum(min(layers - unit.layer, layers) for unit in study.schemes) + len(study.measuring)
+    return layers + sum(min(layers - unit.layer, layers) for unit in study.schemes) + len(study.held_out)
 
 
-def measure(study: Study, tick: Callable[[], object] = lambda: None) -> list[Sensitivity]:
+def measure_sensitivities(study: Study, tick: Callable[[], object] = lambda: None) -> list[Sensitivity]:
     """The sensitivity of every unit of `study.schemes`, in that order.
 
     Raises what the method raises for inputs or weights that are not finite.
     """
     found: list[Variant] = []
     with ExitStack() as stack:
-        before = embed_file(study, "calibration", study.solving, stack)
-        original = embed_file(study, "original", study.measuring, stack)
+        before = embed_file(study, "calibration", study.calibration, stack)
+        original = embed_file(study, "original", study.held_out, stack)
         ends = {unit.pattern: unit for unit in study.schemes if unit.stage == OUTER}
-        begun = begin(study, ends[EMBEDDING], stack) if EMBEDDING in ends else None
+        probe = probe_embedding(study, ends[EMBEDDING], stack) if EMBEDDING in ends else None
         for layer in range(study.checkpoint.config.num_layers):
             block = load_block(study.checkpoint, layer)
             if (fold := fold_of(study.options)) != "none":
                 _fold(fold, study, block, before)
             solved, after = _solve_layer(study, block, before, stack)
-            passing = [variant.rows for variant in found]
-            if begun is not None and layer == 0:
-                found.append(enter_changed(study, block, begun, before, original))
+            passing = [variant.hidden for variant in found]
+            if probe is not None and layer == 0:
+                found.append(run_first_block(study, block, probe, before, original))
                 tick()
             for unit in solved:
-                found.append(_bear(study, block, unit, before, original, stack))
+                found.append(_run_variant(study, block, unit, before, original, stack))
                 tick()
             for file in [*passing, original]:
                 _forward(study, block, file, file)
@@ -107,9 +112,9 @@ def measure(study: Study, tick: Callable[[], object] = lambda: None) -> list[Sen
             before.path.unlink()
             before = after
         if last := ends.get(HEAD):
-            found.append(finish(study, last, before, original))
-        shape = (len(study.measuring), len(study.measuring[0]))
-        files = [(variant.rows, variant.head) for variant in found]
+            found.append(probe_head(study, last, before, original))
+        shape = (len(study.held_out), len(study.held_out[0]))
+        files = [(variant.hidden, variant.head) for variant in found]
         divergences = mean_divergences(study.checkpoint, original, files, shape, study.pool, tick)
     return [Sensitivity(v.unit, v.probe, v.errors, kl) for v, kl in zip(found, divergences, strict=True)]
 
@@ -123,39 +128,41 @@ class _SolvedUnit:
     weights: Mapping[str, Tensor]
 
 
-def _fold(kind: str, study: Study, block: Block, before: RowFile) -> None:
+def _fold(kind: str, study: Study, block: Block, before: SampleFile) -> None:
     """Move a block's scales as `quantize` will, with every unit stored as its probe."""
     probes = {
         n: schemes[0] for unit, schemes in study.schemes.items() if unit.layer == block.layer for n in unit.shapes
     }
-    rows, chosen = range(0, len(study.solving), FOLD_EVERY), list[tuple[Site, Tensor]]()
+    rows, chosen = range(0, len(study.calibration), FOLD_EVERY), list[tuple[FoldSite, Tensor]]()
     with _entered(study, block, before, rows) as states:
 
         def moments_of(name: str) -> Moments:
             sample, wide = partial(_sample, block, states, name), block.weights[name].shape[1]
-            return collect(sample, range(len(rows)), at_once(study), wide, "cpu", study.pool)
+            return collect_moments(sample, range(len(rows)), at_once(study), wide, "cpu", study.pool)
 
         for stage in range(NUM_STAGES):
             if stage > 0:
                 _advance(study, block, states, stage - 1)
-            chosen += choose(kind, block, stage, probes, moments_of, study.pool)
-    apply_all(block, chosen, lambda name: study.checkpoint.entry(f"{block_name(block.layer)}.{name}").dtype)
+            chosen += choose_folds(kind, block, stage, probes, moments_of, study.pool)
+    apply_folds(block, chosen, lambda name: study.checkpoint.entry(f"{block_name(block.layer)}.{name}").dtype)
 
 
 @contextmanager
-def _entered(study: Study, block: Block, before: RowFile, rows: Sequence[int]) -> Iterator[States]:
-    """Some calibration rows at the entrance of the block."""
+def _entered(study: Study, block: Block, before: SampleFile, rows: Sequence[int]) -> Iterator[BlockStates]:
+    """Some calibration samples at the entrance of the block."""
     folder = study.scratch / f"states-{block.layer}"
     folder.mkdir(exist_ok=True)
-    with closing(States(folder, len(rows))) as states:
-        states.advance(lambda place, _: block.enter(before.read(rows[place])), study.pool)
+    with closing(BlockStates(folder, len(rows))) as states:
+        states.advance(lambda place, _: block.initial_state(before.read(rows[place])), study.pool)
         yield states
 
 
-def _solve_layer(study: Study, block: Block, before: RowFile, stack: ExitStack) -> tuple[list[_SolvedUnit], RowFile]:
-    """Solve the units of a block; also the calibration rows' hidden states after the block as it is."""
+def _solve_layer(
+    study: Study, block: Block, before: SampleFile, stack: ExitStack
+) -> tuple[list[_SolvedUnit], SampleFile]:
+    """Solve the units of a block; also the calibration samples' hidden states after the block as it is."""
     solved = []
-    with _entered(study, block, before, range(len(study.solving))) as states:
+    with _entered(study, block, before, range(len(study.calibration))) as states:
         for stage in range(NUM_STAGES):
             hessians = _Hessians(study, block, states)
             for unit, schemes in study.schemes.items():
@@ -167,41 +174,43 @@ def _solve_layer(study: Study, block: Block, before: RowFile, stack: ExitStack) 
     return solved, after
 
 
-def _advance(study: Study, block: Block, states: States, stage: int) -> None:
+def _advance(study: Study, block: Block, states: BlockStates, stage: int) -> None:
     """All rows through the linears of a stage."""
-    rope = rope_tables(study.checkpoint.config, 0, len(study.solving[0]))
+    rope = rope_tables(study.checkpoint.config, 0, len(study.calibration[0]))
     states.advance(lambda _, state: block.advance(stage, state, rope), study.pool)
 
 
-def _sample(block: Block, states: States, name: str, row: int) -> Sample:
+def _sample(block: Block, states: BlockStates, name: str, row: int) -> SampleInputs:
     """One row's inputs of a linear, by local name."""
-    return Sample(block.inputs_of(name, states.read(row)))
+    return SampleInputs(block.inputs_of(name, states.read(row)))
 
 
-def _bear(
-    study: Study, block: Block, solved: _SolvedUnit, before: RowFile, original: RowFile, stack: ExitStack
+def _run_variant(
+    study: Study, block: Block, solved: _SolvedUnit, before: SampleFile, original: SampleFile, stack: ExitStack
 ) -> Variant:
-    """Run the measured rows through the block with one unit quantized, less what will be repaired of it."""
-    config, unit, repairs = study.checkpoint.config, solved.unit, Repairs()
+    """Run the measured samples through the block with one unit quantized, less what will be repaired of it."""
+    config, unit, compensation = study.checkpoint.config, solved.unit, Compensation()
     changed = Block(config, unit.layer, {**block.weights, **solved.weights})
     if study.method.needs_original(study.options):
-        rope, count = rope_tables(config, 0, len(study.solving[0])), len(study.solving)
-        repairs = fit_repairs(block, changed, unit.stage, rope, before.read, count, at_once(study), study.pool)
-    rows = rows_file(study, f"unit-{unit.layer}-{unit.pattern.replace('*', 'N')}", len(study.measuring[0]), stack)
-    rope = rope_tables(config, 0, len(study.measuring[0]))
+        rope, count = rope_tables(config, 0, len(study.calibration[0])), len(study.calibration)
+        compensation = fit_compensation(
+            block, changed, unit.stage, rope, before.read, count, at_once(study), study.pool
+        )
+    rows = hidden_file(study, f"unit-{unit.layer}-{unit.pattern.replace('*', 'N')}", len(study.held_out[0]), stack)
+    rope = rope_tables(config, 0, len(study.held_out[0]))
 
     def one(row: int) -> None:
-        _, output, error = run(block, changed, repairs, rope, original.read(row))
+        _, output, error = run_compensated(block, changed, compensation, rope, original.read(row))
         rows.write(row, output + error)
 
-    study.pool.map(one, range(len(study.measuring)))
+    study.pool.map(one, range(len(study.held_out)))
     return Variant(unit, study.schemes[unit][0], solved.errors, rows)
 
 
 class _Hessians:
     """Mean x xᵀ `[in, in]` of the present stage's inputs; a dense block's is kept for its other linears."""
 
-    def __init__(self, study: Study, block: Block, states: States) -> None:
+    def __init__(self, study: Study, block: Block, states: BlockStates) -> None:
         self.study, self.block, self.states = study, block, states
         self._kept: Tensor | None = None
 
@@ -211,7 +220,7 @@ class _Hessians:
             return self._kept
         rows, wide = range(self.states.rows), self.block.weights[name].shape[1]
         sample = partial(_sample, self.block, self.states, name)
-        found = collect(sample, rows, at_once(self.study), wide, "cpu", self.study.pool).hessian
+        found = collect_moments(sample, rows, at_once(self.study), wide, "cpu", self.study.pool).hessian
         self._kept = None if ".experts." in name else found
         return found
 
@@ -225,7 +234,7 @@ def _solve_unit(study: Study, unit: Unit, schemes: Sequence[QuantScheme], hessia
         some = {name: weight[:: math.ceil(len(weight) / SAMPLED_ROWS)] for name, weight in full.items()}
         solved = {scheme: _solve(study, unit.layer, some, hessian, scheme) for scheme in schemes}
         for scheme, tensors in solved.items():
-            errors[scheme] += sum(energy(tensors[name] - some[name], hessian) for name in names)
+            errors[scheme] += sum(quadratic_form(tensors[name] - some[name], hessian) for name in names)
         whole = all(len(some[name]) == len(full[name]) for name in names)
         weights.update(solved[schemes[0]] if whole else _solve(study, unit.layer, full, hessian, schemes[0]))
     return _SolvedUnit(unit, errors, weights)
@@ -236,14 +245,14 @@ def _solve(
 ) -> dict[str, Tensor]:
     """Weights by local name as a scheme stores them, `[out, in]` in fp32."""
     named = {f"{block_name(layer)}.{name}": weight for name, weight in weights.items()}
-    group = Group(named, dict.fromkeys(named, scheme), hessian)
+    group = LinearGroup(named, dict.fromkeys(named, scheme), hessian)
     solved = study.method.solve(group, study.options, study.pool)
     tensors = (torch.from_numpy(dequantize(item.tensor)) for item in solved.values())
     return dict(zip(weights, tensors, strict=True))
 
 
-def _forward(study: Study, block: Block, before: RowFile, after: RowFile) -> None:
-    """Run the measured rows of one file through a block, into another or back."""
-    rope = rope_tables(study.checkpoint.config, 0, len(study.measuring[0]))
-    rows = range(len(study.measuring))
+def _forward(study: Study, block: Block, before: SampleFile, after: SampleFile) -> None:
+    """Run the measured samples of one file through a block, into another or back."""
+    rope = rope_tables(study.checkpoint.config, 0, len(study.held_out[0]))
+    rows = range(len(study.held_out))
     study.pool.map(lambda row: after.write(row, block.forward(before.read(row), rope)), rows)

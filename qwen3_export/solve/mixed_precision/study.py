@@ -16,7 +16,7 @@ from qwen3_export.core.qwen3 import EMBEDDING
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.table import Table
 from qwen3_export.model.workers import Workers
-from qwen3_export.solve.calibration.activations import RowFile
+from qwen3_export.solve.calibration.activations import SampleFile
 from qwen3_export.solve.mixed_precision.units import Unit
 
 _TOKENS_AT_ONCE = 4096
@@ -30,41 +30,41 @@ class Study:
     method: ModuleType
     options: Any
     schemes: Mapping[Unit, Sequence[QuantScheme]]
-    solving: Sequence[NDArray]
-    measuring: Sequence[NDArray]
+    calibration: Sequence[NDArray]
+    held_out: Sequence[NDArray]
     pool: Workers
     scratch: Path
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One unit's errors, and the measured rows in the model where only this unit is quantized; a head of its own."""
+    """One unit's errors, and the measured samples in the model where only this unit is quantized; a head of its own."""
 
     unit: Unit
     probe: QuantScheme
     errors: Mapping[QuantScheme, float]
-    rows: RowFile
+    hidden: SampleFile
     head: Table | None = None
 
 
-def rows_file(study: Study, name: str, tokens: int, stack: ExitStack) -> RowFile:
+def hidden_file(study: Study, name: str, tokens: int, stack: ExitStack) -> SampleFile:
     """Hidden states `[1, tokens, hidden]` per row, in a file that `stack` closes."""
-    file = RowFile(study.scratch / f"{name}.rows", (1, tokens, study.checkpoint.config.hidden_size))
+    file = SampleFile(study.scratch / f"{name}.rows", (1, tokens, study.checkpoint.config.hidden_size))
     stack.callback(file.close)
     return file
 
 
 def embed_file(
-    study: Study, name: str, rows: Sequence[NDArray], stack: ExitStack, table: Table | None = None
-) -> RowFile:
-    """Embeddings of some token rows of one length; `table` None is the original's."""
+    study: Study, name: str, samples: Sequence[NDArray], stack: ExitStack, table: Table | None = None
+) -> SampleFile:
+    """Embeddings of some token samples of one length; `table` None is the original's."""
     table = table or Table(study.checkpoint.read(f"{EMBEDDING}.weight"))
-    file = rows_file(study, name, len(rows[0]), stack)
-    for number, ids in enumerate(rows):
+    file = hidden_file(study, name, len(samples[0]), stack)
+    for number, ids in enumerate(samples):
         file.write(number, table.rows(ids)[None])
     return file
 
 
 def at_once(study: Study) -> int:
-    """Calibration rows in memory at a time."""
-    return max(1, _TOKENS_AT_ONCE // len(study.solving[0]))
+    """Calibration samples in memory at a time."""
+    return max(1, _TOKENS_AT_ONCE // len(study.calibration[0]))

@@ -15,14 +15,14 @@ from qwen3_export.core.tensor import E2M1, SCALE_TYPES, QuantizedTensor
 from qwen3_export.errors import RecipeError
 from qwen3_export.model.activations import largest_unit
 from qwen3_export.model.workers import Workers
-from qwen3_export.solve.method import Group, Solved, not_finite, ratio
+from qwen3_export.solve.method import LinearGroup, SolvedWeight, not_finite, ratio
 from qwen3_export.solve.rounding.grid import TORCH_SCALES, Grid
 
 ROWS_AT_ONCE = 512
 _ENERGY_STRIP = 256
 
 
-def row_pieces(weight: Tensor, scheme: QuantScheme, at_once: int = ROWS_AT_ONCE) -> list[slice]:
+def row_chunks(weight: Tensor, scheme: QuantScheme, at_once: int = ROWS_AT_ONCE) -> list[slice]:
     """Slices of output rows, cut the same way whatever the number of threads, never through a scale's rows."""
     rows, together = weight.shape[0], scheme.rows_per_scale(weight.shape[0])
     step = max(at_once // together, 1) * together
@@ -37,7 +37,7 @@ def check_finite(name: str, weight: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Rows:
+class SolvedRows:
     """Some solved output rows: grid, codes in fp32 or as bytes, their squared error and what it is relative to."""
 
     grid: Grid
@@ -47,17 +47,17 @@ class Rows:
 
 
 def solve_rows(
-    name: str, weight: Tensor, group: Group, solve: Callable[[slice], Rows], pool: Workers,
+    name: str, weight: Tensor, group: LinearGroup, solve: Callable[[slice], SolvedRows], pool: Workers,
     global_scale: float = 1.0, cut: Sequence[slice] | None = None,
-) -> Solved:  # fmt: skip
+) -> SolvedWeight:  # fmt: skip
     """Solve a weight `[out, in]` by pieces of output rows (`cut`) and join them into one tensor for the disk."""
     scheme = group.schemes[name]
 
-    def piece_of(rows: slice) -> Rows:
+    def piece_of(rows: slice) -> SolvedRows:
         solved = solve(rows)
         return replace(solved, codes=_code_bytes(solved.codes, scheme))
 
-    pieces = pool.map(piece_of, cut or row_pieces(weight, scheme))
+    pieces = pool.map(piece_of, cut or row_chunks(weight, scheme))
     codes = torch.cat([piece.codes for piece in pieces]).numpy()
     scales = torch.cat([piece.grid.scales for piece in pieces])
     if scheme.scale_dtype == "e4m3":
@@ -77,7 +77,7 @@ def solve_rows(
         global_scale=global_scale if scheme.scale_dtype == "e4m3" else None,
         input_scale=_input_scale(group.input_peak, scheme) if static else None,
     )
-    return Solved(tensor, ratio(name, sum(piece.error for piece in pieces), sum(piece.total for piece in pieces)))
+    return SolvedWeight(tensor, ratio(name, sum(piece.error for piece in pieces), sum(piece.total for piece in pieces)))
 
 
 def _code_bytes(codes: Tensor, scheme: QuantScheme) -> Tensor:
@@ -108,7 +108,7 @@ def _to_numpy(tensor: Tensor) -> Any:
     return tensor.numpy()
 
 
-def check_inputs(group: Group) -> None:
+def check_inputs(group: LinearGroup) -> None:
     """Raise RecipeError when the group's inputs hold NaN or infinity."""
     # The sum is not finite as soon as one element is not, and costs a tenth of asking every element.
     if group.hessian is not None and not torch.isfinite(group.hessian.sum(dtype=torch.float64)):
@@ -116,8 +116,8 @@ def check_inputs(group: Group) -> None:
         raise RecipeError(f"{first}: its inputs hold NaN or infinity", "the checkpoint is damaged, or its config wrong")
 
 
-def energy(matrix: Tensor, hessian: Tensor | None, products: torch.dtype = torch.float32) -> float:
-    """tr(M H Mᵀ), or tr(M Mᵀ) without inputs, summed in fp64; M H in `products`, whose roundings average out.
+def quadratic_form(matrix: Tensor, hessian: Tensor | None, matmul_dtype: torch.dtype = torch.float32) -> float:
+    """tr(M H Mᵀ), or tr(M Mᵀ) without inputs, summed in fp64; M H in `matmul_dtype`, whose roundings average out.
 
     H is symmetric: of what lies beside its diagonal blocks one half is multiplied, and counted twice.
     """
@@ -126,7 +126,7 @@ def energy(matrix: Tensor, hessian: Tensor | None, products: torch.dtype = torch
     total = 0.0
     for begin in range(0, len(hessian), _ENERGY_STRIP):
         own = slice(begin, min(begin + _ENERGY_STRIP, len(hessian)))
-        through = (matrix[:, own].to(products) @ hessian[own, begin:].to(products)) * matrix[:, begin:]
+        through = (matrix[:, own].to(matmul_dtype) @ hessian[own, begin:].to(matmul_dtype)) * matrix[:, begin:]
         inside = through[:, : own.stop - begin].sum(dtype=torch.float64)
         total += 2 * float(through.sum(dtype=torch.float64)) - float(inside)
     return total

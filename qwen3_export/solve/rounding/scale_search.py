@@ -24,7 +24,7 @@ ROUNDED_AT_ONCE = 1 << 19
 # Bits of fp32's mantissa that a scale's type lacks.
 _DROPPED = {"bf16": 16, "fp16": 13, "fp32": 0}
 Array = NDArray[np.float32]
-Found = tuple[Array, Array, NDArray[np.uint8], float, float]
+RoundedGroups = tuple[Array, Array, NDArray[np.uint8], float, float]
 
 
 def is_compiled(scheme: QuantScheme, device: str = "cpu") -> bool:
@@ -51,7 +51,7 @@ def numbers_to_try(every: bool) -> list[int]:
 def round_groups(
     weight: NDArray, length: int, scheme: QuantScheme, search: bool, importance: Array | None = None,
     with_codes: bool = True,
-) -> Found:  # fmt: skip
+) -> RoundedGroups:  # fmt: skip
     """Scales and zeros `[rows, groups]` in fp32, codes uint8 `[rows, in]`, Σ δ² and Σ w² of a weight `[rows, in]`.
 
     `length` neighbours share a scale, which covers their range, or after a search the share of it with the least

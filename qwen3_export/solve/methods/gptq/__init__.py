@@ -23,14 +23,14 @@ from torch import Tensor
 
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.workers import Workers
-from qwen3_export.solve.method import FOLDS, Group, Solved, check_choice
+from qwen3_export.solve.method import FOLDS, LinearGroup, SolvedWeight, check_choice
 from qwen3_export.solve.methods.gptq.cholesky import Factor, damped, factorise
 from qwen3_export.solve.methods.gptq.columns import multiply, round_block
-from qwen3_export.solve.methods.gptq.noise_shaping import factors, shaped, tasks
+from qwen3_export.solve.methods.gptq.noise_shaping import fisher_factors, row_tasks, solve_shaped
 from qwen3_export.solve.methods.gptq.refine import descend, group_order, refit_scales, search_columns
-from qwen3_export.solve.methods.gptq.target_shift import prepare, start_factors
+from qwen3_export.solve.methods.gptq.target_shift import start_shift_factors, target_shift_of
 from qwen3_export.solve.rounding.grid import Grid, find_grid, shared_global_scale
-from qwen3_export.solve.rounding.row_chunks import Rows, check_finite, check_inputs, energy, solve_rows
+from qwen3_export.solve.rounding.row_chunks import SolvedRows, check_finite, check_inputs, quadratic_form, solve_rows
 
 SEARCHES = ("absmax", "mse", "solve")
 _BLOCK = 128
@@ -75,12 +75,12 @@ def needs_original(options: Options) -> bool:
     return options.target_shift
 
 
-def needs_outputs(options: Options) -> int:
+def fisher_samples(options: Options) -> int:
     """Rows of the backward pass."""
     return options.output_rows
 
 
-def solve(group: Group, options: Options, pool: Workers) -> dict[str, Solved]:
+def solve(group: LinearGroup, options: Options, pool: Workers) -> dict[str, SolvedWeight]:
     """Solve all linears of the group against their common Hessian; error = tr(ΔHΔᵀ) / tr(WHWᵀ).
 
     Raises RecipeError for inputs or weights that are not finite.
@@ -89,17 +89,17 @@ def solve(group: Group, options: Options, pool: Workers) -> dict[str, Solved]:
     if hessian is None:
         raise ValueError("GPTQ was called without inputs")
     check_inputs(group)
-    compared = group.compared if options.target_shift else None
-    begun = start_factors(compared, options.percdamp, pool) if compared else []
+    paired = group.paired if options.target_shift else None
+    shift_factors = start_shift_factors(paired, options.percdamp, pool) if paired else []
     problems = {scheme: _problem(group, scheme, options, pool) for scheme in set(group.schemes.values())}
-    shift = prepare(compared, begun, pool) if compared and begun else None
+    shift = target_shift_of(paired, shift_factors, pool) if paired and shift_factors else None
     solved = {}
     for name, weight in group.weights.items():
         check_finite(name, weight)
         problem = problems[group.schemes[name]]
         target = weight if shift is None else shift.target(weight, pool)
 
-        uppers = factors(group.outputs.get(name, []))
+        uppers = fisher_factors(group.fisher.get(name, []))
         cut = _cut(weight, group.schemes[name], uppers)
 
         def piece(
@@ -107,14 +107,19 @@ def solve(group: Group, options: Options, pool: Workers) -> dict[str, Solved]:
             target: Tensor = target,
             problem: Problem = problem,
             uppers: list[Tensor] = uppers,
-        ) -> Rows:
+        ) -> SolvedRows:
             own = [upper for begin, upper in _placed(uppers) if rows.start <= begin < rows.stop]
-            solve_rows_of = partial(_solve_rows, problem=problem, options=options, products=pool.products)
+            solve_rows_of = partial(_solve_rows, problem=problem, options=options, matmul_dtype=pool.matmul_dtype)
             part = target[rows]
-            grid, codes = shaped(part, own, solve_rows_of, problem.scheme) if own else solve_rows_of(part)
+            grid, codes = solve_shaped(part, own, solve_rows_of, problem.scheme) if own else solve_rows_of(part)
             full = grid.columns(part.shape)
             delta = (codes - full.zeros) * full.scales - part
-            return Rows(grid, codes, energy(delta, hessian, pool.products), energy(part, hessian, pool.products))
+            return SolvedRows(
+                grid,
+                codes,
+                quadratic_form(delta, hessian, pool.matmul_dtype),
+                quadratic_form(part, hessian, pool.matmul_dtype),
+            )
 
         solved[name] = solve_rows(name, weight, group, piece, pool, problem.global_scale, cut)
     return solved
@@ -132,7 +137,7 @@ def _cut(weight: Tensor, scheme: QuantScheme, uppers: list[Tensor]) -> list[slic
         uppers.clear()
         return None
     begins = [*(begin for begin, _ in _placed(uppers)), len(weight)]
-    return [slice(begins[task.start], begins[task.stop]) for task in tasks(len(uppers))]
+    return [slice(begins[task.start], begins[task.stop]) for task in row_tasks(len(uppers))]
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,7 @@ class Problem:
     global_scale: float = 1.0
 
 
-def _problem(group: Group, scheme: QuantScheme, options: Options, pool: Workers) -> Problem:
+def _problem(group: LinearGroup, scheme: QuantScheme, options: Options, pool: Workers) -> Problem:
     hessian, (first, *_) = group.hessian, group.weights
     assert hessian is not None
     order = None
@@ -158,24 +163,24 @@ def _problem(group: Group, scheme: QuantScheme, options: Options, pool: Workers)
 
 
 def _solve_rows(
-    weight: Tensor, problem: Problem, options: Options, products: torch.dtype = torch.float32
+    weight: Tensor, problem: Problem, options: Options, matmul_dtype: torch.dtype = torch.float32
 ) -> tuple[Grid, Tensor]:
     scheme, factor, unit = problem.scheme, problem.factor, problem.global_scale
     if options.scale_search == "solve" and scheme.strategy == "group":
-        codes, grid = search_columns(weight, scheme, factor.order, factor.upper, unit, products)
+        codes, grid = search_columns(weight, scheme, factor.order, factor.upper, unit, matmul_dtype)
     else:
         search = "mse" if options.scale_search == "solve" else options.scale_search
         grid = find_grid(weight, scheme, search, problem.hessian.diagonal(), unit)
-        codes = round_columns(weight, grid.columns(weight.shape), factor, products)
+        codes = round_columns(weight, grid.columns(weight.shape), factor, matmul_dtype)
     for turn in range(options.descent):
         if turn > 0 and scheme.per_row:
             assert problem.damped is not None
             grid = refit_scales(weight, codes, grid, problem.damped, unit)
-        codes = descend(weight, codes, grid, factor.damped, factor.order, products)
+        codes = descend(weight, codes, grid, factor.damped, factor.order, matmul_dtype)
     return grid, codes
 
 
-def round_columns(weight: Tensor, grid: Grid, factor: Factor, products: torch.dtype = torch.float32) -> Tensor:
+def round_columns(weight: Tensor, grid: Grid, factor: Factor, matmul_dtype: torch.dtype = torch.float32) -> Tensor:
     """Codes `[out, in]` in fp32; `grid` has one entry per column."""
     # Columns are rows here, so that the innermost work is on contiguous memory.
     rest = weight.T[factor.order].contiguous()
@@ -185,7 +190,7 @@ def round_columns(weight: Tensor, grid: Grid, factor: Factor, products: torch.dt
     for begin in range(0, count, _BLOCK):
         own = slice(begin, min(begin + _BLOCK, count))
         codes[own], errors = round_block(rest[own], scales[own], zeros[own], upper[own, own], grid.scheme)
-        rest[own.stop :].sub_(multiply(upper[own, own.stop :].T, errors, products))
+        rest[own.stop :].sub_(multiply(upper[own, own.stop :].T, errors, matmul_dtype))
     result = torch.empty_like(codes)
     result[factor.order] = codes
     return result.T.contiguous()

@@ -84,9 +84,9 @@ def descend_block(
     return steps
 
 
-def multiply(left: Tensor, right: Tensor, products: torch.dtype) -> Tensor:
+def multiply(left: Tensor, right: Tensor, matmul_dtype: torch.dtype) -> Tensor:
     """`left @ right`, in the type that is given: rounding errors of 16 bits are a hundredth of what 8 bits leave."""
-    return left.to(products) @ right.to(products)
+    return left.to(matmul_dtype) @ right.to(matmul_dtype)
 
 
 def _is_compiled(values: Tensor, scheme: QuantScheme) -> bool:

@@ -31,7 +31,7 @@ _TASKS = 2
 Solve = Callable[[Tensor], tuple[Grid, Tensor]]
 
 
-def factors(pieces: Sequence[Tensor]) -> list[Tensor]:
+def fisher_factors(pieces: Sequence[Tensor]) -> list[Tensor]:
     """U of each piece `[n, n]`; the identity where the model's answer depends on none of its rows."""
     found = []
     for piece in pieces:
@@ -45,13 +45,13 @@ def factors(pieces: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def tasks(count: int) -> list[slice]:
+def row_tasks(count: int) -> list[slice]:
     """Pieces that are solved in step, at most `_TASKS` tasks: one batch then takes rows of all of them."""
     step = math.ceil(count / _TASKS)
     return [slice(begin, min(begin + step, count)) for begin in range(0, count, step)]
 
 
-def shaped(weight: Tensor, uppers: Sequence[Tensor], solve: Solve, scheme: QuantScheme) -> tuple[Grid, Tensor]:
+def solve_shaped(weight: Tensor, uppers: Sequence[Tensor], solve: Solve, scheme: QuantScheme) -> tuple[Grid, Tensor]:
     """Solve rows `[out, in]` whose pieces have the factors `uppers`; the grid and codes of all rows."""
     lengths = [len(upper) for upper in uppers]
     rest = list(torch.split(weight.clone(), lengths))

@@ -33,7 +33,7 @@ def group_order(hessian: Tensor, length: int) -> Tensor:
 
 def search_columns(
     weight: Tensor, scheme: QuantScheme, order: Tensor, upper: Tensor, global_scale: float = 1.0,
-    products: torch.dtype = torch.float32,
+    matmul_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Grid]:  # fmt: skip
     """GPTQ with the scale search inside; `order` from `group_order`. Codes `[out, in]` and their grid."""
     length = scheme.group_length(weight.shape[1])
@@ -50,12 +50,12 @@ def search_columns(
         group = int(order[begin]) // length
         scales[group], zeros[group] = (values.gather(0, best.unsqueeze(0))[0] for values in tried)
         codes[order[begin:end]] = found
-        rest[end:].sub_(multiply(upper[begin:end, end:].T, errors, products))
+        rest[end:].sub_(multiply(upper[begin:end, end:].T, errors, matmul_dtype))
     return codes.T.contiguous(), Grid(scheme, scales.T.contiguous(), zeros.T.contiguous())
 
 
 def descend(
-    weight: Tensor, codes: Tensor, grid: Grid, ordered: Tensor, order: Tensor, products: torch.dtype = torch.float32
+    weight: Tensor, codes: Tensor, grid: Grid, ordered: Tensor, order: Tensor, matmul_dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """One pass of coordinate descent over all columns in `order`; new codes `[out, in]`.
 
@@ -64,12 +64,12 @@ def descend(
     full = grid.columns(weight.shape)
     scales, zeros, target, work = (m.T[order].contiguous() for m in (full.scales, full.zeros, weight, codes))
     values = (work - zeros) * scales
-    gradient = multiply(ordered, values - target, products).float()
+    gradient = multiply(ordered, values - target, matmul_dtype).float()
     for begin in range(0, len(work), _BLOCK):
         own = slice(begin, min(begin + _BLOCK, len(work)))
         block = ordered[own, own]
         steps = descend_block(values[own], scales[own], zeros[own], block, gradient[own], work[own], grid.scheme)
-        gradient[own.stop :].add_(multiply(ordered[own.stop :, own], steps, products))
+        gradient[own.stop :].add_(multiply(ordered[own.stop :, own], steps, matmul_dtype))
     result = torch.empty_like(work)
     result[order] = work
     return result.T.contiguous()

@@ -8,7 +8,7 @@ X are the inputs in the quantized model, X̃ in the original; R̃ and R, the res
 is added to, only for the linears that write there. Their X̃ Wᵀ + R̃ is what the original has behind them, so
 that the moments of X̃ itself, several times as large, are not needed. In aim this is GPTAQ (Li et al. 2025).
 
-The full step fits the calibration text, so it is shortened to what held-out calibration rows confirm: their
+The full step fits the calibration text, so it is shortened to what held-out calibration samples confirm: their
 error is a parabola in α, and the α in [0, 1] that minimises it is taken, for each linear. The step itself
 is then made anew from all rows. With fewer than eight rows none is held out, and nothing is shifted.
 """
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qwen3_export.model.workers import Workers, results
-from qwen3_export.solve.calibration.moments import Compared, Moments
+from qwen3_export.solve.calibration.moments import Moments, PairedMoments
 from qwen3_export.solve.methods.gptq.cholesky import damped
 from qwen3_export.solve.methods.gptq.columns import multiply
 
@@ -42,15 +42,15 @@ class _Step:
     lower: Tensor
     direct: Tensor | None
 
-    def of(self, weight: Tensor, rows: slice, products: torch.dtype) -> Tensor:
+    def of(self, weight: Tensor, rows: slice, matmul_dtype: torch.dtype) -> Tensor:
         if self.direct is not None:
-            return multiply(weight[rows], self.direct, products).float()
+            return multiply(weight[rows], self.direct, matmul_dtype).float()
         # Not in 16 bits: what is missing is the small difference of two large numbers.
         return _solved(_missing(weight, rows, self.moments, torch.float32), self.lower)
 
 
 @dataclass(frozen=True)
-class Shift:
+class TargetShift:
     """What all linears with the same inputs share."""
 
     held_out: Moments
@@ -61,34 +61,34 @@ class Shift:
         """The weight `[out, in]` to quantize in place of `weight`."""
         some = range(0, len(weight), CONFIRM_EVERY)
         cuts = [some[i : i + _CONFIRMED] for i in range(0, len(some), _CONFIRMED)]
-        parts = pool.map(partial(self._confirm, weight, pool.products), cuts)
+        parts = pool.map(partial(self._confirm, weight, pool.matmul_dtype), cuts)
         confirmed, curvature = (sum(part[i] for part in parts) for i in range(2))
         alpha = min(max(confirmed / curvature, 0.0), 1.0) if curvature > 0 else 0.0
-        steps = pool.map(partial(self.both.of, weight, products=pool.products), _pieces(weight))
+        steps = pool.map(partial(self.both.of, weight, matmul_dtype=pool.matmul_dtype), _pieces(weight))
         return weight + alpha * torch.cat(steps)
 
-    def _confirm(self, weight: Tensor, products: torch.dtype, rows: range) -> tuple[float, float]:
+    def _confirm(self, weight: Tensor, matmul_dtype: torch.dtype, rows: range) -> tuple[float, float]:
         """Slope and curvature of the held-out error along the step that the other rows want."""
         some = slice(rows.start, rows.stop, rows.step)
-        step = self.fitted.of(weight, some, products)
-        confirmed = (step * _missing(weight, some, self.held_out, products)).sum(dtype=torch.float64)
-        curvature = (multiply(step, self.held_out.hessian, products) * step).sum(dtype=torch.float64)
+        step = self.fitted.of(weight, some, matmul_dtype)
+        confirmed = (step * _missing(weight, some, self.held_out, matmul_dtype)).sum(dtype=torch.float64)
+        curvature = (multiply(step, self.held_out.hessian, matmul_dtype) * step).sum(dtype=torch.float64)
         return float(confirmed), float(curvature)
 
 
-def start_factors(moments: Compared, percdamp: float, pool: Workers) -> list[Future[Tensor | None]]:
+def start_shift_factors(moments: PairedMoments, percdamp: float, pool: Workers) -> list[Future[Tensor | None]]:
     """Start to factorise H + λI for a group of linears, λ `percdamp` times the mean diagonal; nothing where no rows
     are held out."""
     parts = (moments.fitted, moments.both) if moments.held_out.tokens else ()
     return [pool.start(partial(_factor, percdamp, part)) for part in parts]
 
 
-def prepare(moments: Compared, begun: list[Future[Tensor | None]], pool: Workers) -> Shift | None:
+def target_shift_of(moments: PairedMoments, factors: list[Future[Tensor | None]], pool: Workers) -> TargetShift | None:
     """The shift of a group whose factors were begun; None when H is not definite."""
-    fitted, both = results(begun)
+    fitted, both = results(factors)
     if fitted is None or both is None:
         return None
-    return Shift(moments.held_out, _step(moments.fitted, fitted, pool), _step(moments.both, both, pool))
+    return TargetShift(moments.held_out, _step(moments.fitted, fitted, pool), _step(moments.both, both, pool))
 
 
 def _factor(percdamp: float, moments: Moments) -> Tensor | None:
@@ -114,9 +114,9 @@ def _solved(rows: Tensor, lower: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(lower, half, upper=False, left=False)
 
 
-def _missing(weight: Tensor, rows: slice, moments: Moments, products: torch.dtype) -> Tensor:
+def _missing(weight: Tensor, rows: slice, moments: Moments, matmul_dtype: torch.dtype) -> Tensor:
     """`W·drift` or `target − W H`: the missing output's correlation with the inputs, `[rows, in]`."""
     if moments.target is not None:
-        return moments.target[rows] - multiply(weight[rows], moments.hessian, products)
+        return moments.target[rows] - multiply(weight[rows], moments.hessian, matmul_dtype)
     assert moments.drift is not None
-    return multiply(weight[rows], moments.drift, products).float()
+    return multiply(weight[rows], moments.drift, matmul_dtype).float()

@@ -1,4 +1,4 @@
-"""Documents cut into rows of token ids, for calibration and for held-out text."""
+"""Documents cut into samples of token ids, for calibration and for held-out text."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ _SHORTEST_WINDOW = 16
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Token rows with their domains, the hash of exactly these ids, and how many documents of each
-    form (see `form_of`) the rows were cut from, where that is known."""
+class Samples:
+    """Token sequences with their domains.
+
+    `documents` counts by form (see `form_of`) the documents that they were cut from, where that is known.
+    """
 
     ids: tuple[NDArray[np.int32], ...]
     domains: tuple[str, ...]
@@ -31,22 +33,22 @@ class Rows:
     @property
     def tokens(self) -> int:
         """Tokens in total."""
-        return sum(len(row) for row in self.ids)
+        return sum(len(ids) for ids in self.ids)
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the ids, row lengths included."""
+        """SHA-256 of the ids, lengths included."""
         digest = hashlib.sha256()
-        for row in self.ids:
-            digest.update(len(row).to_bytes(8, "little") + row.astype("<i4").tobytes())
+        for ids in self.ids:
+            digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i4").tobytes())
         return digest.hexdigest()
 
 
-def calibration_rows(tokenizer: TextModel, documents: list[Document], samples: int, length: int, seed: int) -> Rows:
-    """At most `samples` rows of exactly `length` tokens, spread evenly over the domains.
+def calibration_samples(tokenizer: TextModel, documents: list[Document], count: int, length: int, seed: int) -> Samples:
+    """At most `count` samples of exactly `length` tokens, spread evenly over the domains.
 
-    The documents of a domain are shuffled, joined and cut; rows are then taken from the domains in
-    turn. Fewer rows come back when the text is too short; none at all is an InputError.
+    The documents of a domain are shuffled, joined and cut; samples are then taken from the domains in
+    turn. Fewer come back when the text is too short; none at all is an InputError.
     """
     random = np.random.default_rng(seed)
     per_domain, forms = [], list[str]()
@@ -57,10 +59,10 @@ def calibration_rows(tokenizer: TextModel, documents: list[Document], samples: i
         stream = np.concatenate(pieces)
         owners = np.repeat(np.arange(len(pieces)) + len(forms), [len(piece) for piece in pieces])
         forms += [form_of(text, not isinstance(document.content, str)) for text, document in texts]
-        count = len(stream) // length
-        rows, owned = (values[: count * length].reshape(count, length) for values in (stream, owners))
-        per_domain.append([(rows[i], domain, owned[i]) for i in random.permutation(count)])
-    chosen = [item for turn in _zip_longest(per_domain) for item in turn][:samples]
+        whole = len(stream) // length
+        cut, owned = (values[: whole * length].reshape(whole, length) for values in (stream, owners))
+        per_domain.append([(cut[i], domain, owned[i]) for i in random.permutation(whole)])
+    chosen = [item for turn in _zip_longest(per_domain) for item in turn][:count]
     if not chosen:
         raise InputError(
             f"the calibration text has fewer than {length} tokens in every domain",
@@ -68,7 +70,7 @@ def calibration_rows(tokenizer: TextModel, documents: list[Document], samples: i
         )
     ids, domains, owned_by = zip(*chosen, strict=True)
     counted = Counter(forms[i] for i in np.unique(np.concatenate(owned_by)))
-    return Rows(ids, domains, dict(sorted(counted.items())))
+    return Samples(ids, domains, dict(sorted(counted.items())))
 
 
 def _zip_longest(lists: list[list[Any]]) -> Iterator[list[Any]]:
@@ -76,7 +78,7 @@ def _zip_longest(lists: list[list[Any]]) -> Iterator[list[Any]]:
         yield [items[turn] for items in lists if turn < len(items)]
 
 
-def heldout_rows(tokenizer: TextModel, documents: list[Document], length: int) -> Rows:
+def heldout_samples(tokenizer: TextModel, documents: list[Document], length: int) -> Samples:
     """Every document cut into windows of at most `length` tokens, tails under 16 tokens dropped."""
     ids, domains = [], []
     for document in documents:
@@ -88,13 +90,13 @@ def heldout_rows(tokenizer: TextModel, documents: list[Document], length: int) -
                 domains.append(document.domain)
     if not ids:
         raise InputError("the held-out text has no window of 16 tokens", "give more text with --text")
-    return Rows(tuple(ids), tuple(domains))
+    return Samples(tuple(ids), tuple(domains))
 
 
-def spread(rows: Rows, tokens: int | None) -> Rows:
-    """At most `tokens` tokens of the rows, whole rows, taken evenly over the text and its domains."""
-    if tokens is None or rows.tokens <= tokens:
-        return rows
-    count = max(1, len(rows.ids) * tokens // rows.tokens)
-    chosen = np.linspace(0, len(rows.ids) - 1, count).astype(int)
-    return Rows(tuple(rows.ids[i] for i in chosen), tuple(rows.domains[i] for i in chosen))
+def subsample(samples: Samples, tokens: int | None) -> Samples:
+    """At most `tokens` tokens, whole samples, taken evenly over the text and its domains."""
+    if tokens is None or samples.tokens <= tokens:
+        return samples
+    count = max(1, len(samples.ids) * tokens // samples.tokens)
+    chosen = np.linspace(0, len(samples.ids) - 1, count).astype(int)
+    return Samples(tuple(samples.ids[i] for i in chosen), tuple(samples.domains[i] for i in chosen))

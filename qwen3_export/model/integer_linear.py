@@ -83,7 +83,7 @@ def _multiply(
     x: NDArray[np.int16], steps: Array, sums: NDArray[np.int32],
     codes: NDArray[np.int16], zeros: NDArray[np.int32], scales: Array, out: Array,
 ) -> None:  # fmt: skip
-    """Add all products to `out`; for the shapes see `Coded` and `_round`."""
+    """Add all products to `out`; for the shapes see `IntegerLinear` and `_round`."""
     tokens, inputs = x.shape
     groups = steps.shape[1]
     length = inputs // groups
@@ -133,7 +133,7 @@ def _round(
 
 
 @dataclass(frozen=True)
-class Coded:
+class IntegerLinear:
     """A linear `[out, in]` in the order in which it is multiplied: outputs in panels of 16, filled up.
 
     `codes` int16 `[panels, in / 2, 16, 2]` and `zeros` int32 `[panels, groups, 16]` are less the midpoint, `scales` are
@@ -160,7 +160,7 @@ class Coded:
         return out[:tokens, : self.out_features].reshape(*x.shape[:-1], self.out_features)
 
 
-def coded(tensor: QuantizedTensor) -> Coded | None:
+def from_codes(tensor: QuantizedTensor) -> IntegerLinear | None:
     """The codes themselves; None where the tensor's scheme or shape does not fit."""
     scheme, width = tensor.scheme, tensor.shape[1]
     length = scheme.group_length(width)
@@ -173,7 +173,7 @@ def coded(tensor: QuantizedTensor) -> Coded | None:
     return _in_panels(codes, shifts.astype(np.int32) - scheme.midpoint, scales, np.ones(width, np.float32), _OF_CODES)
 
 
-def rounded(weight: Tensor) -> Coded | None:
+def from_weight(weight: Tensor) -> IntegerLinear | None:
     """Any weight `[out, in]` in twelve bits, one scale per row and group; None where no group fits.
 
     The weights of an input come near to one by a power of two, which the input is multiplied by: where they are small
@@ -198,7 +198,7 @@ def _group(length: int) -> int | None:
 
 def _in_panels(
     codes: NDArray[np.int16], zeros: NDArray[np.int32], scales: Array, factors: Array, largest: int
-) -> Coded:
+) -> IntegerLinear:
     out_features, width = codes.shape
 
     def rows(values: NDArray) -> NDArray:
@@ -207,4 +207,4 @@ def _in_panels(
 
     pairs = rows(codes).reshape(-1, _OUTPUTS, width // 2, 2).transpose(0, 2, 1, 3)
     shifts, steps = (np.ascontiguousarray(rows(each).transpose(0, 2, 1)) for each in (zeros, scales))
-    return Coded(out_features, np.ascontiguousarray(pairs), shifts, steps, factors, largest)
+    return IntegerLinear(out_features, np.ascontiguousarray(pairs), shifts, steps, factors, largest)
