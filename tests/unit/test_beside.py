@@ -72,12 +72,12 @@ def test_the_original_is_given_every_nth_row(every: int) -> None:
     job = job_of(every, SAMPLES)
     assert job.samples_of(ORIGINAL) == BESIDE[every]
     assert job.samples_of(QUANTIZED) == list(range(SAMPLES))
-    assert job.streams == (QUANTIZED, ORIGINAL)
+    assert job.models == (QUANTIZED, ORIGINAL)
 
 
 def test_the_original_does_not_run_where_there_is_no_row_for_it() -> None:
-    assert job_of(4, 3).streams == (QUANTIZED,)
-    assert job_of(4, 4).streams == (QUANTIZED, ORIGINAL)
+    assert job_of(4, 3).models == (QUANTIZED,)
+    assert job_of(4, 4).models == (QUANTIZED, ORIGINAL)
 
 
 @pytest.mark.parametrize("every", [0, 3, 8])

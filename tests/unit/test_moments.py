@@ -224,7 +224,7 @@ def test_parts_are_collected_as_each_is_alone(pool: Workers, dtype: torch.dtype,
 
 def test_sizes_are_left_out_where_nobody_asks(pool: Workers) -> None:
     tokens = Tokens(96, torch.float32)
-    found = collect_moments(partial(tokens.sample, False), range(ROWS), AT_ONCE, 96, "cpu", pool, sizes=False)
+    found = collect_moments(partial(tokens.sample, False), range(ROWS), AT_ONCE, 96, "cpu", pool, magnitudes=False)
     assert found.mean_abs is None
     assert found.peak is None
     with_sizes = collect_moments(partial(tokens.sample, False), range(ROWS), AT_ONCE, 96, "cpu", pool)

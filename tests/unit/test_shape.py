@@ -52,7 +52,7 @@ def plain_information(folder: Path, text: Samples, seed: int) -> dict[tuple[int,
             weights = {name: weight.double() for name, weight in load_block(checkpoint, layer).weights.items()}
             made: dict[str, torch.Tensor] = {}
             rope = tuple(table.double() for table in rope_tables(config, 0, len(ids)))
-            state = Block(config, layer, weights, fisher=made).forward(state, (rope[0], rope[1]))
+            state = Block(config, layer, weights, outputs=made).forward(state, (rope[0], rope[1]))
             taps |= {(layer, name): value for name, value in made.items() if name.endswith("_proj")}
         logits = rms_norm(state[0], norm, config.rms_norm_eps) @ head.T
         # The same labels as the streamed pass draws, from its fp32 probabilities.
