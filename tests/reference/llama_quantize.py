@@ -119,7 +119,7 @@ def quantize(
     source: Path, output: Path, ftype: int, importance: Mapping[str, NDArray] | None = None,
     patterns: Sequence[tuple[str, str]] = (), threads: int = 1,
 ) -> None:  # fmt: skip
-    """Write a quantized file as `llama-quantize` does, with the importance `{tensor: [inputs, or experts · inputs]}`."""
+    """Write a quantized file as `llama-quantize` does; importance `{tensor: [inputs, or experts · inputs]}`."""
     params = default_params()
     params.ftype, params.nthread = ftype, threads
     kept = [
