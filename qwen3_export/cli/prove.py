@@ -75,7 +75,7 @@ def validate(
     """Measure accuracy drift in the artifact's own runtime; exit 1 when a limit is exceeded."""
     from qwen3_export.prove.gate import CHOICES
     from qwen3_export.prove.limits import parse_limit, read_limits
-    from qwen3_export.prove.report import write_report
+    from qwen3_export.prove.report import append_summary, write_report
     from qwen3_export.prove.validate import open_reference
     from qwen3_export.prove.validate import validate as run
     from qwen3_export.run.session import RuntimeOptions
@@ -92,6 +92,7 @@ def validate(
     result = run(paths, truth, limits, RuntimeOptions(threads=threads, exact=exact), show, on)
     if report:
         write_report(report, result, force)
+    append_summary(result, "Validation")
     if truth.is_lower_bound and "max_kl" in limits:
         show.say("note: the reference keeps the likeliest tokens only: KL is a lower bound, a pass of max_kl is weak")
     show.result(result, lambda: _validated(result))
@@ -101,6 +102,7 @@ def validate(
 
 def _validated(result: dict[str, Any]) -> None:
     from qwen3_export.prove.gate import doubt, explain
+    from qwen3_export.prove.report.numbers import span
 
     rows = [
         [
@@ -108,7 +110,7 @@ def _validated(result: dict[str, Any]) -> None:
             item["runtime"],
             str(item["tokens"]),
             nats(item),
-            f"{item['kl_ci95'][0]:.5f} … {item['kl_ci95'][1]:.5f}",
+            span(item["kl_ci95"], 5),
             f"{100 * item['top1_agreement']:.2f} %",
             f"{item['ppl_ratio']:.4f}",
             f"{item['generation']['loops']}/{item['generation']['loops_reference']}",
@@ -164,7 +166,7 @@ def bench(
     """Measure prefill, decode, load time and peak memory on this device."""
     from qwen3_export.prove.latency import Workload, judged
     from qwen3_export.prove.latency import bench as run
-    from qwen3_export.prove.report import write_report
+    from qwen3_export.prove.report import append_summary, write_report
 
     show = console(json, quiet, verbose)
     if report:
@@ -174,6 +176,7 @@ def bench(
     result = judged(run([find(artifact) for artifact in artifacts], workload, show), limits)
     if report:
         write_report(report, result, force, title="Latency")
+    append_summary(result, "Latency")
     show.result(result, lambda: _benched(result))
     if not result["passed"]:
         raise typer.Exit(1)

@@ -16,6 +16,7 @@ from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.core.tensorfile import TensorFileWriter
 from qwen3_export.errors import InputError, MissingRuntimeError
 from qwen3_export.prove.reference import Continuations, Truth, answer_specs, file_metadata, full_truth, top_of
+from qwen3_export.prove.sidecars import read_sidecars
 from qwen3_export.run.session import check_logits
 from qwen3_export.text.samples import Samples
 
@@ -42,6 +43,8 @@ class LiveReference:
         if max(int(ids.max()) for ids in samples.ids) >= self.vocab_size:
             raise InputError(f"{checkpoint.folder}: the tokenizer has more tokens than the model's vocabulary")
         self.source_sha256 = checkpoint.sha256
+        has_tokenizer = (checkpoint.folder / "tokenizer.json").is_file()
+        self.sidecars = read_sidecars(checkpoint.folder) if has_tokenizer else None
         with workers() as pool:
             self._decoder = Decoder(checkpoint, pool)
             with progress.bar(f"original {checkpoint.name}", checkpoint.config.num_layers) as tick:
@@ -84,6 +87,7 @@ def write_reference(
                 "vocab_size": live.vocab_size,
                 "top_k": top_k,
                 "rows_sha256": samples.sha256,
+                **({"sidecars": live.sidecars.to_json()} if live.sidecars else {}),
             },
             domains,
         )

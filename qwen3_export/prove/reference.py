@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.tensorfile import Spec, TensorFile
 from qwen3_export.errors import CheckpointError
+from qwen3_export.prove.sidecars import Sidecars, parse_sidecars
 from qwen3_export.text.samples import Samples
 
 FORMAT = "qwen3-export reference 1"
@@ -61,6 +62,7 @@ class Reference(Protocol):
     is_lower_bound: bool
     source_sha256: str
     continuations: Continuations
+    sidecars: Sidecars | None
 
     def truth(self, row: int) -> Truth:
         """The original's answers on one row."""
@@ -86,6 +88,7 @@ class ReferenceFile:
         try:
             domains = json.loads(metadata["domains"])
             self.vocab_size, self.source_sha256 = int(metadata["vocab_size"]), metadata["source_sha256"]
+            self.sidecars = parse_sidecars(metadata.get("sidecars"))
             self.samples = Samples(
                 tuple(self._split("tokens", "row_lengths", shortest=2)),
                 tuple(str(domains[i]) for i in self._integers("row_domains", len(domains))),

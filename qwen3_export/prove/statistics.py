@@ -18,6 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 1000
+# With fewer rows than these the resampled interval is too narrow to be believed.
+MIN_ROWS = 5
+_TWO_SIDED = 1.96
 _KL_QUANTILES = {
     "p99_9": 0.999,
     "p99": 0.99,
@@ -57,15 +60,24 @@ def ends(values: NDArray[np.float64]) -> list[float]:
 
 
 def intervals(drifts: Sequence[SampleDrift]) -> dict[str, list[float]]:
-    """95 % intervals of mean KL, top-1 agreement and perplexity ratio, `{name: [low, high]}`."""
+    """95 % intervals of mean KL, top-1 agreement and perplexity ratio, `{name: [low, high]}`.
+
+    Few rows resample to too narrow an interval, one row to none at all: then it is at least as wide as
+    that of independent positions.
+    """
     counts = np.array([len(d.kl) for d in drifts])
-    kl, top, ratio = resampled(
-        counts,
-        np.array([d.kl.sum() for d in drifts]),
-        np.array([d.same_top.sum() for d in drifts]),
-        np.array([(d.reference_logprob - d.artifact_logprob).sum() for d in drifts]),
-    )
-    return {"kl_ci95": ends(kl), "top1_ci95": ends(top), "ppl_ratio_ci95": ends(np.exp(ratio))}
+    kinds = ("kl_ci95", "top1_ci95", "ppl_ratio_ci95")
+    values = [
+        [np.asarray(v, float) for v in (d.kl, d.same_top, d.reference_logprob - d.artifact_logprob)] for d in drifts
+    ]
+    found = {}
+    for kind, parts in zip(kinds, zip(*values, strict=True), strict=True):
+        low, high = ends(resampled(counts, np.array([part.sum() for part in parts]))[0])
+        if len(counts) < MIN_ROWS:
+            mean, error = mean_and_error(np.concatenate(parts))
+            low, high = min(low, mean - _TWO_SIDED * error), max(high, mean + _TWO_SIDED * error)
+        found[kind] = [float(np.exp(low)), float(np.exp(high))] if kind == "ppl_ratio_ci95" else [low, high]
+    return found
 
 
 def row_sums(drifts: Sequence[SampleDrift], domains: Sequence[str]) -> dict[str, list[Any]]:

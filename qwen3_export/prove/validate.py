@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from qwen3_export.prove.gate import check
 from qwen3_export.prove.latency import Workload, bench
 from qwen3_export.prove.limits import is_latency, parse_limit, refuse_unmeasurable, refuse_without_experts
 from qwen3_export.prove.reference import Reference, ReferenceFile
+from qwen3_export.prove.sidecars import compare_sidecars
 from qwen3_export.run.artifact import artifact_bytes, artifact_coverage, open_session
 from qwen3_export.run.session import RuntimeOptions
 from qwen3_export.text.documents import load_documents
@@ -80,6 +82,7 @@ def _validate_one(
     options: RuntimeOptions | None,
     progress: Progress | None,
 ) -> dict[str, Any]:
+    started = time.monotonic()
     session = open_session(artifact, options)
     try:
         experts = artifact_coverage(artifact, session)
@@ -96,6 +99,8 @@ def _validate_one(
             **drift,
             "bytes": artifact_bytes(artifact),
             "experts": experts,
+            "sidecars": compare_sidecars(artifact, session, reference.sidecars),
+            "seconds": time.monotonic() - started,
         }
     finally:
         session.close()

@@ -15,7 +15,9 @@ TOKENS = ("--tokens", "512")
 
 
 def _drift(artifact: Path, reference: object, *options: object) -> dict[str, Any]:
-    return call("validate", artifact, "--reference", reference, *options, "--json").json["results"][0]
+    result = call("validate", artifact, "--reference", reference, *options, "--json").json["results"][0]
+    assert result.pop("seconds") > 0
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +187,98 @@ def test_sampling_is_seeded(made: dict[str, Path]) -> None:
 def test_generation_stops_where_the_context_ends(made: dict[str, Path]) -> None:
     values = call("run", made["onnx"], "--prompt", "word " * 400, "--max-new-tokens", "1000", "--json").json
     assert values["prompt_tokens"] + values["new_tokens"] <= 512
+
+
+def _report(folder: Path, artifact: Path, reference: Path, *options: object) -> Path:
+    outcome = call("validate", artifact, "--reference", reference, "--threads", "1", "--report", folder, *options)
+    assert outcome.code == 0, outcome.err
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reports(made: dict[str, Path], model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A report of the original in torch, of the quantized folder, and of the latter's GGUF file."""
+    folder = tmp_path_factory.mktemp("reports")
+    reference = folder / "long.safetensors"
+    assert call("reference", model, "--output", reference, "--tokens", "2048", "--window", "128").code == 0
+    paths = {"plain": model, "quantized": made["quantized"], "gguf": made["gguf"]}
+    return {name: _report(folder / name, path, reference) for name, path in paths.items()}
+
+
+def test_gate_against_a_baseline(reports: dict[str, Path], tmp_path: Path) -> None:
+    same = call("gate", reports["quantized"], "--baseline", reports["quantized"] / "report.json", "--json")
+    assert (same.code, same.json["verdict"], same.json["passed"]) == (0, "same", True)
+    for item in same.json["pairs"]:
+        assert {"artifact", "metric", "baseline", "value", "delta", "ci95", "verdict"} <= set(item)
+    output = tmp_path / "gate"
+    worse = call("gate", reports["quantized"], "--baseline", reports["plain"], "--report", output)
+    assert worse.code == 1
+    assert "verdict: worse" in worse.out
+    suite = ElementTree.parse(output / "report.xml").getroot()
+    assert "kl_mean" in [case.get("name") for case in suite.iter("testcase") if case.find("failure") is not None]
+    assert "**worse**" in (output / "report.md").read_text()
+    assert json.loads((output / "report.json").read_text())["verdict"] == "worse"
+    tolerance = tmp_path / "tolerance.yaml"
+    tolerance.write_text("bytes: 1GB\n")
+    command = ("gate", reports["plain"], "--baseline", reports["quantized"], "--tolerance", tolerance)
+    better = call(*command, "--json")
+    assert better.code == 0
+    assert better.json["pairs"][0]["verdict"] == "better"
+
+
+def test_gate_refuses_what_cannot_be_compared(reports: dict[str, Path], made: dict[str, Path], tmp_path: Path) -> None:
+    refused(call("gate", reports["gguf"], "--baseline", reports["quantized"]), 2, "the runtime differs")
+    other = _report(tmp_path / "other", made["quantized"], made["reference"])
+    refused(call("gate", other, "--baseline", reports["quantized"]), 2, "the text differs")
+    refused(call("gate", made["quantized"], "--baseline", reports["quantized"]), 2, "report.json", "hint")
+    refused(call("gate", reports["gguf"], "--baseline", tmp_path / "none"), 2, "not a readable report")
+    tolerance = tmp_path / "tolerance.yaml"
+    tolerance.write_text("kl_mean: -3\n")
+    command = ("gate", reports["gguf"], "--baseline", reports["gguf"], "--tolerance", tolerance)
+    refused(call(*command), 2, "kl_mean: -3 is no tolerance")
+    tolerance.write_text("kl_mean: 1000%\ntop1_agreement: 1\nppl_ratio: 1000\nbytes: 1GB\n")
+    lenient = ("gate", reports["quantized"], "--baseline", reports["plain"], "--tolerance", tolerance)
+    assert call(*lenient).code in (0, 1)
+
+
+def test_compare(reports: dict[str, Path], tmp_path: Path) -> None:
+    outcome = call("compare", *reports.values(), "--report", tmp_path / "compared", "--json")
+    candidates = {item["name"]: item for item in outcome.json["candidates"]}
+    assert len(candidates) == 3
+    assert candidates["model.gguf"]["tokens_per_second"] is None
+    page = (tmp_path / "compared" / "report.html").read_text()
+    assert "Size × drift × speed" in page
+    assert "model.gguf" in call("compare", *reports.values()).out
+
+
+def test_limits_of_a_gate_file_are_measured_or_refused_first(made: dict[str, Path], tmp_path: Path) -> None:
+    gate = tmp_path / "gate.yaml"
+    gate.write_text("max_bytes: 90MB\ndomains: {math: {max_kl: 0.9}}\nmin_decode_tokens_per_second: 0.01\n")
+    common = ("validate", made["gguf"], "--reference", made["reference"], "--threads", "1", "--gate", gate, "--json")
+    result = call(*common).json["results"][0]
+    assert [item["passed"] for item in result["gate"]["checks"]] == [True] * 3
+    assert result["decode"]["tokens_per_second_p50"] > 0.01
+    bench = ("bench", made["gguf"], "--prompt-tokens", "16", "--new-tokens", "2", "--repeat", "1", "--threads", "1")
+    outcome = call(*bench, "--gate", gate, "--json")
+    assert "note: 2 limits" in outcome.err
+    assert [item["name"] for item in outcome.json["results"][0]["gate"]["checks"]] == ["min_decode_tokens_per_second"]
+    gate.write_text("min_decode_tokens_per_second: 1e9\n")
+    failed = call(*bench, "--gate", gate)
+    assert failed.code == 1
+    assert "min_decode_tokens_per_second is " in failed.out
+    gate.write_text("domains: {law: {max_kl: 1}}\n")
+    refused(call(*common[:-1]), 2, "no domain 'law'")
+    gate.write_text("max_kl: 1\n")
+    refused(call(*bench, "--gate", gate), 2, "no limit on latency")
+    for option, value in (("--min-top1", "92"), ("--max-kl", "-1"), ("--max-bytes", "big"), ("--on", "median")):
+        refused(call("validate", made["gguf"], "--reference", made["reference"], option, value), 2)
+
+
+def test_the_upper_end_of_the_interval_can_be_asked_for(reports: dict[str, Path], made: dict[str, Path]) -> None:
+    drift = _drift(made["gguf"], made["reference"], "--threads", "1")
+    between = (drift["kl_mean"] + drift["kl_ci95"][1]) / 2
+    common = ("validate", made["gguf"], "--reference", made["reference"], "--threads", "1", "--max-kl", between)
+    lax, hard = call(*common), call(*common, "--on", "upper")
+    assert (lax.code, hard.code) == (0, 1)
+    assert "passed, but max_kl is inconclusive at" in lax.out
+    assert "would decide it" in hard.out

@@ -359,7 +359,10 @@ def test_a_missing_gate_file_is_refused(tmp_path: Path) -> None:
 
 
 TWO = {
-    "results": [judged({"max_kl": 0.02, "min_top1": 0.95}), judged({"max_kl": 0.001}, artifact="a & <b>.onnx")],
+    "results": [
+        judged({"max_kl": 0.02, "min_top1": 0.95}, seconds=1.5),
+        judged({"max_kl": 0.001}, artifact="a & <b>.onnx"),
+    ],
     "passed": False,
 }
 
@@ -367,6 +370,10 @@ TWO = {
 def test_junit_has_one_case_per_check_and_one_failure_per_failed_check() -> None:
     suite = ElementTree.fromstring(junit(TWO))
     assert (suite.tag, suite.get("tests"), suite.get("failures")) == ("testsuite", "3", "2")
+    facts = [{p.get("name"): p.get("value") for p in case.iter("property")} for case in suite]
+    assert facts[0] == {"value": "0.01", "limit": "0.02"}
+    assert [case.get("time") for case in suite] == ["0.750", "0.750", "0.000"]
+    assert suite.get("time") == "1.500"
     cases = [(case.get("classname"), case.get("name"), case.find("failure") is None) for case in suite]
     assert cases == [
         ("model.gguf", "max_kl", True),
@@ -381,6 +388,7 @@ def test_junit_has_one_case_per_check_and_one_failure_per_failed_check() -> None
 def test_junit_of_an_artifact_without_limits_is_one_case_that_passes() -> None:
     suite = ElementTree.fromstring(junit({"results": [judged({}), {"artifact": "b", "decode": {}}]}))
     assert (suite.get("tests"), suite.get("failures")) == ("2", "0")
+    assert [prop.get("value") for prop in suite.iter("property")] == ["-", "-"]
 
 
 def test_the_report_folder_holds_the_result_for_machines_people_and_ci(tmp_path: Path) -> None:
@@ -396,13 +404,17 @@ def test_the_report_folder_holds_the_result_for_machines_people_and_ci(tmp_path:
 def test_the_markdown_tables_have_a_row_per_artifact_and_domain() -> None:
     lines = markdown(TWO, "Drift").splitlines()
     assert lines[0] == "# Drift"
-    rows = [line for line in lines if line.startswith("| model.gguf |")]
+    assert lines[2] == "**FAIL**"
+    assert lines[4] == "- model.gguf: min_top1 is 0.9, the limit is 0.95"
+    rows = [line for line in lines if line.startswith("| model.gguf | llama.cpp")]
     assert len(rows) == 1
+    assert "| model.gguf | max_kl | 0.01 | 0.008000 … 0.012000 | 0.02 | pass |" in lines
     assert "0.010000" in rows[0]
     assert rows[0].endswith("| FAIL |")
-    assert sum(line.startswith("| code | 60 | 0.020000 | 0.8000 | 1.1000 |") for line in lines) == 2
+    assert sum(line.startswith("| code | 60 | 0.020000 | - | 0.8000 | 1.1000 |") for line in lines) == 2
     for table in "\n".join(lines).split("\n\n"):
-        assert len({line.count("|") for line in table.splitlines()}) == 1
+        if table.startswith("|"):
+            assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
 def test_an_existing_report_is_kept_unless_it_is_ours_and_forced(tmp_path: Path) -> None:

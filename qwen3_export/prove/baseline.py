@@ -1,0 +1,162 @@
+"""`gate`: did an artifact get worse than its baseline, in drift, size or latency?
+
+Both reports scored the same rows, so the difference is taken row by row and its 95 % interval comes
+from resampling rows: what both find hard cancels out. With `allowed` from the tolerances,
+
+    worse          the whole interval lies above what is allowed
+    same           it lies within what is allowed, on both sides
+    better         it lies below zero, and reaches beyond what is allowed
+    inconclusive   none of these; `strict` calls it worse when the mean is above what is allowed
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_export.errors import InputError
+from qwen3_export.prove.latency_pairs import latency_pairs
+from qwen3_export.prove.naming import unique_names
+from qwen3_export.prove.pair import pair
+from qwen3_export.prove.statistics import MIN_ROWS, ends, resampled
+from qwen3_export.prove.tolerance import DRIFT, Tolerance
+
+_RANK = ("same", "better", "inconclusive", "worse")
+# What must be equal for a difference of rows to mean anything, and how it is called.
+_EQUAL = {
+    "reference_sha256": "the original",
+    "text_sha256": "the text",
+    "kl_is_lower_bound": "the kind of reference (all logits, or the likeliest tokens)",
+    "runtime": "the runtime",
+    "device": "the device",
+}
+_AGAIN = "measure both with the same reference, text and runtime settings"
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A report folder or its report.json; InputError when it is none."""
+    file = path / "report.json" if path.is_dir() else path
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not a readable report ({str(error).splitlines()[0]})") from error
+    if not isinstance(values, dict) or not isinstance(values.get("results"), list) or not values["results"]:
+        raise InputError(f"{file}: no report of validate or bench", "give a folder that their --report wrote")
+    if not all(isinstance(item, dict) and isinstance(item.get("artifact"), str) for item in values["results"]):
+        raise InputError(f"{file}: its results do not name their artifacts", "give a folder that --report wrote")
+    return values
+
+
+def compare_with_baseline(
+    report: Mapping[str, Any], baseline: Mapping[str, Any], tolerances: Mapping[str, Tolerance], strict: bool = False
+) -> dict[str, Any]:
+    """`{verdict, passed, pairs, …}` of the contract; InputError when the two cannot be compared."""
+    pairs, unpaired = list[dict[str, Any]](), list[str]()
+    machines = [values.get("environment", {}).get("cpu") for values in (report, baseline)]
+    for name, new, old in _pair_artifacts(report["results"], baseline["results"], unpaired):
+        try:
+            found = [
+                *_drift_pairs(new, old, tolerances, strict),
+                *latency_pairs(new, old, tolerances, strict, machines),
+            ]
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{name}: damaged report ({type(error).__name__}: {error})") from error
+        if not found:
+            raise InputError(f"{name}: the reports have no measurement in common", _AGAIN)
+        pairs += [{"artifact": name, **item} for item in found]
+    verdict = max((item["verdict"] for item in pairs), key=_RANK.index)
+    return {"verdict": verdict, "passed": verdict != "worse", "strict": strict, "pairs": pairs, "unpaired": unpaired}
+
+
+def _pair_artifacts(
+    new: list[dict[str, Any]], old: list[dict[str, Any]], unpaired: list[str]
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Results of the same name; two reports on one artifact each are paired whatever their names are."""
+    names, old_names = (unique_names([item["artifact"] for item in items]) for items in (new, old))
+    if len(new) == len(old) == 1:
+        yield names[0], new[0], old[0]
+        return
+    known = dict(zip(old_names, old, strict=True))
+    missing = [name for name in old_names if name not in names]
+    if missing:
+        raise InputError(f"{missing[0]}: the baseline has it, the report has not", f"the report has {', '.join(names)}")
+    unpaired += [name for name in names if name not in known]
+    for name, item in zip(names, new, strict=True):
+        if name in known:
+            yield name, item, known[name]
+
+
+def _drift_pairs(
+    new: Mapping[str, Any], old: Mapping[str, Any], tolerances: Mapping[str, Tolerance], strict: bool
+) -> Iterator[dict[str, Any]]:
+    if "kl_mean" in old and "kl_mean" not in new:
+        raise InputError(f"{new['artifact']}: the baseline has its drift, the report has not", "run validate as well")
+    if "kl_mean" in new and "kl_mean" in old:
+        _refuse_unlike(new, old)
+        rows = np.array(new["rows"]["domain"])
+        for name in DRIFT:
+            yield _paired(name, new, old, np.ones(len(rows), bool), tolerances[name], strict)
+        for name in tolerances:
+            section, _, rest = name.partition(".")
+            if section == "domains":
+                domain, _, metric = rest.rpartition(".")
+                if domain not in rows:
+                    raise InputError(
+                        f"{name}: the text has no domain {domain!r}", f"it has {', '.join(sorted(set(rows)))}"
+                    )
+                yield {**_paired(metric, new, old, rows == domain, tolerances[name], strict), "metric": name}
+    if "bytes" in new and "bytes" in old:
+        yield pair("bytes", old["bytes"], new["bytes"], None, tolerances["bytes"], strict)
+
+
+def _refuse_unlike(new: Mapping[str, Any], old: Mapping[str, Any]) -> None:
+    """Raise InputError unless both results come from the same original, text and runtime settings."""
+    for item in (new, old):
+        if "rows" not in item:
+            raise InputError(
+                f"{item['artifact']}: the report has no sums of its rows", "make it anew with this version"
+            )
+    for field, what in _EQUAL.items():
+        if new.get(field) != old.get(field):
+            raise InputError(f"{new['artifact']}: {what} differs: {new.get(field)}, baseline {old.get(field)}", _AGAIN)
+    exact = [item.get("settings", {}).get("exact") for item in (new, old)]
+    if exact[0] != exact[1]:
+        raise InputError(
+            f"{new['artifact']}: the runtime's exact mode differs: {exact[0]}, baseline {exact[1]}", _AGAIN
+        )
+    if any(new["rows"][key] != old["rows"][key] for key in ("positions", "domain")):
+        raise InputError(f"{new['artifact']}: the rows of both reports are not the same", _AGAIN)
+
+
+def _paired(
+    metric: str,
+    new: Mapping[str, Any],
+    old: Mapping[str, Any],
+    chosen: NDArray[np.bool_],
+    tolerance: Tolerance,
+    strict: bool,
+) -> dict[str, Any]:
+    """One metric over the chosen rows, with the interval of the difference."""
+    counts = np.array(new["rows"]["positions"])[chosen]
+    ours, theirs = (_sums(metric, item["rows"])[chosen] for item in (new, old))
+    value, before = (float(_figure(metric, sums.sum() / counts.sum())) for sums in (ours, theirs))
+    draws = [_figure(metric, means) for means in resampled(counts, ours, theirs)]
+    interval = ends(draws[0] - draws[1])
+    few = len(counts) < MIN_ROWS and not np.array_equal(ours, theirs)
+    reason = f"{len(counts)} rows are too few for an interval" if few else None
+    return pair(metric, before, value, interval, tolerance, strict, higher_is_better=metric == DRIFT[1], doubt=reason)
+
+
+def _sums(metric: str, rows: Mapping[str, Any]) -> NDArray[np.float64]:
+    if metric == "ppl_ratio":
+        return np.array(rows["reference_logprob"], float) - np.array(rows["artifact_logprob"], float)
+    return np.array(rows["kl" if metric == "kl_mean" else "same_top"], float)
+
+
+def _figure(metric: str, mean: Any) -> Any:
+    return np.exp(mean) if metric == "ppl_ratio" else mean

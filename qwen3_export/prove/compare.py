@@ -1,0 +1,95 @@
+"""`compare`: candidates of several reports in one table, the Pareto front of size, drift and speed marked.
+
+A candidate is on the front when no other is at least as good in all three and better in one. What was
+not measured neither helps nor hurts: two candidates are compared in what both have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen3_export.errors import InputError
+from qwen3_export.prove.baseline import read_report
+from qwen3_export.prove.naming import unique_names
+
+# What is compared, and whether more of it is better.
+_AXES = {"bytes": False, "kl_mean": False, "tokens_per_second": True}
+
+
+def compare(paths: Sequence[Path]) -> dict[str, Any]:
+    """`{candidates: [{name, report, …, pareto}], notes}` from report folders or files.
+
+    Drift and latency of the same artifact in two reports become one candidate. Raises InputError where
+    drift was measured against different originals or texts, which no table may put side by side.
+    """
+    reports = [read_report(path) for path in paths]
+    merged: dict[str, dict[str, Any]] = {}
+    for name, report in zip(unique_names([str(path) for path in paths]), reports, strict=True):
+        for item in report["results"]:
+            _merge(merged, name, item)
+    _refuse_unlike(list(merged.values()))
+    candidates = [_candidate(artifact, item) for artifact, item in merged.items()]
+    for item, short in zip(candidates, unique_names([c["artifact"] for c in candidates]), strict=True):
+        item["name"] = short
+    for item in candidates:
+        item["pareto"] = _comparable(item) and not any(_dominates(other, item) for other in candidates)
+    return {"candidates": candidates, "notes": _notes(reports)}
+
+
+def _merge(merged: dict[str, dict[str, Any]], report: str, item: Mapping[str, Any]) -> None:
+    """Add a result; one that measures what the artifact has already becomes a candidate of its own."""
+    key = item["artifact"]
+    known = merged.get(key)
+    measured = [field for field in ("kl_mean", "decode") if field in item]
+    if known is not None and any(field in known for field in measured):
+        key = f"{report}/{key}"
+        known = None
+    merged[key] = {**(known or {}), **item, "report": f"{known['report']}, {report}" if known else report}
+
+
+def _refuse_unlike(items: Sequence[Mapping[str, Any]]) -> None:
+    measured = [item for item in items if "kl_mean" in item]
+    for field, what in (("reference_sha256", "original"), ("text_sha256", "text")):
+        for item in measured[1:]:
+            if item.get(field) != measured[0].get(field):
+                raise InputError(
+                    f"{item['artifact']}: measured against another {what} than {measured[0]['artifact']}",
+                    "validate all candidates with one reference",
+                )
+
+
+def _candidate(artifact: str, item: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "artifact": artifact,
+        "report": item["report"],
+        "runtime": item["runtime"],
+        "bytes": item.get("bytes"),
+        "kl_mean": item.get("kl_mean"),
+        "kl_ci95": item.get("kl_ci95"),
+        "top1_agreement": item.get("top1_agreement"),
+        "ppl_ratio": item.get("ppl_ratio"),
+        "tokens_per_second": item.get("decode", {}).get("tokens_per_second_p50"),
+        "peak_rss_bytes": item.get("peak_rss_bytes"),
+        "passed": item.get("gate", {}).get("passed"),
+    }
+
+
+def _comparable(item: Mapping[str, Any]) -> bool:
+    return any(item[axis] is not None for axis in _AXES)
+
+
+def _dominates(other: Mapping[str, Any], item: Mapping[str, Any]) -> bool:
+    """Whether another candidate is at least as good in all that both have, and better in something."""
+    both = [(axis, more) for axis, more in _AXES.items() if item[axis] is not None and other[axis] is not None]
+    signs = [(other[axis] - item[axis]) * (1 if more else -1) for axis, more in both]
+    return len(signs) > 1 and min(signs) >= 0 and max(signs) > 0
+
+
+def _notes(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader must know before comparing speeds."""
+    machines = sorted({str(report["environment"]["cpu"]) for report in reports if report.get("environment")})
+    if len(machines) < 2:
+        return []
+    return [f"measured on different processors, so speeds do not compare: {'; '.join(machines)}"]

@@ -1,0 +1,28 @@
+"""Short names of artifacts that no two of them share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import PurePath
+
+
+def unique_names(artifacts: Sequence[str]) -> list[str]:
+    """The last part of each path, or as many parts as tell it from the others; equal paths are numbered."""
+    parts = [PurePath(artifact).parts or (artifact,) for artifact in artifacts]
+    names = [_shortest(index, parts) for index in range(len(parts))]
+    seen: Counter[str] = Counter()
+    unique = []
+    for name in names:
+        seen[name] += 1
+        unique.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return unique
+
+
+def _shortest(index: int, parts: Sequence[tuple[str, ...]]) -> str:
+    mine = parts[index]
+    others = [other for i, other in enumerate(parts) if i != index and other != mine]
+    for count in range(1, len(mine) + 1):
+        if all(other[-count:] != mine[-count:] for other in others):
+            return str(PurePath(*mine[-count:]))
+    return str(PurePath(*mine))

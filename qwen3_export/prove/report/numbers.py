@@ -1,0 +1,33 @@
+"""Numbers as text, for tables and pictures."""
+
+from __future__ import annotations
+
+
+def fixed(value: float, digits: int) -> str:
+    """So many digits after the point, never `-0`."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def signed(value: float, digits: int = 6) -> str:
+    """As `fixed`, with its sign unless it is zero."""
+    text = fixed(value, digits)
+    return f"+{text}" if float(text) > 0 else text
+
+
+def short(value: float) -> str:
+    """Three significant digits, never `-0`."""
+    return f"{value + 0.0:.3g}" if value else "0"
+
+
+def bytes_text(count: float) -> str:
+    """Bytes for people: `7.9 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def span(ends: list[float] | None, digits: int = 6) -> str:
+    """An interval, `-` where there is none."""
+    return f"{fixed(ends[0], digits)} … {fixed(ends[1], digits)}" if ends else "-"

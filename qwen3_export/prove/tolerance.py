@@ -1,0 +1,94 @@
+"""How much worse than its baseline an artifact may be.
+
+kl_mean: 5%              relative to the baseline's value
+top1_agreement: 0.002    absolute
+bytes: 100kB
+latency: 10%             every time and rate of a latency run, or one by its name
+domains: {math: {kl_mean: 10%}}
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qwen3_export.core.units import parse_size
+from qwen3_export.errors import InputError
+
+DRIFT = ("kl_mean", "top1_agreement", "ppl_ratio")
+_SIZES = ("bytes", "peak_rss_bytes")
+_KNOWN = (*DRIFT, *_SIZES, "latency", "load_seconds")
+_LATENCY = re.compile(r"(prefill\.\d+|decode)\.(p50|p95)|load_seconds")
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What is allowed: a share of the baseline's value or an absolute amount, whichever is more."""
+
+    relative: float = 0.0
+    absolute: float = 0.0
+
+    def allowed(self, baseline: float) -> float:
+        """The allowed change of a value, in its own unit."""
+        return max(self.relative * abs(baseline), self.absolute)
+
+
+# Below these a change is of no interest even where it can be shown.
+DEFAULTS = {
+    "kl_mean": Tolerance(relative=0.05, absolute=1e-5),
+    "top1_agreement": Tolerance(absolute=0.002),
+    "ppl_ratio": Tolerance(absolute=0.002),
+    "bytes": Tolerance(relative=0.01),
+    "peak_rss_bytes": Tolerance(relative=0.1),
+    "latency": Tolerance(relative=0.1),
+}
+
+
+def read_tolerance(path: Path | None) -> dict[str, Tolerance]:
+    """Tolerances by metric, the defaults where a YAML or JSON file says nothing; InputError when malformed."""
+    if path is None:
+        return dict(DEFAULTS)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not a readable tolerance file ({str(error).splitlines()[0]})") from error
+    if not isinstance(values, dict) or not values:
+        raise InputError(f"{path}: a mapping of tolerances was expected", _hint())
+    return {**DEFAULTS, **_tolerances(path, values)}
+
+
+def _tolerances(path: Path, values: Mapping[Any, Any]) -> dict[str, Tolerance]:
+    found = {}
+    for name, value in values.items():
+        if name == "domains" and isinstance(value, Mapping):
+            for domain, inner in value.items():
+                for metric, amount in inner.items() if isinstance(inner, Mapping) else ((str(inner), None),):
+                    if metric not in DRIFT:
+                        raise InputError(f"{path}: domains.{domain}: {metric} is no metric of a domain", _hint())
+                    found[f"domains.{domain}.{metric}"] = _tolerance(path, metric, amount)
+        elif name in _KNOWN or _LATENCY.fullmatch(str(name)):
+            found[str(name)] = _tolerance(path, str(name), value)
+        else:
+            raise InputError(f"{path}: {name}: no such metric", _hint())
+    return found
+
+
+def _tolerance(path: Path, name: str, value: object) -> Tolerance:
+    text = str(value).strip()
+    share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text)
+    if share:
+        return Tolerance(relative=float(share[1]) / 100)
+    number = parse_size(text) if name in _SIZES and isinstance(value, str) else value
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number) or number < 0:
+        raise InputError(f"{path}: {name}: {value!r} is no tolerance", "a number, a size such as 100kB, or 5%")
+    return Tolerance(absolute=float(number))
+
+
+def _hint() -> str:
+    return f"known: {', '.join(_KNOWN)}, prefill.TOKENS.p50, decode.p95, domains: {{NAME: {{{', '.join(DRIFT)}}}}}"

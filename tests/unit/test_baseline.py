@@ -1,0 +1,365 @@
+"""Two reports in pairs: what is worse, what cannot be told, what may not be compared."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qwen3_export.errors import InputError
+from qwen3_export.prove.baseline import compare_with_baseline, read_report
+from qwen3_export.prove.compare import compare
+from qwen3_export.prove.naming import unique_names
+from qwen3_export.prove.pair import judge
+from qwen3_export.prove.statistics import SampleDrift, intervals, row_sums, statistics
+from qwen3_export.prove.tolerance import DEFAULTS, Tolerance, read_tolerance
+
+ROWS, TOKENS = 40, 100
+
+
+def drifts(scale: float = 1.0, seed: int = 0, rows: int = ROWS, shift: float = 0.0) -> list[SampleDrift]:
+    """Rows whose hardness varies a hundredfold; `seed` moves the artifact's own noise only."""
+    text, noise = np.random.default_rng(7), np.random.default_rng(seed)
+    found = []
+    for _ in range(rows):
+        hard = 10.0 ** text.uniform(-3, -1)
+        kl = hard * scale * (1 + 0.02 * noise.standard_normal(TOKENS)) + shift
+        base = -text.exponential(2.0, TOKENS)
+        found.append(SampleDrift(kl, text.random(TOKENS) > 0.1, base, base - 0.01))
+    return found
+
+
+def result(found: list[SampleDrift], artifact: str = "/a/model.gguf", **changes: Any) -> dict[str, Any]:
+    kl = np.concatenate([d.kl for d in found])
+    values = {
+        "artifact": artifact,
+        "runtime": "llama.cpp",
+        "runtime_version": "1",
+        "device": "cpu",
+        "bytes": 1000,
+        "settings": {"exact": False, "threads": 1},
+        "reference_sha256": "r",
+        "text_sha256": "t",
+        "kl_is_lower_bound": False,
+        "tokens": len(kl),
+        "kl_mean": float(kl.mean()),
+        **intervals(found),
+        "top1_agreement": 0.9,
+        "ppl_ratio": 1.01,
+        "rows": row_sums(found, ["math" if i % 2 else "code" for i in range(len(found))]),
+        "statistics": statistics(found),
+    }
+    return {**values, **changes}
+
+
+def report(*results: dict[str, Any], cpu: str = "x") -> dict[str, Any]:
+    return {"results": list(results), "passed": True, "environment": {"cpu": cpu}}
+
+
+def verdicts(new: dict[str, Any], old: dict[str, Any], strict: bool = False, **tolerances: Tolerance) -> dict[str, str]:
+    found = compare_with_baseline(new, old, {**DEFAULTS, **tolerances}, strict)
+    return {item["metric"]: item["verdict"] for item in found["pairs"]}
+
+
+OLD = report(result(drifts()))
+NO_TOLERANCE = Tolerance()
+
+
+def test_a_report_is_the_same_as_itself() -> None:
+    found = compare_with_baseline(OLD, OLD, DEFAULTS)
+    assert (found["verdict"], found["passed"]) == ("same", True)
+    assert [item["metric"] for item in found["pairs"]] == ["kl_mean", "top1_agreement", "ppl_ratio", "bytes"]
+    for item in found["pairs"]:
+        assert item["delta"] == 0
+        assert item["ci95"] == [0, 0]
+
+
+@pytest.mark.parametrize(("scale", "verdict"), [(1.5, "worse"), (1.01, "same"), (0.5, "better")])
+def test_a_change_in_every_row_is_found(scale: float, verdict: str) -> None:
+    found = compare_with_baseline(report(result(drifts(scale, seed=1))), OLD, DEFAULTS)
+    kl = found["pairs"][0]
+    assert kl["verdict"] == found["verdict"] == verdict
+    assert found["passed"] is (verdict != "worse")
+    assert kl["ci95"][0] <= kl["delta"] <= kl["ci95"][1]
+    assert kl["value"] - kl["baseline"] == pytest.approx(kl["delta"])
+
+
+def test_pairs_find_what_two_intervals_apart_do_not() -> None:
+    """A tenth more KL in every row lies within both intervals, and is certain all the same."""
+    old, new = OLD["results"][0], result(drifts(1.1, seed=1))
+    assert old["kl_ci95"][0] < new["kl_mean"] < old["kl_ci95"][1]
+    assert verdicts(report(new), OLD)["kl_mean"] == "worse"
+
+
+def test_the_interval_is_that_of_the_row_differences() -> None:
+    new = drifts(1.0, seed=3, shift=0.002)
+    found = compare_with_baseline(report(result(new)), OLD, DEFAULTS)["pairs"][0]
+    differences = np.array([a.kl.mean() - b.kl.mean() for a, b in zip(new, drifts(), strict=True)])
+    assert found["delta"] == pytest.approx(differences.mean())
+    width = 2 * 1.96 * differences.std() / np.sqrt(ROWS)
+    assert found["ci95"][1] - found["ci95"][0] == pytest.approx(width, rel=0.25)
+
+
+def test_a_worse_mean_inside_its_interval_fails_only_when_strict() -> None:
+    new = drifts()
+    worse = np.where(np.arange(ROWS) % 8 == 0, 1.6, 0.97)
+    new = [
+        SampleDrift(d.kl * w, d.same_top, d.reference_logprob, d.artifact_logprob)
+        for d, w in zip(new, worse, strict=True)
+    ]
+    item = result(new)
+    assert item["kl_mean"] > OLD["results"][0]["kl_mean"]
+    lax = compare_with_baseline(report(item), OLD, {**DEFAULTS, "kl_mean": NO_TOLERANCE})
+    assert lax["pairs"][0]["ci95"][0] < 0 < lax["pairs"][0]["delta"]
+    assert (lax["pairs"][0]["verdict"], lax["verdict"], lax["passed"]) == ("inconclusive", "inconclusive", True)
+    strict = compare_with_baseline(report(item), OLD, {**DEFAULTS, "kl_mean": NO_TOLERANCE}, strict=True)
+    assert (strict["pairs"][0]["verdict"], strict["passed"], strict["strict"]) == ("worse", False, True)
+
+
+@pytest.mark.parametrize(
+    ("delta", "low", "high", "allowed", "verdict", "strictly"),
+    [
+        (3, 2, 4, 1, "worse", "worse"),
+        (1.5, 0.5, 2.5, 1, "inconclusive", "worse"),
+        (0.9, 0.5, 2.5, 1, "inconclusive", "inconclusive"),
+        (0.5, 0.1, 0.9, 1, "same", "same"),
+        (-0.5, -0.9, -0.1, 1, "same", "same"),
+        (-3, -4, -2, 1, "better", "better"),
+        (-0.9, -1.5, -0.3, 1, "better", "better"),
+        (-0.5, -2, 1.5, 1, "inconclusive", "inconclusive"),
+        (0, 0, 0, 0, "same", "same"),
+        (1, 1, 1, 0, "worse", "worse"),
+    ],
+)
+def test_verdicts(delta: float, low: float, high: float, allowed: float, verdict: str, strictly: str) -> None:
+    assert judge(delta, low, high, allowed, strict=False) == verdict
+    assert judge(delta, low, high, allowed, strict=True) == strictly
+
+
+def test_fewer_equal_top_tokens_are_worse() -> None:
+    new = [
+        SampleDrift(d.kl, d.same_top & (np.arange(TOKENS) % 10 > 0), d.reference_logprob, d.artifact_logprob)
+        for d in drifts()
+    ]
+    assert verdicts(report(result(new)), OLD)["top1_agreement"] == "worse"
+    assert verdicts(OLD, report(result(new)))["top1_agreement"] == "better"
+
+
+def test_size_and_tolerances(tmp_path: Path) -> None:
+    new = report(result(drifts(), bytes=1100))
+    assert verdicts(new, OLD)["bytes"] == "worse"
+    file = tmp_path / "tolerance.yaml"
+    file.write_text("bytes: 1kB\nkl_mean: 20%\ndomains: {math: {kl_mean: 0.5}}\nlatency: 30 %\n")
+    tolerances = read_tolerance(file)
+    assert tolerances["bytes"] == Tolerance(absolute=1000)
+    assert tolerances["kl_mean"] == Tolerance(relative=0.2)
+    assert tolerances["latency"] == Tolerance(relative=0.3)
+    assert tolerances["ppl_ratio"] == DEFAULTS["ppl_ratio"]
+    found = verdicts(new, OLD, **tolerances)
+    assert (found["bytes"], found["domains.math.kl_mean"]) == ("same", "same")
+    with pytest.raises(InputError, match=r"domains\.law\.kl_mean: the text has no domain 'law'"):
+        verdicts(new, OLD, **{"domains.law.kl_mean": NO_TOLERANCE})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "5", "kl: 1", "kl_mean: -1", "kl_mean: high", "kl_mean: true", "kl_mean: .nan", "bytes: 3 apples"),
+        *("domains: {math: 3}", "domains: {math: {bytes: 3}}", "prefill.p50: 3", "{", "decode.p99: 1"),
+    ],
+)
+def test_a_tolerance_file_that_is_none_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tolerance.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"tolerance\.yaml"):
+        read_tolerance(tmp_path / "tolerance.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"reference_sha256": "other"}, "the original differs"),
+        ({"text_sha256": "other"}, "the text differs"),
+        ({"runtime": "onnxruntime"}, "the runtime differs: onnxruntime, baseline llama.cpp"),
+        ({"device": "cuda"}, "the device differs"),
+        ({"kl_is_lower_bound": True}, "the kind of reference"),
+        ({"settings": {"exact": True, "threads": 1}}, "exact mode differs"),
+    ],
+)
+def test_pairs_that_are_none_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        verdicts(report(result(drifts(), **changes)), OLD)
+
+
+def test_other_threads_do_not_matter_for_drift() -> None:
+    assert verdicts(report(result(drifts(), settings={"exact": False, "threads": 8})), OLD)["kl_mean"] == "same"
+
+
+def test_a_report_without_row_sums_or_with_others_is_refused() -> None:
+    item = result(drifts())
+    del item["rows"]
+    with pytest.raises(InputError, match="no sums of its rows"):
+        verdicts(report(item), OLD)
+    with pytest.raises(InputError, match="the rows of both reports are not the same"):
+        verdicts(report(result(drifts(rows=30))), OLD)
+    damaged = result(drifts())
+    damaged["rows"] = {**damaged["rows"], "kl": None}
+    with pytest.raises(InputError, match="damaged report"):
+        verdicts(report(damaged), OLD)
+
+
+def test_few_rows_decide_nothing() -> None:
+    old, new = report(result(drifts(rows=4))), report(result(drifts(2.0, rows=4)))
+    found = compare_with_baseline(new, old, DEFAULTS)["pairs"][0]
+    assert found["verdict"] == "inconclusive"
+    assert found["reason"] == "4 rows are too few for an interval"
+    assert verdicts(old, old)["kl_mean"] == "same"
+
+
+def test_artifacts_are_paired_by_name() -> None:
+    a, b = result(drifts(), "/old/a.gguf"), result(drifts(2.0), "/old/b.gguf")
+    new = [{**b, "artifact": "/new/b.gguf"}, {**a, "artifact": "/new/a.gguf"}, result(drifts(), "/new/c.gguf")]
+    found = compare_with_baseline(report(*new), report(a, b), DEFAULTS)
+    assert (found["verdict"], found["unpaired"]) == ("same", ["c.gguf"])
+    with pytest.raises(InputError, match=r"c\.gguf: the baseline has it, the report has not"):
+        compare_with_baseline(report(a, b), report(*new), DEFAULTS)
+    alone = compare_with_baseline(report(result(drifts(), "renamed.gguf")), OLD, DEFAULTS)
+    assert {item["artifact"] for item in alone["pairs"]} == {"renamed.gguf"}
+
+
+def speed(factor: float = 1.0, spread: float = 0.05, **changes: Any) -> dict[str, Any]:
+    values = {
+        "artifact": "m.gguf",
+        "runtime": "llama.cpp",
+        "device": "cpu",
+        "threads": 1,
+        "load_seconds": 1.0 * factor,
+        "prefill": [
+            {
+                "prompt_tokens": 128,
+                "tokens_per_second": 1280 / factor,
+                "seconds_p50": 0.1 * factor,
+                "seconds_p95": 0.1 * factor * (1 + spread),
+            }
+        ],
+        "decode": {
+            "per_token_seconds_p50": 0.01 * factor,
+            "p95": 0.01 * factor * (1 + spread),
+            "p99": 0.02,
+            "tokens_per_second_p50": 100 / factor,
+        },
+        "peak_rss_bytes": 1000,
+    }
+    return {**values, **changes}
+
+
+def test_latency_is_judged_relative_to_its_scatter() -> None:
+    slower = report(speed(1.3))
+    found = verdicts(slower, report(speed()))
+    assert found == {
+        "prefill.128.p50": "worse",
+        "prefill.128.p95": "worse",
+        "decode.p50": "worse",
+        "decode.p95": "worse",
+        "peak_rss_bytes": "same",
+    }
+    noisy = verdicts(report(speed(1.3, spread=0.5)), report(speed(spread=0.5)))
+    assert noisy["decode.p50"] == noisy["prefill.128.p95"] == "inconclusive"
+    recorded = [speed(f, decode={**speed(f)["decode"], "scatter": 0.3}) for f in (1.3, 1.0)]
+    assert verdicts(report(recorded[0]), report(recorded[1]))["decode.p50"] == "inconclusive"
+    assert verdicts(report(speed(0.5)), report(speed()))["decode.p50"] == "better"
+    assert verdicts(slower, report(speed()), **{"decode.p50": Tolerance(relative=0.6)})["decode.p50"] == "same"
+    assert verdicts(slower, report(speed()), load_seconds=Tolerance())["load_seconds"] == "worse"
+
+
+def test_latency_of_another_processor_is_inconclusive() -> None:
+    found = compare_with_baseline(report(speed(3.0), cpu="y"), report(speed()), DEFAULTS)
+    assert found["verdict"] == "inconclusive"
+    assert found["pairs"][0]["reason"] == "measured on another processor: y, baseline x"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"threads": 2}, "the number of threads differs"),
+        ({"runtime": "onnxruntime"}, "the runtime differs"),
+        ({"prefill": []}, "the prompt lengths differs"),
+    ],
+)
+def test_latency_with_other_settings_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        verdicts(report(speed(**changes)), report(speed()))
+
+
+def test_a_measurement_that_the_baseline_has_must_be_there() -> None:
+    both = {**result(drifts()), **speed(artifact="/a/model.gguf")}
+    assert set(verdicts(report(both), report(both))) > {"kl_mean", "decode.p50"}
+    assert "decode.p50" not in verdicts(report(both), OLD)
+    with pytest.raises(InputError, match="the baseline has its latency"):
+        verdicts(OLD, report(both))
+    with pytest.raises(InputError, match="the baseline has its drift"):
+        verdicts(report(speed()), report(both))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"results": []}', '{"results": [3]}', '{"results": [{}]}', "nan"])
+def test_a_file_that_is_no_report_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(InputError, match=r"report\.json"):
+        read_report(tmp_path)
+    with pytest.raises(InputError, match=r"report\.json"):
+        read_report(tmp_path / "report.json")
+
+
+def test_names_are_as_long_as_tells_them_apart() -> None:
+    assert unique_names(["/a/m.gguf", "/b/m.gguf", "/b/n.gguf"]) == ["a/m.gguf", "b/m.gguf", "n.gguf"]
+    assert unique_names(["m", "m", "m/m"]) == ["m", "m (2)", "m/m"]
+    assert unique_names(["/x/y/m", "/z/y/m"]) == ["x/y/m", "z/y/m"]
+    assert unique_names([]) == []
+
+
+def write(folder: Path, values: dict[str, Any]) -> Path:
+    folder.mkdir()
+    (folder / "report.json").write_text(json.dumps(values))
+    return folder
+
+
+def candidate(name: str, size: int, kl: float, pace: float | None) -> dict[str, Any]:
+    item = result(drifts(), name, bytes=size, kl_mean=kl)
+    return item if pace is None else {**item, **speed(1 / pace, artifact=name)}
+
+
+def test_the_front_has_what_no_other_beats_in_size_drift_and_speed(tmp_path: Path) -> None:
+    made = [
+        *(candidate("small", 10, 0.5, 1.0), candidate("good", 30, 0.1, 1.0), candidate("fast", 30, 0.3, 4.0)),
+        *(candidate("beaten", 31, 0.3, 3.0), candidate("twin", 30, 0.1, 1.0), candidate("unmeasured", 40, 0.6, None)),
+    ]
+    found = compare([write(tmp_path / "one", report(*made[:3])), write(tmp_path / "two", report(*made[3:]))])
+    assert {c["name"]: c["pareto"] for c in found["candidates"]} == {
+        "small": True,
+        "good": True,
+        "fast": True,
+        "beaten": False,
+        "twin": True,
+        "unmeasured": False,
+    }
+    assert [c["report"] for c in found["candidates"]] == ["one"] * 3 + ["two"] * 3
+
+
+def test_drift_and_latency_of_an_artifact_become_one_candidate(tmp_path: Path) -> None:
+    drift, pace = report(result(drifts(), "m.gguf")), report(speed(), cpu="y")
+    found = compare([write(tmp_path / "drift", drift), write(tmp_path / "pace", pace)])
+    (one,) = found["candidates"]
+    assert (one["bytes"], one["tokens_per_second"], one["report"]) == (1000, 100.0, "drift, pace")
+    assert "different processors" in found["notes"][0]
+    again = compare([write(tmp_path / "a", drift), write(tmp_path / "b", drift)])
+    assert [c["name"] for c in again["candidates"]] == ["m.gguf", "b/m.gguf"]
+
+
+def test_drift_from_different_originals_is_not_put_side_by_side(tmp_path: Path) -> None:
+    other = copy.deepcopy(OLD)
+    other["results"][0].update(reference_sha256="other", artifact="other.gguf")
+    with pytest.raises(InputError, match=r"other\.gguf: measured against another original"):
+        compare([write(tmp_path / "a", OLD), write(tmp_path / "b", other)])
