@@ -35,6 +35,7 @@ _EQUAL = {
     "runtime": "the runtime",
     "device": "the device",
 }
+_WRITTEN = "give a folder that the --report of validate or bench wrote"
 _AGAIN = "measure both with the same reference, text and runtime settings"
 
 
@@ -44,11 +45,12 @@ def read_report(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not a readable report ({str(error).splitlines()[0]})") from error
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise InputError(f"{file}: not a readable report ({reason})", _WRITTEN) from error
     if not isinstance(values, dict) or not isinstance(values.get("results"), list) or not values["results"]:
-        raise InputError(f"{file}: no report of validate or bench", "give a folder that their --report wrote")
+        raise InputError(f"{file}: no report of validate or bench", _WRITTEN)
     if not all(isinstance(item, dict) and isinstance(item.get("artifact"), str) for item in values["results"]):
-        raise InputError(f"{file}: its results do not name their artifacts", "give a folder that --report wrote")
+        raise InputError(f"{file}: its results do not name their artifacts", _WRITTEN)
     return values
 
 
