@@ -24,6 +24,10 @@ class InputError(ExportError):
     """Bad checkpoint, recipe, argument or file: the user must change the input (exit code 2)."""
 
 
+class StateError(InputError):
+    """What an unfinished run left is damaged, or another run's: it is kept, and refused."""
+
+
 class CheckpointError(InputError):
     """A checkpoint folder or one of its files is broken, incomplete or not a Qwen3 model."""
 

@@ -9,7 +9,9 @@ import sys
 import traceback
 from types import FrameType
 
-from qwen3_export.errors import ExportError
+from qwen3_export.cli.streams import finish_streams, steady_streams
+from qwen3_export.core.process import STOPPING
+from qwen3_export.errors import ExportError, InputError
 
 _EXIT_INTERRUPTED = 130
 _EXIT_RESOURCES = 4
@@ -18,8 +20,13 @@ _EXIT_INPUT = 2
 
 def main() -> None:
     """Entry point of `qwen3-export`: run a command, turn every expected failure into one line."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    steady_streams()
+    for number in STOPPING:
+        # Whoever has it ignored, as nohup does, wants the work to go on.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
     code = run(sys.argv[1:])
+    finish_streams()
     # The end of the process collects once more: a fifth of a second where torch was imported, for nothing.
     gc.freeze()
     sys.exit(code)
@@ -32,6 +39,7 @@ def run(arguments: list[str]) -> int:
 
         from qwen3_export.cli.commands import app
 
+        _check_utf8(arguments)
         code = typer.main.get_command(app).main(arguments, prog_name="qwen3-export", standalone_mode=False)
         if code == _EXIT_INTERRUPTED:
             raise KeyboardInterrupt  # typer has turned it into this code
@@ -40,6 +48,16 @@ def run(arguments: list[str]) -> int:
             traceback.print_exc()
         return _report(error)
     return code if isinstance(code, int) else 0
+
+
+def _check_utf8(arguments: list[str]) -> None:
+    """Bytes that are no UTF-8 arrive as lone surrogates, which no tokenizer, manifest or JSON takes."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            option = f"{before} " if before.startswith("-") else ""
+            raise InputError(f"{option}{argument!a}: not valid UTF-8", "write it in UTF-8") from error
 
 
 def _report(error: BaseException) -> int:
@@ -55,6 +73,8 @@ def _report(error: BaseException) -> int:
     if _interrupted(error):
         hint = "a quantize run keeps its finished blocks: repeat the command to go on"
         return _say("interrupted", hint, _EXIT_INTERRUPTED)
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return _say("no more threads may be started", "give fewer --threads, or raise the limit", _EXIT_RESOURCES)
     if isinstance(error, MemoryError):
         return _say("out of memory", "close other programs, or use a machine with more", _EXIT_RESOURCES)
     if isinstance(error, OSError):
@@ -97,4 +117,7 @@ def _say(message: str, hint: str | None, code: int) -> int:
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    # A terminal that closes, or a service that stops, sends several: what is cleaned up now is not to be stopped.
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt

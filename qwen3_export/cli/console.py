@@ -61,7 +61,8 @@ class Console(Progress):
     def result(self, values: dict[str, Any], lines: Callable[[], None]) -> None:
         """Print the result: one JSON object, or what `lines` prints for people."""
         if self.json:
-            print(json.dumps(values, ensure_ascii=False))
+            encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
+            print(json.dumps(values, ensure_ascii=not encoding.startswith("utf")))
         else:
             lines()
 
@@ -73,13 +74,19 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
 
     # Without a terminal the table is as wide as it needs to be: a log must not lose columns.
-    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "160"))
+    width = None if sys.stdout.isatty() else _columns()
     grid = Table(box=SIMPLE_HEAD, pad_edge=False)
     for index, header in enumerate(headers):
         grid.add_column(header, justify="left" if index < 2 else "right", no_wrap=True)
     for row in rows:
         grid.add_row(*row)
     RichConsole(width=width).print(grid)
+
+
+def _columns() -> int:
+    """The width that the environment asks for, where it is one; 160 otherwise."""
+    text = os.environ.get("COLUMNS", "")
+    return min(int(text), 10_000) if text.isascii() and text.isdigit() and 0 < len(text) < 10 and int(text) else 160
 
 
 def fields(values: dict[str, Any]) -> None:

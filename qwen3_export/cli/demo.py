@@ -18,7 +18,8 @@ import typer
 from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console
 from qwen3_export.cli.console import Console, nats, size, table, verdict
 from qwen3_export.core.checkpoint import open_checkpoint
-from qwen3_export.core.manifest import staged_folder, write_manifest
+from qwen3_export.core.manifest import write_manifest
+from qwen3_export.core.outputs import staged_folder
 from qwen3_export.core.process import uninterrupted
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import REFERENCE_MODEL, open_source

@@ -9,7 +9,7 @@ import typer
 
 from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console
 from qwen3_export.cli.console import table
-from qwen3_export.core.manifest import refuse_existing
+from qwen3_export.core.outputs import check_output
 
 Reports = Annotated[Path | None, typer.Option("--report", help="Folder for report.json, .md, .html and .xml (JUnit).")]
 
@@ -33,7 +33,7 @@ def gate(
 
     show = console(json, quiet, verbose)
     if output:
-        refuse_existing(output.absolute(), force)
+        check_output(output, [report, baseline, tolerance], force)
     result = compare_with_baseline(read_report(report), read_report(baseline), read_tolerance(tolerance), strict)
     for name in result["unpaired"]:
         show.say(f"note: {name} is new: the baseline does not have it")
@@ -71,7 +71,7 @@ def compare(
 
     show = console(json, quiet, verbose)
     if output:
-        refuse_existing(output.absolute(), force)
+        check_output(output, reports, force)
     result = run(reports)
     for note in result["notes"]:
         show.warn(note)

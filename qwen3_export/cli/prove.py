@@ -9,7 +9,8 @@ import typer
 
 from qwen3_export.cli.app import Force, Json, Quiet, Source, Verbose, app, console
 from qwen3_export.cli.console import Console, fields, nats, size, table, verdict
-from qwen3_export.core.manifest import refuse_existing
+from qwen3_export.core.outputs import check_output
+from qwen3_export.core.processors import MOST_THREADS
 from qwen3_export.core.source import locate, open_source
 from qwen3_export.errors import InputError
 
@@ -17,7 +18,9 @@ Artifacts = Annotated[list[str], typer.Argument(help="ONNX, TensorRT or Hugging 
 Texts = Annotated[list[str] | None, typer.Option("--text", help="Text file in place of the bundled one; repeatable.")]
 Tokens = Annotated[int | None, typer.Option(min=64, help="Use about this many tokens of the text.")]
 Report = Annotated[Path | None, typer.Option(help="Folder for report.json, .md, .html and .xml (JUnit).")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime (default: all).")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=MOST_THREADS, help="Threads of the runtime (default: all that may be used).")
+]
 
 
 def find(artifact: str) -> Path:
@@ -46,6 +49,7 @@ def reference(
     checkpoint, show = open_source(source), console(json, quiet, verbose)
     if window > checkpoint.config.max_position:
         raise InputError(f"--window {window}: the model has {checkpoint.config.max_position} positions")
+    check_output(output, [checkpoint.folder, *(text or ())], force, folder=False)
     rows = held_out(checkpoint.folder, text or (), window, tokens)
     result = write_reference(checkpoint, rows, output, top_k, force, show)
     shown = {k: result[k] for k in ("output", "positions", "rows", "top_k")} | {"size": size(result["bytes"])}
@@ -85,9 +89,9 @@ def validate(
     limits.update({name: parse_limit(name, value) for name, value in given.items() if value is not None})
     if on not in CHOICES:
         raise InputError(f"--on {on}: mean or upper was expected")
-    if report:
-        refuse_existing(report.absolute(), force)
     paths = [find(artifact) for artifact in artifacts]
+    if report:
+        check_output(report, [*paths, reference, gate, *(text or ())], force)
     truth = open_reference(reference, text or (), tokens, show)
     result = run(paths, truth, limits, RuntimeOptions(threads=threads, exact=exact), show, on)
     if report:
@@ -169,11 +173,12 @@ def bench(
     from qwen3_export.prove.report import append_summary, write_report
 
     show = console(json, quiet, verbose)
-    if report:
-        refuse_existing(report.absolute(), force)
     workload = Workload(_counts(prompt_tokens), new_tokens, repeat, threads, tuple(text or ()))
     limits = _latency_limits(gate, show) if gate else {}
-    result = judged(run([find(artifact) for artifact in artifacts], workload, show), limits)
+    paths = [find(artifact) for artifact in artifacts]
+    if report:
+        check_output(report, [*paths, gate, *workload.texts], force)
+    result = judged(run(paths, workload, show), limits)
     if report:
         write_report(report, result, force, title="Latency")
     append_summary(result, "Latency")
@@ -241,22 +246,12 @@ def run(
     from qwen3_export.run.generate import Sampling, chat
 
     show = console(json, quiet, verbose)
-    _check_text("--prompt", prompt)
-    _check_text("--system", system or "")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     on_text = None if json else _stream
     result = chat(find(artifact), messages, thinking, sampling, threads, on_text)
     show.result(result, lambda: _spoken(show, result))
-
-
-def _check_text(option: str, text: str) -> None:
-    """Bytes that are no UTF-8 arrive as lone surrogates, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{option}: not valid UTF-8") from error
 
 
 def _stream(text: str) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,8 +15,9 @@ from qwen3_export.cli.app import Force, Json, Quiet, Source, Verbose, app, conso
 from qwen3_export.cli.console import Console, fields, size
 from qwen3_export.cli.solve import parse_bytes
 from qwen3_export.core.checkpoint import Checkpoint
-from qwen3_export.core.manifest import refuse_existing
+from qwen3_export.core.outputs import check_output, working_folder
 from qwen3_export.core.process import uninterrupted
+from qwen3_export.core.processors import MOST_THREADS
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
 from qwen3_export.errors import InputError, MissingRuntimeError
@@ -33,7 +33,7 @@ SequenceLength = Annotated[int | None, typer.Option(min=16, help="With --recipe:
 Seed = Annotated[int | None, typer.Option(min=0, help="With --recipe: chooses the calibration rows.")]
 Memory = Annotated[str | None, typer.Option(help="With --recipe: refuse to start when more is needed, e.g. 8GiB.")]
 Device = Annotated[str | None, typer.Option(help="With --recipe: `cpu` or `cuda`.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="With --recipe: threads of quantizing.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="With --recipe: threads of quantizing.")]
 Resume = Annotated[
     bool | None, typer.Option("--resume/--no-resume", help="With --recipe: go on with an interrupted run.")
 ]
@@ -79,14 +79,16 @@ def _prepared(
     force: bool,
     show: Console,
     check: Check,
+    folder: bool = True,
 ) -> Iterator[Checkpoint]:
     """The source, or, with a recipe, a quantized copy of it beside the output that is removed afterwards.
 
-    `check` is the export's own check, made before anything is quantized. An interrupted run's finished blocks are
-    kept in `OUTPUT.quantized.partial/`, from which the same command goes on.
+    `check` is the export's own check, made before anything is quantized; `folder` says what the export writes. An
+    interrupted run's finished blocks are kept in `OUTPUT.quantized.partial/`, from which the same command goes on.
     """
     checkpoint = open_source(source)
-    refuse_existing(output, force)
+    inputs = [checkpoint.folder, recipe, options.calibration]
+    check_output(output, inputs, force, folder)
     settings = options.settings(recipe)
     if recipe is None:
         check(checkpoint)
@@ -98,16 +100,11 @@ def _prepared(
 
     chosen = load_recipe(recipe)
     check_target(checkpoint, chosen, settings, check)
-    folder = output.with_name(f"{output.name}.quantized.partial")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        quantize(checkpoint, chosen, folder / checkpoint.name, settings, show)
-        yield open_source(str(folder / checkpoint.name))
-        shutil.rmtree(folder)
-    except BaseException:
-        if not any(folder.glob("*.partial/state/progress.json")):
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with working_folder(output, "quantized", inputs) as working:
+        quantized = working / checkpoint.name
+        # What a killed export left finished is made anew.
+        quantize(checkpoint, chosen, quantized, replace(settings, force=True), show)
+        yield open_source(str(quantized))
 
 
 @app.command(
@@ -182,7 +179,7 @@ def gguf(
     show = console(json, quiet, verbose)
     options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume)
     check = partial(check_request, type_name=type_name)
-    with _prepared(source, recipe, options, output, force, show, check) as checkpoint:
+    with _prepared(source, recipe, options, output, force, show, check, folder=False) as checkpoint:
         result = export_gguf(checkpoint, output, type_name, force, show)
     show.result(result, lambda: _exported(result))
 

@@ -10,7 +10,8 @@ import typer
 from qwen3_export.cli.app import Force, Json, Quiet, Source, Verbose, app, console, recipes
 from qwen3_export.cli.console import fields, size, table
 from qwen3_export.core.checkpoint import Checkpoint
-from qwen3_export.core.manifest import refuse_existing, staged_file
+from qwen3_export.core.outputs import check_output, staged_file
+from qwen3_export.core.processors import MOST_THREADS
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD
 from qwen3_export.core.recipe import load_recipe, recipe_names
 from qwen3_export.core.source import open_source
@@ -93,7 +94,9 @@ def quantize(
     seed: Annotated[int, typer.Option(min=0, help="Chooses the calibration samples.")] = 0,
     memory: Annotated[str | None, typer.Option(help="Refuse to start when more is needed, e.g. 8GiB.")] = None,
     device: Annotated[str, typer.Option(help="`cpu` or `cuda`.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="Default: all. Never changes the bytes.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="Default: all. Never changes the bytes.")
+    ] = None,
     layout: Annotated[
         str | None,
         typer.Option(help="`compressed-tensors`, `gptq`, `awq` or `fp8` (default: the recipe's)."),
@@ -107,7 +110,7 @@ def quantize(
     """Quantize a checkpoint block by block and write a quantized folder."""
     chosen, checkpoint = load_recipe(recipe), open_source(source)
     limit = parse_bytes(memory) if memory else None
-    refuse_existing(output.absolute(), force)
+    check_output(output, [checkpoint.folder, recipe, calibration], force)
     if device not in ("cpu", "cuda"):
         raise InputError(f"--device {device}: cpu or cuda was expected")
     checkpoint.hash_ahead()
@@ -195,7 +198,9 @@ def search_recipe(
         Optional[str],  # noqa: UP045
         typer.Option(help="`awq` moves scales between neighbours first, `none` does not (default: awq; rtn: none)."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Default: all. Never changes the recipe.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="Default: all. Never changes the recipe.")
+    ] = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -204,7 +209,7 @@ def search_recipe(
     """Find the mixed-precision recipe that loses least within a size budget."""
     checkpoint = open_source(source)
     path = output or Path(f"{checkpoint.name}-mixed-{target_bpw:g}bpw.yaml")
-    refuse_existing(path.absolute(), force)
+    check_output(path, [checkpoint.folder, calibration], force, folder=False)
     from qwen3_export.model.workers import import_torch
 
     import_torch()
@@ -226,8 +231,7 @@ def search_recipe(
         embeddings,
         fold,
     )
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with staged_file(path, force) as partial:
+    with staged_file(path, force, [checkpoint.folder, calibration]) as partial:
         found = search(checkpoint, settings, partial.parent, show)
         partial.write_text(to_yaml(found.recipe), encoding="utf-8")
     values = outcome(found, settings, path)

@@ -49,6 +49,10 @@ def trim_heap() -> None:
         trim(0)
 
 
+# What stops a run as Ctrl-C does: a service manager, and a terminal that is closed.
+STOPPING = (signal.SIGTERM, signal.SIGHUP)
+
+
 @contextmanager
 def uncollected() -> Iterator[None]:
     """Hold back the garbage collector: an import makes many objects that stay, and searching them in vain
@@ -64,7 +68,7 @@ def uncollected() -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold back SIGINT and SIGTERM until the block is done; KeyboardInterrupt is raised right after it.
+    """Hold back SIGINT, SIGTERM and SIGHUP until the block is done; KeyboardInterrupt is raised right after it.
 
     A native module whose initialisation meets a KeyboardInterrupt aborts the whole process. A signal
     mask would not do: another thread may take the signal, and the exception is raised here all the same.
@@ -74,7 +78,8 @@ def uninterrupted() -> Iterator[None]:
         return
     caught: list[int] = []
     # None: a program that holds this interpreter has a handler of its own, which could not be put back.
-    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not None]
+    skipped = (None, signal.SIG_IGN)
+    numbers = [number for number in (signal.SIGINT, *STOPPING) if signal.getsignal(number) not in skipped]
     before = [(number, signal.signal(number, lambda found, _frame: caught.append(found))) for number in numbers]
     try:
         yield

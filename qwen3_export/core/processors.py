@@ -13,7 +13,20 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from qwen3_export.errors import InputError
+
+# llama.cpp aborts above it (GGML_MAX_N_THREADS).
+MOST_THREADS = 512
 _ROOT, _GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def thread_count(asked: int | None = None) -> int:
+    """`asked`, or as many as there are processors to be used; InputError when that is out of range."""
+    if asked is None:
+        return min(processors(), MOST_THREADS)
+    if not 1 <= asked <= MOST_THREADS:
+        raise InputError(f"--threads {asked}: between 1 and {MOST_THREADS} were expected")
+    return asked
 
 
 def processors() -> int:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen3_export.core.process import keep_few_kernels, keep_freed_memory, uncollected, uninterrupted
-from qwen3_export.core.processors import processors
+from qwen3_export.core.processors import thread_count
 from qwen3_export.errors import MissingRuntimeError
 
 if TYPE_CHECKING:
@@ -73,12 +73,8 @@ def import_torch() -> None:
 def workers_without_torch(threads: int | None = None) -> Iterator[Workers]:
     """Yield a pool of `threads` (default: the processors that this process may use) for work without torch."""
     keep_freed_memory()
-    with ThreadPoolExecutor(_count(threads)) as pool:
+    with ThreadPoolExecutor(thread_count(threads)) as pool:
         yield Workers(pool)
-
-
-def _count(threads: int | None) -> int:
-    return threads or processors()
 
 
 @contextmanager
@@ -105,7 +101,7 @@ def workers(threads: int | None = None, fast: bool = False) -> Iterator[Workers]
             matmul.fp32_precision = precision
     keep_freed_memory()
     try:
-        with ThreadPoolExecutor(_count(threads), initializer=prepare) as pool:
+        with ThreadPoolExecutor(thread_count(threads), initializer=prepare) as pool:
             kind = fast_matmul() if fast else "fp32"
             yield Workers(pool, torch.bfloat16 if kind == "bf16" else torch.float32, kind == "integers")
     finally:

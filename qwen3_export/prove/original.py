@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import Checkpoint
-from qwen3_export.core.manifest import sha256_file, staged_file
+from qwen3_export.core.manifest import sha256_file
+from qwen3_export.core.outputs import staged_file
 from qwen3_export.core.process import uninterrupted
 from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.core.tensorfile import TensorFileWriter
@@ -74,7 +75,7 @@ def write_reference(
     checkpoint: Checkpoint, samples: Samples, output: Path, top_k: int, force: bool, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Write the portable reference file; `top_k` 0 keeps all logits. Returns what was written."""
-    with staged_file(output, force) as partial:
+    with staged_file(output, force, [checkpoint.folder]) as partial:
         live = LiveReference(checkpoint, samples, progress)
         positions = sum(len(ids) - 1 for ids in samples.ids)
         domains = sorted(set(samples.domains))

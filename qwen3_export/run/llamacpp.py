@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.core.processors import processors
+from qwen3_export.core.processors import thread_count
 from qwen3_export.errors import InputError, MissingRuntimeError
 from qwen3_export.run.session import RuntimeOptions, check_ids
 
@@ -185,7 +185,7 @@ class LlamaSession:
     def __init__(self, path: Path, options: RuntimeOptions) -> None:
         self._lib, self._path = library(), path
         self._model = self._context = None
-        self.threads = options.threads or processors()
+        self.threads = thread_count(options.threads)
         self._load()
         self.vocab_size = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._model))
         trained = self._lib.llama_model_n_ctx_train(self._model)

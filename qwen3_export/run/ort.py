@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.core.process import uninterrupted
-from qwen3_export.core.processors import processors
+from qwen3_export.core.processors import thread_count
 from qwen3_export.errors import InputError, MissingRuntimeError
 from qwen3_export.run.session import RuntimeOptions, check_ids
 
@@ -40,7 +40,7 @@ class OrtSession:
                 f"{folder}: running an ONNX folder needs onnxruntime", "pip install 'qwen3-export[ort]'"
             ) from error
         self.version, self._folder = onnxruntime.__version__, folder
-        self.threads = options.threads or processors()
+        self.threads = thread_count(options.threads)
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = self.threads
         settings.log_severity_level = 4

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.process import uninterrupted
-from qwen3_export.core.processors import processors
+from qwen3_export.core.processors import processors, thread_count
 from qwen3_export.errors import MissingRuntimeError
 from qwen3_export.run.session import RuntimeOptions, check_ids
 
@@ -30,7 +30,7 @@ class TorchSession:
             raise MissingRuntimeError(
                 f"{folder}: running a Hugging Face folder needs torch", "pip install 'qwen3-export[solve]'"
             ) from error
-        wanted = options.threads or min(processors(), torch.get_num_threads())
+        wanted = thread_count(options.threads) if options.threads else min(processors(), torch.get_num_threads())
         if wanted != torch.get_num_threads():
             torch.set_num_threads(wanted)
         self.version = str(torch.__version__)

@@ -12,7 +12,9 @@ Finishing drops `state/`, adds configuration, index, sidecars and manifest; one 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +22,53 @@ from typing import Any
 
 from qwen3_export.core.checkpoint import INDEX, Checkpoint
 from qwen3_export.core.layouts import layout
-from qwen3_export.core.manifest import clear_partial, sha256_file, to_json, write_atomic, write_manifest
+from qwen3_export.core.manifest import sha256_file, to_json, write_manifest
+from qwen3_export.core.outputs import clear_partial, write_atomic
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, block_name
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
-from qwen3_export.core.tensorfile import Spec, TensorFileWriter
-from qwen3_export.errors import InputError
+from qwen3_export.core.tensorfile import Spec, TensorFile, TensorFileWriter
+from qwen3_export.errors import CheckpointError, ExportError, InputError, StateError
 from qwen3_export.solve.job import SolvedBlock, SolvedLinear
+
+STATE, PROGRESS = "state", "progress.json"
+_OVER = "--no-resume starts over"
+_SAID = {"matmul": "kind of processor", "version": "version of qwen3-export"}
+
+
+def resumable(state: Path, error: BaseException) -> bool:
+    """Whether a stopped run can go on: blocks are done, and the next attempt need not end as this one did.
+
+    An input that is refused is refused again; what is wrong with the state itself is left for the user to decide.
+    """
+    if isinstance(error, StateError):
+        return True
+    return (state / PROGRESS).is_file() and not isinstance(error, InputError)
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """What an unfinished run recorded; StateError when it is damaged or something else."""
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise ValueError("no file")
+        saved = json.loads(path.read_bytes())
+        if not isinstance(saved, dict):
+            raise ValueError("no object")
+        saved = {"outer": {}, **saved}
+        for key, kind in {"identity": dict, "blocks": list, "outer": dict}.items():
+            if not isinstance(saved.get(key), kind):
+                raise ValueError(f"no {key}")
+        for block in saved["blocks"]:
+            if not all(type(count) is int for count in block["expert_tokens"]):
+                raise ValueError("no tokens of experts")
+        for record in (saved["outer"], *(block["linears"] for block in saved["blocks"])):
+            for item in record.values():
+                QuantScheme.from_dict(item["scheme"])
+                if not isinstance(item["method"], str) or not isinstance(item["error"], float | int):
+                    raise ValueError("a matrix without method or error")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ExportError, OSError) as error:
+        raise StateError(f"{path} cannot be read ({error})", _OVER) from error
+    return saved
 
 
 @dataclass(frozen=True)
@@ -45,25 +87,34 @@ class QuantizedFolder:
     @property
     def scratch(self) -> Path:
         """Where progress and activations are kept until the run is done."""
-        return self.folder / "state"
+        return self.folder / STATE
 
     def resume(self) -> dict[str, Any]:
         """Results of an earlier run's finished blocks, embedding and head; InputError when that run was another."""
-        path = self.scratch / "progress.json"
-        if not path.is_file():
+        path = self.scratch / PROGRESS
+        if not os.path.lexists(path):
             self._clear()
             return {"blocks": [], "outer": {}}
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path} cannot be read ({error})", "--no-resume starts over") from error
+        saved = read_progress(path)
         for key, value in self._identity().items():
             if saved["identity"].get(key) != value:
-                raise InputError(
-                    f"{self.folder} holds an unfinished run with another {key}",
+                raise StateError(
+                    f"{self.folder} holds an unfinished run with another {_SAID.get(key, key)}",
                     "repeat that run's arguments to finish it, or --no-resume to start over",
                 )
-        return {"blocks": list(saved["blocks"]), "outer": dict(saved.get("outer", {}))}
+        self._check_shards(path, saved)
+        return {"blocks": list(saved["blocks"]), "outer": dict(saved["outer"])}
+
+    def _check_shards(self, path: Path, saved: Mapping[str, Any]) -> None:
+        """Raise StateError where a file of what counts as finished is not there, or is not whole."""
+        done = len(saved["blocks"])
+        if done > self.checkpoint.config.num_layers:
+            raise StateError(f"{path}: {done} finished blocks, the model has fewer", _OVER)
+        for layer in range(-1, done) if done else ():
+            try:
+                TensorFile(self.shard(layer))
+            except CheckpointError as error:
+                raise StateError(f"what counts as finished is damaged: {error}", _OVER) from error
 
     def _identity(self) -> dict[str, Any]:
         return {"source": self.checkpoint.sha256, **self.identity}
@@ -71,11 +122,6 @@ class QuantizedFolder:
     def start_over(self) -> None:
         """Forget an earlier run."""
         self._clear()
-
-    def drop_unless_resumable(self) -> None:
-        """Leave nothing behind of a run that failed before its first block was done."""
-        if not (self.scratch / "progress.json").is_file():
-            shutil.rmtree(self.folder)
 
     def _clear(self) -> None:
         clear_partial(self.folder)
@@ -142,7 +188,7 @@ class QuantizedFolder:
     def save_progress(self, found: Mapping[str, Any]) -> None:
         """Record what is finished, after its files are on the disk."""
         # Without indents, which cost a hundred times as much: it is written anew for every block.
-        write_atomic(self.scratch / "progress.json", json.dumps({"identity": self._identity(), **found}))
+        write_atomic(self.scratch / PROGRESS, json.dumps({"identity": self._identity(), **found}))
 
     def finish(self, recipe: Recipe, manifest: Mapping[str, Any], schemes: Mapping[str, QuantScheme]) -> None:
         """Add configuration, index, sidecars and manifest, and drop the working state."""
@@ -161,8 +207,6 @@ class QuantizedFolder:
 
 def write_index(folder: Path, shards: list[Path]) -> None:
     """`model.safetensors.index.json` of these shards."""
-    from qwen3_export.core.tensorfile import TensorFile
-
     files = [TensorFile(path) for path in shards]
     weight_map = {name: file.path.name for file in files for name in file.entries}
     size = sum(entry.end - entry.begin for file in files for entry in file.entries.values())

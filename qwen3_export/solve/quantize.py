@@ -11,7 +11,7 @@ from typing import Any
 from qwen3_export import __version__
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.layouts import layout
-from qwen3_export.core.manifest import refuse_existing, staged_folder
+from qwen3_export.core.outputs import check_output, partial_path, staged_folder
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.qwen3 import HEAD
 from qwen3_export.core.recipe import Recipe
@@ -23,7 +23,7 @@ from qwen3_export.solve.job import Job, QuantizeSettings
 from qwen3_export.solve.loop import run_blocks
 from qwen3_export.solve.method import fold_of
 from qwen3_export.solve.methods import load_method
-from qwen3_export.solve.output_folder import QuantizedFolder
+from qwen3_export.solve.output_folder import STATE, QuantizedFolder, resumable
 from qwen3_export.solve.preflight import check_disk, check_memory
 from qwen3_export.solve.record import manifest_of, report_experts, result_of
 from qwen3_export.text.documents import load_documents
@@ -41,7 +41,8 @@ def quantize(
     """
     progress, started = progress or Progress(), time.monotonic()
     checkpoint.hash_ahead()
-    refuse_existing(output.absolute(), settings.force)
+    inputs = (checkpoint.folder, settings.calibration)
+    check_output(output, inputs, settings.force)
     settings = replace(settings, layout=settings.layout or recipe.layout)
     assert settings.layout is not None
     check_recipe(checkpoint, recipe, settings.layout)
@@ -70,35 +71,33 @@ def quantize(
         "matmul": fast_matmul() if samples is not None and settings.device == "cpu" else "fp32",
     }
     pools = workers_without_torch(settings.threads) if without_torch else workers(settings.threads, fast=True)
-    with staged_folder(output, settings.force, resume=True) as partial, pools as pool:
+    state = partial_path(output) / STATE
+    staged = staged_folder(output, settings.force, inputs, lambda error: resumable(state, error))
+    with staged as partial, pools as pool:
         config = checkpoint.config
         head_apart = not config.tie_word_embeddings and recipe.scheme_for(HEAD) is not None
         target = QuantizedFolder(partial, checkpoint, settings.layout, identity, head_apart)
-        try:
-            if not settings.resume:
-                target.start_over()
-            check_disk(checkpoint, recipe, samples, original, partial, fisher_samples)
-            job = Job(
-                checkpoint,
-                recipe,
-                method,
-                options,
-                samples,
-                pool,
-                target.scratch,
-                settings.device,
-                without_torch=without_torch,
-            )
-            found, resumed = run_blocks(job, target, settings, progress)
-            libraries = ["numba"] if without_torch else ["torch", "numba"]
-            manifest = manifest_of(checkpoint, recipe, samples, settings, found, libraries)
-            schemes = {name: QuantScheme.from_dict(item["scheme"]) for name, item in manifest["tensors"].items()}
-            target.finish(recipe, manifest, schemes)
-            if samples is not None:
-                report_experts(manifest["experts"], progress)
-        except Exception:
-            target.drop_unless_resumable()
-            raise
+        if not settings.resume:
+            target.start_over()
+        check_disk(checkpoint, recipe, samples, original, partial, fisher_samples)
+        job = Job(
+            checkpoint,
+            recipe,
+            method,
+            options,
+            samples,
+            pool,
+            target.scratch,
+            settings.device,
+            without_torch=without_torch,
+        )
+        found, resumed = run_blocks(job, target, settings, progress)
+        libraries = ["numba"] if without_torch else ["torch", "numba"]
+        manifest = manifest_of(checkpoint, recipe, samples, settings, found, libraries)
+        schemes = {name: QuantScheme.from_dict(item["scheme"]) for name, item in manifest["tensors"].items()}
+        target.finish(recipe, manifest, schemes)
+        if samples is not None:
+            report_experts(manifest["experts"], progress)
     return result_of(output, manifest, resumed, time.monotonic() - started)
 
 

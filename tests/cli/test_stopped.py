@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from qwen3_export.cli import run
-from qwen3_export.core.manifest import partial_path
+from qwen3_export.core.outputs import partial_path
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
 from qwen3_export.solve.preflight import disk_needed

@@ -60,9 +60,13 @@ def run_child(
     sys.stderr.flush()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         started = time.monotonic()
+        begun, begins = os.pipe()
         pid = os.fork()
         if pid == 0:
-            _become(command, folder, env or {}, setup, out.fileno(), err.fileno())
+            _become(command, folder, env or {}, setup, out.fileno(), err.fileno(), begins)
+        os.close(begins)
+        os.read(begun, 1)
+        os.close(begun)
         code = _wait(pid, send, when)
         return Outcome(code, _text(out), _text(err), time.monotonic() - started)
 
@@ -74,6 +78,7 @@ def _become(
     setup: Callable[[], None] | None,
     out: int,
     err: int,
+    begins: int,
 ) -> None:
     """The child: what `main` does, and what the interpreter does with its streams at the end."""
     code = 70
@@ -97,7 +102,7 @@ def _become(
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if setup:
             setup()
-        code = _main([str(part) for part in command])
+        code = _main([str(part) for part in command], begins)
     except BaseException:
         with contextlib.suppress(Exception):
             traceback.print_exc()
@@ -105,9 +110,12 @@ def _become(
         os._exit(code)
 
 
-def _main(arguments: list[str]) -> int:
+def _main(arguments: list[str], begins: int) -> int:
     from qwen3_export.cli import main
 
+    # From here on a signal finds its handler, or is about to.
+    os.write(begins, b"x")
+    os.close(begins)
     sys.argv = ["qwen3-export", *arguments]
     try:
         main()

@@ -19,11 +19,9 @@ from qwen3_export.core.manifest import (
     read_manifest,
     sha256_file,
     sha256_text,
-    staged_file,
-    staged_folder,
-    write_atomic,
     write_manifest,
 )
+from qwen3_export.core.outputs import staged_file, staged_folder, write_atomic
 from qwen3_export.errors import InputError
 
 Staged = Callable[..., AbstractContextManager[Path]]
@@ -79,9 +77,9 @@ def test_an_output_with_a_relative_path_survives_a_change_of_folder(
 
 def test_a_resumable_folder_is_kept_as_it_stands_when_the_block_fails(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        fill_and_raise(staged_folder, staged_folder(tmp_path / "out", resume=True), KeyboardInterrupt)
+        fill_and_raise(staged_folder, staged_folder(tmp_path / "out", resumable=lambda error: True), KeyboardInterrupt)
     assert names(tmp_path) == ["out.partial"]
-    with staged_folder(tmp_path / "out", resume=True) as partial:
+    with staged_folder(tmp_path / "out", resumable=lambda error: True) as partial:
         assert content(partial) == "new"
         fill(staged_folder, partial, "whole")
     assert content(tmp_path / "out") == "whole"
@@ -90,13 +88,11 @@ def test_a_resumable_folder_is_kept_as_it_stands_when_the_block_fails(tmp_path: 
 @both
 def test_what_an_earlier_run_left_behind_is_started_over(staged: Staged, tmp_path: Path) -> None:
     leftover = tmp_path / "out.partial"
-    if staged is staged_folder:
-        (leftover / "sub").mkdir(parents=True)
-        (leftover / ".qwen3-export-partial").touch()
-        (leftover / "link").symlink_to(tmp_path)
-        (leftover / "sub" / "old.txt").write_text("old")
-    else:
-        leftover.write_text("old and longer than the new one")
+    (leftover / "sub").mkdir(parents=True)
+    (leftover / ".qwen3-export-partial").touch()
+    (leftover / "link").symlink_to(tmp_path)
+    (leftover / "sub" / "old.txt").write_text("old")
+    (leftover / "out").write_text("old and longer than the new one")
     with staged(tmp_path / "out") as partial:
         fill(staged, partial)
     assert content(tmp_path / "out") == "new"
@@ -189,9 +185,9 @@ def test_a_file_is_not_replaced_by_a_folder_nor_a_folder_by_a_file(tmp_path: Pat
 HOLDER = """
 import sys
 from pathlib import Path
-from qwen3_export.core import manifest
+from qwen3_export.core import outputs
 
-with getattr(manifest, sys.argv[1])(Path(sys.argv[2])) as partial:
+with getattr(outputs, sys.argv[1])(Path(sys.argv[2])) as partial:
     (partial / "data.txt" if partial.is_dir() else partial).write_text("theirs")
     print("ready", flush=True)
     sys.stdin.read()
@@ -278,7 +274,7 @@ def test_a_partial_folder_that_somebody_else_filled_is_left_alone(tmp_path: Path
     foreign = tmp_path / "out.partial"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="did not write"), staged_folder(tmp_path / "out"):
+    with pytest.raises(InputError, match="no unfinished output"), staged_folder(tmp_path / "out"):
         pass
     assert (foreign / "thesis.txt").read_text() == "years of work"
     assert not (tmp_path / "out").exists()

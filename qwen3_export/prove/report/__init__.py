@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3_export.core.manifest import staged_folder, to_json, write_manifest
+from qwen3_export.core.manifest import to_json, write_manifest
+from qwen3_export.core.outputs import staged_folder
 from qwen3_export.prove.report.junit import junit
 from qwen3_export.prove.report.markdown import markdown
 from qwen3_export.prove.report.page import page

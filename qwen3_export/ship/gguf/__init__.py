@@ -30,7 +30,8 @@ from qwen3_export import __version__
 from qwen3_export.core import pack
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.coverage import GGUF_KEY
-from qwen3_export.core.manifest import sha256_file, staged_file
+from qwen3_export.core.manifest import sha256_file
+from qwen3_export.core.outputs import staged_file
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, block_name
 from qwen3_export.core.scheme import QuantScheme
@@ -106,7 +107,7 @@ def export_gguf(
     wanted = _checked_type(checkpoint, type_name)
     inexact: list[Inexact] = []
     plan = list(_plan(checkpoint, wanted, inexact))
-    with staged_file(output, force) as partial:
+    with staged_file(output, force, [checkpoint.folder]) as partial:
         _write(checkpoint, partial, plan, _FILE_TYPES[wanted], progress)
     files = [{"path": output.name, "bytes": output.stat().st_size, "sha256": sha256_file(output)}]
     return export_result(output, files, checkpoint, inexact, started)

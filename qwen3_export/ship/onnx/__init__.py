@@ -14,7 +14,8 @@ from typing import Any
 import onnx_ir as ir
 
 from qwen3_export.core.checkpoint import Checkpoint, read_sidecar
-from qwen3_export.core.manifest import file_list, staged_folder, to_json, write_manifest
+from qwen3_export.core.manifest import file_list, to_json, write_manifest
+from qwen3_export.core.outputs import staged_folder
 from qwen3_export.core.progress import Progress
 from qwen3_export.errors import InputError
 from qwen3_export.ship.exactness import cast_errors
@@ -45,7 +46,7 @@ def export_onnx(
     started, progress = time.monotonic(), progress or Progress()
     check_request(checkpoint, flavor, precision)
     inexact = cast_errors(checkpoint, precision)
-    with staged_folder(output, force) as folder:
+    with staged_folder(output, force, inputs=[checkpoint.folder]) as folder:
         sparse = write_graph(checkpoint, folder, flavor, precision, accuracy_level, progress)
         for path in checkpoint.sidecars():
             shutil.copyfile(path, folder / path.name)

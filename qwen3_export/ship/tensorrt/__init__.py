@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_export.core.checkpoint import Checkpoint
-from qwen3_export.core.manifest import file_list, staged_folder, to_json, write_manifest
+from qwen3_export.core.manifest import file_list, to_json, write_manifest
+from qwen3_export.core.outputs import staged_folder
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import InputError, MissingRuntimeError, ResourceError, UnsupportedError
@@ -88,7 +89,7 @@ def export_tensorrt(
     context = checkpoint.config.max_position
     profile = profile or Profile(min(1024, context), min(4096, context))
     inexact = cast_errors(checkpoint, precision)
-    with staged_folder(output, force) as folder:
+    with staged_folder(output, force, inputs=[checkpoint.folder]) as folder:
         write_graph(checkpoint, folder, "standard", precision, None, progress)
         with progress.bar("build plan", 1) as tick:
             built = _build(folder, engine, capabilities, profile)

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen3_export.core.manifest import file_list, read_manifest, staged_folder, write_manifest
+from qwen3_export.core.manifest import file_list, read_manifest, write_manifest
+from qwen3_export.core.outputs import staged_folder
 from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.errors import InputError
 from qwen3_export.ship.triton.config import Serving, python_config, vllm_config
@@ -83,7 +84,7 @@ def export_triton(
     if not _NAME.fullmatch(name):
         raise InputError(f"--name {name!r}: letters, digits, '.', '_' and '-' were expected")
     kind = kind_of(artifact)
-    with staged_folder(output, force) as folder:
+    with staged_folder(output, force, [artifact]) as folder:
         version = folder / name / "1"
         version.mkdir(parents=True)
         progress.log(f"copying {artifact}")

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwen3_export.errors import InputError
+from qwen3_export.errors import StateError
 from qwen3_export.model.block import State
 from qwen3_export.model.workers import Workers
 
@@ -43,7 +43,7 @@ class SampleFile:
         """Row `row`."""
         found = torch.empty(self._shape, dtype=self._dtype)
         if os.preadv(self._descriptor, [_bytes(found)], row * self._bytes) != self._bytes:
-            raise InputError(f"{self.path}: sample {row} is not there", "--no-resume starts over")
+            raise StateError(f"{self.path}: sample {row} is not there", "--no-resume starts over")
         return found
 
     def write(self, row: int, tensor: Tensor) -> None:

@@ -26,7 +26,7 @@ def make(random: Random, place: Place) -> Trial:
     command += ("--output", place.out)
     # A kill may leave what the next run takes over; other signals only what quantize goes on from.
     may_stay = number == signal.SIGKILL or kind == "quantize" or bool(recipe)
-    keeps = tuple(place.folder / f"out{end}" for end in (".partial", ".solved.partial")) if may_stay else ()
+    keeps = tuple(place.folder / f"out{end}" for end in (".partial", ".quantized.partial")) if may_stay else ()
     return Trial(
         f"{kind}: {signal.Signals(number).name} after {delay:.2f} s",
         command,

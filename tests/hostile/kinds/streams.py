@@ -15,7 +15,7 @@ def make(random: Random, place: Place) -> Trial:
     """A sound command under odd streams."""
     commands: tuple[tuple[object, ...], ...] = (
         ("recipes", "list"),
-        ("recipes", "show", "edge-w4"),
+        ("recipes", "show", "rtn-w4a16-g128"),
         ("inspect", place.base("model")),
         ("--help",),
         ("quantize", "--help"),

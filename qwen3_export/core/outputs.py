@@ -1,0 +1,281 @@
+"""Outputs that exist whole or not at all: one place owns how they are reserved, finished and cleaned up.
+
+    OUTPUT.partial/                 made exclusively, or taken over from a run of ours that died; locked
+        .qwen3-export-partial       the mark that it is ours: without it nothing in there is touched
+        …                           what becomes OUTPUT: the folder's files, or the one file
+    OUTPUT                          appears by one rename, complete and flushed to the disk
+
+No link is followed on the way. Parents that do not exist are made, and removed again when the run fails.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from qwen3_export.core.manifest import MARKER
+from qwen3_export.core.places import Inputs, checked_place, refuse_existing
+from qwen3_export.errors import InputError
+
+
+def partial_path(output: Path) -> Path:
+    """Where an output is written until it is done."""
+    return output.with_name(output.name + ".partial")
+
+
+def check_output(output: Path, inputs: Inputs = (), force: bool = False, folder: bool = True) -> None:
+    """Raise InputError, before the work, when an output cannot be written or would touch an input.
+
+    `inputs` are all files and folders that the command reads. The place is tried out: it is reserved and given back.
+    """
+    place = checked_place(output, inputs, force, folder)
+    with _reserved(place) as reservation:
+        reservation.undo()
+
+
+@contextmanager
+def staged_folder(
+    output: Path, force: bool = False, inputs: Inputs = (), resumable: Callable[[BaseException], bool] | None = None
+) -> Iterator[Path]:
+    """Yield the locked `OUTPUT.partial/`; rename it to `OUTPUT` when the block ends well.
+
+    On an error the partial folder is removed; where a run can go on, `resumable` says of an error whether it is kept
+    as it stands. Raises InputError when the output exists, touches one of `inputs`, or is written by another run.
+    """
+    place = checked_place(output, inputs, force)
+    with _reserved(place) as reservation:
+        refuse_existing(place, force)
+        if resumable is None:
+            clear_partial(reservation.partial)
+        try:
+            yield reservation.partial
+            if not (reservation.partial / MARKER).exists():
+                raise InputError(f"{reservation.partial} was removed while it was written")
+            _move_into_place(reservation.partial, place)
+        except BaseException as error:
+            if resumable is None or not resumable(error):
+                reservation.undo(everything=True)
+            raise
+
+
+@contextmanager
+def staged_file(output: Path, force: bool = False, inputs: Inputs = ()) -> Iterator[Path]:
+    """As `staged_folder`, for a single file: yields `OUTPUT.partial/NAME`."""
+    place = checked_place(output, inputs, force, folder=False)
+    with _reserved(place) as reservation:
+        refuse_existing(place, force, folder=False)
+        clear_partial(reservation.partial)
+        file = reservation.partial / place.name
+        try:
+            yield file
+            _flush(file)
+            file.replace(place)
+        except BaseException:
+            reservation.undo(everything=True)
+            raise
+        reservation.remove()
+    _flush(place.parent)
+
+
+@contextmanager
+def working_folder(output: Path, name: str, inputs: Inputs = ()) -> Iterator[Path]:
+    """Yield `OUTPUT.NAME.partial/`, locked, for what is needed on the way; removed at the end.
+
+    An error leaves in it what an unfinished run of ours in there can be resumed from. What a killed run
+    left is found in it by the next one.
+    """
+    place = checked_place(output, inputs, force=True, folder=not output.is_file())
+    with _reserved(place.with_name(f"{place.name}.{name}")) as reservation:
+        try:
+            yield reservation.partial
+        except BaseException:
+            if not any(reservation.partial.glob("*.partial/state/progress.json")):
+                reservation.undo(everything=True)
+            raise
+        reservation.remove()
+
+
+def clear_partial(partial: Path) -> None:
+    """Empty a reserved partial folder."""
+    for path in partial.iterdir():
+        if path.name != MARKER:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a small text file in one step."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text, encoding="utf-8")
+    _flush(beside)
+    beside.replace(path)
+
+
+class _Reservation:
+    """A locked partial folder, and the parents that were made for it."""
+
+    def __init__(self, partial: Path, parents: list[Path]) -> None:
+        self.partial, self._parents = partial, parents
+
+    def undo(self, everything: bool = False) -> None:
+        """Give the place back as it was: an earlier run's files are kept unless `everything` goes."""
+        if everything or not _has_content(self.partial):
+            self.remove()
+        if not self.partial.exists():
+            _remove_folders(self._parents)
+
+    def remove(self) -> None:
+        """Remove the partial folder; what cannot be removed is left for the next run."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _has_content(partial: Path) -> bool:
+    try:
+        return any(path.name != MARKER for path in partial.iterdir())
+    except OSError:
+        return False
+
+
+@contextmanager
+def _reserved(place: Path) -> Iterator[_Reservation]:
+    """Make or take over `PLACE.partial/` and hold its lock, which dies with the process, however that ends."""
+    partial, parents = partial_path(place), _make_parents(place.parent)
+    try:
+        made = _make_folder(partial)
+        descriptor = _open_folder(partial)
+        try:
+            _lock(descriptor, partial, place)
+            _claim(descriptor, partial)
+            _finish_replacing(place)
+            yield _Reservation(partial, parents)
+        except BaseException:
+            if made and not _has_content(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        finally:
+            os.close(descriptor)
+    except BaseException:
+        _remove_folders(parents)
+        raise
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    """Make a folder and those around it; gives those that were made, the innermost first."""
+    missing = []
+    while not os.path.lexists(parent) and parent != parent.parent:
+        missing.append(parent)
+        parent = parent.parent
+    made: list[Path] = []
+    try:
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            made.insert(0, folder)
+    except BaseException:
+        _remove_folders(made)
+        raise
+    return made
+
+
+def _remove_folders(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _make_folder(partial: Path) -> bool:
+    try:
+        partial.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+def _foreign(partial: Path) -> InputError:
+    return InputError(f"{partial} is no unfinished output of qwen3-export", "move it away: its name is needed")
+
+
+def _open_folder(partial: Path) -> int:
+    try:
+        return os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise _foreign(partial) from error
+        raise
+
+
+def _lock(descriptor: int, partial: Path, place: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"another run is writing {place}", "wait for it, or choose another --output") from error
+    try:
+        same = os.stat(partial, follow_symlinks=False).st_ino == os.fstat(descriptor).st_ino
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise InputError(f"another run has just finished with {place}", "look at its output, then try again")
+
+
+def _claim(descriptor: int, partial: Path) -> None:
+    """Mark a partial folder as ours; InputError when it holds what somebody else put there."""
+    try:
+        marked = stat.S_ISREG(os.stat(MARKER, dir_fd=descriptor, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        marked = False
+    if not marked:
+        if os.listdir(descriptor):
+            raise _foreign(partial)
+        os.close(os.open(MARKER, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644, dir_fd=descriptor))
+
+
+def _replaced(place: Path) -> Path:
+    """Where an output that is being replaced lies between two renames."""
+    return place.with_name(f".{place.name}.replaced")
+
+
+def _finish_replacing(place: Path) -> None:
+    """Mend what a kill between the two renames left: the old output is put back, or removed beside a new one."""
+    old = _replaced(place)
+    if old.is_symlink() or not (old / MARKER).is_file():
+        return
+    if os.path.lexists(place):
+        shutil.rmtree(old)
+    else:
+        old.rename(place)
+        (place / MARKER).unlink()
+
+
+def _move_into_place(partial: Path, place: Path) -> None:
+    for path in partial.rglob("*"):
+        if path.is_file() and path.name != MARKER:
+            _flush(path)
+    _flush(partial)
+    if place.is_symlink():
+        place.unlink()
+    if place.is_dir():
+        old = _replaced(place)
+        (place / MARKER).touch()
+        place.rename(old)
+        try:
+            partial.rename(place)
+        except BaseException:
+            _finish_replacing(place)
+            raise
+        shutil.rmtree(old)
+    else:
+        partial.rename(place)
+    (place / MARKER).unlink()
+    _flush(place.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
