@@ -48,13 +48,13 @@ def test_quota_and_affinity_decide_the_threads(monkeypatch: pytest.MonkeyPatch) 
 def test_every_runtime_takes_the_threads_of_the_quota(monkeypatch: pytest.MonkeyPatch, reference_folder: Path) -> None:
     import torch
 
-    from qwen3_export.model.workers import _count
+    from qwen3_export.core.processors import thread_count
     from qwen3_export.run.artifact import open_session
 
     monkeypatch.setattr("qwen3_export.core.processors.cpu_quota", lambda: 1.0)
     before = torch.get_num_threads()
     session = open_session(reference_folder)
-    assert session.threads == _count(None) == 1
+    assert session.threads == thread_count(None) == 1
     session.close()
     torch.set_num_threads(before)
 
