@@ -8,6 +8,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from qwen3_export.cli.app import Force, Json, Quiet, Source, Verbose, app, console, recipes
+from qwen3_export.cli.artifacts import describe_artifact, is_artifact, show_artifact
 from qwen3_export.cli.console import fields, size, table
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.outputs import check_output, staged_file
@@ -29,7 +30,12 @@ def parse_bytes(text: str) -> int:
 
 @app.command(epilog="Example: qwen3-export inspect reference-model")
 def inspect(source: Source, json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Show a checkpoint's architecture, size, types, and what is quantized and how."""
+    """Show a checkpoint's architecture, size, types and schemes, or an artifact's tensors, sizes and provenance."""
+    path = Path(source)
+    if is_artifact(path):
+        found = describe_artifact(path)
+        console(json, quiet, verbose).result(found, lambda: show_artifact(found))
+        return
     values = describe(open_source(source))
     shown = {k: ", ".join(f"{a} ({b})" for a, b in v.items()) if isinstance(v, dict) else v for k, v in values.items()}
     console(json, quiet, verbose).result(values, lambda: fields(shown))

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 from qwen3_export.core.coverage import GGUF_KEY, Summary, read_coverage, summary_of
+from qwen3_export.core.onnx_header import onnx_data_files
 from qwen3_export.errors import InputError
+from qwen3_export.run.onnx_files import find_onnx, is_onnx
 from qwen3_export.run.session import FiniteSession, HasMetadata, HasTokenizer, RuntimeOptions, Session
 from qwen3_export.text.tokenizer import ModelTokenizer, TextModel
 
@@ -20,14 +22,18 @@ def _open(artifact: Path, options: RuntimeOptions) -> Session:
     if artifact.is_file():
         with artifact.open("rb") as file:
             magic = file.read(4)
+        if is_onnx(artifact):
+            from qwen3_export.run.ort import OrtSession
+
+            return OrtSession(artifact, options)
         if magic != b"GGUF":
-            raise InputError(f"{artifact}: neither a GGUF file nor an artifact folder")
+            raise InputError(f"{artifact}: neither a GGUF file, an ONNX file nor an artifact folder")
         from qwen3_export.run.llamacpp import LlamaSession
 
         return LlamaSession(artifact, options)
     if not artifact.is_dir():
         raise InputError(f"{artifact}: no such artifact")
-    if (artifact / "model.onnx").is_file():
+    if is_onnx(artifact):
         from qwen3_export.run.ort import OrtSession
 
         return OrtSession(artifact, options)
@@ -36,7 +42,7 @@ def _open(artifact: Path, options: RuntimeOptions) -> Session:
 
         return TorchSession(artifact, options)
     raise InputError(
-        f"{artifact}: neither model.onnx nor config.json is in it", "give an artifact folder or a .gguf file"
+        f"{artifact}: neither an ONNX graph nor config.json is in it", "give an artifact folder or a .gguf file"
     )
 
 
@@ -45,14 +51,14 @@ def tokenizer_of(artifact: Path, session: Session) -> TextModel:
     inner = session.inner if isinstance(session, FiniteSession) else session
     if isinstance(inner, HasTokenizer):
         return inner.tokenizer
-    return ModelTokenizer(artifact)
+    return ModelTokenizer(find_onnx(artifact).folder if artifact.is_file() else artifact)
 
 
 def artifact_coverage(artifact: Path, session: Session) -> Summary | None:
     """How many calibration tokens the artifact's experts saw; None for a model without experts."""
     inner = session.inner if isinstance(session, FiniteSession) else session
     if not isinstance(inner, HasMetadata):
-        return read_coverage(artifact)
+        return read_coverage(artifact if artifact.is_dir() else artifact.parent)
     if not (inner.metadata("general.architecture") or "").endswith("moe"):
         return None
     text = inner.metadata(GGUF_KEY)
@@ -65,5 +71,6 @@ def artifact_coverage(artifact: Path, session: Session) -> Summary | None:
 def artifact_bytes(artifact: Path) -> int:
     """Size of an artifact on disk."""
     if artifact.is_file():
-        return artifact.stat().st_size
+        outside = onnx_data_files(artifact) if artifact.suffix == ".onnx" else []
+        return sum(path.stat().st_size for path in [artifact, *outside])
     return sum(path.stat().st_size for path in artifact.rglob("*") if path.is_file())

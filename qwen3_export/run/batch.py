@@ -38,7 +38,7 @@ class Batch(Protocol):
 
 def batch_of(session: Session, slots: int) -> Batch:
     """A batch over a session: of `slots` sequences where its runtime can, else of one."""
-    if isinstance(session, OrtSession) and session.in_place:
+    if isinstance(session, OrtSession) and session.is_ours:
         return _OrtBatch(session, slots)
     return _Single(session)
 

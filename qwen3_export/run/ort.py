@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from qwen3_export.core.process import uninterrupted
 from qwen3_export.core.processors import thread_count
 from qwen3_export.errors import InputError, MissingRuntimeError
+from qwen3_export.run.onnx_files import OnnxFiles, find_onnx
 from qwen3_export.run.session import RuntimeOptions, check_ids
+from qwen3_export.run.signature import read_signature
 
 _SMALLEST_CACHE = 256
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class OrtSession:
@@ -31,7 +32,9 @@ class OrtSession:
     runtime = "onnxruntime"
     device = "cpu"
 
-    def __init__(self, folder: Path, options: RuntimeOptions) -> None:
+    def __init__(self, artifact: Path, options: RuntimeOptions) -> None:
+        files = find_onnx(artifact)
+        folder = files.folder
         try:
             with uninterrupted():
                 import onnxruntime
@@ -49,9 +52,7 @@ class OrtSession:
         if options.exact or self.runtime != OrtSession.runtime:
             settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
         try:
-            self._session = onnxruntime.InferenceSession(
-                str(folder / "model.onnx"), settings, providers=["CPUExecutionProvider"]
-            )
+            self._session = onnxruntime.InferenceSession(str(files.graph), settings, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors share no public base below Exception
             reason = str(error).strip().splitlines()[0]
             if "NOT_IMPLEMENTED" in reason:
@@ -59,47 +60,49 @@ class OrtSession:
                     f"{folder}: ONNX Runtime has no kernel for it on this device ({reason})",
                     "export with --precision fp32, or run it where bf16 is supported",
                 ) from error
-            raise InputError(f"{folder}: ONNX Runtime cannot load model.onnx ({reason})") from error
-        self._read_signature(folder)
+            raise InputError(f"{folder}: ONNX Runtime cannot load {files.graph.name} ({reason})") from error
+        self._read_signature(files)
         self._binding = self._session.io_binding()
         self._length = self._capacity = 0
         self._cache: dict[str, Any] = {}
         if self.in_place:
             self._grow(_SMALLEST_CACHE)
 
-    def _read_signature(self, folder: Path) -> None:
-        outputs = {item.name: item for item in self._session.get_outputs()}
-        self._past: dict[str, tuple[tuple[int, ...], Any]] = {}
-        for item in self._session.get_inputs():
-            if item.name.startswith("past_key_values."):
-                if item.type not in _TYPES:
-                    raise MissingRuntimeError(
-                        f"{folder}: a {item.type} cache cannot be fed to ONNX Runtime on this device"
-                    )
-                shape = (1, item.shape[1], 0, item.shape[3])
-                self._past[item.name] = (shape, _TYPES[item.type])
-        self.vocab_size = int(outputs["logits"].shape[-1])
+    def _read_signature(self, files: OnnxFiles) -> None:
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        self.signature = read_signature(files.graph, inputs, outputs, files.decoder)
         metadata = self._session.get_modelmeta().custom_metadata_map
-        self.context = int(metadata.get("qwen3_export.context", 2**31))
-        self.in_place = metadata.get("qwen3_export.flavor") == "ort"
+        stated = metadata.get("qwen3_export.context", "")
+        self.context = int(stated) if stated.isdigit() else files.context or 2**31
+        # What other tools wrote says in its genai_config.json whether its cache may be written in place.
+        self.is_ours = metadata.get("qwen3_export.flavor") == "ort"
+        self.in_place = self.is_ours or ("qwen3_export.flavor" not in metadata and files.shares_cache)
+        self._past = {cache.past: cache for cache in self.signature.caches}
+        self.vocab_size = self.signature.vocab_size or self._tried_vocab_size()
+
+    def _tried_vocab_size(self) -> int:
+        """The last axis of the logits, where the graph leaves it open: run one token."""
+        feeds = self.signature.feeds(np.zeros(1, np.int64), 0)
+        feeds.update({cache.past: np.zeros(cache.shape, cache.dtype) for cache in self.signature.caches})
+        return int(self._session.run([self.signature.logits], feeds)[0].shape[-1])
 
     def _grow(self, capacity: int) -> None:
         """Buffers for at least `capacity` positions, bound as past and present alike."""
         self._capacity = max(capacity, 2 * self._capacity)
-        for name, (shape, dtype) in self._past.items():
-            buffer = np.zeros((1, shape[1], self._capacity, shape[3]), dtype)
+        for name, cache in self._past.items():
+            buffer = np.zeros((1, cache.shape[1], self._capacity, cache.shape[3]), cache.dtype)
             if self._length:
                 buffer[:, :, : self._length] = self._cache[name][:, :, : self._length]
             self._cache[name] = buffer
-            place = ("cpu", 0, dtype, buffer.shape, buffer.ctypes.data)
+            place = ("cpu", 0, cache.dtype, buffer.shape, buffer.ctypes.data)
             self._binding.bind_input(name, *place)
-            self._binding.bind_output(name.replace("past_key_values", "present"), *place)
+            self._binding.bind_output(cache.present, *place)
 
     def prefill(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """Start a new sequence; logits `[len(ids), vocab]`."""
         self._length = 0
         if not self.in_place:
-            self._cache = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self._past.items()}
+            self._cache = {name: np.zeros(cache.shape, cache.dtype) for name, cache in self._past.items()}
         return self._run(ids)
 
     def decode(self, token: int) -> NDArray[np.float32]:
@@ -111,19 +114,31 @@ class OrtSession:
         total, binding = self._length + len(ids), self._binding
         if self.in_place and total > self._capacity:
             self._grow(total)
-        binding.bind_cpu_input("input_ids", ids.astype(np.int64)[None])
-        binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
-        binding.bind_cpu_input("position_ids", np.arange(self._length, total, dtype=np.int64)[None])
+        for name, values in self.signature.feeds(ids, self._length).items():
+            binding.bind_cpu_input(name, values)
         if not self.in_place:
             self._bind_moving()
         # Outputs come back in the order in which they were first bound: the caches, then the logits.
-        binding.bind_output("logits")
-        self._session.run_with_iobinding(binding)
+        binding.bind_output(self.signature.logits)
+        self._run_bound(binding)
         *presents, logits = binding.get_outputs()
         if not self.in_place:
             self._cache = dict(zip(self._past, presents, strict=True))
         self._length = total
-        return logits.numpy()[0].astype(np.float32, copy=False)
+        found: NDArray = logits.numpy()[0]
+        if found.shape != (len(ids), self.vocab_size):
+            raise InputError(
+                f"{self._folder}: logits {list(found.shape)} for {len(ids)} tokens and {self.vocab_size} words",
+                "export the model with logits of every position",
+            )
+        return found.astype(np.float32, copy=False)
+
+    def _run_bound(self, binding: Any) -> None:
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's errors share no public base below Exception
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"{self._folder}: ONNX Runtime cannot run it ({reason})") from error
 
     def _bind_moving(self) -> None:
         """The last present as past, and a new present of the runtime's own."""
@@ -132,7 +147,7 @@ class OrtSession:
                 self._binding.bind_cpu_input(name, value)
             else:
                 self._binding.bind_ortvalue_input(name, value)
-            self._binding.bind_output(name.replace("past_key_values", "present"))
+            self._binding.bind_output(self._past[name].present)
 
     def new_binding(self) -> Any:
         """A binding of its own, for whoever keeps other caches for the same model."""
@@ -144,7 +159,7 @@ class OrtSession:
 
     def cache_shapes(self) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Shape `[1, kv_heads, 0, head_dim]` and dtype of every past, by input name."""
-        return dict(self._past)
+        return {name: (cache.shape, cache.dtype) for name, cache in self._past.items()}
 
     def cache_values(self) -> dict[str, NDArray]:
         """The sequence's cache by input name, where it is written in place; positions past its end are unused."""

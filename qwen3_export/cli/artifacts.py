@@ -1,0 +1,110 @@
+"""What `inspect` says of an ONNX folder or file, a GGUF file or a TensorRT folder: read without torch or onnx."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from qwen3_export.cli.console import fields, size, table
+from qwen3_export.core.gguf_header import GgufTensor, read_gguf_header
+from qwen3_export.core.manifest import MANIFEST, read_manifest
+from qwen3_export.core.onnx_header import OnnxTensor, onnx_data_files, read_onnx_header
+from qwen3_export.run.onnx_files import find_onnx, is_onnx
+
+_SHOWN_VALUES = ("general.architecture", "general.name", "general.file_type", "general.quantized_by", "general.license")
+_STATED = ("version", "flavor", "precision", "exact", "expert_layers", "source", "quantized")
+_OURS, _FOREIGN = "qwen3-export", "another tool"
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether a path is something that `describe_artifact` knows."""
+    return path.is_file() or (path.is_dir() and is_onnx(path))
+
+
+def describe_artifact(path: Path) -> dict[str, Any]:
+    """Types, sizes and provenance; InputError for a file that is neither ONNX nor GGUF."""
+    return _onnx(path) if is_onnx(path) else _gguf(path)
+
+
+def show_artifact(values: dict[str, Any]) -> None:
+    """A table of types and one of tensors, layers taken together."""
+    single = {key: value for key, value in values.items() if not isinstance(value, dict | list)}
+    counted = {key: values.get(key, {}) for key in ("operators", "opsets")}
+    lists = {key: ", ".join(f"{a} ({b})" for a, b in items.items()) for key, items in counted.items() if items}
+    provenance = {key: _plain(value) for key, value in values["provenance"].items()}
+    fields({**single, **lists, **provenance, "size": size(values["bytes"])})
+    rows = [[name, str(item["tensors"]), size(item["bytes"])] for name, item in values["types"].items()]
+    table(["type", "tensors", "size"], rows)
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for tensor in values["tensors"]:
+        groups.setdefault((re.sub(r"\d+", "*", tensor["name"]), tensor["type"]), []).append(tensor)
+    rows = []
+    for (name, kind), items in groups.items():
+        shape = " × ".join(map(str, items[0]["shape"])) or "1"
+        rows.append([name, str(len(items)), kind, shape, size(sum(item["bytes"] for item in items))])
+    table(["tensor", "count", "type", "shape of the first", "size"], rows)
+
+
+def _plain(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, dict | list) else value
+
+
+def _onnx(path: Path) -> dict[str, Any]:
+    files = find_onnx(path)
+    header = read_onnx_header(files.graph)
+    manifest = read_manifest(files.folder) if (files.folder / MANIFEST).is_file() else {}
+    engine = files.folder / "engine.json"
+    plan = {"engine": json.loads(engine.read_text())} if engine.is_file() else {}
+    stated = {key: manifest[key] for key in _STATED if key in manifest}
+    data = onnx_data_files(files.graph)
+    return {
+        "artifact": str(path),
+        "kind": "TensorRT" if plan else "ONNX",
+        "graph": files.graph.name,
+        "bytes": sum(file.stat().st_size for file in [files.graph, *data]),
+        "files": {file.name: file.stat().st_size for file in [files.graph, *data]},
+        "opsets": header.opsets,
+        "inputs": header.inputs,
+        "outputs": header.outputs,
+        "operators": header.operators,
+        "provenance": {
+            "written by": _OURS if manifest else header.producer or _FOREIGN,
+            **stated,
+            **header.metadata,
+            **plan,
+        },
+        **_tensors(header.tensors),
+    }
+
+
+def _gguf(path: Path) -> dict[str, Any]:
+    header = read_gguf_header(path)
+    ours = {key.removeprefix("qwen3_export."): value for key, value in header.values.items() if "qwen3_export." in key}
+    return {
+        "artifact": str(path),
+        "kind": "GGUF",
+        "bytes": sum(file.stat().st_size for file in header.files),
+        "files": {file.name: file.stat().st_size for file in header.files},
+        "values": header.values,
+        "provenance": {
+            "written by": _OURS if ours else _FOREIGN,
+            **{key: header.values[key] for key in _SHOWN_VALUES if key in header.values},
+            **ours,
+        },
+        **_tensors(header.tensors),
+    }
+
+
+def _tensors(found: Iterable[OnnxTensor | GgufTensor]) -> dict[str, Any]:
+    """Every tensor, and the sums per type."""
+    types: dict[str, dict[str, int]] = {}
+    tensors = []
+    for tensor in found:
+        total = types.setdefault(tensor.type, {"tensors": 0, "bytes": 0})
+        total["tensors"] += 1
+        total["bytes"] += tensor.bytes
+        tensors.append({"name": tensor.name, "type": tensor.type, "shape": list(tensor.shape), "bytes": tensor.bytes})
+    return {"types": types, "tensors": tensors}

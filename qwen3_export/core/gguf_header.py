@@ -1,0 +1,168 @@
+"""What a GGUF file holds, read with the standard library alone.
+
+    "GGUF" │ version u32 │ tensors u64 │ values u64 │ values │ tensor table │ padding │ bytes
+    value   name │ type u32 │ number, text, or array (type u32, count u64, items)
+    tensor  name │ axes u32 │ sizes u64 … (fastest first) │ type u32 │ offset u64
+
+Specification: ggml's docs/gguf.md. Long arrays (vocabularies) are counted, not kept. Raises InputError for what is
+no such file.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from qwen3_export.errors import InputError
+
+# Number, block length and bytes of a block of every type that a file holds (llama.cpp b11549).
+TYPES = {
+    0: ("f32", 1, 4),
+    1: ("f16", 1, 2),
+    2: ("q4_0", 32, 18),
+    3: ("q4_1", 32, 20),
+    6: ("q5_0", 32, 22),
+    7: ("q5_1", 32, 24),
+    8: ("q8_0", 32, 34),
+    10: ("q2_k", 256, 84),
+    11: ("q3_k", 256, 110),
+    12: ("q4_k", 256, 144),
+    13: ("q5_k", 256, 176),
+    14: ("q6_k", 256, 210),
+    16: ("iq2_xxs", 256, 66),
+    17: ("iq2_xs", 256, 74),
+    18: ("iq3_xxs", 256, 98),
+    19: ("iq1_s", 256, 50),
+    20: ("iq4_nl", 32, 18),
+    21: ("iq3_s", 256, 110),
+    22: ("iq2_s", 256, 82),
+    23: ("iq4_xs", 256, 136),
+    24: ("i8", 1, 1),
+    25: ("i16", 1, 2),
+    26: ("i32", 1, 4),
+    27: ("i64", 1, 8),
+    28: ("f64", 1, 8),
+    29: ("iq1_m", 256, 56),
+    30: ("bf16", 1, 2),
+    34: ("tq1_0", 256, 54),
+    35: ("tq2_0", 256, 66),
+    39: ("mxfp4", 32, 17),
+    40: ("nvfp4", 64, 36),
+    41: ("q1_0", 128, 18),
+    42: ("q2_0", 64, 18),
+}
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_TEXT, _ARRAY = 8, 9
+_KEPT_ITEMS = 16
+_LONGEST_TEXT, _MOST_ITEMS, _MOST_AXES = 1 << 26, 1 << 28, 8
+_SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor: shape with the slowest axis first, size, type."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """The values of a file, and the tensors of it and of its further parts."""
+
+    values: dict[str, Any]
+    tensors: tuple[GgufTensor, ...]
+    files: tuple[Path, ...]
+
+
+def read_gguf_header(path: Path) -> GgufHeader:
+    """Read a file's header, and those of the other parts of a split model; InputError when it is no GGUF file."""
+    parts = _parts(path)
+    found = [_read(part) for part in parts]
+    return GgufHeader(found[0][0], tuple(tensor for _, tensors in found for tensor in tensors), tuple(parts))
+
+
+def _parts(path: Path) -> list[Path]:
+    split = _SPLIT.search(path.name)
+    if not split:
+        return [path]
+    stem, count = path.name[: split.start()], int(split[2])
+    parts = [path.with_name(f"{stem}-{number:05}-of-{split[2]}.gguf") for number in range(1, count + 1)]
+    for part in parts:
+        if not part.is_file():
+            raise InputError(f"{part}: this part of the split model is missing", "keep all parts in one folder")
+    return parts
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
+    try:
+        with path.open("rb") as file:
+            return _header(file)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, struct.error, UnicodeDecodeError, OverflowError) as error:
+        raise InputError(f"{path}: not a GGUF file ({error})") from error
+
+
+def _header(file: BinaryIO) -> tuple[dict[str, Any], list[GgufTensor]]:
+    if file.read(4) != b"GGUF":
+        raise ValueError("its first bytes are not GGUF")
+    version, tensors, count = _unpack(file, "IQQ")
+    if version not in (2, 3):
+        raise ValueError(f"version {version}; 2 and 3 are known")
+    values = {}
+    for _ in range(_limited(count, _MOST_ITEMS)):
+        name = _string(file)
+        values[name] = _value(file, _unpack(file, "I")[0])
+    return values, [_tensor(file) for _ in range(_limited(tensors, _MOST_ITEMS))]
+
+
+def _tensor(file: BinaryIO) -> GgufTensor:
+    name = _string(file)
+    sizes = _unpack(file, "Q" * _limited(_unpack(file, "I")[0], _MOST_AXES))
+    kind, _offset = _unpack(file, "IQ")
+    label, block, size = TYPES.get(kind, (f"type {kind}", 1, 0))
+    return GgufTensor(name, label, tuple(reversed(sizes)), math.prod(sizes) // block * size)
+
+
+def _value(file: BinaryIO, kind: int, nested: bool = False) -> Any:
+    if kind in _NUMBERS:
+        return _unpack(file, _NUMBERS[kind])[0]
+    if kind == _TEXT:
+        return _string(file)
+    if kind != _ARRAY or nested:
+        raise ValueError(f"a value of type {kind}")
+    inner, count = _unpack(file, "IQ")
+    if inner in _NUMBERS and count > _KEPT_ITEMS:
+        file.seek(struct.calcsize(_NUMBERS[inner]) * _limited(count, _MOST_ITEMS), 1)
+        return f"{count} numbers"
+    items = []
+    for i in range(_limited(count, _MOST_ITEMS)):
+        item = _value(file, inner, nested=True)
+        if i < _KEPT_ITEMS:
+            items.append(item)
+    return items if count <= _KEPT_ITEMS else f"{count} texts"
+
+
+def _string(file: BinaryIO) -> str:
+    length = _limited(_unpack(file, "Q")[0], _LONGEST_TEXT)
+    raw = file.read(length)
+    if len(raw) < length:
+        raise ValueError("it is truncated")
+    return raw.decode("utf-8", "replace")
+
+
+def _unpack(file: BinaryIO, form: str) -> tuple[Any, ...]:
+    return struct.unpack(f"<{form}", file.read(struct.calcsize(f"<{form}")))
+
+
+def _limited(count: int, limit: int) -> int:
+    if count > limit:
+        raise ValueError(f"it claims {count} items")
+    return int(count)
