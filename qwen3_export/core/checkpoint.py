@@ -7,7 +7,7 @@ wrote is recognised by `core.quantization_config`.
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.core import quantization_config
+from qwen3_export.core.files import read_json, read_object, read_text
 from qwen3_export.core.layouts import DEFAULT, Stored, layout
 from qwen3_export.core.manifest import MANIFEST, beside, read_manifest, sha256_file
 from qwen3_export.core.qwen3 import Qwen3Config, parse_config
@@ -152,7 +153,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     Raises CheckpointError naming the file or the tensor, what was found and what was wanted.
     """
-    raw = _read_json(folder / "config.json", "not a checkpoint folder?")
+    raw = read_json(folder / "config.json", CheckpointError, "not a checkpoint folder?")
     config = parse_config(raw, str(folder / "config.json"))
     files = _open_shards(folder)
     manifest, quantization = read_manifest(folder), quantization_config.quantization_of(folder, raw, files)
@@ -176,29 +177,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return replace(checkpoint, schemes=schemes, reordered=reordered)
 
 
-def _read_json(path: Path, hint: str | None = None) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})", hint) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-
-
 def read_sidecar(path: Path) -> dict[str, Any]:
     """The object in a JSON file beside the tensors, empty when there is none; CheckpointError when it is broken."""
-    values = _read_json(path) if path.is_file() else {}
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: a JSON object was expected, found {type(values).__name__}")
-    return values
+    return read_object(path, CheckpointError) if os.path.lexists(path) else {}
 
 
 def read_text_sidecar(path: Path) -> str:
-    """A text file beside the tensors, such as a chat template; CheckpointError when it is no UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: not a text file ({error})") from error
+    """A text file beside the tensors, such as a chat template; CheckpointError when it is no text."""
+    return read_text(path, CheckpointError)
 
 
 def _open_shards(folder: Path) -> dict[str, TensorFile]:
@@ -210,8 +196,7 @@ def _open_shards(folder: Path) -> dict[str, TensorFile]:
         raise CheckpointError(
             f"{folder}: neither {SINGLE} nor {INDEX} is there", "only safetensors checkpoints are read"
         )
-    index = _read_json(folder / INDEX)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    weight_map = read_object(folder / INDEX, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX}: no 'weight_map' object in it")
     shards: dict[str, TensorFile] = {}

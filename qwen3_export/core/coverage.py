@@ -9,11 +9,11 @@ The summary is None for a model without experts; its values are None where nothi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen3_export.core.files import read_json
 from qwen3_export.core.manifest import read_manifest
 from qwen3_export.core.qwen3 import parse_config
 
@@ -46,6 +46,6 @@ def read_coverage(folder: Path) -> Summary | None:
     if "experts" in manifest:
         return summary_of(manifest["experts"])
     config = folder / "config.json"
-    if config.is_file() and not parse_config(json.loads(config.read_bytes()), str(config)).sparse_layers:
+    if config.is_file() and not parse_config(read_json(config), str(config)).sparse_layers:
         return None
     return dict(UNKNOWN)

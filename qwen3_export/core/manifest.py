@@ -6,15 +6,23 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from qwen3_export import __version__
+from qwen3_export.core.files import read_object
+from qwen3_export.errors import InputError
 
 MANIFEST = "qwen3-export.json"
 _PIECE = 16 << 20
+_KINDS: dict[str, tuple[type, ...]] = {
+    "tensors": (dict,),
+    "layout": (str,),
+    "source": (dict,),
+    "experts": (dict, type(None)),
+}
 # In a partial folder: what is in here was written by a run of ours and may be removed by the next.
 MARKER = ".qwen3-export-partial"
 
@@ -60,12 +68,23 @@ def write_manifest(folder: Path, kind: str, values: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read `qwen3-export.json`; an empty dict when the folder has none or it is unreadable."""
-    try:
-        values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
+    """Read `qwen3-export.json`, an empty dict when the folder has none; InputError when it is damaged."""
+    path = folder / MANIFEST
+    values = read_object(path, hint="copy the folder again") if os.path.lexists(path) else {}
+    for key, kinds in _KINDS.items():
+        if key in values and not isinstance(values[key], kinds):
+            raise InputError(f"{path}: {key} is {type(values[key]).__name__}, {kinds[0].__name__} was expected")
+    return values
+
+
+def manifest_text(folder: Path, manifest: Mapping[str, Any], *keys: str) -> str:
+    """A text that stands in a manifest under some keys; InputError when it does not."""
+    value: Any = manifest
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    if not isinstance(value, str):
+        raise InputError(f"{folder / MANIFEST}: {'.'.join(keys)} is no text", "copy the folder again")
+    return value
 
 
 def file_list(folder: Path) -> list[dict[str, Any]]:

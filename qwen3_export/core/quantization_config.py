@@ -14,12 +14,13 @@ be quantized where the layout has a place for it: the head in GPTQ, both in comp
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen3_export.core.files import read_object
 from qwen3_export.core.layouts import IDLE, NEEDS_ORIGINAL, Schemes, Shapes, Stored, group_index, layout
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD
 from qwen3_export.errors import CheckpointError, RecipeError
@@ -37,12 +38,9 @@ def quantization_of(folder: Path, raw: Mapping[str, Any], names: Iterable[str]) 
     """The `quantization_config` of a folder, or AutoGPTQ's own file; empty when nothing is quantized."""
     config, where = raw.get("quantization_config"), f"{folder / 'config.json'}: quantization_config"
     path = folder / FALLBACK
-    if not config and path.is_file() and any(name.endswith(".qweight") for name in names):
+    if not config and os.path.lexists(path) and any(name.endswith(".qweight") for name in names):
         where = str(path)
-        try:
-            config = {"quant_method": "gptq", **json.loads(path.read_bytes())}
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{path}: no JSON object ({error})") from error
+        config = {"quant_method": "gptq", **read_object(path, CheckpointError)}
     if not isinstance(config or {}, dict):
         raise CheckpointError(f"{where}: an object was expected, found {type(config).__name__}")
     return config or {}

@@ -36,8 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from qwen3_export.core.files import read_yaml
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD
 from qwen3_export.core.resources import resource
 from qwen3_export.core.scheme import QuantScheme, check_keys, scheme_of_type
@@ -237,9 +236,4 @@ def load_recipe(spec: str) -> Recipe:
         near = difflib.get_close_matches(spec, recipe_names(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "`qwen3-export recipes list` shows them all"
         raise RecipeError(f"no recipe is called {spec!r} and no such file exists", hint)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
-        first = str(error).splitlines()[0]
-        raise RecipeError(f"{path}: not a readable YAML file ({first})") from error
-    return Recipe.from_dict(values, str(path))
+    return Recipe.from_dict(read_yaml(path, RecipeError), str(path))

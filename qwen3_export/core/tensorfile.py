@@ -25,6 +25,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_export.core.files import open_regular
 from qwen3_export.core.finite import all_finite
 from qwen3_export.errors import CheckpointError
 
@@ -65,7 +66,7 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 self.size = os.fstat(file.fileno()).st_size
                 header, start = self._read_header(file)
         except OSError as error:
@@ -91,7 +92,7 @@ class TensorFile:
             )
         try:
             header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError, MemoryError) as error:
             raise self._fail(f"its header is no valid JSON ({error})") from error
         if not isinstance(header, dict):
             raise self._fail("its header is no JSON object")

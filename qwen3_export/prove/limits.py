@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from qwen3_export.core.files import read_yaml
 from qwen3_export.core.units import parse_size
 from qwen3_export.errors import InputError
 
@@ -89,10 +88,7 @@ def is_latency(name: str) -> bool:
 
 def read_limits(path: Path) -> dict[str, float]:
     """Read a gate file, YAML or JSON: `{dotted name: limit}`; InputError when malformed or impossible."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a readable gate file ({str(error).splitlines()[0]})") from error
+    values = read_yaml(path)
     if not isinstance(values, dict) or not values:
         raise InputError(f"{path}: a mapping of limits was expected", _known())
     return {name: parse_limit(name, value, f"{path}: ") for name, value in _flat(values)}

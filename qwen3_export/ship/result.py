@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.coverage import read_coverage
-from qwen3_export.core.manifest import read_manifest
+from qwen3_export.core.manifest import manifest_text, read_manifest
 from qwen3_export.core.progress import peak_rss_bytes
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import UnsupportedError
@@ -56,14 +56,16 @@ def not_integer(scheme: QuantScheme) -> str | None:
 def provenance(checkpoint: Checkpoint) -> dict[str, Any]:
     """Where an artifact comes from, for its manifest."""
     manifest = read_manifest(checkpoint.folder)
+    if source := manifest.get("source"):
+        manifest_text(checkpoint.folder, manifest, "source", "sha256")
     origin = {
-        "source": manifest.get("source") or {"name": checkpoint.name, "sha256": checkpoint.sha256},
+        "source": source or {"name": checkpoint.name, "sha256": checkpoint.sha256},
         "experts": read_coverage(checkpoint.folder),
     }
     if not checkpoint.schemes:
         return {**origin, "quantized": None}
     foreign = checkpoint.quantization.get("quant_method")
-    recipe = f"{foreign} of another tool" if foreign else manifest["recipe"]["name"]
+    recipe = f"{foreign} of another tool" if foreign else manifest_text(checkpoint.folder, manifest, "recipe", "name")
     return {**origin, "quantized": {"sha256": checkpoint.sha256, "recipe": recipe}}
 
 

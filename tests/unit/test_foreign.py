@@ -67,7 +67,7 @@ def index(change: Callable[[np.ndarray], np.ndarray]) -> Edit:
         (put("qzeros", lambda a: a[:, :-1]), "q_proj.qzeros has shape"),
         (put("scales", lambda a: a[:1]), "q_proj.scales has shape"),
         (put("scales", lambda a: a.astype(np.float64)), "q_proj.scales is stored as float64; float16"),
-        (put("scales", lambda a: a * np.float16("nan")), "q_proj has a scale that is no finite number"),
+        (put("scales", lambda a: a * np.float16("nan")), "q_proj.scales: it holds NaN or infinity"),
         (drop("qweight"), r"tensor .*q_proj.qweight \[8, 128\] is missing"),
         (drop("qzeros"), "q_proj.qzeros .* is missing"),
         (drop("scales"), "q_proj.scales .* is missing"),
@@ -135,7 +135,7 @@ def nan_code(codes: np.ndarray) -> np.ndarray:
         (put("weight", lambda a: a.view(np.int8)), "q_proj.weight is stored as int8; float8_e4m3fn was expected"),
         (put("weight_scale_inv", lambda a: a.T.repeat(2, 0)), "q_proj.weight_scale_inv has shape"),
         (put("weight_scale_inv", lambda a: a.view(np.uint16).view(np.int16)), "weight_scale_inv is stored as int16"),
-        (put("weight_scale_inv", lambda a: a * a.dtype.type("inf")), "a scale that is no finite number"),
+        (put("weight_scale_inv", lambda a: a * a.dtype.type("inf")), "weight_scale_inv: it holds NaN or infinity"),
         (drop("weight_scale_inv"), "q_proj.weight_scale_inv .* is missing"),
         (drop("weight"), "q_proj.weight .* is missing"),
         (say(weight_block_size=None), r"weight_block_size None; \[128, 128\] was expected"),
@@ -283,5 +283,5 @@ def test_a_broken_configuration_of_autogptq_is_named(tmp_path: Path, text: str) 
     del values["quantization_config"]
     write_checkpoint(folder.path, copy.deepcopy(values), folder.tensors)
     (folder.path / "quantize_config.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"quantize_config\.json: no JSON object"):
+    with pytest.raises(CheckpointError, match=r"quantize_config\.json: (a JSON object|not valid JSON)"):
         open_checkpoint(folder.path)

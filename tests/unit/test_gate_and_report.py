@@ -354,7 +354,7 @@ def test_an_unknown_limit_lists_the_known_ones(tmp_path: Path) -> None:
 
 
 def test_a_missing_gate_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"gate\.yaml: not a readable gate file"):
+    with pytest.raises(InputError, match=r"gate\.yaml: cannot be read"):
         read_limits(tmp_path / "gate.yaml")
 
 

@@ -238,11 +238,15 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert (tmp_path / MANIFEST).read_text().endswith("}\n")
 
 
-@pytest.mark.parametrize("text", [None, "", "[", "[]", "3", "\xff"])
-def test_a_manifest_that_is_missing_or_broken_is_empty(tmp_path: Path, text: str | None) -> None:
-    if text is not None:
-        (tmp_path / MANIFEST).write_text(text, encoding="latin-1")
+def test_a_manifest_that_is_missing_is_empty(tmp_path: Path) -> None:
     assert read_manifest(tmp_path) == {}
+
+
+@pytest.mark.parametrize("text", ["", "[", "[]", "3", "\xff", '{"layout": 3}', '{"tensors": []}', "[" * 100_000])
+def test_a_manifest_that_is_damaged_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    (tmp_path / MANIFEST).write_text(text, encoding="latin-1")
+    with pytest.raises(InputError, match=MANIFEST):
+        read_manifest(tmp_path)
 
 
 def test_hashes_are_those_of_hashlib(tmp_path: Path) -> None:
