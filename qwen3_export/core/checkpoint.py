@@ -7,7 +7,6 @@ wrote is recognised by `core.quantization_config`.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.core import quantization_config
-from qwen3_export.core.files import read_json, read_object, read_text
+from qwen3_export.core.files import read_json, read_object
 from qwen3_export.core.layouts import DEFAULT, Stored, layout
 from qwen3_export.core.manifest import MANIFEST, beside, read_manifest, sha256_file
 from qwen3_export.core.qwen3 import Qwen3Config, parse_config
@@ -175,16 +174,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     return replace(checkpoint, schemes=schemes, reordered=reordered)
-
-
-def read_sidecar(path: Path) -> dict[str, Any]:
-    """The object in a JSON file beside the tensors, empty when there is none; CheckpointError when it is broken."""
-    return read_object(path, CheckpointError) if os.path.lexists(path) else {}
-
-
-def read_text_sidecar(path: Path) -> str:
-    """A text file beside the tensors, such as a chat template; CheckpointError when it is no text."""
-    return read_text(path, CheckpointError)
 
 
 def _open_shards(folder: Path) -> dict[str, TensorFile]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from qwen3_export.errors import InputError
 from qwen3_export.run.artifact import open_session, tokenizer_of
 from qwen3_export.run.session import RuntimeOptions, Session
-from qwen3_export.text.tokenizer import TextModel, render_chat
+from qwen3_export.text.tokenizer import TextModel, chat_text
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def answer(
     Returns text, counts, speed and stop reason. Raises InputError when the prompt does not fit into the context
     of the model called `name`.
     """
-    ids = tokenizer.encode(render_chat(tokenizer.template, messages, generate=True, thinking=thinking))
+    ids = tokenizer.encode(chat_text(tokenizer, messages, generate=True, thinking=thinking))
     if int(ids.max(initial=0)) >= session.vocab_size:
         raise InputError(f"the prompt has token {ids.max()}, {name} knows {session.vocab_size}")
     room = session.context - len(ids)

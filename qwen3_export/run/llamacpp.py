@@ -33,6 +33,8 @@ _ERROR_LEVEL = 4
 _TYPE_F32 = 0
 _MMAP = 1
 _FLASH_OFF = 0
+# Special tokens by transformers' names and GGUF's; the format's own spelling of the separator is as it is.
+_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 
 
 class _ModelParams(C.Structure):
@@ -248,9 +250,7 @@ class LlamaSession:
 
     def metadata(self, key: str) -> str | None:
         """A value of the file's header as text, None when there is none."""
-        buffer = C.create_string_buffer(4096)
-        length = self._lib.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
-        return buffer.value.decode("utf-8", "replace") if length >= 0 else None
+        return _value(self._lib, self._model, key)
 
     def close(self) -> None:
         """Free the model."""
@@ -259,6 +259,13 @@ class LlamaSession:
         if self._model:
             self._lib.llama_model_free(self._model)
         self._context = self._model = None
+
+
+def _value(lib: C.CDLL, model: Any, key: str) -> str | None:
+    """A value of a model's header as text, None when there is none."""
+    buffer = C.create_string_buffer(4096)
+    length = lib.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
+    return buffer.value.decode("utf-8", "replace") if length >= 0 else None
 
 
 class LlamaTokenizer:
@@ -272,7 +279,24 @@ class LlamaTokenizer:
     def template(self) -> str | None:
         """The chat template in the file, or None."""
         text = self._lib.llama_model_chat_template(self._model, None)
-        return text.decode() if text else None
+        return text.decode("utf-8", "replace") if text else None
+
+    @property
+    def tool_template(self) -> str | None:
+        """The chat template for chats with tools, where it is another one."""
+        text = self._lib.llama_model_chat_template(self._model, b"tool_use")
+        return text.decode("utf-8", "replace") if text else None
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Special tokens as texts, by role, that the file names."""
+        texts = {role: _value(self._lib, self._model, f"tokenizer.ggml.{key}_token_id") for role, key in _ROLES.items()}
+        ids = {role: int(text) for role, text in texts.items() if text is not None and text.isdigit()}
+        return {
+            f"{role}_token": self._piece(token, True).decode("utf-8", "replace")
+            for role, token in ids.items()
+            if token < self._size
+        }
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """Token ids of a text; special tokens written in it are recognised, none are added."""

@@ -15,7 +15,7 @@ from qwen3_export.errors import InputError
 from qwen3_export.run.batch import batch_of
 from qwen3_export.run.generate import Sampling, Shown, choose
 from qwen3_export.run.session import Session
-from qwen3_export.text.tokenizer import TextModel, render_chat
+from qwen3_export.text.tokenizer import TextModel, chat_text
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class _Running:
 
     def __init__(self, chat: Chat, tokenizer: TextModel, session: Session, name: str) -> None:
         self.chat, self._tokenizer = chat, tokenizer
-        text = render_chat(tokenizer.template, chat.messages, generate=True, thinking=chat.thinking)
+        text = chat_text(tokenizer, chat.messages, generate=True, thinking=chat.thinking)
         self.ids = tokenizer.encode(text)
         if len(self.ids) >= session.context:
             raise InputError(f"the prompt has {len(self.ids)} tokens, {name} holds {session.context}")

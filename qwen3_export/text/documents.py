@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.resources import resource
 from qwen3_export.errors import InputError, MissingRuntimeError
-from qwen3_export.text.tokenizer import TextModel, render_chat
+from qwen3_export.text.tokenizer import TextModel, chat_text
 
 BUNDLED_CALIBRATION = "calibration/calibration.jsonl"
 BUNDLED_HELDOUT = "calibration/heldout.jsonl"
@@ -43,7 +43,7 @@ class Document:
 def document_text(tokenizer: TextModel, document: Document) -> str:
     """A document as the model reads it, its chat rendered."""
     content = document.content
-    return content if isinstance(content, str) else render_chat(tokenizer.template, content, tools=document.tools)
+    return content if isinstance(content, str) else chat_text(tokenizer, content, tools=document.tools)
 
 
 def document_ids(tokenizer: TextModel, document: Document) -> NDArray[np.int32]:

@@ -1,18 +1,24 @@
-"""A checkpoint's tokenizer and its chat template."""
+"""A checkpoint's tokenizer."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.core.checkpoint import read_sidecar, read_text_sidecar
-from qwen3_export.errors import CheckpointError, InputError
+from qwen3_export.core import tokenizer_files
+from qwen3_export.core.files import read_text
+from qwen3_export.core.tokenizer_files import TOKENIZER
+from qwen3_export.errors import CheckpointError
+from qwen3_export.text.chat_template import render_chat
+
+# How many times longer a normalizer may make a text: NFKD makes 18 letters of one.
+_MOST_GROWTH = 64.0
 
 
 class TextModel(Protocol):
@@ -21,6 +27,14 @@ class TextModel(Protocol):
     @property
     def template(self) -> str | None:
         """The chat template's Jinja text, or None."""
+
+    @property
+    def tool_template(self) -> str | None:
+        """The chat template for chats with tools, where it is another one."""
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """Special tokens as texts, by role: what a chat template may ask for."""
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """Token ids of a text; special tokens written in it are recognised, none are added."""
@@ -32,20 +46,24 @@ class TextModel(Protocol):
         """Ids that end a generation."""
 
 
+def chat_text(
+    tokenizer: TextModel,
+    messages: list[dict[str, Any]],
+    generate: bool = False,
+    thinking: bool = True,
+    tools: list[dict[str, Any]] | None = None,
+) -> str:
+    """A chat as text by a model's own template; see `render_chat`."""
+    template = (tokenizer.tool_template if tools else None) or tokenizer.template
+    return render_chat(template, messages, generate, thinking, tools, tokenizer.special_tokens)
+
+
 class ModelTokenizer:
     """The tokenizer and the chat template of a checkpoint or artifact folder."""
 
     def __init__(self, folder: Path) -> None:
-        from tokenizers import Tokenizer
-
         self.folder = folder
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing", "copy the tokenizer files of the original model into the folder")
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for every kind of bad file
-            raise CheckpointError(f"{path}: not a tokenizer ({error})") from error
+        self._tokenizer = _load(folder)
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """Token ids of a text; special tokens written in it are recognised, none are added."""
@@ -54,84 +72,78 @@ class ModelTokenizer:
     @property
     def ordinary_tokens(self) -> int:
         """Number of tokens that are no special ones; they come first."""
-        return self._tokenizer.get_vocab_size(with_added_tokens=False)
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=False))
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of token ids."""
         kept = [int(i) for i in ids if not (skip_special and int(i) in self._special)]
-        return self._tokenizer.decode(kept, skip_special_tokens=False)
+        return str(self._tokenizer.decode(kept, skip_special_tokens=False))
 
     @cached_property
     def _special(self) -> set[int]:
         """Ids of special tokens; where the two files differ, transformers follows tokenizer_config.json."""
-        flags = {str(i): token.special for i, token in self._tokenizer.get_added_tokens_decoder().items()}
-        stated = self._config.get("added_tokens_decoder")
-        for i, item in stated.items() if isinstance(stated, dict) else ():
-            flags[i] = bool(item.get("special")) if isinstance(item, dict) else False
-        return {int(i) for i, special in flags.items() if special and i.isdigit()}
+        flags = {i: token.special for i, token in self._tokenizer.get_added_tokens_decoder().items()}
+        flags.update(tokenizer_files.added_token_flags(tokenizer_files.sidecar(self.folder / tokenizer_files.CONFIG)))
+        return {i for i, special in flags.items() if special}
 
     @cached_property
-    def _config(self) -> dict[str, Any]:
-        return read_sidecar(self.folder / "tokenizer_config.json")
+    def _templates(self) -> dict[str, str]:
+        return tokenizer_files.chat_templates(self.folder)
 
-    @cached_property
+    @property
     def template(self) -> str | None:
         """The chat template's Jinja text, or None for a base model without one."""
-        path = self.folder / "chat_template.jinja"
-        if path.is_file():
-            return read_text_sidecar(path)
-        value = self._config.get("chat_template")
-        if isinstance(value, list) and all(isinstance(item, dict) for item in value):
-            value = next((item.get("template") for item in value if item.get("name") == "default"), None)
-        if not isinstance(value, str | None):
-            raise CheckpointError(f"{self.folder / 'tokenizer_config.json'}: chat_template is no text")
-        return value
+        return self._templates.get("default")
+
+    @property
+    def tool_template(self) -> str | None:
+        """The chat template for chats with tools, where it is another one."""
+        return self._templates.get("tool_use")
+
+    @cached_property
+    def special_tokens(self) -> Mapping[str, str]:
+        """Special tokens as texts, by role."""
+        return tokenizer_files.special_tokens(self.folder)
 
     def stop_ids(self) -> set[int]:
-        """Ids that end a generation, from `generation_config.json`."""
-        path = self.folder / "generation_config.json"
-        ids = read_sidecar(path).get("eos_token_id")
-        if ids is None:
-            eos = self._config.get("eos_token")
-            ids = self._tokenizer.token_to_id(eos) if isinstance(eos, str) else None
-        found = [] if ids is None else ids if isinstance(ids, list) else [ids]
-        if not all(type(token) is int for token in found):
-            raise CheckpointError(f"{path}: eos_token_id is {ids!r}, a token id or a list of them was expected")
-        return set(found)
+        """Ids that end a generation; see `core.tokenizer_files.stop_ids`."""
+        return set(tokenizer_files.stop_ids(self.folder, self._tokenizer.token_to_id))
 
 
-def render_chat(
-    template: str | None,
-    messages: list[dict[str, Any]],
-    generate: bool = False,
-    thinking: bool = True,
-    tools: list[dict[str, Any]] | None = None,
-) -> str:
-    """A chat as text by a Jinja template; `generate` appends the assistant's opening, `thinking` is
-    Qwen3's switch. Without a template (a base model) roles and contents are simply joined."""
-    if template is None:
-        return "\n".join(map(_plain, messages)) + ("\nassistant: " if generate else "")
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def _load(folder: Path) -> Any:
+    """The folder's tokenizer, its own truncation and padding turned off; CheckpointError when it is none."""
+    from tokenizers import Tokenizer
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = _template_error
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    path = folder / TOKENIZER
+    if path.is_file():
+        text = read_text(path, CheckpointError)
+    else:
+        text = json.dumps(tokenizer_files.tokenizer_values(folder), ensure_ascii=False)
     try:
-        compiled = environment.from_string(template)
-        return compiled.render(messages=messages, tools=tools, add_generation_prompt=generate, enable_thinking=thinking)
-    except Exception as error:  # a template is a program: it can fail in every way
-        raise InputError(f"the chat template failed: {error}") from error
+        tokenizer = Tokenizer.from_str(text)
+        # What the settings ask for is for batches of a trained length; odd ones make the library panic.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        normalizer = json.loads(tokenizer.normalizer.__getstate__()) if tokenizer.normalizer else None
+    except BaseException as error:  # bare Exception for a bad file, PanicException, which is none, for a worse one
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        raise CheckpointError(f"{path}: not a tokenizer ({error})") from error
+    if (growth := _growth(normalizer)) > _MOST_GROWTH:
+        raise CheckpointError(f"{path}: its normalizer makes a text up to {growth:.3g} times longer")
+    return tokenizer
 
 
-def _plain(message: Mapping[str, Any]) -> str:
-    calls = message.get("tool_calls")
-    parts = (message.get("reasoning_content"), message["content"], json.dumps(calls) if calls else None)
-    return f"{message['role']}: " + "\n".join(part for part in parts if part)
-
-
-def _template_error(message: str) -> None:
-    from jinja2.exceptions import TemplateError
-
-    raise TemplateError(message)
+def _growth(normalizer: Any) -> float:
+    """How many times longer a normalizer can make a text."""
+    kind = normalizer.get("type") if isinstance(normalizer, dict) else None
+    if kind == "Sequence":
+        growth = 1.0
+        for inner in normalizer["normalizers"]:
+            growth *= _growth(inner)
+        return growth
+    if kind == "Replace":
+        pattern, content = normalizer["pattern"], normalizer["content"]
+        replaced = len(pattern["String"]) if "String" in pattern else 0
+        return max(1.0, len(content) / replaced if replaced else 1.0 + len(content))
+    return 1.0 + len(normalizer["prepend"]) if kind == "Prepend" else 4.0 if kind in ("NFKC", "NFKD") else 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -54,6 +55,8 @@ class Letters:
     """A tokenizer whose tokens are the bytes of UTF-8; zero ends a text."""
 
     template = "{{ messages[0].content }}"
+    tool_template = None
+    special_tokens: ClassVar[dict[str, str]] = {}
 
     def encode(self, text: str) -> NDArray[np.int32]:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)

@@ -7,7 +7,7 @@ import json
 import socket
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow.parquet
@@ -29,6 +29,8 @@ class ByteModel:
     """A tokenizer whose ids are the bytes: what is cut where can be read off."""
 
     template: str | None = None
+    tool_template: str | None = None
+    special_tokens: ClassVar[dict[str, str]] = {}
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
@@ -359,14 +361,14 @@ def test_documents_become_ids_by_the_models_tokenizer(reference_folder: Path) ->
     assert tokenizer.decode(document_ids(tokenizer, chat), skip_special=False) == rendered
 
 
-def test_stop_tokens_come_from_the_generation_configuration(tmp_path: Path, reference_folder: Path) -> None:
+def test_stop_tokens_come_from_every_file_that_names_them(tmp_path: Path, reference_folder: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((reference_folder / "tokenizer.json").read_bytes())
     assert ModelTokenizer(reference_folder).stop_ids() == {8187, 8185}
-    assert ModelTokenizer(tmp_path).stop_ids() == set()
+    assert ModelTokenizer(tmp_path).stop_ids() == {8185}  # the default of Qwen's tokenizers
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
     assert ModelTokenizer(tmp_path).stop_ids() == {8187}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}')
-    assert ModelTokenizer(tmp_path).stop_ids() == {5}
+    assert ModelTokenizer(tmp_path).stop_ids() == {5, 8187}
 
 
 def test_a_folder_without_a_tokenizer_or_with_a_broken_one_is_refused(tmp_path: Path) -> None:

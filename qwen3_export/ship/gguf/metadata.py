@@ -13,12 +13,16 @@ from typing import Any
 import gguf
 import yaml
 
-from qwen3_export.core.checkpoint import Checkpoint, read_sidecar, read_text_sidecar
+from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.qwen3 import Qwen3Config, Rope
+from qwen3_export.core.tokenizer_files import added_token_flags, chat_templates, sidecar, stop_ids, tokenizer_values
 from qwen3_export.errors import CheckpointError, UnsupportedError
 
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 _ROLES = ("bos", "eos", "pad")
+# Tokens that llama.cpp ends an answer at by their text, and the keys for others beside eos.
+_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|eom_id|>", "<EOT>", "_<EOT>")
+_MORE_ENDS = ("eot", "eom")
 ARCHITECTURES = {"qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
 
 
@@ -80,7 +84,7 @@ def _rounded(count: int) -> str:
 def _general(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     """Sampling defaults, name and origin, read by gguf-py as the converter reads them: from
     `generation_config.json`, the folder's name and the front matter of its README.md."""
-    read_sidecar(checkpoint.folder / "generation_config.json")  # gguf-py would pass over a broken one
+    sidecar(checkpoint.folder / "generation_config.json")  # gguf-py would pass over a broken one
     try:
         found = gguf.Metadata.load(None, checkpoint.folder, None, checkpoint.config.num_parameters)
     except (ValueError, yaml.YAMLError) as error:
@@ -106,7 +110,7 @@ def _rope(writer: gguf.GGUFWriter, rope: Rope) -> None:
 def _tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     """Byte-level BPE as Qwen uses it: tokens, types, merges, special ids, template."""
     folder, size = checkpoint.folder, checkpoint.config.vocab_size
-    tokenizer, config = read_sidecar(folder / "tokenizer.json"), read_sidecar(folder / "tokenizer_config.json")
+    tokenizer, config = tokenizer_values(folder), sidecar(folder / "tokenizer_config.json")
     model, added = tokenizer.get("model", {}), tokenizer.get("added_tokens") or []
     _check_tokenizer(folder / "tokenizer.json", model, added, size)
     tokens, types = _vocabulary(model["vocab"], added, config, size)
@@ -115,25 +119,28 @@ def _tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
-    for role, index in _special_ids(tokens, config, checkpoint.raw_config).items():
+    ids = {token: index for index, token in enumerate(tokens)}
+    found = _special_ids(ids, config, checkpoint.raw_config)
+    for role, index in {**found, **_stop_roles(tokens, found, stop_ids(folder, ids.get))}.items():
         getattr(writer, f"add_{role}_token_id")(index)
     writer.add_add_bos_token(bool(config.get("add_bos_token", False)))
     processor = tokenizer.get("post_processor") or {}
     if any(item.get("type") == "ByteLevel" for item in processor.get("processors", [processor])):
         writer.add_add_eos_token(False)
-    template = folder / "chat_template.jinja"
-    text = read_text_sidecar(template) if template.is_file() else config.get("chat_template")
-    if not isinstance(text, str | list | None) or not all(isinstance(item, str | dict) for item in text or ()):
-        raise CheckpointError(f"{folder / 'tokenizer_config.json'}: chat_template is no text")
-    if text:
-        writer.add_chat_template(text)
+    templates = chat_templates(folder)
+    if list(templates) == ["default"]:
+        writer.add_chat_template(templates["default"])
+    elif templates:
+        writer.add_chat_template([{"name": name, "template": text} for name, text in templates.items()])
 
 
 def _check_tokenizer(path: Path, model: Any, added: Any, size: int) -> None:
     """Raise CheckpointError when `tokenizer.json` is not what the reading below takes for granted."""
     parts = {"vocab": dict, "merges": list}
     whole = isinstance(model, dict) and all(isinstance(model.get(key), kind) for key, kind in parts.items())
-    listed = isinstance(added, list) and all(isinstance(item, dict) and "content" in item for item in added)
+    listed = isinstance(added, list) and all(
+        isinstance(item, dict) and isinstance(item.get("content"), str) for item in added
+    )
     if not whole or not listed or model.get("type") != "BPE":
         raise CheckpointError(f"{path}: a byte-level BPE tokenizer was expected")
     for index in (*model["vocab"].values(), *(item.get("id") for item in added)):
@@ -141,17 +148,34 @@ def _check_tokenizer(path: Path, model: Any, added: Any, size: int) -> None:
             raise CheckpointError(f"{path}: it has token {index}, the model's vocabulary {size} tokens")
 
 
-def _special_ids(tokens: list[str], tokenizer: dict[str, Any], model: Mapping[str, Any]) -> dict[str, int]:
+def _stop_roles(tokens: list[str], found: Mapping[str, int], stops: list[int]) -> dict[str, int]:
+    """Roles for the tokens that end an answer and that llama.cpp would not know to do so by their text.
+
+    Without any eos it would take token 11. Raises UnsupportedError when there are more than it has places for.
+    """
+    roles = {"eos": stops[0]} if stops and "eos" not in found else {}
+    known = {found.get("eos"), roles.get("eos")}
+    left = [index for index in stops if index not in known and tokens[index] not in _ENDS]
+    if len(left) > len(_MORE_ENDS):
+        named = ", ".join(tokens[index] for index in left)
+        raise UnsupportedError(
+            f"a GGUF file has no place for so many tokens that end an answer: {named}",
+            f"name at most {len(_MORE_ENDS)} of them beside eos in generation_config.json",
+        )
+    return {**roles, **dict(zip(_MORE_ENDS, left, strict=False))}
+
+
+def _special_ids(ids: Mapping[str, int], tokenizer: dict[str, Any], model: Mapping[str, Any]) -> dict[str, int]:
     """Ids by role: the tokenizer's settings first, then what only `config.json` names."""
-    ids, found = {token: index for index, token in enumerate(tokens)}, {}
+    found: dict[str, int] = {}
     for role in _ROLES:
         token = tokenizer.get(f"{role}_token")
         token = token.get("content") if isinstance(token, dict) else token
-        if token in ids:
+        if isinstance(token, str) and token in ids:
             found[role] = ids[token]
     for role in _ROLES:
         index = model.get(f"{role}_token_id")
-        if type(index) is int and 0 <= index < len(tokens):
+        if type(index) is int and 0 <= index < model["vocab_size"]:
             found.setdefault(role, index)
     return found
 
@@ -163,10 +187,10 @@ def _vocabulary(
     tokens, types = [f"[PAD{i}]" for i in range(size)], [int(gguf.TokenType.UNUSED)] * size
     for token, index in vocab.items():
         tokens[index], types[index] = token, int(gguf.TokenType.NORMAL)
-    overruling = config.get("added_tokens_decoder", {})
+    overruling = added_token_flags(config)
     for item in added:
         text, index = item["content"], item["id"]
-        special = overruling.get(str(index), item).get("special", False)
+        special = overruling.get(index, bool(item.get("special", False)))
         control = special or (text.startswith("<|") and text.endswith("|>"))
         tokens[index] = text
         types[index] = int(gguf.TokenType.CONTROL if control else gguf.TokenType.USER_DEFINED)

@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from qwen3_export.core.checkpoint import Checkpoint, read_sidecar
+from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.manifest import file_list, to_json, write_manifest
 from qwen3_export.core.outputs import staged_folder
 from qwen3_export.core.progress import Progress
+from qwen3_export.core.tokenizer_files import (
+    TOKENIZER,
+    id_lookup,
+    sampling_defaults,
+    special_id,
+    stop_ids,
+    tokenizer_values,
+)
 from qwen3_export.errors import InputError
 from qwen3_export.ship.exactness import cast_errors
 from qwen3_export.ship.onnx import experts, ort_ops, standard_ops
@@ -50,6 +57,9 @@ def export_onnx(
         sparse = write_graph(checkpoint, folder, flavor, precision, accuracy_level, progress)
         for path in checkpoint.sidecars():
             shutil.copyfile(path, folder / path.name)
+        if checkpoint.folder.joinpath("vocab.json").is_file() and not (folder / TOKENIZER).exists():
+            # onnxruntime-genai reads no other kind.
+            (folder / TOKENIZER).write_text(to_json(tokenizer_values(checkpoint.folder)), encoding="utf-8")
         if flavor == "ort":
             config = genai_config(checkpoint)
             (folder / "genai_config.json").write_text(to_json(config), encoding="utf-8")
@@ -100,18 +110,17 @@ def _expert_layers(
 
 def genai_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """`genai_config.json` of a folder with our input and output names."""
-    config, generation = checkpoint.config, _generation(checkpoint)
-    eos = generation.get("eos_token_id", checkpoint.raw_config.get("eos_token_id"))
-    first_eos = eos[0] if isinstance(eos, list) else eos
-    pad = generation.get("pad_token_id", checkpoint.raw_config.get("pad_token_id"))
-    bos = generation.get("bos_token_id", checkpoint.raw_config.get("bos_token_id"))
+    config, folder = checkpoint.config, checkpoint.folder
+    stops = stop_ids(folder, id_lookup(folder))
+    first_eos = stops[0] if stops else None
+    bos, pad = special_id(folder, "bos"), special_id(folder, "pad")
     return {
         "model": {
             "type": "qwen3",
             "vocab_size": config.vocab_size,
             "context_length": config.max_position,
             "bos_token_id": first_eos if bos is None else bos,
-            "eos_token_id": eos,
+            "eos_token_id": stops if len(stops) > 1 else first_eos,
             "pad_token_id": first_eos if pad is None else pad,
             "decoder": {
                 "filename": "model.onnx",
@@ -138,10 +147,6 @@ def genai_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "search": {
             "max_length": min(config.max_position, _GENAI_LENGTH),
             "past_present_share_buffer": True,
-            **{k: generation[k] for k in ("do_sample", "temperature", "top_k", "top_p") if k in generation},
+            **sampling_defaults(folder),
         },
     }
-
-
-def _generation(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    return read_sidecar(checkpoint.folder / "generation_config.json")
