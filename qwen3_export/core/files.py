@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qwen3_export.errors import InputError
+from qwen3_export.errors import CheckpointError, InputError
 
 Kind = type[InputError]
 # Far above any real file of its kind: the largest tokenizer.json has 30 MB.
@@ -95,6 +95,11 @@ def read_object(path: Path, kind: Kind = InputError, hint: str | None = None) ->
     if not isinstance(values, dict):
         raise kind(f"{path}: a JSON object was expected, found {type(values).__name__}", hint)
     return values
+
+
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """The object in a JSON file beside the tensors, empty when there is none; CheckpointError when it is broken."""
+    return read_object(path, CheckpointError) if os.path.lexists(path) else {}
 
 
 def read_yaml(path: Path, kind: Kind = InputError) -> Any:

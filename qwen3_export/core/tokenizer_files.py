@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qwen3_export.core.files import read_object, read_text
+from qwen3_export.core.files import read_object, read_sidecar, read_text
 from qwen3_export.errors import CheckpointError
 
 TOKENIZER, CONFIG, SPECIAL_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -31,11 +31,6 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-
-
-def sidecar(path: Path) -> dict[str, Any]:
-    """The object in a JSON file beside the tensors, empty when there is none; CheckpointError when it is broken."""
-    return read_object(path, CheckpointError) if os.path.lexists(path) else {}
 
 
 def tokenizer_values(folder: Path) -> dict[str, Any]:
@@ -83,12 +78,12 @@ _BPE = {
 
 def _added_tokens(folder: Path, vocab: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Added tokens by id: those of tokenizer_config.json, else of added_tokens.json and the special tokens."""
-    config, special = sidecar(folder / CONFIG), set(special_tokens(folder).values())
+    config, special = read_sidecar(folder / CONFIG), set(special_tokens(folder).values())
     stated = config.get("added_tokens_decoder")
     if isinstance(stated, dict) and stated:
         found = {_decimal(folder, index): _added(folder, token) for index, token in stated.items()}
     else:
-        ids = sidecar(folder / _ADDED)
+        ids = read_sidecar(folder / _ADDED)
         ids.update({text: vocab[text] for text in special if text in vocab and text not in ids})
         found = {
             _id(folder / _ADDED, index): {"content": text, "special": text in special} for text, index in ids.items()
@@ -132,8 +127,8 @@ def added_token_flags(config: Mapping[str, Any]) -> dict[int, bool]:
 
 def special_tokens(folder: Path) -> dict[str, str]:
     """Special tokens as texts, by role (`bos_token`, …); a role without a token is absent."""
-    config = sidecar(folder / CONFIG)
-    legacy = {} if config.get("added_tokens_decoder") else sidecar(folder / SPECIAL_MAP)
+    config = read_sidecar(folder / CONFIG)
+    legacy = {} if config.get("added_tokens_decoder") else read_sidecar(folder / SPECIAL_MAP)
     given = {**(_QWEN_DEFAULTS if config.get("tokenizer_class") in _QWEN_CLASSES else {}), **config, **legacy}
     texts = {role: _text(folder, role, given.get(role)) for role in ROLES}
     return {role: text for role, text in texts.items() if text is not None}
@@ -154,7 +149,7 @@ def stop_ids(folder: Path, id_of: Callable[[str], int | None]) -> list[int]:
     """
     found: dict[int, None] = {}
     for name in ("generation_config.json", "config.json", "genai_config.json"):
-        values = sidecar(folder / name)
+        values = read_sidecar(folder / name)
         value = (_model(folder / name, values) if name.startswith("genai") else values).get("eos_token_id")
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if not all(type(token) is int and token >= 0 for token in ids):
@@ -164,7 +159,7 @@ def stop_ids(folder: Path, id_of: Callable[[str], int | None]) -> list[int]:
         found.update(dict.fromkeys(ids))
     eos = special_tokens(folder).get("eos_token")
     # A class's own default counts only where nobody says anything.
-    stated = "eos_token" in sidecar(folder / CONFIG) or "eos_token" in sidecar(folder / SPECIAL_MAP)
+    stated = "eos_token" in read_sidecar(folder / CONFIG) or "eos_token" in read_sidecar(folder / SPECIAL_MAP)
     index = id_of(eos) if eos and (stated or not found) else None
     if index is not None:
         found.setdefault(index)
@@ -200,7 +195,7 @@ def id_lookup(folder: Path) -> Callable[[str], int | None]:
 def sampling_defaults(folder: Path) -> dict[str, Any]:
     """What generation_config.json says of sampling; CheckpointError when it is no number."""
     path = folder / "generation_config.json"
-    given, kinds = sidecar(path), {"do_sample": bool, "temperature": float, "top_k": int, "top_p": float}
+    given, kinds = read_sidecar(path), {"do_sample": bool, "temperature": float, "top_k": int, "top_p": float}
     found = {key: given[key] for key in kinds if given.get(key) is not None}
     for key, value in found.items():
         right = type(value) is kinds[key] or (kinds[key] is float and type(value) is int)
@@ -212,7 +207,7 @@ def sampling_defaults(folder: Path) -> dict[str, Any]:
 def special_id(folder: Path, role: str) -> int | None:
     """The id of `bos`, `pad` or another role, as generation_config.json or config.json gives it."""
     for name in ("generation_config.json", "config.json"):
-        value = sidecar(folder / name).get(f"{role}_token_id")
+        value = read_sidecar(folder / name).get(f"{role}_token_id")
         if value is not None:
             return _id(folder / name, value)
     return None
@@ -226,7 +221,7 @@ def chat_templates(folder: Path) -> dict[str, str]:
         return {
             name: read_text(file, CheckpointError) for name, file in [("default", path), *((f.stem, f) for f in others)]
         }
-    value = sidecar(folder / CONFIG).get("chat_template")
+    value = read_sidecar(folder / CONFIG).get("chat_template")
     listed = value if isinstance(value, list) else [] if value is None else [{"name": "default", "template": value}]
     texts = {}
     for item in listed:

@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen3_export.core.checkpoint import read_sidecar
+from qwen3_export.core.files import read_sidecar
 from qwen3_export.errors import ExportError
 from qwen3_export.run.artifact import tokenizer_of
 from qwen3_export.run.session import HasMetadata, Session
-from qwen3_export.text.tokenizer import ModelTokenizer, TextModel, render_chat
+from qwen3_export.text.chat_template import render_chat
+from qwen3_export.text.tokenizer import ModelTokenizer, TextModel
 
 _USER = {"role": "user", "content": "What is 2 + 2?"}
 _CHATS: tuple[list[dict[str, Any]], ...] = (

@@ -9,13 +9,13 @@ from qwen3_export.core.coverage import GGUF_KEY, Summary, read_coverage, summary
 from qwen3_export.core.onnx_header import onnx_data_files
 from qwen3_export.errors import InputError
 from qwen3_export.run.onnx_files import find_onnx, is_onnx
-from qwen3_export.run.session import FiniteSession, HasMetadata, HasTokenizer, RuntimeOptions, Session
+from qwen3_export.run.session import HasMetadata, HasTokenizer, RuntimeOptions, Session, with_checked_logits
 from qwen3_export.text.tokenizer import ModelTokenizer, TextModel
 
 
-def open_session(artifact: Path, options: RuntimeOptions | None = None) -> FiniteSession:
+def open_session(artifact: Path, options: RuntimeOptions | None = None) -> Session:
     """Open an artifact in its own runtime; InputError when it is none, MissingRuntimeError without it."""
-    return FiniteSession(_open(artifact, options or RuntimeOptions()), artifact.name)
+    return with_checked_logits(_open(artifact, options or RuntimeOptions()), artifact.name)
 
 
 def _open(artifact: Path, options: RuntimeOptions) -> Session:
@@ -48,20 +48,18 @@ def _open(artifact: Path, options: RuntimeOptions) -> Session:
 
 def tokenizer_of(artifact: Path, session: Session) -> TextModel:
     """The artifact's own tokenizer: in the folder, or inside the GGUF file."""
-    inner = session.inner if isinstance(session, FiniteSession) else session
-    if isinstance(inner, HasTokenizer):
-        return inner.tokenizer
+    if isinstance(session, HasTokenizer):
+        return session.tokenizer
     return ModelTokenizer(find_onnx(artifact).folder if artifact.is_file() else artifact)
 
 
 def artifact_coverage(artifact: Path, session: Session) -> Summary | None:
     """How many calibration tokens the artifact's experts saw; None for a model without experts."""
-    inner = session.inner if isinstance(session, FiniteSession) else session
-    if not isinstance(inner, HasMetadata):
+    if not isinstance(session, HasMetadata):
         return read_coverage(artifact if artifact.is_dir() else artifact.parent)
-    if not (inner.metadata("general.architecture") or "").endswith("moe"):
+    if not (session.metadata("general.architecture") or "").endswith("moe"):
         return None
-    text = inner.metadata(GGUF_KEY)
+    text = session.metadata(GGUF_KEY)
     try:
         return summary_of(json.loads(text or "{}"))
     except ValueError:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.run.ort import OrtSession
-from qwen3_export.run.session import Session
+from qwen3_export.run.session import Session, check_logits
 
 _SMALLEST_CACHE = 256
 
@@ -96,7 +96,7 @@ class _OrtBatch:
         self._owner.run_bound(binding)
         self._lengths = [length + 1 for length in self._lengths]
         found: NDArray = binding.get_outputs()[-1].numpy()
-        return found[:, -1].astype(np.float32, copy=False)
+        return check_logits(found[:, -1].astype(np.float32, copy=False), f"a batch in {self._owner.runtime}")
 
     def leave(self, number: int) -> None:
         last = len(self._lengths) - 1

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen3_export.core.checkpoint import read_sidecar
+from qwen3_export.core.files import read_sidecar
 from qwen3_export.errors import InputError
 
 _USUAL = ("model.onnx", "decoder_model_merged.onnx", "onnx/model.onnx", "onnx/decoder_model_merged.onnx")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,25 +60,17 @@ class HasMetadata(Protocol):
         """A value of the header as text, None when there is none."""
 
 
-class FiniteSession:
-    """A session whose logits are numbers: NaN or infinity becomes an InputError, whatever the runtime."""
+Opened = TypeVar("Opened", bound=Session)
 
-    def __init__(self, inner: Session, name: str) -> None:
-        self.inner, self._name = inner, name
-        self.runtime, self.version, self.device = inner.runtime, inner.version, inner.device
-        self.threads, self.vocab_size, self.context = inner.threads, inner.vocab_size, inner.context
 
-    def prefill(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
-        """See `Session.prefill`."""
-        return check_logits(self.inner.prefill(ids), f"{self._name} in {self.runtime}")
-
-    def decode(self, token: int) -> NDArray[np.float32]:
-        """See `Session.decode`."""
-        return check_logits(self.inner.decode(token), f"{self._name} in {self.runtime}")
-
-    def close(self) -> None:
-        """See `Session.close`."""
-        self.inner.close()
+def with_checked_logits(session: Opened, name: str) -> Opened:
+    """The session, whose logits are checked from now on: NaN or infinity is an InputError in every runtime."""
+    prefill, decode, where = session.prefill, session.decode, f"{name} in {session.runtime}"
+    # On the object itself, so that it stays what it is to those who ask for more than logits.
+    vars(session).update(
+        prefill=lambda ids: check_logits(prefill(ids), where), decode=lambda token: check_logits(decode(token), where)
+    )
+    return session
 
 
 def check_logits(logits: NDArray[np.float32], where: str) -> NDArray[np.float32]:

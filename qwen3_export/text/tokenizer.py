@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.core import tokenizer_files
-from qwen3_export.core.files import read_text
+from qwen3_export.core.files import read_sidecar, read_text
 from qwen3_export.core.tokenizer_files import TOKENIZER
 from qwen3_export.errors import CheckpointError
 from qwen3_export.text.chat_template import render_chat
@@ -83,7 +83,7 @@ class ModelTokenizer:
     def _special(self) -> set[int]:
         """Ids of special tokens; where the two files differ, transformers follows tokenizer_config.json."""
         flags = {i: token.special for i, token in self._tokenizer.get_added_tokens_decoder().items()}
-        flags.update(tokenizer_files.added_token_flags(tokenizer_files.sidecar(self.folder / tokenizer_files.CONFIG)))
+        flags.update(tokenizer_files.added_token_flags(read_sidecar(self.folder / tokenizer_files.CONFIG)))
         return {i for i, special in flags.items() if special}
 
     @cached_property

@@ -14,8 +14,9 @@ import gguf
 import yaml
 
 from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.files import read_sidecar
 from qwen3_export.core.qwen3 import Qwen3Config, Rope
-from qwen3_export.core.tokenizer_files import added_token_flags, chat_templates, sidecar, stop_ids, tokenizer_values
+from qwen3_export.core.tokenizer_files import added_token_flags, chat_templates, stop_ids, tokenizer_values
 from qwen3_export.errors import CheckpointError, UnsupportedError
 
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
@@ -84,7 +85,7 @@ def _rounded(count: int) -> str:
 def _general(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     """Sampling defaults, name and origin, read by gguf-py as the converter reads them: from
     `generation_config.json`, the folder's name and the front matter of its README.md."""
-    sidecar(checkpoint.folder / "generation_config.json")  # gguf-py would pass over a broken one
+    read_sidecar(checkpoint.folder / "generation_config.json")  # gguf-py would pass over a broken one
     try:
         found = gguf.Metadata.load(None, checkpoint.folder, None, checkpoint.config.num_parameters)
     except (ValueError, yaml.YAMLError) as error:
@@ -110,7 +111,7 @@ def _rope(writer: gguf.GGUFWriter, rope: Rope) -> None:
 def _tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     """Byte-level BPE as Qwen uses it: tokens, types, merges, special ids, template."""
     folder, size = checkpoint.folder, checkpoint.config.vocab_size
-    tokenizer, config = tokenizer_values(folder), sidecar(folder / "tokenizer_config.json")
+    tokenizer, config = tokenizer_values(folder), read_sidecar(folder / "tokenizer_config.json")
     model, added = tokenizer.get("model", {}), tokenizer.get("added_tokens") or []
     _check_tokenizer(folder / "tokenizer.json", model, added, size)
     tokens, types = _vocabulary(model["vocab"], added, config, size)
