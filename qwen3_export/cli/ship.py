@@ -20,6 +20,7 @@ from qwen3_export.core.process import uninterrupted
 from qwen3_export.core.processors import MOST_THREADS
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
+from qwen3_export.core.units import parse_size
 from qwen3_export.errors import InputError, MissingRuntimeError
 
 if TYPE_CHECKING:
@@ -156,8 +157,22 @@ def gguf(
     source: Source,
     output: Annotated[Path, typer.Option(help="File to write.")],
     type_name: Annotated[
-        str | None, typer.Option("--type", help="bf16, f16, q8_0, q4_0, q4_1 (default: what holds the codes).")
+        str | None,
+        typer.Option("--type", help="bf16, f16, q8_0, q4_k_m … (default: what holds the codes, else bf16)."),
     ] = None,
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN=TYPE", help="Type of the tensors in whose name a pattern is found, repeatable."),
+    ] = None,
+    token_embedding_type: Annotated[str | None, typer.Option(help="Type of token_embd.")] = None,
+    output_type: Annotated[str | None, typer.Option(help="Type of the output head, tied or not.")] = None,
+    imatrix: Annotated[Path | None, typer.Option(help="Importance matrix that weighs the errors of rounding.")] = None,
+    split_max_size: Annotated[
+        str | None, typer.Option(help="Write shards of at most this size, e.g. 4G (NAME-00001-of-0000N.gguf).")
+    ] = None,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Round codes again that no type holds, or another was asked for.")
+    ] = False,
     recipe: RecipeOption = None,
     calibration: Calibration = None,
     samples: Samples = None,
@@ -172,16 +187,39 @@ def gguf(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a GGUF file for llama.cpp; codes are repacked bit for bit."""
+    """Write a GGUF file for llama.cpp: 16-bit weights are rounded to any of its types, codes moved bit for bit."""
     _need("gguf", "gguf")
-    from qwen3_export.ship.gguf import check_request, export_gguf
+    from qwen3_export.core.gguf_types import Overrides
+    from qwen3_export.core.imatrix import read_imatrix
+    from qwen3_export.ship.gguf import Options, check_request, export_gguf
 
+    chosen = Options(
+        Overrides(tuple(map(_pattern, tensor_type or ())), token_embedding_type, output_type),
+        None if imatrix is None else read_imatrix(imatrix),
+        None if split_max_size is None else _split_size(split_max_size),
+        allow_requantize,
+    )
     show = console(json, quiet, verbose)
     options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume)
-    check = partial(check_request, type_name=type_name)
+    check = partial(check_request, type_name=type_name, options=chosen)
     with _prepared(source, recipe, options, output, force, show, check, folder=False) as checkpoint:
-        result = export_gguf(checkpoint, output, type_name, force, show)
+        result = export_gguf(checkpoint, output, type_name, force, show, chosen)
     show.result(result, lambda: _exported(result))
+
+
+def _pattern(text: str) -> tuple[str, str]:
+    """`PATTERN=TYPE`, cut at the last `=`."""
+    pattern, found, name = text.rpartition("=")
+    if not found or not pattern:
+        raise InputError(f"--tensor-type {text}: PATTERN=TYPE was expected", "e.g. --tensor-type attn_v=q8_0")
+    return pattern, name.lower()
+
+
+def _split_size(text: str) -> int:
+    count = parse_size(text)
+    if not count:
+        raise InputError(f"--split-max-size {text}: a size such as 4G was expected")
+    return count
 
 
 @app.command(epilog="Example: qwen3-export tensorrt quantized --output model-trt --sm 8.9 --sm 12.0")
@@ -246,6 +284,12 @@ def _exported(result: dict[str, Any]) -> None:
             "exact": "every number of the source arrived unchanged"
             if worst is None
             else f"no: {len(inexact)} tensors changed, at most {worst['max_rel_error']:.1e} ({worst['name']})",
+            **(
+                {"shards": len(result["files"])}
+                if result["output"].endswith(".gguf") and len(result["files"]) > 1
+                else {}
+            ),
+            **({"requantized": f"{len(result['requantized'])} tensors"} if "requantized" in result else {}),
             "time": f"{result['seconds']:.1f} s",
             "peak memory": size(result["peak_rss_bytes"]),
         }

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -55,6 +55,7 @@ TYPES = {
     41: ("q1_0", 128, 18),
     42: ("q2_0", 64, 18),
 }
+ALIGNMENT = 32
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
 _KEPT_ITEMS = 16
@@ -64,12 +65,13 @@ _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor: shape with the slowest axis first, size, type."""
+    """One tensor: shape with the slowest axis first, size, type, and where its data begin in its file."""
 
     name: str
     type: str
     shape: tuple[int, ...]
     bytes: int
+    begin: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,15 +122,18 @@ def _header(file: BinaryIO) -> tuple[dict[str, Any], list[GgufTensor]]:
     for _ in range(_limited(count, _MOST_ITEMS)):
         name = _string(file)
         values[name] = _value(file, _unpack(file, "I")[0])
-    return values, [_tensor(file) for _ in range(_limited(tensors, _MOST_ITEMS))]
+    listed = [_tensor(file) for _ in range(_limited(tensors, _MOST_ITEMS))]
+    alignment = max(int(values.get("general.alignment", ALIGNMENT)), 1)
+    start = -(-file.tell() // alignment) * alignment
+    return values, [replace(tensor, begin=start + tensor.begin) for tensor in listed]
 
 
 def _tensor(file: BinaryIO) -> GgufTensor:
     name = _string(file)
     sizes = _unpack(file, "Q" * _limited(_unpack(file, "I")[0], _MOST_AXES))
-    kind, _offset = _unpack(file, "IQ")
+    kind, offset = _unpack(file, "IQ")
     label, block, size = TYPES.get(kind, (f"type {kind}", 1, 0))
-    return GgufTensor(name, label, tuple(reversed(sizes)), math.prod(sizes) // block * size)
+    return GgufTensor(name, label, tuple(reversed(sizes)), math.prod(sizes) // block * size, offset)
 
 
 def _value(file: BinaryIO, kind: int, nested: bool = False) -> Any:

@@ -22,12 +22,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from qwen3_export.core.kquant import BLOCK_TYPES
+from qwen3_export.core.gguf_header import TYPES
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config, block_name
 from qwen3_export.core.scheme import GGML_TYPES
 from qwen3_export.errors import InputError
 
 PLAIN = ("f32", "f16", "bf16")
+# ggml's numbers of the types, and how many weights of a row are stored together in how many bytes.
+GGML_NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
+_BLOCKS = {name: (length, size) for name, length, size in TYPES.values()}
 
 
 @dataclass(frozen=True)
@@ -119,11 +122,14 @@ def file_type(name: str) -> str:
     return found
 
 
+def block_size(name: str) -> tuple[int, int]:
+    """Weights of a row that a type stores together, and their bytes."""
+    return _BLOCKS[name]
+
+
 def block_length(name: str) -> int:
     """Weights of a row that a type stores together."""
-    if name in BLOCK_TYPES:
-        return BLOCK_TYPES[name].block
-    return 1 if name in PLAIN else 64 if name == "q2_0" else 32
+    return block_size(name)[0]
 
 
 def gguf_name(module: str) -> str:

@@ -1,0 +1,182 @@
+"""A matrix as data of a ggml type, by pieces of rows: copied, rounded to nearest, or its codes moved.
+
+Pieces are made by several threads and come in their order, a few ahead of the writer, so that memory is bounded by
+pieces, or by the codes of one matrix.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_export.core import pack
+from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.ggml_blocks import pack_blocks, pack_q2_0
+from qwen3_export.core.gguf_types import gguf_name
+from qwen3_export.core.scheme import scheme_of_type
+from qwen3_export.core.tensor import QuantizedTensor, dequantize
+from qwen3_export.ggml import round_rows
+from qwen3_export.ship.exactness import Inexact, refuse_overflow
+from qwen3_export.ship.gguf.types import Types
+
+_ELEMENTS_AT_ONCE, _ROWS = 1 << 20, 32
+_FLOATS: dict[str, np.dtype] = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
+# `{name: (largest change, largest value)}` of what an encoding could not carry over.
+Changes = dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Bytes of some rows, and what changed on the way."""
+
+    data: NDArray
+    changes: Changes
+
+
+class Encoder:
+    """Turns matrices of a checkpoint into data; what changed is gathered in `changes`."""
+
+    def __init__(self, checkpoint: Checkpoint, types: Types, importance: Mapping[str, NDArray]) -> None:
+        self.checkpoint, self.types, self.importance = checkpoint, types, importance
+        self.changes: Changes = {}
+
+    def tasks(self, module: str, name: str) -> Iterator[Callable[[], Encoded]]:
+        """Pieces of work whose results, one after the other, are a matrix's data of the type `name`."""
+        if module in self.checkpoint.schemes:
+            tensor = self.checkpoint.linear(module)
+            assert isinstance(tensor, QuantizedTensor)
+            cut = _cut(tensor.shape) if tensor.scheme.per_row else [slice(0, tensor.shape[0])]
+            for rows in cut:
+                part = tensor.rows(rows) if tensor.scheme.per_row else tensor
+                if module in self.types.requantized:
+                    yield partial(self._requantize, module, name, part)
+                else:
+                    yield partial(repack, part)
+            return
+        tensor_name = f"{module}.weight"
+        shape = self.checkpoint.entry(tensor_name).shape
+        for rows in _cut(shape):
+            yield partial(self._read, module, tensor_name, name, rows)
+
+    def _read(self, module: str, tensor: str, name: str, rows: slice) -> Encoded:
+        weight = self.checkpoint.rows(tensor, rows.start, rows.stop)
+        return encode(tensor, weight, name, self._weights(module))
+
+    def _requantize(self, module: str, name: str, part: QuantizedTensor) -> Encoded:
+        return encode(f"{module}.weight", dequantize(part), name, self._weights(module))
+
+    def _weights(self, module: str) -> NDArray | None:
+        """The importance of a matrix's inputs, of an expert its own; None when there is none."""
+        if not self.importance or not module.startswith(("model.layers.", "lm_head", "model.embed")):
+            return None
+        if module.endswith(("norm", ".mlp.gate")):
+            return None
+        found = self.importance.get(f"{gguf_name(module)}.weight")
+        if found is None:
+            return None
+        expert = int(module.partition(".experts.")[2].partition(".")[0]) if ".experts." in module else 0
+        return found.reshape(-1, self._inputs(module))[expert]
+
+    def _inputs(self, module: str) -> int:
+        return self.checkpoint.config.all_matrices()[module][1]
+
+    def note(self, changes: Changes) -> None:
+        """Keep the largest change of every tensor; UnsupportedError when a number overflowed."""
+        for name, (change, largest) in changes.items():
+            before = self.changes.get(name, (0.0, 0.0))
+            self.changes[name] = max(before[0], change), max(before[1], largest)
+
+    def inexact(self) -> list[Inexact]:
+        """What could not be carried over, tensor by tensor."""
+        return [
+            {"name": name, "max_rel_error": change / largest if largest else change}
+            for name, (change, largest) in self.changes.items()
+            if change
+        ]
+
+
+def _cut(shape: tuple[int, ...]) -> list[slice]:
+    """Pieces of rows of a tensor, which may have one axis."""
+    width = shape[1] if len(shape) > 1 else 1
+    step = max(_ELEMENTS_AT_ONCE // width // _ROWS, 1) * _ROWS
+    return [slice(begin, min(begin + step, shape[0])) for begin in range(0, shape[0], step)]
+
+
+def encode(tensor: str, weight: NDArray, name: str, importance: NDArray | None) -> Encoded:
+    """16- or 32-bit weights as data of a type; see `ggml.round_rows` for what is rounded."""
+    if name == "bf16":
+        return _encode_bf16(tensor, weight)
+    if name in _FLOATS:
+        with np.errstate(over="ignore"):
+            data = weight.astype(_FLOATS[name])
+        return Encoded(data, _change(tensor, weight, data, name))
+    found = round_rows(tensor, weight, scheme_of_type(name), importance)
+    changes = {tensor: (found.furthest, found.largest)}
+    refuse_overflow(tensor, max(found.furthest, found.largest), name)
+    return Encoded(repack(found.tensor).data, changes)
+
+
+def _encode_bf16(tensor: str, weight: NDArray) -> Encoded:
+    import ml_dtypes
+
+    if weight.dtype == ml_dtypes.bfloat16:
+        return Encoded(weight.view(np.uint8), {})
+    data = weight.astype(ml_dtypes.bfloat16)
+    return Encoded(data.view(np.uint8), _change(tensor, weight, data, "bf16"))
+
+
+def _change(tensor: str, weight: NDArray, stored: NDArray, name: str) -> Changes:
+    if stored.dtype == weight.dtype or np.can_cast(weight.dtype, stored.dtype):
+        return {}
+    single = weight.astype(np.float32)
+    change = float(np.abs(stored.astype(np.float32) - single).max(initial=0))
+    refuse_overflow(tensor, change, name)
+    return {tensor: (change, float(np.abs(single).max(initial=0)))}
+
+
+def repack(tensor: QuantizedTensor) -> Encoded:
+    """Bytes `[out, row bytes]` of a quantized matrix; codes unchanged, scales repeated per block."""
+    scheme = tensor.scheme
+    if scheme.ggml_type is not None or scheme.type == "float":
+        return Encoded(pack_blocks(tensor), {})
+    block = 64 if scheme.num_bits == 2 else pack.GGML_BLOCK
+    repeat, scales = scheme.group_length(tensor.shape[1]) // block, tensor.scales32
+    changes = _half_change(f"{tensor.name}.scales", scales)
+    repeated = np.repeat(scales, repeat, 1)
+    if tensor.zeros is None:
+        packer = {2: pack_q2_0, 4: pack.pack_q4_0, 8: pack.pack_q8_0}[scheme.num_bits]
+        return Encoded(packer(tensor.codes, repeated), changes)
+    minimums = -tensor.zeros.astype(np.float32) * scales
+    changes |= _half_change(f"{tensor.name}.minimums", minimums)
+    return Encoded(pack.pack_q4_1(tensor.codes, repeated, np.repeat(minimums, repeat, 1)), changes)
+
+
+def _half_change(name: str, values: NDArray[np.float32]) -> Changes:
+    with np.errstate(over="ignore"):
+        change = float(np.abs(values.astype(np.float16).astype(np.float32) - values).max(initial=0))
+    refuse_overflow(name, change, "fp16")
+    return {name: (change, float(np.abs(values).max(initial=0)))}
+
+
+def in_order(tasks: Iterable[Callable[[], Encoded]], threads: int | None = None) -> Iterator[Encoded]:
+    """Results of pieces of work in their order, made by all processors, a few ahead of whoever takes them."""
+    count = threads or len(os.sched_getaffinity(0))
+    waiting: deque[Future[Encoded]] = deque()
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(task))
+                if len(waiting) > count + 1:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -1,0 +1,237 @@
+"""Which ggml type holds a scheme's codes, and which type every matrix of a file gets.
+
+    scheme of a matrix                          ggml type
+    int4 symmetric, group a multiple of 32      q4_0        exact
+    int8 symmetric, group a multiple of 32      q8_0        exact
+    int2 symmetric, group a multiple of 64      q2_0        exact
+    int4 asymmetric, group a multiple of 32     q4_1        its fp16 minimum near-lossless
+    mxfp4, and every block type of ggml         the same    exact
+
+What none of them holds is rounded onto the nearest type only when it was asked for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_export.core import pack
+from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.gguf_types import FILE_TYPES, PLAIN, Overrides, block_length, file_type, gguf_name, module_types
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD
+from qwen3_export.core.scheme import QuantScheme, scheme_of_type
+from qwen3_export.core.tensor import QuantizedTensor, dequantize
+from qwen3_export.errors import UnsupportedError
+from qwen3_export.ggml import import_loops, round_rows
+
+# Types to requantize to, smallest first, and the relative error that is small enough.
+_CANDIDATES = ("q4_0", "q4_1", "q4_k", "q5_0", "q5_k", "q6_k", "q8_0")
+_CLOSE = 0.01
+_SAMPLE_ROWS = 64
+_HELD = "leave --type away, or quantize the 16-bit original for it, or --allow-requantize to round the codes again"
+
+
+@dataclass(frozen=True)
+class Requantized:
+    """A tensor whose codes were rounded again."""
+
+    scheme: QuantScheme
+    type: str
+
+
+@dataclass(frozen=True)
+class Types:
+    """What the file is called after, the type of every matrix, and the codes that are rounded again."""
+
+    file_type: str
+    modules: Mapping[str, str]
+    requantized: Mapping[str, Requantized] = field(default_factory=dict)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether any matrix is rounded onto a type of ggml here."""
+        return any(name not in PLAIN for name in self.modules.values())
+
+
+def type_for(scheme: QuantScheme) -> str | None:
+    """The ggml type that holds a scheme's codes; None when there is none."""
+    if scheme.ggml_type is not None:
+        return scheme.ggml_type
+    if scheme.activations or scheme.strategy != "group" or scheme.group_size is None:
+        return None
+    if scheme.type == "float":
+        return "mxfp4" if scheme.scale_dtype == "e8m0" else None
+    if scheme.num_bits == 2:
+        return "q2_0" if scheme.symmetric and scheme.group_size % 64 == 0 else None
+    if scheme.group_size % pack.GGML_BLOCK:
+        return None
+    names = {(8, True): "q8_0", (4, True): "q4_0", (4, False): "q4_1"}
+    return names.get((scheme.num_bits, scheme.symmetric))
+
+
+def supports(scheme: QuantScheme) -> str | None:
+    """Why no ggml type holds a scheme's codes, or None when one does."""
+    if type_for(scheme) is not None:
+        return None
+    if scheme.activations:
+        return f"activations rounded by {scheme.activations} have no place there; the folder itself runs in vLLM"
+    if scheme.type == "float":
+        return f"no ggml type here holds its {scheme.num_bits}-bit floats; the folder itself runs in vLLM and SGLang"
+    kind = f"{scheme.num_bits}-bit {'symmetric' if scheme.symmetric else 'asymmetric'}"
+    if scheme.num_bits == 3 or (scheme.num_bits in (2, 8) and not scheme.symmetric):
+        return f"no ggml block type has {kind} codes"
+    if scheme.num_bits == 2:
+        return "ggml's 2-bit blocks (q2_0) have 64 weights: the group_size must be a multiple of 64"
+    return "ggml blocks have 32 weights: the group_size must be a multiple of 32"
+
+
+def choose_types(
+    checkpoint: Checkpoint, type_name: str | None, overrides: Overrides, weighed: bool, allow_requantize: bool
+) -> Types:
+    """Types of a file; UnsupportedError when codes do not fit and may not be rounded again.
+
+    Without a name a 16-bit source becomes bf16, and codes keep the type that holds them; what is 16-bit beside
+    codes stays so unless `overrides` say otherwise.
+    """
+    name = None if type_name is None else file_type(type_name)
+    if not checkpoint.schemes:
+        name = name or "bf16"
+        return Types(name, module_types(checkpoint.config, name, weighed, overrides))
+    asked = _asked(checkpoint, overrides)
+    if name is None:
+        held = {module: type_for(scheme) for module, scheme in checkpoint.schemes.items()}
+        called = _called(checkpoint, {module: found for module, found in held.items() if found is not None})
+        wanted: Mapping[str, str] = {}
+    else:
+        called, wanted = name, module_types(checkpoint.config, name, weighed, overrides)
+        if not allow_requantize:
+            _refuse_other_type(checkpoint, name)
+    return _settle(checkpoint, called, {**(wanted if allow_requantize else {}), **asked}, allow_requantize)
+
+
+def _asked(checkpoint: Checkpoint, overrides: Overrides) -> dict[str, str]:
+    """`{module: type}` of what patterns and roles ask for."""
+    config = checkpoint.config
+    types = module_types(config, "f16", overrides=overrides)
+    return {
+        module: found for module, found in types.items() if _is_asked(module, overrides, config.tie_word_embeddings)
+    }
+
+
+def _is_asked(module: str, overrides: Overrides, tied: bool) -> bool:
+    if module == EMBEDDING and (overrides.token_embedding or (tied and overrides.output)):
+        return True
+    if module == HEAD and overrides.output:
+        return True
+    return overrides.of(f"{gguf_name(module)}.weight") is not None
+
+
+def _settle(checkpoint: Checkpoint, called: str, wanted: Mapping[str, str], allow: bool) -> Types:
+    """The type of every matrix; codes keep theirs unless another is wanted, or none holds them."""
+    chosen, again, nearest = dict[str, str](), dict[str, Requantized](), dict[QuantScheme, str]()
+    for module, shape in checkpoint.config.all_matrices().items():
+        scheme = checkpoint.schemes.get(module)
+        if scheme is None:
+            chosen[module] = wanted.get(module, "bf16")
+            continue
+        held = None if module in checkpoint.reordered else type_for(scheme)
+        if held is None and not allow:
+            raise _unsupported(checkpoint, module, scheme)
+        if held is None and module not in wanted and scheme not in nearest:
+            nearest[scheme] = nearest_type(checkpoint, module)[0]
+        target = wanted.get(module) or held or _that_fits(nearest[scheme], shape[1])
+        if held is not None and target != held and not allow:
+            raise UnsupportedError(
+                f"{module}: its codes are of type {held}, {target} was asked for, and codes are not rounded again",
+                "leave the tensor out of --tensor-type, or --allow-requantize",
+            )
+        chosen[module] = target
+        if target != held:
+            again[module] = Requantized(scheme, target)
+    return Types(called, chosen, again)
+
+
+def _that_fits(name: str, inputs: int) -> str:
+    return name if inputs % block_length(name) == 0 else "q8_0" if inputs % 32 == 0 else "f16"
+
+
+def _unsupported(checkpoint: Checkpoint, module: str, scheme: QuantScheme) -> UnsupportedError:
+    """What a tensor that no type holds would become, and at what cost."""
+    reason = supports(scheme) or "its groups are not consecutive inputs (g_idx, from desc_act)"
+    name, error = nearest_type(checkpoint, module)
+    shape = checkpoint.config.all_matrices()[module]
+    bits = 16.0 if name in PLAIN else scheme_of_type(name).bits_per_weight(shape)
+    cost = (
+        f"{bits:.2f} bits per weight in place of {scheme.bits_per_weight(shape):.2f}, a relative error of {error:.1e}"
+    )
+    return UnsupportedError(
+        f"{module} ({scheme.label}) cannot be exported to GGUF: {reason}; the nearest type is {name}: {cost}",
+        "--allow-requantize rounds such tensors onto it; better is to quantize the 16-bit original with a recipe that "
+        "fits, e.g. gptq-w4a16-g32",
+    )
+
+
+def nearest_type(checkpoint: Checkpoint, module: str) -> tuple[str, float]:
+    """The smallest type that comes within 1 % of a tensor's values, q8_0 if none does, and its relative error.
+
+    Measured on some of the tensor's rows: the root of Σ δ² / Σ w².
+    """
+    weight = _sample(checkpoint, module)
+    inputs, best = weight.shape[1], ("f16", 0.0)
+    import_loops()
+    for name in sorted(_CANDIDATES, key=lambda name: scheme_of_type(name).bits_per_weight((256, 256))):
+        if inputs % block_length(name):
+            continue
+        found = round_rows(module, weight, scheme_of_type(name))
+        best = name, (found.missed / found.whole) ** 0.5 if found.whole else 0.0
+        if best[1] < _CLOSE:
+            break
+    return best
+
+
+def _sample(checkpoint: Checkpoint, module: str) -> NDArray[np.float32]:
+    """Some rows of a matrix in fp32: of its codes, or of the 16-bit weights where codes are yet to come."""
+    plain = f"{module}.weight"
+    if plain in checkpoint.files and checkpoint.entry(plain).dtype.itemsize > 1:
+        return checkpoint.rows(plain, 0, min(_SAMPLE_ROWS, checkpoint.entry(plain).shape[0])).astype(np.float32)
+    tensor = checkpoint.linear(module)
+    assert isinstance(tensor, QuantizedTensor)
+    if tensor.scheme.per_row:
+        tensor = tensor.rows(np.arange(0, tensor.shape[0], -(-tensor.shape[0] // _SAMPLE_ROWS)))
+    return dequantize(tensor)[:_SAMPLE_ROWS]
+
+
+def _refuse_other_type(checkpoint: Checkpoint, name: str) -> None:
+    """Raise UnsupportedError when a file of this type would have other types than the codes have."""
+    inner = {module: scheme for module, scheme in checkpoint.schemes.items() if module not in (EMBEDDING, HEAD)}
+    held = {module: type_for(scheme) or scheme.label for module, scheme in (inner or checkpoint.schemes).items()}
+    if set(held.values()) == {FILE_TYPES[name].base} or _is_mix(checkpoint, held, name):
+        return
+    names = ", ".join(sorted(set(held.values())))
+    raise UnsupportedError(
+        f"--type {name}: the codes of {checkpoint.name} are of type {names}, and are never requantized unasked", _HELD
+    )
+
+
+def _is_mix(checkpoint: Checkpoint, held: Mapping[str, str], name: str) -> bool:
+    """Whether types are those of a mix, with or without an importance matrix."""
+    for weighed in (True, False):
+        types = module_types(checkpoint.config, name, weighed)
+        if all(types[module] == found for module, found in held.items()):
+            return True
+    return False
+
+
+def _called(checkpoint: Checkpoint, held: Mapping[str, str]) -> str:
+    """What a file of codes is called after: the mix that they are, or the most common type of its linears."""
+    inner = {module: found for module, found in held.items() if module not in (EMBEDDING, HEAD)} or dict(held)
+    if not inner:
+        return "q8_0"
+    if (mix := next((name for name in FILE_TYPES if _is_mix(checkpoint, inner, name)), None)) is not None:
+        return mix
+    base = Counter(inner.values()).most_common(1)[0][0]
+    return next(name for name, kind in FILE_TYPES.items() if kind.base == base)

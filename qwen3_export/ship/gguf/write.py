@@ -1,0 +1,119 @@
+"""The bytes of a GGUF file, or of its shards, written piece by piece.
+
+    header · metadata · names, shapes and types of the tensors · padding · data of each tensor, padded to 32 bytes
+
+Shards are called NAME-00001-of-0000N.gguf. Each says which one it is; the metadata is in the first alone. llama.cpp
+opens the first and finds the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import gguf
+import numpy as np
+from gguf.gguf_writer import TensorInfo
+from numpy.typing import NDArray
+
+from qwen3_export.core.gguf_header import ALIGNMENT
+from qwen3_export.core.gguf_types import GGML_NUMBERS, block_size
+from qwen3_export.core.outputs import staged_file
+from qwen3_export.core.places import refuse_existing
+from qwen3_export.errors import ResourceError
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor of the file: its name, numpy shape and type, and the matrices that its data are, one after another."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    modules: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data."""
+        block, size = block_size(self.type)
+        return math.prod(self.shape) // block * size
+
+
+def split(plan: Sequence[Planned], limit: int | None) -> list[list[Planned]]:
+    """Tensors in shards of at most `limit` bytes of data; a larger tensor has a shard of its own."""
+    if limit is None:
+        return [list(plan)]
+    shards: list[list[Planned]] = [[]]
+    size = 0
+    for item in plan:
+        if shards[-1] and size + item.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(item)
+        size += item.nbytes
+    return shards
+
+
+def shard_paths(output: Path, count: int) -> list[Path]:
+    """Where the shards of an output are; the output itself when there is one."""
+    if count == 1:
+        return [output]
+    stem = output.name.removesuffix(".gguf")
+    return [output.with_name(f"{stem}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+
+
+@contextmanager
+def staged_files(paths: Sequence[Path], force: bool, inputs: Sequence[Path]) -> Iterator[list[Path]]:
+    """Partial files for several outputs, which appear when all are done, the first one last."""
+    for path in paths:
+        refuse_existing(path.absolute(), force, folder=False)
+    with ExitStack() as stack:
+        yield [stack.enter_context(staged_file(path, force, inputs)) for path in paths]
+
+
+def write_header(
+    path: Path, architecture: str, plan: Sequence[Planned], describe: Callable[[gguf.GGUFWriter], None]
+) -> None:
+    """Everything before a file's data: `describe` adds the metadata."""
+    writer = gguf.GGUFWriter(path, architecture)
+    try:
+        describe(writer)
+        for item in plan:
+            # Not through `add_tensor_info`, which wants a type that this release of gguf-py knows.
+            kind: Any = GGML_NUMBERS[item.type]
+            writer.tensors[-1][item.name] = TensorInfo(item.shape, kind, item.nbytes)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
+
+
+def write_shard(
+    path: Path, architecture: str, plan: Sequence[Planned], describe: Callable[[gguf.GGUFWriter], None],
+    pieces: Callable[[Planned], Iterator[NDArray]], done: Callable[[], None],
+) -> None:  # fmt: skip
+    """Write one file; `pieces` gives a tensor's data."""
+    try:
+        write_header(path, architecture, plan, describe)
+        with path.open("ab") as file:
+            _pad(file)
+            for item in plan:
+                begin = file.tell()
+                for piece in pieces(item):
+                    np.ascontiguousarray(piece).tofile(file)
+                assert file.tell() - begin == item.nbytes, item.name
+                _pad(file)
+                done()
+    except OSError as error:
+        if error.errno is None:  # numpy's writer tells how much it wrote, and not why
+            raise ResourceError(f"{path.parent}: the disk is full ({error})", "free some room") from error
+        raise
+
+
+def _pad(file: BinaryIO) -> None:
+    file.write(bytes(-file.tell() % ALIGNMENT))
