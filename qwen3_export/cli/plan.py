@@ -9,6 +9,7 @@ import typer
 from qwen3_export.cli.app import Json, Quiet, Source, Verbose, app, console
 from qwen3_export.cli.console import fields, size, table
 from qwen3_export.cli.solve import parse_bytes
+from qwen3_export.core.processors import MOST_THREADS
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
 
@@ -22,11 +23,15 @@ def plan(
     ] = None,
     memory: Annotated[str | None, typer.Option(help="Impossible when more is needed, e.g. 8GiB.")] = None,
     calibration: Annotated[str, typer.Option(help="As for quantize.")] = "bundled",
-    samples: Annotated[int | None, typer.Option(min=1, help="Calibration rows (default: the recipe's).")] = None,
-    sequence_length: Annotated[int | None, typer.Option(min=16, help="Tokens per row (default: the recipe's).")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, max=1_000_000, help="Calibration rows (default: the recipe's).")
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=16, max=1 << 20, help="Tokens per row (default: the recipe's).")
+    ] = None,
     layout: Annotated[str | None, typer.Option(help="Of the quantized folder (default: the recipe's).")] = None,
     device: Annotated[str, typer.Option(help="`cpu` or `cuda`.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="Default: all.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="Default: all.")] = None,
     time: Annotated[
         bool, typer.Option("--time/--no-time", help="Time the recipe on a block of random numbers.")
     ] = True,

@@ -16,7 +16,7 @@ from qwen3_export.errors import InputError
 
 Artifacts = Annotated[list[str], typer.Argument(help="ONNX, TensorRT or Hugging Face folders, or .gguf files.")]
 Texts = Annotated[list[str] | None, typer.Option("--text", help="Text file in place of the bundled one; repeatable.")]
-Tokens = Annotated[int | None, typer.Option(min=64, help="Use about this many tokens of the text.")]
+Tokens = Annotated[int | None, typer.Option(min=64, max=1_000_000_000, help="Use about this many tokens of the text.")]
 Report = Annotated[Path | None, typer.Option(help="Folder for report.json, .md, .html and .xml (JUnit).")]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=MOST_THREADS, help="Threads of the runtime (default: all that may be used).")
@@ -35,8 +35,10 @@ def reference(
     output: Annotated[Path, typer.Option(help="File to write.")],
     text: Texts = None,
     tokens: Tokens = None,
-    window: Annotated[int, typer.Option(min=32, help="Tokens per row.")] = 256,
-    top_k: Annotated[int, typer.Option(min=0, help="Most likely tokens kept per position; 0 keeps all.")] = 64,
+    window: Annotated[int, typer.Option(min=32, max=1 << 20, help="Tokens per row.")] = 256,
+    top_k: Annotated[
+        int, typer.Option(min=0, max=1 << 20, help="Most likely tokens kept per position; 0 keeps all.")
+    ] = 64,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -156,9 +158,11 @@ def _counts(text: str) -> tuple[int, ...]:
 def bench(
     artifacts: Artifacts,
     prompt_tokens: Annotated[str, typer.Option(help="Prompt lengths, comma-separated.")] = "128,512",
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode after the shortest prompt.")] = 64,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, max=1 << 20, help="Tokens to decode after the shortest prompt.")
+    ] = 64,
     threads: Threads = None,
-    repeat: Annotated[int, typer.Option(min=1, help="Timed runs after one warm-up.")] = 5,
+    repeat: Annotated[int, typer.Option(min=1, max=10_000, help="Timed runs after one warm-up.")] = 5,
     gate: Annotated[Path | None, typer.Option(help="YAML or JSON file of limits; those on latency apply.")] = None,
     text: Texts = None,
     report: Report = None,
@@ -233,10 +237,10 @@ def run(
     prompt: Annotated[str, typer.Option(help="What the user says.")],
     system: Annotated[str | None, typer.Option(help="A system message before it.")] = None,
     thinking: Annotated[bool, typer.Option("--thinking/--no-thinking", help="Qwen3's switch.")] = True,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=1 << 20, help="Stop after this many tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, max=1000, help="0 takes the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Nucleus sampling; with a temperature.")] = 0.95,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of the sampling.")] = 0,
     threads: Threads = None,
     json: Json = False,
     quiet: Quiet = False,

@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 RecipeOption = Annotated[str | None, typer.Option(help="Quantize a 16-bit source with this recipe first.")]
 # What quantizing on the way takes; None is quantize's own default, and says that nothing was asked for.
 Calibration = Annotated[str | None, typer.Option(help="With --recipe: as for quantize (default: bundled).")]
-Samples = Annotated[int | None, typer.Option(min=1, help="With --recipe: calibration rows.")]
-SequenceLength = Annotated[int | None, typer.Option(min=16, help="With --recipe: tokens per row.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="With --recipe: chooses the calibration rows.")]
+Samples = Annotated[int | None, typer.Option(min=1, max=1_000_000, help="With --recipe: calibration rows.")]
+SequenceLength = Annotated[int | None, typer.Option(min=16, max=1 << 20, help="With --recipe: tokens per row.")]
+Seed = Annotated[
+    int | None, typer.Option(min=0, max=(1 << 63) - 1, help="With --recipe: chooses the calibration rows.")
+]
 Memory = Annotated[str | None, typer.Option(help="With --recipe: refuse to start when more is needed, e.g. 8GiB.")]
 Device = Annotated[str | None, typer.Option(help="With --recipe: `cpu` or `cuda`.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="With --recipe: threads of quantizing.")]
@@ -233,8 +235,10 @@ def tensorrt(
         list[str] | None, typer.Option(help="Compute capability, repeatable (default 8.6, 8.9, 12.0).")
     ] = None,
     precision: Annotated[str, typer.Option(help="Activations and unquantized weights: fp16 or bf16.")] = "fp16",
-    max_prompt: Annotated[int | None, typer.Option(min=1, help="Longest prompt at once (default 1024).")] = None,
-    max_context: Annotated[int | None, typer.Option(min=1, help="Longest cache (default 4096).")] = None,
+    max_prompt: Annotated[
+        int | None, typer.Option(min=1, max=1 << 20, help="Longest prompt at once (default 1024).")
+    ] = None,
+    max_context: Annotated[int | None, typer.Option(min=1, max=1 << 20, help="Longest cache (default 4096).")] = None,
     recipe: RecipeOption = None,
     calibration: Calibration = None,
     samples: Samples = None,

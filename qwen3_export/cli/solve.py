@@ -95,9 +95,13 @@ def quantize(
             help="`bundled`, `self` (the model writes it), a .txt/.jsonl/.parquet file, or hf:DATASET[:SPLIT]."
         ),
     ] = "bundled",
-    samples: Annotated[int | None, typer.Option(min=1, help="Calibration samples (default: the recipe's).")] = None,
-    sequence_length: Annotated[int | None, typer.Option(min=16, help="Tokens per row (default: the recipe's).")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Chooses the calibration samples.")] = 0,
+    samples: Annotated[
+        int | None, typer.Option(min=1, max=1_000_000, help="Calibration samples (default: the recipe's).")
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=16, max=1 << 20, help="Tokens per row (default: the recipe's).")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Chooses the calibration samples.")] = 0,
     memory: Annotated[str | None, typer.Option(help="Refuse to start when more is needed, e.g. 8GiB.")] = None,
     device: Annotated[str, typer.Option(help="`cpu` or `cuda`.")] = "cpu",
     threads: Annotated[
@@ -184,10 +188,12 @@ def search_recipe(
     calibration: Annotated[
         str, typer.Option(help="`bundled`, a .txt/.jsonl/.parquet file, or hf:DATASET.")
     ] = "bundled",
-    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 128,
-    sequence_length: Annotated[int, typer.Option(min=16, help="Tokens per row.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Chooses the calibration samples.")] = 0,
-    measure_rows: Annotated[int, typer.Option(min=1, help="Further rows, that the KL is measured on.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, max=1_000_000, help="Calibration samples.")] = 128,
+    sequence_length: Annotated[int, typer.Option(min=16, max=1 << 20, help="Tokens per row.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Chooses the calibration samples.")] = 0,
+    measure_rows: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Further rows, that the KL is measured on.")
+    ] = 16,
     method: Annotated[str, typer.Option(help="`gptq`, `awq` or `rtn`.")] = "gptq",
     bits: Annotated[str, typer.Option(help="What may be mixed: 2, 3, 4, 8 and 16.")] = "4,8",
     grids: Annotated[

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ def read_schemes(where: str, stored: Stored, linears: Shapes) -> tuple[str, Sche
         schemes = layout(method).read_schemes(where, stored, linears)
     except RecipeError as error:
         raise CheckpointError(f"{where}: {error}", error.hint or NEEDS_ORIGINAL) from error
-    except (TypeError, ValueError, LookupError, AttributeError, re.error) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{where}: a malformed quantization_config ({error!r})", NEEDS_ORIGINAL) from error
     for module in outer:
         if module in schemes and (not schemes[module].per_row or schemes[module].scale_dtype == "e4m3"):

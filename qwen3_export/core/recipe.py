@@ -44,6 +44,7 @@ from qwen3_export.errors import RecipeError
 
 DEFAULT_LAYOUT = "compressed-tensors"
 FALLBACKS = ("share", "rtn")
+_MOST_TOKENS, _MOST_FLOOR = 1 << 20, 10**9
 _KEYS = ["name", "description", "method", "rules", "options", "calibration", "experts", "layout"]
 
 
@@ -84,7 +85,9 @@ class ExpertRule:
             raise RecipeError(f"{where}: a mapping was expected, found {type(values).__name__}")
         check_keys(values, ["min_tokens", "fallback"], where)
         rule = cls(**values)
-        if rule.min_tokens is not None and (type(rule.min_tokens) is not int or rule.min_tokens < 0):
+        if rule.min_tokens is not None and (
+            type(rule.min_tokens) is not int or not 0 <= rule.min_tokens <= _MOST_FLOOR
+        ):
             raise RecipeError(f"{where}: min_tokens is {rule.min_tokens!r}, a number of tokens was expected")
         if rule.fallback not in FALLBACKS:
             raise RecipeError(f"{where}: fallback is {rule.fallback!r}; one of {list(FALLBACKS)} was expected")
@@ -176,8 +179,10 @@ class Recipe:
             raise RecipeError(f"{where}: 'options' and 'calibration' must be mappings")
         check_keys(calibration, ["samples", "sequence_length"], f"{where}, calibration")
         for key, value in calibration.items():
-            if type(value) is not int or value < 1:
-                raise RecipeError(f"{where}, calibration: {key} is {value!r}, a positive number was expected")
+            if type(value) is not int or not 1 <= value <= _MOST_TOKENS:
+                raise RecipeError(
+                    f"{where}, calibration: {key} is {value!r}, a positive number up to {_MOST_TOKENS:,} was expected"
+                )
         return cls(
             name=values["name"],
             method=values["method"],

@@ -328,9 +328,20 @@ def test_label_and_bits_per_weight_count_scales_and_zero_points(
         ({"options": {"scale_search": 1}}, "scale_search is 1, a str was expected"),
         ({"method": "gptq", "options": {"act_order": 1}}, "act_order is 1, a bool was expected"),
         ({"method": "gptq", "options": {"percdamp": "0.01"}}, "percdamp is '0.01', a float was expected"),
-        ({"method": "gptq", "options": {"percdamp": float("nan")}}, "percdamp is nan, a number from 0 was expected"),
-        ({"method": "gptq", "options": {"descent": -1}}, "descent is -1, a number from 0 was expected"),
-        ({"method": "gptq", "options": {"output_rows": -3}}, "output_rows is -3, a number from 0 was expected"),
+        (
+            {"method": "gptq", "options": {"percdamp": float("nan")}},
+            "percdamp is nan, a number from 0 to",
+        ),
+        (
+            {"method": "gptq", "options": {"descent": 1_000_000_000}},
+            "descent is 1000000000, a number from 0 to",
+        ),
+        ({"method": "gptq", "options": {"descent": 101}}, "descent is 101, at most 100 passes"),
+        ({"method": "gptq", "options": {"descent": -1}}, "descent is -1, a number from 0 to"),
+        (
+            {"method": "gptq", "options": {"output_rows": -3}},
+            "output_rows is -3, a number from 0 to 100,000 was expected",
+        ),
     ],
 )
 def test_method_and_options_are_checked_before_the_work(

@@ -20,7 +20,6 @@ mxfp4-pack-quantized, nvfp4-pack-quantized
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -30,6 +29,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.layouts import IDLE, NEEDS_ORIGINAL, Schemes, Shapes, Stored, group_index, scale_dtype_of
 from qwen3_export.core.pack import pack_bytes, pack_int32, unpack_bytes, unpack_int32
+from qwen3_export.core.patterns import first_matches
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD
 from qwen3_export.core.scheme import ACTIVATION_GROUP, QuantScheme
 from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor
@@ -279,7 +279,8 @@ def read_schemes(where: str, stored: Stored, linears: Shapes) -> Schemes:
         if group.get("output_activations"):
             raise CheckpointError(f"{where}: {name} has output_activations, which is not supported", NEEDS_ORIGINAL)
         targets.update(dict.fromkeys(group["targets"], (name, group)))
-    chosen, ignored, schemes = _target_matcher(targets), _target_matcher(config.get("ignore") or []), Schemes()
+    chosen, ignored = _target_matcher(targets, linears), _target_matcher(config.get("ignore") or [], linears)
+    schemes = Schemes()
     for module in linears:
         target = chosen(module)
         if target and not ignored(module) and targets[target][1].get("weights"):
@@ -289,16 +290,16 @@ def read_schemes(where: str, stored: Stored, linears: Shapes) -> Schemes:
     return schemes
 
 
-def _target_matcher(targets: Iterable[str]) -> Callable[[str], str | None]:
+def _target_matcher(targets: Iterable[str], modules: Iterable[str]) -> Callable[[str], str | None]:
     """Finds the target that a module falls under: its name before a pattern before its class."""
     names = frozenset(targets)
-    patterns = [(name, re.compile(name[3:])) for name in sorted(names) if name.startswith("re:")]
+    matched = first_matches([name[3:] for name in sorted(names) if name.startswith("re:")], modules)
 
     def find(module: str) -> str | None:
         if module in names:
             return module
         kind = "Embedding" if module == EMBEDDING else "Linear"
-        return next((name for name, pattern in patterns if pattern.match(module)), kind if kind in names else None)
+        return f"re:{matched[module]}" if module in matched else kind if kind in names else None
 
     return find
 

@@ -12,8 +12,7 @@ words with a 0; the folder's `meta` says who wrote it.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from qwen3_export.core.layouts import (
     is_unquantized,
 )
 from qwen3_export.core.pack import pack_int32, unpack_int32
+from qwen3_export.core.patterns import first_matches
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor
@@ -152,16 +152,24 @@ def read_schemes(where: str, stored: Stored, linears: Shapes) -> Schemes:
         raise CheckpointError(f"{where}: checkpoint_format {found!r}; gptq and gptq_v2 can be read", NEEDS_ORIGINAL)
     if str(config.get("pack_dtype") or "int32").removeprefix("torch.") != "int32":
         raise CheckpointError(f"{where}: pack_dtype {config['pack_dtype']!r}; int32 was expected", NEEDS_ORIGINAL)
+    overridden = _overridden(config, linears)
     for module in linears:
-        values = _overridden(config, module)
+        values = overridden(module)
         if values is not None and not is_unquantized(stored, module, ("qweight", "qzeros", "scales")):
             schemes[module] = grouped_scheme(values.get("bits"), values.get("group_size", 128), stored, module)
     return schemes
 
 
-def _overridden(config: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:
+def _overridden(config: Mapping[str, Any], modules: Iterable[str]) -> Callable[[str], Mapping[str, Any] | None]:
     """GPTQModel's `dynamic`: the first pattern that matches overrides, or with `-:` leaves the linear alone."""
-    for pattern, changes in (config.get("dynamic") or {}).items():
-        if re.match(pattern.removeprefix("+:").removeprefix("-:"), module):
-            return None if pattern.startswith("-:") else {**config, **changes}
-    return config
+    dynamic = dict((config.get("dynamic") or {}).items())
+    plain = {key.removeprefix("+:").removeprefix("-:"): key for key in reversed(dynamic)}
+    matched = first_matches(list(dict.fromkeys(key.removeprefix("+:").removeprefix("-:") for key in dynamic)), modules)
+
+    def find(module: str) -> Mapping[str, Any] | None:
+        key = plain[matched[module]] if module in matched else None
+        if key is None:
+            return config
+        return None if key.startswith("-:") else {**config, **dynamic[key]}
+
+    return find

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import math
 import pkgutil
 from types import ModuleType
 from typing import Any
@@ -12,6 +11,9 @@ from typing import Any
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import check_keys
 from qwen3_export.errors import RecipeError
+
+# Far above what any option means; a number of passes must end.
+_MOST = 100_000
 
 
 def load_method(recipe: Recipe) -> tuple[ModuleType, Any]:
@@ -27,6 +29,6 @@ def load_method(recipe: Recipe) -> tuple[ModuleType, Any]:
         wanted = type(fields[key].default)
         if type(value) is not wanted and not (wanted is float and type(value) is int):
             raise RecipeError(f"{where}: {key} is {value!r}, a {wanted.__name__} was expected")
-        if wanted is not bool and isinstance(value, int | float) and not 0 <= value < math.inf:
-            raise RecipeError(f"{where}: {key} is {value!r}, a number from 0 was expected")
+        if wanted is not bool and isinstance(value, int | float) and not 0 <= value <= _MOST:
+            raise RecipeError(f"{where}: {key} is {value!r}, a number from 0 to {_MOST:,} was expected")
     return module, module.Options(**recipe.options)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.errors import RecipeError
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.method import FOLDS, LinearGroup, SolvedWeight, check_choice
 from qwen3_export.solve.methods.gptq.cholesky import Factor, damped, factorise
@@ -34,6 +35,8 @@ from qwen3_export.solve.rounding.row_chunks import SolvedRows, check_finite, che
 
 SEARCHES = ("absmax", "mse", "solve")
 _BLOCK = 128
+# Coordinate descent has settled after a few passes.
+_MOST_DESCENT = 100
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class Options:
         check_choice("scale_search", self.scale_search, SEARCHES)
         check_choice("fold", self.fold, FOLDS)
         check_choice("shift_every", self.shift_every, (1, 2, 4))
+        if self.descent > _MOST_DESCENT:
+            raise RecipeError(f"options: descent is {self.descent}, at most {_MOST_DESCENT} passes were expected")
 
 
 def needs_inputs(_options: Options) -> bool:
