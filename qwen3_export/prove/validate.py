@@ -24,6 +24,8 @@ from qwen3_export.text.samples import Samples, heldout_samples, subsample
 from qwen3_export.text.tokenizer import ModelTokenizer
 
 WINDOW = 256
+# Prompts whose latency a gate file can limit: short enough for a model with 512 positions.
+GATE_PROMPTS = (128, 256)
 
 
 def held_out(folder: Path, texts: Sequence[str] = (), window: int = WINDOW, tokens: int | None = None) -> Samples:
@@ -64,7 +66,7 @@ def validate(
     refuse_unmeasurable(limits, reference.samples.domains)
     results = [_validate_one(artifact, reference, limits, options, progress) for artifact in artifacts]
     if any(is_latency(name) for name in limits):
-        workload = Workload(threads=options.threads if options else None)
+        workload = Workload(GATE_PROMPTS, threads=options.threads if options else None)
         speeds = bench(artifacts, workload, progress)["results"]
         results = [{**drift, **speed} for drift, speed in zip(results, speeds, strict=True)]
     results = [{**result, "gate": check(result, limits, on)} for result in results]
