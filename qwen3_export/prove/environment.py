@@ -21,7 +21,7 @@ def environment() -> dict[str, Any]:
         "host": platform.node(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": processors(),
         "default_threads": processors(),
         "load_average": [round(value, 2) for value in os.getloadavg()],
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

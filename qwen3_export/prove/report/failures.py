@@ -11,7 +11,7 @@ from qwen3_export.prove.report.tables import named
 
 
 def failures(result: Mapping[str, Any]) -> list[str]:
-    """Every failed check and worse pair in words, then what is not conclusive."""
+    """Every failed check and worse pair in words, then what is not conclusive or doubtful."""
     failed, doubtful = [], []
     for name, item in named(result):
         for check in item.get("gate", {}).get("checks", ()):
@@ -26,7 +26,8 @@ def failures(result: Mapping[str, Any]) -> list[str]:
         elif item["verdict"] == "inconclusive":
             reason = item["reason"] or f"change {span(item['ci95'])}, allowed {number(item['allowed'])}"
             doubtful.append(f"{text}, inconclusive: {reason}")
-    return failed + doubtful
+    warnings = [f"{name}: {text}" for name, item in named(result) for text in item.get("warnings") or ()]
+    return failed + doubtful + warnings
 
 
 def environment_lines(result: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -116,11 +116,22 @@ def _speeds(speeds: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Table]:
             *(fixed(1000 * item["decode"][key], 2) for key in ("per_token_seconds_p50", "p95", "p99")),
             fixed(item["load_seconds"], 2),
             bytes_text(item["peak_rss_bytes"]),
+            _percent((item.get("bandwidth") or {}).get("fraction")),
             str(item["threads"]),
         ]
         for name, item in speeds
     ]
-    headers = ["artifact", "decode tok/s", "ms p50", "ms p95", "ms p99", "load s", "peak memory", "threads"]
+    headers = [
+        "artifact",
+        "decode tok/s",
+        "ms p50",
+        "ms p95",
+        "ms p99",
+        "load s",
+        "peak memory",
+        "of bandwidth",
+        "threads",
+    ]
     yield Table("Decode", headers, decode)
 
 
