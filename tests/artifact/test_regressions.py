@@ -26,7 +26,7 @@ from qwen3_export.ship.gguf import export_gguf
 from tests.cli.helpers import call
 
 GATE = Path(__file__).resolve().parents[2] / ".ci" / "gate.yaml"
-TOKENS = ("--tokens", "2048", "--top-k", "0")
+TOKENS = ("--tokens", "4096", "--top-k", "0")
 Tensors = dict[str, np.ndarray]
 
 
