@@ -1,0 +1,1 @@
+"""ONNX folders of any tool beside each other: a judge that shares no code with the package."""
