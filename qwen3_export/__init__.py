@@ -45,6 +45,10 @@ def export(source: str | Path, output: str | Path, format: str, **options: Any) 
     if format not in _FORMATS:
         raise InputError(f"format {format!r}: one of {', '.join(_FORMATS)} was expected")
     module = importlib.import_module(f"qwen3_export.ship.{format}")
+    if format == "onnx":
+        from qwen3_export.prove.rounding import level_cost
+
+        options.setdefault("measure", level_cost)
     result: dict[str, Any] = getattr(module, f"export_{format}")(open_source(str(source)), Path(output), **options)
     return result
 

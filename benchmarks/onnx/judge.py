@@ -17,7 +17,12 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 _TEXT = Path(__file__).resolve().parents[2] / "calibration" / "heldout.jsonl"
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}
+_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+}
 
 
 def rows_of(folder: Path, text: Path, tokens: int, window: int) -> list[NDArray[np.int64]]:

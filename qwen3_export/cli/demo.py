@@ -101,9 +101,10 @@ def _quantize(folder: Path, recipe: str, show: Console) -> float:
 def _products(folder: Path, show: Console) -> list[Product]:
     def onnx(source: str) -> Callable[[Path], float]:
         def make(output: Path) -> float:
+            from qwen3_export.prove.rounding import level_cost
             from qwen3_export.ship.onnx import export_onnx
 
-            return export_onnx(_open(folder, source), output, progress=show)["bits_per_weight"]
+            return export_onnx(_open(folder, source), output, progress=show, measure=level_cost)["bits_per_weight"]
 
         return make
 

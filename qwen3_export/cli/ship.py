@@ -116,17 +116,23 @@ def _prepared(
 def onnx(
     source: Source,
     output: Annotated[Path, typer.Option(help="Folder to write.")],
-    flavor: Annotated[str, typer.Option(help="`ort`: ONNX Runtime's fused operators; `standard`: ai.onnx only.")] = (
-        "ort"
+    target: Annotated[
+        str, typer.Option(help="cpu; cuda: fp16; web: transformers.js; standard: ai.onnx operators only.")
+    ] = "cpu",
+    flavor: Annotated[
+        str | None, typer.Option(help="`ort`: ONNX Runtime's fused operators; `standard`: ai.onnx only.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="Activations: fp32, fp16 or bf16 (default: the target's).")] = (
+        None
     ),
-    precision: Annotated[str, typer.Option(help="Activations: fp32, fp16 or bf16.")] = "fp32",
     accuracy_level: Annotated[
         int | None,
         typer.Option(
-            min=0,
-            max=4,
-            help="MatMulNBits: 0 exact activations, 4 int8 ones (default: 0 for 4 bits, else 4).",
+            min=0, max=4, help="MatMulNBits: 0 exact activations, 4 int8 ones, the fast way (default: the target's)."
         ),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Data beyond this size goes to a next file, e.g. 2GB.")
     ] = None,
     recipe: RecipeOption = None,
     calibration: Calibration = None,
@@ -144,13 +150,18 @@ def onnx(
 ) -> None:
     """Write an ONNX folder for onnxruntime and onnxruntime-genai; codes land unchanged."""
     _need("onnx_ir", "onnx")
+    from qwen3_export.prove.rounding import level_cost
     from qwen3_export.ship.onnx import check_request, export_onnx
 
-    show = console(json, quiet, verbose)
+    show, shard_bytes = console(json, quiet, verbose), _shard_bytes(max_shard_size)
     options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume)
-    check = partial(check_request, flavor=flavor, precision=precision)
+    choice = {"flavor": flavor, "precision": precision, "accuracy_level": accuracy_level, "target": target}
+    check = partial(check_request, **choice)
     with _prepared(source, recipe, options, output, force, show, check) as checkpoint:
-        result = export_onnx(checkpoint, output, flavor, precision, accuracy_level, force, show)
+        result = export_onnx(
+            checkpoint, output, **choice, force=force, progress=show,
+            max_shard_size=shard_bytes, measure=level_cost,
+        )  # fmt: skip
     show.result(result, lambda: _exported(result))
 
 
@@ -277,6 +288,27 @@ def _need(module: str, extra: str) -> None:
         importlib.import_module(module)
 
 
+def _shard_bytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    found = parse_size(text)
+    if not found:
+        raise InputError(f"--max-shard-size {text}: a size such as 2GB was expected")
+    return found
+
+
+def _level(result: dict[str, Any]) -> dict[str, str]:
+    """What the accuracy level costs, as a line of the summary."""
+    level = result.get("accuracy_level")
+    if level is None:
+        return {}
+    if level == 0:
+        return {"accuracy level": "0, activations as they are"}
+    cost = result.get("added_kl")
+    measured = f"adds a KL of {cost:.1e}" if cost is not None else f"not measured: {result.get('added_kl_reason')}"
+    return {"accuracy level": f"{level}, activations rounded to int8; {measured} (--accuracy-level 0 is exact)"}
+
+
 def _exported(result: dict[str, Any]) -> None:
     inexact = result["inexact_tensors"]
     worst = max(inexact, key=lambda item: item["max_rel_error"]) if inexact else None
@@ -294,6 +326,7 @@ def _exported(result: dict[str, Any]) -> None:
                 else {}
             ),
             **({"requantized": f"{len(result['requantized'])} tensors"} if "requantized" in result else {}),
+            **_level(result),
             "time": f"{result['seconds']:.1f} s",
             "peak memory": size(result["peak_rss_bytes"]),
         }

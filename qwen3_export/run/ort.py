@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from qwen3_export.core.process import uninterrupted
 from qwen3_export.core.processors import thread_count
 from qwen3_export.errors import InputError, MissingRuntimeError
+from qwen3_export.run.exact_graph import exact_graph
 from qwen3_export.run.onnx_files import OnnxFiles, find_onnx
 from qwen3_export.run.session import RuntimeOptions, check_ids
 from qwen3_export.run.signature import read_signature
@@ -24,7 +25,7 @@ _SMALLEST_CACHE = 256
 
 
 class OrtSession:
-    """See `run.session.Session`. `exact`: codes under Q/DQ are multiplied with fp32 activations too.
+    """See `run.session.Session`. `exact`: all codes are multiplied with activations that nothing has rounded.
 
     A TensorRT folder is opened by its ONNX, and says so: the plan itself needs a GPU.
     """
@@ -51,8 +52,12 @@ class OrtSession:
             self.runtime = "onnxruntime (the plan's ONNX)"
         if options.exact or self.runtime != OrtSession.runtime:
             settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+        if options.exact:
+            place = str(files.graph.parent)
+            settings.add_session_config_entry("session.model_external_initializers_file_folder_path", place)
         try:
-            self._session = onnxruntime.InferenceSession(str(files.graph), settings, providers=["CPUExecutionProvider"])
+            graph = exact_graph(files.graph) if options.exact else str(files.graph)
+            self._session = onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors share no public base below Exception
             reason = str(error).strip().splitlines()[0]
             if "NOT_IMPLEMENTED" in reason:

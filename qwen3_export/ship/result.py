@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ from qwen3_export.errors import UnsupportedError
 from qwen3_export.ship.exactness import Inexact
 
 Supports = Callable[[QuantScheme], str | None]
-_WEIGHTS = (".data", ".gguf", ".plan")
+# `model.onnx.data`, its later shards, the names of transformers.js, and formats of one file.
+_WEIGHTS = re.compile(r"(\.onnx[._]data(_\d+)?|\.gguf|\.plan)$")
 
 
 def check_schemes(
@@ -78,7 +80,7 @@ def export_result(
     output: Path, files: list[dict[str, Any]], checkpoint: Checkpoint, inexact: list[Inexact], started: float
 ) -> dict[str, Any]:
     """The JSON object of an export command."""
-    holds_weights = [item for item in files if len(files) == 1 or Path(item["path"]).suffix in _WEIGHTS]
+    holds_weights = [item for item in files if len(files) == 1 or _WEIGHTS.search(item["path"])]
     weights = sum(item["bytes"] for item in holds_weights)
     return {
         "output": str(output),

@@ -80,6 +80,8 @@ def test_settings(onnx_folder: Callable) -> None:
     model, decoder, search = settings["model"], settings["model"]["decoder"], settings["search"]
     assert (model["context_length"], model["vocab_size"]) == (2048, 8192)
     assert (model["eos_token_id"], model["pad_token_id"], model["bos_token_id"]) == ([8187, 8185], 8185, 8185)
+    marks = [model[f"{name}_token_id"] for name in ("bot", "eot", "bor", "eor")]
+    assert marks == [8190, 8191, 8188, 8189], "as onnxruntime-genai's own builder finds them"
     assert (decoder["num_hidden_layers"], decoder["head_size"], decoder["hidden_size"]) == (6, 128, 256)
     assert (decoder["num_attention_heads"], decoder["num_key_value_heads"]) == (4, 2)
     wanted = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
+from qwen3_export.prove.rounding import level_cost
 from qwen3_export.run.artifact import open_session
 from qwen3_export.run.session import RuntimeOptions
 from qwen3_export.ship.onnx import export_onnx
@@ -102,11 +103,59 @@ def test_level_4_rounds_activations_and_stays_close(
     assert mean_kl(torch_logits(name), fast) < 1e-3
 
 
-@pytest.mark.parametrize(("name", "level"), [("gptq-w4a16-g128", 0), ("gptq-w4a16-g32-asym", 0), ("rtn-w8a16", 4)])
-def test_default_level_is_exact_for_4_bits_only(onnx_folder: OnnxFolder, name: str, level: int) -> None:
-    weights = OnnxWeights(onnx_folder(name).path)
+@pytest.mark.parametrize("name", ["gptq-w4a16-g128", "rtn-w8a16"])
+def test_default_level_is_the_fast_one_and_exact_undoes_it(
+    onnx_folder: OnnxFolder, torch_logits: Callable, rows: list[NDArray], name: str
+) -> None:
+    folder = onnx_folder(name).path
+    weights = OnnxWeights(folder)
     nodes = [node for node in weights.model.graph.node if node.op_type == "MatMulNBits"]
-    assert {weights.attributes(node.name)["accuracy_level"] for node in nodes} == {level}
+    assert {weights.attributes(node.name)["accuracy_level"] for node in nodes} == {4}
+    assert largest_difference(logits(folder, rows, exact=True), torch_logits(name)) < SAME
+
+
+def test_what_the_level_costs_is_measured_and_written_down(
+    onnx_folder: OnnxFolder, rows: list[NDArray], tmp_path: Path
+) -> None:
+    checkpoint = onnx_folder("gptq-w4a16-g128").source
+    result = export_onnx(checkpoint, tmp_path / "onnx", measure=level_cost)
+    manifest = json.loads((tmp_path / "onnx" / "qwen3-export.json").read_text())
+    assert result["accuracy_level"] == manifest["accuracy_level"] == 4
+    assert result["added_kl"] == manifest["added_kl"]
+    again = mean_kl(logits(tmp_path / "onnx", rows, exact=True), logits(tmp_path / "onnx", rows))
+    assert again / 4 < result["added_kl"] < again * 4, "other text, the same order"
+    exact = export_onnx(checkpoint, tmp_path / "exact", accuracy_level=0, measure=level_cost)
+    assert exact["accuracy_level"] == 0
+    assert "added_kl" not in exact
+
+
+def test_a_cost_that_cannot_be_measured_says_why(make_checkpoint: Callable, tmp_path: Path) -> None:
+    checkpoint = round_to_nearest(make_checkpoint(), tmp_path / "quantized", ("*", QuantScheme(4, group_size=32)))
+    result = export_onnx(checkpoint, tmp_path / "onnx", measure=level_cost)
+    assert result["added_kl"] is None
+    assert "tokenizer" in result["added_kl_reason"]
+
+
+def test_config_json_is_that_of_an_unquantized_model(onnx_folder: OnnxFolder) -> None:
+    for name in ("original", "gptq-w4a16-g128"):
+        exported = onnx_folder(name)
+        config = json.loads((exported.path / "config.json").read_text())
+        assert "quantization_config" not in config
+        source = {k: v for k, v in exported.source.raw_config.items() if k != "quantization_config"}
+        assert config == source
+
+
+def test_data_in_several_files(
+    onnx_folder: OnnxFolder, torch_logits: Callable, rows: list[NDArray], tmp_path: Path
+) -> None:
+    exported, folder = onnx_folder("gptq-w4a16-g128", accuracy_level=0), tmp_path / "onnx"
+    result = export_onnx(exported.source, folder, accuracy_level=0, max_shard_size=2_500_000)
+    sizes = {path.name: path.stat().st_size for path in folder.glob("model.onnx.data*")}
+    assert set(sizes) == {"model.onnx.data", "model.onnx.data_1", "model.onnx.data_2"}
+    # The embedding alone is larger than a file may be; it has one of its own.
+    assert sorted(sizes.values())[-2] <= 2_500_000 < max(sizes.values())
+    assert result["bits_per_weight"] == pytest.approx(exported.result["bits_per_weight"], rel=0.01)
+    assert largest_difference(logits(folder, rows), torch_logits("gptq-w4a16-g128")) < SAME
 
 
 @pytest.mark.parametrize("name", ["original", "gptq-w4a16-g128", "gptq-w4a16-g32-asym"])
@@ -263,7 +312,7 @@ def test_largest_group_that_onnxruntime_takes(make_checkpoint: Callable, tmp_pat
     config = tiny_config(hidden_size=512, intermediate_size=512, head_dim=128)
     source, ids = make_checkpoint(config), [random_ids(24)]
     checkpoint = round_to_nearest(source, tmp_path / "quantized", ("*", QuantScheme(4, group_size=256)))
-    export_onnx(checkpoint, tmp_path / "onnx")
+    export_onnx(checkpoint, tmp_path / "onnx", accuracy_level=0)
     assert largest_difference(logits(tmp_path / "onnx", ids), logits(checkpoint.folder, ids)) < SAME
 
 

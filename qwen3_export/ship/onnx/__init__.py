@@ -1,12 +1,14 @@
-"""ONNX folders: `model.onnx`, its data, the tokenizer, and what onnxruntime-genai needs to run it.
+"""ONNX folders: the graph, its data, `config.json`, the tokenizer, and what onnxruntime-genai needs to run it.
 
-Flavor `ort` is written in ONNX Runtime's fused operators, `standard` in ai.onnx operators alone.
+Flavor `ort` is written in ONNX Runtime's fused operators, `standard` in ai.onnx operators alone; `ship.onnx.target`
+says which target gets what.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,84 +18,116 @@ from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.manifest import file_list, to_json, write_manifest
 from qwen3_export.core.outputs import staged_folder
 from qwen3_export.core.progress import Progress
-from qwen3_export.core.tokenizer_files import (
-    TOKENIZER,
-    id_lookup,
-    sampling_defaults,
-    special_id,
-    stop_ids,
-    tokenizer_values,
-)
-from qwen3_export.errors import InputError
+from qwen3_export.core.tokenizer_files import TOKENIZER, tokenizer_values
+from qwen3_export.errors import UnsupportedError
 from qwen3_export.ship.exactness import cast_errors
 from qwen3_export.ship.onnx import experts, ort_ops, standard_ops
 from qwen3_export.ship.onnx.decoder import build_decoder
 from qwen3_export.ship.onnx.graph import GraphBuilder
+from qwen3_export.ship.onnx.sidecars import context_length, genai_config, model_config
+from qwen3_export.ship.onnx.target import MOST_WEB_SHARDS, Files, Target, choose, files_of
 from qwen3_export.ship.result import check_schemes, exactness, export_result, provenance
 
-# With shared buffers onnxruntime-genai allocates the whole cache for max_length before it starts.
-_GENAI_LENGTH = 4096
-FLAVORS = ("ort", "standard")
-PRECISIONS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+_TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+# What an accuracy level costs: gets the folder, returns values for the manifest.
+Measure = Callable[[Path], dict[str, Any]]
 
 
 def export_onnx(
     checkpoint: Checkpoint,
     output: Path,
-    flavor: str = "ort",
-    precision: str = "fp32",
+    flavor: str | None = None,
+    precision: str | None = None,
     accuracy_level: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    target: str = "cpu",
+    max_shard_size: int | None = None,
+    measure: Measure | None = None,
 ) -> dict[str, Any]:
     """Write an ONNX folder; codes and scales land unchanged. Returns the result that `--json` prints.
 
-    Raises UnsupportedError, before anything is written, when a tensor's scheme does not fit.
+    `max_shard_size` in bytes: data beyond it goes to a next file. `measure` is asked for the cost of an accuracy level
+    that rounds. Raises UnsupportedError, before anything is written, when a tensor's scheme does not fit.
     """
     started, progress = time.monotonic(), progress or Progress()
-    check_request(checkpoint, flavor, precision)
-    inexact = cast_errors(checkpoint, precision)
+    aim = check_request(checkpoint, flavor, precision, accuracy_level, target, max_shard_size)
+    files, inexact = files_of(aim, checkpoint), cast_errors(checkpoint, aim.precision)
     with staged_folder(output, force, inputs=[checkpoint.folder]) as folder:
-        sparse = write_graph(checkpoint, folder, flavor, precision, accuracy_level, progress)
-        for path in checkpoint.sidecars():
-            shutil.copyfile(path, folder / path.name)
-        if checkpoint.folder.joinpath("vocab.json").is_file() and not (folder / TOKENIZER).exists():
-            # onnxruntime-genai reads no other kind.
-            (folder / TOKENIZER).write_text(to_json(tokenizer_values(checkpoint.folder)), encoding="utf-8")
-        if flavor == "ort":
-            config = genai_config(checkpoint)
-            (folder / "genai_config.json").write_text(to_json(config), encoding="utf-8")
-        values = {"flavor": flavor, "precision": precision, **provenance(checkpoint), **exactness(inexact), **sparse}
+        shards, sparse = write_graph(checkpoint, folder, aim, files, progress)
+        _check_shards(aim, shards)
+        _write_sidecars(checkpoint, folder, aim, files, shards)
+        level = _level(checkpoint, aim, folder, measure)
+        values = {
+            "target": aim.name, "flavor": aim.flavor, "precision": aim.precision,
+            **level, **provenance(checkpoint), **exactness(inexact), **sparse,
+        }  # fmt: skip
         write_manifest(folder, "onnx", values)
-        files = file_list(folder)
-    return {**export_result(output, files, checkpoint, inexact, started), **sparse}
+        written = file_list(folder)
+    return {**export_result(output, written, checkpoint, inexact, started), **level, **sparse}
 
 
-def check_request(checkpoint: Checkpoint, flavor: str = "ort", precision: str = "fp32") -> None:
+def _level(checkpoint: Checkpoint, target: Target, folder: Path, measure: Measure | None) -> dict[str, Any]:
+    """The accuracy level, and what it costs where it rounds; None where no level has a say."""
+    if target.flavor != "ort" or not checkpoint.schemes:
+        return {"accuracy_level": None}
+    rounds = target.accuracy_level > 0
+    return {"accuracy_level": target.accuracy_level, **(measure(folder) if measure and rounds else {})}
+
+
+def _check_shards(target: Target, shards: int) -> None:
+    if target.is_web and shards > MOST_WEB_SHARDS:
+        raise UnsupportedError(
+            f"--max-shard-size makes {shards} data files, transformers.js reads {MOST_WEB_SHARDS}",
+            "choose a larger --max-shard-size",
+        )
+
+
+def _write_sidecars(checkpoint: Checkpoint, folder: Path, target: Target, files: Files, shards: int) -> None:
+    for path in checkpoint.sidecars():
+        shutil.copyfile(path, folder / path.name)
+    if checkpoint.folder.joinpath("vocab.json").is_file() and not (folder / TOKENIZER).exists():
+        # onnxruntime-genai reads no other kind.
+        (folder / TOKENIZER).write_text(to_json(tokenizer_values(checkpoint.folder)), encoding="utf-8")
+    configs = {"config.json": model_config(checkpoint, target, files, shards)}
+    if target.flavor == "ort":
+        configs["genai_config.json"] = genai_config(checkpoint, target, files)
+    for name, values in configs.items():
+        (folder / name).write_text(to_json(values), encoding="utf-8")
+
+
+def check_request(
+    checkpoint: Checkpoint,
+    flavor: str | None = None,
+    precision: str | None = None,
+    accuracy_level: int | None = None,
+    target: str = "cpu",
+    max_shard_size: int | None = None,
+) -> Target:
     """Everything that can be known before the long work; a recipe's target is checked by it too, before quantizing.
 
     Raises InputError for an unknown option, UnsupportedError for the first tensor that does not fit.
     """
-    for value, choices, option in ((flavor, FLAVORS, "--flavor"), (precision, PRECISIONS, "--precision")):
-        if value not in choices:
-            raise InputError(f"{option} {value}: one of {', '.join(choices)} was expected")
-    supports = ort_ops.supports if flavor == "ort" else standard_ops.supports
-    check_schemes(checkpoint, supports, f"onnx ({flavor})", experts.supports)
+    aim = choose(target, flavor, precision, accuracy_level, max_shard_size)
+    supports = ort_ops.supports if aim.flavor == "ort" else standard_ops.supports
+    check_schemes(checkpoint, supports, f"onnx ({aim.flavor})", experts.supports)
     experts.sparse_layers(checkpoint)
+    files_of(aim, checkpoint)
+    return aim
 
 
 def write_graph(
-    checkpoint: Checkpoint, folder: Path, flavor: str, precision: str, accuracy_level: int | None, progress: Progress
-) -> dict[str, Any]:
-    """Write `model.onnx` and its data in one flavor; says which operators the experts became, where there are any."""
-    dtype = PRECISIONS[precision]
-    with GraphBuilder(folder, ort_ops.OPSET if flavor == "ort" else standard_ops.OPSET) as graph:
-        ops = (
-            ort_ops.OrtOps(graph, dtype, accuracy_level) if flavor == "ort" else standard_ops.StandardOps(graph, dtype)
-        )
+    checkpoint: Checkpoint, folder: Path, target: Target, files: Files, progress: Progress
+) -> tuple[int, dict[str, Any]]:
+    """Write the graph and its data; returns the number of data files, and which operators the experts became."""
+    dtype, is_ort = _TYPES[target.precision], target.flavor == "ort"
+    with GraphBuilder(folder, ort_ops.OPSET if is_ort else standard_ops.OPSET, files) as graph:
+        ops = ort_ops.OrtOps(graph, dtype, target.accuracy_level) if is_ort else standard_ops.StandardOps(graph, dtype)
         build_decoder(ops, checkpoint, progress)
-        graph.save({"qwen3_export.flavor": flavor, "qwen3_export.context": str(checkpoint.config.max_position)})
-    return {"expert_layers": _expert_layers(ops, checkpoint, progress)} if checkpoint.config.sparse_layers else {}
+        context = str(context_length(checkpoint.config))
+        graph.save({"qwen3_export.flavor": target.flavor, "qwen3_export.context": context})
+    sparse = {"expert_layers": _expert_layers(ops, checkpoint, progress)} if checkpoint.config.sparse_layers else {}
+    return graph.shards, sparse
 
 
 def _expert_layers(
@@ -106,47 +140,3 @@ def _expert_layers(
                 f"experts of {len(item['layers'])} layers run as a slower {item['operator']}: {item['reason']}"
             )
     return found
-
-
-def genai_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """`genai_config.json` of a folder with our input and output names."""
-    config, folder = checkpoint.config, checkpoint.folder
-    stops = stop_ids(folder, id_lookup(folder))
-    first_eos = stops[0] if stops else None
-    bos, pad = special_id(folder, "bos"), special_id(folder, "pad")
-    return {
-        "model": {
-            "type": "qwen3",
-            "vocab_size": config.vocab_size,
-            "context_length": config.max_position,
-            "bos_token_id": first_eos if bos is None else bos,
-            "eos_token_id": stops if len(stops) > 1 else first_eos,
-            "pad_token_id": first_eos if pad is None else pad,
-            "decoder": {
-                "filename": "model.onnx",
-                "session_options": {"provider_options": []},
-                "hidden_size": config.hidden_size,
-                "head_size": config.head_dim,
-                "num_attention_heads": config.num_heads,
-                "num_key_value_heads": config.num_kv_heads,
-                "num_hidden_layers": config.num_layers,
-                "inputs": {
-                    "input_ids": "input_ids",
-                    "attention_mask": "attention_mask",
-                    "position_ids": "position_ids",
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
-                },
-                "outputs": {
-                    "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
-                },
-            },
-        },
-        "search": {
-            "max_length": min(config.max_position, _GENAI_LENGTH),
-            "past_present_share_buffer": True,
-            **sampling_defaults(folder),
-        },
-    }

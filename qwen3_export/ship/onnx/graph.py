@@ -6,34 +6,40 @@ A weight is written when it is mentioned and forgotten at once: the graph keeps 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-MODEL, DATA = "model.onnx", "model.onnx.data"
+from qwen3_export.ship.onnx.target import Files
+
 CONTRIB = "com.microsoft"
 # Weights start on page boundaries, so that a runtime can map each of them on its own.
 ALIGNMENT = 4096
 _IR_VERSION = 10
+_DEFAULT_FILES = Files()
 
 
 class GraphBuilder:
-    """Collects inputs, nodes and outputs; `save` writes `model.onnx` beside its data file."""
+    """Collects inputs, nodes and outputs; `save` writes the model beside its data files, whose number is `shards`."""
 
-    def __init__(self, folder: Path, opset: int) -> None:
-        self.folder, self._opset = folder, opset
+    def __init__(self, folder: Path, opset: int, files: Files = _DEFAULT_FILES) -> None:
+        self.folder, self._opset, self._files = folder, opset, files
+        self._place = (folder / files.model).parent
+        self._place.mkdir(exist_ok=True)
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
         self._nodes: list[ir.Node] = []
         self._initializers: dict[str, ir.Value] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
-        self._data = (folder / DATA).open("wb")
+        self.shards = 0
+        self._data = self._next_shard()
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
         """Declare a graph input; axes given by name are dynamic."""
@@ -60,14 +66,27 @@ class GraphBuilder:
         """As `weight`, for one that comes piece by piece along its first axis; one piece is in memory at a time."""
         if name in self._initializers:
             return self._initializers[name]
-        self._data.write(b"\0" * (-self._data.tell() % ALIGNMENT))
+        self._make_room(dtype.bitwidth * math.prod(shape) // 8)
         offset = self._data.tell()
         for part in parts:
             self._data.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
         length = self._data.tell() - offset
         place = ir.Shape(shape)
-        tensor = ir.ExternalTensor(DATA, offset, length, dtype, shape=place, name=name, base_dir=self.folder)
+        data = Path(self._data.name).name
+        tensor = ir.ExternalTensor(data, offset, length, dtype, shape=place, name=name, base_dir=self._place)
         return self._register(name, tensor)
+
+    def _next_shard(self) -> BinaryIO:
+        self.shards += 1
+        return (self.folder / self._files.shard(self.shards - 1)).open("wb")
+
+    def _make_room(self, length: int) -> None:
+        """Go to the next page of the data file, or to the next file when this one would become too large."""
+        self._data.write(b"\0" * (-self._data.tell() % ALIGNMENT))
+        limit = self._files.shard_bytes
+        if limit is not None and self._data.tell() and self._data.tell() + length > limit:
+            self._data.close()
+            self._data = self._next_shard()
 
     def constant(self, value: Any, dtype: Any = np.int64) -> ir.Value:
         """A small constant inside `model.onnx`; equal constants are shared."""
@@ -126,7 +145,7 @@ class GraphBuilder:
         return value if have == want else self.op("Cast", [value], name, to=want)
 
     def save(self, metadata: dict[str, str]) -> None:
-        """Write `model.onnx`; the weights are on the disk already."""
+        """Write the model; its weights are on the disk already."""
         self._data.flush()
         graph = ir.Graph(
             self.inputs,
@@ -138,7 +157,7 @@ class GraphBuilder:
         )
         model = ir.Model(graph, ir_version=_IR_VERSION, producer_name="qwen3-export")
         model.metadata_props.update(metadata)
-        ir.save(model, self.folder / MODEL)
+        ir.save(model, self.folder / self._files.model)
 
     def __enter__(self) -> GraphBuilder:
         return self

@@ -50,12 +50,11 @@ def supports(scheme: QuantScheme) -> str | None:
 class OrtOps:
     """`ship.onnx.decoder.Flavor` for plain ONNX Runtime and onnxruntime-genai.
 
-    `accuracy_level` of `MatMulNBits`: 0 multiplies with activations as they are, 4 with activations
-    rounded to int8. None takes 0 for 4-bit codes and 4 for others, whose level 0 expands the
-    whole matrix at every call.
+    `accuracy_level` of `MatMulNBits`: 0 multiplies with activations as they are, 4 with activations rounded to
+    int8. Level 0 with other than 4 bits expands the whole matrix at every call.
     """
 
-    def __init__(self, graph: GraphBuilder, dtype: ir.DataType, accuracy_level: int | None) -> None:
+    def __init__(self, graph: GraphBuilder, dtype: ir.DataType, accuracy_level: int) -> None:
         self.graph, self.dtype, self.accuracy_level = graph, dtype, accuracy_level
         self._numpy = dtype.numpy()
 
@@ -162,13 +161,8 @@ class OrtOps:
             N=out_features,
             bits=scheme.num_bits,
             block_size=scheme.group_length(in_features),
-            accuracy_level=self._level(scheme),
+            accuracy_level=self.accuracy_level,
         )
-
-    def _level(self, scheme: QuantScheme) -> int:
-        if self.accuracy_level is not None:
-            return self.accuracy_level
-        return 0 if scheme.num_bits == 4 else 4
 
     def attention(
         self, qkv: tuple[ir.Value, ir.Value, ir.Value], norms: tuple[NDArray, NDArray], layer: int
@@ -210,14 +204,11 @@ class OrtOps:
         """QMoE where it computes what the accuracy level promises, else a loop over the chosen experts."""
         if self.not_fused(layer):
             return routed.experts(self.graph, x, layer, self.dtype)
-        scheme = layer.schemes["down_proj"]
-        assert scheme is not None
-        return qmoe.experts(self.graph, x, layer, self._level(scheme), self.dtype)
+        return qmoe.experts(self.graph, x, layer, self.accuracy_level, self.dtype)
 
     def not_fused(self, layer: SparseLayer) -> str | None:
         """Why a layer's experts are no QMoE, or None when they are."""
-        scheme = layer.schemes["down_proj"]
-        return qmoe.cannot_hold(layer, self._level(scheme) if scheme else 0)
+        return qmoe.cannot_hold(layer, self.accuracy_level)
 
     def head(self, x: ir.Value, table: QuantizedTensor | NDArray | None) -> ir.Value:
         """Logits; a tied head multiplies by the one stored embedding table."""

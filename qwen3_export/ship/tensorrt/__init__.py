@@ -31,7 +31,7 @@ from qwen3_export.errors import InputError, MissingRuntimeError, ResourceError, 
 from qwen3_export.ship.exactness import cast_errors
 from qwen3_export.ship.onnx import size as onnx_size
 from qwen3_export.ship.onnx import write_graph
-from qwen3_export.ship.onnx.graph import DATA, MODEL
+from qwen3_export.ship.onnx.target import DATA, MODEL, Files, choose
 from qwen3_export.ship.result import check_schemes, exactness, export_result, not_integer, provenance
 
 PLAN, ENGINE = "model.plan", "engine.json"
@@ -90,7 +90,7 @@ def export_tensorrt(
     profile = profile or Profile(min(1024, context), min(4096, context))
     inexact = cast_errors(checkpoint, precision)
     with staged_folder(output, force, inputs=[checkpoint.folder]) as folder:
-        write_graph(checkpoint, folder, "standard", precision, None, progress)
+        write_graph(checkpoint, folder, choose("standard", precision=precision), Files(), progress)
         with progress.bar("build plan", 1) as tick:
             built = _build(folder, engine, capabilities, profile)
             tick()

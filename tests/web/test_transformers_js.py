@@ -1,0 +1,98 @@
+"""`--target web` in transformers.js, in Node: the folder loads as it is, and greedy text is our own session's, each
+prompt alone and all of them as one left-padded batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qwen3_export.core.source import open_source
+from qwen3_export.errors import InputError, UnsupportedError
+from qwen3_export.run.artifact import open_session
+from qwen3_export.run.session import RuntimeOptions
+from qwen3_export.ship.onnx import export_onnx
+from qwen3_export.text.tokenizer import ModelTokenizer
+from tests.artifact.support import THREADS
+
+VERSION, NEW = "4.3.2", 12
+PROMPTS = ["The quick brown fox", "def add(a, b):\n    ", "长城是", "Once"]
+# Two releases of ONNX Runtime round fp16 differently: a token may differ where the best two are this close.
+TIE = 0.1
+
+
+@pytest.fixture(scope="session")
+def node_modules() -> Path:
+    """transformers.js from npm, without anybody's install scripts, kept for the next run."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qwen3-export-tests"
+    folder = cache / f"transformers.js-{VERSION}"
+    if shutil.which("npm") is None:
+        pytest.skip("Node and npm are not installed")
+    if not (folder / "done").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / "package.json").write_text('{"name": "tests", "private": true}')
+        command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefer-offline"]
+        subprocess.run([*command, f"@huggingface/transformers@{VERSION}"], cwd=folder, check=True, capture_output=True)
+        (folder / "done").touch()
+    shutil.copy(Path(__file__).with_name("greedy.mjs"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, quantized: Any) -> Path:
+    """A web folder in three data files."""
+    output = tmp_path_factory.mktemp("web") / "model"
+    export_onnx(open_source(str(quantized("edge-w4"))), output, target="web", max_shard_size=2_000_000)
+    return output
+
+
+def check(folder: Path, tokenizer: ModelTokenizer, prompt: str, found: list[int]) -> None:
+    """Our session, fed with what transformers.js chose, would have chosen the same, up to the end of the text."""
+    ids, stops = tokenizer.encode(prompt), tokenizer.stop_ids()
+    count = next((i + 1 for i, token in enumerate(found) if token in stops), NEW)
+    session = open_session(folder, RuntimeOptions(threads=THREADS))
+    logits = session.prefill(np.concatenate([ids, found[: count - 1]]).astype(np.int32))[len(ids) - 1 :]
+    session.close()
+    assert len(logits) == count
+    assert (logits.max(-1) - logits[np.arange(count), found[:count]] < TIE).all()
+
+
+def test_greedy_text_is_our_sessions(node_modules: Path, folder: Path) -> None:
+    command = ["node", "greedy.mjs", str(folder), json.dumps(PROMPTS), str(NEW)]
+    answer = subprocess.run(command, cwd=node_modules, capture_output=True, text=True, check=True, timeout=120)
+    result, tokenizer = json.loads(answer.stdout), ModelTokenizer(folder)
+    for prompt, alone, together in zip(PROMPTS, result["alone"], result["batch"], strict=True):
+        check(folder, tokenizer, prompt, alone)
+        check(folder, tokenizer, prompt, together)
+    assert result["text"] == tokenizer.decode(result["alone"][0])
+
+
+def test_files_and_configuration_are_transformers_js_own(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    files = {path.name for path in (folder / "onnx").iterdir()}
+    data = {"model_q4f16.onnx_data", "model_q4f16.onnx_data_1", "model_q4f16.onnx_data_2"}
+    assert files == {"model_q4f16.onnx"} | data
+    assert "quantization_config" not in config
+    assert config["transformers.js_config"] == {
+        "dtype": "q4f16",
+        "kv_cache_dtype": {"q4f16": "float16"},
+        "use_external_data_format": {"model_q4f16.onnx": 3},
+    }
+
+
+def test_what_transformers_js_cannot_load_is_refused(quantized: Any, tmp_path: Path) -> None:
+    checkpoint = open_source(str(quantized("edge-w4")))
+    with pytest.raises(InputError, match="ONNX Runtime's operators"):
+        export_onnx(checkpoint, tmp_path / "out", "standard", target="web")
+    with pytest.raises(UnsupportedError, match="bf16: transformers\\.js has fp16 and fp32"):
+        export_onnx(checkpoint, tmp_path / "out", precision="bf16", target="web")
+    with pytest.raises(UnsupportedError, match="reads 100"):
+        export_onnx(checkpoint, tmp_path / "out", target="web", max_shard_size=4096)
+    assert not (tmp_path / "out").exists()
