@@ -155,7 +155,9 @@ def onnx(
 
     show, shard_bytes = console(json, quiet, verbose), _shard_bytes(max_shard_size)
     options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume)
-    choice = {"flavor": flavor, "precision": precision, "accuracy_level": accuracy_level, "target": target}
+    choice: dict[str, Any] = {
+        "flavor": flavor, "precision": precision, "accuracy_level": accuracy_level, "target": target,
+    }  # fmt: skip
     check = partial(check_request, **choice)
     with _prepared(source, recipe, options, output, force, show, check) as checkpoint:
         result = export_onnx(

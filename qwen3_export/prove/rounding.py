@@ -16,9 +16,9 @@ from qwen3_export.prove.reference import log_softmax
 from qwen3_export.run.artifact import open_session, tokenizer_of
 from qwen3_export.run.session import RuntimeOptions
 from qwen3_export.text.documents import load_documents
-from qwen3_export.text.rows import calibration_rows
+from qwen3_export.text.samples import calibration_samples
 
-_ROWS, _LENGTH = 8, 32
+_SAMPLES, _LENGTH = 8, 32
 
 
 def level_cost(folder: Path) -> dict[str, Any]:
@@ -33,7 +33,9 @@ def level_cost(folder: Path) -> dict[str, Any]:
 def _added_kl(folder: Path) -> tuple[float, int]:
     exact = open_session(folder, RuntimeOptions(exact=True))
     try:
-        rows = calibration_rows(tokenizer_of(folder, exact), load_documents("bundled"), _ROWS, _LENGTH, seed=0).ids
+        rows = calibration_samples(
+            tokenizer_of(folder, exact), load_documents("bundled"), _SAMPLES, _LENGTH, seed=0
+        ).ids
         truth = [exact.prefill(ids) for ids in rows]
     finally:
         exact.close()

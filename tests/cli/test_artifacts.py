@@ -73,7 +73,7 @@ def test_folders_hold_what_the_contract_says(made: dict[str, Path]) -> None:
     common = sorted([*SIDECARS, "qwen3-export.json"])
     quantized = ["config.json", "model.safetensors.index.json", *shards]
     assert names(made["quantized"]) == sorted([*common, *quantized])
-    assert names(made["onnx"]) == sorted([*common, "genai_config.json", "model.onnx", "model.onnx.data"])
+    assert names(made["onnx"]) == sorted([*common, "config.json", "genai_config.json", "model.onnx", "model.onnx.data"])
     assert names(made["tensorrt"]) == sorted([*common, "engine.json", "model.onnx", "model.onnx.data", "model.plan"])
 
 
