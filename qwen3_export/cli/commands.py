@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from qwen3_export.cli import demo, gate, plan, prove, serve, ship, solve  # noqa: F401  (they register their commands)
+from qwen3_export.cli import (  # noqa: F401  (they register their commands)
+    demo,
+    gate,
+    plan,
+    prove,
+    serve,
+    ship,
+    solve,
+    tasks,
+)
 from qwen3_export.cli.app import app
 
 __all__ = ["app"]

@@ -18,6 +18,11 @@ Artifacts = Annotated[list[str], typer.Argument(help="ONNX, TensorRT or Hugging 
 Texts = Annotated[list[str] | None, typer.Option("--text", help="Text file in place of the bundled one; repeatable.")]
 Tokens = Annotated[int | None, typer.Option(min=64, max=1_000_000_000, help="Use about this many tokens of the text.")]
 Report = Annotated[Path | None, typer.Option(help="Folder for report.json, .md, .html and .xml (JUnit).")]
+ThinkingBudget = Annotated[
+    int | None,
+    typer.Option(min=1, max=1 << 20, help="Chats: end a thought after so many tokens, as Qwen3 describes it."),
+]
+Tasks = Annotated[Path | None, typer.Option(help="JSONL file of tasks with answers; see `qwen3-export tasks`.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=MOST_THREADS, help="Threads of the runtime (default: all that may be used).")
 ]
@@ -39,6 +44,8 @@ def reference(
     top_k: Annotated[
         int, typer.Option(min=0, max=1 << 20, help="Most likely tokens kept per position; 0 keeps all.")
     ] = 64,
+    thinking_budget: ThinkingBudget = None,
+    tasks: Tasks = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -46,14 +53,16 @@ def reference(
 ) -> None:
     """Write the original's answers on held-out text to a file that a device can carry."""
     from qwen3_export.prove.original import write_reference
+    from qwen3_export.prove.tasks import read_tasks
     from qwen3_export.prove.validate import held_out
 
     checkpoint, show = open_source(source), console(json, quiet, verbose)
+    asked = read_tasks(tasks) if tasks else ()
     if window > checkpoint.config.max_position:
         raise InputError(f"--window {window}: the model has {checkpoint.config.max_position} positions")
     check_output(output, [checkpoint.folder, *(text or ())], force, folder=False)
     rows = held_out(checkpoint.folder, text or (), window, tokens)
-    result = write_reference(checkpoint, rows, output, top_k, force, show)
+    result = write_reference(checkpoint, rows, output, top_k, force, show, thinking_budget, asked)
     shown = {k: result[k] for k in ("output", "positions", "rows", "top_k")} | {"size": size(result["bytes"])}
     show.result(result, lambda: fields(shown))
 
@@ -70,6 +79,8 @@ def validate(
     on: Annotated[str, typer.Option(help="What must hold: `mean`, or `upper`, the bad end of its interval.")] = "mean",
     text: Texts = None,
     tokens: Tokens = None,
+    thinking_budget: ThinkingBudget = None,
+    tasks: Tasks = None,
     exact: Annotated[bool, typer.Option("--exact", help="The runtime's highest-precision mode.")] = False,
     threads: Threads = None,
     report: Report = None,
@@ -82,6 +93,7 @@ def validate(
     from qwen3_export.prove.gate import CHOICES
     from qwen3_export.prove.limits import parse_limit, read_limits
     from qwen3_export.prove.report import append_summary, write_report
+    from qwen3_export.prove.tasks import read_tasks
     from qwen3_export.prove.validate import open_reference
     from qwen3_export.prove.validate import validate as run
     from qwen3_export.run.session import RuntimeOptions
@@ -91,11 +103,11 @@ def validate(
     limits.update({name: parse_limit(name, value) for name, value in given.items() if value is not None})
     if on not in CHOICES:
         raise InputError(f"--on {on}: mean or upper was expected")
-    paths = [find(artifact) for artifact in artifacts]
+    paths, asked = [find(artifact) for artifact in artifacts], read_tasks(tasks) if tasks else ()
     if report:
         check_output(report, [*paths, reference, gate, *(text or ())], force)
-    truth = open_reference(reference, text or (), tokens, show)
-    result = run(paths, truth, limits, RuntimeOptions(threads=threads, exact=exact), show, on)
+    truth = open_reference(reference, text or (), tokens, show, thinking_budget)
+    result = run(paths, truth, limits, RuntimeOptions(threads=threads, exact=exact), show, on, asked)
     if report:
         write_report(report, result, force)
     append_summary(result, "Validation")
@@ -137,11 +149,22 @@ def _validated(result: dict[str, Any]) -> None:
     ]
     table(headers, rows)
     for item in result["results"]:
+        if "tasks" in item:
+            print(f"{item['artifact']}: {_tasks(item['tasks'])}")
         for check in item["gate"]["checks"]:
             if not check["passed"]:
                 print(f"{item['artifact']}: {explain(check)}")
             elif doubt(check):
                 print(f"{item['artifact']}: passed, but {doubt(check)}")
+
+
+def _tasks(found: dict[str, Any]) -> str:
+    low, high = found["lost_share_ci95"]
+    return (
+        f"the original gets {found['original_right']} of {found['tasks']} tasks right, this {found['artifact_right']}; "
+        f"{found['right_to_wrong']} from right to wrong, {found['wrong_to_right']} the other way "
+        f"(lost {found['lost_share']:.1%}, 95 % {low:.1%} … {high:.1%})"
+    )
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -18,9 +18,13 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.progress import Progress
 from qwen3_export.errors import InputError
-from qwen3_export.prove.reference import Continuations, Reference, Truth, log_softmax
+from qwen3_export.prove.generation import MODES, chat_generation, generation
+from qwen3_export.prove.reference import Reference, Truth, log_softmax
 from qwen3_export.prove.statistics import SampleDrift, histogram, intervals, row_sums, statistics
-from qwen3_export.run.session import Session, greedy
+from qwen3_export.run.session import Session
+
+# The original is sure of a token that it gives at least this probability.
+SURE = 0.9
 
 
 def sample_drift(truth: Truth, logits: NDArray[np.float32], ids: NDArray[np.int32]) -> SampleDrift:
@@ -35,7 +39,8 @@ def sample_drift(truth: Truth, logits: NDArray[np.float32], ids: NDArray[np.int3
         kl = _partial_kl(truth, q)
         same = truth.ids[:, 0] == top
     artifact = np.take_along_axis(q, following, 1)[:, 0]
-    return SampleDrift(kl, same, truth.next_logprob.astype(np.float64), artifact.astype(np.float64))
+    sure = truth.logprobs.max(-1) >= np.log(SURE)
+    return SampleDrift(kl, same, truth.next_logprob.astype(np.float64), artifact.astype(np.float64), sure)
 
 
 def _partial_kl(truth: Truth, q: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -72,8 +77,31 @@ def measure(session: Session, reference: Reference, label: str, progress: Progre
     result["statistics"] = statistics(drifts)
     result["kl_histogram"] = histogram(drifts)
     result["rows"] = row_sums(drifts, samples.domains)
-    result["generation"] = generation(session, reference.continuations)
+    result["flips"] = flips(drifts)
+    result["generation"] = _generation(session, reference, label, progress or Progress())
     return result
+
+
+def _generation(session: Session, reference: Reference, label: str, progress: Progress) -> dict[str, Any]:
+    """Plain texts, and chats in both modes where the reference has them."""
+    chats = reference.chats
+    count = len(reference.continuations.prompts) + sum(len(chats.prompts[mode]) for mode in MODES if chats)
+    with progress.bar(f"texts of {label}", count) as tick:
+        plain = generation(session, reference.continuations, tick)
+        return {**plain, **(chat_generation(session, chats, tick) if chats else {})}
+
+
+def flips(drifts: Sequence[SampleDrift]) -> dict[str, Any]:
+    """Where the original is sure, how often the artifact would say something else."""
+    sure = np.concatenate([d.sure for d in drifts])
+    other = sure & ~np.concatenate([d.same_top for d in drifts])
+    count = int(sure.sum())
+    return {
+        "sure_from": SURE,
+        "sure_positions": count,
+        "flips": int(other.sum()),
+        "share": float(other.sum() / count) if count else None,
+    }
 
 
 def _check_fit(session: Session, reference: Reference, label: str) -> None:
@@ -111,25 +139,3 @@ def _common(drifts: Sequence[SampleDrift]) -> dict[str, float]:
 def _domain(drifts: Sequence[SampleDrift]) -> dict[str, Any]:
     kl = np.concatenate([d.kl for d in drifts])
     return {"tokens": len(kl), "kl_mean": float(kl.mean()), **_common(drifts), **intervals(drifts)}
-
-
-def generation(session: Session, text: Continuations) -> dict[str, Any]:
-    """Greedy text beside the original's: share of equal tokens, and how many texts loop."""
-    ours = [greedy(session, prompt, text.tokens.shape[1]) for prompt in text.prompts]
-    equal = [tokens == original for tokens, original in zip(ours, text.tokens, strict=True)]
-    return {
-        "texts": len(ours),
-        "agreement": float(np.mean(equal)),
-        "loops": sum(loops(tokens) for tokens in ours),
-        "loops_reference": sum(loops(tokens) for tokens in text.tokens),
-        "extra_loops": sum(loops(a) and not loops(b) for a, b in zip(ours, text.tokens, strict=True)),
-    }
-
-
-def loops(tokens: NDArray, longest_period: int = 8, repeats: int = 3) -> bool:
-    """Whether a text ends in at least `repeats` copies of the same few tokens."""
-    for period in range(1, longest_period + 1):
-        tail = tokens[-period * repeats :]
-        if len(tail) == period * repeats and (tail.reshape(repeats, period) == tail[:period]).all():
-            return True
-    return False

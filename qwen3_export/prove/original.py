@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +18,21 @@ from qwen3_export.core.process import uninterrupted
 from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.core.tensorfile import TensorFileWriter
 from qwen3_export.errors import InputError, MissingRuntimeError
+from qwen3_export.prove.generation import MODES, Chats, ended
 from qwen3_export.prove.reference import Continuations, Truth, answer_specs, file_metadata, full_truth, top_of
 from qwen3_export.prove.sidecars import read_sidecars
-from qwen3_export.run.session import check_logits
+from qwen3_export.prove.tasks import Task, solve, tasks_sha256
+from qwen3_export.run.session import RuntimeOptions, check_logits
+from qwen3_export.run.thinking import Thought, thinking_budget
+from qwen3_export.text.chat_template import render_chat
+from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import Samples
+from qwen3_export.text.tokenizer import ModelTokenizer
 
-PROMPT_TOKENS, NEW_TOKENS, PROMPTS = 32, 32, 8
+if TYPE_CHECKING:
+    from qwen3_export.model.decoder import Decoder
+
+PROMPT_TOKENS, NEW_TOKENS, PROMPTS, CHATS = 32, 32, 8, 4
 
 
 class LiveReference:
@@ -29,7 +40,13 @@ class LiveReference:
 
     is_lower_bound = False
 
-    def __init__(self, checkpoint: Checkpoint, samples: Samples, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        samples: Samples,
+        progress: Progress | None = None,
+        budget_tokens: int | None = None,
+    ) -> None:
         try:
             with uninterrupted():
                 from qwen3_export.model.decoder import Decoder
@@ -43,21 +60,29 @@ class LiveReference:
         self.samples, self.vocab_size = samples, checkpoint.config.vocab_size
         if max(int(ids.max()) for ids in samples.ids) >= self.vocab_size:
             raise InputError(f"{checkpoint.folder}: the tokenizer has more tokens than the model's vocabulary")
-        self.source_sha256 = checkpoint.sha256
+        self.source_sha256, self._folder = checkpoint.sha256, checkpoint.folder
         has_tokenizer = (checkpoint.folder / "tokenizer.json").is_file()
         self.sidecars = read_sidecars(checkpoint.folder) if has_tokenizer else None
         with workers() as pool:
             self._decoder = Decoder(checkpoint, pool)
             with progress.bar(f"original {checkpoint.name}", checkpoint.config.num_layers) as tick:
                 self._hidden = self._decoder.hidden(samples.ids, tick=tick)
-            prompts = _prompts(samples)
-            self.continuations = Continuations(
-                prompts, np.stack(self._decoder.greedy(prompts, NEW_TOKENS)).astype(np.int32)
-            )
+            questions = _questions(checkpoint, budget_tokens)
+            self.continuations, self.chats = _texts(self._decoder, _prompts(samples), questions, progress)
 
     def logits(self, row: int) -> NDArray[np.float32]:
         """fp32 logits `[tokens, vocab]` of one row."""
         return check_logits(self._decoder.logits(self._hidden[row]).numpy(), "the original model")
+
+    def tasks_right(self, tasks: Sequence[Task], progress: Progress | None = None) -> list[bool]:
+        """Which tasks the original gets right."""
+        from qwen3_export.run.torch import TorchSession
+
+        session = TorchSession(self._folder, RuntimeOptions())
+        try:
+            return solve(session, ModelTokenizer(self._folder), tasks, "the original", progress)
+        finally:
+            session.close()
 
     def truth(self, row: int) -> Truth:
         """The original's full distributions on one row."""
@@ -71,12 +96,93 @@ def _prompts(samples: Samples) -> tuple[NDArray[np.int32], ...]:
     return tuple(samples.ids[i][:PROMPT_TOKENS] for i in chosen)
 
 
+def _questions(checkpoint: Checkpoint, budget_tokens: int | None) -> Chats | None:
+    """Questions of the bundled held-out chats, rendered in both modes, without answers; None for a base model."""
+    if not (checkpoint.folder / "tokenizer.json").is_file():
+        return None
+    tokenizer = ModelTokenizer(checkpoint.folder)
+    if tokenizer.template is None:
+        if budget_tokens is not None:
+            raise InputError(f"--thinking-budget: {checkpoint.name} has no chat template", "leave it away")
+        return None
+    asked = [document.content[:1] for document in load_documents("heldout") if isinstance(document.content, list)]
+    asked = [asked[i] for i in np.linspace(0, len(asked) - 1, CHATS).astype(int)]
+    prompts = {}
+    for mode, thinking in MODES.items():
+        texts = [render_chat(tokenizer.template, chat, generate=True, thinking=thinking) for chat in asked]
+        prompts[mode] = tuple(tuple(int(i) for i in tokenizer.encode(text)) for text in texts)
+    stops = tuple(sorted(stop for stop in tokenizer.stop_ids() if 0 <= stop < checkpoint.config.vocab_size))
+    budget = thinking_budget(tokenizer, budget_tokens)
+    count = NEW_TOKENS if budget is None else budget.tokens + len(budget.cut) + NEW_TOKENS
+    room = checkpoint.config.max_position - max(len(ids) for rows in prompts.values() for ids in rows)
+    if room < 1:
+        return None
+    return Chats(prompts, {}, stops, min(count, room), budget)
+
+
+def _texts(
+    decoder: Decoder, prompts: tuple[NDArray[np.int32], ...], questions: Chats | None, progress: Progress
+) -> tuple[Continuations, Chats | None]:
+    """All greedy texts of the original, every prompt in step: what is read of a large model is read once a token."""
+    rows = [np.asarray(ids, np.int32) for ids in prompts]
+    thoughts: list[Thought | None] = [None] * len(rows)
+    for mode in MODES if questions else ():
+        assert questions is not None
+        rows += [np.asarray(ids, np.int32) for ids in questions.prompts[mode]]
+        thoughts += [Thought(questions.budget if MODES[mode] else None) for _ in questions.prompts[mode]]
+    count = max(NEW_TOKENS, questions.new_tokens) if questions else NEW_TOKENS
+    with progress.bar("texts of the original", count) as tick:
+        stops = set(questions.stops) if questions else set()
+        texts = _continued(decoder, rows, thoughts, stops, count, tick)
+    plain = Continuations(prompts, np.array([text[:NEW_TOKENS] for text in texts[: len(prompts)]], np.int32))
+    if questions is None:
+        return plain, None
+    each = iter(texts[len(prompts) :])
+    answers = {
+        mode: tuple(ended(next(each)[: questions.new_tokens], questions.stops) for _ in questions.prompts[mode])
+        for mode in MODES
+    }
+    return plain, replace(questions, answers=answers)
+
+
+def _continued(
+    decoder: Decoder,
+    rows: list[NDArray[np.int32]],
+    thoughts: list[Thought | None],
+    stops: set[int],
+    count: int,
+    tick: Callable[[], object],
+) -> list[list[int]]:
+    import torch
+
+    caches, texts = [decoder.new_caches() for _ in rows], [list[int]() for _ in rows]
+    for _ in range(count):
+        last = torch.cat([state[-1:] for state in decoder.hidden(rows, caches)])
+        chosen = [int(token) for token in decoder.logits(last).argmax(-1)]
+        for text, thought, token in zip(texts, thoughts, chosen, strict=True):
+            text.append(thought.follow(token, stops) if thought else token)
+        rows = [np.array([text[-1]], np.int32) for text in texts]
+        tick()
+    return texts
+
+
 def write_reference(
-    checkpoint: Checkpoint, samples: Samples, output: Path, top_k: int, force: bool, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    samples: Samples,
+    output: Path,
+    top_k: int,
+    force: bool,
+    progress: Progress | None = None,
+    budget_tokens: int | None = None,
+    tasks: Sequence[Task] = (),
 ) -> dict[str, Any]:
-    """Write the portable reference file; `top_k` 0 keeps all logits. Returns what was written."""
+    """Write the portable reference file; `top_k` 0 keeps all logits, `budget_tokens` limits the thoughts of chats.
+
+    Which `tasks` the original gets right is written too. Returns what was written.
+    """
     with staged_file(output, force, [checkpoint.folder]) as partial:
-        live = LiveReference(checkpoint, samples, progress)
+        live = LiveReference(checkpoint, samples, progress, budget_tokens)
+        right = live.tasks_right(tasks, progress) if tasks else []
         positions = sum(len(ids) - 1 for ids in samples.ids)
         domains = sorted(set(samples.domains))
         head, specs = _head(live, domains), answer_specs(positions, top_k, live.vocab_size)
@@ -89,6 +195,8 @@ def write_reference(
                 "top_k": top_k,
                 "rows_sha256": samples.sha256,
                 **({"sidecars": live.sidecars.to_json()} if live.sidecars else {}),
+                "tasks": json.dumps({"sha256": tasks_sha256(tasks), "right": right} if tasks else None),
+                "chats": json.dumps(live.chats.to_dict() if live.chats else None),
             },
             domains,
         )
@@ -106,6 +214,8 @@ def write_reference(
         "top_k": top_k,
         "bytes": output.stat().st_size,
         "sha256": sha256_file(output),
+        "tasks": len(tasks),
+        "tasks_right": sum(right),
         "peak_rss_bytes": peak_rss_bytes(),
     }
 

@@ -9,13 +9,14 @@ One safetensors file (P scored positions, the last of each row excepted; k most 
     next_logprob  fp32  [P]           of the token that follows in the text
     prompt_lengths int32 [g], prompts int32 [sum], continuations int32 [g, n]   greedy text
 
-With `top_k` 0, `logits` fp32 [P, vocab] takes the place of the three in the middle.
+Chats and their answers stand in the metadata, as JSON (`generation.Chats`). With `top_k` 0, `logits` fp32 [P, vocab]
+takes the place of the three in the middle.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,9 +25,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_export.core.progress import Progress
 from qwen3_export.core.tensorfile import Spec, TensorFile
-from qwen3_export.errors import CheckpointError
+from qwen3_export.errors import CheckpointError, InputError
+from qwen3_export.prove.generation import Chats
 from qwen3_export.prove.sidecars import Sidecars, parse_sidecars
+from qwen3_export.prove.tasks import Task, tasks_sha256
 from qwen3_export.text.samples import Samples
 
 FORMAT = "qwen3-export reference 1"
@@ -63,6 +67,10 @@ class Reference(Protocol):
     source_sha256: str
     continuations: Continuations
     sidecars: Sidecars | None
+    chats: Chats | None
+
+    def tasks_right(self, tasks: Sequence[Task], progress: Progress | None = None) -> list[bool]:
+        """Which tasks the original gets right."""
 
     def truth(self, row: int) -> Truth:
         """The original's answers on one row."""
@@ -98,6 +106,9 @@ class ReferenceFile:
             self.continuations = Continuations(prompts, texts)
             if len(self.samples.ids) != len(self.samples.domains) or len(prompts) != len(texts):
                 raise ValueError("rows and domains, or prompts and continuations, are not as many")
+            chats = json.loads(metadata.get("chats", "null"))
+            self.chats = None if chats is None else Chats.from_dict(chats, self.vocab_size)
+            self._tasks = json.loads(metadata.get("tasks", "null"))
             self._check_answers(int(metadata["top_k"]))
             self.is_lower_bound = "logits" not in self._answers
         except (KeyError, ValueError, IndexError, TypeError) as error:
@@ -127,6 +138,17 @@ class ReferenceFile:
     @cached_property
     def _starts(self) -> NDArray[np.int64]:
         return np.concatenate([[0], np.cumsum([len(ids) - 1 for ids in self.samples.ids])])
+
+    def tasks_right(self, tasks: Sequence[Task], progress: Progress | None = None) -> list[bool]:
+        """Which tasks the original got right when the file was written; InputError when it was asked others."""
+        known = self._tasks if isinstance(self._tasks, dict) else {}
+        right = known.get("right")
+        if known.get("sha256") != tasks_sha256(tasks) or not isinstance(right, list) or len(right) != len(tasks):
+            raise InputError(
+                f"{self._file.path}: it does not hold the original's answers to these tasks",
+                "write it with `qwen3-export reference SOURCE --tasks FILE`, or validate against the original itself",
+            )
+        return [bool(value) for value in right]
 
     def truth(self, row: int) -> Truth:
         """The original's answers on one row."""

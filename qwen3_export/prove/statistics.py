@@ -11,7 +11,7 @@ Two kinds of uncertainty stand in a result, and they answer different questions:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,12 +38,14 @@ HISTOGRAM_EXPONENTS = tuple(x / 2 for x in range(-18, 5))
 
 @dataclass(frozen=True)
 class SampleDrift:
-    """Per scored position of one row: KL, agreement of the top token, both log-probabilities of the next token."""
+    """Per scored position of one row: KL, agreement of the top token, both log-probabilities of the next token,
+    and whether the original is sure of its top token (`drift.SURE`)."""
 
     kl: NDArray[np.float64]
     same_top: NDArray[np.bool_]
     reference_logprob: NDArray[np.float64]
     artifact_logprob: NDArray[np.float64]
+    sure: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
 
 
 def resampled(counts: NDArray, *sums: NDArray) -> tuple[NDArray[np.float64], ...]:

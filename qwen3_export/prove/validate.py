@@ -17,7 +17,8 @@ from qwen3_export.prove.latency import Workload, bench
 from qwen3_export.prove.limits import is_latency, parse_limit, refuse_unmeasurable, refuse_without_experts
 from qwen3_export.prove.reference import Reference, ReferenceFile
 from qwen3_export.prove.sidecars import compare_sidecars
-from qwen3_export.run.artifact import artifact_bytes, artifact_coverage, open_session
+from qwen3_export.prove.tasks import Task, compare, solve
+from qwen3_export.run.artifact import artifact_bytes, artifact_coverage, open_session, tokenizer_of
 from qwen3_export.run.session import RuntimeOptions
 from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import Samples, heldout_samples, subsample
@@ -35,18 +36,24 @@ def held_out(folder: Path, texts: Sequence[str] = (), window: int = WINDOW, toke
 
 
 def open_reference(
-    spec: str, texts: Sequence[str] = (), tokens: int | None = None, progress: Progress | None = None
+    spec: str,
+    texts: Sequence[str] = (),
+    tokens: int | None = None,
+    progress: Progress | None = None,
+    budget_tokens: int | None = None,
 ) -> Reference:
     """A reference file, or the original itself; `texts` and `tokens` choose the original's text."""
     path = Path(spec)
     if path.is_file():
         if texts or tokens:
             raise InputError(f"{spec}: a reference file brings its own text", "leave --text and --tokens away")
+        if budget_tokens is not None:
+            raise InputError(f"{spec}: its chats are answered already", "give --thinking-budget to `reference`")
         return ReferenceFile(path)
     from qwen3_export.prove.original import LiveReference
 
     checkpoint = open_source(spec)
-    return LiveReference(checkpoint, held_out(checkpoint.folder, texts, tokens=tokens), progress)
+    return LiveReference(checkpoint, held_out(checkpoint.folder, texts, tokens=tokens), progress, budget_tokens)
 
 
 def validate(
@@ -56,15 +63,17 @@ def validate(
     options: RuntimeOptions | None = None,
     progress: Progress | None = None,
     on: str = "mean",
+    tasks: Sequence[Task] = (),
 ) -> dict[str, Any]:
     """`{results: [one per artifact], passed}`, the contract's fields; raises what a runtime raises.
 
     `on`: whether a mean or the bad end of its interval must hold a limit. Limits on latency have it
-    measured too, with the fields of `prove.latency.bench`.
+    measured too, with the fields of `prove.latency.bench`. `tasks` are answered by both models.
     """
     limits = {name: parse_limit(name, value) for name, value in (limits or {}).items()}
     refuse_unmeasurable(limits, reference.samples.domains)
-    results = [_validate_one(artifact, reference, limits, options, progress) for artifact in artifacts]
+    right = reference.tasks_right(tasks, progress) if tasks else []
+    results = [_validate_one(artifact, reference, limits, options, progress, tasks, right) for artifact in artifacts]
     if any(is_latency(name) for name in limits):
         workload = Workload(GATE_PROMPTS, threads=options.threads if options else None)
         speeds = bench(artifacts, workload, progress)["results"]
@@ -83,6 +92,8 @@ def _validate_one(
     limits: Mapping[str, float],
     options: RuntimeOptions | None,
     progress: Progress | None,
+    tasks: Sequence[Task],
+    right: Sequence[bool],
 ) -> dict[str, Any]:
     started = time.monotonic()
     session = open_session(artifact, options)
@@ -90,6 +101,9 @@ def _validate_one(
         experts = artifact_coverage(artifact, session)
         refuse_without_experts(limits, artifact, experts)
         drift = measure(session, reference, artifact.name, progress)
+        if tasks:
+            ours = solve(session, tokenizer_of(artifact, session), tasks, artifact.name, progress)
+            drift["tasks"] = compare(tasks, right, ours)
         return {
             "artifact": str(artifact),
             "runtime": session.runtime,

@@ -6,17 +6,20 @@ number of a validation can be computed by hand.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 
+from qwen3_export.core.progress import Progress
 from qwen3_export.errors import InputError
-from qwen3_export.prove.drift import loops, measure, sample_drift
+from qwen3_export.prove.drift import measure, sample_drift
+from qwen3_export.prove.generation import loops
 from qwen3_export.prove.reference import Continuations, Truth, full_truth, log_softmax, top_of
 from qwen3_export.prove.statistics import SampleDrift, intervals
+from qwen3_export.prove.tasks import Task
 from qwen3_export.text.samples import Samples
 
 VOCAB = 97
@@ -69,7 +72,10 @@ class Chain:
         self.is_lower_bound = top_k is not None
         prompts = tuple(ids[:3] for ids in rows.ids[:4])
         texts = [greedy(ORIGINAL, int(prompt[-1]), new_tokens) for prompt in prompts]
-        self.continuations = Continuations(prompts, np.array(texts, np.int32))
+        self.continuations, self.chats = Continuations(prompts, np.array(texts, np.int32)), None
+
+    def tasks_right(self, tasks: Sequence[Task], progress: Progress | None = None) -> list[bool]:
+        raise NotImplementedError
 
     def truth(self, row: int) -> Truth:
         truth = full_truth(ORIGINAL[self.samples.ids[row]], self.samples.ids[row])
@@ -149,6 +155,8 @@ def test_the_original_itself_has_no_drift(rows: Samples) -> None:
     assert result["generation"] == {
         "texts": 4,
         "agreement": 1,
+        "agreement_length": 6,
+        "reference_length": 6,
         "loops": result["generation"]["loops_reference"],
         "loops_reference": result["generation"]["loops_reference"],
         "extra_loops": 0,

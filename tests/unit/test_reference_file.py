@@ -39,13 +39,13 @@ def rows() -> Samples:
 
 
 @pytest.fixture(scope="module")
-def live(checkpoint: Checkpoint, samples: Samples) -> LiveReference:
+def live(checkpoint: Checkpoint, rows: Samples) -> LiveReference:
     return LiveReference(checkpoint, rows)
 
 
 @pytest.fixture(scope="module")
 def written(
-    checkpoint: Checkpoint, samples: Samples, tmp_path_factory: pytest.TempPathFactory
+    checkpoint: Checkpoint, rows: Samples, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[int], tuple[Path, dict[str, Any]]]:
     """`written(top_k)` → the file and what was reported about it."""
     folder, made = tmp_path_factory.mktemp("references"), {}
@@ -60,7 +60,7 @@ def written(
 
 
 def test_the_live_reference_says_what_a_plain_forward_pass_says(
-    checkpoint: Checkpoint, samples: Samples, live: LiveReference
+    checkpoint: Checkpoint, rows: Samples, live: LiveReference
 ) -> None:
     decoder = Decoder(checkpoint)
     for row, ids in enumerate(rows.ids):
@@ -73,7 +73,7 @@ def test_the_live_reference_says_what_a_plain_forward_pass_says(
 
 
 def test_the_continuations_are_the_originals_greedy_text(
-    checkpoint: Checkpoint, samples: Samples, live: LiveReference
+    checkpoint: Checkpoint, rows: Samples, live: LiveReference
 ) -> None:
     decoder = Decoder(checkpoint)
     assert len(live.continuations.prompts) == 4
@@ -88,7 +88,7 @@ def test_the_continuations_are_the_originals_greedy_text(
 
 @pytest.mark.parametrize("top_k", [0, 1, 16, VOCAB, VOCAB + 1])
 def test_text_domains_and_continuations_are_read_back_exactly(
-    checkpoint: Checkpoint, samples: Samples, live: LiveReference, written: Callable[..., Any], top_k: int
+    checkpoint: Checkpoint, rows: Samples, live: LiveReference, written: Callable[..., Any], top_k: int
 ) -> None:
     path, report = written(top_k)
     file = ReferenceFile(path)
@@ -128,7 +128,7 @@ def test_the_top_k_are_the_most_likely_of_the_live_truth(
 
 
 def test_a_reference_file_is_not_replaced_without_force(
-    checkpoint: Checkpoint, samples: Samples, written: Callable[..., Any]
+    checkpoint: Checkpoint, rows: Samples, written: Callable[..., Any]
 ) -> None:
     path, _ = written(1)
     before = path.read_bytes()
