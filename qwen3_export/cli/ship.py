@@ -268,9 +268,9 @@ def tensorrt(
 ) -> None:
     """Write an ONNX for TensorRT and build its plan ahead of time."""
     _need("onnx_ir", "tensorrt")
-    from qwen3_export.ship.tensorrt import DEFAULT_CAPABILITIES, Profile, check_request, export_tensorrt
+    from qwen3_export.ship.tensorrt import Profile, check_request, export_tensorrt
 
-    show, capabilities = console(json, quiet, verbose), tuple(sm) if sm else DEFAULT_CAPABILITIES
+    show, capabilities = console(json, quiet, verbose), tuple(sm) if sm else None
     options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume)
     check = partial(check_request, engine=engine, capabilities=capabilities, precision=precision)
     with _prepared(source, recipe, options, output, force, show, check) as checkpoint:

@@ -120,17 +120,18 @@ def _gguf(quantized: Checkpoint) -> Verdict:
 
 
 def _tensorrt(quantized: Checkpoint) -> Verdict:
-    from qwen3_export.ship.tensorrt import DEFAULT_CAPABILITIES, check_request, planned_bytes
+    from qwen3_export.ship.tensorrt import check_request, planned_bytes
+    from qwen3_export.ship.tensorrt.capabilities import DEFAULT, fitting
 
-    capabilities = ", ".join(DEFAULT_CAPABILITIES)
-    note = (
-        f"a plan runs on the compute capabilities it is built for ({capabilities} unless --sm says otherwise), "
-        "with the same TensorRT-RTX version, and is built anew for others"
-    )
+    hint = ""
     try:
-        check_request(quantized, "rtx", DEFAULT_CAPABILITIES, "fp16")
+        capabilities = check_request(quantized, "rtx", None, "fp16")
     except MissingRuntimeError as error:
-        note = f"{note}; to build it here: {error.hint}"
+        capabilities, hint = fitting(quantized.schemes.values(), DEFAULT), f"; to build it here: {error.hint}"
+    note = (
+        f"a plan runs on the compute capabilities it is built for ({', '.join(capabilities)} unless --sm says "
+        f"otherwise), with the same TensorRT-RTX version, and is built anew for others{hint}"
+    )
     return Verdict(None, planned_bytes(quantized), note)
 
 

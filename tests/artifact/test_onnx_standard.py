@@ -32,6 +32,7 @@ from tests.artifact.support import (
     round_to_nearest,
 )
 from tests.artifact.test_onnx_ort import EVERY, QUANTIZED, OnnxFolder
+from tests.conftest import tiny_config
 
 
 def check_codes(exported: Exported) -> None:
@@ -151,3 +152,24 @@ def reference_evaluator(
     for layer in range(config.num_layers):
         feeds |= {f"past_key_values.{layer}.{kind}": empty for kind in ("key", "value")}
     return ReferenceEvaluator(str(folder / "model.onnx")).run(["logits"], feeds)[0]
+
+
+ROUNDED_INPUTS = {
+    "int8": QuantScheme(8, strategy="channel", activations="dynamic-token"),
+    "fp8": QuantScheme(8, type="float", strategy="channel", activations="dynamic-token"),
+    "fp8 blocks": QuantScheme(8, type="float", strategy="block", activations="dynamic-group"),
+}
+
+
+@pytest.mark.parametrize("kind", ROUNDED_INPUTS)
+def test_inputs_are_rounded_as_the_folder_rounds_them(make_checkpoint: Callable, tmp_path: Path, kind: str) -> None:
+    """One linear is quantized: behind a second one, an input that lands on the other side of a tie would show."""
+    source = make_checkpoint(tiny_config(num_hidden_layers=1, hidden_size=128, intermediate_size=128))
+    rules = (("*.down_proj", ROUNDED_INPUTS[kind]), ("*", None))
+    checkpoint = round_to_nearest(source, tmp_path / "quantized", *rules)
+    export_onnx(checkpoint, tmp_path / "onnx", flavor="standard")
+    onnx.checker.check_model(str(tmp_path / "onnx" / "model.onnx"), full_check=True)
+    ids = [random_ids(24)]
+    truth, plain = logits(tmp_path / "quantized", ids), logits(source, ids)
+    ours = logits(tmp_path / "onnx", ids, exact=True)
+    assert largest_difference(ours, truth) < 0.02 * largest_difference(plain, truth) + SAME

@@ -93,6 +93,7 @@ def test_engine_json(folder: Callable, name: str) -> None:
         "compute_capabilities": ["8.9", "12.0"],
         "precision": "fp16",
         "profile": {"max_prompt": 128, "max_context": 512},
+        "inputs_not_rounded": [],
         "source_sha256": open_source("reference-model").sha256,
     }
     listed = {item["path"]: item["bytes"] for item in exported.result["files"]}
@@ -173,8 +174,8 @@ def refused(checkpoint: Checkpoint, tmp_path: Path, error: type[ExportError], ma
 
 UNFIT = [
     (QuantScheme(4, group_size=32, symmetric=False), "zero points"),
-    (QuantScheme(8, group_size=32), "4-bit"),
-    (QuantScheme(4, strategy="channel"), "4-bit groups"),
+    (QuantScheme(4, group_size=32, signed_scales=True), "signed_scales"),
+    (QuantScheme(2, group_size=32), "2-bit"),
     (QuantScheme(4, group_size=256), "256"),
 ]
 

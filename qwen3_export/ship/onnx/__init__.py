@@ -28,7 +28,7 @@ from qwen3_export.ship.onnx.sidecars import context_length, genai_config, model_
 from qwen3_export.ship.onnx.target import MOST_WEB_SHARDS, Files, Target, choose, files_of
 from qwen3_export.ship.result import check_schemes, exactness, export_result, provenance
 
-_TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 # What an accuracy level costs: gets the folder, returns values for the manifest.
 Measure = Callable[[Path], dict[str, Any]]
 
@@ -120,9 +120,13 @@ def write_graph(
     checkpoint: Checkpoint, folder: Path, target: Target, files: Files, progress: Progress
 ) -> tuple[int, dict[str, Any]]:
     """Write the graph and its data; returns the number of data files, and which operators the experts became."""
-    dtype, is_ort = _TYPES[target.precision], target.flavor == "ort"
+    dtype, is_ort = TYPES[target.precision], target.flavor == "ort"
     with GraphBuilder(folder, ort_ops.OPSET if is_ort else standard_ops.OPSET, files) as graph:
-        ops = ort_ops.OrtOps(graph, dtype, target.accuracy_level) if is_ort else standard_ops.StandardOps(graph, dtype)
+        ops = (
+            ort_ops.OrtOps(graph, dtype, target.accuracy_level)
+            if is_ort
+            else standard_ops.StandardOps(graph, dtype, tensorrt=target.flavor == "tensorrt")
+        )
         build_decoder(ops, checkpoint, progress)
         context = str(context_length(checkpoint.config))
         graph.save({"qwen3_export.flavor": target.flavor, "qwen3_export.context": context})

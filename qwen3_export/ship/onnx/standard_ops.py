@@ -12,45 +12,37 @@ diagonal keeps the rows of padding finite. Operators: the ONNX specification, op
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qwen3_export.core import pack
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
-from qwen3_export.ship.onnx import routed
+from qwen3_export.ship.onnx import qdq, routed
 from qwen3_export.ship.onnx.experts import SparseLayer
 from qwen3_export.ship.onnx.graph import GraphBuilder
-from qwen3_export.ship.result import not_integer
 
 OPSET = 23
 _INT64, _BOOL, _FLOAT = ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.FLOAT
-_CODES = {
-    (4, True): ir.DataType.INT4,
-    (4, False): ir.DataType.UINT4,
-    (8, True): ir.DataType.INT8,
-    (8, False): ir.DataType.UINT8,
-}
 
 
 def supports(scheme: QuantScheme) -> str | None:
-    """Why `DequantizeLinear` cannot hold a scheme, or None when it can."""
-    if reason := not_integer(scheme):
-        return reason
-    if scheme.num_bits not in (4, 8):
-        return f"DequantizeLinear has no {scheme.num_bits}-bit type in opset {OPSET}"
-    return None
+    """Why the operators of ai.onnx cannot hold a scheme, or None when they can."""
+    if scheme.scale_dtype in ("e8m0", "e4m3"):
+        return f"{scheme.label} runs in no ONNX runtime on a CPU; `qwen3-export tensorrt` writes it for its own"
+    return qdq.supports(scheme)
 
 
 class StandardOps:
-    """`ship.onnx.decoder.Flavor` for TensorRT and other runtimes of the ONNX standard."""
+    """`ship.onnx.decoder.Flavor` for TensorRT and other runtimes of the ONNX standard.
 
-    def __init__(self, graph: GraphBuilder, dtype: ir.DataType) -> None:
-        self.graph, self.dtype = graph, dtype
+    For `tensorrt`, inputs are rounded by Q/DQ pairs, which its kernels need a constant scale for: inputs that a scheme
+    rounds by scales found as they come stay as they are.
+    """
+
+    def __init__(self, graph: GraphBuilder, dtype: ir.DataType, tensorrt: bool = False) -> None:
+        self.graph, self.dtype, self._tensorrt = graph, dtype, tensorrt
         self._numpy = dtype.numpy()
 
     def prepare(self, config: Qwen3Config) -> None:
@@ -100,11 +92,11 @@ class StandardOps:
         """A tied table is dequantized once for lookup and head; its type is then that of activations."""
         scheme, width = table.scheme, table.shape[1]
         parts = [
-            self._codes(table.codes, scheme, f"{EMBEDDING}.codes"),
+            qdq.codes(self.graph, table.codes, scheme, f"{EMBEDDING}.codes"),
             self.graph.weight(f"{EMBEDDING}.scales", table.scales.astype(self._numpy)),
         ]
         if table.zeros is not None:
-            parts.append(self._codes(table.zeros, scheme, f"{EMBEDDING}.zeros"))
+            parts.append(qdq.codes(self.graph, table.zeros, scheme, f"{EMBEDDING}.zeros"))
         length, op = scheme.group_length(width), self.graph.op
         if scheme.num_bits == 8 and not self._config.tie_word_embeddings:
             rows = [op("Gather", [part, self._ids], f"embedding.{i}", axis=0) for i, part in enumerate(parts)]
@@ -125,35 +117,23 @@ class StandardOps:
         return total, self.norm(total, weight, name)
 
     def linear(self, x: ir.Value, weight: QuantizedTensor | NDArray, name: str) -> ir.Value:
-        """`MatMul` with a plain or dequantized matrix `[in, out]`."""
+        """`MatMul` with a plain or dequantized matrix `[in, out]`; inputs are rounded where the scheme says so."""
         if isinstance(weight, QuantizedTensor):
-            return self.graph.op("MatMul", [x, self._dequantized(weight, name)], name)
+            if self._tensorrt:
+                x = qdq.static_inputs(self.graph, x, weight, self.dtype, name)
+            else:
+                x = self._rounded_inputs(x, weight, name)
+            return self.graph.op("MatMul", [x, qdq.dequantized(self.graph, weight, self.dtype, name)], name)
         stored = self.graph.float_weight(f"{name}.weight", np.ascontiguousarray(weight.T), self.dtype)
         return self.graph.op("MatMul", [x, self.graph.as_type(stored, stored.dtype, self.dtype, f"{name}.cast")], name)
 
-    def _dequantized(self, weight: QuantizedTensor, name: str) -> ir.Value:
-        """Scales have the activations' type: with a Cast behind it TensorRT does not fuse the multiplication."""
-        scheme, in_features = weight.scheme, weight.shape[1]
-        scales = np.ascontiguousarray(weight.scales.astype(self._numpy).T)
-        inputs: list[ir.Value | None] = [self._codes(weight.codes.T, scheme, f"{name}.codes")]
-        if scheme.strategy == "channel":
-            inputs.append(self.graph.weight(f"{name}.scales", scales[0]))
-            layout: dict[str, Any] = {"axis": 1}
-        else:
-            inputs.append(self.graph.weight(f"{name}.scales", scales))
-            layout = {"axis": 0, "block_size": scheme.group_length(in_features)}
-        if weight.zeros is not None:
-            zeros = weight.zeros[:, 0] if scheme.strategy == "channel" else weight.zeros
-            inputs.append(self._codes(zeros.T, scheme, f"{name}.zeros"))
-        return self.graph.op("DequantizeLinear", inputs, f"{name}.dequantized", **layout)
-
-    def _codes(self, codes: NDArray[np.uint8], scheme: QuantScheme, name: str) -> ir.Value:
-        """Codes, or zeros, in the given order; symmetric ones become signed by flipping the top bit."""
-        ordered = np.ascontiguousarray(codes)
-        if scheme.symmetric:
-            ordered = ordered ^ np.uint8(scheme.midpoint)
-        packed = pack.pack_bytes(ordered.reshape(-1), scheme.num_bits)
-        return self.graph.weight(name, packed, _CODES[scheme.num_bits, scheme.symmetric], ordered.shape)
+    def _rounded_inputs(self, x: ir.Value, weight: QuantizedTensor, name: str) -> ir.Value:
+        if weight.scheme.activations is None:
+            return x
+        rounded = qdq.rounded_inputs(
+            self.graph, self.graph.as_type(x, self.dtype, _FLOAT, f"{name}.fp32"), weight, name
+        )
+        return self.graph.as_type(rounded, _FLOAT, self.dtype, f"{name}.input.cast")
 
     def attention(
         self, qkv: tuple[ir.Value, ir.Value, ir.Value], norms: tuple[NDArray, NDArray], layer: int
@@ -209,7 +189,7 @@ class StandardOps:
     def head(self, x: ir.Value, table: QuantizedTensor | NDArray | None) -> ir.Value:
         """Logits in fp32; a tied head multiplies by the transposed embedding, stored once."""
         if isinstance(table, QuantizedTensor):
-            logits = self.graph.op("MatMul", [x, self._dequantized(table, HEAD)], "head")
+            logits = self.graph.op("MatMul", [x, qdq.dequantized(self.graph, table, self.dtype, HEAD)], "head")
             return self.graph.as_type(logits, self.dtype, _FLOAT, "head.fp32")
         stored = self._table if table is None else self.graph.float_weight(f"{HEAD}.weight", table, self.dtype)
         matrix = self.graph.as_type(stored, stored.dtype, self.dtype, "head.cast")

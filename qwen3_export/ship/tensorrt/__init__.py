@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +26,21 @@ from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.manifest import file_list, to_json, write_manifest
 from qwen3_export.core.outputs import staged_folder
 from qwen3_export.core.progress import Progress
-from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.core.qwen3 import EMBEDDING
+from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.errors import InputError, MissingRuntimeError, ResourceError, UnsupportedError
 from qwen3_export.ship.exactness import cast_errors
+from qwen3_export.ship.onnx import TYPES, qdq, write_graph
 from qwen3_export.ship.onnx import size as onnx_size
-from qwen3_export.ship.onnx import write_graph
 from qwen3_export.ship.onnx.target import DATA, MODEL, Files, choose
-from qwen3_export.ship.result import check_schemes, exactness, export_result, not_integer, provenance
+from qwen3_export.ship.result import check_schemes, exactness, export_result, provenance
+from qwen3_export.ship.tensorrt.capabilities import CAPABILITIES, DEFAULT, fitting, supports, too_old
 
 PLAN, ENGINE = "model.plan", "engine.json"
 MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
 INSTALL = {"rtx": "pip install 'qwen3-export[tensorrt]'", "trt": "pip install tensorrt (on a machine with its GPU)"}
-# Bit of each compute capability in a TensorRT-RTX plan's header.
-CAPABILITIES = {"7.5": 0x01, "8.0": 0x02, "8.6": 0x04, "8.9": 0x08, "12.0": 0x10, "12.1": 0x20}
 # A plan may store constants of its own, and rounds sizes up; expanded 4-bit weights would quadruple.
 _EXPANDED, _SLACK_BYTES = 1.02, 64 << 10
-DEFAULT_CAPABILITIES = ("8.6", "8.9", "12.0")
 # A plan's own part beside the weights, in all and per block (measured with 1.7; the capabilities add nothing to it).
 _ENGINE_BYTES, _BLOCK_BYTES, _QUANTIZED_BLOCK_BYTES = 1_120_000, 753_000, 1_020_000
 
@@ -54,26 +53,11 @@ class Profile:
     max_context: int
 
 
-def supports(scheme: QuantScheme) -> str | None:
-    """Why TensorRT cannot hold a scheme, or None when it can."""
-    if reason := not_integer(scheme):
-        return reason
-    if scheme.signed_scales:
-        return "TensorRT takes no negative scales: leave signed_scales off"
-    if not scheme.symmetric:
-        return "TensorRT takes no zero points"
-    if scheme.num_bits != 4 or scheme.strategy != "group":
-        return "only 4-bit groups are exported to TensorRT so far"
-    if scheme.group_size not in (16, 32, 64, 128):
-        return f"TensorRT takes blocks of 16, 32, 64 or 128, not {scheme.group_size}"
-    return None
-
-
 def export_tensorrt(
     checkpoint: Checkpoint,
     output: Path,
     engine: str = "rtx",
-    capabilities: Sequence[str] = DEFAULT_CAPABILITIES,
+    capabilities: Sequence[str] | None = None,
     precision: str = "fp16",
     profile: Profile | None = None,
     force: bool = False,
@@ -85,18 +69,19 @@ def export_tensorrt(
     capabilities do not fit, ResourceError when the builder is killed for memory.
     """
     started, progress = time.monotonic(), progress or Progress()
-    check_request(checkpoint, engine, capabilities, precision)
+    capabilities = check_request(checkpoint, engine, capabilities, precision)
     context = checkpoint.config.max_position
     profile = profile or Profile(min(1024, context), min(4096, context))
-    inexact = cast_errors(checkpoint, precision)
+    inexact = cast_errors(checkpoint, precision) + nvfp4_errors(checkpoint, precision)
     with staged_folder(output, force, inputs=[checkpoint.folder]) as folder:
-        write_graph(checkpoint, folder, choose("standard", precision=precision), Files(), progress)
+        target = replace(choose("standard", precision=precision), flavor="tensorrt")
+        write_graph(checkpoint, folder, target, Files(), progress)
         with progress.bar("build plan", 1) as tick:
             built = _build(folder, engine, capabilities, profile)
             tick()
         if engine == "rtx":
             check_header(folder / PLAN, built["version"], capabilities)
-            check_weights(folder)
+            check_weights(folder, checkpoint)
         origin = provenance(checkpoint)
         described = {
             "engine": engine,
@@ -104,6 +89,7 @@ def export_tensorrt(
             "compute_capabilities": list(capabilities) if engine == "rtx" else "this device",
             "precision": precision,
             "profile": asdict(profile),
+            "inputs_not_rounded": unrounded_inputs(checkpoint),
             "source_sha256": origin["source"]["sha256"],
         }
         (folder / ENGINE).write_text(to_json(described), encoding="utf-8")
@@ -112,6 +98,7 @@ def export_tensorrt(
         write_manifest(folder, "tensorrt", {**origin, **described, **exactness(inexact)})
         files = file_list(folder)
     result = export_result(output, files, checkpoint, inexact, started)
+    result["inputs_not_rounded"] = unrounded_inputs(checkpoint)
     plan_bytes = next(item["bytes"] for item in files if item["path"] == PLAN)
     result["bits_per_weight"] = 8 * plan_bytes / checkpoint.config.num_parameters
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
@@ -119,8 +106,30 @@ def export_tensorrt(
     return result
 
 
-def check_request(checkpoint: Checkpoint, engine: str, capabilities: Sequence[str], precision: str) -> None:
-    """Everything that can be known before the long work."""
+def unrounded_inputs(checkpoint: Checkpoint) -> list[str]:
+    """Schemes whose inputs the plan leaves as they are: TensorRT rounds inputs by constant scales alone."""
+    schemes = {s for s in checkpoint.schemes.values() if s.activations not in (None, "static-tensor")}
+    return sorted(scheme.label for scheme in schemes)
+
+
+def nvfp4_errors(checkpoint: Checkpoint, precision: str) -> list[dict[str, Any]]:
+    """NVFP4 tensors whose scales the plan multiplies together in 16 bits, with the largest relative error."""
+    names = [name for name, scheme in checkpoint.schemes.items() if scheme.scale_dtype == "e4m3"]
+    found = []
+    for name in names:
+        weight = checkpoint.linear(name)
+        assert isinstance(weight, QuantizedTensor)
+        if error := qdq.inexact_scales(weight, TYPES[precision]):
+            found.append({"name": name, "max_rel_error": error})
+    return found
+
+
+def check_request(
+    checkpoint: Checkpoint, engine: str, capabilities: Sequence[str] | None, precision: str
+) -> tuple[str, ...]:
+    """Everything that can be known before the long work; returns the capabilities, chosen where None was given."""
+    if capabilities is None:
+        capabilities = fitting(checkpoint.schemes.values(), DEFAULT)
     if engine not in MODULES:
         raise InputError(f"--engine {engine}: one of {', '.join(MODULES)} was expected")
     if precision not in ("fp16", "bf16"):
@@ -135,10 +144,11 @@ def check_request(checkpoint: Checkpoint, engine: str, capabilities: Sequence[st
             "`qwen3-export onnx` and `gguf` export it",
         )
     check_schemes(checkpoint, supports, "TensorRT")
-    if "7.5" in capabilities and (checkpoint.schemes or precision == "bf16"):
-        raise UnsupportedError("--sm 7.5 has neither int4 nor bf16 kernels", "use 8.0 or later, or fp16 weights")
+    if reason := too_old(checkpoint.schemes.values(), precision, capabilities):
+        raise UnsupportedError(reason, "name later capabilities with --sm, or quantize with another recipe")
     if importlib.util.find_spec(MODULES[engine]) is None:
         raise MissingRuntimeError(f"--engine {engine} needs the {MODULES[engine]} package", INSTALL[engine])
+    return tuple(capabilities)
 
 
 def planned_bytes(checkpoint: Checkpoint, precision: str = "fp16") -> int:
@@ -188,14 +198,21 @@ def check_header(path: Path, version: str, capabilities: Sequence[str]) -> None:
         )
 
 
-def check_weights(folder: Path) -> None:
-    """Raise UnsupportedError when the plan holds clearly more weight bytes than its ONNX: codes were expanded."""
+def check_weights(folder: Path, checkpoint: Checkpoint) -> None:
+    """Raise UnsupportedError when the plan holds clearly more weight bytes than its ONNX: codes were expanded.
+
+    A tied matrix of 8 bits is stored twice, once for each use: TensorRT gathers no integers.
+    """
     with (folder / PLAN).open("rb") as file:
         file.seek(56)
         stored = int.from_bytes(file.read(8), "little")
-    given = (folder / DATA).stat().st_size
+    given, tied = (folder / DATA).stat().st_size, checkpoint.schemes.get(EMBEDDING)
+    if tied is not None and checkpoint.config.tie_word_embeddings:
+        config = checkpoint.config
+        shape = (config.vocab_size, config.hidden_size)
+        given += int(shape[0] * shape[1] * tied.bits_per_weight(shape) / 8)
     if stored > _EXPANDED * given + _SLACK_BYTES:
         raise UnsupportedError(
             f"the plan has {stored} bytes of weights, its ONNX {given}: TensorRT expanded quantized weights",
-            "use a group_size of 32, 64 or 128 that is smaller than the matrices",
+            "4 bits: a group_size of 32, 64 or 128, smaller than the matrices; 8 bits: strategy: channel",
         )
