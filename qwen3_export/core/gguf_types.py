@@ -22,6 +22,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from qwen3_export.core.architecture import is_expert
 from qwen3_export.core.gguf_header import TYPES
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config, block_name
 from qwen3_export.core.scheme import GGML_TYPES
@@ -139,7 +140,7 @@ def gguf_name(module: str) -> str:
     layer, _, local = module.removeprefix("model.layers.").partition(".")
     part = local.rpartition(".")[2]
     name = _NAMES[local] if local in _NAMES else _NAMES[part]
-    return f"blk.{layer}.{name}{'_exps' if '.experts.' in local else ''}"
+    return f"blk.{layer}.{name}{'_exps' if is_expert(local) else ''}"
 
 
 def module_types(

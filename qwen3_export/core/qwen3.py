@@ -23,12 +23,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_export.core.architecture import BlockDescription, describe_block
 from qwen3_export.errors import CheckpointError
 
 MODEL_TYPES = ("qwen3", "qwen3_moe")
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-# The router of a sparse block, by its name inside the block.
-ROUTER = "mlp.gate"
 # Far above any model; a damaged number must not fill the memory with tensor names.
 _MOST_LAYERS, _MOST_EXPERTS = 1000, 1024
 
@@ -103,37 +102,17 @@ class Qwen3Config:
         """Inputs of an expert's widest linear."""
         return max(self.hidden_size, self.moe_intermediate_size)
 
+    def block(self, layer: int) -> BlockDescription:
+        """Stages, linears, norms and router of one block."""
+        return describe_block(self, self.is_sparse(layer))
+
     def linear_shapes(self, layer: int) -> dict[str, tuple[int, int]]:
         """`{local name: [out, in]}` of the quantizable linears of one block, in the order they run."""
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        shapes = {
-            "self_attn.q_proj": (q, self.hidden_size),
-            "self_attn.k_proj": (kv, self.hidden_size),
-            "self_attn.v_proj": (kv, self.hidden_size),
-            "self_attn.o_proj": (self.hidden_size, q),
-        }
-        inner = self.moe_intermediate_size if self.is_sparse(layer) else self.intermediate_size
-        for mlp in self._mlp_prefixes(layer):
-            shapes[f"{mlp}.gate_proj"] = (inner, self.hidden_size)
-            shapes[f"{mlp}.up_proj"] = (inner, self.hidden_size)
-        for mlp in self._mlp_prefixes(layer):
-            shapes[f"{mlp}.down_proj"] = (self.hidden_size, inner)
-        return shapes
-
-    def _mlp_prefixes(self, layer: int) -> list[str]:
-        return [f"mlp.experts.{e}" for e in range(self.num_experts)] if self.is_sparse(layer) else ["mlp"]
+        return dict(self.block(layer).linear_shapes)
 
     def other_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """`{local name: shape}` of what always stays in 16 bits in one block: norms and router."""
-        shapes: dict[str, tuple[int, ...]] = {
-            "input_layernorm": (self.hidden_size,),
-            "self_attn.q_norm": (self.head_dim,),
-            "self_attn.k_norm": (self.head_dim,),
-            "post_attention_layernorm": (self.hidden_size,),
-        }
-        if self.is_sparse(layer):
-            shapes["mlp.gate"] = (self.num_experts, self.hidden_size)
-        return shapes
+        return dict(self.block(layer).other_shapes)
 
     def all_linears(self) -> dict[str, tuple[int, int]]:
         """`{module name: [out, in]}` of every quantizable linear of the model."""

@@ -1,10 +1,8 @@
-"""One Qwen3 decoder block, dense or MoE, cut into the four stages between its linears.
+"""One Qwen3 decoder block, dense or MoE, run stage by stage (`core.architecture`).
 
     hidden ─ input_layernorm ─▶ q,k,v ─ q/k norm, RoPE, attention ─▶ o ─ + residual ─┐
     ┌──────────────────────────────────────────────────────────────────────────────────┘
     └ post_attention_layernorm ─▶ gate,up ─ SwiGLU ─▶ down ─ + residual ─▶ hidden
-
-    stage      0: q_proj k_proj v_proj   1: o_proj   2: gate_proj up_proj   3: down_proj
 
 Between stages the state of a sequence is `residual` and `x`, the input of the next linears. A
 solver looks at `x`, replaces those weights, and lets the state advance through them. In a sparse
@@ -25,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen3_export.core.architecture import ATTENTION, ROUTER, SWIGLU, Stage, expert_of, is_expert
 from qwen3_export.core.qwen3 import Qwen3Config
 from qwen3_export.model.attention import causal_attention
 
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from qwen3_export.model.integer_linear import IntegerLinear
 
 State = dict[str, Tensor]
-NUM_STAGES = 4
 # Tokens of an expert are filled up to a power of two, or from here on to a multiple of this.
 _TOKENS = 64
 
@@ -71,10 +69,10 @@ class Block:
     int_matmul: bool = False
     integer_linears: dict[str, IntegerLinear] = field(default_factory=dict, repr=False)
 
-    def stage_linears(self, stage: int) -> list[str]:
-        """Local names of the linears whose input is `x` at this stage."""
-        suffixes = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))[stage]
-        return [name for name in self.config.linear_shapes(self.layer) if name.endswith(suffixes)]
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of this block, in the order they run."""
+        return self.config.block(self.layer).stages
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """`x @ weight.T`, the inputs rounded first where the linear's scheme says so."""
@@ -87,7 +85,7 @@ class Block:
         rounder = self.rounders.get(name)
         weight = self.weights[name] if self.matmul_dtype is None else self.weights[name].to(self.matmul_dtype)
         x = (x if rounder is None else rounder(x)).to(weight.dtype)
-        return _product(x, weight) if ".experts." in name else F.linear(x, weight)
+        return _product(x, weight) if is_expert(name) else F.linear(x, weight)
 
     def running(self, matmul_dtype: torch.dtype) -> Block:
         """The same block with weights of its own, its linears stored as they multiply: in that type, or as integers."""
@@ -129,41 +127,57 @@ class Block:
         return rms_norm(x.to(self.weights[name].dtype), self.weights[name], self.config.rms_norm_eps)
 
     def initial_state(self, hidden: Tensor) -> State:
-        """State before stage 0, from hidden states `[batch, tokens, hidden]`."""
-        return {"residual": hidden, "x": self._as_products(self.norm("input_layernorm", hidden))}
+        """State before the first stage, from hidden states `[batch, tokens, hidden]`."""
+        return {"residual": hidden, "x": self._in_matmul_dtype(self._stage_norm(self.stages[0], hidden))}
 
-    def _as_products(self, x: Tensor) -> Tensor:
+    def _stage_norm(self, stage: Stage, residual: Tensor) -> Tensor:
+        assert stage.norm is not None
+        return self.norm(stage.norm, residual)
+
+    def _in_matmul_dtype(self, x: Tensor) -> Tensor:
         return x if self.matmul_dtype is None else x.to(self.matmul_dtype)
 
     def advance(self, stage: int, state: State, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> State:
         """Run the linears of `stage` and what follows them, up to the input of the next linears."""
-        if stage == 0:
-            return {**state, "x": self._attend(state["x"], rope, cache)}
-        if stage == 1:
-            residual = state["residual"] + self.linear("self_attn.o_proj", state["x"])
-            state = self._route({"residual": residual, "x": self.norm("post_attention_layernorm", residual)})
-            return {**state, "x": self._as_products(state["x"])}
-        run = self._experts if self.config.is_sparse(self.layer) else self._mlp
-        return run(stage, state)
+        now, later = self.stages[stage], self.stages[stage + 1 :]
+        if now.follows == ATTENTION:
+            return {**state, "x": self._attend(now, state["x"], rope, cache)}
+        outputs = self._routed(now, state) if now.routed else self.combine(now, now.groups[0], state["x"])
+        if not now.writes_residual:
+            return {**state, "x": outputs}
+        if now.routed:
+            outputs = (outputs * state["mix"].unsqueeze(-1)).sum(-2)
+        residual = state["residual"] + outputs
+        if not later:
+            return {"residual": residual}
+        state = self._route(later[0], {"residual": residual, "x": self._stage_norm(later[0], residual)})
+        return {**state, "x": self._in_matmul_dtype(state["x"])}
+
+    def combine(self, stage: Stage, names: list[str], x: Tensor) -> Tensor:
+        """The linears of a stage, or of one expert, and the activation function that follows: `[…, in]` to `[…, n]`."""
+        outputs = [self.linear(name, x) for name in names]
+        return F.silu(outputs[0]) * outputs[1] if stage.follows == SWIGLU else outputs[0]
 
     def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
         """Hidden states in, hidden states out, `[batch, tokens, hidden]`."""
         state = self.initial_state(hidden)
-        for stage in range(NUM_STAGES):
+        for stage in range(len(self.stages)):
             state = self.advance(stage, state, rope, cache)
         return state["residual"]
 
     def inputs_of(self, name: str, state: State) -> Tensor:
-        """The vectors `[n, in]` that reach one linear at the present stage."""
+        """The vectors `[n, in]` that reach one linear, or the router, at the present stage."""
         x = state["x"]
-        if ".experts." not in name:
+        if not is_expert(name):
             return x.reshape(-1, x.shape[-1])
-        chosen = state["experts"] == int(name.split(".")[2])
-        return x[chosen] if name.endswith("down_proj") else x[chosen.any(-1)]
+        stage = self.config.block(self.layer).stage_of(name)
+        return _reaching(stage, x, state["experts"] == expert_of(name))
 
-    def _attend(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
-        q, k = self._turned("q", x, rope), self._turned("k", x, rope)
-        v = self._heads("v_proj", x).transpose(1, 2)
+    def _attend(self, stage: Stage, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        queries, keys, values = stage.names
+        q = self._turned(queries, f"{stage.prefix}.q_norm", x, rope)
+        k = self._turned(keys, f"{stage.prefix}.k_norm", x, rope)
+        v = self._heads(values, x).transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(k, v)
         length, total = q.shape[-2], k.shape[-2]
@@ -176,50 +190,42 @@ class Block:
         return out.transpose(1, 2).flatten(2)
 
     def _heads(self, name: str, x: Tensor) -> Tensor:
-        return self.linear(f"self_attn.{name}", x).reshape(*x.shape[:-1], -1, self.config.head_dim)
+        return self.linear(name, x).reshape(*x.shape[:-1], -1, self.config.head_dim)
 
-    def _turned(self, which: str, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def _turned(self, linear: str, norm: str, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Queries or keys, normed and turned, `[batch, heads, tokens, head_dim]` in the type of the products."""
-        heads, name = self._heads(f"{which}_proj", x), f"self_attn.{which}_norm"
+        heads = self._heads(linear, x)
         halves = heads.dtype == torch.bfloat16 and heads.device.type == "cpu" and not heads.requires_grad
         if halves or self.int_matmul:
             from qwen3_export.model.passes import normed_and_turned
 
-            return normed_and_turned(heads, self.weights[name], self.config.rms_norm_eps, *rope)
-        return rotate(self.norm(name, heads.transpose(1, 2)), *rope).to(heads.dtype)
+            return normed_and_turned(heads, self.weights[norm], self.config.rms_norm_eps, *rope)
+        return rotate(self.norm(norm, heads.transpose(1, 2)), *rope).to(heads.dtype)
 
-    def _mlp(self, stage: int, state: State) -> State:
-        x = state["x"]
-        if stage == 2:
-            return {**state, "x": F.silu(self.linear("mlp.gate_proj", x)) * self.linear("mlp.up_proj", x)}
-        return {"residual": state["residual"] + self.linear("mlp.down_proj", x)}
-
-    def _route(self, state: State) -> State:
+    def _route(self, stage: Stage, state: State) -> State:
         """Choose each token's experts: top k of the softmax over all of them, in fp32."""
-        if not self.config.is_sparse(self.layer):
+        if not stage.routed:
             return state
-        probabilities = F.linear(state["x"], self.weights["mlp.gate"]).softmax(-1)
+        probabilities = F.linear(state["x"], self.weights[ROUTER]).softmax(-1)
         mix, experts = probabilities.topk(self.config.experts_per_token, dim=-1)
         if self.config.norm_topk_prob:
             mix = mix / mix.sum(-1, keepdim=True)
         return {**state, "experts": experts, "mix": mix}
 
-    def _experts(self, stage: int, state: State) -> State:
+    def _routed(self, stage: Stage, state: State) -> Tensor:
+        """What the chosen experts make of their tokens, `[…, k, n]`."""
         x, experts = state["x"], state["experts"]
-        inner = self.config.moe_intermediate_size if stage == 2 else self.config.hidden_size
-        out = x.new_zeros(*experts.shape, inner)
+        width = stage.linears[0].out_features
+        out = x.new_zeros(*experts.shape, width)
         for expert in torch.unique(experts).tolist():
             chosen = experts == expert
-            prefix = f"mlp.experts.{expert}"
-            if stage == 2:
-                taken = x[chosen.any(-1)]
-                gate, up = self.linear(f"{prefix}.gate_proj", taken), self.linear(f"{prefix}.up_proj", taken)
-                out[chosen] = F.silu(gate) * up
-            else:
-                out[chosen] = self.linear(f"{prefix}.down_proj", x[chosen])
-        if stage == 2:
-            return {**state, "x": out}
-        return {"residual": state["residual"] + (out * state["mix"].unsqueeze(-1)).sum(-2)}
+            out[chosen] = self.combine(stage, stage.groups[expert], _reaching(stage, x, chosen))
+        return out
+
+
+def _reaching(stage: Stage, x: Tensor, chosen: Tensor) -> Tensor:
+    """The inputs `[n, in]` of one expert: `chosen` `[…, k]` marks its tokens, `x` is theirs alone or the layer's."""
+    return x[chosen.any(-1)] if stage.norm else x[chosen]
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from qwen3_export.plan.formats import Verdict
 
 Verdicts = Mapping[str, Verdict]
 Rule = Callable[[Checkpoint, Verdicts], str | None]
-_FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 
 
 def _reads(*formats: str) -> Rule:
@@ -67,9 +66,10 @@ def _kernel(scheme: QuantScheme) -> str | None:
 
 
 def _one_scheme(quantized: Checkpoint, layer: int) -> str | None:
-    for parts in _FUSED:
-        names = [f"{block_name(layer)}.{part}" for part in parts]
-        names = [name for name in names if name in quantized.config.all_linears()]
+    for stage in quantized.config.block(layer).stages:
+        if stage.routed:
+            continue
+        names = [f"{block_name(layer)}.{name}" for name in stage.names]
         if len({quantized.schemes.get(name) for name in names}) > 1:
             return f"{names[0]} and {names[-1]} have different schemes"
     return None

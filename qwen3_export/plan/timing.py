@@ -20,6 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from qwen3_export.core.architecture import is_expert
 from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
 from qwen3_export.core.manifest import to_json
 from qwen3_export.core.progress import Progress
@@ -46,11 +47,12 @@ def work_of(config: Qwen3Config, layer: int, with_inputs: bool) -> Work:
     shapes = config.linear_shapes(layer)
     at_rest = sum(out_rows * width * (width if with_inputs else 1) for out_rows, width in shapes.values())
     share = config.experts_per_token / config.num_experts if config.is_sparse(layer) else 1.0
+    firsts = {group[0] for stage in config.block(layer).stages for group in stage.groups}
     per_token = 0.0
     for name, (out_rows, width) in shapes.items():
-        active = share if ".experts." in name else 1.0
-        # Linears of one stage share their moments.
-        moments = width * width if with_inputs and name.endswith(("q_proj", "o_proj", "gate_proj", "down_proj")) else 0
+        active = share if is_expert(name) else 1.0
+        # Linears that read one input share their moments.
+        moments = width * width if with_inputs and name in firsts else 0
         per_token += active * (2 * out_rows * width + moments)
     return Work(at_rest, per_token)
 

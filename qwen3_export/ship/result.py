@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qwen3_export.core.architecture import is_expert
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.coverage import read_coverage
 from qwen3_export.core.manifest import manifest_text, read_manifest
@@ -27,7 +28,7 @@ def check_schemes(
     """Raise UnsupportedError for the first tensor that a target cannot hold; experts may have rules of their own."""
     reasons: dict[tuple[QuantScheme, bool], str | None] = {}
     for name, scheme in checkpoint.schemes.items():
-        expert = supports_experts is not None and ".experts." in name
+        expert = supports_experts is not None and is_expert(name)
         if (scheme, expert) not in reasons:
             reasons[scheme, expert] = supports_experts(scheme) if expert and supports_experts else supports(scheme)
         if reason := reasons[scheme, expert]:

@@ -119,10 +119,8 @@ def disk_needed(
             total += int(math.prod(shape) * scheme.bits_per_weight(shape) / 8) - (entry.end - entry.begin)
     if samples is not None:
         # Hidden states before, inside and after a block, and the inputs of its four stages, which lie side by side.
-        shapes = [config.linear_shapes(layer) for layer in range(config.num_layers)]
-        into = {name.rpartition(".")[2]: shape[1] for layer in shapes for name, shape in layer.items()}
-        inner = into["down_proj"] * max(config.experts_per_token, 1)
-        per_token = 4 * config.hidden_size + into["o_proj"] + inner + 3 * config.experts_per_token
+        inner = max(_kept_inputs(config, layer) for layer in range(config.num_layers))
+        per_token = 4 * config.hidden_size + inner + 3 * config.experts_per_token
         # A fold is searched on some rows, whose files lie beside those of the block loop.
         passes = 1 + original + (1 / FOLD_EVERY if fold_of(load_method(recipe)[1]) != "none" else 0)
         total += int(4 * samples.tokens * per_token * passes)
@@ -134,6 +132,12 @@ def disk_needed(
             kept = sum(min(OUTPUT_PIECE, shape[0]) * shape[0] for shape in config.linear_shapes(0).values())
             total += 4 * (config.num_layers * kept + tokens * config.hidden_size * (config.num_layers + 2))
     return total
+
+
+def _kept_inputs(config: Qwen3Config, layer: int) -> int:
+    """Inputs per token that are kept beside the residual stream: of the stages that read no norm."""
+    stages = [stage for stage in config.block(layer).stages if stage.source]
+    return sum(stage.in_features * (config.experts_per_token if stage.routed else 1) for stage in stages)
 
 
 def check_disk(

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from qwen3_export.core.architecture import ROUTER
 from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
-from qwen3_export.core.qwen3 import ROUTER, block_name
+from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.recipe import ExpertRule, Recipe
 from qwen3_export.model.decoder import load_block, rope_tables, to_torch
 from qwen3_export.solve.blocks.forward import _share

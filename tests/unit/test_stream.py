@@ -21,10 +21,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from qwen3_export.core.architecture import ROUTER
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.manifest import read_manifest, sha256_file
 from qwen3_export.core.progress import Progress
-from qwen3_export.core.qwen3 import ROUTER, block_name
+from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.errors import InputError, RecipeError

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_export.core.architecture import ROUTER, is_expert
 from qwen3_export.core.layouts import NEEDS_ORIGINAL, Schemes, Shapes, Stored, grouped_scheme, is_unquantized
 from qwen3_export.core.layouts.gptq import foreign_floats, uniform
 from qwen3_export.core.pack import pack_int32, unpack_int32
@@ -90,7 +91,7 @@ def config(schemes: Mapping[str, QuantScheme], linears: list[str]) -> dict[str, 
         "bits": 4,
         "group_size": scheme.group_size,
         "zero_point": True,
-        "modules_to_not_convert": ["lm_head", *(["mlp.gate"] if any(".experts." in n for n in linears) else [])],
+        "modules_to_not_convert": ["lm_head", *([ROUTER] if any(map(is_expert, linears)) else [])],
     }
 
 

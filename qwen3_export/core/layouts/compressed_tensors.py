@@ -27,6 +27,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_export.core.architecture import is_expert
 from qwen3_export.core.layouts import IDLE, NEEDS_ORIGINAL, Schemes, Shapes, Stored, group_index, scale_dtype_of
 from qwen3_export.core.pack import pack_bytes, pack_int32, unpack_bytes, unpack_int32
 from qwen3_export.core.patterns import first_matches
@@ -212,7 +213,7 @@ def config(schemes: Mapping[str, QuantScheme], linears: list[str]) -> dict[str, 
             **({"format": format_of(scheme)} if len(formats) > 1 else {}),
         }
     plain = [name for name in linears if name not in schemes]
-    routers = ["re:.*mlp.gate$"] if any(".experts." in name for name in linears) else []
+    routers = ["re:.*mlp.gate$"] if any(map(is_expert, linears)) else []
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_export.core.architecture import is_expert
 from qwen3_export.core.layouts import NEEDS_ORIGINAL, Schemes, Shapes, Stored, is_unquantized, scale_dtype_of
 from qwen3_export.core.layouts.gptq import uniform
 from qwen3_export.core.scheme import ACTIVATION_GROUP, QuantScheme
@@ -52,7 +53,7 @@ def unpack(stored: Stored, module: str, shape: tuple[int, int], scheme: QuantSch
 def config(schemes: Mapping[str, QuantScheme], linears: list[str]) -> dict[str, Any]:
     """The releases' `quantization_config`; it has one scheme for all linears."""
     scheme = uniform(schemes, linears, "fp8")
-    routers = sorted({f"{name.split('.experts.')[0]}.gate" for name in linears if ".experts." in name})
+    routers = sorted({f"{name.split('.experts.')[0]}.gate" for name in linears if is_expert(name)})
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",

@@ -24,6 +24,7 @@ import gguf
 from numpy.typing import NDArray
 
 from qwen3_export import __version__
+from qwen3_export.core.architecture import is_expert
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.coverage import GGUF_KEY
 from qwen3_export.core.gguf_types import FILE_TYPES, PLAIN, Overrides, block_length, gguf_name
@@ -164,7 +165,7 @@ def _plan(checkpoint: Checkpoint, types: Types) -> Iterator[Planned]:
     for layer in range(config.num_layers):
         others, prefix = config.other_shapes(layer), block_name(layer)
         names = [*others, *config.linear_shapes(layer)]
-        for local in sorted(name for name in names if ".experts." not in name):
+        for local in sorted(name for name in names if not is_expert(name)):
             if local in others:
                 yield _float(checkpoint, f"{prefix}.{local}", f"blk.{layer}.{_OTHERS[local]}")
             else:
@@ -183,23 +184,29 @@ def _matrix(config: Qwen3Config, types: Types, module: str) -> Planned:
     return Planned(f"{gguf_name(module)}.weight", config.all_matrices()[module], types.modules[module], (module,))
 
 
-def _stack(config: Qwen3Config, layer: int, part: str) -> tuple[str, ...]:
-    return tuple(f"{block_name(layer)}.mlp.experts.{expert}.{part}" for expert in range(config.num_experts))
+def _stacks(config: Qwen3Config, layer: int) -> list[tuple[tuple[int, int], tuple[str, ...]]]:
+    """Shape and modules of a layer's linears that all experts have: down, gate, up."""
+    routed = [(linear, stage) for stage in config.block(layer).stages if stage.routed for linear in stage.linears]
+    return [
+        (
+            (linear.out_features, linear.in_features),
+            tuple(f"{block_name(layer)}.{prefix}.{linear.name}" for prefix in stage.prefixes),
+        )
+        for linear, stage in sorted(routed, key=lambda item: item[0].name)
+    ]
 
 
 def _experts(config: Qwen3Config, types: Types, layer: int) -> Iterator[Planned]:
     """A layer's experts, stacked along a new first axis: down, gate, up."""
-    for part in ("down_proj", "gate_proj", "up_proj"):
-        modules = _stack(config, layer, part)
-        shape = (config.num_experts, *config.linear_shapes(layer)[f"mlp.experts.0.{part}"])
-        yield Planned(f"{gguf_name(modules[0])}.weight", shape, types.modules[modules[0]], modules)
+    for shape, modules in _stacks(config, layer):
+        stacked = (config.num_experts, *shape)
+        yield Planned(f"{gguf_name(modules[0])}.weight", stacked, types.modules[modules[0]], modules)
 
 
 def _check_stacks(config: Qwen3Config, types: Types) -> None:
     """Raise UnsupportedError where experts of one stack would have several types, or a row does not fit its type."""
     for layer in config.sparse_layers:
-        for part in ("down_proj", "gate_proj", "up_proj"):
-            modules = _stack(config, layer, part)
+        for _, modules in _stacks(config, layer):
             found = sorted({types.modules[module] for module in modules})
             if len(found) > 1:
                 raise UnsupportedError(

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.core import pack
+from qwen3_export.core.architecture import ROUTER, expert_of, is_expert
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.ggml_blocks import pack_blocks, pack_q2_0
 from qwen3_export.core.gguf_types import gguf_name
@@ -76,12 +77,12 @@ class Encoder:
         """The importance of a matrix's inputs, of an expert its own; None when there is none."""
         if not self.importance or not module.startswith(("model.layers.", "lm_head", "model.embed")):
             return None
-        if module.endswith(("norm", ".mlp.gate")):
+        if module.endswith(("norm", f".{ROUTER}")):
             return None
         found = self.importance.get(f"{gguf_name(module)}.weight")
         if found is None:
             return None
-        expert = int(module.partition(".experts.")[2].partition(".")[0]) if ".experts." in module else 0
+        expert = expert_of(module) if is_expert(module) else 0
         return found.reshape(-1, self._inputs(module))[expert]
 
     def _inputs(self, module: str) -> int:

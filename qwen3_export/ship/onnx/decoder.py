@@ -83,21 +83,22 @@ def _block(
     def linear(name: str, x: ir.Value) -> ir.Value:
         return flavor.linear(x, checkpoint.linear(f"{prefix}.{name}"), f"{short}.{name}")
 
-    weight = _weight(checkpoint, f"{prefix}.input_layernorm")
+    inputs, output, gated, down = checkpoint.config.block(layer).stages
+    weight = _weight(checkpoint, f"{prefix}.{inputs.norm}")
     if delta is None:
         x = flavor.norm(h, weight, f"{short}.input_norm")
     else:
         h, x = flavor.add_norm(h, delta, weight, f"{short}.input_norm")
-    qkv = (linear("self_attn.q_proj", x), linear("self_attn.k_proj", x), linear("self_attn.v_proj", x))
+    q, k, v = (linear(name, x) for name in inputs.names)
     norms = (_weight(checkpoint, f"{prefix}.self_attn.q_norm"), _weight(checkpoint, f"{prefix}.self_attn.k_norm"))
-    mixed = linear("self_attn.o_proj", flavor.attention(qkv, norms, layer))
-    h, x = flavor.add_norm(h, mixed, _weight(checkpoint, f"{prefix}.post_attention_layernorm"), f"{short}.post_norm")
-    if checkpoint.config.is_sparse(layer):
+    mixed = linear(output.names[0], flavor.attention((q, k, v), norms, layer))
+    h, x = flavor.add_norm(h, mixed, _weight(checkpoint, f"{prefix}.{gated.norm}"), f"{short}.post_norm")
+    if gated.routed:
         return h, flavor.experts(x, SparseLayer(checkpoint, layer))
-    gate, up = linear("mlp.gate_proj", x), linear("mlp.up_proj", x)
+    gate, up = (linear(name, x) for name in gated.names)
     graph = flavor.graph
     silu = graph.op("Mul", [gate, graph.op("Sigmoid", [gate], f"{short}.sigmoid")], f"{short}.silu")
-    return h, linear("mlp.down_proj", graph.op("Mul", [silu, up], f"{short}.glu"))
+    return h, linear(down.names[0], graph.op("Mul", [silu, up], f"{short}.glu"))
 
 
 def _weight(checkpoint: Checkpoint, module: str) -> NDArray[np.float32]:

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_export.core.architecture import ROUTER, Stage
 from qwen3_export.core.checkpoint import Checkpoint
-from qwen3_export.core.qwen3 import ROUTER, block_name
+from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.errors import UnsupportedError
 from qwen3_export.ship.result import not_integer
 
-PARTS = ("gate_proj", "up_proj", "down_proj")
 QMOE, LOOP = "QMoE", "loop of ai.onnx operators"
 Weights = QuantizedTensor | NDArray
 
@@ -47,10 +47,20 @@ class SparseLayer:
         """The router's matrix `[experts, hidden]`."""
         return self.checkpoint.read(f"{block_name(self.layer)}.{ROUTER}.weight").astype(np.float32)
 
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages that the router sends tokens through."""
+        return [stage for stage in self.checkpoint.config.block(self.layer).stages if stage.routed]
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of an expert's linears, in the order they run."""
+        return [linear.name for stage in self.stages for linear in stage.linears]
+
     @cached_property
     def schemes(self) -> dict[str, QuantScheme | None]:
         """Each part's scheme, None for 16 bits; UnsupportedError when the experts of a part differ."""
-        return {part: self._scheme(part) for part in PARTS}
+        return {part: self._scheme(part) for part in self.parts}
 
     def _scheme(self, part: str) -> QuantScheme | None:
         modules = [self.module(expert, part) for expert in range(self.checkpoint.config.num_experts)]
@@ -66,7 +76,8 @@ class SparseLayer:
 
     def module(self, expert: int, part: str) -> str:
         """Name of one expert's matrix."""
-        return f"{block_name(self.layer)}.mlp.experts.{expert}.{part}"
+        stage = next(stage for stage in self.stages if part in [linear.name for linear in stage.linears])
+        return f"{block_name(self.layer)}.{stage.prefixes[expert]}.{part}"
 
     def read(self, *parts: str) -> Iterator[list[Weights]]:
         """These matrices of each expert, one expert at a time."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
-from qwen3_export.ship.onnx.experts import PARTS, SparseLayer
+from qwen3_export.ship.onnx.experts import SparseLayer
 from qwen3_export.ship.onnx.graph import GraphBuilder
 from qwen3_export.ship.onnx.qmoe import router_scores
 
@@ -37,7 +37,7 @@ def experts(graph: GraphBuilder, x: ir.Value, layer: SparseLayer, dtype: ir.Data
     nothing = op(
         "Mul", [graph.as_type(rows, dtype, _FLOAT, f"{name}.wide"), constant(0, np.float32)], f"{name}.nothing"
     )
-    stacks = {part: _stored(graph, layer, part, dtype) for part in PARTS}
+    stacks = {part: _stored(graph, layer, part, dtype) for part in layer.parts}
     body = _body(graph, layer, (rows, chosen, mix, used), stacks, dtype)
     count = op("Size", [used], f"{name}.count")
     total = op("Loop", [count, None, nothing], f"{name}.loop", body=body)

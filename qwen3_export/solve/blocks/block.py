@@ -15,7 +15,7 @@ number of threads or the memory, so the bytes depend on neither.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -23,33 +23,22 @@ from dataclasses import replace
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qwen3_export.core.architecture import Stage
 from qwen3_export.core.qwen3 import EMBEDDING, block_name
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
-from qwen3_export.model.block import NUM_STAGES, Block
-from qwen3_export.model.decoder import Rope, load_block, put_quantized, rope_tables
+from qwen3_export.model.block import Block
+from qwen3_export.model.decoder import load_block, put_quantized, rope_tables
 from qwen3_export.model.table import Table, to_torch
 from qwen3_export.solve.blocks.fold import apply_folds, choose_folds
-from qwen3_export.solve.blocks.forward import (
-    WRITERS,
-    BlockRun,
-    add_missing_output,
-    layer_inputs,
-    linear_inputs,
-    run_stage,
-    start_run,
-)
+from qwen3_export.solve.blocks.forward import BlockRun, RunSettings, layer_inputs, run_stage, start_run
+from qwen3_export.solve.blocks.paired import add_missing_output, linear_inputs
 from qwen3_export.solve.calibration.experts import LayerInputs, LinearInputs, count_tokens
 from qwen3_export.solve.calibration.moments import Moments
 from qwen3_export.solve.chunk_sizes import FOLD_EVERY
 from qwen3_export.solve.job import QUANTIZED, Job, SolvedBlock, SolvedLinear
 from qwen3_export.solve.method import LinearGroup
 from qwen3_export.solve.rounding.nearest import round_group
-
-# Where a sparse layer's tokens have been sent to their experts.
-ROUTED = 2
-# Where experts write to the residual stream.
-MIXED = 3
 
 
 def embed_samples(job: Job, quantized: QuantizedTensor | None = None) -> None:
@@ -81,44 +70,68 @@ def solve_block(job: Job, layer: int) -> SolvedBlock:
         return SolvedBlock(_solve_alone(job, layer), {}, [0] * experts)
     block = load_block(job.checkpoint, layer, job.device)
     rope = rope_tables(config, 0, len(job.samples.ids[0]), job.device)
+    settings = RunSettings(
+        job.pool,
+        rope,
+        job.samples_at_once,
+        job.device,
+        job.needs_magnitudes,
+        job.int_matmul,
+        job.spare_files,
+        durable=True,
+    )
     block.matmul_dtype, block.int_matmul = job.matmul_dtype, job.int_matmul
-    replaced = _fold(job, block, rope) if job.fold != "none" else {}
-    runs = [start_run(job, block, model) for model in job.models]
+    replaced = _fold(job, block, settings) if job.fold != "none" else {}
+    # The original's weights are never replaced.
+    runs = [_start(job, settings, block if m == QUANTIZED else block.running(job.matmul_dtype), m) for m in job.models]
     try:
-        results: dict[str, SolvedLinear] = {}
-        counts: list[int] = []
-        for stage in range(NUM_STAGES):
-            if experts and stage == ROUTED:
-                counts = count_tokens(runs[0].states, experts, job.pool)
-            # Where a linear writes to the residual stream, what it should leave there is the original's.
-            ahead = runs[1:] if stage in WRITERS else []
-            for run in ahead:
-                run_stage(job, run, stage, rope)
-            if ahead and experts and stage == MIXED:
-                add_missing_output(job, runs, stage, rope)
-            results.update(_solve_stage(job, stage, runs))
-            for run in runs[:1] if ahead else runs:
-                run_stage(job, run, stage, rope)
-        for run in runs:
+        results, counts = _solve_stages(job, runs)
+        for run, model in zip(runs, job.models, strict=True):
             # Closed at once: a file that is deleted while it is open keeps its room on the disk.
             with closing(run.states.take("residual")) as hidden:
-                hidden.keep_as(job.hidden_path(layer + 1, run.model))
+                hidden.keep_as(job.hidden_path(layer + 1, model))
     finally:
         for run in runs:
             run.states.close()
     return SolvedBlock(results, replaced, counts)
 
 
-def _fold(job: Job, block: Block, rope: Rope) -> dict[str, NDArray]:
-    """Walk some rows through the block as it is, choose the scales of every site, then move them all."""
+def _start(job: Job, settings: RunSettings, block: Block, model: str, chosen: Sequence[int] | None = None) -> BlockRun:
+    """A run of one model's samples, or some of them, at the entrance of the block."""
+    before = job.hidden_file(job.hidden_path(block.layer, model))
+    return start_run(settings, block, before, job.scratch / f"{model}-states", len(job.samples_of(model)), chosen)
+
+
+def _solve_stages(job: Job, runs: list[BlockRun]) -> tuple[dict[str, SolvedLinear], list[int]]:
+    """Solve stage after stage; returns the linears, and how many tokens reached each expert."""
+    results: dict[str, SolvedLinear] = {}
+    counts: list[int] = []
+    for number, stage in enumerate(runs[0].block.stages):
+        if stage.routed and not counts:
+            counts = count_tokens(runs[0].states, stage.experts, job.pool)
+        # Where a linear writes to the residual stream, what it should leave there is the original's.
+        ahead = runs[1:] if stage.writes_residual else []
+        for run in ahead:
+            run_stage(run, number)
+        if ahead and stage.routed:
+            add_missing_output(job, runs, number)
+        results.update(_solve_stage(job, stage, runs))
+        for run in runs[:1] if ahead else runs:
+            run_stage(run, number)
+    return results, counts
+
+
+def _fold(job: Job, block: Block, settings: RunSettings) -> dict[str, NDArray]:
+    """Run some samples through the block as it is, choose the scales of every site, then move them all."""
     assert job.samples is not None
     prefix, chosen, schemes = block_name(block.layer), [], job.schemes(block.layer)
-    run = start_run(job, block.running(job.matmul_dtype), QUANTIZED, range(0, len(job.samples.ids), FOLD_EVERY))
+    some = range(0, len(job.samples.ids), FOLD_EVERY)
+    run = _start(job, settings, block.running(job.matmul_dtype), QUANTIZED, some)
     try:
-        for stage in range(NUM_STAGES):
+        for stage in range(len(block.stages)):
             if stage > 0:
-                run_stage(job, run, stage - 1, rope)
-            layer = layer_inputs(job, run, -(-job.token_floor // FOLD_EVERY))
+                run_stage(run, stage - 1)
+            layer = layer_inputs(run, -(-job.token_floor // FOLD_EVERY), job.recipe.experts.fallback)
 
             def moments_of(name: str, layer: LayerInputs = layer) -> Moments | None:
                 inputs = layer.inputs(name)
@@ -131,36 +144,29 @@ def _fold(job: Job, block: Block, rope: Rope) -> dict[str, NDArray]:
     return {f"{prefix}.{name}": array for name, array in replaced.items()}
 
 
-def _solve_stage(job: Job, stage: int, runs: list[BlockRun]) -> dict[str, SolvedLinear]:
+def _solve_stage(job: Job, stage: Stage, runs: list[BlockRun]) -> dict[str, SolvedLinear]:
     results: dict[str, SolvedLinear] = {}
     block, schemes = runs[0].block, job.schemes(runs[0].block.layer)
-    layer = layer_inputs(job, runs[0], job.token_floor)
-    for names in _groups(block.stage_linears(stage)):
+    layer = layer_inputs(runs[0], job.token_floor, job.recipe.experts.fallback)
+    for names in stage.groups:
         wanted = [name for name in names if name in schemes]
         if wanted:
             inputs = linear_inputs(job, wanted[0], runs, layer)
             results.update(_solve_linears(job, block, wanted, inputs))
-    for name in block.stage_linears(stage):
+    for name in stage.names:
         if name not in schemes:
             block.weights[name] = block.weights[name].to(job.matmul_dtype)
     return results
 
 
-def _groups(names: list[str]) -> Iterator[list[str]]:
-    """Linears that share one input: all of a dense stage, or those of one expert."""
-    owners = dict.fromkeys(name.rpartition(".")[0] for name in names)
-    yield from ([name for name in names if name.rpartition(".")[0] == owner] for owner in owners)
-
-
 def _solve_alone(job: Job, layer: int) -> dict[str, SolvedLinear]:
     """Solve a block's linears without inputs, as they are stored: two groups in memory, so that one is read and the
     last one's pieces are joined while all threads are busy."""
-    block, prefix = Block(job.checkpoint.config, layer, {}), block_name(layer)
-    schemes = job.schemes(block.layer)
+    prefix, schemes = block_name(layer), job.schemes(layer)
     groups = [
         {f"{prefix}.{name}": schemes[name] for name in names if name in schemes}
-        for stage in range(NUM_STAGES)
-        for names in _groups(block.stage_linears(stage))
+        for stage in job.checkpoint.config.block(layer).stages
+        for names in stage.groups
     ]
 
     def solve(group: dict[str, QuantScheme]) -> dict[str, SolvedLinear]:

@@ -35,7 +35,7 @@ from qwen3_export.model.block import Block, rms_norm
 from qwen3_export.model.decoder import load_block, rope_tables
 from qwen3_export.model.table import Table, to_torch
 from qwen3_export.model.workers import Workers
-from qwen3_export.solve.blocks.forward import paired_inputs
+from qwen3_export.solve.blocks.paired import paired_inputs
 from qwen3_export.solve.calibration.activations import SampleFile
 from qwen3_export.solve.calibration.experts import LinearInputs
 from qwen3_export.solve.calibration.moments import Moments, SampleInputs, collect_moments

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qwen3_export.core.qwen3 import ROUTER
+from qwen3_export.core.architecture import ROUTER
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.block import Block
 from qwen3_export.model.workers import Workers
@@ -55,7 +55,7 @@ class FoldSite:
     @property
     def is_norm(self) -> bool:
         """Whether the source is a norm's weight `[in]` and not a linear's rows."""
-        return self.source.endswith("layernorm")
+        return "." not in self.source
 
     def collapse(self, values: Tensor) -> Tensor:
         """Means `[source rows]` over the columns that share a source row."""
@@ -66,21 +66,16 @@ class FoldSite:
 
 def fold_sites(block: Block) -> list[FoldSite]:
     """Every place of a block where scales can be moved, in the order the block runs."""
-    config, layer = block.config, block.layer
-    shapes = config.linear_shapes(layer)
-    head = torch.arange(config.num_heads * config.head_dim)
-    shared = head // config.head_dim // (config.num_heads // config.num_kv_heads)
-    hidden = torch.arange(config.hidden_size)
-    experts = [name.removesuffix(".gate_proj") for name in shapes if name.endswith(".gate_proj")]
-    readers = [f"{expert}.{name}" for expert in experts for name in ("gate_proj", "up_proj")]
-    router = (ROUTER,) if config.is_sparse(layer) else ()
-    found = [
-        FoldSite("input_layernorm", tuple(f"self_attn.{n}_proj" for n in "qkv"), 0, hidden),
-        FoldSite("self_attn.v_proj", ("self_attn.o_proj",), 1, shared * config.head_dim + head % config.head_dim),
-        FoldSite("post_attention_layernorm", (*readers, *router), 2, hidden),
-    ]
-    inner = torch.arange(shapes[f"{experts[0]}.down_proj"][1])
-    return found + [FoldSite(f"{expert}.up_proj", (f"{expert}.down_proj",), 3, inner) for expert in experts]
+    found = []
+    for number, stage in enumerate(block.stages):
+        index = torch.from_numpy(stage.source_rows())
+        if stage.norm is not None:
+            router = (ROUTER,) if stage.routed else ()
+            found.append(FoldSite(stage.norm, (*stage.names, *router), number, index))
+        else:
+            owners = zip(stage.prefixes, stage.groups, strict=True)
+            found += [FoldSite(f"{owner}.{stage.source}", tuple(names), number, index) for owner, names in owners]
+    return found
 
 
 def choose_folds(

@@ -39,17 +39,17 @@ class SampleFile:
         self._bytes = math.prod(shape) * dtype.itemsize
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
 
-    def read(self, row: int) -> Tensor:
-        """Row `row`."""
+    def read(self, sample: int) -> Tensor:
+        """One sample's tensor."""
         found = torch.empty(self._shape, dtype=self._dtype)
-        if os.preadv(self._descriptor, [_bytes(found)], row * self._bytes) != self._bytes:
-            raise StateError(f"{self.path}: sample {row} is not there", "--no-resume starts over")
+        if os.preadv(self._descriptor, [_bytes(found)], sample * self._bytes) != self._bytes:
+            raise StateError(f"{self.path}: sample {sample} is not there", "--no-resume starts over")
         return found
 
-    def write(self, row: int, tensor: Tensor) -> None:
-        """Replace row `row`."""
+    def write(self, sample: int, tensor: Tensor) -> None:
+        """Replace one sample's tensor."""
         data = _bytes(tensor.contiguous().cpu())
-        offset = row * self._bytes
+        offset = sample * self._bytes
         while len(data):
             written = os.pwrite(self._descriptor, data, offset)
             data, offset = data[written:], offset + written
@@ -105,7 +105,7 @@ class SpareFiles:
     new ones, at the sizes that come again in every block. `folder` is the shelf's own, and emptied at first."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._spare, self._count, self._lock = folder, dict[int, list[Path]](), 0, threading.Lock()
+        self._folder, self._by_size, self._count, self._lock = folder, dict[int, list[Path]](), 0, threading.Lock()
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
 
@@ -115,54 +115,58 @@ class SpareFiles:
             kept, self._count = self._folder / f"{self._count}.rows", self._count + 1
             size = path.stat().st_size
             path.rename(kept)
-            self._spare.setdefault(size, []).append(kept)
+            self._by_size.setdefault(size, []).append(kept)
 
     def find(self, path: Path, size: int) -> None:
         """Move a file of so many bytes to `path`, if there is one."""
         with self._lock:
-            if spare := self._spare.get(size):
+            if spare := self._by_size.get(size):
                 spare.pop().rename(path)
 
 
 class BlockStates:
     """The state of every row at the present stage of a block, one SampleFile per field; `files` are those it begins
-    with, `shelf` where others come from and go to."""
+    with, `spare_files` where others come from and go to."""
 
     def __init__(
-        self, folder: Path, rows: int, files: dict[str, SampleFile] | None = None, shelf: SpareFiles | None = None
+        self,
+        folder: Path,
+        samples: int,
+        files: dict[str, SampleFile] | None = None,
+        spare_files: SpareFiles | None = None,
     ) -> None:
-        self._folder, self.rows, self._shelf = folder, rows, shelf
+        self._folder, self.num_samples, self._spare = folder, samples, spare_files
         self._files: dict[str, SampleFile] = dict(files or {})
         self._generation = 0
 
-    def read(self, row: int, fields: Collection[str] | None = None) -> State:
+    def read(self, sample: int, fields: Collection[str] | None = None) -> State:
         """State of one row, batch axis included; all of its fields or some."""
-        return {name: file.read(row) for name, file in self._files.items() if fields is None or name in fields}
+        return {name: file.read(sample) for name, file in self._files.items() if fields is None or name in fields}
 
     def advance(
         self, step: Callable[[int, State], State], pool: Workers,
         idle: Collection[str] = (), lasting: Collection[str] = (),
     ) -> None:  # fmt: skip
-        """Replace every row's state by `step(row, state)`; unchanged fields are not written again, and those that are
+        """Replace every state by `step(sample, state)`; unchanged fields are not written again, and those that are
         `idle` not even read. Those that are `lasting` will be kept as they then are."""
         self._generation += 1
         fresh: dict[str, SampleFile] = {}
         lock, names = threading.Lock(), {name for name in idle if name in self._files}
 
-        def one(row: int) -> None:
-            before = self.read(row, [name for name in self._files if name not in idle])
-            after = step(row, before)
+        def one(sample: int) -> None:
+            before = self.read(sample, [name for name in self._files if name not in idle])
+            after = step(sample, before)
             for name, tensor in after.items():
                 if tensor is before.get(name):
                     continue
                 with lock:
                     if name not in fresh:
                         fresh[name] = self._new(name, tensor, name in lasting)
-                fresh[name].write(row, tensor)
+                fresh[name].write(sample, tensor)
             names.update(after)
 
         try:
-            pool.map(one, range(self.rows))
+            pool.map(one, range(self.num_samples))
         finally:
             kept = {name: file for name, file in self._files.items() if name in names and name not in fresh}
             for file in set(self._files.values()) - set(kept.values()):
@@ -171,14 +175,14 @@ class BlockStates:
 
     def _new(self, name: str, like: Tensor, lasting: bool) -> SampleFile:
         path = self._folder / f"{name}-{self._generation}.rows"
-        if self._shelf is not None:
-            self._shelf.find(path, self.rows * like.numel() * like.element_size())
+        if self._spare is not None:
+            self._spare.find(path, self.num_samples * like.numel() * like.element_size())
         return SampleFile(path, tuple(like.shape), like.dtype, lasting)
 
     def _drop(self, file: SampleFile) -> None:
-        file.close(remove=self._shelf is None)
-        if self._shelf is not None and not file.lasting:
-            self._shelf.put(file.path)
+        file.close(remove=self._spare is None)
+        if self._spare is not None and not file.lasting:
+            self._spare.put(file.path)
 
     def take(self, name: str) -> SampleFile:
         """Hand one field's file over to the caller and drop the others."""

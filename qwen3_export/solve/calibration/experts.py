@@ -22,10 +22,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3_export.core.qwen3 import ROUTER
+from qwen3_export.core.architecture import ROUTER, Stage, expert_of, is_expert
 from qwen3_export.model.block import Block
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.calibration.activations import BlockStates
@@ -64,11 +63,14 @@ class LayerInputs:
     def inputs(self, name: str) -> LinearInputs:
         """What a linear is solved against, by local name; the rule is for `mlp.experts.E.…`."""
         own = self.collect_all(name)
-        lacking = self.token_floor - own.tokens if ".experts." in name else 0
+        lacking = self.token_floor - own.tokens if is_expert(name) else 0
         if lacking <= 0:
             return LinearInputs(own, own.tokens)
-        layer = self._inner(name) if name.endswith("down_proj") else self._common
+        layer = self._common if self._stage(name).norm else self._inner(name)
         return LinearInputs(own.join(replace(layer, tokens=lacking)), own.tokens, fallback=self.fallback)
+
+    def _stage(self, name: str) -> Stage:
+        return self.block.config.block(self.block.layer).stage_of(name)
 
     @cached_property
     def _common(self) -> Moments:
@@ -77,13 +79,13 @@ class LayerInputs:
 
     def _inner(self, name: str) -> Moments:
         """Moments of what one expert's gate_proj and up_proj make of the sampled tokens."""
-        expert = name.rpartition(".")[0]
+        first = next(stage for stage in self.block.stages if stage.routed)
+        names = first.groups[expert_of(name)]
         pieces = torch.split(self._sampled, _PIECE)
 
         def sample(piece: int) -> SampleInputs:
-            gate, up = (self.block.linear(f"{expert}.{part}_proj", pieces[piece]) for part in ("gate", "up"))
             # In fp32: sums of so few products in 16 bits would be too coarse.
-            return SampleInputs((F.silu(gate) * up).float())
+            return SampleInputs(self.block.combine(first, names, pieces[piece]).float())
 
         size = self.block.width(name)
         return collect_moments(sample, range(len(pieces)), len(pieces), size, self.device, self.pool)
@@ -91,15 +93,17 @@ class LayerInputs:
     @cached_property
     def _sampled(self) -> Tensor:
         """The layer's common input `[tokens, hidden]` of tokens spread evenly over all rows."""
+        norm = next(stage.norm for stage in self.block.stages if stage.routed)
+        assert norm is not None
         length = self.states.read(0)["residual"].shape[-2]
-        total = self.states.rows * length
+        total = self.states.num_samples * length
         count = min(max(self.token_floor, SAMPLE_TOKENS), total)
         chosen = torch.arange(count) * total // count
 
         def some(row: int) -> Tensor:
             here = chosen[chosen // length == row] - row * length
             residual = self.states.read(row, ("residual",))["residual"][0, here]
-            return self.block.norm("post_attention_layernorm", residual.to(self.device))
+            return self.block.norm(norm, residual.to(self.device))
 
         return torch.cat(self.pool.map(some, torch.unique(chosen // length).tolist()))
 
@@ -110,5 +114,5 @@ def count_tokens(states: BlockStates, experts: int, pool: Workers) -> list[int]:
     def one(row: int) -> Tensor:
         return torch.bincount(states.read(row, ("experts",))["experts"].flatten(), minlength=experts)
 
-    counts = pool.map(one, range(states.rows))
+    counts = pool.map(one, range(states.num_samples))
     return torch.stack(counts).sum(0).tolist()

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qwen3_export.core.architecture import is_expert
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.tensorfile import TensorFile, TensorFileWriter
 from qwen3_export.model.block import Block, rms_norm
@@ -184,7 +185,7 @@ def draw(shares: Tensor, generator: torch.Generator) -> Tensor:
 def _backward(work: FisherPass, block: Block, rope: Rope) -> None:
     """Push the gradients through one block and write its pieces of G."""
     shapes = block.config.linear_shapes(block.layer)
-    names = [name for name in shapes if ".experts." not in name]
+    names = [name for name in shapes if not is_expert(name)]
     totals = {(name, i): torch.zeros(1) for name in names for i in range(len(pieces_of(shapes[name][0])))}
     hidden, gradient, count = work.file(str(block.layer)), work.file("gradient"), len(work.ids)
     at_once = max(1, BACK_TOKENS // len(work.ids[0]))

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qwen3_export.model.block import NUM_STAGES, Block
+from qwen3_export.model.block import Block
 from qwen3_export.model.decoder import Rope
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.calibration.moments import Moments, SampleInputs, collect_moments
@@ -27,7 +27,6 @@ from qwen3_export.solve.calibration.moments import Moments, SampleInputs, collec
 EVERY = 2
 _HELD_OUT = 8
 _PERCDAMP = 0.01
-_OUT, _DOWN = 1, 3
 Compensation = dict[int, Tensor]
 
 
@@ -54,15 +53,15 @@ def fit_compensation(
     if not held_out:
         return found
     fitted = [row for row in rows if row not in held_out]
-    for later in (_OUT, _DOWN):
-        if later > stage and not (later == _DOWN and block.config.is_sparse(block.layer)):
-            wide = block.weights[block.stage_linears(later)[0]].shape[1]
+    for later, description in enumerate(block.stages):
+        if later > stage and description.writes_residual and not description.routed:
+            width = description.in_features
 
             def sample(row: int, later: int = later) -> SampleInputs:
                 inputs, _, error = run_compensated(block, changed, found, rope, read(row), entered and entered(row))
                 return SampleInputs(inputs[later][0], target=error[0])
 
-            gather = partial(collect_moments, sample, at_once=at_once, width=wide, device="cpu", pool=pool)
+            gather = partial(collect_moments, sample, at_once=at_once, width=width, device="cpu", pool=pool)
             step = _predict(gather(fitted), gather(held_out))
             if step is not None:
                 found[later] = step
@@ -74,8 +73,8 @@ def run_compensated(
 ) -> tuple[dict[int, Tensor], Tensor, Tensor]:
     """Inputs of the repairing stages, the original output, and the error that is left of a changed block's."""
     state, inputs = block.initial_state(hidden), {}
-    for stage in range(NUM_STAGES):
-        if stage in (_OUT, _DOWN):
+    for stage, description in enumerate(block.stages):
+        if description.writes_residual:
             inputs[stage] = state["x"]
         state = block.advance(stage, state, rope)
     error = changed.forward(hidden if entered is None else entered, rope) - state["residual"]

@@ -29,22 +29,23 @@ fused), a calibration row one, and 4 (or 9) more where repairs are fitted.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from qwen3_export.core.architecture import is_expert
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, block_name
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import dequantize
-from qwen3_export.model.block import NUM_STAGES, Block
+from qwen3_export.model.block import Block
 from qwen3_export.model.decoder import load_block, rope_tables
 from qwen3_export.solve.blocks.fold import FoldSite, apply_folds, choose_folds
-from qwen3_export.solve.calibration.activations import BlockStates, SampleFile
-from qwen3_export.solve.calibration.moments import Moments, SampleInputs, collect_moments
+from qwen3_export.solve.blocks.forward import BlockRun, RunSettings, input_moments, run_stage, start_run
+from qwen3_export.solve.calibration.activations import SampleFile
 from qwen3_export.solve.chunk_sizes import FOLD_EVERY
 from qwen3_export.solve.method import LinearGroup, fold_of
 from qwen3_export.solve.mixed_precision.compensation import Compensation, fit_compensation, run_compensated
@@ -133,56 +134,39 @@ def _fold(kind: str, study: Study, block: Block, before: SampleFile) -> None:
     probes = {
         n: schemes[0] for unit, schemes in study.schemes.items() if unit.layer == block.layer for n in unit.shapes
     }
-    rows, chosen = range(0, len(study.calibration), FOLD_EVERY), list[tuple[FoldSite, Tensor]]()
-    with _entered(study, block, before, rows) as states:
-
-        def moments_of(name: str) -> Moments:
-            sample, wide = partial(_sample, block, states, name), block.weights[name].shape[1]
-            return collect_moments(sample, range(len(rows)), at_once(study), wide, "cpu", study.pool)
-
-        for stage in range(NUM_STAGES):
+    chosen, some = list[tuple[FoldSite, Tensor]](), range(0, len(study.calibration), FOLD_EVERY)
+    run = _start(study, block, before, some)
+    with closing(run.states):
+        for stage in range(len(block.stages)):
             if stage > 0:
-                _advance(study, block, states, stage - 1)
-            chosen += choose_folds(kind, block, stage, probes, moments_of, study.pool)
+                run_stage(run, stage - 1)
+            chosen += choose_folds(kind, block, stage, probes, partial(input_moments, run), study.pool)
     apply_folds(block, chosen, lambda name: study.checkpoint.entry(f"{block_name(block.layer)}.{name}").dtype)
 
 
-@contextmanager
-def _entered(study: Study, block: Block, before: SampleFile, rows: Sequence[int]) -> Iterator[BlockStates]:
-    """Some calibration samples at the entrance of the block."""
-    folder = study.scratch / f"states-{block.layer}"
-    folder.mkdir(exist_ok=True)
-    with closing(BlockStates(folder, len(rows))) as states:
-        states.advance(lambda place, _: block.initial_state(before.read(rows[place])), study.pool)
-        yield states
+def _start(study: Study, block: Block, before: SampleFile, chosen: Sequence[int] | None = None) -> BlockRun:
+    """A run of the calibration samples, or some of them, at the entrance of the block."""
+    count, length = len(study.calibration), len(study.calibration[0])
+    settings = RunSettings(study.pool, rope_tables(block.config, 0, length), at_once(study))
+    own = SampleFile(before.path, (1, length, block.config.hidden_size))
+    return start_run(settings, block, own, study.scratch / f"states-{block.layer}", count, chosen)
 
 
 def _solve_layer(
     study: Study, block: Block, before: SampleFile, stack: ExitStack
 ) -> tuple[list[_SolvedUnit], SampleFile]:
     """Solve the units of a block; also the calibration samples' hidden states after the block as it is."""
-    solved = []
-    with _entered(study, block, before, range(len(study.calibration))) as states:
-        for stage in range(NUM_STAGES):
-            hessians = _Hessians(study, block, states)
+    solved, run = [], _start(study, block, before)
+    with closing(run.states):
+        for stage in range(len(block.stages)):
+            hessians = _Hessians(run)
             for unit, schemes in study.schemes.items():
                 if (unit.layer, unit.stage) == (block.layer, stage):
                     solved.append(_solve_unit(study, unit, schemes, hessians))
-            _advance(study, block, states, stage)
-        after = states.take("residual")
+            run_stage(run, stage)
+        after = run.states.take("residual")
     stack.callback(after.close)
     return solved, after
-
-
-def _advance(study: Study, block: Block, states: BlockStates, stage: int) -> None:
-    """All rows through the linears of a stage."""
-    rope = rope_tables(study.checkpoint.config, 0, len(study.calibration[0]))
-    states.advance(lambda _, state: block.advance(stage, state, rope), study.pool)
-
-
-def _sample(block: Block, states: BlockStates, name: str, row: int) -> SampleInputs:
-    """One row's inputs of a linear, by local name."""
-    return SampleInputs(block.inputs_of(name, states.read(row)))
 
 
 def _run_variant(
@@ -210,18 +194,16 @@ def _run_variant(
 class _Hessians:
     """Mean x xᵀ `[in, in]` of the present stage's inputs; a dense block's is kept for its other linears."""
 
-    def __init__(self, study: Study, block: Block, states: BlockStates) -> None:
-        self.study, self.block, self.states = study, block, states
+    def __init__(self, run: BlockRun) -> None:
+        self.run = run
         self._kept: Tensor | None = None
 
     def of(self, name: str) -> Tensor:
         """That of one linear, by local name."""
-        if ".experts." not in name and self._kept is not None:
+        if not is_expert(name) and self._kept is not None:
             return self._kept
-        rows, wide = range(self.states.rows), self.block.weights[name].shape[1]
-        sample = partial(_sample, self.block, self.states, name)
-        found = collect_moments(sample, rows, at_once(self.study), wide, "cpu", self.study.pool).hessian
-        self._kept = None if ".experts." in name else found
+        found = input_moments(self.run, name).hessian
+        self._kept = None if is_expert(name) else found
         return found
 
 
@@ -230,7 +212,7 @@ def _solve_unit(study: Study, unit: Unit, schemes: Sequence[QuantScheme], hessia
     errors, weights = dict.fromkeys(schemes, 0.0), dict[str, Tensor]()
     for names in unit.sharing_input():
         hessian = hessians.of(names[0])
-        full = {name: hessians.block.weights[name] for name in names}
+        full = {name: hessians.run.block.weights[name] for name in names}
         some = {name: weight[:: math.ceil(len(weight) / SAMPLED_ROWS)] for name, weight in full.items()}
         solved = {scheme: _solve(study, unit.layer, some, hessian, scheme) for scheme in schemes}
         for scheme, tensors in solved.items():

@@ -18,14 +18,6 @@ from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
 from qwen3_export.core.scheme import QuantScheme
 
 OUTER = -1
-# Patterns of a block's linears, by stage.
-_FUSED = (("self_attn.[qkv]_proj",), ("self_attn.o_proj",), ("{mlp}.[gu]*_proj",), ("{mlp}.down_proj",))
-_SEPARATE = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("{mlp}.gate_proj", "{mlp}.up_proj"),
-    ("{mlp}.down_proj",),
-)
 
 
 @dataclass(frozen=True)
@@ -65,11 +57,10 @@ def units(config: Qwen3Config, fused: bool, outer: bool = False) -> list[Unit]:
     found = ends if outer else []
     for layer in range(config.num_layers):
         shapes = config.linear_shapes(layer)
-        mlp = "mlp.experts.*" if config.is_sparse(layer) else "mlp"
-        for stage, patterns in enumerate(_FUSED if fused else _SEPARATE):
-            for pattern in (pattern.format(mlp=mlp) for pattern in patterns):
+        for number, stage in enumerate(config.block(layer).stages):
+            for pattern in stage.patterns(fused):
                 members = {name: shape for name, shape in shapes.items() if fnmatch.fnmatchcase(name, pattern)}
-                found.append(Unit(layer, stage, pattern, members))
+                found.append(Unit(layer, number, pattern, members))
     if outer and not config.tie_word_embeddings:
         found.append(Unit(config.num_layers, OUTER, HEAD, {HEAD: config.outer_matrices()[HEAD]}))
     return found
