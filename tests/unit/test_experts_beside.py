@@ -14,7 +14,7 @@ from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
 from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.recipe import ExpertRule, Recipe
 from qwen3_export.model.decoder import load_block, rope_tables, to_torch
-from qwen3_export.solve.blocks.forward import _share
+from qwen3_export.solve.blocks.paired import _share
 from qwen3_export.solve.method import LinearGroup
 from qwen3_export.solve.quantize import quantize
 from tests.conftest import copy_tokenizer, write_checkpoint

@@ -140,7 +140,7 @@ def test_states_write_over_the_files_on_the_shelf(tmp_path: Path) -> None:
     shelf = SpareFiles(tmp_path / "shelf")
     with workers(2) as pool:
         for turn in range(3):
-            states = BlockStates(folder, 4, shelf=shelf)
+            states = BlockStates(folder, 4, spare_files=shelf)
             states.advance(lambda row, _, turn=turn: {"x": torch.full((3,), float(row + turn))}, pool)
             states.advance(lambda _, state: {"x": state["x"] * 2, "n": torch.ones(5)}, pool)
             assert [states.read(row)["x"].tolist() for row in range(4)] == [

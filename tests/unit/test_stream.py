@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qwen3_export.core.architecture import ROUTER
+from qwen3_export.core.architecture import ROUTER, Stage
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.manifest import read_manifest, sha256_file
 from qwen3_export.core.progress import Progress
@@ -115,10 +115,10 @@ def inputs_of_linears(folder: Path, rows: list[np.ndarray], monkeypatch: pytest.
 
     plain = block_module.Block._route
 
-    def route(block: block_module.Block, state: block_module.State) -> block_module.State:
+    def route(block: block_module.Block, stage: Stage, state: block_module.State) -> block_module.State:
         if block.config.is_sparse(block.layer):
             seen[f"{block_name(block.layer)}.{ROUTER}"].append(state["x"].reshape(-1, state["x"].shape[-1]))
-        return plain(block, state)
+        return plain(block, stage, state)
 
     monkeypatch.setattr(block_module.Block, "linear", spy)
     monkeypatch.setattr(block_module.Block, "_route", route)
