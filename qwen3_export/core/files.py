@@ -10,10 +10,11 @@ Whatever a parser raises becomes one InputError (or a subclass that the caller n
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,6 +71,20 @@ def read_text(path: Path, kind: Kind = InputError, hint: str | None = None, most
         return _decode(data)
     except UnicodeDecodeError as error:
         raise kind(f"{path}: not a text file ({error})", "save it as UTF-8") from error
+
+
+def read_lines(path: Path, kind: Kind = InputError) -> Iterator[str]:
+    """The lines of a text file one by one, however large it is, without its byte-order mark."""
+    try:
+        with open_regular(path) as file:
+            head = file.read(3)
+            file.seek(0)
+            encoding = next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
+            yield from io.TextIOWrapper(file, encoding)
+    except UnicodeDecodeError as error:
+        raise kind(f"{path}: not a text file ({error})", "save it as UTF-8") from error
+    except OSError as error:
+        raise kind(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def parse_json(data: str | bytes, where: object, kind: Kind = InputError) -> Any:

@@ -103,6 +103,7 @@ def _calibration_record(recipe: Recipe, samples: Samples, settings: QuantizeSett
         "tokens": samples.tokens,
         "domains": {domain: samples.domains.count(domain) for domain in sorted(set(samples.domains))},
         "documents": dict(samples.documents),
+        **({"mapped": list(samples.mapped)} if samples.mapped else {}),
     }
 
 

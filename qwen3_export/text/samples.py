@@ -23,12 +23,14 @@ _SHORTEST_WINDOW = 16
 class Samples:
     """Token sequences with their domains.
 
-    `documents` counts by form (see `form_of`) the documents that they were cut from, where that is known.
+    `documents` counts by form (see `form_of`) the documents that they were cut from, where that is known;
+    `mapped` says what became of a data set's own keys (see `Document`).
     """
 
     ids: tuple[NDArray[np.int32], ...]
     domains: tuple[str, ...]
     documents: Mapping[str, int] = field(default_factory=dict)
+    mapped: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -70,7 +72,8 @@ def calibration_samples(tokenizer: TextModel, documents: list[Document], count: 
         )
     ids, domains, owned_by = zip(*chosen, strict=True)
     counted = Counter(forms[i] for i in np.unique(np.concatenate(owned_by)))
-    return Samples(ids, domains, dict(sorted(counted.items())))
+    mapped = {document.mapped for document in documents} - {""}
+    return Samples(ids, domains, dict(sorted(counted.items())), tuple(sorted(mapped)))
 
 
 def _zip_longest(lists: list[list[Any]]) -> Iterator[list[Any]]:

@@ -14,7 +14,7 @@ WORDS = "one two three four five " * 40
 BAD: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "empty text": ("text.txt", b"", ("text.txt", "no text")),
     "blank text": ("text.txt", b" \n \n", ("text.txt", "no text")),
-    "no UTF-8": ("text.txt", b"\xff\xfe", ("text.txt", "cannot be read")),
+    "no UTF-8": ("text.txt", b"a\xff\xfe", ("text.txt", "not a text file")),
     "empty lines": ("text.jsonl", b"\n\n", ("text.jsonl", "no text")),
     "broken line": ("text.jsonl", f'{{"text": "{WORDS}"}}\n{{"text": '.encode(), ("text.jsonl", "line 2")),
     "deep line": ("text.jsonl", b"[" * 100_000, ("text.jsonl", "line 1")),
