@@ -1,0 +1,67 @@
+"""The command that measures what importance matrices tell: calibrate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qwen3_export.cli.app import Force, Json, Quiet, Source, Verbose, app, console
+from qwen3_export.cli.console import fields, size
+from qwen3_export.core.outputs import check_output
+from qwen3_export.core.processors import MOST_THREADS
+from qwen3_export.core.source import open_source
+from qwen3_export.errors import InputError
+
+
+@app.command(epilog="Example: qwen3-export calibrate reference-model --output imatrix.gguf --samples 16")
+def calibrate(
+    source: Source,
+    output: Annotated[Path, typer.Option(help="File to write, e.g. imatrix.gguf.")],
+    calibration: Annotated[str, typer.Option(help="As for quantize.")] = "bundled",
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 128,
+    sequence_length: Annotated[int, typer.Option(min=16, help="Tokens per sample.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the calibration samples.")] = 0,
+    device: Annotated[str, typer.Option(help="`cpu` or `cuda`.")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="Default: all. Never changes the bytes.")
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure an importance matrix for llama.cpp's quantizer, and for `gguf --imatrix`."""
+    checkpoint = open_source(source)
+    check_output(output, [checkpoint.folder, calibration], force, folder=False)
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"--device {device}: cpu or cuda was expected")
+    checkpoint.hash_ahead()
+    from qwen3_export.model.workers import import_torch
+
+    import_torch()
+    from qwen3_export.solve.importance import calibrate as run
+    from qwen3_export.solve.job import QuantizeSettings
+
+    show = console(json, quiet, verbose)
+    settings = QuantizeSettings(
+        calibration, samples, sequence_length, seed, device=device, threads=threads, force=force
+    )
+    result = run(checkpoint, output, settings, show)
+    show.result(result, lambda: _calibrated(result))
+
+
+def _calibrated(result: dict[str, Any]) -> None:
+    experts = result["experts"]
+    fields(
+        {
+            "output": result["output"],
+            "tensors": result["tensors"],
+            "measured on": f"{result['samples']} samples of {result['sequence_length']} tokens",
+            **({} if experts is None else {"fewest tokens of an expert": experts["min_tokens"]}),
+            "size": size(result["bytes"]),
+            "time": f"{result['seconds']:.1f} s",
+            "peak memory": size(result["peak_rss_bytes"]),
+        }
+    )
