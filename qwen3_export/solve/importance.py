@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qwen3_export.core.architecture import Stage
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.coverage import summarise, summary_of
 from qwen3_export.core.gguf_types import gguf_name
@@ -24,7 +25,7 @@ from qwen3_export.core.outputs import staged_file, working_folder
 from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.core.qwen3 import EMBEDDING, block_name
 from qwen3_export.core.recipe import Recipe
-from qwen3_export.model.block import NUM_STAGES, Block, State
+from qwen3_export.model.block import Block, State
 from qwen3_export.model.decoder import Rope, load_block, rope_tables
 from qwen3_export.model.table import Table
 from qwen3_export.model.workers import Workers, workers
@@ -124,21 +125,21 @@ def _block(checkpoint: Checkpoint, layer: int, device: str, pool: Workers) -> Bl
 def _pass(block: Block, hidden: SampleFile, place: int, rope: Rope, device: str) -> Sums:
     """One sample through a block: the sums of its inputs at every stage; what leaves the block replaces it."""
     state, found = block.initial_state(hidden.read(place).to(device)), Sums()
-    for stage in range(NUM_STAGES):
+    for number, stage in enumerate(block.stages):
         found.update(_sums(block, stage, state))
-        state = block.advance(stage, state, rope)
+        state = block.advance(number, state, rope)
     hidden.write(place, state["residual"])
     return found
 
 
-def _sums(block: Block, stage: int, state: State) -> Sums:
+def _sums(block: Block, stage: Stage, state: State) -> Sums:
     """Σ x² of what the linears of a stage take in; linears that share their inputs share the arrays."""
-    names, squares = block.stage_linears(stage), state["x"].float().square()
-    tensors = dict.fromkeys(f"{gguf_name(f'{block_name(block.layer)}.{name}')}.weight" for name in names)
-    if not any(".experts." in name for name in names):
+    squares, prefix = state["x"].float().square(), block_name(block.layer)
+    tensors = dict.fromkeys(f"{gguf_name(f'{prefix}.{name}')}.weight" for name in stage.groups[0])
+    if not stage.routed:
         total = _sum(squares)[None]
         return dict.fromkeys(tensors, (total.numpy().astype(np.float64), np.array([float(squares[..., 0].numel())])))
-    chosen, experts = state["experts"].reshape(-1), block.config.num_experts
+    chosen, experts = state["experts"].reshape(-1), stage.experts
     if squares.dim() == state["experts"].dim():
         # Inputs before they are sent to experts: each goes to several.
         squares = squares.unsqueeze(-2).expand(*state["experts"].shape, -1)
