@@ -7,15 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from qwen3_export.cli.app import Force, Json, Quiet, Source, Verbose, app, console
+from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console
 from qwen3_export.cli.console import Console, fields, nats, size, table, verdict
 from qwen3_export.core.outputs import check_output
 from qwen3_export.core.processors import MOST_THREADS
 from qwen3_export.core.source import locate, open_source
 from qwen3_export.errors import InputError
+from qwen3_export.text.documents import split_domain
 
 Artifacts = Annotated[list[str], typer.Argument(help="ONNX, TensorRT or Hugging Face folders, or .gguf files.")]
-Texts = Annotated[list[str] | None, typer.Option("--text", help="Text file in place of the bundled one; repeatable.")]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option("--text", help="Text in place of the bundled one: FILE or DOMAIN=FILE; repeatable."),
+]
 Tokens = Annotated[int | None, typer.Option(min=64, max=1_000_000_000, help="Use about this many tokens of the text.")]
 Report = Annotated[Path | None, typer.Option(help="Folder for report.json, .md, .html and .xml (JUnit).")]
 ThinkingBudget = Annotated[
@@ -36,14 +40,17 @@ def find(artifact: str) -> Path:
 
 @app.command(epilog="Example: qwen3-export reference reference-model --output original.safetensors")
 def reference(
-    source: Source,
-    output: Annotated[Path, typer.Option(help="File to write.")],
+    source: Annotated[str, typer.Argument(help="A folder, a hub id, `reference-model`; a reference file to merge.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
     text: Texts = None,
+    merge: Annotated[
+        list[Path] | None, typer.Option(help="SOURCE is a reference file: add the rows of this one; repeatable.")
+    ] = None,
     tokens: Tokens = None,
     window: Annotated[int, typer.Option(min=32, max=1 << 20, help="Tokens per row.")] = 256,
     top_k: Annotated[
         int, typer.Option(min=0, max=1 << 20, help="Most likely tokens kept per position; 0 keeps all.")
-    ] = 64,
+    ] = 256,
     thinking_budget: ThinkingBudget = None,
     tasks: Tasks = None,
     force: Force = False,
@@ -56,13 +63,28 @@ def reference(
     from qwen3_export.prove.tasks import read_tasks
     from qwen3_export.prove.validate import held_out
 
-    checkpoint, show = open_source(source), console(json, quiet, verbose)
+    show = console(json, quiet, verbose)
+    if merge:
+        _merge([Path(source), *merge], output, force, show)
+        return
+    checkpoint = open_source(source)
     asked = read_tasks(tasks) if tasks else ()
     if window > checkpoint.config.max_position:
         raise InputError(f"--window {window}: the model has {checkpoint.config.max_position} positions")
-    check_output(output, [checkpoint.folder, *(text or ())], force, folder=False)
+    check_output(output, [checkpoint.folder, *(split_domain(item)[1] for item in text or ())], force, folder=False)
     rows = held_out(checkpoint.folder, text or (), window, tokens)
     result = write_reference(checkpoint, rows, output, top_k, force, show, thinking_budget, asked)
+    shown = {k: result[k] for k in ("output", "positions", "rows", "top_k")} | {"size": size(result["bytes"])}
+    show.result(result, lambda: fields(shown))
+
+
+def _merge(paths: list[Path], output: Path, force: bool, show: Console) -> None:
+    from qwen3_export.prove.merging import merge_references
+
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file", "--merge takes reference files, and SOURCE is one too")
+    result = merge_references(paths, output, force)
     shown = {k: result[k] for k in ("output", "positions", "rows", "top_k")} | {"size": size(result["bytes"])}
     show.result(result, lambda: fields(shown))
 
@@ -105,7 +127,7 @@ def validate(
         raise InputError(f"--on {on}: mean or upper was expected")
     paths, asked = [find(artifact) for artifact in artifacts], read_tasks(tasks) if tasks else ()
     if report:
-        check_output(report, [*paths, reference, gate, *(text or ())], force)
+        check_output(report, [*paths, reference, gate, *(split_domain(item)[1] for item in text or ())], force)
     truth = open_reference(reference, text or (), tokens, show, thinking_budget)
     result = run(paths, truth, limits, RuntimeOptions(threads=threads, exact=exact), show, on, asked)
     if report:

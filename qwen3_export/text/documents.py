@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,21 @@ def source_name(spec: str) -> str:
     return spec if spec in ("bundled", "heldout", "self") or spec.startswith("hf:") else Path(spec).name
 
 
+def split_domain(spec: str) -> tuple[str, str]:
+    """`math=notes.txt` as ("math", "notes.txt"); the name of a file that exists is no domain."""
+    domain, equals, rest = spec.partition("=")
+    named = equals and re.fullmatch(r"[\w-]+", domain) and rest and not Path(os.path.expanduser(spec)).exists()
+    return (domain, rest) if named else ("", spec)
+
+
 def load_documents(spec: str) -> list[Document]:
-    """Documents of `bundled`, `heldout`, a `.txt`/`.jsonl`/`.parquet` file or `hf:dataset[:split]`."""
+    """Documents of `bundled`, `heldout`, a `.txt`/`.jsonl`/`.parquet` file or `hf:dataset[:split]`.
+
+    `DOMAIN=` before any of them says which domain all its documents belong to.
+    """
+    domain, text = split_domain(spec)
+    if domain:
+        return [replace(document, domain=domain) for document in load_documents(text)]
     if spec == "bundled":
         return _read_jsonl(resource(BUNDLED_CALIBRATION))
     if spec == "heldout":
