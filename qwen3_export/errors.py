@@ -40,6 +40,10 @@ class UnsupportedError(InputError):
     """The request is well formed, but a format or runtime cannot hold it; the hint names what can."""
 
 
+class InputWarning(UserWarning):
+    """Something in an input that is not what its author may believe; the work goes on, and it is told once."""
+
+
 class MissingRuntimeError(ExportError):
     """A library, driver, device or network that this request needs is absent (exit code 3)."""
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import signal
 import sys
 import traceback
+import warnings
+from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 from qwen3_export.cli.streams import finish_streams, steady_streams
 from qwen3_export.core.process import STOPPING
-from qwen3_export.errors import ExportError, InputError
+from qwen3_export.errors import ExportError, InputError, InputWarning
 
 _EXIT_INTERRUPTED = 130
 _EXIT_RESOURCES = 4
@@ -40,7 +44,8 @@ def run(arguments: list[str]) -> int:
         from qwen3_export.cli.commands import app
 
         _check_utf8(arguments)
-        code = typer.main.get_command(app).main(arguments, prog_name="qwen3-export", standalone_mode=False)
+        with _told_warnings(quiet=bool({"-q", "--quiet"} & set(arguments))):
+            code = typer.main.get_command(app).main(arguments, prog_name="qwen3-export", standalone_mode=False)
         if code == _EXIT_INTERRUPTED:
             raise KeyboardInterrupt  # typer has turned it into this code
     except BaseException as error:
@@ -48,6 +53,24 @@ def run(arguments: list[str]) -> int:
             traceback.print_exc()
         return _report(error)
     return code if isinstance(code, int) else 0
+
+
+@contextlib.contextmanager
+def _told_warnings(quiet: bool) -> Iterator[None]:
+    """Print what is told of an input as one line `warning: …`, once; other warnings as Python does."""
+    with warnings.catch_warnings():
+        usual, told = warnings.showwarning, set[str]()
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if not issubclass(category, InputWarning):
+                usual(message, category, *place, **more)
+            elif not quiet and str(message) not in told:
+                told.add(str(message))
+                print(f"warning: {message}", file=sys.stderr)
+
+        warnings.simplefilter("always", InputWarning)
+        warnings.showwarning = show
+        yield
 
 
 def _check_utf8(arguments: list[str]) -> None:

@@ -24,6 +24,7 @@ from qwen3_export.core.manifest import MANIFEST, beside, read_manifest, sha256_f
 from qwen3_export.core.qwen3 import Qwen3Config, parse_config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
+from qwen3_export.core.tensor_names import refuse_adapter, with_usual_names
 from qwen3_export.core.tensorfile import DTYPES, Entry, Spec, TensorFile
 from qwen3_export.errors import CheckpointError, RecipeError
 
@@ -152,9 +153,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     Raises CheckpointError naming the file or the tensor, what was found and what was wanted.
     """
+    refuse_adapter(folder)
     raw = read_json(folder / "config.json", CheckpointError, "not a checkpoint folder?")
     config = parse_config(raw, str(folder / "config.json"))
-    files = _open_shards(folder)
+    files = with_usual_names(folder, _open_shards(folder), config)
     manifest, quantization = read_manifest(folder), quantization_config.quantization_of(folder, raw, files)
     checkpoint = Checkpoint(folder.absolute(), config, raw, files, {})
     if quantization and isinstance(manifest.get("tensors"), dict):
@@ -258,14 +260,18 @@ def _specs(checkpoint: Checkpoint, module: str, shape: tuple[int, int], scheme: 
 
 
 def _check_tied(checkpoint: Checkpoint, rows: int = 4096) -> None:
-    """A head that is tied by the configuration and stored all the same must equal the embedding."""
+    """A head that is tied by the configuration and stored all the same must equal the embedding, in the type of the
+    narrower of the two: some trainers keep an fp32 copy."""
     vocab = checkpoint.config.vocab_size
     if checkpoint.entry("lm_head.weight").shape != checkpoint.entry(checkpoint.head).shape:
         raise CheckpointError(f"{checkpoint.folder}: lm_head.weight is tied but its shape is not the embedding's")
     for begin in range(0, vocab, rows):
         end = min(begin + rows, vocab)
         head, embedding = (checkpoint.rows(name, begin, end) for name in ("lm_head.weight", checkpoint.head))
-        if head.tobytes() != embedding.tobytes():
+        narrower = min(head.dtype, embedding.dtype, key=lambda dtype: dtype.itemsize)
+        with np.errstate(over="ignore"):
+            same = head.astype(narrower).tobytes() == embedding.astype(narrower).tobytes()
+        if not same:
             raise CheckpointError(
                 f"{checkpoint.folder}: config.json ties lm_head to the embedding, but the stored rows "
                 f"{begin}..{end - 1} differ",

@@ -52,6 +52,11 @@ def read_schemes(where: str, stored: Stored, linears: Shapes) -> tuple[str, Sche
     the configuration says what no scheme can.
     """
     method = str(stored.config.get("quant_method"))
+    if method == "bitsandbytes":
+        raise CheckpointError(
+            f"{where}: quantized by bitsandbytes, whose folders only it can read",
+            "give the 16-bit original, or load it in transformers, call model.dequantize() and save_pretrained()",
+        )
     if method not in METHODS:
         known = ", ".join(METHODS)
         raise CheckpointError(f"{where}: quantized with quant_method {method!r}; {known} can be read", NEEDS_ORIGINAL)

@@ -16,6 +16,7 @@ lm_head                                  [vocab, hidden]                 absent 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.core.architecture import BlockDescription, describe_block
-from qwen3_export.errors import CheckpointError
+from qwen3_export.errors import CheckpointError, InputWarning
 
 MODEL_TYPES = ("qwen3", "qwen3_moe")
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -253,6 +254,13 @@ def _one_rope(values: Mapping[str, Any], scaling: Mapping[str, Any], where: str)
         return Rope(theta)
     if kind != "yarn":
         raise CheckpointError(f"{where}: rope type {kind!r} is not supported; default and yarn are")
+    if "attn_factor" in scaling:
+        # transformers warns in the same case, and takes YaRN's own factor too.
+        warnings.warn(
+            f"{where}: attn_factor beside YaRN is read by nobody; what is meant may be attention_factor",
+            InputWarning,
+            stacklevel=2,
+        )
     original = _size(scaling, "original_max_position_embeddings", where, values.get("max_position_embeddings"))
     factor = _number(scaling, "factor", where, None)
     if theta <= 1:

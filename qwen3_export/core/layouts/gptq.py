@@ -12,6 +12,7 @@ words with a 0; the folder's `meta` says who wrote it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -33,7 +34,7 @@ from qwen3_export.core.qwen3 import EMBEDDING, HEAD
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor
 from qwen3_export.core.tensorfile import Spec
-from qwen3_export.errors import CheckpointError, RecipeError
+from qwen3_export.errors import CheckpointError, InputWarning, RecipeError
 
 
 def supports(scheme: QuantScheme) -> str | None:
@@ -116,6 +117,14 @@ def format_of(config: Mapping[str, Any]) -> str:
 def config(schemes: Mapping[str, QuantScheme], linears: list[str]) -> dict[str, Any]:
     """GPTQ's `quantization_config`; it has one scheme for all linears."""
     scheme = uniform(schemes, linears, "gptq", outer=(HEAD,))
+    if not scheme.symmetric:
+        warnings.warn(
+            "the gptq layout with zero points (sym: false, format gptq_v2) loads in GPTQModel and here; vLLM refuses "
+            "it, and loaders of the older format add 1 to every zero point. --layout awq (4 bits in groups) and "
+            "--layout compressed-tensors load in vLLM and SGLang",
+            InputWarning,
+            stacklevel=2,
+        )
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq" if scheme.symmetric else "gptq_v2",
