@@ -28,7 +28,7 @@ from qwen3_export.core.progress import Progress
 from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
-from qwen3_export.errors import InputError, RecipeError
+from qwen3_export.errors import CheckpointError, InputError
 from qwen3_export.model import block as block_module
 from qwen3_export.model.decoder import load_block, rope_tables, to_torch
 from qwen3_export.model.workers import workers
@@ -297,7 +297,7 @@ def test_a_damaged_weight_stops_the_run_with_its_name(source: Path, tmp_path: Pa
     tensors = {tensor: checkpoint.read(tensor).copy() for tensor in checkpoint.files}
     tensors[f"{name}.weight"][3, 3] = np.nan
     write_tensors(folder / "model.safetensors", tensors.items())
-    with pytest.raises(RecipeError, match=rf"{name}: .* NaN"):
+    with pytest.raises(CheckpointError, match=rf"{name}\.weight: .* NaN"):
         quantize(open_checkpoint(folder), recipe(), tmp_path / "out", settings)
     assert not (tmp_path / "out").exists()
 

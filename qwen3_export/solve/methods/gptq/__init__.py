@@ -29,7 +29,7 @@ from qwen3_export.solve.methods.gptq.cholesky import Factor, damped, factorise
 from qwen3_export.solve.methods.gptq.columns import multiply, round_block
 from qwen3_export.solve.methods.gptq.noise_shaping import fisher_factors, row_tasks, solve_shaped
 from qwen3_export.solve.methods.gptq.refine import descend, group_order, refit_scales, search_columns
-from qwen3_export.solve.methods.gptq.target_shift import start_shift_factors, target_shift_of
+from qwen3_export.solve.methods.gptq.target_shift import TargetShift, start_shift_factors, target_shift_of
 from qwen3_export.solve.rounding.grid import Grid, find_grid, shared_global_scale
 from qwen3_export.solve.rounding.row_chunks import SolvedRows, check_finite, check_inputs, quadratic_form, solve_rows
 
@@ -85,75 +85,37 @@ def fisher_samples(options: Options) -> int:
     return options.output_rows
 
 
-def solve(group: LinearGroup, options: Options, pool: Workers) -> dict[str, SolvedWeight]:
-    """Solve all linears of the group against their common Hessian; error = tr(ΔHΔᵀ) / tr(WHWᵀ).
-
-    Raises RecipeError for inputs or weights that are not finite.
-    """
-    hessian = group.hessian
-    if hessian is None:
-        raise ValueError("GPTQ was called without inputs")
-    check_inputs(group)
-    paired = group.paired if options.target_shift else None
-    shift_factors = start_shift_factors(paired, options.percdamp, pool) if paired else []
-    problems = {scheme: _problem(group, scheme, options, pool) for scheme in set(group.schemes.values())}
-    shift = target_shift_of(paired, shift_factors, pool) if paired and shift_factors else None
-    solved = {}
-    for name, weight in group.weights.items():
-        check_finite(name, weight)
-        problem = problems[group.schemes[name]]
-        target = weight if shift is None else shift.target(weight, pool)
-
-        uppers = fisher_factors(group.fisher.get(name, []))
-        cut = _cut(weight, group.schemes[name], uppers)
-
-        def piece(
-            rows: slice,
-            target: Tensor = target,
-            problem: Problem = problem,
-            uppers: list[Tensor] = uppers,
-        ) -> SolvedRows:
-            own = [upper for begin, upper in _placed(uppers) if rows.start <= begin < rows.stop]
-            solve_rows_of = partial(_solve_rows, problem=problem, options=options, matmul_dtype=pool.matmul_dtype)
-            part = target[rows]
-            grid, codes = solve_shaped(part, own, solve_rows_of, problem.scheme) if own else solve_rows_of(part)
-            full = grid.columns(part.shape)
-            delta = (codes - full.zeros) * full.scales - part
-            return SolvedRows(
-                grid,
-                codes,
-                quadratic_form(delta, hessian, pool.matmul_dtype),
-                quadratic_form(part, hessian, pool.matmul_dtype),
-            )
-
-        solved[name] = solve_rows(name, weight, group, piece, pool, problem.global_scale, cut)
-    return solved
-
-
-def _placed(uppers: list[Tensor]) -> list[tuple[int, Tensor]]:
-    """Each factor with the first row of its piece."""
-    begins = [0, *accumulate(len(upper) for upper in uppers)]
-    return list(zip(begins, uppers, strict=False))
-
-
-def _cut(weight: Tensor, scheme: QuantScheme, uppers: list[Tensor]) -> list[slice] | None:
-    """Rows that are solved together where errors are shaped along them: whole pieces of G."""
-    if not uppers or not scheme.per_row:
-        uppers.clear()
-        return None
-    begins = [*(begin for begin, _ in _placed(uppers)), len(weight)]
-    return [slice(begins[task.start], begins[task.stop]) for task in row_tasks(len(uppers))]
-
-
 @dataclass(frozen=True)
 class Problem:
-    """One Hessian for one scheme: its factor in solving order, and to refit scales H + λI in the columns' own."""
+    """One Hessian and one scheme, which some linears of a group share.
+
+    `factor` is the Cholesky factor in solving order; `damped` is H + λI in the columns' own order, to refit scales
+    with, where there is more than one pass of descent.
+    """
 
     scheme: QuantScheme
     hessian: Tensor
     factor: Factor
     damped: Tensor | None
+    options: Options
+    matmul_dtype: torch.dtype = torch.float32
     global_scale: float = 1.0
+
+
+def solve(group: LinearGroup, options: Options, pool: Workers) -> dict[str, SolvedWeight]:
+    """Solve all linears of the group against their common Hessian; error = tr(ΔHΔᵀ) / tr(WHWᵀ).
+
+    Raises RecipeError for inputs or weights that are not finite.
+    """
+    if group.hessian is None:
+        raise ValueError("GPTQ was called without inputs")
+    check_inputs(group)
+    paired = group.paired if options.target_shift else None
+    # Begun first: the shift's factors are made beside those of the problems.
+    shift_factors = start_shift_factors(paired, options.percdamp, pool) if paired else []
+    problems = {scheme: _problem(group, scheme, options, pool) for scheme in set(group.schemes.values())}
+    shift = target_shift_of(paired, shift_factors, pool) if paired and shift_factors else None
+    return {name: _solve_linear(group, name, problems[group.schemes[name]], shift, pool) for name in group.weights}
 
 
 def _problem(group: LinearGroup, scheme: QuantScheme, options: Options, pool: Workers) -> Problem:
@@ -163,39 +125,75 @@ def _problem(group: LinearGroup, scheme: QuantScheme, options: Options, pool: Wo
     if options.scale_search == "solve" and scheme.strategy == "group":
         order = group_order(hessian, scheme.group_length(len(hessian)))
     factor = factorise(hessian, options.percdamp, options.act_order, first, order, pool)
-    plain = damped(hessian, options.percdamp) if options.descent > 1 else None
-    return Problem(scheme, hessian, factor, plain, shared_global_scale(list(group.weights.values()), scheme))
+    to_refit = damped(hessian, options.percdamp) if options.descent > 1 else None
+    unit = shared_global_scale(list(group.weights.values()), scheme)
+    return Problem(scheme, hessian, factor, to_refit, options, pool.matmul_dtype, unit)
 
 
-def _solve_rows(
-    weight: Tensor, problem: Problem, options: Options, matmul_dtype: torch.dtype = torch.float32
-) -> tuple[Grid, Tensor]:
-    scheme, factor, unit = problem.scheme, problem.factor, problem.global_scale
+def _solve_linear(
+    group: LinearGroup, name: str, problem: Problem, shift: TargetShift | None, pool: Workers
+) -> SolvedWeight:
+    """Solve one linear in chunks of output rows, which do not depend on each other."""
+    weight = group.weights[name]
+    check_finite(name, weight)
+    target = weight if shift is None else shift.target(weight, pool)
+    uppers = fisher_factors(group.fisher.get(name, [])) if problem.scheme.per_row else []
+    solve_chunk = partial(_solve_chunk, target, problem, uppers)
+    return solve_rows(name, weight, group, solve_chunk, pool, problem.global_scale, _chunks(weight, uppers))
+
+
+def _chunks(weight: Tensor, uppers: list[Tensor]) -> list[slice] | None:
+    """The chunks of rows where errors are shaped along them: whole pieces of G; None elsewhere."""
+    begins = [*_begins(uppers), len(weight)]
+    return [slice(begins[task.start], begins[task.stop]) for task in row_tasks(len(uppers))] if uppers else None
+
+
+def _begins(uppers: list[Tensor]) -> list[int]:
+    """The first row of each piece of G."""
+    return [0, *accumulate(len(upper) for upper in uppers)][: len(uppers)]
+
+
+def _solve_chunk(target: Tensor, problem: Problem, uppers: list[Tensor], out_rows: slice) -> SolvedRows:
+    """Solve some output rows; their errors are shaped along the rows where G is known."""
+    own = [u for begin, u in zip(_begins(uppers), uppers, strict=True) if out_rows.start <= begin < out_rows.stop]
+    part, solve_rows_of = target[out_rows], partial(_solve_rows, problem=problem)
+    grid, codes = solve_shaped(part, own, solve_rows_of, problem.scheme) if own else solve_rows_of(part)
+    full = grid.columns(part.shape)
+    delta = (codes - full.zeros) * full.scales - part
+    error, total = (quadratic_form(matrix, problem.hessian, problem.matmul_dtype) for matrix in (delta, part))
+    return SolvedRows(grid, codes, error, total)
+
+
+def _solve_rows(weight: Tensor, problem: Problem) -> tuple[Grid, Tensor]:
+    """Grid and codes of some output rows: GPTQ, then passes of descent with the scales refitted between them."""
+    scheme, factor, unit, options = problem.scheme, problem.factor, problem.global_scale, problem.options
     if options.scale_search == "solve" and scheme.strategy == "group":
-        codes, grid = search_columns(weight, scheme, factor.order, factor.upper, unit, matmul_dtype)
+        codes, grid = search_columns(weight, scheme, factor.order, factor.upper, unit, problem.matmul_dtype)
     else:
         search = "mse" if options.scale_search == "solve" else options.scale_search
         grid = find_grid(weight, scheme, search, problem.hessian.diagonal(), unit)
-        codes = round_columns(weight, grid.columns(weight.shape), factor, matmul_dtype)
+        codes = round_columns(weight, grid.columns(weight.shape), factor, problem.matmul_dtype)
     for turn in range(options.descent):
         if turn > 0 and scheme.per_row:
             assert problem.damped is not None
             grid = refit_scales(weight, codes, grid, problem.damped, unit)
-        codes = descend(weight, codes, grid, factor.damped, factor.order, matmul_dtype)
+        codes = descend(weight, codes, grid, factor.damped, factor.order, problem.matmul_dtype)
     return grid, codes
 
 
 def round_columns(weight: Tensor, grid: Grid, factor: Factor, matmul_dtype: torch.dtype = torch.float32) -> Tensor:
-    """Codes `[out, in]` in fp32; `grid` has one entry per column."""
-    # Columns are rows here, so that the innermost work is on contiguous memory.
+    """Codes `[out, in]` in fp32 by GPTQ's recursion, one block of columns after another.
+
+    Algorithm 1 of Frantar et al. with static scales; `grid` has one entry per column. Columns are rows here, so
+    that the innermost work is on contiguous memory: `rest` is the part of W that is not quantized yet, transposed.
+    """
     rest = weight.T[factor.order].contiguous()
     scales, zeros = grid.scales.T[factor.order], grid.zeros.T[factor.order]
-    codes = torch.empty_like(rest)
-    count, upper = len(rest), factor.upper
-    for begin in range(0, count, _BLOCK):
-        own = slice(begin, min(begin + _BLOCK, count))
-        codes[own], errors = round_block(rest[own], scales[own], zeros[own], upper[own, own], grid.scheme)
-        rest[own.stop :].sub_(multiply(upper[own, own.stop :].T, errors, matmul_dtype))
+    codes, upper = torch.empty_like(rest), factor.upper
+    for begin in range(0, len(rest), _BLOCK):
+        block = slice(begin, min(begin + _BLOCK, len(rest)))
+        codes[block], errors = round_block(rest[block], scales[block], zeros[block], upper[block, block], grid.scheme)
+        rest[block.stop :].sub_(multiply(upper[block, block.stop :].T, errors, matmul_dtype))
     result = torch.empty_like(codes)
     result[factor.order] = codes
     return result.T.contiguous()

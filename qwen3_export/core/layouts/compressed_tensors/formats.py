@@ -1,0 +1,14 @@
+"""The names of compressed-tensors' formats."""
+
+from __future__ import annotations
+
+from qwen3_export.core.scheme import QuantScheme
+
+FP4 = {"e8m0": "mxfp4-pack-quantized", "e4m3": "nvfp4-pack-quantized"}
+
+
+def format_of(scheme: QuantScheme) -> str:
+    """compressed-tensors' name of the format that holds a scheme."""
+    if scheme.type == "float":
+        return FP4.get(scheme.scale_dtype, "float-quantized" if scheme.activations else "naive-quantized")
+    return "int-quantized" if scheme.activations else "pack-quantized"
