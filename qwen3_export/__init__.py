@@ -46,9 +46,10 @@ def export(source: str | Path, output: str | Path, format: str, **options: Any) 
         raise InputError(f"format {format!r}: one of {', '.join(_FORMATS)} was expected")
     module = importlib.import_module(f"qwen3_export.ship.{format}")
     if format == "onnx":
+        from qwen3_export.prove.cache import cache_cost, cache_scales
         from qwen3_export.prove.rounding import level_cost
 
-        options.setdefault("measure", level_cost)
+        options = {"measure": level_cost, "study_cache": (cache_scales, cache_cost), **options}
     result: dict[str, Any] = getattr(module, f"export_{format}")(open_source(str(source)), Path(output), **options)
     return result
 

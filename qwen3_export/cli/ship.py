@@ -131,6 +131,9 @@ def onnx(
             min=0, max=4, help="MatMulNBits: 0 exact activations, 4 int8 ones, the fast way (default: the target's)."
         ),
     ] = None,
+    kv_cache: Annotated[
+        str, typer.Option(help="fp32; int8 or int4: calibrated codes, a quarter or an eighth of the cache's memory.")
+    ] = "fp32",
     max_shard_size: Annotated[
         str | None, typer.Option(help="Data beyond this size goes to a next file, e.g. 2GB.")
     ] = None,
@@ -150,6 +153,7 @@ def onnx(
 ) -> None:
     """Write an ONNX folder for onnxruntime and onnxruntime-genai; codes land unchanged."""
     _need("onnx_ir", "onnx")
+    from qwen3_export.prove.cache import cache_cost, cache_scales
     from qwen3_export.prove.rounding import level_cost
     from qwen3_export.ship.onnx import check_request, export_onnx
 
@@ -157,12 +161,13 @@ def onnx(
     options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume)
     choice: dict[str, Any] = {
         "flavor": flavor, "precision": precision, "accuracy_level": accuracy_level, "target": target,
+        "kv_cache": kv_cache,
     }  # fmt: skip
     check = partial(check_request, **choice)
     with _prepared(source, recipe, options, output, force, show, check) as checkpoint:
         result = export_onnx(
             checkpoint, output, **choice, force=force, progress=show,
-            max_shard_size=shard_bytes, measure=level_cost,
+            max_shard_size=shard_bytes, measure=level_cost, study_cache=(cache_scales, cache_cost),
         )  # fmt: skip
     show.result(result, lambda: _exported(result))
 
@@ -299,6 +304,14 @@ def _shard_bytes(text: str | None) -> int | None:
     return found
 
 
+def _costs(result: dict[str, Any]) -> dict[str, str]:
+    """What a quantized cache and the accuracy level cost, as lines of the summary."""
+    cache = {}
+    if "kv_cache_kl" in result:
+        cache["cache"] = f"{result['kv_cache']} keys and values; adds a KL of {result['kv_cache_kl']:.1e}"
+    return {**_level(result), **cache}
+
+
 def _level(result: dict[str, Any]) -> dict[str, str]:
     """What the accuracy level costs, as a line of the summary."""
     level = result.get("accuracy_level")
@@ -328,7 +341,7 @@ def _exported(result: dict[str, Any]) -> None:
                 else {}
             ),
             **({"requantized": f"{len(result['requantized'])} tensors"} if "requantized" in result else {}),
-            **_level(result),
+            **_costs(result),
             "time": f"{result['seconds']:.1f} s",
             "peak memory": size(result["peak_rss_bytes"]),
         }

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.manifest import file_list, to_json, write_manifest
 from qwen3_export.core.outputs import staged_folder
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.tokenizer_files import TOKENIZER, tokenizer_values
-from qwen3_export.errors import UnsupportedError
+from qwen3_export.errors import InputError, UnsupportedError
 from qwen3_export.ship.exactness import cast_errors
 from qwen3_export.ship.onnx import experts, ort_ops, standard_ops
+from qwen3_export.ship.onnx.cache import BITS, QuantizedCache
 from qwen3_export.ship.onnx.decoder import build_decoder
 from qwen3_export.ship.onnx.graph import GraphBuilder
 from qwen3_export.ship.onnx.sidecars import context_length, genai_config, model_config
@@ -31,6 +34,11 @@ from qwen3_export.ship.result import check_schemes, exactness, export_result, pr
 TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 # What an accuracy level costs: gets the folder, returns values for the manifest.
 Measure = Callable[[Path], dict[str, Any]]
+# A quantized cache's scales, keys' and values' of each layer, from a folder with a plain cache and the bits; and its
+# cost, from both folders.
+CacheScales = Callable[[Path, int], Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]]]
+StudyCache = tuple[CacheScales, Callable[[Path, Path], dict[str, Any]]]
+_PLAIN = "plain-cache"
 
 
 def export_onnx(
@@ -44,23 +52,27 @@ def export_onnx(
     target: str = "cpu",
     max_shard_size: int | None = None,
     measure: Measure | None = None,
+    kv_cache: str = "fp32",
+    study_cache: StudyCache | None = None,
 ) -> dict[str, Any]:
     """Write an ONNX folder; codes and scales land unchanged. Returns the result that `--json` prints.
 
     `max_shard_size` in bytes: data beyond it goes to a next file. `measure` is asked for the cost of an accuracy level
-    that rounds. Raises UnsupportedError, before anything is written, when a tensor's scheme does not fit.
+    that rounds. `kv_cache` int8 or int4 keeps keys and values as codes; `study_cache` finds their scales and cost.
+    Raises UnsupportedError, before anything is written, when a tensor's scheme does not fit.
     """
     started, progress = time.monotonic(), progress or Progress()
-    aim = check_request(checkpoint, flavor, precision, accuracy_level, target, max_shard_size)
+    aim = check_request(checkpoint, flavor, precision, accuracy_level, target, max_shard_size, kv_cache)
     files, inexact = files_of(aim, checkpoint), cast_errors(checkpoint, aim.precision)
     with staged_folder(output, force, inputs=[checkpoint.folder]) as folder:
-        shards, sparse = write_graph(checkpoint, folder, aim, files, progress)
+        cache = _calibrated(checkpoint, folder, aim, kv_cache, study_cache, progress)
+        shards, sparse = write_graph(checkpoint, folder, aim, files, progress, cache)
         _check_shards(aim, shards)
-        _write_sidecars(checkpoint, folder, aim, files, shards)
-        level = _level(checkpoint, aim, folder, measure)
+        _write_sidecars(checkpoint, folder, aim, files, shards, cache)
+        level = {**_cost_of(cache, folder, study_cache, kv_cache), **_level(checkpoint, aim, folder, measure)}
         values = {
             "target": aim.name, "flavor": aim.flavor, "precision": aim.precision,
-            **level, **provenance(checkpoint), **exactness(inexact), **sparse,
+            **level, **_described(cache), **provenance(checkpoint), **exactness(inexact), **sparse,
         }  # fmt: skip
         write_manifest(folder, "onnx", values)
         written = file_list(folder)
@@ -83,7 +95,9 @@ def _check_shards(target: Target, shards: int) -> None:
         )
 
 
-def _write_sidecars(checkpoint: Checkpoint, folder: Path, target: Target, files: Files, shards: int) -> None:
+def _write_sidecars(
+    checkpoint: Checkpoint, folder: Path, target: Target, files: Files, shards: int, cache: QuantizedCache | None = None
+) -> None:
     for path in checkpoint.sidecars():
         shutil.copyfile(path, folder / path.name)
     if checkpoint.folder.joinpath("vocab.json").is_file() and not (folder / TOKENIZER).exists():
@@ -91,7 +105,7 @@ def _write_sidecars(checkpoint: Checkpoint, folder: Path, target: Target, files:
         (folder / TOKENIZER).write_text(to_json(tokenizer_values(checkpoint.folder)), encoding="utf-8")
     configs = {"config.json": model_config(checkpoint, target, files, shards)}
     if target.flavor == "ort":
-        configs["genai_config.json"] = genai_config(checkpoint, target, files)
+        configs["genai_config.json"] = genai_config(checkpoint, target, files, shares_cache=cache is None)
     for name, values in configs.items():
         (folder / name).write_text(to_json(values), encoding="utf-8")
 
@@ -103,6 +117,7 @@ def check_request(
     accuracy_level: int | None = None,
     target: str = "cpu",
     max_shard_size: int | None = None,
+    kv_cache: str = "fp32",
 ) -> Target:
     """Everything that can be known before the long work; a recipe's target is checked by it too, before quantizing.
 
@@ -113,17 +128,60 @@ def check_request(
     check_schemes(checkpoint, supports, f"onnx ({aim.flavor})", experts.supports)
     experts.sparse_layers(checkpoint)
     files_of(aim, checkpoint)
+    if kv_cache not in BITS:
+        raise InputError(f"--kv-cache {kv_cache}: one of {', '.join(BITS)} was expected")
+    if kv_cache != "fp32" and (aim.flavor, aim.precision, aim.name) != ("ort", "fp32", "cpu"):
+        raise InputError(
+            f"--kv-cache {kv_cache} is GroupQueryAttention's of ONNX Runtime's CPU kernels, beside fp32 activations",
+            "leave --target, --flavor and --precision away",
+        )
     return aim
 
 
+def _calibrated(
+    checkpoint: Checkpoint, folder: Path, aim: Target, kv_cache: str, study: StudyCache | None, progress: Progress
+) -> QuantizedCache | None:
+    """A quantized cache's scales, measured on the same model with a plain cache, kept until the cost is known."""
+    bits = BITS[kv_cache]
+    if bits is None:
+        return None
+    assert study is not None, "whoever asks for a quantized cache says how its scales are found"
+    plain, files = folder / _PLAIN, files_of(aim, checkpoint)
+    plain.mkdir()
+    shards, _ = write_graph(checkpoint, plain, aim, files, progress)
+    _write_sidecars(checkpoint, plain, aim, files, shards)
+    return QuantizedCache(bits, study[0](plain, bits))
+
+
+def _cost_of(cache: QuantizedCache | None, folder: Path, study: StudyCache | None, kv_cache: str) -> dict[str, Any]:
+    """The cache's type and, where it is quantized, what that costs."""
+    if cache is None or study is None:
+        return {"kv_cache": kv_cache}
+    cost = study[1](folder / _PLAIN, folder)
+    shutil.rmtree(folder / _PLAIN)
+    return {"kv_cache": kv_cache, **cost}
+
+
+def _described(cache: QuantizedCache | None) -> dict[str, Any]:
+    """A quantized cache's scales for the manifest, `[kv_heads][head_dim]` per layer."""
+    if cache is None:
+        return {}
+    return {"kv_cache_scales": [{"key": k[:, 0].tolist(), "value": v[:, 0].tolist()} for k, v in cache.scales]}
+
+
 def write_graph(
-    checkpoint: Checkpoint, folder: Path, target: Target, files: Files, progress: Progress
+    checkpoint: Checkpoint,
+    folder: Path,
+    target: Target,
+    files: Files,
+    progress: Progress,
+    cache: QuantizedCache | None = None,
 ) -> tuple[int, dict[str, Any]]:
     """Write the graph and its data; returns the number of data files, and which operators the experts became."""
     dtype, is_ort = TYPES[target.precision], target.flavor == "ort"
     with GraphBuilder(folder, ort_ops.OPSET if is_ort else standard_ops.OPSET, files) as graph:
         ops = (
-            ort_ops.OrtOps(graph, dtype, target.accuracy_level)
+            ort_ops.OrtOps(graph, dtype, target.accuracy_level, cache)
             if is_ort
             else standard_ops.StandardOps(graph, dtype, tensorrt=target.flavor == "tensorrt")
         )

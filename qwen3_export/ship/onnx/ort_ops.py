@@ -24,6 +24,7 @@ from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.ship.onnx import qmoe, routed
+from qwen3_export.ship.onnx.cache import FloatCache, QuantizedCache
 from qwen3_export.ship.onnx.experts import SparseLayer
 from qwen3_export.ship.onnx.graph import CONTRIB, GraphBuilder
 from qwen3_export.ship.onnx.padding import TokenOrder
@@ -54,8 +55,10 @@ class OrtOps:
     int8. Level 0 with other than 4 bits expands the whole matrix at every call.
     """
 
-    def __init__(self, graph: GraphBuilder, dtype: ir.DataType, accuracy_level: int) -> None:
-        self.graph, self.dtype, self.accuracy_level = graph, dtype, accuracy_level
+    def __init__(
+        self, graph: GraphBuilder, dtype: ir.DataType, accuracy_level: int, cache: QuantizedCache | None = None
+    ) -> None:
+        self.graph, self.dtype, self.accuracy_level, self._cache = graph, dtype, accuracy_level, cache
         self._numpy = dtype.numpy()
 
     def prepare(self, config: Qwen3Config) -> None:
@@ -171,13 +174,15 @@ class OrtOps:
         config, name = self._config, f"layer.{layer}.attention"
         q = self._rotate(self._head_norm(qkv[0], norms[0], config.num_heads, f"{name}.q_norm"), f"{name}.q_rope")
         k = self._rotate(self._head_norm(qkv[1], norms[1], config.num_kv_heads, f"{name}.k_norm"), f"{name}.k_rope")
+        kept = FloatCache(self.dtype) if self._cache is None else self._cache
         shapes: list[list[int | str]] = [
-            ["batch_size", config.num_kv_heads, f"{when}_sequence_length", config.head_dim] for when in _WHEN
+            ["batch_size", config.num_kv_heads, f"{when}_sequence_length", kept.width(config.head_dim)]
+            for when in _WHEN
         ]
-        past = [self.graph.input(f"past_key_values.{layer}.{kind}", self.dtype, shapes[0]) for kind in _KINDS]
+        past = [self.graph.input(f"past_key_values.{layer}.{kind}", kept.dtype, shapes[0]) for kind in _KINDS]
         outputs = self.graph.ops(
             "GroupQueryAttention",
-            [q, k, qkv[2], *past, self._order.lengths, self._order.total],
+            [q, k, qkv[2], *past, self._order.lengths, self._order.total, *kept.inputs(self.graph, layer)],
             name,
             [name, f"{name}.key", f"{name}.value"],
             CONTRIB,
@@ -185,9 +190,10 @@ class OrtOps:
             kv_num_heads=config.num_kv_heads,
             scale=float(config.head_dim**-0.5),
             do_rotary=0,
+            **kept.attributes,
         )
         for kind, value in zip(_KINDS, outputs[1:], strict=True):
-            self.graph.output(value, f"present.{layer}.{kind}", self.dtype, shapes[1])
+            self.graph.output(value, f"present.{layer}.{kind}", kept.dtype, shapes[1])
         return outputs[0]
 
     def _head_norm(self, x: ir.Value, weight: NDArray, heads: int, name: str) -> ir.Value:

@@ -43,7 +43,7 @@ def context_length(config: Qwen3Config) -> int:
     return max(config.max_position, int(rope.factor * rope.original_max_position))
 
 
-def genai_config(checkpoint: Checkpoint, target: Target, files: Files) -> dict[str, Any]:
+def genai_config(checkpoint: Checkpoint, target: Target, files: Files, shares_cache: bool = True) -> dict[str, Any]:
     """`genai_config.json` of a folder with our input and output names."""
     config = checkpoint.config
     provider: list[dict[str, Any]] = [{target.provider: {}}] if target.provider else []
@@ -77,7 +77,7 @@ def genai_config(checkpoint: Checkpoint, target: Target, files: Files) -> dict[s
         },
         "search": {
             "max_length": min(context_length(config), _GENAI_LENGTH),
-            "past_present_share_buffer": True,
+            "past_present_share_buffer": shares_cache,
             **sampling_defaults(checkpoint.folder),
         },
     }
