@@ -75,15 +75,14 @@ def _stored(graph: GraphBuilder, layer: SparseLayer, part: str, dtype: ir.DataTy
         for (tensor,) in layer.read(part):
             assert isinstance(tensor, QuantizedTensor)
             scales.append(tensor.scales.astype(dtype.numpy()))
-            midpoint = np.full(tensor.scales.shape, tensor.scheme.midpoint, np.uint8)
-            zeros.append(midpoint if tensor.zeros is None else tensor.zeros)
+            if tensor.zeros is not None:
+                zeros.append(tensor.zeros)
             yield _packed(tensor.codes, bits)
 
     shape = (config.num_experts, rows, width * scheme.num_bits // 8)
     packed = graph.weight_parts(f"{name}.codes", codes(scheme.num_bits), ir.DataType.UINT8, shape)
-    points = np.stack(zeros)
-    shared = graph.constant(scheme.midpoint, np.uint8) if scheme.symmetric else graph.weight(f"{name}.zeros", points)
-    return packed, graph.weight(f"{name}.scales", np.stack(scales)), shared
+    points = graph.weight(f"{name}.zeros", np.stack(zeros)) if zeros else None
+    return packed, graph.weight(f"{name}.scales", np.stack(scales)), points
 
 
 def _packed(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -106,7 +105,7 @@ def _body(
     """What happens in one expert's turn; the sum so far goes in and comes out."""
     rows, chosen, mix, used = outer
     name, op, constant = f"{layer.name}.turn", graph.op, graph.constant
-    hidden = layer.checkpoint.config.hidden_size
+    hidden, shapes = layer.checkpoint.config.hidden_size, layer.checkpoint.config.linear_shapes(layer.layer)
     with graph.body(name, [("turn", _INT64, []), ("go_on", _BOOL, []), ("sum", _FLOAT, ["tokens", hidden])]) as body:
         turn, go_on, total = body.inputs
         expert = op("Gather", [used, turn], f"{name}.expert", axis=0)
@@ -116,7 +115,8 @@ def _body(
         weights = op("GatherND", [mix, op("Transpose", [places], f"{name}.pairs", perm=[1, 0])], f"{name}.weights")
 
         def linear(value: ir.Value, part: str) -> ir.Value:
-            matrix = _matrix(graph, stacks[part], layer.schemes[part], expert, f"{name}.{part}", dtype)
+            shape = shapes[f"mlp.experts.0.{part}"]
+            matrix = _matrix(graph, stacks[part], layer.schemes[part], shape, expert, f"{name}.{part}", dtype)
             return op("Gemm", [value, matrix], f"{name}.{part}", transB=1)
 
         gate, up = linear(own, "gate_proj"), linear(own, "up_proj")
@@ -132,32 +132,45 @@ def _body(
 
 
 def _matrix(
-    graph: GraphBuilder, stack: Stack, scheme: QuantScheme | None, expert: ir.Value, name: str, dtype: ir.DataType
+    graph: GraphBuilder,
+    stack: Stack,
+    scheme: QuantScheme | None,
+    shape: tuple[int, int],
+    expert: ir.Value,
+    name: str,
+    dtype: ir.DataType,
 ) -> ir.Value:
     """One expert's matrix `[out, in]` in the type of activations."""
     op, constant = graph.op, graph.constant
     stored, scales, zeros = stack
     one = op("Gather", [stored, expert], f"{name}.stored", axis=0)
-    if scheme is None or scales is None or zeros is None:
+    if scheme is None or scales is None:
         return graph.as_type(one, stored.dtype, dtype, f"{name}.cast")
-    parts = [one]
-    if scheme.num_bits < 8:
-        mask = constant(scheme.max_code, np.uint8)
-        shifts = range(0, 8, scheme.num_bits)
-        moved = [
-            op("BitShift", [one, constant(i, np.uint8)], f"{name}.shift.{i}", direction="RIGHT") if i else one
-            for i in shifts
-        ]
-        parts = [op("BitwiseAnd", [part, mask], f"{name}.part.{i}") for i, part in zip(shifts, moved, strict=True)]
-    codes = parts[0] if len(parts) == 1 else op("Concat", parts, f"{name}.codes", axis=1)
-    scale = op("Gather", [scales, expert], f"{name}.scale", axis=0)
-    if scheme.symmetric:
-        zero = op("Expand", [zeros, op("Shape", [scale], f"{name}.grid")], f"{name}.zero")
-    else:
+    codes = _unpacked(graph, op("Cast", [one], f"{name}.bytes", to=dtype), scheme.num_bits, name, dtype)
+    rows, width = shape
+    groups = constant([rows, scheme.num_groups(width), -1])
+    zero = constant(scheme.midpoint, dtype.numpy())
+    if zeros is not None:
         zero = op("Gather", [zeros, expert], f"{name}.zero", axis=0)
-    if scheme.strategy == "channel":
-        flat = constant([-1])
-        scale, zero = (op("Reshape", [v, flat], f"{name}.{n}.flat") for v, n in ((scale, "scale"), (zero, "zero")))
-        return op("DequantizeLinear", [codes, scale, zero], f"{name}.matrix", axis=0)
-    size = int(scheme.group_size or 0)
-    return op("DequantizeLinear", [codes, scale, zero], f"{name}.matrix", axis=1, block_size=size)
+        zero = op(
+            "Unsqueeze", [op("Cast", [zero], f"{name}.zero.cast", to=dtype), constant([2])], f"{name}.zero.column"
+        )
+    scale = op("Unsqueeze", [op("Gather", [scales, expert], f"{name}.scale", axis=0), constant([2])], f"{name}.column")
+    centred = op("Sub", [op("Reshape", [codes, groups], f"{name}.groups"), zero], f"{name}.centred")
+    matrix = op("Mul", [centred, scale], f"{name}.scaled")
+    return op("Reshape", [matrix, constant([rows, width])], f"{name}.matrix")
+
+
+def _unpacked(graph: GraphBuilder, packed: ir.Value, bits: int, name: str, dtype: ir.DataType) -> ir.Value:
+    """Bytes as numbers → codes as numbers, by exact divisions.
+
+    OpenVINO computes shifts and masks of bytes wrongly inside of a loop.
+    """
+    op, base = graph.op, graph.constant(1 << bits, dtype.numpy())
+    part, parts = graph.constant(1 / (1 << bits), dtype.numpy()), []
+    for i in range(8 // bits - 1):
+        above = op("Floor", [op("Mul", [packed, part], f"{name}.part.{i}")], f"{name}.above.{i}")
+        below = op("Mul", [above, base], f"{name}.below.{i}")
+        parts.append(op("Sub", [packed, below], f"{name}.code.{i}"))
+        packed = above
+    return op("Concat", [*parts, packed], f"{name}.codes", axis=1) if parts else packed
