@@ -81,7 +81,7 @@ def export_onnx(
 
 def _level(checkpoint: Checkpoint, target: Target, folder: Path, measure: Measure | None) -> dict[str, Any]:
     """The accuracy level, and what it costs where it rounds; None where no level has a say."""
-    if target.flavor != "ort" or not checkpoint.schemes:
+    if not checkpoint.schemes:
         return {"accuracy_level": None}
     rounds = target.accuracy_level > 0
     return {"accuracy_level": target.accuracy_level, **(measure(folder) if measure and rounds else {})}
@@ -183,7 +183,7 @@ def write_graph(
         ops = (
             ort_ops.OrtOps(graph, dtype, target.accuracy_level, cache)
             if is_ort
-            else standard_ops.StandardOps(graph, dtype, tensorrt=target.flavor == "tensorrt")
+            else standard_ops.StandardOps(graph, dtype, target.accuracy_level, target.flavor == "tensorrt")
         )
         build_decoder(ops, checkpoint, progress)
         context = str(context_length(checkpoint.config))

@@ -1,13 +1,15 @@
 """The decoder in ai.onnx operators alone: what TensorRT parses and any ONNX runtime can run.
 
-    weight     INT4 [in, out], two per byte, low nibble first ─ DequantizeLinear(axis 0, blocks) ─▶ MatMul
+    weight     INT4 [in, out], two per byte, low nibble first ─ DequantizeLinear(axis 0, blocks) ─ Reshape ─▶ MatMul
     embedding  INT4 or INT8 [vocab, in] ─ DequantizeLinear(axis 1, blocks) ─▶ Gather and, when tied, head;
                an untied 8-bit table is looked up first: no operator gathers INT4
     cache      Concat(past, new) outside of Attention, which has neither past nor present
     mask       query slot i may see slot j  ⇔  (j ≤ i and attention_mask[j]) or j = i
 
 The mask counts slots of the cache, not positions, so it is right for left-padded batches too; the
-diagonal keeps the rows of padding finite. Operators: the ONNX specification, opset 23.
+diagonal keeps the rows of padding finite. The Reshape changes nothing: without it ONNX Runtime fuses both neighbours
+into an operator that rounds activations to int8, so it is left away for TensorRT and at accuracy level 4.
+Operators: the ONNX specification, opset 23.
 """
 
 from __future__ import annotations
@@ -41,8 +43,11 @@ class StandardOps:
     rounds by scales found as they come stay as they are.
     """
 
-    def __init__(self, graph: GraphBuilder, dtype: ir.DataType, tensorrt: bool = False) -> None:
+    def __init__(
+        self, graph: GraphBuilder, dtype: ir.DataType, accuracy_level: int = 0, tensorrt: bool = False
+    ) -> None:
         self.graph, self.dtype, self._tensorrt = graph, dtype, tensorrt
+        self._fusable = tensorrt or accuracy_level > 0
         self._numpy = dtype.numpy()
 
     def prepare(self, config: Qwen3Config) -> None:
@@ -123,9 +128,17 @@ class StandardOps:
                 x = qdq.static_inputs(self.graph, x, weight, self.dtype, name)
             else:
                 x = self._rounded_inputs(x, weight, name)
-            return self.graph.op("MatMul", [x, qdq.dequantized(self.graph, weight, self.dtype, name)], name)
+            return self.graph.op("MatMul", [x, self._matrix(weight, name)], name)
         stored = self.graph.float_weight(f"{name}.weight", np.ascontiguousarray(weight.T), self.dtype)
         return self.graph.op("MatMul", [x, self.graph.as_type(stored, stored.dtype, self.dtype, f"{name}.cast")], name)
+
+    def _matrix(self, weight: QuantizedTensor, name: str) -> ir.Value:
+        """The dequantized matrix `[in, out]`, see the module's docstring."""
+        matrix = qdq.dequantized(self.graph, weight, self.dtype, name)
+        if self._fusable or weight.scheme.type != "int":
+            return matrix
+        shape = self.graph.constant([weight.shape[1], weight.shape[0]])
+        return self.graph.op("Reshape", [matrix, shape], f"{name}.matrix")
 
     def _rounded_inputs(self, x: ir.Value, weight: QuantizedTensor, name: str) -> ir.Value:
         if weight.scheme.activations is None:
@@ -189,7 +202,7 @@ class StandardOps:
     def head(self, x: ir.Value, table: QuantizedTensor | NDArray | None) -> ir.Value:
         """Logits in fp32; a tied head multiplies by the transposed embedding, stored once."""
         if isinstance(table, QuantizedTensor):
-            logits = self.graph.op("MatMul", [x, qdq.dequantized(self.graph, table, self.dtype, HEAD)], "head")
+            logits = self.graph.op("MatMul", [x, self._matrix(table, HEAD)], "head")
             return self.graph.as_type(logits, self.dtype, _FLOAT, "head.fp32")
         stored = self._table if table is None else self.graph.float_weight(f"{HEAD}.weight", table, self.dtype)
         matrix = self.graph.as_type(stored, stored.dtype, self.dtype, "head.cast")

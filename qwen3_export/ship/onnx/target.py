@@ -84,6 +84,8 @@ def choose(
         raise InputError(f"--accuracy-level {accuracy_level}: 0 to 4 was expected")
     if target.is_web and flavor == "standard":
         raise InputError("--target web is written in ONNX Runtime's operators", "leave --flavor standard away")
+    if flavor == "standard" and accuracy_level is None:
+        accuracy_level = TARGETS["standard"].accuracy_level
     return replace(
         target,
         flavor=flavor or target.flavor,
