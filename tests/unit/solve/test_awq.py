@@ -24,7 +24,7 @@ from qwen3_export.text.samples import Samples
 from tests.artifact.support import VOCABULARY
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
 from tests.reference.models import our_logits, random_rows
-from tests.unit.outliers import with_outliers
+from tests.unit.solve.outliers import with_outliers
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 

@@ -31,7 +31,7 @@ from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.conftest import copy_tokenizer, random_tensors, tiny_config, write_checkpoint
-from tests.unit.test_stream import ALL_RUNGS, LENGTH, SAMPLES, Interrupted
+from tests.unit.solve.test_loop import ALL_RUNGS, LENGTH, SAMPLES, Interrupted
 
 W4, W8 = {"num_bits": 4, "group_size": 16}, {"num_bits": 8, "group_size": 32}
 BOTH = ((EMBEDDING, W8), (HEAD, W4))

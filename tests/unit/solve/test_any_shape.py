@@ -17,7 +17,7 @@ from qwen3_export.model.workers import Workers, workers
 from qwen3_export.solve.method import LinearGroup, SolvedWeight
 from qwen3_export.solve.methods import gptq, rtn
 from qwen3_export.solve.rounding.grid import Grid, find_grid
-from tests.unit.test_gptq import Problem, assert_same_but_for_ties, by_the_paper, problem, weighted
+from tests.unit.solve.test_gptq import Problem, assert_same_but_for_ties, by_the_paper, problem, weighted
 
 OPTIONS = st.fixed_dictionaries(
     {

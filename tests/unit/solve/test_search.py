@@ -25,7 +25,7 @@ from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.conftest import copy_tokenizer, tiny_config, tiny_moe_config, write_checkpoint
-from tests.unit.outliers import with_outliers
+from tests.unit.solve.outliers import with_outliers
 
 SETTINGS = SearchSettings(4.6, samples=8, sequence_length=48, measure=3, fused=True, threads=1)
 CONFIGS = {

@@ -37,7 +37,7 @@ from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import Samples, calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.conftest import copy_tokenizer, random_tensors, tiny_moe_config, write_checkpoint
-from tests.unit.test_stream import Interrupted, hashes, inputs_of_linears
+from tests.unit.solve.test_loop import Interrupted, hashes, inputs_of_linears
 
 SAMPLES, LENGTH, EXPERTS, NEVER = 11, 48, 4, 2
 # 528 tokens on three experts: at least one of them gets fewer.
