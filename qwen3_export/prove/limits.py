@@ -110,7 +110,7 @@ def _known() -> str:
 def parse_limit(name: str, value: object, where: str = "") -> float:
     """The number of a limit; InputError when it is unknown, no number, or can never be met or missed."""
     limit = limit_named(name)
-    number = parse_size(value) if limit and limit.kind == "bytes" and isinstance(value, str) else value
+    number = parse_number(value, size=limit is not None and limit.kind == "bytes")
     if limit is None or isinstance(number, bool) or not isinstance(number, int | float):
         size = limit is not None and limit.kind == "bytes"
         raise InputError(
@@ -120,6 +120,17 @@ def parse_limit(name: str, value: object, where: str = "") -> float:
     if reason:
         raise InputError(f"{where}{name}: {value} cannot be a limit: {reason[0]}", reason[1])
     return float(number)
+
+
+def parse_number(value: object, size: bool) -> object:
+    """A text as the number it stands for: a size where one is meant, and `1e-3`, which YAML leaves a text."""
+    if not isinstance(value, str):
+        return value
+    found = parse_size(value) if size else None
+    try:
+        return float(value) if found is None else found
+    except ValueError:
+        return value
 
 
 def _impossible(limit: Limit, number: float) -> tuple[str, str | None] | None:

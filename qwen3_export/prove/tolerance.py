@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
-from qwen3_export.core.units import parse_size
 from qwen3_export.errors import InputError
+from qwen3_export.prove.limits import parse_number
 
 DRIFT = ("kl_mean", "top1_agreement", "ppl_ratio")
 _SIZES = ("bytes", "peak_rss_bytes")
@@ -84,7 +84,7 @@ def _tolerance(path: Path, name: str, value: object) -> Tolerance:
     share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text)
     if share:
         return Tolerance(relative=float(share[1]) / 100)
-    number = parse_size(text) if name in _SIZES and isinstance(value, str) else value
+    number = parse_number(value, size=name in _SIZES)
     if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number) or number < 0:
         raise InputError(f"{path}: {name}: {value!r} is no tolerance", "a number, a size such as 100kB, or 5%")
     return Tolerance(absolute=float(number))

@@ -14,12 +14,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from jsonschema import Draft202012Validator
+
 from qwen3_export.cli import run
 from qwen3_export.core.resources import resource
+from qwen3_export.core.schemas import schema
 from tests.conftest import tiny_config, write_checkpoint
 
 COMMAND = (sys.executable, "-c", "from qwen3_export.cli import main; main()")
@@ -48,7 +52,22 @@ def call(*arguments: object) -> Outcome:
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         code = run([str(argument) for argument in arguments])
+    if "--json" in arguments and code in (0, 1):
+        check_schema(out.getvalue(), *map(str, arguments))
     return Outcome(code, out.getvalue(), err.getvalue())
+
+
+@cache
+def validator(command: str) -> Draft202012Validator:
+    """What checks the object of a command against its schema."""
+    return Draft202012Validator(schema(command))
+
+
+def check_schema(text: str, *arguments: str) -> None:
+    """What a command has printed with `--json` is what its schema says."""
+    command = " ".join(arguments[:2]) if arguments[0] == "recipes" else arguments[0]
+    errors = [f"{error.json_path}: {error.message[:300]}" for error in validator(command).iter_errors(json.loads(text))]
+    assert not errors, (command, errors)
 
 
 def start(*arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> subprocess.Popen[str]:

@@ -25,6 +25,7 @@ from qwen3_export.prove.limits import (
     refuse_without_experts,
 )
 from qwen3_export.prove.report import junit, markdown, write_report
+from qwen3_export.prove.tolerance import Tolerance, read_tolerance
 from qwen3_export.prove.validate import open_reference, validate
 from qwen3_export.ship.gguf import export_gguf
 from qwen3_export.solve.job import QuantizeSettings
@@ -236,6 +237,15 @@ def test_a_percentage_in_place_of_a_share_is_guessed() -> None:
 def test_sizes_are_written_as_people_do(text: str, count: float, tmp_path: Path) -> None:
     (tmp_path / "gate.yaml").write_text(f"max_bytes: {text}\nmax_peak_memory: {text}\n")
     assert read_limits(tmp_path / "gate.yaml") == {"max_bytes": count, "max_peak_memory": count}
+
+
+def test_powers_of_ten_without_a_point_are_numbers(tmp_path: Path) -> None:
+    """YAML takes `1e-3` for a text."""
+    (tmp_path / "gate.yaml").write_text("max_kl: 1e-3\nmax_bytes: 1e9\n")
+    assert read_limits(tmp_path / "gate.yaml") == {"max_kl": 0.001, "max_bytes": 1e9}
+    (tmp_path / "tolerance.yaml").write_text("kl_mean: 1e-3\nbytes: 1e3\n")
+    found = read_tolerance(tmp_path / "tolerance.yaml")
+    assert (found["kl_mean"], found["bytes"]) == (Tolerance(absolute=0.001), Tolerance(absolute=1000))
 
 
 def test_limits_of_a_domain_and_of_thinking(tmp_path: Path) -> None:

@@ -1,0 +1,31 @@
+"""The JSON Schemas of what commands print with `--json`: versioned files beside this package's code.
+
+A field is only ever added within a version; where one changes its meaning or goes, the version is raised
+and the old file stays.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from typing import Any
+
+from qwen3_export.errors import InputError
+
+VERSION = 1
+
+
+def schema(command: str, version: int = VERSION) -> dict[str, Any]:
+    """The schema of a command's object, `validate` or `recipes list`; InputError when there is none."""
+    name = f"{command.replace(' ', '-')}.v{version}.json"
+    file = resources.files("qwen3_export") / "schemas" / name
+    if not file.is_file():
+        raise InputError(f"{command}: no schema of version {version}", f"there are {', '.join(schema_names())}")
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def schema_names() -> list[str]:
+    """File names of all schemas, without `.json`."""
+    folder = resources.files("qwen3_export") / "schemas"
+    return sorted(file.name.removesuffix(".json") for file in folder.iterdir() if file.name.endswith(".json"))
