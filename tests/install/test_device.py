@@ -15,6 +15,7 @@ def test_wheel_holds_what_the_program_needs(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         model = archive.read("qwen3_export/data/calibration/reference-model/model.safetensors")
+        (points,) = (archive.read(name) for name in names if name.endswith("entry_points.txt"))
     data = "qwen3_export/data"
     recipes = {f"{data}/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
     assert len(recipes) > 5
@@ -22,6 +23,9 @@ def test_wheel_holds_what_the_program_needs(wheel: Path) -> None:
     assert {f"{data}/calibration/calibration.jsonl", f"{data}/calibration/heldout.jsonl"} <= names
     shipped = ROOT / "calibration" / "reference-model"
     assert {f"{data}/calibration/reference-model/{path.name}" for path in shipped.iterdir()} <= names
+    assert {f"qwen3_export/schemas/{path.name}" for path in (ROOT / "qwen3_export/schemas").iterdir()} <= names
+    assert "qwen3_export/schemas/validate.v1.json" in names
+    assert b"[pytest11]\nqwen3_export.pytest_plugin = qwen3_export.pytest_plugin" in points
     assert model == (shipped / "model.safetensors").read_bytes()
 
 
