@@ -50,6 +50,8 @@ _WHOLE = {
     "max_delta_p_rms": Limit("statistics.probability_change.rms", True, "share"),
     "max_bytes": Limit("bytes", True, "bytes"),
     "max_extra_loops": Limit("generation.extra_loops", True),
+    "max_flip_share": Limit("flips.share", True, "share"),
+    "max_right_to_wrong": Limit("tasks.right_to_wrong", True),
     "max_changed_sidecars": Limit("sidecars.changed", True),
     "min_expert_tokens": Limit("experts.min_tokens", False),
     "max_experts_below_floor": Limit("experts.below_floor", True),
