@@ -1,0 +1,88 @@
+"""`gguf` and `calibrate` on the command line: types, patterns, shards, requantizing, importance matrices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qwen3_export.core.gguf_header import read_gguf_header
+from tests.cli.helpers import call, refused
+
+
+@pytest.fixture(scope="module")
+def matrix(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("matrix") / "imatrix.gguf"
+    command = ("calibrate", model, "--output", path, "--samples", "4", "--sequence-length", "32", "--json")
+    values = call(*command).json
+    assert (values["output"], values["samples"], values["tokens"]) == (str(path), 4, 128)
+    assert values["experts"] is None
+    assert values["tensors"] == 14
+    assert values["bytes"] == path.stat().st_size
+    return path
+
+
+def types_of(path: Path) -> dict[str, str]:
+    return {tensor.name: tensor.type for tensor in read_gguf_header(path).tensors}
+
+
+def test_every_option_at_once(model: Path, matrix: Path, tmp_path: Path) -> None:
+    output = tmp_path / "model.gguf"
+    values = call(
+        "gguf", model, "--output", output, "--type", "q5_0", "--tensor-type", "attn_v=Q8_0", "--tensor-type",
+        r"blk\.1\.=iq4_nl", "--token-embedding-type", "q4_1", "--imatrix", matrix, "--split-max-size", "200k", "--json",
+    ).json  # fmt: skip
+    parts = [tmp_path / item["path"] for item in values["files"]]
+    assert values["output"] == str(parts[0])
+    assert len(parts) > 1
+    assert all(part.is_file() for part in parts)
+    found = types_of(parts[0])
+    assert found["token_embd.weight"] == "q4_1"
+    assert found["blk.0.attn_v.weight"] == found["blk.1.attn_v.weight"] == "q8_0"
+    assert found["blk.1.attn_q.weight"] == "iq4_nl"
+    assert found["blk.0.attn_q.weight"] == "q5_0"
+    assert read_gguf_header(parts[0]).values["quantize.imatrix.file"] == "imatrix.gguf"
+    assert sorted(tmp_path.iterdir()) == sorted(parts)
+
+
+REFUSED = {
+    "type": (("--type", "q4_k_x"), "--type q4_k_x: one of f16, bf16"),
+    "pattern": (("--tensor-type", "attn_v"), "--tensor-type attn_v: PATTERN=TYPE was expected"),
+    "its type": (("--tensor-type", "attn_v=q4_k_m"), "--tensor-type attn_v=q4_k_m: one of"),
+    "expression": (("--tensor-type", "(=q4_k"), "not a regular expression"),
+    "shard": (("--split-max-size", "small"), "--split-max-size small: a size such as 4G was expected"),
+    "matrix": (("--imatrix", "nowhere.gguf"), "nowhere.gguf: cannot be read"),
+    "row": (("--token-embedding-type", "q4_k"), "inputs are not divisible by 256"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_mistakes_are_told_before_anything_is_written(
+    model: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    refused(call("gguf", model, "--output", tmp_path / "model.gguf", *options), 2, message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_codes_are_rounded_again_on_request_alone(made: dict[str, Path], tmp_path: Path) -> None:
+    command = ("gguf", made["quantized"], "--output", tmp_path / "model.gguf", "--type", "q5_1")
+    refused(call(*command), 2, "--type q5_1", "q4_0", "--allow-requantize")
+    values = call(*command, "--allow-requantize", "--json").json
+    assert {item["to"] for item in values["requantized"]} == {"q5_1"}
+    assert len(values["requantized"]) == 14
+    assert set(types_of(tmp_path / "model.gguf").values()) == {"q5_1", "q8_0", "f32"}
+
+
+def test_a_matrix_is_not_replaced_unasked(model: Path, matrix: Path) -> None:
+    before = matrix.read_bytes()
+    refused(
+        call("calibrate", model, "--output", matrix, "--samples", "1", "--sequence-length", "16"), 2, "exists already"
+    )
+    assert matrix.read_bytes() == before
+
+
+def test_inspect_shows_a_rounded_file(model: Path, tmp_path: Path) -> None:
+    assert call("gguf", model, "--output", tmp_path / "model.gguf", "--type", "q5_0", "-q").code == 0
+    outcome = call("inspect", tmp_path / "model.gguf")
+    assert outcome.code == 0
+    assert "q5_0" in outcome.out
