@@ -1,4 +1,7 @@
-"""The pieces that work is cut into: part of what decides the bytes, and what memory is estimated from."""
+"""Sizes of the pieces that work is cut into.
+
+They are part of what decides the bytes, and what memory is estimated from.
+"""
 
 from __future__ import annotations
 
@@ -17,5 +20,8 @@ PIECE_WEIGHTS = 1 << 24
 
 
 def out_rows_at_once(width: int) -> int:
-    """Rows of a matrix with `width` inputs that are solved together, a multiple of 512."""
+    """Output rows that are solved together, a multiple of 512.
+
+    The matrix has `width` inputs.
+    """
     return max(PIECE_WEIGHTS // width // 512, 1) * 512

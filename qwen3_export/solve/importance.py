@@ -1,4 +1,4 @@
-"""`calibrate`: how large the inputs of every linear are, as llama.cpp's importance matrix tells it.
+"""`calibrate`: sizes of every linear's inputs, as an importance matrix for llama.cpp.
 
 Samples run through one block after the other, as in `blocks.block`, each block as it is stored. Of every linear's
 inputs the squares are added up, of an expert those of its own tokens, and the tokens are counted.
@@ -89,7 +89,10 @@ def _experts(checkpoint: Checkpoint, sums: Sums) -> dict[str, Any] | None:
 def _run(
     checkpoint: Checkpoint, samples: Samples, device: str, pool: Workers, scratch: Path, progress: Progress
 ) -> Sums:
-    """All samples through all blocks; their hidden states are on the disk between two blocks."""
+    """All samples through all blocks.
+
+    Their hidden states are on the disk between two blocks.
+    """
     config, length = checkpoint.config, len(samples.ids[0])
     hidden, found = SampleFile(scratch / "hidden.rows", (1, length, config.hidden_size)), Sums()
     table = Table(checkpoint.linear(EMBEDDING))
@@ -114,7 +117,7 @@ def _run(
 
 
 def _block(checkpoint: Checkpoint, layer: int, device: str, pool: Workers) -> Block:
-    """A block as it multiplies calibration samples: in the type that is fastest here, and close enough."""
+    """A block in the fastest type that is close enough here."""
     block = load_block(checkpoint, layer, device)
     if device != "cpu" or any(scheme.activations for scheme in checkpoint.schemes.values()):
         return block
@@ -123,7 +126,10 @@ def _block(checkpoint: Checkpoint, layer: int, device: str, pool: Workers) -> Bl
 
 
 def _pass(block: Block, hidden: SampleFile, place: int, rope: Rope, device: str) -> Sums:
-    """One sample through a block: the sums of its inputs at every stage; what leaves the block replaces it."""
+    """One sample through a block: the sums of its inputs at every stage.
+
+    What leaves the block replaces it.
+    """
     state, found = block.initial_state(hidden.read(place).to(device)), Sums()
     for number, stage in enumerate(block.stages):
         found.update(_sums(block, stage, state))
@@ -133,7 +139,10 @@ def _pass(block: Block, hidden: SampleFile, place: int, rope: Rope, device: str)
 
 
 def _sums(block: Block, stage: Stage, state: State) -> Sums:
-    """Σ x² of what the linears of a stage take in; linears that share their inputs share the arrays."""
+    """Σ x² of what the linears of a stage take in.
+
+    Linears that share their inputs share the arrays.
+    """
     squares, prefix = state["x"].float().square(), block_name(block.layer)
     tensors = dict.fromkeys(f"{gguf_name(f'{prefix}.{name}')}.weight" for name in stage.groups[0])
     if not stage.routed:

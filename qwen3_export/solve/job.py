@@ -69,13 +69,15 @@ class Job:
     without_torch: bool = False
 
     def hidden_path(self, layer: int, model: str = QUANTIZED) -> Path:
-        """Where the rows' hidden states before block `layer` are kept, of one of the two models."""
+        """Path of a model's hidden states before block `layer`."""
         return self.scratch / f"{model}-{layer:04d}.rows"
 
     @property
     def matmul_dtype(self) -> torch.dtype:
-        """The type in which calibration samples are multiplied: the pool's, but where inputs are rounded too, so
-        that no other rounding is mistaken for theirs."""
+        """The type in which calibration samples are multiplied.
+
+        It is the pool's, but fp32 where inputs are rounded too, so that no other rounding is mistaken for theirs.
+        """
         import torch
 
         exact = self.device != "cpu" or any(self._activations)
@@ -99,7 +101,10 @@ class Job:
 
     @property
     def needs_magnitudes(self) -> bool:
-        """Whether the inputs' sizes count: for folds, and for input scales that are fixed in advance."""
+        """Whether mean |x| and max |x| are needed.
+
+        Folds need them, and input scales that are fixed in advance.
+        """
         return self.fold != "none" or "static-tensor" in self._activations
 
     @property
@@ -108,7 +113,10 @@ class Job:
         return fold_of(self.options)
 
     def schemes(self, layer: int) -> dict[str, QuantScheme]:
-        """Schemes of a block's linears by local name; what stays in 16 bits is absent."""
+        """Schemes of a block's linears by local name.
+
+        What stays in 16 bits is absent.
+        """
         names = self.checkpoint.config.linear_shapes(layer)
         found = {name: self.recipe.scheme_for(f"{block_name(layer)}.{name}") for name in names}
         return {name: scheme for name, scheme in found.items() if scheme is not None}
@@ -119,14 +127,20 @@ class Job:
         return self.recipe.experts.token_floor(self.checkpoint.config.expert_width)
 
     def samples_of(self, model: str) -> list[int]:
-        """The calibration samples that run through one of the models: the original may be given only some."""
+        """Numbers of the samples that run through one of the models.
+
+        The original may be given only some.
+        """
         assert self.samples is not None
         every = getattr(self.options, "shift_every", 1) if model == ORIGINAL else 1
         return list(range(every - 1, len(self.samples.ids), every))
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The models that run: the quantized one, and the original beside it if the method asks."""
+        """The models that run.
+
+        They are the quantized one, and the original beside it if the method asks.
+        """
         beside = self.method.needs_original(self.options) and self.samples_of(ORIGINAL)
         return (QUANTIZED, ORIGINAL) if beside else (QUANTIZED,)
 
@@ -140,7 +154,10 @@ class Job:
 
 @dataclass(frozen=True)
 class SolvedLinear:
-    """One quantized linear with what the manifest says about it; `fallback` is that of a starved expert."""
+    """One quantized linear with what the manifest says about it.
+
+    `fallback` is that of a starved expert.
+    """
 
     solved: SolvedWeight
     tokens: int
@@ -149,8 +166,11 @@ class SolvedLinear:
 
 @dataclass(frozen=True)
 class SolvedBlock:
-    """A block's quantized linears, its norms and router `{tensor name: array}` where a fold changed them,
-    and how many tokens each expert of a sparse layer saw."""
+    """What the solve of one block leaves.
+
+    It has the quantized linears, norms and router `{tensor name: array}` where a fold changed them, and how many
+    tokens each expert of a sparse layer saw.
+    """
 
     linears: dict[str, SolvedLinear]
     replaced: dict[str, NDArray] = field(default_factory=dict)

@@ -1,4 +1,6 @@
-"""The steps of a quantization run, each on the disk before it counts: embedding, blocks, head.
+"""The steps of a quantization run: embedding, blocks, head.
+
+Each is on the disk before it counts.
 
 What runs the model is imported where it is needed: rounding to nearest does without torch (`blocks.rtn_without_torch`).
 """
@@ -21,7 +23,10 @@ from qwen3_export.solve.record import record_linears
 
 
 def _with_fisher(job: Job, seed: int, resumed: int, progress: Progress) -> Job:
-    """The job with the outputs' importance measured, or found from an earlier run, if its method asks for it."""
+    """The job with the outputs' Fisher information, if its method asks.
+
+    It is measured, or found from an earlier run.
+    """
     count, layers = job.method.fisher_samples(job.options), job.checkpoint.config.num_layers
     if not count or job.samples is None or resumed == layers:
         return job
@@ -35,7 +40,10 @@ def _with_fisher(job: Job, seed: int, resumed: int, progress: Progress) -> Job:
 def run_blocks(
     job: Job, target: QuantizedFolder, settings: QuantizeSettings, progress: Progress
 ) -> tuple[dict[str, Any], int]:
-    """Solve what is not done yet; returns the results of blocks, embedding and head, and how many blocks were there."""
+    """Solve what is not done yet.
+
+    Returns the results of blocks, embedding and head, and how many blocks were there.
+    """
     found = target.resume()
     blocks, resumed, layers = found["blocks"], len(found["blocks"]), job.checkpoint.config.num_layers
     if job.samples is not None:
@@ -80,7 +88,10 @@ def _solve_block(job: Job, layer: int) -> SolvedBlock:
 def _start(
     job: Job, target: QuantizedFolder, found: dict[str, Any], writer: ThreadPoolExecutor, progress: Progress
 ) -> Future[None]:
-    """Quantize the embedding if asked, and leave the rows' hidden states before block 0; the shard is being written."""
+    """Quantize the embedding if asked, and leave the rows' hidden states before block 0.
+
+    The shard is being written.
+    """
     embedding = None
     if job.recipe.scheme_for(EMBEDDING) is not None:
         from qwen3_export.solve.blocks.embeddings import solve_embedding
@@ -114,7 +125,10 @@ def _outer_result(recipe: Recipe, linear: SolvedLinear | None, progress: Progres
 
 
 def _keep_block(job: Job, target: QuantizedFolder, layer: int, solved: SolvedBlock, done: dict[str, Any]) -> None:
-    """Bring a block to the disk, then count it as done; while that lasts, the next one may be solved."""
+    """Bring a block to the disk, then count it as done.
+
+    While that lasts, the next one may be solved.
+    """
     target.write_block(layer, solved)
     target.save_progress(done)
     if job.samples is not None:

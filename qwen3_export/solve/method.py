@@ -56,7 +56,10 @@ class LinearGroup:
 
 @dataclass(frozen=True)
 class SolvedWeight:
-    """Codes of one linear, and its relative error: weighted by the inputs where they are known."""
+    """Codes of one linear, and its relative error.
+
+    The error is weighted by the inputs where they are known.
+    """
 
     tensor: QuantizedTensor
     error: float

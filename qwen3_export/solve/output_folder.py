@@ -37,7 +37,9 @@ _SAID = {"matmul": "kind of processor", "version": "version of qwen3-export"}
 
 
 def resumable(state: Path, error: BaseException) -> bool:
-    """Whether a stopped run can go on: blocks are done, and the next attempt need not end as this one did.
+    """Whether a stopped run can go on.
+
+    It can when blocks are done, and the next attempt need not end as this one did.
 
     An input that is refused is refused again; what is wrong with the state itself is left for the user to decide.
     """
@@ -90,7 +92,10 @@ class QuantizedFolder:
         return self.folder / STATE
 
     def resume(self) -> dict[str, Any]:
-        """Results of an earlier run's finished blocks, embedding and head; InputError when that run was another."""
+        """Results of an earlier run's finished blocks, embedding and head.
+
+        Raises InputError when that run was another.
+        """
         path = self.scratch / PROGRESS
         if not os.path.lexists(path):
             self._clear()
@@ -106,7 +111,7 @@ class QuantizedFolder:
         return {"blocks": list(saved["blocks"]), "outer": dict(saved["outer"])}
 
     def _check_shards(self, path: Path, saved: Mapping[str, Any]) -> None:
-        """Raise StateError where a file of what counts as finished is not there, or is not whole."""
+        """Raise StateError where a finished shard is missing or not whole."""
         done = len(saved["blocks"])
         if done > self.checkpoint.config.num_layers:
             raise StateError(f"{path}: {done} finished blocks, the model has fewer", _OVER)
@@ -128,12 +133,18 @@ class QuantizedFolder:
         self.scratch.mkdir()
 
     def shard(self, layer: int) -> Path:
-        """File of one block; layer -1 is what lies outside the blocks, the last one a quantized head."""
+        """File of one block.
+
+        Layer -1 is what lies outside the blocks, the last one a quantized head.
+        """
         total = self.checkpoint.config.num_layers + 1 + self.head_apart
         return self.folder / f"model-{layer + 2:05d}-of-{total:05d}.safetensors"
 
     def write_outer(self, embedding: SolvedLinear | None = None) -> None:
-        """Copy embedding, final norm and an untied head byte for byte, but for what is quantized."""
+        """Write embedding, final norm and an untied head.
+
+        They are copied byte for byte, but for what is quantized.
+        """
         specs: dict[str, Spec] = {}
         linears = {} if embedding is None else {EMBEDDING: embedding}
         for name in self.checkpoint.config.outer_shapes():
@@ -154,7 +165,10 @@ class QuantizedFolder:
         return found
 
     def write_block(self, layer: int, solved: SolvedBlock) -> None:
-        """Write a block's shard: solved linears packed, everything else copied byte for byte, but for a fold."""
+        """Write a block's shard, its solved linears packed.
+
+        Everything else is copied byte for byte, but for what a fold has changed.
+        """
         linears = solved.linears
         prefix, config = block_name(layer), self.checkpoint.config
         specs: dict[str, Spec] = {}
@@ -214,7 +228,7 @@ def write_index(folder: Path, shards: list[Path]) -> None:
 
 
 def readable_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration in both spellings, so that transformers 4 and 5 read the same model from it.
+    """The configuration as both transformers 4 and 5 read it.
 
     transformers 4 falls back to rope_theta 10000 without a word when it finds only `rope_parameters`,
     and to 128 experts when it finds only `num_local_experts`.

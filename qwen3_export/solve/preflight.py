@@ -37,7 +37,9 @@ def memory_needed(
     outer: bool = False,
     without_torch: bool = False,
 ) -> int:
-    """Estimated peak memory in bytes: one block in fp32 and its codes, and the largest linear's work on top.
+    """Estimated peak memory in bytes.
+
+    It is one block in fp32 with its codes, and the largest linear's work on top.
 
     `original`: the original model runs beside the quantized one, with a block and moments of its own.
     `token_floor`: tokens below which an expert is lent its layer's; see `calibration.experts`. The number of experts
@@ -109,7 +111,10 @@ def check_peak_memory(limit: int | None) -> None:
 def disk_needed(
     checkpoint: Checkpoint, recipe: Recipe, samples: Samples | None, original: bool = False, fisher_samples: int = 0
 ) -> int:
-    """Estimated bytes in OUTPUT.partial at its fullest: the artifact and the activations, of both models."""
+    """Estimated bytes in OUTPUT.partial at its fullest.
+
+    They are the artifact's, and the activations' of both models.
+    """
     config = checkpoint.config
     total = sum(entry.end - entry.begin for entry in checkpoint.stored_entries())
     total += sum(path.stat().st_size for path in checkpoint.sidecars())
@@ -135,7 +140,10 @@ def disk_needed(
 
 
 def _kept_inputs(config: Qwen3Config, layer: int) -> int:
-    """Inputs per token that are kept beside the residual stream: of the stages that read no norm."""
+    """Inputs per token that are kept beside the residual stream.
+
+    They are those of the stages that read no norm.
+    """
     stages = [stage for stage in config.block(layer).stages if stage.source]
     return sum(stage.in_features * (config.experts_per_token if stage.routed else 1) for stage in stages)
 

@@ -102,7 +102,7 @@ def quantize(
 
 
 def check_recipe(checkpoint: Checkpoint, recipe: Recipe, layout_name: str) -> None:
-    """Everything about model, recipe and layout that can be known before the long work, without torch.
+    """Check model, recipe and layout before the long work, without torch.
 
     Raises InputError or RecipeError with the first thing that does not fit.
     """
@@ -123,13 +123,16 @@ def check_device(device: str) -> None:
 
 
 def needs_inputs(recipe: Recipe, method: ModuleType, options: Any) -> bool:
-    """Whether the calibration rows must run through the model: for the method, a fold, or static input scales."""
+    """Whether the calibration samples must run through the model.
+
+    The method, a fold, or static input scales need that.
+    """
     static = any(rule.scheme and rule.scheme.activations == "static-tensor" for rule in recipe.rules)
     return static or method.needs_inputs(options) or fold_of(options) != "none"
 
 
 def _check_layout(checkpoint: Checkpoint, recipe: Recipe, name: str) -> None:
-    """Raise RecipeError when the layout cannot hold what the recipe would make, before the long work."""
+    """Raise RecipeError when the layout cannot hold what the recipe makes."""
     chosen, matrices = layout(name), checkpoint.config.all_matrices()
     schemes = {module: scheme for module in matrices if (scheme := recipe.scheme_for(module))}
     for module, scheme in schemes.items():
@@ -148,7 +151,10 @@ def _check_layout(checkpoint: Checkpoint, recipe: Recipe, name: str) -> None:
 
 
 def calibration_of(checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSettings, progress: Progress) -> Samples:
-    """The calibration rows that the settings ask for; InputError when there is no text for them."""
+    """The calibration rows that the settings ask for.
+
+    Raises InputError when there is no text for them.
+    """
     count, length = settings.size(recipe)
     if length > checkpoint.config.max_position:
         raise InputError(f"--sequence-length {length}: the model has {checkpoint.config.max_position} positions")

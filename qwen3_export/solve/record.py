@@ -1,4 +1,4 @@
-"""What is told of a quantization run: the manifest, the experts' coverage, and what `--json` prints."""
+"""Records of a quantization run: manifest, coverage of experts, `--json` result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ _LOST = 0.5
 
 
 def record_linears(recipe: Recipe, linears: Mapping[str, SolvedLinear], progress: Progress) -> dict[str, Any]:
-    """One entry per linear for the manifest, and a line in the log; RecipeError when a matrix is lost."""
+    """One entry per linear for the manifest, and a line in the log.
+
+    Raises RecipeError when a matrix is lost.
+    """
     result: dict[str, Any] = {}
     for name, linear in linears.items():
         scheme = linear.solved.tensor.scheme
@@ -43,7 +46,7 @@ def record_linears(recipe: Recipe, linears: Mapping[str, SolvedLinear], progress
 
 
 def _refuse_lost(name: str, linear: SolvedLinear) -> None:
-    """Raise RecipeError when more of a matrix is missing from its codes than is left in them."""
+    """Raise RecipeError when a matrix's error exceeds what its codes keep."""
     if linear.solved.error > _LOST:
         raise RecipeError(
             f"{name}: as {linear.solved.tensor.scheme.label} it loses {linear.solved.error:.0%} of its outputs' power "
@@ -64,8 +67,10 @@ def manifest_of(
     checkpoint: Checkpoint, recipe: Recipe, samples: Samples | None, settings: QuantizeSettings,
     found: Mapping[str, Any], libraries: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """Everything that the folder says of how it came about; `found` are the results of blocks, embedding and head,
-    `libraries` what they were computed with."""
+    """Everything that the folder says of how it came about.
+
+    `found` are the results of blocks, embedding and head, `libraries` what they were computed with.
+    """
     return {
         "source": {"name": checkpoint.name, "sha256": checkpoint.sha256},
         "recipe": recipe.to_dict(),
@@ -91,7 +96,10 @@ def _policy(scheme: QuantScheme | None) -> str:
 
 
 def _calibration_record(recipe: Recipe, samples: Samples, settings: QuantizeSettings) -> dict[str, Any]:
-    """What the model was calibrated on; a file by its name alone, so that no path of this machine leaves it."""
+    """What the model was calibrated on.
+
+    A file by its name alone, so that no path of this machine leaves it.
+    """
     count, length = settings.size(recipe)
     return {
         "source": source_name(settings.calibration),
@@ -108,14 +116,17 @@ def _calibration_record(recipe: Recipe, samples: Samples, settings: QuantizeSett
 
 
 def _experts(recipe: Recipe, width: int, blocks: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Tokens of every expert by layer, and their summary; None for a model without experts."""
+    """Tokens of every expert by layer, and their summary.
+
+    None for a model without experts.
+    """
     tokens = {block_name(layer): block["expert_tokens"] for layer, block in enumerate(blocks) if block["expert_tokens"]}
     found = summarise(tokens, recipe.experts.token_floor(width), recipe.experts.fallback)
     return None if found is None else {**found, "tokens_per_expert": tokens}
 
 
 def report_experts(experts: Mapping[str, Any] | None, progress: Progress) -> None:
-    """Tell how well the calibration text reached the experts, and warn of those that it hardly did."""
+    """Tell how well calibration reached the experts, and warn where it hardly did."""
     if experts is None:
         return
     total = sum(map(len, experts["tokens_per_expert"].values()))

@@ -1,1 +1,1 @@
-"""Solving one block as it streams by: its forward pass, folds, and the ends of the model."""
+"""One block solved as it streams by: forward pass, folds, embedding and head."""

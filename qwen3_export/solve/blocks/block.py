@@ -1,4 +1,4 @@
-"""The block loop: one decoder block in memory, calibration samples handed on from block to block.
+"""The block loop: one decoder block in memory, samples handed on between blocks.
 
     for each block:                         for each stage (q,k,v │ o │ gate,up │ down):
         read its tensors                        H = mean x xᵀ over all rows
@@ -42,7 +42,10 @@ from qwen3_export.solve.rounding.nearest import round_group
 
 
 def embed_samples(job: Job, quantized: QuantizedTensor | None = None) -> None:
-    """Write the embeddings of all rows, the hidden states before block 0; `quantized` is what will be shipped."""
+    """Write the embeddings of all rows, the hidden states before block 0.
+
+    `quantized` is what will be shipped.
+    """
     assert job.samples is not None
     for model in job.models:
         shipped = quantized if model == QUANTIZED else None
@@ -63,7 +66,10 @@ def drop_hidden(job: Job, layer: int) -> None:
 
 
 def solve_block(job: Job, layer: int) -> SolvedBlock:
-    """Quantize one block; with inputs, leave the hidden states after it in `hidden_path(layer + 1)`."""
+    """Quantize one block.
+
+    With inputs, leave the hidden states after it in `hidden_path(layer + 1)`.
+    """
     config = job.checkpoint.config
     experts = config.num_experts if config.is_sparse(layer) else 0
     if job.samples is None:
@@ -97,7 +103,7 @@ def solve_block(job: Job, layer: int) -> SolvedBlock:
 
 
 def _start(job: Job, settings: RunSettings, block: Block, model: str, chosen: Sequence[int] | None = None) -> BlockRun:
-    """A run of one model's samples, or some of them, at the entrance of the block."""
+    """A run of one model's samples, or some of them, before the block."""
     before = job.hidden_file(job.hidden_path(block.layer, model))
     return start_run(settings, block, before, job.scratch / f"{model}-states", len(job.samples_of(model)), chosen)
 
@@ -122,7 +128,7 @@ def _solve_stages(job: Job, runs: list[BlockRun]) -> tuple[dict[str, SolvedLinea
 
 
 def _fold(job: Job, block: Block, settings: RunSettings) -> dict[str, NDArray]:
-    """Run some samples through the block as it is, choose the scales of every site, then move them all."""
+    """Run some samples through the block, choose all scales, then move them."""
     assert job.samples is not None
     prefix, chosen, schemes = block_name(block.layer), [], job.schemes(block.layer)
     some = range(0, len(job.samples.ids), FOLD_EVERY)
@@ -160,8 +166,10 @@ def _solve_stage(job: Job, stage: Stage, runs: list[BlockRun]) -> dict[str, Solv
 
 
 def _solve_alone(job: Job, layer: int) -> dict[str, SolvedLinear]:
-    """Solve a block's linears without inputs, as they are stored: two groups in memory, so that one is read and the
-    last one's pieces are joined while all threads are busy."""
+    """Solve a block's linears without inputs, as they are stored.
+
+    Two groups are in memory: one is read, and the last one's chunks are joined, while all threads are busy.
+    """
     prefix, schemes = block_name(layer), job.schemes(layer)
     groups = [
         {f"{prefix}.{name}": schemes[name] for name in names if name in schemes}
@@ -179,7 +187,7 @@ def _solve_alone(job: Job, layer: int) -> dict[str, SolvedLinear]:
 
 
 def _solve_linears(job: Job, block: Block, names: list[str], inputs: LinearInputs) -> dict[str, SolvedLinear]:
-    """Solve some linears of a block and put what will be shipped in their place."""
+    """Solve some linears and put what will be shipped in their place."""
     prefix, local = block_name(block.layer), job.schemes(block.layer)
     chosen = {f"{prefix}.{name}": local[name] for name in names if name in local}
     if not chosen:
@@ -201,7 +209,7 @@ def _solve_linears(job: Job, block: Block, names: list[str], inputs: LinearInput
 
 
 def _outputs(job: Job, block: Block, weights: dict[str, Tensor]) -> dict[str, list[Tensor]]:
-    """How much the answer depends on the linears' outputs, by module name, where it was measured."""
+    """Fisher information of the linears' outputs by module name, where it was measured."""
     if job.fisher is None:
         return {}
     prefix = f"{block_name(block.layer)}."

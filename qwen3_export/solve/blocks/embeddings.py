@@ -50,7 +50,9 @@ AHEAD_EVERY = 4
 
 
 def solve_embedding(job: Job, tick: Callable[[], object] = lambda: None) -> SolvedLinear | None:
-    """Solve the embedding, which is also the head when tied; None when it stays in 16 bits.
+    """Solve the embedding, which is also the head when tied.
+
+    None when it stays in 16 bits.
 
     With calibration samples, `tick` is called once per block for a tied matrix: the original runs ahead.
     """
@@ -82,7 +84,9 @@ def tied_hessian(
     checkpoint: Checkpoint, rows: Sequence[NDArray], file: SampleFile, pool: Workers, device: str = "cpu",
     tick: Callable[[], object] = lambda: None,
 ) -> tuple[Tensor, int]:  # fmt: skip
-    """The H of a tied matrix, see the module docstring, and of how many tokens it is made.
+    """The H of a tied matrix, and its number of tokens.
+
+    See the module docstring for H.
 
     The original runs once over the rows, whose hidden states are kept in `file`; one tick per block.
     """
@@ -104,7 +108,9 @@ def tied_hessian(
 
 
 def solve_head(job: Job) -> SolvedLinear | None:
-    """Solve an untied head; None when it stays in 16 bits or is the embedding.
+    """Solve an untied head.
+
+    None when it stays in 16 bits or is the embedding.
 
     With calibration samples, their hidden states behind the last block must be in the job's scratch folder.
     """
@@ -132,7 +138,10 @@ def solve_row_chunks(
     hessian: Tensor | None,
     device: str = "cpu",
 ) -> SolvedWeight:
-    """Solve a matrix `[vocab, hidden]` in pieces of rows; the error is that of all pieces together."""
+    """Solve a matrix `[vocab, hidden]` in pieces of rows.
+
+    The error is that of all pieces together.
+    """
     rows, width = checkpoint.config.outer_matrices()[module]
     parts, error, total, step = [], 0.0, 0.0, out_rows_at_once(width)
     for begin in range(0, rows, step):
@@ -146,7 +155,10 @@ def solve_row_chunks(
 
 
 def _inputs(job: Job) -> LinearInputs:
-    """Moments of the head's inputs behind the last block as it is now; with the original beside, in two parts."""
+    """Moments of the head's inputs behind the last block as it is now.
+
+    With the original beside, in two parts.
+    """
     assert job.samples is not None
     length = len(job.samples.ids[0])
     with ExitStack() as stack:
@@ -167,7 +179,10 @@ def _inputs(job: Job) -> LinearInputs:
 def head_moments(
     checkpoint: Checkpoint, files: Sequence[SampleFile], rows: Sequence[int], length: int, pool: Workers, device: str
 ) -> Moments:
-    """Moments of the head's inputs: hidden states behind the last block, normed, `[1, length, hidden]` per row."""
+    """Moments of the head's inputs, which are normed hidden states.
+
+    The hidden states behind the last block are `[1, length, hidden]` per sample.
+    """
     config = checkpoint.config
     sample = partial(_sample, files, {}, _final_norm(checkpoint, device), config.rms_norm_eps, device)
     return collect_moments(sample, rows, max(1, TOKENS_AT_ONCE // length), config.hidden_size, device, pool)
@@ -180,7 +195,10 @@ def _final_norm(checkpoint: Checkpoint, device: str) -> Tensor:
 def _sample(
     files: Sequence[SampleFile], places: Mapping[int, int], norm: Tensor, eps: float, device: str, row: int
 ) -> SampleInputs:
-    """One row's inputs of the head; with the original beside, whose rows are at `places`, how far they are from its."""
+    """One row's inputs of the head.
+
+    With the original beside, whose rows are at `places`, how far they are from its.
+    """
     at = (row, places.get(row, row))
     x, *original = (rms_norm(file.read(place)[0].to(device), norm, eps) for file, place in zip(files, at, strict=False))
     return SampleInputs(x, original[0] - x) if original else SampleInputs(x)

@@ -45,7 +45,10 @@ _LEAST_GAIN = 0.1
 
 @dataclass(frozen=True)
 class FoldSite:
-    """One row of the table above, with local names; `index` `[in]` is the source row of each column."""
+    """One row of the table above, with local names.
+
+    `index` `[in]` is the source row of each column.
+    """
 
     source: str
     targets: tuple[str, ...]
@@ -65,7 +68,7 @@ class FoldSite:
 
 
 def fold_sites(block: Block) -> list[FoldSite]:
-    """Every place of a block where scales can be moved, in the order the block runs."""
+    """Every place of a block where scales can move, in running order."""
     found = []
     for number, stage in enumerate(block.stages):
         index = torch.from_numpy(stage.source_rows())
@@ -86,7 +89,9 @@ def choose_folds(
     moments_of: Callable[[str], Moments | None],
     pool: Workers,
 ) -> list[tuple[FoldSite, Tensor]]:
-    """The sites of a stage where scales are worth moving, with the scales; `apply_folds` when all stages are known.
+    """The sites of a stage where scales are worth moving, with the scales.
+
+    `apply_folds` when all stages are known.
 
     `moments_of(name)` gives the moments of a linear's inputs in the block as it is, sizes included, or None
     where they say too little to go by.
@@ -103,7 +108,9 @@ def choose_folds(
 def apply_folds(
     block: Block, chosen: list[tuple[FoldSite, Tensor]], stored_as: Callable[[str], np.dtype]
 ) -> dict[str, NDArray]:
-    """Move all chosen scales; returns norms and routers as they are stored, by local tensor name.
+    """Move all chosen scales.
+
+    Returns norms and routers as they are stored, by local tensor name.
 
     `stored_as(name)` is the type on disk of a local tensor.
     """
@@ -121,7 +128,7 @@ def apply_folds(
 def search_scales(
     kind: str, site: FoldSite, block: Block, moments: Moments, schemes: Mapping[str, QuantScheme], pool: Workers
 ) -> Tensor | None:
-    """The scales `[source rows]` to move at a site, None when none are worth it.
+    """The scales `[source rows]` to move at a site, or None.
 
     A site whose linears are not all quantized (the router aside) is left alone.
     """
@@ -142,7 +149,10 @@ def search_scales(
 def _awq(
     site: FoldSite, weights: Mapping[str, Tensor], moments: Moments, schemes: Mapping[str, QuantScheme], pool: Workers
 ) -> Tensor | None:
-    """Try s = mean|x|^α, and mean|x|^α / mean|w|^(1 − α) with each row's weights relative to its largest."""
+    """The best scales of AWQ's grid, or None where the gain is noise.
+
+    Tried are s = mean|x|^α, and mean|x|^α / mean|w|^(1 − α) with each row's weights relative to its largest.
+    """
     assert moments.mean_abs is not None
     x = site.collapse(moments.mean_abs)
     x = x.clamp(min=max(float(x.median()), 1e-8))
@@ -164,7 +174,10 @@ def _awq(
 
 
 def _at_least_median(hessian: Tensor) -> Tensor:
-    """H `[in, in]` with a diagonal that is nowhere below its median; stays positive semidefinite."""
+    """H `[in, in]` with a diagonal that is nowhere below its median.
+
+    Stays positive semidefinite.
+    """
     diagonal = hessian.diagonal()
     return hessian + torch.diag((diagonal.median() - diagonal).clamp(min=0))
 
@@ -200,13 +213,19 @@ def _smooth(site: FoldSite, weights: list[Tensor], moments: Moments) -> Tensor |
 
 
 def _centred(scales: Tensor) -> Tensor:
-    """Scaled so that the largest and the smallest lie evenly around one, within what 16 bits bear."""
+    """Scales whose largest and smallest lie evenly around one.
+
+    They are clamped to what 16 bits bear.
+    """
     scales = scales.clamp(min=1e-6)
     return (scales / (scales.max() * scales.min()).sqrt()).clamp(2.0**-8, 2.0**8)
 
 
 def apply_fold(block: Block, site: FoldSite, scales: Tensor, stored_as: np.dtype) -> NDArray | None:
-    """Move the scales; returns a norm's new weight as it is stored (`stored_as`), None for a linear source."""
+    """Move the scales.
+
+    Returns a norm's new weight as it is stored (`stored_as`), None for a linear source.
+    """
     source, kept_as = block.weights[site.source], None
     if site.is_norm:
         _, divided = _store(source / scales, stored_as)

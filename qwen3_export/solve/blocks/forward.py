@@ -1,4 +1,4 @@
-"""Samples on their way through one block, and the moments of what its linears read.
+"""Samples on their way through one block, and moments of their linears' inputs.
 
     start_run       hidden states before the block ─▶ state before the first stage
     run_stage       all samples through the linears of a stage, to the inputs of the next
@@ -54,7 +54,9 @@ def start_run(
     settings: RunSettings, block: Block, before: SampleFile, folder: Path, count: int,
     chosen: Sequence[int] | None = None,
 ) -> BlockRun:  # fmt: skip
-    """A run of the `count` samples in `before`, or of those `chosen`, at the entrance of the block.
+    """A run of the `count` samples in `before`, or of the `chosen` ones.
+
+    The samples are at the entrance of the block.
 
     `before` is a file handle of this run's own, which it closes; the file itself stays. States lie in `folder`.
     """
@@ -87,7 +89,7 @@ def run_stage(run: BlockRun, stage: int) -> None:
 
 
 def advance_sample(run: BlockRun, stage: int, _sample: int, state: State) -> State:
-    """One sample's state behind a stage, back in this machine's memory where it was there."""
+    """One sample's state behind a stage, in this machine's memory."""
     moved = {name: tensor.to(run.settings.device) for name, tensor in state.items()}
     after = run.block.advance(stage, moved, run.settings.rope)
     # An untouched field must stay the same object, so that it is not written to the disk again.
@@ -95,7 +97,10 @@ def advance_sample(run: BlockRun, stage: int, _sample: int, state: State) -> Sta
 
 
 def input_moments(run: BlockRun, name: str) -> Moments:
-    """Moments of the inputs of one linear, or of the router, over all samples, by local name."""
+    """Moments of the inputs of one linear, or of the router.
+
+    They are taken over all samples; names are local.
+    """
 
     def read(sample: int) -> SampleInputs:
         state = run.states.read(sample, ("x", "experts"))
@@ -105,7 +110,10 @@ def input_moments(run: BlockRun, name: str) -> Moments:
 
 
 def collect(run: BlockRun, name: str, read: Callable[[int], SampleInputs], samples: Sequence[int]) -> Moments:
-    """Moments of what `read` gives of each sample, as wide as the inputs of a linear."""
+    """Moments of what `read` gives of each sample.
+
+    They are as wide as the inputs of the linear `name`.
+    """
     use = run.settings
     return collect_moments(
         read, samples, use.samples_at_once, run.block.width(name), use.device, use.pool, use.magnitudes, use.int_matmul
@@ -113,6 +121,9 @@ def collect(run: BlockRun, name: str, read: Callable[[int], SampleInputs], sampl
 
 
 def layer_inputs(run: BlockRun, token_floor: int, fallback: str) -> LayerInputs:
-    """What the linears of a block read at the present stage, with the rule for experts that few tokens reach."""
+    """What the linears of a block read at the present stage.
+
+    It knows the rule for experts that few tokens reach.
+    """
     moments_of = partial(input_moments, run)
     return LayerInputs(run.block, run.states, token_floor, fallback, moments_of, run.settings.pool, run.settings.device)

@@ -29,7 +29,9 @@ HELD_OUT = 8
 
 
 def add_missing_output(job: Job, runs: list[BlockRun], stage: int) -> None:
-    """Add `missing` `[1, tokens, hidden]` to the quantized model's states before experts write to the residual stream.
+    """Add `missing` `[1, tokens, hidden]` to the quantized model's states.
+
+    This is done before experts write to the residual stream.
 
     It is what the original, a stage ahead, has there and they will not; zeros where the original does not run.
     """
@@ -47,7 +49,9 @@ def add_missing_output(job: Job, runs: list[BlockRun], stage: int) -> None:
 
 
 def linear_inputs(job: Job, name: str, runs: list[BlockRun], layer: LayerInputs) -> LinearInputs:
-    """What one linear is solved against: moments of its inputs, paired where the original runs too.
+    """The moments that one linear is solved against.
+
+    They are paired where the original runs too.
 
     An expert that too few tokens reach gets what `layer` says, without the original.
     """
@@ -62,7 +66,9 @@ def linear_inputs(job: Job, name: str, runs: list[BlockRun], layer: LayerInputs)
 
 
 def paired_inputs(job: Job, samples: Sequence[Callable[[int], SampleInputs]], width: int) -> LinearInputs:
-    """Moments of the samples that run through both models, in two parts, joined by those of the others.
+    """Moments of the samples that run through both models, in two parts.
+
+    Those of the other samples are joined to them.
 
     `samples` read one sample's inputs with the original beside, and alone; `width` is their number.
     """
@@ -86,7 +92,10 @@ def split_held_out(samples: list[int]) -> tuple[list[int], list[int]]:
 
 
 def _sample(job: Job, name: str, runs: list[BlockRun], sample: int) -> SampleInputs:
-    """One sample's inputs of a linear; with the original beside, their drift from its, or the target."""
+    """One sample's inputs of a linear.
+
+    With the original beside, their drift from its, or the target.
+    """
     alone, block, device = len(runs) == 1, runs[0].block, job.device
     expert, writes = is_expert(name), block.config.block(block.layer).stage_of(name).writes_residual
     more = () if alone or not writes else ("mix", "missing") if expert else ("residual",)

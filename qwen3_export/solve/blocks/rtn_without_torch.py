@@ -1,4 +1,4 @@
-"""Rounding to nearest without torch: integer codes of a block, from the weights as they are stored.
+"""Rounding to nearest without torch: integer codes from weights as stored.
 
     rows of a linear, some at a time:   read ─▶ range, scale, codes (`rounding.kernels`) ─▶ their place in the result
 
@@ -46,7 +46,10 @@ def serves(checkpoint: Checkpoint, recipe: Recipe) -> bool:
 
 
 def import_loops() -> None:
-    """Import the compiled loops, which must not meet Ctrl-C; MissingRuntimeError where numba is not installed."""
+    """Import the compiled loops, which must not meet Ctrl-C.
+
+    Raises MissingRuntimeError where numba is not installed.
+    """
     try:
         with uninterrupted(), uncollected():
             importlib.import_module("qwen3_export.solve.rounding.kernels")
@@ -56,7 +59,10 @@ def import_loops() -> None:
 
 @dataclass(frozen=True)
 class _Linear:
-    """A linear `[out, in]` while its pieces of rows come in; scales and zeros are still in fp32."""
+    """A linear `[out, in]` while its pieces of rows come in.
+
+    Scales and zeros are still in fp32.
+    """
 
     name: str
     scheme: QuantScheme

@@ -27,8 +27,11 @@ _EARLY = 64 << 20
 
 
 class SampleFile:
-    """`count` tensors of one shape and type in one file, each read and written on its own; `early`: it is to last, and
-    what is written goes to the disk beside the work, which would wait for it in the end."""
+    """One tensor per sample, all of one shape and type, in one file.
+
+    Each is read and written on its own. `early`: the file is to last, so that what is written goes to the disk
+    beside the work and not at its end.
+    """
 
     def __init__(
         self, path: Path, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, early: bool = False
@@ -67,12 +70,18 @@ class SampleFile:
             threading.Thread(target=_flush_into, args=(self._flushing, self._descriptor)).start()
 
     def _flushed(self) -> None:
-        """Wait for what was begun; the system reports a failure only once, to whoever flushes next."""
+        """Wait for what was begun.
+
+        The system reports a failure only once, to whoever flushes next.
+        """
         if self._flushing is not None:
             self._flushing.result()
 
     def keep_as(self, path: Path) -> None:
-        """Flush to the disk and move to its lasting name; from then on only its owner deletes it."""
+        """Flush to the disk and move to its lasting name.
+
+        From then on only its owner deletes it.
+        """
         self._flushed()
         os.fsync(self._descriptor)
         self.path.rename(path)
@@ -101,8 +110,11 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 class SpareFiles:
-    """Files that nobody needs any more, to be written over: a file system takes many times as long to find room for
-    new ones, at the sizes that come again in every block. `folder` is the shelf's own, and emptied at first."""
+    """Files that are no longer needed, kept to be written over.
+
+    A file system takes many times as long to find room for new ones, and the same sizes come again in every
+    block. `folder` holds nothing else, and is emptied at first.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._by_size, self._count, self._lock = folder, dict[int, list[Path]](), 0, threading.Lock()
@@ -125,8 +137,11 @@ class SpareFiles:
 
 
 class BlockStates:
-    """The state of every row at the present stage of a block, one SampleFile per field; `files` are those it begins
-    with, `spare_files` where others come from and go to."""
+    """The state of every sample at the present stage of a block.
+
+    There is one SampleFile per field; `files` are those it begins with, and `spare_files` lends and takes back
+    the others.
+    """
 
     def __init__(
         self,
@@ -147,8 +162,11 @@ class BlockStates:
         self, step: Callable[[int, State], State], pool: Workers,
         idle: Collection[str] = (), lasting: Collection[str] = (),
     ) -> None:  # fmt: skip
-        """Replace every state by `step(sample, state)`; unchanged fields are not written again, and those that are
-        `idle` not even read. Those that are `lasting` will be kept as they then are."""
+        """Replace every state by `step(sample, state)`.
+
+        Unchanged fields are not written again, and those that are `idle` not even read. Those that are `lasting`
+        will be kept as they then are.
+        """
         self._generation += 1
         fresh: dict[str, SampleFile] = {}
         lock, names = threading.Lock(), {name for name in idle if name in self._files}

@@ -1,4 +1,4 @@
-"""Experts: how many calibration tokens reached each, and what stands in for those that never came.
+"""Tokens that reach each expert, and statistics for experts that too few reach.
 
 The router sends a token to a few experts, and some experts get hardly any. n tokens span at most n
 directions of an input; a Hessian made of few calls all others free, and a solver puts its errors
@@ -50,7 +50,10 @@ class LinearInputs:
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """A block at one stage with all rows in it; `collect_all(name)` are one linear's moments over them."""
+    """A block at one stage with all rows in it.
+
+    `collect_all(name)` are one linear's moments over them.
+    """
 
     block: Block
     states: BlockStates
@@ -74,7 +77,7 @@ class LayerInputs:
 
     @cached_property
     def _common(self) -> Moments:
-        """Moments of the input that all tokens bring to the router and to every expert."""
+        """Moments of the input that the router and every expert share."""
         return self.collect_all(ROUTER)
 
     def _inner(self, name: str) -> Moments:
@@ -109,7 +112,10 @@ class LayerInputs:
 
 
 def count_tokens(states: BlockStates, experts: int, pool: Workers) -> list[int]:
-    """Number of tokens that the router sends to each expert, over all rows; states at stage 2 or 3."""
+    """Number of tokens that the router sends to each expert, over all rows.
+
+    States at stage 2 or 3.
+    """
 
     def one(row: int) -> Tensor:
         return torch.bincount(states.read(row, ("experts",))["experts"].flatten(), minlength=experts)

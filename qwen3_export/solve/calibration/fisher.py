@@ -1,4 +1,6 @@
-"""How much the model's answer depends on each linear's outputs y: G = mean g gᵀ, g = ∂(−log p(label)) / ∂y.
+"""Fisher information of every linear's outputs y: G = mean g gᵀ.
+
+Here g = ∂(−log p(label)) / ∂y: G tells how much the model's answer depends on y.
 
 Labels are drawn from the original's own answers, so G is the Fisher information of the outputs, and
 ½ Δyᵀ G Δy is what an error Δy costs in KL divergence, to second order.
@@ -39,7 +41,7 @@ _CONVERTED_ROWS = 1024
 
 
 def pieces_of(rows: int) -> list[slice]:
-    """The output rows of a linear in pieces of one length, but for the last."""
+    """Output rows of a linear in pieces of one length, the last shorter."""
     length = math.ceil(rows / math.ceil(rows / OUTPUT_PIECE))
     return [slice(begin, min(begin + length, rows)) for begin in range(0, rows, length)]
 
@@ -51,7 +53,10 @@ class FisherInformation:
     folder: Path
 
     def of(self, layer: int, name: str, rows: int) -> list[Tensor] | None:
-        """Pieces `[n, n]` fp32 of one linear's G, in the order of `pieces_of`; None for an expert's linear."""
+        """Pieces `[n, n]` fp32 of one linear's G, in the order of `pieces_of`.
+
+        None for an expert's linear.
+        """
         file = TensorFile(self.folder / f"{layer:04d}.safetensors")
         if f"{name}.0" not in file.entries:
             return None
@@ -60,7 +65,7 @@ class FisherInformation:
 
 @dataclass(frozen=True)
 class FisherPass:
-    """One pass down and up: the model, some calibration samples and where their states are kept."""
+    """One pass through the model and back: model, samples, files of states."""
 
     checkpoint: Checkpoint
     ids: list[np.ndarray]
@@ -71,7 +76,10 @@ class FisherPass:
 
     @property
     def matmul_dtype(self) -> torch.dtype:
-        """The type that the pass multiplies in: what it measures on few tokens is no better than that."""
+        """The type that the pass multiplies in.
+
+        What it measures on few tokens is no better than that.
+        """
         return self.pool.matmul_dtype if self.device == "cpu" else torch.float32
 
     def block(self, layer: int) -> Block:
@@ -87,7 +95,9 @@ def measure_fisher(
     checkpoint: Checkpoint, rows: Samples, count: int, seed: int, pool: Workers, scratch: Path, device: str,
     tick: Callable[[], object] = lambda: None,
 ) -> FisherInformation:  # fmt: skip
-    """Measure G of all linears on `count` rows, spread evenly; a finished measurement is found again.
+    """Measure G of all linears on `count` rows, spread evenly.
+
+    A finished measurement is found again.
 
     `tick` is called twice per block.
     """
@@ -151,7 +161,10 @@ def _loss_gradient(work: FisherPass) -> None:
 
 
 def _slope(normed: Tensor, head: Tensor, generator: torch.Generator, matmul_dtype: torch.dtype) -> Tensor:
-    """∂(−log p(label)) / ∂normed of a few tokens `[n, hidden]`: (p − label) times the head."""
+    """∂(−log p(label)) / ∂normed of a few tokens `[n, hidden]`.
+
+    It is (p − label) times the head.
+    """
     size = _HEAD_ROWS if head.dtype == matmul_dtype else _CONVERTED_ROWS
     cuts = [slice(i, i + size) for i in range(0, len(head), size)]
 

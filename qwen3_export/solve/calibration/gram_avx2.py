@@ -1,4 +1,6 @@
-"""Rows of inputs as integers of seven bits in panels, and their products with AVX2: 2.5 times as fast as in fp32.
+"""Gram sums with AVX2, of inputs rounded to seven-bit integers.
+
+They are 2.5 times as fast as in fp32.
 
     p = round((x − c) / s) + 64    from 1 to 127; s: what the largest |x − c| of some rows divides by 63
 
@@ -60,14 +62,20 @@ def _build(b: Any, left: Any, right: Any, turns: Any, out: Any, row: Any) -> Non
 
 @v.inserted
 def _add_tile(_context: Any, left: Any, right: Any, turns: Any, out: Any, row: Any) -> Any:
-    """Add the products of four columns with a panel, over `turns` times eight tokens, to four rows of `out`, which are
-    `row` bytes apart: the left as they are, the right less 64. All but numbers are addresses."""
+    """Add the products of four columns with a panel to four output rows.
+
+    They are summed over `turns` times eight tokens; the rows of `out` are `row` bytes apart, and the right side
+    is taken less 64. All but numbers are addresses.
+    """
     return v.addressed(5, _build)
 
 
 @compiled
 def _multiply(left: NDArray[np.uint8], right: NDArray[np.uint8], first: int, out: NDArray[np.int32]) -> None:
-    """Add Σ p (q − 64) of the first columns of the left with those of the right from panel `first` on to `out`."""
+    """Add Σ p (q − 64) of two sets of columns to `out`.
+
+    They are the first columns of the left, and those of the right from panel `first` on.
+    """
     size = BLOCK * PANEL
     for block in range(len(left)):
         for i in range(len(out) // PANEL):
@@ -82,8 +90,11 @@ def _multiply(left: NDArray[np.uint8], right: NDArray[np.uint8], first: int, out
 def multiply(
     left: NDArray[np.uint8], right: NDArray[np.uint8], rows: int, columns: slice
 ) -> tuple[int, NDArray[np.int32]]:
-    """Σ p (q − 64) of the first `rows` columns of the left with `columns` of the right, and the place of the first of
-    these: what comes out begins and ends with whole panels."""
+    """Σ p (q − 64) of two sets of columns, and where they begin.
+
+    They are the first `rows` columns of the left and `columns` of the right. What comes out begins and ends with
+    whole panels; its first column is the place that is returned.
+    """
     first, last = columns.start // PANEL, -(-columns.stop // PANEL)
     products = np.zeros((-(-rows // PANEL) * PANEL, (last - first) * PANEL), np.int32)
     _multiply(left, right, first, products)
@@ -92,7 +103,9 @@ def multiply(
 
 @compiled
 def put(x: Array, center: Array, inverse: Array, place: int, words: NDArray[np.int32], sums: NDArray[np.int32]) -> None:
-    """Put rows `[tokens, n]` into panels from token `place` on, and add their integers' sums to `sums`.
+    """Put inputs `[tokens, n]` into panels, from token `place` on.
+
+    The sums of their integers are added to `sums`.
 
     `words` are `values` as integers of four bytes: four tokens each, so that one is written for four of a column.
     """
@@ -124,7 +137,10 @@ def add_scaled(
     left: Array,
     right: Array,
 ) -> None:
-    """`total[:, begin:] += left · (products − 64 · sums) · right`, of the products' columns from `offset` on."""
+    """`total[:, begin:] += left · (products − 64 · sums) · right`.
+
+    Columns of the products count from `offset` on.
+    """
     for i in range(len(total)):
         for j in range(len(right)):
             exact = products[i, offset + j] - ZERO * sums[j]

@@ -1,4 +1,6 @@
-"""Products of two sets of rows summed over their tokens, from bytes: twice as fast as from 16 bits, and exact sums.
+"""Gram sums of inputs rounded to bytes, added up without error.
+
+They are twice as fast as in 16 bits.
 
     d = x − c          c: about the mean of the row's tokens, one number per column
     b = round(d / s)   s: what the largest |d| of some rows divides by 127, one number per column
@@ -77,7 +79,10 @@ def _add_scaled(total: Array, begin: int, products: NDArray[np.int32], left: Arr
 
 @dataclass(frozen=True)
 class Panels:
-    """What `gram_avx2` multiplies: its `values`, and the sum of every column's integers, int32 `[n]` filled up."""
+    """What `gram_avx2` multiplies, and the sums of its columns.
+
+    The sums of integers are int32 `[n]`, filled up to whole panels.
+    """
 
     values: NDArray[np.uint8]
     totals: NDArray[np.int32]
@@ -85,7 +90,9 @@ class Panels:
 
 @dataclass(frozen=True)
 class Bytes:
-    """Some rows `[tokens, n]` as bytes, each row less its center, and the scales `[n]` of the columns.
+    """Inputs `[tokens, n]` as bytes, with the scale of each column.
+
+    Each sample's inputs are taken less its center.
 
     `centers` and `sums` are `[rows, n]`: Σ d̂ over a row's tokens, or of rows that have no center Σ x, nothing rounded.
     """
@@ -97,7 +104,10 @@ class Bytes:
 
 
 def as_bytes(parts: Sequence[Tensor], centered: bool) -> Bytes:
-    """bf16 rows `[tokens, n]` as bytes, fp32 rows as panels; what is not finite makes its column's scale so."""
+    """bf16 rows `[tokens, n]` as bytes, fp32 rows as panels.
+
+    What is not finite makes its column's scale so.
+    """
     size = parts[0].shape[1]
     centers = torch.zeros(len(parts), size)
     most = np.zeros(size, np.float32)

@@ -1,4 +1,4 @@
-"""What the calibration samples say about one linear's inputs: means over all tokens that reach it.
+"""Moments of one linear's inputs: means over all calibration tokens that reach it.
 
     hessian   mean x xᵀ         [in, in]   x: its inputs in the quantized model so far
     drift     mean (x̃ − x) xᵀ   [in, in]   x̃: the same inputs in the original model
@@ -33,7 +33,10 @@ _CENTERS = 128
 
 @dataclass(frozen=True)
 class SampleInputs:
-    """One row's inputs `[n, in]`, how far they are from the original's, and the wanted answers `[n, out]`."""
+    """One sample's inputs `[n, in]`, their drift, and the target `[n, out]`.
+
+    The drift is the original's inputs less these.
+    """
 
     x: Tensor
     drift: Tensor | None = None
@@ -52,7 +55,10 @@ class Moments:
     peak: Tensor | None = None
 
     def join(self, other: Moments) -> Moments:
-        """Moments over both sets of tokens; what only one of them knows is left out."""
+        """Moments over both sets of tokens.
+
+        What only one of them knows is left out.
+        """
         total = max(self.tokens + other.tokens, 1)
 
         def mean(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -67,7 +73,10 @@ class Moments:
 
 @dataclass(frozen=True)
 class PairedMoments:
-    """Moments of the rows that ran through the original too: most of them, those held out, and both together."""
+    """Moments of the samples that run through both models.
+
+    `fitted` are most of them, `held_out` every eighth, `both` all together.
+    """
 
     fitted: Moments
     held_out: Moments
@@ -78,7 +87,9 @@ def collect_moments(
     read: Callable[[int], SampleInputs], indices: Sequence[int], at_once: int, width: int, device: str, pool: Workers,
     magnitudes: bool = True, int_matmul: bool = False,
 ) -> Moments:  # fmt: skip
-    """Moments over `indices`, `at_once` of them in memory and as many on their way; `width` is the number of inputs.
+    """Moments over `indices`, `at_once` of them in memory and as many on their way.
+
+    `width` is the number of inputs.
 
     `magnitudes`: whether the mean and the largest |x| are wanted too, which take as long as a tenth of the Hessian.
     `int_matmul`: whether fp32 inputs may be rounded to bytes for their sums, as bf16 inputs are.
@@ -90,7 +101,10 @@ def collect_moments_of_parts(
     parts: Sequence[tuple[Callable[[int], SampleInputs], Sequence[int]]], at_once: int, width: int, device: str,
     pool: Workers, magnitudes: bool = True, int_matmul: bool = False,
 ) -> list[Moments]:  # fmt: skip
-    """Moments over several sets of rows, each with its own samples, one set after another; see `collect_moments`."""
+    """Moments over several sets of samples, one set after another.
+
+    Each set has its own reader; see `collect_moments`.
+    """
     found = [_Sums(width, device, pool, magnitudes, int_matmul) for _ in parts]
     cuts = [
         (sums, read, indices[begin : begin + at_once])
@@ -114,7 +128,10 @@ def collect_moments_of_parts(
 
 @dataclass(frozen=True)
 class _Common:
-    """The centers c of some rows, Σ d̂ of each, and how many tokens each has; Σ t of what they are multiplied with."""
+    """What the centers of some samples contribute to the sums.
+
+    They are the centers c, Σ d̂ and the number of tokens of each, and Σ t of what they are multiplied with.
+    """
 
     centers: list[Tensor] = field(default_factory=list)
     sums: list[Tensor] = field(default_factory=list)
@@ -142,7 +159,7 @@ class _Common:
 
 @dataclass(frozen=True)
 class _Joined:
-    """Inputs of some samples, and what they are multiplied with besides themselves: fp32 or bytes.
+    """Inputs of some samples, and their drift or target: fp32 or bytes.
 
     `magnitudes`: the inputs as they are, where their sizes are wanted; `common` only when much of it has come together.
     """
@@ -154,8 +171,11 @@ class _Joined:
 
 
 class _Sums:
-    """Sums over the samples so far: in fp32, or of bytes (`gram_int8`) where the inputs are in 16 bits or may be
-    rounded, but where there are few tokens, for which it would not pay."""
+    """Sums over the samples so far, in fp32 or of bytes.
+
+    Bytes (`gram_int8`) serve where the inputs are in 16 bits or may be rounded, unless the tokens are so few that
+    it does not pay.
+    """
 
     def __init__(self, width: int, device: str, pool: Workers, magnitudes: bool, int_matmul: bool) -> None:
         self.int_matmul = int_matmul
@@ -168,7 +188,7 @@ class _Sums:
         self.common = _Common()
 
     def join(self, batch: list[SampleInputs]) -> _Joined:
-        """A few rows more as one matrix each, counted in all sums but those of the strips."""
+        """A few samples more as one matrix, counted but in the strips."""
         parts = [item.x for item in batch]
         given = [name for name in ("drift", "target") if batch and getattr(batch[0], name) is not None]
         left = {name: [getattr(item, name) for item in batch] for name in given}
@@ -217,7 +237,10 @@ class _Sums:
         return Moments(self.tokens, self.hessian, drift, target, mean_abs, peak)
 
     def _finish(self, count: int, columns: slice) -> None:
-        """Sums of some columns to means; what lies above H's diagonal blocks is mirrored below them."""
+        """Sums of some columns to means.
+
+        What lies above H's diagonal blocks is mirrored below them.
+        """
         self.common.contribute(self.hessian, self.others, columns)
         self.hessian[: columns.stop, columns].div_(count)
         for total in self.others.values():

@@ -1,4 +1,4 @@
-"""AWQ (Lin et al. 2023): make the channels that matter large before rounding, then clip each group's range.
+"""AWQ (Lin et al. 2023): scale salient channels up, then clip ranges.
 
     min over s of ‖X Wᵀ − (X / s) Q(W · s)ᵀ‖²     s folded into what feeds the linear   (`blocks.fold`)
     min over shrink of δᵀ H_g δ   per group       δ = w − Q(w), range shrunken          (scale search)
@@ -19,7 +19,10 @@ from qwen3_export.solve.rounding.scale_search import SEARCHES
 
 @dataclass(frozen=True)
 class Options:
-    """`scale_search`: `hessian` (the clip search), `mse` or `absmax`. `fold`: `awq`, or `none` to clip only."""
+    """`scale_search`: `hessian` (the clip search), `mse` or `absmax`.
+
+    `fold`: `awq`, or `none` to clip only.
+    """
 
     scale_search: str = "hessian"
     fold: str = "awq"

@@ -48,7 +48,10 @@ def fisher_samples(_options: Options) -> int:
 
 
 def solve(group: LinearGroup, options: Options, pool: Workers) -> dict[str, SolvedWeight]:
-    """Round every weight of the group; the error is relative to its energy, weighted by the inputs if known."""
+    """Round every weight of the group.
+
+    The error is relative to its energy, weighted by the inputs if known.
+    """
     # Here, so that a run without inputs needs no torch: see `blocks.rtn_without_torch`.
     from qwen3_export.solve.rounding.nearest import round_group
 

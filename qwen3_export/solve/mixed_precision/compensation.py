@@ -1,4 +1,4 @@
-"""What later linears of the same block will make up for, taken out of an error before it is judged.
+"""What later linears of the block compensate is taken out of an error.
 
 With `target_shift` (`gptq.target_shift`) o_proj and down_proj also aim at the original's residual stream, and
 undo of an error δ in it what is a linear function of their own inputs x:
@@ -41,7 +41,9 @@ def fit_compensation(
     pool: Workers,
     entered: Callable[[int], Tensor] | None = None,
 ) -> Compensation:
-    """`{stage: B [hidden, in]}` of what repairs a block whose linears of one stage are changed.
+    """`{stage: B [hidden, in]}`, which later stages of a block compensate.
+
+    The linears of one stage are changed.
 
     `read(row)` gives a calibration row's hidden states before the block, `[1, tokens, hidden]`, and
     `entered(row)` those that the changed block gets, where they differ; every other of `count` rows is
@@ -71,7 +73,7 @@ def fit_compensation(
 def run_compensated(
     block: Block, changed: Block, compensation: Compensation, rope: Rope, hidden: Tensor, entered: Tensor | None = None
 ) -> tuple[dict[int, Tensor], Tensor, Tensor]:
-    """Inputs of the repairing stages, the original output, and the error that is left of a changed block's."""
+    """Inputs of the compensating stages, the original output, and the error left."""
     state, inputs = block.initial_state(hidden), {}
     for stage, description in enumerate(block.stages):
         if description.writes_residual:
@@ -84,7 +86,10 @@ def run_compensated(
 
 
 def _predict(fitted: Moments, held_out: Moments) -> Tensor | None:
-    """B, shortened to the α that minimises the held-out error, a parabola; None when that is 0."""
+    """B, shortened to the α that minimises the held-out error, a parabola.
+
+    None when that is 0.
+    """
     assert fitted.target is not None
     assert held_out.target is not None
     damped = fitted.hessian.clone()

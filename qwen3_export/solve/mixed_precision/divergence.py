@@ -1,4 +1,4 @@
-"""How far changed models' outputs are from the original's: mean KL over all positions of some rows."""
+"""Mean KL divergence of changed models from the original, over some samples."""
 
 from __future__ import annotations
 

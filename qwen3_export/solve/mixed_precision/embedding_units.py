@@ -1,4 +1,6 @@
-"""Embedding and head as units of a search: solved with one scheme as a whole, with all of them in some rows.
+"""Embedding and head as units of a search.
+
+They are solved with one scheme as a whole, and with all of them in some rows.
 
     embedding   rows that start with it: at block 0, in files of their own
     head        the original's rows, met by it at the end; a tied matrix does both
@@ -42,7 +44,10 @@ SAMPLED_ROWS = 512
 def solve_some_rows(
     method: ModuleType | None, options: Any, pool: Workers, hessian: Tensor | None, scheme: QuantScheme, weight: Tensor
 ) -> SolvedWeight:
-    """Some rows `[n, rows]` as the method stores them; rounded to nearest when it is None."""
+    """Some rows `[n, rows]` as the method stores them.
+
+    Rounded to nearest when it is None.
+    """
     group = LinearGroup({"": weight}, {"": scheme}, hessian)
     return (round_group(group, "mse", pool) if method is None else method.solve(group, options, pool))[""]
 
@@ -54,7 +59,10 @@ def probe_matrix(
     solve: Callable[[QuantScheme, Tensor], SolvedWeight],
     hessian: Tensor | None,
 ) -> tuple[Table, dict[QuantScheme, float]]:
-    """The matrix as the first scheme stores it, and tr(ΔHΔᵀ) of every scheme over evenly chosen rows."""
+    """The matrix as the first scheme stores it, and every scheme's error.
+
+    The errors tr(ΔHΔᵀ) are taken over evenly chosen rows.
+    """
     rows = checkpoint.config.outer_matrices()[module][0]
     weight = checkpoint.linear(module)[:: math.ceil(rows / SAMPLED_ROWS)]  # type: ignore[index]  # 16-bit source
     some = to_torch(weight).float()
@@ -94,7 +102,10 @@ def probe_embedding(study: Study, unit: Unit, stack: ExitStack) -> EmbeddingProb
 def run_first_block(
     study: Study, block: Block, probe: EmbeddingProbe, before: SampleFile, original: SampleFile
 ) -> Variant:
-    """Run the measured samples of a quantized embedding through block 0, less what will be repaired of it."""
+    """Run samples with a quantized embedding through block 0.
+
+    What later linears compensate is taken out.
+    """
     hidden, compensation = probe.variant.hidden, Compensation()
     if study.method.needs_original(study.options):
         rope, count = rope_tables(block.config, 0, len(study.calibration[0])), len(study.calibration)

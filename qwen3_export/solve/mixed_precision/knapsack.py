@@ -1,4 +1,6 @@
-"""The size budget: one choice per unit, the least loss that fits. A multiple-choice knapsack, solved exactly.
+"""The size budget: one choice per unit, the least loss that fits.
+
+A multiple-choice knapsack, solved exactly.
 
     min Σ loss[u][c_u]   subject to   Σ bits[u][c_u] ≤ capacity
 
@@ -26,14 +28,16 @@ MOST_CELLS = 1 << 17
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to store a unit: its size in bits, and what it costs in quality."""
+    """One way to store a unit: its size in bits, and its loss."""
 
     bits: int
     loss: float
 
 
 def choose(units: Sequence[Sequence[Choice]], capacity: int, most_cells: int = MOST_CELLS) -> list[int] | None:
-    """Index of the chosen `Choice` of each unit, or None when even the smallest ones exceed `capacity` bits.
+    """Index of the chosen `Choice` of each unit.
+
+    None when even the smallest ones exceed `capacity` bits.
 
     Of equal losses the first choice listed is taken.
     """

@@ -75,7 +75,10 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The recipe and how it came about: per unit, its sensitivity and the chosen scheme (None: 16 bits)."""
+    """The recipe and how it came about.
+
+    It has each unit's sensitivity and the chosen scheme, None for 16 bits.
+    """
 
     recipe: Recipe
     units: tuple[tuple[Sensitivity, QuantScheme | None], ...]
@@ -93,7 +96,10 @@ class SearchResult:
         return sum(s.loss(scheme) for s, scheme in self.units)
 
     def expected_uniform_kl(self) -> float | None:
-        """The same for the best single scheme that fits into as many bits; None when none does."""
+        """The same for the best single scheme that fits into as many bits.
+
+        None when none does.
+        """
         bits, sums = sum(s.unit.bits(scheme) for s, scheme in self.units), []
         for scheme in dict.fromkeys(scheme for s, _ in self.units for scheme in s.errors):
             fits = all(scheme in s.errors for s, _ in self.units)
@@ -105,10 +111,12 @@ class SearchResult:
 def search(
     checkpoint: Checkpoint, settings: SearchSettings, scratch: Path, progress: Progress | None = None
 ) -> SearchResult:
-    """Measure, solve the budget, and return the recipe; hidden states lie in a folder below `scratch` meanwhile.
+    """Measure, solve the budget, and return the recipe.
+
+    Hidden states lie in a folder below `scratch` meanwhile.
 
     Raises InputError before the long work when the budget is out of reach or the text too short, and
-    ResourceError when `scratch` has too little room.
+    Raises ResourceError when `scratch` has too little room.
     """
     progress, started = progress or Progress(), time.monotonic()
     if checkpoint.is_quantized:
@@ -160,7 +168,10 @@ def outcome(found: SearchResult, settings: SearchSettings, output: Path) -> dict
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The recipe as a file, schemes without what they leave at its default; the same recipe gives the same bytes."""
+    """The recipe as a file, schemes without what they leave at its default.
+
+    The same recipe gives the same bytes.
+    """
     values, usual = recipe.to_dict(), QuantScheme().to_dict()
     shown = ("num_bits", "symmetric", "strategy", "group_size")
     for rule in values["rules"]:
@@ -196,7 +207,10 @@ def schemes(settings: SearchSettings) -> list[QuantScheme | None]:
 
 
 def _fitting(unit: Unit, settings: SearchSettings) -> list[QuantScheme | None]:
-    """Candidates whose groups divide the unit's inputs; of 8 bits the coarsest, its error is nothing anyway."""
+    """Candidates whose groups divide the unit's inputs.
+
+    Of 8 bits the coarsest, its error is nothing anyway.
+    """
     wide = [shape[1] for shape in unit.shapes.values()]
     found = [s for s in schemes(settings) if s is None or not any(n % s.group_length(n) for n in wide)]
     eight = [s for s in found if s is not None and s.num_bits == 8]
@@ -209,13 +223,16 @@ def _fitting(unit: Unit, settings: SearchSettings) -> list[QuantScheme | None]:
 
 
 def _probe_first(unit: Unit, found: list[QuantScheme | None], target: float) -> list[QuantScheme]:
-    """The schemes to measure errors of, that of the size nearest to the target first."""
+    """The schemes to measure, that of the size nearest to the target first."""
     real = [scheme for scheme in found if scheme is not None]
     return sorted(real, key=lambda scheme: abs(unit.bits(scheme) / unit.weights - target))
 
 
 def _capacity(candidates: dict[Unit, list[QuantScheme | None]], target: float) -> int:
-    """The budget in bits; InputError with the smallest and largest possible when it is out of reach."""
+    """The budget in bits.
+
+    InputError with the smallest and largest possible when it is out of reach.
+    """
     weights = sum(unit.weights for unit in candidates)
     sizes = [[unit.bits(scheme) for scheme in found] for unit, found in candidates.items()]
     least, most = (sum(map(pick, sizes)) / weights for pick in (min, max))
@@ -244,7 +261,10 @@ def _samples(checkpoint: Checkpoint, settings: SearchSettings) -> tuple[list[Any
 
 
 def _to_measure(count: int, settings: SearchSettings) -> list[int]:
-    """Which of `count` rows the KL is measured on: those after `samples`, or a part of a text that is too short."""
+    """Which of `count` samples the KL is measured on.
+
+    They are those after `samples`, or a part of a text that is too short.
+    """
     if count == settings.samples + settings.measure:
         return list(range(settings.samples, count))
     number = min(settings.measure, count // 4)

@@ -1,4 +1,4 @@
-"""What each unit of a model suffers from quantization: the KL divergence that it alone causes.
+"""Sensitivity of each unit: the KL divergence that its quantization alone causes.
 
 One sweep over the blocks measures all units:
 
@@ -63,7 +63,10 @@ from qwen3_export.solve.rounding.row_chunks import quadratic_form
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """One unit's KL in nats per token when only it is stored as `probe`, and every scheme's tr(ΔHΔᵀ)."""
+    """One unit's KL as its `probe`, and every scheme's tr(ΔHΔᵀ).
+
+    The KL is in nats per token, with only this unit quantized.
+    """
 
     unit: Unit
     probe: QuantScheme
@@ -79,7 +82,10 @@ class Sensitivity:
 
 
 def steps(study: Study) -> int:
-    """How often `measure_sensitivities` ticks: each unit per block from its own on, the original, then each sample."""
+    """How often `measure_sensitivities` ticks.
+
+    It ticks for each unit once per block from its own on, for the original once per block, then for each sample.
+    """
     layers = study.checkpoint.config.num_layers
     return layers + sum(min(layers - unit.layer, layers) for unit in study.schemes) + len(study.held_out)
 
@@ -122,7 +128,10 @@ def measure_sensitivities(study: Study, tick: Callable[[], object] = lambda: Non
 
 @dataclass(frozen=True)
 class _SolvedUnit:
-    """A unit's tr(ΔHΔᵀ) by scheme, and its weights by local name as the first scheme stores them."""
+    """A unit's tr(ΔHΔᵀ) by scheme, and its weights as the probe.
+
+    The weights have local names.
+    """
 
     unit: Unit
     errors: Mapping[QuantScheme, float]
@@ -145,7 +154,7 @@ def _fold(kind: str, study: Study, block: Block, before: SampleFile) -> None:
 
 
 def _start(study: Study, block: Block, before: SampleFile, chosen: Sequence[int] | None = None) -> BlockRun:
-    """A run of the calibration samples, or some of them, at the entrance of the block."""
+    """A run of the calibration samples, or some, before the block."""
     count, length = len(study.calibration), len(study.calibration[0])
     settings = RunSettings(study.pool, rope_tables(block.config, 0, length), at_once(study))
     own = SampleFile(before.path, (1, length, block.config.hidden_size))
@@ -155,7 +164,10 @@ def _start(study: Study, block: Block, before: SampleFile, chosen: Sequence[int]
 def _solve_layer(
     study: Study, block: Block, before: SampleFile, stack: ExitStack
 ) -> tuple[list[_SolvedUnit], SampleFile]:
-    """Solve the units of a block; also the calibration samples' hidden states after the block as it is."""
+    """Solve the units of a block.
+
+    Also the calibration samples' hidden states after the block as it is.
+    """
     solved, run = [], _start(study, block, before)
     with closing(run.states):
         for stage in range(len(block.stages)):
@@ -172,7 +184,10 @@ def _solve_layer(
 def _run_variant(
     study: Study, block: Block, solved: _SolvedUnit, before: SampleFile, original: SampleFile, stack: ExitStack
 ) -> Variant:
-    """Run the measured samples through the block with one unit quantized, less what will be repaired of it."""
+    """Run the measured samples through the block with one unit quantized.
+
+    What later linears compensate is taken out.
+    """
     config, unit, compensation = study.checkpoint.config, solved.unit, Compensation()
     changed = Block(config, unit.layer, {**block.weights, **solved.weights})
     if study.method.needs_original(study.options):
@@ -192,7 +207,10 @@ def _run_variant(
 
 
 class _Hessians:
-    """Mean x xᵀ `[in, in]` of the present stage's inputs; a dense block's is kept for its other linears."""
+    """Mean x xᵀ `[in, in]` of the present stage's inputs.
+
+    A dense block's is kept for its other linears.
+    """
 
     def __init__(self, run: BlockRun) -> None:
         self.run = run

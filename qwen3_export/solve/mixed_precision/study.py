@@ -1,4 +1,4 @@
-"""What a search measures, and its rows: plain data that the sweep and the two ends of the model share."""
+"""What a search measures, and on which samples: plain data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ _TOKENS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class Study:
-    """What is measured: `schemes` per unit, the probe first; rows to solve with, rows to measure on."""
+    """What is measured: `schemes` per unit, the probe first.
+
+    Rows to solve with, rows to measure on.
+    """
 
     checkpoint: Checkpoint
     method: ModuleType
@@ -38,7 +41,10 @@ class Study:
 
 @dataclass(frozen=True)
 class Variant:
-    """One unit's errors, and the measured samples in the model where only this unit is quantized; a head of its own."""
+    """The model with only one unit quantized: its errors and hidden states.
+
+    It may have a head of its own.
+    """
 
     unit: Unit
     probe: QuantScheme

@@ -22,7 +22,10 @@ OUTER = -1
 
 @dataclass(frozen=True)
 class Unit:
-    """Linears of one block and stage, by local name `{name: [out, in]}`; or, at stage `OUTER`, embedding or head."""
+    """Linears of one block and stage, by local name `{name: [out, in]}`.
+
+    Or, at stage `OUTER`, embedding or head.
+    """
 
     layer: int
     stage: int
@@ -46,13 +49,19 @@ class Unit:
         return sum(round(scheme.bits_per_weight(shape) * math.prod(shape)) for shape in self.shapes.values())
 
     def sharing_input(self) -> Iterator[list[str]]:
-        """Local names of the linears that read the same input: all of the unit's, or those of one expert."""
+        """Local names of the linears that read the same input.
+
+        They are all of the unit's, or those of one expert.
+        """
         owners = dict.fromkeys(name.rpartition(".")[0] for name in self.shapes)
         yield from ([name for name in self.shapes if name.rpartition(".")[0] == owner] for owner in owners)
 
 
 def units(config: Qwen3Config, fused: bool, outer: bool = False) -> list[Unit]:
-    """All units of a model, in the order they run; with embedding and head if `outer`."""
+    """All units of a model, in the order they run.
+
+    With embedding and head if `outer`.
+    """
     ends = [Unit(-1, OUTER, EMBEDDING, {EMBEDDING: config.outer_matrices()[EMBEDDING]})]
     found = ends if outer else []
     for layer in range(config.num_layers):

@@ -1,4 +1,4 @@
-"""The grid of numbers that a weight may take: its scales and zero points, and rounding onto it.
+"""The grid of numbers that a weight may take, and rounding onto it.
 
 A scale is rounded to its storage precision here, before any code is chosen: what is optimised is
 what is shipped. bf16 scales of integers are also kept in fp16's normal range, so that bf16, fp16 and
@@ -39,7 +39,10 @@ _CACHED_WEIGHTS = 1 << 16
 
 @dataclass(frozen=True)
 class Grid:
-    """Scales and zero points `[rows, groups]` in fp32, scales exact in the scheme's storage type."""
+    """Scales and zero points `[rows, groups]` in fp32.
+
+    The scales are exact in the scheme's storage type.
+    """
 
     scheme: QuantScheme
     scales: Tensor
@@ -57,7 +60,10 @@ class Grid:
 
 
 def round_scale(scale: Tensor, scheme: QuantScheme, global_scale: float = 1.0) -> Tensor:
-    """To storage precision and range, back in fp32; stored is `scale * global_scale`, which NVFP4 has."""
+    """To storage precision and range, back in fp32.
+
+    Stored is `scale * global_scale`, which NVFP4 has.
+    """
     dtype = scheme.scale_dtype
     if dtype == "e8m0":
         return torch.exp2(torch.log2(scale.clamp(min=2.0**-126)).round())
@@ -70,7 +76,10 @@ def round_scale(scale: Tensor, scheme: QuantScheme, global_scale: float = 1.0) -
 
 
 def round_to(weight: Tensor, scales: Tensor, zeros: Tensor, scheme: QuantScheme) -> Tensor:
-    """Codes in fp32: `clamp(round(w / s) + z, 0, max_code)`, or the nearest float of the scheme's type."""
+    """Codes in fp32, rounded to nearest.
+
+    They are `clamp(round(w / s) + z, 0, max_code)`, or the nearest float of the scheme's type.
+    """
     units = weight / scales
     if scheme.type == "int":
         return units.round_().add_(zeros).clamp_(0, scheme.max_code)
@@ -95,7 +104,10 @@ def round_onto(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def shared_global_scale(weights: Sequence[Tensor], scheme: QuantScheme) -> float:
-    """What NVFP4's e4m3 scales are multiplied by, common to linears that a runtime fuses; 1 elsewhere."""
+    """What NVFP4's e4m3 scales are multiplied by, common to linears that a runtime fuses.
+
+    1 elsewhere.
+    """
     if scheme.scale_dtype != "e4m3":
         return 1.0
     largest = max(float(weight.abs().max()) for weight in weights)
@@ -103,7 +115,10 @@ def shared_global_scale(weights: Sequence[Tensor], scheme: QuantScheme) -> float
 
 
 def cut(weight: Tensor, scheme: QuantScheme) -> Tensor:
-    """What shares one scale side by side: `[rows, groups, weights]`; ragged blocks are filled with zeros."""
+    """What shares one scale side by side: `[rows, groups, weights]`.
+
+    Ragged blocks are filled with zeros.
+    """
     tall, wide = scheme.rows_per_scale(len(weight)), scheme.group_length(weight.shape[1])
     if tall == 1 and weight.shape[1] % wide == 0:
         return weight.reshape(len(weight), -1, wide)
@@ -145,7 +160,10 @@ def find_grid(
 def _try_all(
     groups: Tensor, scheme: QuantScheme, importance: Tensor | None, blocks: bool = False, global_scale: float = 1.0
 ) -> Grid:
-    """The grid of the range with the least error, one range after another; `groups` `[rows, groups, weights]`."""
+    """The grid of the range with the least error, one range after another.
+
+    `groups` `[rows, groups, weights]`.
+    """
     shrinks = torch.tensor(SHRINKS, dtype=torch.float64, device=groups.device)
 
     def tried(number: Tensor) -> tuple[Tensor, ...]:
@@ -170,7 +188,9 @@ def _try_all(
 def range_grid(
     groups: Tensor, scheme: QuantScheme, shrink: float | Tensor, global_scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Scales and zeros `[rows, groups]` that cover `shrink` times each group's range; one more axis for several.
+    """Scales and zeros `[rows, groups]` that cover `shrink` times each group's range.
+
+    One more axis for several.
 
     With signed scales the weight of the largest magnitude meets the lowest code, -2^(bits-1).
     """
@@ -202,7 +222,10 @@ def _rounding_error(groups: Tensor, scales: Tensor, zeros: Tensor, scheme: Quant
 
 
 def _weighted(delta: Tensor, importance: Tensor | None, blocks: bool) -> Tensor:
-    """Σ δ², Σ importance·δ², or δᵀ H δ with the group's own block of the Hessian; `[rows, groups]`."""
+    """Squared errors of each group, weighted by importance, `[rows, groups]`.
+
+    They are Σ δ², Σ importance·δ², or δᵀ H δ with the group's own block of the Hessian.
+    """
     if blocks and importance is not None:
         through = torch.bmm(delta.transpose(0, 1), importance).transpose(0, 1)
         return through.mul_(delta).sum(-1)

@@ -1,4 +1,4 @@
-"""Rounding to nearest, compiled: the range of every group, its scale, and the codes, in one pass over the weights.
+"""Rounding to nearest, compiled: range, scale and codes in one pass.
 
 A few rows at a time are laid out `[columns, rows]`, so that every step is the same operation on all rows side by
 side: bounds, one scale per tried range, the errors of rounding onto it. The arithmetic is that of `rounding.grid`
@@ -35,7 +35,10 @@ Storage = tuple[int, np.float32, np.float32]
 
 @compiled
 def code_of(value: np.float32, scale: np.float32, zero: np.float32, largest: np.float32) -> np.float32:
-    """`clamp(round(value / scale) + zero, 0, largest)`; what is too large to be rounded is clamped anyway."""
+    """`clamp(round(value / scale) + zero, 0, largest)`.
+
+    What is too large to be rounded is clamped anyway.
+    """
     code = ((value / scale) + ROUNDER) - ROUNDER + zero
     code = code if code > _ZERO else _ZERO
     return code if code < largest else largest
@@ -43,7 +46,10 @@ def code_of(value: np.float32, scale: np.float32, zero: np.float32, largest: np.
 
 @compiled
 def _load(words: Any, shift: int, row: int, column: int, length: int, bits: Bits) -> None:
-    """A group of some rows into a tile; rows that are not there repeat the last one."""
+    """A group of some rows into a tile.
+
+    Rows that are not there repeat the last one.
+    """
     for r in range(TILE):
         source = words[min(row + r, len(words) - 1), column : column + length]
         for j in range(length):
@@ -52,7 +58,10 @@ def _load(words: Any, shift: int, row: int, column: int, length: int, bits: Bits
 
 @compiled
 def _bounds(work: Array, low: Array, high: Array) -> None:
-    """Least and largest weight of every row, and zero, if columns were added to make fours of them."""
+    """Least and largest weight of every row.
+
+    They include zero, where columns were added to make fours of them.
+    """
     low[:], high[:] = work[0], work[0]
     for j in range(0, len(work), 4):
         for r in range(TILE):
@@ -66,7 +75,10 @@ def _bounds(work: Array, low: Array, high: Array) -> None:
 
 @compiled
 def _to_storage(scale: Array, bits: Bits, storage: Storage) -> None:
-    """Scales to what is stored: clamped to the type's range, the mantissa rounded half to even."""
+    """Round scales to their storage type.
+
+    They are clamped to the type's range, the mantissa rounded half to even.
+    """
     dropped, smallest, largest = storage
     for r in range(TILE):
         sign, size = bits[r] & _SIGN, abs(scale[r])
@@ -101,7 +113,10 @@ def _make_scales(kind: int, top: np.float32, storage: Storage, lines: Array, bit
 
 @contracted
 def _errors(work: Array, weights: Array, top: np.float32, lines: Array) -> None:
-    """Σ importance · (w / s − code + z)² of every row, times s²; the columns come in fours."""
+    """Σ importance · (w / s − code + z)² · s² of every row.
+
+    The columns come in fours.
+    """
     scale, zero, total = lines[_SCALE], lines[_ZEROS], lines[_TOTAL]
     inverse, lowest, highest = lines[_INVERSE], lines[_LOWEST], lines[_HIGHEST]
     for r in range(TILE):
@@ -125,7 +140,10 @@ def _errors(work: Array, weights: Array, top: np.float32, lines: Array) -> None:
 
 @compiled
 def _round(work: Array, kept: Array, top: np.float32, here: int, sums: NDArray[np.float64]) -> None:
-    """A tile's weights to their codes; adds to the sums of δ² and w² of the rows that are there."""
+    """A tile's weights to their codes.
+
+    Adds to the sums of δ² and w² of the rows that are there.
+    """
     part = np.zeros((2, TILE), np.float32)
     for begin in range(0, len(work), _COLUMNS):
         part[:] = _ZERO
@@ -144,7 +162,10 @@ def _round(work: Array, kept: Array, top: np.float32, here: int, sums: NDArray[n
 
 @compiled
 def _keep(lines: Array, number: Numbers, best: Numbers, first: bool) -> None:
-    """Of the range tried and the best so far, each row's with the least error; the earlier one of equals."""
+    """Keep each row's range with the least error.
+
+    The one just tried competes with the best so far; of equals the earlier one stays.
+    """
     scale, zero, total = lines[_SCALE], lines[_ZEROS], lines[_TOTAL]
     least, kept_scale, kept_zero = lines[_LEAST], lines[_KEPT], lines[_KEPT + 1]
     for r in range(TILE):
@@ -158,8 +179,10 @@ def _search(
     work: Array, weights: Array, kind: int, factors: Array, order: Numbers, top: np.float32, storage: Storage,
     lines: Array,
 ) -> None:  # fmt: skip
-    """Leave the best range's scales and zero points of a tile in `lines`: those of `order`, then the best's
-    neighbours."""
+    """Leave the best range's scales and zero points in `lines`.
+
+    Those of `order` are tried, then the neighbours of the best.
+    """
     number, best, middle = np.zeros(TILE, np.int64), np.zeros(TILE, np.int64), np.zeros(TILE, np.int64)
     coarse = len(order)
     for turn in range(coarse + 2 if 1 < coarse < len(factors) else coarse):
@@ -180,7 +203,9 @@ def round_groups(
     words: Any, shift: int, length: int, importance: Array, kind: int, factors: Array, order: Numbers,
     top: np.float32, storage: Storage, scales: Array, zeros: Array, codes: NDArray[np.uint8],
 ) -> tuple[float, float]:  # fmt: skip
-    """Find each group's scale and zero point, and round onto them where `codes` has rows.
+    """Find each group's scale and zero point, and round onto them.
+
+    Nothing is rounded where `codes` has no rows.
 
     `words` `[rows, in]` are the weights' bits, the upper halves of fp32 where `shift` is 16; `length` weights in a
     row share a scale; `importance` `[in]` weighs their errors. Of `factors`, the largest first, those that `order`

@@ -1,4 +1,6 @@
-"""Rounding a group's weights to nearest, with torch: floats, and errors weighed by the inputs (`solve.methods.rtn`).
+"""Rounding to nearest with torch: floats, and errors weighed by inputs.
+
+It serves `solve.methods.rtn`.
 
 What methods that look at inputs fall back to, too; see `blocks.rtn_without_torch` for integer codes without inputs.
 """
@@ -40,7 +42,10 @@ def round_group(group: LinearGroup, search: str, pool: Workers) -> dict[str, Sol
 
 
 def _round(name: str, group: LinearGroup, search: str, unit: float, rows: slice) -> SolvedRows:
-    """Some rows: their grid, and their codes; in one go where no Hessian weighs the errors."""
+    """Some rows: their grid, and their codes.
+
+    In one go where no Hessian weighs the errors.
+    """
     scheme, part, hessian = group.schemes[name], group.weights[name][rows], group.hessian
     length = scheme.group_length(part.shape[1])
     if hessian is None and is_one_pass(scheme, part.shape[1], part.device.type):

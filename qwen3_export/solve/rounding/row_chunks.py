@@ -1,4 +1,4 @@
-"""A weight in pieces of output rows: cut, solved side by side, and joined into one tensor for the disk."""
+"""A weight in chunks of output rows: cut, solved, joined."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _ENERGY_STRIP = 256
 
 
 def row_chunks(weight: Tensor, scheme: QuantScheme, at_once: int = ROWS_AT_ONCE) -> list[slice]:
-    """Slices of output rows, cut the same way whatever the number of threads, never through a scale's rows."""
+    """Slices of output rows, never through the rows of one scale.
+
+    They are the same whatever the number of threads.
+    """
     rows, together = weight.shape[0], scheme.rows_per_scale(weight.shape[0])
     step = max(at_once // together, 1) * together
     return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
@@ -38,7 +41,10 @@ def check_finite(name: str, weight: Tensor) -> None:
 
 @dataclass(frozen=True)
 class SolvedRows:
-    """Some solved output rows: grid, codes in fp32 or as bytes, their squared error and what it is relative to."""
+    """Some solved output rows: grid, codes, and their squared error.
+
+    Codes are in fp32 or bytes; `total` is what the error is relative to.
+    """
 
     grid: Grid
     codes: Tensor
@@ -50,7 +56,10 @@ def solve_rows(
     name: str, weight: Tensor, group: LinearGroup, solve: Callable[[slice], SolvedRows], pool: Workers,
     global_scale: float = 1.0, cut: Sequence[slice] | None = None,
 ) -> SolvedWeight:  # fmt: skip
-    """Solve a weight `[out, in]` by pieces of output rows (`cut`) and join them into one tensor for the disk."""
+    """Solve a weight `[out, in]` in chunks of output rows, and join them.
+
+    `cut` are the chunks.
+    """
     scheme = group.schemes[name]
 
     def piece_of(rows: slice) -> SolvedRows:
@@ -94,7 +103,10 @@ def _code_bytes(codes: Tensor, scheme: QuantScheme) -> Tensor:
 
 
 def _input_scale(peak: float, scheme: QuantScheme) -> float:
-    """The static scale of a linear's inputs, a bf16 number as the layout stores it; 1 where no token arrived."""
+    """The static scale of a linear's inputs, a bf16 number.
+
+    It is 1 where no token arrived.
+    """
     scale = torch.tensor(peak / largest_unit(scheme)).to(torch.bfloat16)
     return float(scale) if scale > 0 else 1.0
 
@@ -117,7 +129,9 @@ def check_inputs(group: LinearGroup) -> None:
 
 
 def quadratic_form(matrix: Tensor, hessian: Tensor | None, matmul_dtype: torch.dtype = torch.float32) -> float:
-    """tr(M H Mᵀ), or tr(M Mᵀ) without inputs, summed in fp64; M H in `matmul_dtype`, whose roundings average out.
+    """tr(M H Mᵀ), or tr(M Mᵀ) without inputs, summed in fp64.
+
+    M H in `matmul_dtype`, whose roundings average out.
 
     H is symmetric: of what lies beside its diagonal blocks one half is multiplied, and counted twice.
     """

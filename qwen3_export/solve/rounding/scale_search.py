@@ -1,4 +1,6 @@
-"""Rounding to nearest in one pass over the weights: integer codes on a processor take `rounding.kernels`.
+"""Scale search and rounding to nearest in one pass over the weights.
+
+Integer codes on a processor take `rounding.kernels`.
 
 Arrays, not tensors: what only needs these loops runs without torch. Floats, other devices, and errors weighed by whole
 blocks of a Hessian take torch's operations in `grid`. Both try the same ranges; which of two is kept can differ
@@ -33,12 +35,17 @@ def is_compiled(scheme: QuantScheme, device: str = "cpu") -> bool:
 
 
 def is_one_pass(scheme: QuantScheme, wide: int, device: str = "cpu") -> bool:
-    """Whether they also round onto it: each row of `wide` weights has scales of its own, for whole groups."""
+    """Whether the compiled loops also round onto the grid.
+
+    For that, each row of `wide` weights has scales of its own, and whole groups.
+    """
     return is_compiled(scheme, device) and scheme.per_row and wide % scheme.group_length(wide) == 0
 
 
 def numbers_to_try(every: bool) -> list[int]:
-    """The `SHRINKS` that all groups try, the whole range first, which is kept where no other is better.
+    """Numbers of the `SHRINKS` that all groups try, the whole range first.
+
+    The whole range is kept where no other is better.
 
     Every second one, as the neighbours of the best follow: a thousandth more squared error than with all of them. It
     would be a hundredth where inputs weigh the errors, as few weights count for most of it, and nearly so with FP8,
@@ -52,7 +59,9 @@ def round_groups(
     weight: NDArray, length: int, scheme: QuantScheme, search: bool, importance: Array | None = None,
     with_codes: bool = True,
 ) -> RoundedGroups:  # fmt: skip
-    """Scales and zeros `[rows, groups]` in fp32, codes uint8 `[rows, in]`, Σ δ² and Σ w² of a weight `[rows, in]`.
+    """Scales, zeros, codes, Σ δ² and Σ w² of a weight `[rows, in]`.
+
+    Scales and zeros are fp32 `[rows, groups]`, codes uint8 `[rows, in]`.
 
     `length` neighbours share a scale, which covers their range, or after a search the share of it with the least
     Σ importance · δ². The weight is of any float type, bf16 the quickest, `importance` `[in]`. Without codes there
@@ -77,14 +86,14 @@ def round_groups(
 
 
 def _words(weight: NDArray) -> tuple[Any, int]:
-    """The bits of the weights, and how far up they belong in a word of fp32."""
+    """The bits of the weights, and their shift in an fp32 word."""
     if weight.dtype.name == "bfloat16":
         return np.ascontiguousarray(weight).view(np.uint16), 16
     return np.ascontiguousarray(weight, np.float32).view(np.uint32), 0
 
 
 def _factors(scheme: QuantScheme) -> tuple[int, Any]:
-    """Which kind of range the scheme has, and what its ends are multiplied by for every tried one."""
+    """The kind of range of a scheme, and its factors for each trial."""
     from qwen3_export.solve.rounding.kernels import ASYMMETRIC, SIGNED, SYMMETRIC
 
     if not scheme.symmetric:

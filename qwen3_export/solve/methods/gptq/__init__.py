@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al. 2022): round columns one by one, let the rest make up for each error.
+"""GPTQ (Frantar et al. 2022): round columns in turn, the rest compensates.
 
     min over codes of tr((W − Q) H (W − Q)ᵀ),   H = XᵀX / n + λI,   λ = percdamp · mean diag H
 
@@ -103,7 +103,9 @@ class Problem:
 
 
 def solve(group: LinearGroup, options: Options, pool: Workers) -> dict[str, SolvedWeight]:
-    """Solve all linears of the group against their common Hessian; error = tr(ΔHΔᵀ) / tr(WHWᵀ).
+    """Solve all linears of the group against their common Hessian.
+
+    Error = tr(ΔHΔᵀ) / tr(WHWᵀ).
 
     Raises RecipeError for inputs or weights that are not finite.
     """
@@ -133,7 +135,7 @@ def _problem(group: LinearGroup, scheme: QuantScheme, options: Options, pool: Wo
 def _solve_linear(
     group: LinearGroup, name: str, problem: Problem, shift: TargetShift | None, pool: Workers
 ) -> SolvedWeight:
-    """Solve one linear in chunks of output rows, which do not depend on each other."""
+    """Solve one linear in chunks of output rows, which are independent."""
     weight = group.weights[name]
     check_finite(name, weight)
     target = weight if shift is None else shift.target(weight, pool)
@@ -143,7 +145,10 @@ def _solve_linear(
 
 
 def _chunks(weight: Tensor, uppers: list[Tensor]) -> list[slice] | None:
-    """The chunks of rows where errors are shaped along them: whole pieces of G; None elsewhere."""
+    """The chunks of rows where errors are shaped along them: whole pieces of G.
+
+    None elsewhere.
+    """
     begins = [*_begins(uppers), len(weight)]
     return [slice(begins[task.start], begins[task.stop]) for task in row_tasks(len(uppers))] if uppers else None
 
@@ -154,7 +159,10 @@ def _begins(uppers: list[Tensor]) -> list[int]:
 
 
 def _solve_chunk(target: Tensor, problem: Problem, uppers: list[Tensor], out_rows: slice) -> SolvedRows:
-    """Solve some output rows; their errors are shaped along the rows where G is known."""
+    """Solve some output rows.
+
+    Their errors are shaped along the rows where G is known.
+    """
     own = [u for begin, u in zip(_begins(uppers), uppers, strict=True) if out_rows.start <= begin < out_rows.stop]
     part, solve_rows_of = target[out_rows], partial(_solve_rows, problem=problem)
     grid, codes = solve_shaped(part, own, solve_rows_of, problem.scheme) if own else solve_rows_of(part)
@@ -165,7 +173,10 @@ def _solve_chunk(target: Tensor, problem: Problem, uppers: list[Tensor], out_row
 
 
 def _solve_rows(weight: Tensor, problem: Problem) -> tuple[Grid, Tensor]:
-    """Grid and codes of some output rows: GPTQ, then passes of descent with the scales refitted between them."""
+    """Grid and codes of some output rows.
+
+    GPTQ comes first, then passes of descent with the scales refitted between them.
+    """
     scheme, factor, unit, options = problem.scheme, problem.factor, problem.global_scale, problem.options
     if options.scale_search == "solve" and scheme.strategy == "group":
         codes, grid = search_columns(weight, scheme, factor.order, factor.upper, unit, problem.matmul_dtype)

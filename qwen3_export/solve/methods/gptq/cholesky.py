@@ -23,7 +23,10 @@ _STRIP = 512
 
 @dataclass(frozen=True)
 class Factor:
-    """The order of the columns, U `[in, in]` and the damped Hessian itself, both in that order."""
+    """The order of the columns, U, and the damped Hessian.
+
+    Both matrices `[in, in]` are in that order.
+    """
 
     order: Tensor
     upper: Tensor
@@ -72,7 +75,10 @@ def factorise(
 
 
 def _inverse(upper: Tensor, pool: Workers | None) -> Tensor:
-    """Inverse of an upper triangular matrix in fp32: of each strip of columns, only what is not zero."""
+    """Inverse of an upper triangular matrix in fp32.
+
+    Of each strip of columns only what is not zero is computed.
+    """
     size = len(upper)
     found = torch.zeros(size, size, device=upper.device)
 

@@ -1,4 +1,6 @@
-"""The innermost loops of GPTQ for integer codes, compiled: one column after another, a few output rows at a time.
+"""The compiled inner loops of GPTQ for integer codes.
+
+Columns are worked on one after another, a few output rows at a time.
 
 The arithmetic is that of `gptq.refine` and `solve.methods.gptq`, operation by operation in fp32: a division,
 a rounding half to even, a clamp, and multiplications whose products are rounded before they are added. What torch
@@ -27,8 +29,11 @@ def _load(values: Array, begin: int, wide: int, work: Array) -> None:
 
 @compiled
 def _spread(errors: Array, shares: Array, j: int, work: Array) -> None:
-    """`work[k] -= shares[j, k] · errors[j]` for the columns k behind j: those of the same four at once, all others
-    when the four are done, which reads and writes them a quarter as often. Always a whole tile."""
+    """`work[k] -= shares[j, k] · errors[j]` for all columns k behind j.
+
+    Columns of the same four change at once, all others when the four are done, which reads and writes them a
+    quarter as often. Always a whole tile.
+    """
     last = j - j % 4 + 3
     for k in range(j + 1, min(last + 1, len(work))):
         share = shares[j, k]
@@ -45,7 +50,10 @@ def _spread(errors: Array, shares: Array, j: int, work: Array) -> None:
 def round_block(
     rest: Array, scales: Array, zeros: Array, upper: Array, largest: np.float32, codes: Array, errors: Array
 ) -> None:
-    """GPTQ's recursion over one block of columns `[n, rows]` against U `[n, n]`; fills codes and errors e."""
+    """GPTQ's recursion over one block of columns `[n, rows]` against U `[n, n]`.
+
+    Fills codes and errors e.
+    """
     columns, rows = rest.shape
     work, made = np.zeros((columns, TILE), np.float32), np.zeros((columns, TILE), np.float32)
     for begin in range(0, rows, TILE):
@@ -65,8 +73,10 @@ def round_block(
 def search_block(
     part: Array, scales: Array, zeros: Array, upper: Array, largest: np.float32, codes: Array, errors: Array
 ) -> NDArray[np.int64]:
-    """Solve one group `[n, rows]` with every candidate of `scales` and `zeros` `[candidates, rows]`; fills the codes
-    and errors of each row's best, the first with the least Σ e², whose number is returned."""
+    """Solve one group `[n, rows]` with every candidate of `scales` and `zeros` `[candidates, rows]`.
+
+    Fills the codes and errors of each row's best, the first with the least Σ e², whose number is returned.
+    """
     columns, rows = part.shape
     chosen = np.zeros(rows, np.int64)
     work, tried = np.zeros((columns, TILE), np.float32), np.zeros((columns, TILE), np.float32)
@@ -110,7 +120,9 @@ def descend_block(
     values: Array, scales: Array, zeros: Array, block: Array, largest: np.float32,
     slopes: Array, codes: Array, steps: Array,
 ) -> None:  # fmt: skip
-    """Each code of a block of columns `[n, rows]` to its minimiser, one column after another.
+    """Move each code of a block of columns `[n, rows]` to its minimiser.
+
+    Columns follow one after another.
 
     `block` `[n, n]` is the block's part of H, `values` the weights as they are, `slopes` the gradient, which follows
     the steps inside the block; fills `steps` and changes `codes`.

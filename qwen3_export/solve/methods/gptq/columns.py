@@ -1,4 +1,4 @@
-"""One block of columns at a time, column after column: what GPTQ does when it rounds, searches and descends.
+"""One block of columns: GPTQ's rounding, scale search and coordinate descent.
 
 Everything is `[columns, rows]` in solving order, so that the innermost work is on contiguous memory. Integer
 codes on a processor take the compiled loops of `gptq.column_kernels`; floats and other devices take torch's operations.
@@ -20,7 +20,10 @@ from qwen3_export.solve.rounding.grid import round_to
 def round_block(
     rest: Tensor, scales: Tensor, zeros: Tensor, upper: Tensor, scheme: QuantScheme
 ) -> tuple[Tensor, Tensor]:
-    """GPTQ's recursion over a block `[n, rows]` against its part of U `[n, n]`; codes and errors e."""
+    """GPTQ's recursion over a block `[n, rows]` against its part of U `[n, n]`.
+
+    Codes and errors e.
+    """
     codes, errors = torch.empty_like(rest), torch.empty_like(rest)
     if _is_compiled(rest, scheme):
         from qwen3_export.solve.methods.gptq import column_kernels
@@ -64,7 +67,9 @@ def search_block(
 def descend_block(
     values: Tensor, scales: Tensor, zeros: Tensor, block: Tensor, slopes: Tensor, codes: Tensor, scheme: QuantScheme
 ) -> Tensor:
-    """Set each code to its minimiser given all others; changes `codes` `[n, rows]`, returns the steps of the values.
+    """Set each code to its minimiser given all others.
+
+    Changes `codes` `[n, rows]`, returns the steps of the values.
 
     `block` `[n, n]` is the block's part of H, `values` the weights as they are, `slopes` their gradient.
     """
@@ -85,7 +90,10 @@ def descend_block(
 
 
 def multiply(left: Tensor, right: Tensor, matmul_dtype: torch.dtype) -> Tensor:
-    """`left @ right`, in the type that is given: rounding errors of 16 bits are a hundredth of what 8 bits leave."""
+    """`left @ right` in the given type.
+
+    Rounding errors of 16 bits are a hundredth of what 8 bits leave.
+    """
     return left.to(matmul_dtype) @ right.to(matmul_dtype)
 
 

@@ -1,4 +1,4 @@
-"""Noise shaping along the outputs: rounding errors of some rows are made up for by the rows that follow.
+"""Noise shaping: later output rows compensate the rounding errors of earlier ones.
 
     min over Q of tr(G (Q − W) H (Q − W)ᵀ)        G: `calibration.fisher`, H = mean x xᵀ
 
@@ -32,7 +32,10 @@ Solve = Callable[[Tensor], tuple[Grid, Tensor]]
 
 
 def fisher_factors(pieces: Sequence[Tensor]) -> list[Tensor]:
-    """U of each piece `[n, n]`; the identity where the model's answer depends on none of its rows."""
+    """U of each piece `[n, n]`.
+
+    The identity where the model's answer depends on none of its rows.
+    """
     found = []
     for piece in pieces:
         mean = float(piece.diagonal().mean())
@@ -46,13 +49,19 @@ def fisher_factors(pieces: Sequence[Tensor]) -> list[Tensor]:
 
 
 def row_tasks(count: int) -> list[slice]:
-    """Pieces that are solved in step, at most `_TASKS` tasks: one batch then takes rows of all of them."""
+    """Pieces that are solved in step, in at most `_TASKS` tasks.
+
+    One batch then takes rows of all pieces of its task.
+    """
     step = math.ceil(count / _TASKS)
     return [slice(begin, min(begin + step, count)) for begin in range(0, count, step)]
 
 
 def solve_shaped(weight: Tensor, uppers: Sequence[Tensor], solve: Solve, scheme: QuantScheme) -> tuple[Grid, Tensor]:
-    """Solve rows `[out, in]` whose pieces have the factors `uppers`; the grid and codes of all rows."""
+    """Solve rows `[out, in]` whose pieces have the factors `uppers`.
+
+    The grid and codes of all rows.
+    """
     lengths = [len(upper) for upper in uppers]
     rest = list(torch.split(weight.clone(), lengths))
     parts: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in rest]

@@ -1,4 +1,6 @@
-"""Beyond plain GPTQ, on the same objective tr((Q − W) H (Q − W)ᵀ): three exact improvements.
+"""Scale search, coordinate descent and refit: three improvements on GPTQ's objective.
+
+The objective is tr((Q − W) H (Q − W)ᵀ), and none of them ever raises it.
 
     search    try scales for a group inside the solve, keep per row the one with the least GPTQ error
     descend   set each code to its exact minimiser given all others (coordinate descent), column by column
@@ -35,7 +37,10 @@ def search_columns(
     weight: Tensor, scheme: QuantScheme, order: Tensor, upper: Tensor, global_scale: float = 1.0,
     matmul_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Grid]:  # fmt: skip
-    """GPTQ with the scale search inside; `order` from `group_order`. Codes `[out, in]` and their grid."""
+    """GPTQ with the scale search inside.
+
+    `order` from `group_order`. Codes `[out, in]` and their grid.
+    """
     length = scheme.group_length(weight.shape[1])
     rest, codes = weight.T[order].contiguous(), torch.empty_like(weight.T)
     groups = scheme.num_groups(weight.shape[1])
@@ -76,7 +81,10 @@ def descend(
 
 
 def refit_scales(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, global_scale: float = 1.0) -> Grid:
-    """Scales that minimise the objective for these codes, rounded to storage; kept where they help a row."""
+    """Scales that minimise the objective for these codes, rounded to storage.
+
+    Kept where they help a row.
+    """
     pieces = [
         _refit_rows(weight[i : i + _REFIT_ROWS], codes[i : i + _REFIT_ROWS], _rows(grid, i), hessian, global_scale)
         for i in range(0, len(weight), _REFIT_ROWS)

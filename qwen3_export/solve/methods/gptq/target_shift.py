@@ -1,4 +1,6 @@
-"""The target shift: quantize not W, but the weight that repairs what the layers before have broken.
+"""The target shift: quantize the weight that compensates the layers before.
+
+It takes the place of W, and repairs what quantizing those layers has broken.
 
     min over W′ of ‖X W′ᵀ − X̃ Wᵀ − (R̃ − R)‖² + λ‖W′ − W‖²
     W′ = W + α (W·drift)(H + λI)⁻¹       or, for a linear that writes to the residual stream,
@@ -35,8 +37,11 @@ _CONFIRMED = 128
 
 @dataclass(frozen=True)
 class _Step:
-    """The full step that some rows want, for any weight: `lower` is the Cholesky factor of H + λI, and
-    `direct` drift·(H + λI)⁻¹, common to all linears with the same inputs, where there is no target."""
+    """The full step that some samples want, for any weight.
+
+    `lower` is the Cholesky factor of H + λI; `direct` is drift·(H + λI)⁻¹, common to all linears with the same
+    inputs, where there is no target.
+    """
 
     moments: Moments
     lower: Tensor
@@ -68,7 +73,7 @@ class TargetShift:
         return weight + alpha * torch.cat(steps)
 
     def _confirm(self, weight: Tensor, matmul_dtype: torch.dtype, rows: range) -> tuple[float, float]:
-        """Slope and curvature of the held-out error along the step that the other rows want."""
+        """Slope and curvature of the held-out error along the fitted step."""
         some = slice(rows.start, rows.stop, rows.step)
         step = self.fitted.of(weight, some, matmul_dtype)
         confirmed = (step * _missing(weight, some, self.held_out, matmul_dtype)).sum(dtype=torch.float64)
@@ -77,14 +82,19 @@ class TargetShift:
 
 
 def start_shift_factors(moments: PairedMoments, percdamp: float, pool: Workers) -> list[Future[Tensor | None]]:
-    """Start to factorise H + λI for a group of linears, λ `percdamp` times the mean diagonal; nothing where no rows
-    are held out."""
+    """Start to factorise H + λI for a group of linears.
+
+    λ is `percdamp` times the mean diagonal. Nothing is started where no samples are held out.
+    """
     parts = (moments.fitted, moments.both) if moments.held_out.tokens else ()
     return [pool.start(partial(_factor, percdamp, part)) for part in parts]
 
 
 def target_shift_of(moments: PairedMoments, factors: list[Future[Tensor | None]], pool: Workers) -> TargetShift | None:
-    """The shift of a group whose factors were begun; None when H is not definite."""
+    """The shift of a group whose factors were begun.
+
+    None when H is not definite.
+    """
     fitted, both = results(factors)
     if fitted is None or both is None:
         return None
@@ -115,7 +125,10 @@ def _solved(rows: Tensor, lower: Tensor) -> Tensor:
 
 
 def _missing(weight: Tensor, rows: slice, moments: Moments, matmul_dtype: torch.dtype) -> Tensor:
-    """`W·drift` or `target − W H`: the missing output's correlation with the inputs, `[rows, in]`."""
+    """The missing output's correlation with the inputs, `[rows, in]`.
+
+    It is `W·drift` or `target − W H`.
+    """
     if moments.target is not None:
         return moments.target[rows] - multiply(weight[rows], moments.hessian, matmul_dtype)
     assert moments.drift is not None
