@@ -32,7 +32,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _IGNORED = (".rotary_emb.inv_freq",)
 _SIDECARS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
 # What other tools say about their quantization: true of their folder alone.
-_TOOLS = (quantization_config.FALLBACK, "quantization_config.json", "quant_config.json")
+_TOOLS = (quantization_config.FALLBACK, quantization_config.MODELOPT, "quantization_config.json", "quant_config.json")
 _FLOATS = tuple(DTYPES[name] for name in ("F32", "F16", "BF16"))
 
 

@@ -1,6 +1,8 @@
 """Folders that other tools quantized: from their `quantization_config` to a scheme for every linear.
 
 quant_method         written by                              layout of the same name
+auto-round           AutoRound                               packed as gptq or awq
+modelopt             NVIDIA ModelOpt, FP8 and NVFP4          modelopt; in hf_quant_config.json too
 gptq                 AutoGPTQ, GPTQModel, AutoRound          formats gptq and gptq_v2
 awq                  AutoAWQ, GPTQModel                      version gemm
 fp8                  the official FP8 releases               blocks of N × 128
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,17 @@ from qwen3_export.errors import CheckpointError, RecipeError
 
 # Where AutoGPTQ wrote its configuration before transformers knew of it.
 FALLBACK = "quantize_config.json"
-METHODS = ("gptq", "awq", "fp8", "compressed-tensors")
+# Where ModelOpt writes it, besides config.json in later releases.
+MODELOPT = "hf_quant_config.json"
+METHODS = ("gptq", "awq", "fp8", "compressed-tensors", "modelopt")
+# How AutoRound packs: zero points less one, as they are, or in AWQ's order.
+_AUTO_ROUND = {
+    "auto_round:auto_gptq": ("gptq", "gptq"),
+    "auto_round": ("gptq", "gptq_v2"),
+    "auto_round:gptqmodel": ("gptq", "gptq_v2"),
+    "auto_round:auto_awq": ("awq", "gemm"),
+}
+_UNQUANTIZED_BITS = 16
 _LINEARS = "give the 16-bit original, or a folder in which the linears of the blocks alone are quantized"
 _ROWS = "give the 16-bit original, or a folder whose head and embedding have scales per channel or group"
 _PARTS = ("qweight", "qzeros", "scales", "weight_packed", "weight_scale", "weight_scale_inv")
@@ -40,9 +53,40 @@ def quantization_of(folder: Path, raw: Mapping[str, Any], names: Iterable[str]) 
     if not config and os.path.lexists(path) and any(name.endswith(".qweight") for name in names):
         where = str(path)
         config = {"quant_method": "gptq", **read_object(path, CheckpointError)}
+    if not config and os.path.lexists(folder / MODELOPT):
+        where = str(folder / MODELOPT)
+        config = read_object(folder / MODELOPT, CheckpointError).get("quantization")
+        config = {"quant_method": "modelopt", **config} if isinstance(config, dict) else config
     if not isinstance(config or {}, dict):
         raise CheckpointError(f"{where}: an object was expected, found {type(config).__name__}")
-    return config or {}
+    return _of_auto_round(where, config) if config and config.get("quant_method") == "auto-round" else config or {}
+
+
+def _of_auto_round(where: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """AutoRound's configuration as that of the layout which it packs in; see its packing_format."""
+    packing = config.get("packing_format") or "auto_round:auto_gptq"
+    if not isinstance(packing, str) or packing not in _AUTO_ROUND or config.get("data_type", "int") != "int":
+        raise CheckpointError(
+            f"{where}: AutoRound with packing_format {packing!r} and data_type {config.get('data_type', 'int')!r}; "
+            f"integers in {', '.join(_AUTO_ROUND)} can be read",
+            NEEDS_ORIGINAL,
+        )
+    extra = config.get("extra_config") or {}
+    if not isinstance(extra, dict) or not all(isinstance(values, dict) for values in extra.values()):
+        raise CheckpointError(f"{where}: extra_config is no object of objects")
+    method, kind = _AUTO_ROUND[packing]
+    dynamic = {
+        f"{'-' if values.get('bits', 4) == _UNQUANTIZED_BITS else '+'}:{re.escape(name)}$": values
+        for name, values in extra.items()
+    }
+    return {
+        "quant_method": method,
+        "version" if method == "awq" else "checkpoint_format": kind,
+        "bits": config.get("bits"),
+        "group_size": config.get("group_size"),
+        "lm_head": HEAD in extra and extra[HEAD].get("bits") != _UNQUANTIZED_BITS,
+        "dynamic": dynamic,
+    }
 
 
 def read_schemes(where: str, stored: Stored, linears: Shapes) -> tuple[str, Schemes]:
@@ -113,7 +157,7 @@ def _refuse_outside(where: str, stored: Stored, outer: tuple[str, ...]) -> None:
     """Only linears of the blocks and `outer` may be quantized: no router, no key/value cache."""
     for name in stored.entries:
         module, _, part = name.rpartition(".")
-        if name.endswith(_CACHE_PARTS):
+        if name.endswith(_CACHE_PARTS) and stored.config.get("quant_method") != "modelopt":
             raise CheckpointError(
                 f"{where}: {name}: the key/value cache is quantized, which is not supported", _LINEARS
             )

@@ -1,0 +1,116 @@
+"""The layout of NVIDIA's ModelOpt, FP8 and NVFP4: read, never written (compressed-tensors holds the same schemes).
+
+FP8    NAME.weight          E4M3 [out, in]
+       NAME.weight_scale    fp32, one number
+       NAME.input_scale     fp32, one number: inputs are rounded to FP8 too; absent where they are not
+NVFP4  NAME.weight          uint8 [out, in / 2]        two E2M1 codes, low nibble first
+       NAME.weight_scale    E4M3 [out, in / 16]
+       NAME.weight_scale_2  fp32, one number that scales are multiplied by
+       NAME.input_scale     fp32, of inputs rounded to 4 bits
+
+Scales of a quantized key/value cache (k_scale, v_scale) are what a runtime may use; no weight depends on them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_export.core.layouts import NEEDS_ORIGINAL, Schemes, Shapes, Stored, is_unquantized, scale_dtype_of
+from qwen3_export.core.pack import unpack_bytes
+from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor
+from qwen3_export.core.tensorfile import Spec
+from qwen3_export.errors import CheckpointError, InputWarning, RecipeError
+
+_E4M3, _BYTE = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype("u1")
+_ALGORITHMS = ("FP8", "NVFP4")
+_CACHE = ("k_scale", "v_scale", "output_scale")
+_NVFP4 = QuantScheme(num_bits=4, type="float", strategy="group", group_size=16, scale_dtype="e4m3")
+_NOT_WRITTEN = "ModelOpt's layout is read and never written: use compressed-tensors"
+
+
+def supports(scheme: QuantScheme) -> str | None:
+    """Nothing is written in it."""
+    return _NOT_WRITTEN
+
+
+def specs(module: str, shape: tuple[int, int], scheme: QuantScheme, stored: Stored | None = None) -> dict[str, Spec]:
+    """See the package docstring."""
+    if stored is None:
+        raise RecipeError(f"{module}: {_NOT_WRITTEN}")
+    scale = SCALE_TYPES["fp32"]
+    if scheme.num_bits == 4:
+        found: dict[str, Spec] = {
+            f"{module}.weight": (_BYTE, (shape[0], shape[1] // 2)),
+            f"{module}.weight_scale": (_E4M3, scheme.grid(shape)),
+            f"{module}.weight_scale_2": (scale, stored.shape(f"{module}.weight_scale_2", (1,))),
+        }
+    else:
+        name = f"{module}.weight_scale"
+        found = {f"{module}.weight": (_E4M3, shape), name: (stored.dtype(name), stored.shape(name, (1,)))}
+    for suffix in ("input_scale", *_CACHE):
+        if (name := f"{module}.{suffix}") in stored:
+            found[name] = (stored.dtype(name), stored.shape(name, (1,)))
+    return found
+
+
+def pack(tensor: QuantizedTensor) -> dict[str, NDArray]:
+    """See the package docstring."""
+    raise RecipeError(f"{tensor.name}: {_NOT_WRITTEN}")
+
+
+def unpack(stored: Stored, module: str, shape: tuple[int, int], scheme: QuantScheme) -> QuantizedTensor:
+    """See the package docstring."""
+    scales = stored.read(f"{module}.weight_scale")
+    if scheme.num_bits == 4:
+        codes = unpack_bytes(stored.read(f"{module}.weight"), 4)
+        shared = float(stored.read(f"{module}.weight_scale_2").item())
+        if not shared > 0:
+            raise ValueError(f"{module}.weight_scale_2 is {shared}, a positive number was expected")
+        return QuantizedTensor(module, shape, scheme, codes, scales, global_scale=1 / shared)
+    codes = stored.read(f"{module}.weight").view(np.uint8)
+    fixed = float(stored.read(f"{module}.input_scale").item()) if scheme.activations else None
+    return QuantizedTensor(module, shape, scheme, codes, scales.reshape(scheme.grid(shape)), input_scale=fixed)
+
+
+def config(schemes: Mapping[str, QuantScheme], linears: list[str]) -> dict[str, Any]:
+    """See the package docstring."""
+    raise RecipeError(_NOT_WRITTEN, "use compressed-tensors")
+
+
+def read_schemes(where: str, stored: Stored, linears: Shapes) -> Schemes:
+    """Scheme of every linear that this layout's `quantization_config` quantizes; CheckpointError if it can't say."""
+    algorithm = str(stored.config.get("quant_algo")).upper()
+    if algorithm not in _ALGORITHMS:
+        raise CheckpointError(
+            f"{where}: ModelOpt with quant_algo {algorithm}; FP8 and NVFP4 can be read", NEEDS_ORIGINAL
+        )
+    if algorithm == "NVFP4" or any(name.endswith(_CACHE) for name in stored.entries):
+        left = ["the key/value cache"] if any(name.endswith(_CACHE) for name in stored.entries) else []
+        left += ["inputs to 4 bits"] if algorithm == "NVFP4" else []
+        warnings.warn(
+            f"{where}: the weights are read as they are; rounding of {' and '.join(left)}, which ModelOpt's runtimes "
+            "may do beside, is left out",
+            InputWarning,
+            stacklevel=2,
+        )
+    schemes = Schemes()
+    for module in linears:
+        if is_unquantized(stored, module, ("weight_scale", "weight_scale_2")):
+            continue
+        schemes[module] = _NVFP4 if algorithm == "NVFP4" else _fp8(stored, module)
+    return schemes
+
+
+def _fp8(stored: Stored, module: str) -> QuantScheme:
+    return QuantScheme(
+        num_bits=8, type="float", strategy="tensor", group_size=None,
+        scale_dtype=scale_dtype_of(stored, f"{module}.weight_scale"),
+        activations="static-tensor" if f"{module}.input_scale" in stored else None,
+    )  # fmt: skip

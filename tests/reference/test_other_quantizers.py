@@ -1,0 +1,171 @@
+"""Folders as ModelOpt and AutoRound write them: weights by their owners' formulas, logits by transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qwen3_export.core.checkpoint import open_checkpoint
+from qwen3_export.core.qwen3 import parse_config
+from qwen3_export.core.tensor import QuantizedTensor, dequantize
+from qwen3_export.errors import CheckpointError, InputWarning
+from qwen3_export.model.decoder import Decoder
+from tests.cli.helpers import call
+from tests.conftest import random_tensors, tiny_config, write_checkpoint
+from tests.reference import packers
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+IDS = np.arange(3, 67, 3, dtype=np.int32)
+
+
+def _modelopt(path: Path, algorithm: str, inputs: bool, *, cache: bool = False, file: str = "both") -> packers.Folder:
+    """A folder as ModelOpt's unified export writes it; scales are scalars, `file` says where the configuration is."""
+    random, (folder, linears) = np.random.default_rng(0), packers._start(path, None)
+    for number, (name, (out, width)) in enumerate(linears.items()):
+        if algorithm == "FP8":
+            codes = random.standard_normal((out, width)).astype(ml_dtypes.float8_e4m3fn)
+            scale = np.float32(0.01 + 0.001 * number)
+            folder.tensors |= {f"{name}.weight": codes, f"{name}.weight_scale": np.array(scale)}
+            folder.weights[name] = codes.astype(np.float32) * scale
+        else:
+            codes = random.integers(0, 16, (out, width), np.uint8)
+            scales = random.uniform(16, 400, (out, width // 16)).astype(ml_dtypes.float8_e4m3fn)
+            shared = np.float32(2.0 ** -(12 + number % 3))
+            folder.tensors |= {
+                f"{name}.weight": codes[:, ::2] | codes[:, 1::2] << 4,
+                f"{name}.weight_scale": scales,
+                f"{name}.weight_scale_2": np.array(shared),
+            }
+            folder.weights[name] = E2M1[codes] * np.repeat(scales.astype(np.float32) * shared, 16, 1)
+        if inputs:
+            folder.tensors[f"{name}.input_scale"] = np.array(0.02, np.float32)
+        if cache and name.endswith(("k_proj", "v_proj")):
+            folder.tensors[f"{name}.{name[-6]}_scale"] = np.array(1.0, np.float32)
+    said = {"quant_algo": algorithm, "kv_cache_quant_algo": "FP8" if cache else None, "exclude_modules": ["lm_head"]}
+    folder.write({"quant_method": "modelopt", **said} if file == "both" else None)
+    values = {"producer": {"name": "modelopt", "version": "0.33.0"}, "quantization": said}
+    (path / "hf_quant_config.json").write_text(json.dumps(values))
+    return folder
+
+
+def _logits(folder: Path) -> np.ndarray:
+    decoder = Decoder(open_checkpoint(folder))
+    return decoder.logits(decoder.hidden([IDS], [decoder.new_caches()])[0]).numpy()
+
+
+def _theirs(folder: Path) -> np.ndarray:
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        return model(torch.from_numpy(IDS.astype(np.int64))[None]).logits[0].numpy()
+
+
+def _check_weights(folder: packers.Folder) -> None:
+    checkpoint = open_checkpoint(folder.path)
+    assert set(checkpoint.schemes) == set(folder.weights)
+    for name, wanted in folder.weights.items():
+        tensor = checkpoint.linear(name)
+        assert isinstance(tensor, QuantizedTensor)
+        np.testing.assert_array_equal(dequantize(tensor), wanted)
+
+
+@pytest.mark.filterwarnings("ignore::qwen3_export.errors.InputWarning")
+@pytest.mark.parametrize("file", ["both", "hf_quant_config"])
+@pytest.mark.parametrize(("algorithm", "inputs"), [("FP8", False), ("FP8", True), ("NVFP4", True)])
+def test_modelopt_folders_mean_the_weights_of_their_formula(
+    tmp_path: Path, algorithm: str, inputs: bool, file: str
+) -> None:
+    folder = _modelopt(tmp_path / "folder", algorithm, inputs, file=file)
+    _check_weights(folder)
+    activations = {scheme.activations for scheme in open_checkpoint(folder.path).schemes.values()}
+    assert activations == {"static-tensor" if (algorithm, inputs) == ("FP8", True) else None}
+
+
+@pytest.mark.filterwarnings("ignore::qwen3_export.errors.InputWarning")
+@pytest.mark.parametrize(("algorithm", "inputs"), [("FP8", False), ("NVFP4", True)])
+def test_modelopt_folders_have_the_logits_of_transformers(tmp_path: Path, algorithm: str, inputs: bool) -> None:
+    folder = _modelopt(tmp_path / "folder", algorithm, inputs)
+    np.testing.assert_allclose(_logits(folder.path), _theirs(folder.dense()), atol=2e-4)
+
+
+def test_what_modelopts_runtimes_round_beside_the_weights_is_warned_of(tmp_path: Path) -> None:
+    folder = _modelopt(tmp_path / "folder", "FP8", False, cache=True)
+    with pytest.warns(InputWarning, match="rounding of the key/value cache"):
+        _check_weights(folder)
+    assert call("inspect", folder.path).err.count("warning: ") == 1
+    with pytest.warns(InputWarning, match="inputs to 4 bits"):
+        open_checkpoint(_modelopt(tmp_path / "fp4", "NVFP4", True).path)
+
+
+def test_modelopt_layouts_that_are_not_known_are_refused_and_none_is_written(tmp_path: Path) -> None:
+    folder = _modelopt(tmp_path / "folder", "FP8", False)
+    values = json.loads((folder.path / "config.json").read_text())
+    values["quantization_config"]["quant_algo"] = "W4A8_AWQ"
+    (folder.path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="quant_algo W4A8_AWQ; FP8 and NVFP4 can be read"):
+        open_checkpoint(folder.path)
+    plain = write_checkpoint(tmp_path / "plain", tiny_config())
+    outcome = call("quantize", plain, "--recipe", "rtn-w4a16-g32", "--layout", "modelopt", "--output", tmp_path / "out")
+    assert outcome.code == 2
+    assert "read and never written" in outcome.err
+
+
+def _auto_round(folder: packers.Folder, packing: str | None, extra: dict[str, Any] | None = None) -> packers.Folder:
+    """The same tensors under AutoRound's configuration."""
+    values = json.loads((folder.path / "config.json").read_text())
+    old = values["quantization_config"]
+    values["quantization_config"] = {
+        "quant_method": "auto-round",
+        "autoround_version": "0.16.1",
+        **{key: old[key] for key in ("bits", "group_size")},
+        "sym": bool(old.get("sym")),
+        "data_type": "int",
+        "iters": 200,
+        **({"packing_format": packing} if packing else {}),
+        **({"extra_config": extra} if extra else {}),
+    }
+    write_checkpoint(folder.path, values, folder.tensors)
+    return folder
+
+
+@pytest.mark.parametrize("midpoint", [True, False])
+@pytest.mark.parametrize(
+    "packing", [None, "auto_round:auto_gptq", "auto_round", "auto_round:gptqmodel", "auto_round:auto_awq"]
+)
+def test_auto_round_folders_mean_the_weights_of_their_packing(
+    tmp_path: Path, packing: str | None, midpoint: bool
+) -> None:
+    if packing == "auto_round:auto_awq":
+        folder = packers.awq(tmp_path / "folder", midpoint=midpoint)
+    else:
+        whole = packing in ("auto_round", "auto_round:gptqmodel")
+        folder = packers.gptq(tmp_path / "folder", v2=whole, midpoint=midpoint, index=False)
+    _check_weights(_auto_round(folder, packing))
+    assert {scheme.symmetric for scheme in open_checkpoint(folder.path).schemes.values()} == {midpoint}
+    np.testing.assert_allclose(_logits(folder.path), _theirs(folder.dense()), atol=2e-4)
+
+
+def test_a_linear_that_auto_round_left_in_16_bits_is_read(tmp_path: Path) -> None:
+    folder, left = packers.gptq(tmp_path / "folder", midpoint=True), "model.layers.0.mlp.down_proj"
+    plain = random_tensors(parse_config(tiny_config(), "test"))[f"{left}.weight"]
+    folder.tensors = {n: a for n, a in folder.tensors.items() if not n.startswith(left)} | {f"{left}.weight": plain}
+    folder.weights.pop(left)
+    _check_weights(_auto_round(folder, None, {left: {"bits": 16, "data_type": "float"}}))
+
+
+@pytest.mark.parametrize(
+    "change", [{"packing_format": "auto_round:fp8_static"}, {"data_type": "mx_fp"}, {"extra_config": [1]}]
+)
+def test_auto_round_in_other_types_is_refused_by_name(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = _auto_round(packers.gptq(tmp_path / "folder", midpoint=True), "auto_round")
+    values = json.loads((folder.path / "config.json").read_text())
+    values["quantization_config"].update(change)
+    (folder.path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"AutoRound with packing_format|extra_config"):
+        open_checkpoint(folder.path)
