@@ -102,7 +102,7 @@ def read_schemes(where: str, stored: Stored, linears: Shapes) -> tuple[str, Sche
             "give the 16-bit original, or load it in transformers, call model.dequantize() and save_pretrained()",
         )
     if method not in METHODS:
-        known = ", ".join(METHODS)
+        known = ", ".join((*METHODS, "auto-round"))
         raise CheckpointError(f"{where}: quantized with quant_method {method!r}; {known} can be read", NEEDS_ORIGINAL)
     outer = tuple(module for module in _outer(method, stored.config) if module in linears)
     _refuse_outside(where, stored, outer)

@@ -97,7 +97,10 @@ def index(change: Callable[[np.ndarray], np.ndarray]) -> Edit:
         (say(dynamic=["-:.*"]), "a malformed quantization_config"),
         (say(dynamic={"-:.*q_proj": {}}), "q_proj.weight .* is missing"),
         (say(dynamic={".*q_proj": {"bits": 8}}), "q_proj.qweight has shape"),
-        (say(quant_method="aqlm"), "quant_method 'aqlm'; gptq, awq, fp8, compressed-tensors can be read"),
+        (
+            say(quant_method="aqlm"),
+            "quant_method 'aqlm'; gptq, awq, fp8, compressed-tensors, modelopt, auto-round can be read",
+        ),
         (say(quant_method=["gptq"]), "can be read"),
     ],
 )
