@@ -12,7 +12,7 @@ from tests.hostile.trial import Place, Trial
 _BODIES = (
     "{{ messages[0].content }}",
     "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}",
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "{{ 'x' * 10**9 }}",
     "{{ 'x' * 10**13 }}",
     "{{ 2 ** (10 ** 9) }}",
