@@ -370,7 +370,10 @@ def test_without_its_manifest_a_folder_is_read_as_one_of_another_tool(mixed: Pat
     ("quantization", "message"),
     [
         ({"quant_method": "gptq", "bits": 4}, "quantized by gptq, as it says, but every linear is stored in 16 bits"),
-        ({"quant_method": "hqq"}, "quant_method 'hqq'; gptq, awq, fp8, compressed-tensors can be read"),
+        (
+            {"quant_method": "hqq"},
+            "quant_method 'hqq'; gptq, awq, fp8, compressed-tensors, modelopt, auto-round can be read",
+        ),
         ("awq", "an object was expected, found str"),
         (["fp8"], "an object was expected, found list"),
     ],
