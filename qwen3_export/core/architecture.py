@@ -36,7 +36,10 @@ def is_expert(name: str) -> bool:
 
 
 def expert_of(name: str) -> int:
-    """Number of the expert that a linear belongs to, by its module name or local name."""
+    """Number of the expert that a linear belongs to.
+
+    `name` is a module name or a local name.
+    """
     return int(name.partition(_EXPERTS)[2].partition(".")[0])
 
 
@@ -92,7 +95,10 @@ class Stage:
 
     @cached_property
     def groups(self) -> list[list[str]]:
-        """Local names of the linears that read one input: one group, or one per expert."""
+        """Local names of the linears that read one input, group by group.
+
+        There is one group, or one per expert.
+        """
         return [[f"{prefix}.{linear.name}" for linear in self.linears] for prefix in self.prefixes]
 
     @property
@@ -101,7 +107,10 @@ class Stage:
         return [name for group in self.groups for name in group]
 
     def patterns(self, fused: bool) -> list[str]:
-        """Shell patterns of the local names: one for all linears if `fused`, else one each."""
+        """Shell patterns of the local names.
+
+        If `fused` it is one for all linears, else one each.
+        """
         prefix = f"{self.prefix}{_EXPERTS}*" if self.routed else self.prefix
         return [f"{prefix}.{name}" for name in ([self.pattern] if fused else [item.name for item in self.linears])]
 
@@ -113,7 +122,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class BlockDescription:
-    """The stages of a block in the order they run, and the shapes of its norms and router."""
+    """A block: its stages in running order, shapes of norms and router."""
 
     stages: tuple[Stage, ...]
     other_shapes: tuple[tuple[str, tuple[int, ...]], ...]

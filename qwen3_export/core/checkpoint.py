@@ -38,7 +38,9 @@ _FLOATS = tuple(DTYPES[name] for name in ("F32", "F16", "BF16"))
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: the header of every shard is checked, no weight is read yet.
+    """An opened checkpoint.
+
+    The header of every shard is checked, no weight is read yet.
 
     `quantization` is another tool's `quantization_config`, empty for a folder of ours; `reordered` names
     the linears whose groups are not consecutive inputs, as GPTQ's `desc_act` leaves them.
@@ -55,7 +57,10 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What to call it in tables and manifests; never a path. A hub cache names folders by commit."""
+        """What to call it in tables and manifests.
+
+        Never a path. A hub cache names folders by commit.
+        """
         if self.folder.parent.name == "snapshots":
             return self.folder.parent.parent.name.rpartition("--")[2]
         return self.folder.name
@@ -75,7 +80,9 @@ class Checkpoint:
         return self.files[tensor].rows(tensor, begin, end)
 
     def linear(self, module: str) -> QuantizedTensor | NDArray:
-        """The weight `[out, in]` of a linear, the embedding or the head: codes when it is quantized, else the array.
+        """The weight `[out, in]` of a linear, the embedding or the head.
+
+        It is a QuantizedTensor when the matrix is quantized, else an array.
 
         Raises CheckpointError when a code or a scale is no number.
         """
@@ -103,7 +110,10 @@ class Checkpoint:
 
     @property
     def head(self) -> str:
-        """Name of the 16-bit tensor that the output head multiplies by: the embedding when tied."""
+        """Name of the 16-bit tensor that the output head multiplies by.
+
+        It is the embedding's when they are tied.
+        """
         return f"{self.config.head_module}.weight"
 
     @property
@@ -118,7 +128,7 @@ class Checkpoint:
         return 8 * stored / self.config.num_parameters
 
     def stored_entries(self) -> Iterator[Entry]:
-        """Entries of every tensor that belongs to the model, a tied head's copy left out."""
+        """Entries of every tensor of the model, without a tied head's copy."""
         for tensor in self.files:
             if not (tensor == "lm_head.weight" and self.config.tie_word_embeddings):
                 yield self.entry(tensor)
@@ -135,7 +145,10 @@ class Checkpoint:
         return self._hashing.result()
 
     def hash_ahead(self) -> None:
-        """Start to compute `sha256` beside other work; what goes wrong is raised where it is asked for."""
+        """Start to compute `sha256` beside other work.
+
+        What goes wrong is raised where it is asked for.
+        """
         _ = self._hashing
 
     @cached_property
@@ -179,7 +192,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _open_shards(folder: Path) -> dict[str, TensorFile]:
-    """`{tensor name: shard}`: the single file, as transformers prefers it, or what the index names."""
+    """`{tensor name: shard}`, from the single file or from the index.
+
+    The single file comes first, as in transformers.
+    """
     if (folder / SINGLE).exists():
         file = TensorFile(folder / SINGLE)
         return dict.fromkeys(file.entries, file)
@@ -250,7 +266,10 @@ def _audit(checkpoint: Checkpoint) -> None:
 
 
 def _specs(checkpoint: Checkpoint, module: str, shape: tuple[int, int], scheme: QuantScheme) -> dict[str, Spec]:
-    """What a quantized linear must be stored as; another tool's own way when it is another tool's."""
+    """What a quantized linear must be stored as.
+
+    Another tool's own way when it is another tool's.
+    """
     stored = checkpoint.stored if checkpoint.quantization else None
     try:
         scheme.check_shape(module, shape)
@@ -260,8 +279,10 @@ def _specs(checkpoint: Checkpoint, module: str, shape: tuple[int, int], scheme: 
 
 
 def _check_tied(checkpoint: Checkpoint, rows: int = 4096) -> None:
-    """A head that is tied by the configuration and stored all the same must equal the embedding, in the type of the
-    narrower of the two: some trainers keep an fp32 copy."""
+    """Refuse a tied head whose stored copy differs from the embedding.
+
+    They are compared in the narrower of their types: some trainers keep an fp32 copy.
+    """
     vocab = checkpoint.config.vocab_size
     if checkpoint.entry("lm_head.weight").shape != checkpoint.entry(checkpoint.head).shape:
         raise CheckpointError(f"{checkpoint.folder}: lm_head.weight is tied but its shape is not the embedding's")

@@ -1,4 +1,6 @@
-"""Other people's programs, chat templates and patterns, in a process of its own under limits of time and memory.
+"""Other people's programs run in a process under limits.
+
+They are chat templates and patterns; the limits are of time and memory.
 
     this process                          the child, started at the first call
     confined(render)(template, values) →  8 bytes length │ JSON arguments
@@ -33,7 +35,7 @@ _EXIT_MEMORY = 9
 
 
 class ConfinedError(Exception):
-    """What went wrong in the child, in words: its own error, or the limit that it met."""
+    """What went wrong in the child: its own error, or a limit."""
 
 
 class Confined:

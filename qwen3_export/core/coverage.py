@@ -24,7 +24,7 @@ UNKNOWN: Summary = dict.fromkeys(("min_tokens", "below_floor", "floor", "fallbac
 
 
 def summarise(tokens: Mapping[str, list[int]], floor: int, fallback: str) -> Summary | None:
-    """Fewest tokens of any expert, and the number of experts that fewer than `floor` tokens reached."""
+    """Fewest tokens of any expert, and the number of experts below `floor`."""
     counts = [count for layer in tokens.values() for count in layer]
     if not counts:
         return None
@@ -33,7 +33,10 @@ def summarise(tokens: Mapping[str, list[int]], floor: int, fallback: str) -> Sum
 
 
 def summary_of(values: object) -> Summary | None:
-    """The summary in a manifest's `experts`, without the counts; None for None, unknown for what is no object."""
+    """The summary in a manifest's `experts`, without the counts.
+
+    None for None, unknown for what is no object.
+    """
     if values is None:
         return None
     known = values if isinstance(values, Mapping) else {}
@@ -41,7 +44,10 @@ def summary_of(values: object) -> Summary | None:
 
 
 def read_coverage(folder: Path) -> Summary | None:
-    """The summary of an artifact folder, from its manifest; else its config.json tells whether there are experts."""
+    """The summary of an artifact folder, from its manifest.
+
+    Else its config.json tells whether there are experts.
+    """
     manifest = read_manifest(folder)
     if "experts" in manifest:
         return summary_of(manifest["experts"])

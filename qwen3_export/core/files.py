@@ -1,4 +1,6 @@
-"""Files that other people wrote: opened only when regular and of a bounded size, parsed with one kind of error.
+"""Files that other people wrote, read within bounds.
+
+They are opened only when regular and of a bounded size, and parsed with one kind of error.
 
     read_bytes   a regular file's bytes             a pipe or a device is refused, not waited for
     read_text    UTF-8, or what a byte-order mark says; every line ends in a line feed
@@ -37,7 +39,10 @@ _MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff",
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading; OSError when it is no regular file, without waiting for a writer of a pipe."""
+    """Open a file for reading.
+
+    Raises OSError when it is no regular file, without waiting for a writer of a pipe.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
     if kind != stat.S_IFREG:
@@ -74,7 +79,10 @@ def read_text(path: Path, kind: Kind = InputError, hint: str | None = None, most
 
 
 def read_lines(path: Path, kind: Kind = InputError) -> Iterator[str]:
-    """The lines of a text file one by one, however large it is, without its byte-order mark."""
+    """The lines of a text file one by one, without its byte-order mark.
+
+    The file may be of any size.
+    """
     try:
         with open_regular(path) as file:
             head = file.read(3)
@@ -113,7 +121,10 @@ def read_object(path: Path, kind: Kind = InputError, hint: str | None = None) ->
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
-    """The object in a JSON file beside the tensors, empty when there is none; CheckpointError when it is broken."""
+    """The object in a JSON file beside the tensors, empty when there is none.
+
+    Raises CheckpointError when it is broken.
+    """
     return read_object(path, CheckpointError) if os.path.lexists(path) else {}
 
 
@@ -140,7 +151,10 @@ def _parsed(read: Callable[[], Any], where: object, wanted: str, kind: Kind) -> 
 
 
 def _check_values(values: Any, letters: bool, most: int | None = None) -> None:
-    """Raise ValueError for a value that is nested too deep, too large, or with `letters` no text in UTF-8."""
+    """Raise ValueError for a value too deep, too large, or no text.
+
+    With `letters`, text must be valid UTF-8.
+    """
     level, depth, count = [values], 0, 0
     while level:
         count += len(level)

@@ -1,4 +1,4 @@
-"""Whether an array of floats holds NaN or infinity, found at the speed of memory.
+"""Search for NaN and infinity in floats, at the speed of memory.
 
 In every IEEE format a number is not finite exactly when all bits of its exponent are set. With the sign
 taken off, such a number is at least infinity as an integer, so one maximum of integers tells. numpy's own

@@ -1,4 +1,6 @@
-"""Bytes of ggml's block types: pure pack/unpack pairs between a QuantizedTensor's fields and rows of a GGUF file.
+"""Bytes of ggml's block types, as pure pack and unpack pairs.
+
+They turn a QuantizedTensor's fields into rows of a GGUF file, and back.
 
     q2_k    scale | min << 4 [16] · codes2 [64] · super_scale · super_min
     q3_k    high bits [32] · codes2 [64] · scales6 [12] · super_scale
@@ -32,7 +34,10 @@ Fields = dict[str, NDArray]
 
 
 def pack_blocks(tensor: QuantizedTensor) -> Bytes:
-    """Rows of a GGUF tensor `[out, bytes per row]` from a ggml block type's or an MXFP4 tensor's fields."""
+    """Rows of a GGUF tensor `[out, bytes per row]` from a block type's fields.
+
+    MXFP4 counts as a block type.
+    """
     if tensor.scheme.ggml_type is None:
         packed = np.concatenate([tensor.scales.view(np.uint8)[..., None], _halves(tensor.codes, 32)], -1)
         return packed.reshape(len(packed), -1)
@@ -50,7 +55,7 @@ def pack_blocks(tensor: QuantizedTensor) -> Bytes:
 
 
 def unpack_blocks(raw: Bytes, name: str, scheme: QuantScheme) -> QuantizedTensor:
-    """Inverse of `pack_blocks` for rows `[out, bytes per row]` of a ggml block type or MXFP4."""
+    """Inverse of `pack_blocks`, for rows `[out, bytes per row]`."""
     if scheme.ggml_type is None:
         blocks = raw.reshape(len(raw), -1, 17)
         codes, scales = _from_halves(blocks[..., 1:]), np.ascontiguousarray(blocks[..., 0]).view(SCALE_TYPES["e8m0"])
@@ -65,7 +70,10 @@ def unpack_blocks(raw: Bytes, name: str, scheme: QuantScheme) -> QuantizedTensor
 
 
 def pack_q2_0(codes: Bytes, scales: NDArray) -> Bytes:
-    """Symmetric 2-bit codes `[out, in]` and scales `[out, in / 64]` as q2_0, whose numbers are −1 to 2: d = −scale."""
+    """Symmetric 2-bit codes `[out, in]` and scales `[out, in / 64]` as q2_0.
+
+    Its numbers are −1 to 2, so that d = −scale.
+    """
     packed = pack_bytes(_blocked(np.uint8(3) - codes, 64), 2)
     return np.concatenate([_half(-scales.astype(np.float32)[..., None]), packed], -1).reshape(len(codes), -1)
 
@@ -91,7 +99,10 @@ def _floats(raw: Bytes) -> NDArray[np.float16]:
 
 
 def _join(parts: NDArray, bits: int) -> Bytes:
-    """`[…, n, m]`: n codes of `bits` bits each fill a byte, the first the lowest."""
+    """Bytes `[…, m]` of n codes of `bits` bits each, `[…, n, m]`.
+
+    The first code has the lowest bits.
+    """
     packed = parts[..., 0, :].copy()
     for i in range(1, parts.shape[-2]):
         packed |= parts[..., i, :] << np.uint8(i * bits)
@@ -147,7 +158,10 @@ def _from_pairs(raw: Bytes) -> Bytes:
 
 
 def _high_bits(codes: Bytes, bit: int) -> Bytes:
-    """One bit of the 256 codes: bit j of byte l is that of code 32 j + l."""
+    """One bit of each of 256 codes, packed.
+
+    Bit j of byte l is that of code 32 j + l.
+    """
     return _join(_parts(codes >> np.uint8(bit), 8, 32), 1)
 
 
@@ -156,7 +170,10 @@ def _from_high_bits(raw: Bytes) -> Bytes:
 
 
 def _six_bits(scales: NDArray, mins: NDArray) -> Bytes:
-    """Eight scales and eight mins of six bits in twelve bytes: the upper four give two bits each to the lower."""
+    """Eight scales and eight mins of six bits in twelve bytes.
+
+    The upper four give two bits each to the lower.
+    """
     scales, mins = scales.view(np.uint8), mins.view(np.uint8)
     first = scales[..., :4] | (scales[..., 4:] >> np.uint8(4) << np.uint8(6))
     second = mins[..., :4] | (mins[..., 4:] >> np.uint8(4) << np.uint8(6))

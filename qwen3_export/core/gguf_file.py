@@ -1,4 +1,7 @@
-"""Small GGUF files of fp32 tensors, written and read without a library; the format is drawn in `core.gguf_header`."""
+"""Small GGUF files of fp32 tensors, written and read without a library.
+
+The format is drawn in `core.gguf_header`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,10 @@ _U32, _TEXT, _ARRAY, _FP32 = 4, 8, 9, 0
 
 
 def read_fp32(path: Path, tensor: GgufTensor) -> NDArray[np.float32]:
-    """A tensor of fp32, outermost axis first; InputError when it is of another type or the file ends before it."""
+    """A tensor of fp32, outermost axis first.
+
+    Raises InputError when it is of another type or the file ends before it.
+    """
     if tensor.type != "f32":
         raise InputError(f"{path}: tensor {tensor.name} is of type {tensor.type}, f32 was expected")
     if tensor.begin + tensor.bytes > path.stat().st_size:
@@ -27,7 +33,10 @@ def read_fp32(path: Path, tensor: GgufTensor) -> NDArray[np.float32]:
 
 
 def write_fp32(path: Path, metadata: Mapping[str, str | int | list[str]], tensors: Mapping[str, NDArray]) -> None:
-    """Write a small file of fp32 tensors; texts, lists of texts and unsigned 32-bit numbers as metadata."""
+    """Write a small file of fp32 tensors.
+
+    Texts, lists of texts and unsigned 32-bit numbers as metadata.
+    """
     parts = [_MAGIC, struct.pack("<IQQ", _VERSION, len(tensors), len(metadata))]
     for key, value in metadata.items():
         parts += [_packed(key), _packed_value(value)]

@@ -65,7 +65,10 @@ _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor: shape with the slowest axis first, size, type, and where its data begin in its file."""
+    """One tensor: shape, size, type, and where its data begin.
+
+    The slowest axis of the shape comes first.
+    """
 
     name: str
     type: str
@@ -76,7 +79,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """The values of a file, and the tensors of it and of its further parts."""
+    """The values of a GGUF file, and the tensors of all its parts."""
 
     values: dict[str, Any]
     tensors: tuple[GgufTensor, ...]
@@ -84,7 +87,10 @@ class GgufHeader:
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Read a file's header, and those of the other parts of a split model; InputError when it is no GGUF file."""
+    """Read a file's header, and those of the other parts of a split model.
+
+    Raises InputError when it is no GGUF file.
+    """
     parts = _parts(path)
     found = [_read(part) for part in parts]
     return GgufHeader(found[0][0], tuple(tensor for _, tensors in found for tensor in tensors), tuple(parts))

@@ -1,4 +1,6 @@
-"""Which ggml type every matrix of a model has in a GGUF file: llama.cpp's own rule, a pure function of shapes.
+"""The ggml type of every matrix in a GGUF file.
+
+It follows llama.cpp's own rule, a pure function of shapes.
 
 n layers, layer i, more(i): the first eighth, the last eighth, and every third between.
 
@@ -36,7 +38,10 @@ _BLOCKS = {name: (length, size) for name, length, size in TYPES.values()}
 
 @dataclass(frozen=True)
 class FileType:
-    """Base type of a file, and the number that llama.cpp knows the mix by (`general.file_type`)."""
+    """Base type of a file, and llama.cpp's number of the mix.
+
+    The number is `general.file_type`.
+    """
 
     base: str
     number: int
@@ -84,7 +89,10 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Overrides:
-    """Types that the user asked for: by patterns searched in tensor names, first match first, and by role."""
+    """Types that the user asked for, by pattern or by role.
+
+    Patterns are searched in tensor names, the first match decides.
+    """
 
     patterns: tuple[tuple[str, str], ...] = ()
     token_embedding: str | None = None
@@ -134,7 +142,10 @@ def block_length(name: str) -> int:
 
 
 def gguf_name(module: str) -> str:
-    """A matrix's name in a GGUF file, without `.weight`; experts have that of their stack."""
+    """A matrix's name in a GGUF file, without `.weight`.
+
+    Experts have that of their stack.
+    """
     if module in (EMBEDDING, HEAD):
         return "token_embd" if module == EMBEDDING else "output"
     layer, _, local = module.removeprefix("model.layers.").partition(".")
@@ -146,7 +157,9 @@ def gguf_name(module: str) -> str:
 def module_types(
     config: Qwen3Config, name: str, weighed: bool = False, overrides: Overrides | None = None
 ) -> Mapping[str, str]:
-    """`{module: ggml type}` of every matrix of a model for a file type; experts of a stack share one.
+    """`{module: ggml type}` of every matrix of a model for a file type.
+
+    Experts of a stack share one.
 
     `weighed`: whether an importance matrix is used. Types are lower-case names such as `q4_k` or `f16`.
     """
@@ -165,7 +178,10 @@ def module_types(
 
 
 class _Rule:
-    """The rule at work: it counts the value projections that no pattern took away, as llama.cpp does."""
+    """The rule at work.
+
+    It counts the value projections that no pattern took away, as llama.cpp does.
+    """
 
     def __init__(self, config: Qwen3Config, name: str, weighed: bool, overrides: Overrides) -> None:
         self.config, self.name, self.weighed, self.overrides = config, name, weighed, overrides
@@ -256,7 +272,10 @@ def _fallback(name: str, inputs: int) -> str:
 
 
 def _fitting(name: str, inputs: int, tensor: str) -> str:
-    """A type that was asked for by role; InputError when its blocks do not divide a row."""
+    """A type that was asked for by role.
+
+    Raises InputError when its blocks do not divide a row.
+    """
     if inputs % block_length(name):
         raise InputError(
             f"{tensor}: its {inputs} inputs are not divisible by {block_length(name)}, the block of {name}"

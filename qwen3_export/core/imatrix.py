@@ -1,4 +1,4 @@
-"""Importance matrices of llama.cpp: the mean square of every input of every linear, over calibration tokens.
+"""Importance matrices of llama.cpp: mean square inputs of every linear.
 
 GGUF    general.type = "imatrix" · imatrix.datasets · imatrix.chunk_count · imatrix.chunk_size
         NAME.in_sum2 [matrices, inputs] · NAME.counts [matrices, 1]     fp32; one matrix, or one per expert of a stack
@@ -29,7 +29,7 @@ _LEGACY_LIMIT = 1 << 20
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: Σ x² `[matrices, inputs]` and the tokens `[matrices]` that they are sums over."""
+    """One tensor: Σ x² `[matrices, inputs]` over its tokens `[matrices]`."""
 
     sums: NDArray[np.float32]
     counts: NDArray[np.float32]
@@ -43,7 +43,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Imatrix:
-    """A whole importance matrix; `name` is the file's name, `datasets` what it was measured on."""
+    """A whole importance matrix.
+
+    `name` is the file's name, `datasets` what it was measured on.
+    """
 
     entries: Mapping[str, Entry]
     datasets: Sequence[str] = ()
@@ -52,7 +55,10 @@ class Imatrix:
     name: str = "imatrix.gguf"
 
     def for_model(self, config: Qwen3Config) -> dict[str, NDArray[np.float32]]:
-        """`{tensor: mean squares [matrices, inputs]}` of a model's matrices; InputError when it is another model's."""
+        """`{tensor: mean squares [matrices, inputs]}` of a model's matrices.
+
+        Raises InputError when it is another model's.
+        """
         wanted: dict[str, tuple[int, int]] = {}
         for module, (_, inputs) in config.all_matrices().items():
             tensor = f"{gguf_name(module)}.weight"

@@ -1,4 +1,6 @@
-"""Block types of ggml that no integer or float scheme describes: K-quants, nonlinear 4-bit codes, fp16 minimums.
+"""Block types of ggml that no integer or float scheme describes.
+
+They are K-quants, nonlinear 4-bit codes, and types with fp16 minimums.
 
     type            weight                                            shares
     q2_k q4_k q5_k  super_scale · scale · code − super_min · min      scale and min: 16 or 32 weights, super: 256
@@ -23,7 +25,9 @@ IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 8
 
 @dataclass(frozen=True)
 class BlockType:
-    """One block type. `scale_range` is that of the integer scales under a super scale; mins are at most `max_min`.
+    """One block type.
+
+    `scale_range` is that of the integer scales under a super scale; mins are at most `max_min`.
 
     `bytes_per_block` is the size of one block of `block` weights in a GGUF file.
     """

@@ -1,4 +1,7 @@
-"""`qwen3-export.json`, which says what an output is and what it was made from, and the hashes in it."""
+"""The manifest `qwen3-export.json`, and the hashes in it.
+
+It says what an output is and what it was made from.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ MARKER = ".qwen3-export-partial"
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes, read in pieces: large ones, since each waits for Python's lock."""
+    """Hex digest of a file's bytes.
+
+    The pieces are large, since each waits for Python's lock.
+    """
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         buffer = memoryview(bytearray(max(1, min(_PIECE, os.fstat(file.fileno()).st_size))))
@@ -38,7 +44,10 @@ def sha256_file(path: Path) -> str:
 
 
 def beside(work: Callable[[], str]) -> Future[str]:
-    """Start some work in a thread of its own; a command that fails meanwhile does not wait for it."""
+    """Start some work in a thread of its own.
+
+    A command that fails meanwhile does not wait for it.
+    """
     future: Future[str] = Future()
 
     def run() -> None:
@@ -68,7 +77,10 @@ def write_manifest(folder: Path, kind: str, values: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read `qwen3-export.json`, an empty dict when the folder has none; InputError when it is damaged."""
+    """Read `qwen3-export.json`, an empty dict when the folder has none.
+
+    Raises InputError when it is damaged.
+    """
     path = folder / MANIFEST
     values = read_object(path, hint="copy the folder again") if os.path.lexists(path) else {}
     for key, kinds in _KINDS.items():
@@ -78,7 +90,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def manifest_text(folder: Path, manifest: Mapping[str, Any], *keys: str) -> str:
-    """A text that stands in a manifest under some keys; InputError when it does not."""
+    """A text that stands in a manifest under some keys.
+
+    Raises InputError when it does not.
+    """
     value: Any = manifest
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None

@@ -1,4 +1,6 @@
-"""What an ONNX file holds, read from its protobuf bytes with the standard library alone.
+"""What an ONNX file holds, read from its protobuf bytes.
+
+The standard library alone reads it.
 
     ModelProto    1 ir_version  2 producer  3 its version  7 graph  8 opset (1 domain, 2 version)  14 metadata
     GraphProto    1 node  5 initializer  11 input  12 output
@@ -54,7 +56,10 @@ _DEEPEST = 8
 
 @dataclass(frozen=True)
 class OnnxTensor:
-    """One weight: its type, shape, size, and the data file that holds it (None: the graph's own)."""
+    """One weight: its type, shape, size, and data file.
+
+    The data file is None where the graph itself holds it.
+    """
 
     name: str
     type: str
@@ -89,7 +94,10 @@ def read_onnx_header(path: Path) -> OnnxHeader:
 
 
 def onnx_data_files(path: Path) -> list[Path]:
-    """The files outside of the graph that hold its weights, as far as they are there."""
+    """The files beside the graph that hold its weights.
+
+    Those that are not there are left out.
+    """
     names = {tensor.file for tensor in read_onnx_header(path).tensors if tensor.file}
     return [found for name in sorted(names) if (found := path.parent / name).is_file()]
 
@@ -129,7 +137,10 @@ def _model(data: Buffer) -> OnnxHeader:
 
 
 def _graph_fields(graph: Buffer, operators: Counter[str], depth: int = 0) -> Iterator[tuple[int, Value]]:
-    """A graph's fields; its nodes, and those of the graphs in their attributes, are counted."""
+    """A graph's fields.
+
+    Its nodes, and those of the graphs in their attributes, are counted.
+    """
     if depth > _DEEPEST:
         raise ValueError("graphs nested too deeply")
     for number, value in _fields(graph):

@@ -1,4 +1,6 @@
-"""Outputs that exist whole or not at all: one place owns how they are reserved, finished and cleaned up.
+"""Outputs that exist whole or not at all.
+
+One place owns how they are reserved, finished and cleaned up.
 
     OUTPUT.partial/                 made exclusively, or taken over from a run of ours that died; locked
         .qwen3-export-partial       the mark that it is ours: without it nothing in there is touched
@@ -30,7 +32,9 @@ def partial_path(output: Path) -> Path:
 
 
 def check_output(output: Path, inputs: Inputs = (), force: bool = False, folder: bool = True) -> None:
-    """Raise InputError, before the work, when an output cannot be written or would touch an input.
+    """Raise InputError when an output cannot be written, before the work.
+
+    It may not touch an input either.
 
     `inputs` are all files and folders that the command reads. The place is tried out: it is reserved and given back.
     """
@@ -123,7 +127,10 @@ class _Reservation:
         self.partial, self._parents = partial, parents
 
     def undo(self, everything: bool = False) -> None:
-        """Give the place back as it was: an earlier run's files are kept unless `everything` goes."""
+        """Give the place back as it was.
+
+        An earlier run's files are kept unless `everything` goes.
+        """
         if everything or not _has_content(self.partial):
             self.remove()
         if not self.partial.exists():
@@ -143,7 +150,10 @@ def _has_content(partial: Path) -> bool:
 
 @contextmanager
 def _reserved(place: Path) -> Iterator[_Reservation]:
-    """Make or take over `PLACE.partial/` and hold its lock, which dies with the process, however that ends."""
+    """Make or take over `PLACE.partial/`, and hold its lock.
+
+    The lock dies with the process, however that ends.
+    """
     partial, parents = partial_path(place), _make_parents(place.parent)
     try:
         made = _make_folder(partial)
@@ -165,7 +175,10 @@ def _reserved(place: Path) -> Iterator[_Reservation]:
 
 
 def _make_parents(parent: Path) -> list[Path]:
-    """Make a folder and those around it; gives those that were made, the innermost first."""
+    """Make a folder and those around it.
+
+    Gives those that were made, the innermost first.
+    """
     missing = []
     while not os.path.lexists(parent) and parent != parent.parent:
         missing.append(parent)
@@ -222,7 +235,10 @@ def _lock(descriptor: int, partial: Path, place: Path) -> None:
 
 
 def _claim(descriptor: int, partial: Path) -> None:
-    """Mark a partial folder as ours; InputError when it holds what somebody else put there."""
+    """Mark a partial folder as ours.
+
+    Raises InputError when it holds what somebody else put there.
+    """
     try:
         marked = stat.S_ISREG(os.stat(MARKER, dir_fd=descriptor, follow_symlinks=False).st_mode)
     except FileNotFoundError:
@@ -239,7 +255,10 @@ def _replaced(place: Path) -> Path:
 
 
 def _finish_replacing(place: Path) -> None:
-    """Mend what a kill between the two renames left: the old output is put back, or removed beside a new one."""
+    """Mend what a kill between the two renames left.
+
+    The old output is put back, or removed beside a new one.
+    """
     old = _replaced(place)
     if old.is_symlink() or not (old / MARKER).is_file():
         return

@@ -1,4 +1,6 @@
-"""Pure pack/unpack pairs. Each layout is drawn once; codes go in and come out unchanged.
+"""Pure pack/unpack pairs.
+
+Each layout is drawn once; codes go in and come out unchanged.
 
 int32 words   compressed-tensors, GPTQ    element i of a word in bits [i*b, (i+1)*b), low first
 ORT blob      MatMulNBits                 [out, blocks, block*b/8], low nibble first
@@ -16,7 +18,9 @@ GGML_BLOCK = 32
 
 
 def pack_int32(codes: NDArray[np.uint8], num_bits: int) -> NDArray[np.int32]:
-    """`[..., n]` codes → `[..., ceil(n * num_bits / 32)]` words, first code in the lowest bits.
+    """Codes `[..., n]` as words `[..., ceil(n * num_bits / 32)]`.
+
+    The first code has the lowest bits.
 
     Codes of 3, 5 and 6 bits go across words: 32 of them fill `num_bits` words.
     """
@@ -38,7 +42,10 @@ def unpack_int32(words: NDArray[np.int32], num_bits: int, count: int) -> NDArray
 
 
 def _pack_across(codes: NDArray[np.uint8], num_bits: int) -> NDArray[np.int32]:
-    """Eight codes at a time fill `num_bits` bytes, which are moved together in a word of 64 bits."""
+    """Codes whose width does not divide a word, eight at a time.
+
+    Eight codes fill `num_bits` bytes, which are moved together in a word of 64 bits.
+    """
     needed = -(-codes.shape[-1] * num_bits // 32)
     padding = -codes.shape[-1] % 32
     if padding:
@@ -68,7 +75,9 @@ def _unpack_across(raw: NDArray[np.uint8], num_bits: int) -> NDArray[np.uint8]:
 
 
 def pack_bytes(codes: NDArray[np.uint8], num_bits: int) -> NDArray[np.uint8]:
-    """`[..., n]` codes of 2, 4 or 8 bits → `[..., n * num_bits / 8]` bytes, lowest bits first.
+    """Codes `[..., n]` of 2, 4 or 8 bits as bytes, lowest bits first.
+
+    The bytes are `[..., n * num_bits / 8]`.
 
     An incomplete last byte is filled with zero bits.
     """
@@ -97,7 +106,10 @@ def unpack_bytes(packed: NDArray[np.uint8], num_bits: int) -> NDArray[np.uint8]:
 
 
 def pack_q4_0(codes: NDArray[np.uint8], scales: NDArray) -> NDArray[np.uint8]:
-    """Codes `[out, in]`, scales `[out, in / 32]` exact in fp16 → bytes `[out, in / 32 * 18]`."""
+    """Codes `[out, in]` and scales `[out, in / 32]` as q4_0 blocks.
+
+    The scales are exact in fp16, the bytes `[out, in / 32 * 18]`.
+    """
     return _ggml_rows([_half_bytes(scales)], _nibbles(codes))
 
 
@@ -108,7 +120,10 @@ def unpack_q4_0(raw: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.f
 
 
 def pack_q4_1(codes: NDArray[np.uint8], scales: NDArray, minimums: NDArray) -> NDArray[np.uint8]:
-    """As `pack_q4_0` with the block's minimum: weight = scale * code + minimum, both fp16."""
+    """As `pack_q4_0`, with a minimum: weight = scale * code + minimum.
+
+    Scale and minimum are fp16.
+    """
     return _ggml_rows([_half_bytes(scales), _half_bytes(minimums)], _nibbles(codes))
 
 
@@ -119,7 +134,10 @@ def unpack_q4_1(raw: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.f
 
 
 def pack_q8_0(codes: NDArray[np.uint8], scales: NDArray) -> NDArray[np.uint8]:
-    """Unsigned 8-bit codes (zero point 128) `[out, in]` → bytes `[out, in / 32 * 34]`."""
+    """Unsigned 8-bit codes `[out, in]` as q8_0 blocks.
+
+    The zero point is 128, the bytes are `[out, in / 32 * 34]`.
+    """
     signed = (codes ^ np.uint8(0x80)).reshape(codes.shape[0], -1, GGML_BLOCK)
     return _ggml_rows([_half_bytes(scales)], signed)
 

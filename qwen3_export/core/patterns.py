@@ -17,7 +17,9 @@ _CHEAP, _REPETITIONS = re.compile(r"[\w\-.\\^$*+?\[\]]*"), 3
 
 
 def first_matches(patterns: Sequence[str], names: Iterable[str]) -> dict[str, str]:
-    """`{name: the first pattern that matches at its beginning}`; names that none matches are absent.
+    """`{name: the first pattern that matches at its beginning}`.
+
+    Names that none matches are absent.
 
     Raises ValueError when a pattern is none, or takes more than the limits of time and memory.
     """

@@ -1,4 +1,6 @@
-"""Where an output may go: never over an input, inside one or around one, nor over what is not ours.
+"""Where an output may go.
+
+It may not go over an input, inside one or around one, nor over what is not ours.
 
 wanted      compared with                       through
 OUTPUT      every input, as named and resolved   links, `..`, hard links, a hub cache's links to its blobs
@@ -24,7 +26,9 @@ Inputs = Iterable[str | Path | None]
 
 
 def checked_place(output: Path, inputs: Inputs = (), force: bool = False, folder: bool = True) -> Path:
-    """The absolute path of an output that may be written; InputError with the reason when it may not.
+    """The absolute path of an output that may be written.
+
+    InputError with the reason when it may not.
 
     `inputs` are what the command reads, as given: paths, or words such as a hub id, which are no path and are passed
     over. `folder` says whether a folder or one file is to be written. Nothing is touched.
@@ -62,7 +66,10 @@ def _resolved(path: Path) -> Path:
 
 
 def refuse_existing(place: Path, force: bool, folder: bool = True) -> None:
-    """Raise InputError when `place` exists, unless `force` and it is ours (or empty) to replace."""
+    """Raise InputError when `place` exists and may not be replaced.
+
+    With `force`, what is ours or empty may.
+    """
     try:
         mode = place.lstat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -83,7 +90,10 @@ def refuse_existing(place: Path, force: bool, folder: bool = True) -> None:
 
 
 def _leads_to(place: Path, mode: int) -> int:
-    """The mode of what a link leads to, 0 when that is nothing; else the mode itself."""
+    """The mode of what a link leads to, 0 when that is nothing.
+
+    Else the mode itself.
+    """
     if not stat.S_ISLNK(mode):
         return mode
     try:
@@ -112,7 +122,10 @@ def _refuse_overlap(output: Path, place: Path, given: Path) -> None:
 
 
 def _refuse_files(output: Path, targets: set[Path], given: Path) -> None:
-    """The same for what an input consists of, where links lead elsewhere and where one file has two names."""
+    """Refuse the files of an input, by whatever name they have.
+
+    Links may lead elsewhere, and one file may have two names.
+    """
     own = _identity(next(iter(targets)))
     for file in _files(given):
         real = _resolved(file)
@@ -140,7 +153,10 @@ def _files(given: Path) -> Iterator[Path]:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Device and number of a regular file; two names of one file have the same."""
+    """Device and number of a regular file.
+
+    Two names of one file have the same.
+    """
     try:
         status = path.lstat()
     except OSError:

@@ -1,4 +1,7 @@
-"""The process: its heap, where the C library is glibc, and imports of large native libraries."""
+"""The process: its heap, and imports of large native libraries.
+
+What concerns the heap works where the C library is glibc.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,9 @@ _KERNELS, _CACHES = 32, ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"
 
 
 def keep_freed_memory() -> None:
-    """Let all threads allocate from one heap that keeps what is freed, where the C library is glibc.
+    """Let all threads allocate from one heap that keeps what is freed.
+
+    This works where the C library is glibc.
 
     With a heap each, what one thread frees no other can use: a sparse block took 2.6 times the memory
     of what was alive in it. Pages that are given back and taken again cost more than the work on them:
@@ -32,7 +37,9 @@ def keep_freed_memory() -> None:
 
 
 def keep_few_kernels() -> None:
-    """Let torch keep few of the kernels that it makes for products in 16 bits, unless the environment says how many.
+    """Let torch keep few of its kernels for products in 16 bits.
+
+    An environment variable of torch's that is set already wins.
 
     Each is made for one shape, and a thousand are kept, in every thread again: with the numbers of tokens that
     experts happen to get, all are different, and a run took up to 100 MB more with every block.
@@ -42,8 +49,11 @@ def keep_few_kernels() -> None:
 
 
 def trim_heap() -> None:
-    """Give freed memory back to the system, where the C library is glibc: between blocks, so that what is
-    scattered over the heap does not add up."""
+    """Give freed memory back to the system.
+
+    Called between blocks, so that what is scattered over the heap does not add up; it works where the C library
+    is glibc.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -55,8 +65,10 @@ STOPPING = (signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Hold back the garbage collector: an import makes many objects that stay, and searching them in vain
-    takes a seventh of the time."""
+    """Hold back the garbage collector during an import.
+
+    An import makes many objects that stay, and searching them in vain takes a seventh of the time.
+    """
     active = gc.isenabled()
     gc.disable()
     try:
@@ -68,7 +80,9 @@ def uncollected() -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold back SIGINT, SIGTERM and SIGHUP until the block is done; KeyboardInterrupt is raised right after it.
+    """Hold back SIGINT, SIGTERM and SIGHUP until the block is done.
+
+    KeyboardInterrupt is raised right after it.
 
     A native module whose initialisation meets a KeyboardInterrupt aborts the whole process. A signal
     mask would not do: another thread may take the signal, and the exception is raised here all the same.

@@ -1,4 +1,6 @@
-"""How many processors this process may keep busy: its affinity, and the quota of its container.
+"""How many processors this process may keep busy.
+
+Its affinity decides, and the quota of its container.
 
     cgroup v2   /sys/fs/cgroup/GROUP/cpu.max                    "150000 100000", or "max 100000"
     cgroup v1   /sys/fs/cgroup/cpu/GROUP/cpu.cfs_quota_us       150000, -1 for none      cpu.cfs_period_us  100000
@@ -21,7 +23,10 @@ _ROOT, _GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def thread_count(asked: int | None = None) -> int:
-    """`asked`, or as many as there are processors to be used; InputError when that is out of range."""
+    """`asked`, or as many as there are processors to be used.
+
+    Raises InputError when that is out of range.
+    """
     if asked is None:
         return min(processors(), MOST_THREADS)
     if not 1 <= asked <= MOST_THREADS:

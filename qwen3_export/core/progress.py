@@ -1,4 +1,7 @@
-"""How long work tells what it is doing. The base class is silent; the command line draws bars."""
+"""How long work tells what it is doing.
+
+The base class is silent; the command line draws bars.
+"""
 
 from __future__ import annotations
 

@@ -90,7 +90,9 @@ def _of_auto_round(where: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def read_schemes(where: str, stored: Stored, linears: Shapes) -> tuple[str, Schemes]:
-    """Layout and scheme of every quantized matrix of `linears`; GPTQ's and AWQ's are asymmetric until `settle`.
+    """Layout and scheme of every quantized matrix of `linears`.
+
+    GPTQ's and AWQ's are asymmetric until `settle`.
 
     `linears` holds the embedding too, and an untied head. Raises CheckpointError with the reason when
     the configuration says what no scheme can.
@@ -122,7 +124,9 @@ def read_schemes(where: str, stored: Stored, linears: Shapes) -> tuple[str, Sche
 
 
 def settle(method: str, stored: Stored, schemes: Schemes, linears: Shapes) -> tuple[Schemes, frozenset[str]]:
-    """Let the small tensors correct the schemes, after every name, type and shape was checked.
+    """Let the small tensors correct the schemes.
+
+    Every name, type and shape was checked before.
 
     Returns the schemes, and the linears whose groups are not consecutive inputs. Reads zero points,
     scales and group indices, never codes. Raises ValueError naming a tensor that contradicts its scheme.
@@ -154,7 +158,10 @@ def _outer(method: str, config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _refuse_outside(where: str, stored: Stored, outer: tuple[str, ...]) -> None:
-    """Only linears of the blocks and `outer` may be quantized: no router, no key/value cache."""
+    """Refuse quantized parts other than linears of the blocks and `outer`.
+
+    No router is quantized, and no key/value cache.
+    """
     for name in stored.entries:
         module, _, part = name.rpartition(".")
         if name.endswith(_CACHE_PARTS) and stored.config.get("quant_method") != "modelopt":

@@ -108,11 +108,14 @@ class Qwen3Config:
         return describe_block(self, self.is_sparse(layer))
 
     def linear_shapes(self, layer: int) -> dict[str, tuple[int, int]]:
-        """`{local name: [out, in]}` of the quantizable linears of one block, in the order they run."""
+        """`{local name: [out, in]}` of one block's linears, in running order."""
         return dict(self.block(layer).linear_shapes)
 
     def other_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
-        """`{local name: shape}` of what always stays in 16 bits in one block: norms and router."""
+        """`{local name: shape}` of one block's norms and router.
+
+        They always stay in 16 bits.
+        """
         return dict(self.block(layer).other_shapes)
 
     def all_linears(self) -> dict[str, tuple[int, int]]:
@@ -129,7 +132,10 @@ class Qwen3Config:
         return dict.fromkeys(names, (self.vocab_size, self.hidden_size))
 
     def all_matrices(self) -> dict[str, tuple[int, int]]:
-        """`{module name: [out, in]}` of all that a recipe can name: the linears, the embedding, an untied head."""
+        """`{module name: [out, in]}` of all that a recipe can name.
+
+        They are the linears, the embedding, and an untied head.
+        """
         return {**self.all_linears(), **self.outer_matrices()}
 
     @property
@@ -167,7 +173,10 @@ def block_name(layer: int) -> str:
 
 
 def parse_config(values: object, where: str) -> Qwen3Config:
-    """Read a `config.json` in the 4.x or the 5.x spelling; CheckpointError names what is wrong."""
+    """Read a `config.json` in the 4.x or the 5.x spelling.
+
+    Raises CheckpointError, which names what is wrong.
+    """
     if not isinstance(values, dict):
         raise CheckpointError(f"{where}: a JSON object was expected, found {type(values).__name__}")
     model_type = values.get("model_type")

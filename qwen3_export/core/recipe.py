@@ -75,7 +75,10 @@ class ExpertRule:
     fallback: str = "share"
 
     def token_floor(self, width: int) -> int:
-        """The number of tokens below which the rule applies; `width`: inputs of an expert's widest linear."""
+        """The number of tokens below which the rule applies.
+
+        `width`: inputs of an expert's widest linear.
+        """
         return 2 * width if self.min_tokens is None else self.min_tokens
 
     @classmethod
@@ -108,11 +111,16 @@ class Recipe:
     layout: str = DEFAULT_LAYOUT
 
     def scheme_for(self, module: str) -> QuantScheme | None:
-        """The scheme of one matrix, by module name; None when it stays in 16 bits."""
+        """The scheme of one matrix, by module name.
+
+        None when it stays in 16 bits.
+        """
         return next((rule.scheme for rule in self.rules if rule.matches(module)), None)
 
     def check_against(self, linears: Mapping[str, tuple[int, int]]) -> None:
-        """Validate against every matrix of a model: `{module name: [out, in]}`, the head absent when it is tied.
+        """Validate against every matrix of a model, `{module name: [out, in]}`.
+
+        The head is absent when it is tied.
 
         Raises RecipeError when a rule matches nothing, a group does not divide a matrix, a tied head
         and its embedding would differ, or nothing would be quantized at all.
@@ -160,7 +168,10 @@ class Recipe:
 
     @property
     def sha256(self) -> str:
-        """Hash of everything that decides the bytes (name and description do not; the layout counts by itself)."""
+        """Hash of everything that decides the bytes.
+
+        Name and description do not, and the layout counts by itself.
+        """
         values = {k: v for k, v in self.to_dict().items() if k not in ("name", "description", "layout")}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -196,7 +207,10 @@ class Recipe:
 
 
 def _check_outer(name: str, scheme: QuantScheme) -> None:
-    """Raise RecipeError for a scheme that embedding or head cannot have; both are worked on in pieces of rows."""
+    """Raise RecipeError for a scheme that embedding or head cannot have.
+
+    Both are worked on in pieces of rows.
+    """
     if not scheme.per_row or scheme.scale_dtype == "e4m3":
         raise RecipeError(
             f"{name} ({scheme.label}): its rows are solved and looked up on their own, so none may share a scale",
@@ -233,7 +247,10 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(spec: str) -> Recipe:
-    """Load a shipped recipe by name or any recipe by its YAML path; raises RecipeError."""
+    """Load a shipped recipe by name or any recipe by its YAML path.
+
+    Raises RecipeError.
+    """
     path = resource("recipes") / f"{spec}.yaml"
     if not path.is_file() or "/" in spec:
         path = Path(spec)

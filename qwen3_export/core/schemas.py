@@ -1,4 +1,6 @@
-"""The JSON Schemas of what commands print with `--json`: versioned files beside this package's code.
+"""The JSON Schemas of what commands print with `--json`.
+
+They are versioned files beside this package's code.
 
 A field is only ever added within a version; where one changes its meaning or goes, the version is raised
 and the old file stays.
@@ -16,7 +18,10 @@ VERSION = 1
 
 
 def schema(command: str, version: int = VERSION) -> dict[str, Any]:
-    """The schema of a command's object, `validate` or `recipes list`; InputError when there is none."""
+    """The schema of a command's object, `validate` or `recipes list`.
+
+    Raises InputError when there is none.
+    """
     name = f"{command.replace(' ', '-')}.v{version}.json"
     file = resources.files("qwen3_export") / "schemas" / name
     if not file.is_file():

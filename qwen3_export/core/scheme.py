@@ -1,4 +1,4 @@
-"""How the numbers of one weight matrix are stored, and how the inputs that it meets are rounded.
+"""Quantization schemes: how a matrix is stored, and its inputs rounded.
 
 scheme                                                  known as
 {num_bits: 4}                                           W4A16, one scale per 128 inputs
@@ -263,7 +263,10 @@ GGML_TYPES = (*_PLAIN_TYPES, *BLOCK_TYPES)
 
 
 def scheme_of_type(name: str) -> QuantScheme:
-    """The scheme that a ggml type's name stands for, e.g. `q4_0` or `q4_k`; RecipeError when there is none."""
+    """The scheme that a ggml type's name stands for, e.g.
+
+    `q4_0` or `q4_k`; RecipeError when there is none.
+    """
     if name in _PLAIN_TYPES:
         return _PLAIN_TYPES[name]
     if name not in BLOCK_TYPES:
@@ -274,7 +277,10 @@ def scheme_of_type(name: str) -> QuantScheme:
 
 
 def check_keys(values: Iterable[Any], known: list[str], where: str, error: type[RecipeError] = RecipeError) -> None:
-    """Raise RecipeError for the first unknown key, with the nearest known one as the hint."""
+    """Raise RecipeError for the first unknown key.
+
+    The hint is the nearest known one.
+    """
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)

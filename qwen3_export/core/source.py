@@ -1,4 +1,7 @@
-"""SOURCE on the command line → a checkpoint folder: a local path, `reference-model`, or a hub id."""
+"""SOURCE on the command line, as a checkpoint folder.
+
+It is a local path, `reference-model`, or a hub id.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ def open_source(spec: str) -> Checkpoint:
 
 
 def locate(spec: str) -> Path:
-    """The folder that a SOURCE names; a hub id is downloaded, or found in the local cache."""
+    """The folder that a SOURCE names.
+
+    A hub id is downloaded, or found in the local cache.
+    """
     if spec == REFERENCE_MODEL:
         return resource("calibration") / REFERENCE_MODEL
     path = Path(os.path.expanduser(spec))

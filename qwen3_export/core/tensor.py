@@ -1,4 +1,4 @@
-"""The quantized tensor, as it lives in memory between a solver, the disk and every format.
+"""The quantized tensor in memory, between solver, disk and formats.
 
 codes   uint8   [out, in]       unpacked: unsigned integers, or the bits of E4M3 or E2M1 floats
 scales  scale_dtype [rows, groups]  the number that every runtime multiplies by
@@ -86,21 +86,30 @@ class QuantizedTensor:
 
     @property
     def scales32(self) -> NDArray[np.float32]:
-        """Scales in fp32, `[rows, groups]`, NVFP4's over the global scale, integer ones times the super scale."""
+        """Scales in fp32, `[rows, groups]`.
+
+        NVFP4's are divided by the global scale, integer ones multiplied by the super scale.
+        """
         scales = self.scales.astype(np.float32)
         if self.super_scales is not None:
             return _times_super(self.super_scales, scales)
         return scales if self.global_scale is None else scales / np.float32(self.global_scale)
 
     def rows(self, chosen: slice | NDArray) -> QuantizedTensor:
-        """Some rows of a tensor whose rows share no scale, as a tensor of their own."""
+        """Some rows, as a tensor of their own.
+
+        No two rows may share a scale.
+        """
         assert self.scheme.per_row
         parts: dict[str, Any] = {key: array[chosen] for key, array in self._by_row().items()}
         return replace(self, shape=(len(parts["codes"]), self.shape[1]), **parts)
 
     @property
     def offsets32(self) -> NDArray[np.float32] | None:
-        """What is added to every weight of a group, in fp32 `[out, groups]`; None for a type without mins."""
+        """What is added to every weight of a group, in fp32 `[out, groups]`.
+
+        None for a type without mins.
+        """
         if self.mins is None:
             return None
         mins = self.mins.astype(np.float32)
@@ -126,7 +135,10 @@ def _times_super(super_scales: NDArray[np.float16], scales: NDArray[np.float32])
 
 
 def block_specs(scheme: QuantScheme, shape: tuple[int, int]) -> dict[str, tuple[np.dtype, tuple[int, int]]]:
-    """Type and shape of every array beside the codes of a ggml block type, by the name of its field."""
+    """Type and shape of a block type's arrays beside its codes.
+
+    Keys are the names of the fields.
+    """
     block, grid = scheme.block_type, scheme.grid(shape)
     assert block is not None
     half, above = np.dtype(np.float16), (shape[0], shape[1] // block.block)
@@ -163,7 +175,10 @@ def check_blocks(tensor: QuantizedTensor) -> None:
 
 
 def code_values(codes: NDArray[np.uint8], scheme: QuantScheme) -> NDArray[np.float32]:
-    """What the codes stand for before zero point and scale; a ggml block type's midpoint is taken off."""
+    """What the codes stand for before zero point and scale.
+
+    A ggml block type's midpoint is taken off.
+    """
     if block := scheme.block_type:
         if block.values is not None:
             return np.array(block.values, np.float32)[codes]

@@ -1,4 +1,4 @@
-"""Checkpoints whose tensors have other names than Hugging Face's, or hold many matrices in one.
+"""Checkpoints with other tensor names, or with many matrices in one tensor.
 
 _orig_mod.model.layers…             torch.compile's wrapper; `module.` is that of distributed training
 model.model.layers…                 saved from a wrapper of the whole model

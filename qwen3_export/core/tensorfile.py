@@ -52,7 +52,7 @@ _MOST_AXES = 64
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: its type, its shape and where its bytes begin and end in the file."""
+    """One tensor of a file: type, shape, and place of its bytes."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -188,7 +188,10 @@ class TensorFileWriter:
 
     @contextmanager
     def pieces(self, name: str) -> Iterator[Callable[[NDArray], None]]:
-        """Append the next tensor in pieces of its first axis; together they must fill it."""
+        """Append the next tensor in pieces of its first axis.
+
+        Together they must fill it.
+        """
         dtype, shape = self._specs[name]
         if name != next(self._pending, None):
             raise ValueError(f"{name} is not the next announced tensor")

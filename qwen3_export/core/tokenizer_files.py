@@ -1,4 +1,6 @@
-"""What a folder's tokenizer and generation files say: vocabulary, special tokens, stop tokens, chat templates.
+"""What a folder's tokenizer and generation files say.
+
+They give vocabulary, special tokens, stop tokens and chat templates.
 
 tokenizer.json           the vocabulary; without it vocab.json, merges.txt and added_tokens.json
 tokenizer_config.json    special tokens as texts or AddedToken objects, chat templates
@@ -34,7 +36,10 @@ _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
 
 
 def tokenizer_values(folder: Path) -> dict[str, Any]:
-    """What tokenizer.json holds, or would hold: made from vocab.json and merges.txt where they alone are there."""
+    """What tokenizer.json holds, or would hold.
+
+    It is made from vocab.json and merges.txt where they alone are there.
+    """
     if os.path.lexists(folder / TOKENIZER):
         return read_object(folder / TOKENIZER, CheckpointError)
     if not os.path.lexists(folder / _VOCAB):
@@ -126,7 +131,10 @@ def added_token_flags(config: Mapping[str, Any]) -> dict[int, bool]:
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
-    """Special tokens as texts, by role (`bos_token`, …); a role without a token is absent."""
+    """Special tokens as texts, by role (`bos_token`, …).
+
+    A role without a token is absent.
+    """
     config = read_sidecar(folder / CONFIG)
     legacy = {} if config.get("added_tokens_decoder") else read_sidecar(folder / SPECIAL_MAP)
     given = {**(_QWEN_DEFAULTS if config.get("tokenizer_class") in _QWEN_CLASSES else {}), **config, **legacy}
@@ -142,7 +150,9 @@ def _text(folder: Path, role: str, token: Any) -> str | None:
 
 
 def stop_ids(folder: Path, id_of: Callable[[str], int | None]) -> list[int]:
-    """Ids that end an answer, each once: of generation_config.json, of config.json, and the tokenizer's eos_token.
+    """Ids that end an answer, each once.
+
+    They are of generation_config.json, of config.json, and the tokenizer's eos_token.
 
     `id_of` gives a token's id. Any of the three files may be the only one that a fine-tuned model has right, so
     all count. Raises CheckpointError for what is no id.
@@ -167,7 +177,10 @@ def stop_ids(folder: Path, id_of: Callable[[str], int | None]) -> list[int]:
 
 
 def _model(path: Path, values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The object `model` of onnxruntime-genai's file: an exported folder has no other that knows config.json's ids."""
+    """The object `model` of onnxruntime-genai's file.
+
+    An exported folder has no other that knows config.json's ids.
+    """
     found = values.get("model") or {}
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: model is {type(found).__name__}, an object was expected")
@@ -175,7 +188,10 @@ def _model(path: Path, values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def id_lookup(folder: Path) -> Callable[[str], int | None]:
-    """Finds a token's id in the vocabulary, which is read at the first question; None where there is none."""
+    """Finds a token's id in the vocabulary, which is read at the first question.
+
+    None where there is none.
+    """
 
     @cache
     def ids() -> dict[str, int]:

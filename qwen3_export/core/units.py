@@ -8,6 +8,9 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 
 
 def parse_size(text: str) -> int | None:
-    """Bytes of `8GiB`, `9MB`, `500 kB` or a plain number; None when the text is no size."""
+    """Bytes of `8GiB`, `9MB`, `500 kB` or a plain number.
+
+    None when the text is no size.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
     return int(float(match[1]) * _UNITS[match[2] or ""]) if match else None

@@ -1,4 +1,6 @@
-"""Rounding weights onto ggml's types: compiled loops, one file per family, each for some rows at a time.
+"""Rounding weights onto ggml's types, with compiled loops.
+
+There is one file per family; each works on some rows at a time.
 
     affine      q2_k q4_k q5_k q4_1 q5_1        scale · code + min
     symmetric   q3_k q6_k q4_0 q5_0 q2_0 q8_0   scale · (code − midpoint)
@@ -53,7 +55,10 @@ class Rounded:
 
 
 def import_loops() -> None:
-    """Import the compiled loops, which must not meet Ctrl-C; MissingRuntimeError where numba is not installed."""
+    """Import the compiled loops, which must not meet Ctrl-C.
+
+    Raises MissingRuntimeError where numba is not installed.
+    """
     try:
         with uninterrupted(), uncollected():
             for family in ("affine", "symmetric", "codebook"):
@@ -141,21 +146,27 @@ def _round_plain(
 
 
 def _book(values: NDArray[np.float32], fine: int, cells: int) -> tuple[NDArray, NDArray[np.uint8], np.float32]:
-    """The number of `values`, and its code, nearest to each interval of 1 / `fine` around zero."""
+    """The nearest of `values`, and its code, for intervals around zero.
+
+    Each interval is 1 / `fine` wide.
+    """
     middle = (np.arange(cells) - cells // 2 + 0.5) / fine
     codes = np.abs(middle[:, None] - values).argmin(1)
     return values[codes], codes.astype(np.uint8), np.float32(fine)
 
 
 def _words(weight: NDArray) -> tuple[Any, int]:
-    """The bits of the weights, and how far up they belong in a word of fp32."""
+    """The bits of the weights, and their shift in an fp32 word."""
     if weight.dtype == ml_dtypes.bfloat16:
         return np.ascontiguousarray(weight).view(np.uint16), 16
     return np.ascontiguousarray(weight, np.float32).view(np.uint32), 0
 
 
 def _weights(importance: NDArray | None, inputs: int) -> NDArray[np.float32]:
-    """Importance in fp32, its mean 1, so that no sum of products leaves fp32's range."""
+    """Importance in fp32, its mean 1.
+
+    So no sum of products leaves fp32's range.
+    """
     if importance is None:
         return np.ones(inputs, np.float32)
     mean = float(importance.mean(dtype=np.float64))

@@ -1,4 +1,6 @@
-"""Rounding onto scale · code + min: q2_k, q4_k and q5_k under a super scale, q4_1 and q5_1 with fp16 numbers.
+"""Rounding onto scale · code + min.
+
+q2_k, q4_k and q5_k have a super scale, q4_1 and q5_1 fp16 numbers.
 
     per group     ranges a little wider or narrower than the weights' are tried: codes, then scale and min by least
                   squares, Σ w (scale · code + min − x)² the least; twice more with codes of the scale found
@@ -26,7 +28,10 @@ _LINES = _BEST + 1
 
 @compiled
 def _bounds(work: Array, weights: Array, lines: Array, negative_only: bool) -> None:
-    """Least weight (at most zero for a type whose min cannot be positive), range, and the sums without codes."""
+    """Least weight, range, and the sums without codes.
+
+    The least is at most zero for a type whose min cannot be positive.
+    """
     low, size, total, squares = lines[_LOW], lines[_RANGE], lines[_WX], lines[_WXX]
     for r in range(TILE):
         low[r], size[r] = work[0, r], work[0, r]
@@ -45,7 +50,10 @@ def _bounds(work: Array, weights: Array, lines: Array, negative_only: bool) -> N
 
 @contracted
 def _attempt(work: Array, weights: Array, top: np.float32, lines: Array) -> None:
-    """Codes of every weight for `_START` and `_INVERSE`, and their sums; the columns come in fours."""
+    """Codes of every weight for `_START` and `_INVERSE`, and their sums.
+
+    The columns come in fours.
+    """
     start, inverse, wq, wqq, wxq = lines[_START], lines[_INVERSE], lines[_WQ], lines[_WQQ], lines[_WXQ]
     for r in range(TILE):
         wq[r], wqq[r], wxq[r] = ZERO, ZERO, ZERO
@@ -68,7 +76,10 @@ def _attempt(work: Array, weights: Array, top: np.float32, lines: Array) -> None
 
 @compiled
 def _keep_fit(total: np.float32, negative_only: bool, lines: Array) -> None:
-    """Scale and min by least squares for the codes of the attempt, kept where their error is less."""
+    """Scale and min by least squares, kept where their error is less.
+
+    The codes are those of the attempt.
+    """
     for r in range(TILE):
         wq, wqq, wxq = lines[_WQ, r], lines[_WQQ, r], lines[_WXQ, r]
         wx, wxx = lines[_WX, r], lines[_WXX, r]
@@ -113,7 +124,10 @@ def _search(work: Array, weights: Array, top: np.float32, stretches: Array, nega
 
 @contracted
 def _errors(work: Array, weights: Array, top: np.float32, lines: Array) -> None:
-    """Σ w (scale · code + min − x)² of `_SCALE` and `_MIN` with the nearest codes."""
+    """Σ w (scale · code + min − x)² with the nearest codes.
+
+    They are those of `_SCALE` and `_MIN`.
+    """
     scale, least, inverse, error = lines[_SCALE], lines[_MIN], lines[_INVERSE], lines[_ERROR]
     for r in range(TILE):
         inverse[r] = ONE / scale[r] if scale[r] > ZERO else ZERO
@@ -136,7 +150,9 @@ def _choose(
     work: Array, weights: Array, top: np.float32, supers: Array, limit: np.float32, near: Array, lines: Array,
     kept: Array,
 ) -> None:  # fmt: skip
-    """The integers beside scale and min of a group with the least error: `kept` [0] and [1], their error [2].
+    """The integers beside a group's scale and min with the least error.
+
+    They are left in `kept` [0] and [1], their error in [2].
 
     `near` are the group's ideal scale and min, `supers` the numbers that integers are multiplied by.
     """
@@ -159,7 +175,10 @@ def _choose(
 
 @compiled
 def _round(work: Array, scale: Array, least: Array, top: np.float32, here: int, sums: NDArray[np.float64]) -> None:
-    """A group's weights to their codes; adds to Σ δ² and Σ x², and raises the largest |δ| and |x|."""
+    """A group's weights to their codes.
+
+    Adds to Σ δ² and Σ x², and raises the largest |δ| and |x|.
+    """
     for r in range(TILE):
         inverse = ONE / scale[r] if scale[r] > ZERO else ZERO
         missed, whole, furthest, largest = ZERO, ZERO, ZERO, ZERO
@@ -183,7 +202,9 @@ def round_super(
     codes: NDArray[np.uint8], scales: NDArray[np.int8], mins: NDArray[np.uint8], super_scales: Array,
     super_mins: Array,
 ) -> NDArray[np.float64]:  # fmt: skip
-    """Round rows of weights onto q2_k, q4_k or q5_k; returns Σ δ², Σ x², the largest |δ| and |x|.
+    """Round rows of weights onto q2_k, q4_k or q5_k.
+
+    Returns Σ δ², Σ x², the largest |δ| and |x|.
 
     `words` `[rows, in]` are the weights' bits, the upper halves of fp32 where `shift` is 16; `importance` `[in]`.
     The other arrays are filled; see `core.tensor` for their shapes.
@@ -232,7 +253,10 @@ def round_simple(
     words: Any, shift: int, importance: Array, top: np.float32, stretches: Array, codes: NDArray[np.uint8],
     scales: Array, mins: Array,
 ) -> NDArray[np.float64]:  # fmt: skip
-    """Round rows of weights onto q4_1 or q5_1, whose scales and mins are fp16; returns as `round_super` does."""
+    """Round rows of weights onto q4_1 or q5_1, whose scales and mins are fp16.
+
+    Returns as `round_super` does.
+    """
     work, lines = np.zeros((32, TILE), np.float32), np.zeros((_LINES, TILE), np.float32)
     sums, bits = np.zeros(4, np.float64), work.view(np.uint32)
     for row in range(0, len(words), TILE):

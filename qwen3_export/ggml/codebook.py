@@ -1,4 +1,6 @@
-"""Rounding onto codes that stand for sixteen given numbers: iq4_nl, iq4_xs under a super scale, mxfp4.
+"""Rounding onto codes that stand for sixteen given numbers.
+
+The types are iq4_nl, iq4_xs under a super scale, and mxfp4.
 
     iq4     scales that bring the largest weight near either end of the numbers: nearest numbers, then the scale by
             least squares, Σ w (scale · value − x)² the least; once more with the numbers of the scale found;
@@ -29,7 +31,10 @@ _LINES = _CODE + 1
 
 @compiled
 def _cell(unit: np.float32, fine: np.float32, cells: int) -> Any:
-    """Where the number nearest to a weight stands in the table; the table's middle is zero."""
+    """Where the number nearest to a weight stands in the table.
+
+    The table's middle is zero.
+    """
     place = unit * fine + np.float32(cells // 2)
     place = place if place > ZERO else ZERO
     return np.int32(min(place, np.float32(cells - 1)))
@@ -65,7 +70,10 @@ def _keep_fit(lines: Array) -> None:
 
 @compiled
 def _search(work: Array, weights: Array, book: Book, ends: Array, lines: Array) -> None:
-    """Leave the best scale of a group in `lines`, and Σ w value²; `ends` are where the peak may fall."""
+    """Leave the best scale of a group in `lines`, and Σ w value².
+
+    `ends` are where the peak may fall.
+    """
     for r in range(TILE):
         lines[_PEAK, r], lines[_BEST, r], lines[_SCALE, r] = ZERO, ZERO, ZERO
     for j in range(len(work)):
@@ -105,7 +113,10 @@ def _choose(
     work: Array, weights: Array, book: Book, supers: Array, limit: np.float32, near: Array,
     lines: Array, kept: Array,
 ) -> None:  # fmt: skip
-    """The integer beside the ideal scale `near` with the least error: `kept` [0], its error [1]."""
+    """The integer beside the ideal scale `near` with the least error.
+
+    It is left in `kept` [0], its error in [1].
+    """
     for r in range(TILE):
         kept[1, r] = _HUGE
     for step in range(-1, 2):
@@ -121,7 +132,10 @@ def _choose(
 
 @compiled
 def _round(work: Array, scale: Array, book: Book, here: int, sums: NDArray[np.float64]) -> None:
-    """A group's weights to their codes; adds to Σ δ² and Σ x², and raises the largest |δ| and |x|."""
+    """A group's weights to their codes.
+
+    Adds to Σ δ² and Σ x², and raises the largest |δ| and |x|.
+    """
     table, numbers, fine = book
     for r in range(TILE):
         inverse = ONE / scale[r] if scale[r] != ZERO else ZERO
@@ -145,7 +159,9 @@ def round_super(
     words: Any, shift: int, importance: Array, book: Book, limit: np.float32, ends: Array,
     codes: NDArray[np.uint8], scales: NDArray[np.int8], super_scales: Array,
 ) -> NDArray[np.float64]:  # fmt: skip
-    """Round rows of weights onto iq4_xs; returns Σ δ², Σ x², the largest |δ| and |x|.
+    """Round rows of weights onto iq4_xs.
+
+    Returns Σ δ², Σ x², the largest |δ| and |x|.
 
     `words` `[rows, in]` are the weights' bits, the upper halves of fp32 where `shift` is 16; `importance` `[in]`.
     The other arrays are filled; see `core.tensor` for their shapes.
@@ -206,7 +222,10 @@ def round_powers(
     words: Any, shift: int, importance: Array, book: Book, codes: NDArray[np.uint8],
     exponents: NDArray[np.uint8],
 ) -> NDArray[np.float64]:  # fmt: skip
-    """Round rows of weights onto mxfp4, whose scales are 2 ** (exponent − 127); returns as `round_super` does."""
+    """Round rows of weights onto mxfp4, whose scales are 2 ** (exponent − 127).
+
+    Returns as `round_super` does.
+    """
     work, lines = np.zeros((32, TILE), np.float32), np.zeros((_LINES, TILE), np.float32)
     sums, bits, kept = np.zeros(4, np.float64), work.view(np.uint32), np.zeros((2, TILE), np.float32)
     for row in range(0, len(words), TILE):

@@ -1,4 +1,6 @@
-"""Rounding onto scale · (code − midpoint): q3_k and q6_k under a super scale, q4_0, q5_0 and q2_0 with an fp16 scale.
+"""Rounding onto scale · (code − midpoint).
+
+q3_k and q6_k have a super scale, q4_0, q5_0 and q2_0 an fp16 scale.
 
     per group     scales that bring the largest weight near the end of the codes, of either sign: codes, then the
                   scale by least squares, Σ w (scale · code − x)² the least; once more with codes of the scale found
@@ -57,7 +59,10 @@ def _keep_fit(lines: Array) -> None:
 
 @compiled
 def _search(work: Array, weights: Array, middle: np.float32, ends: Array, lines: Array) -> None:
-    """Leave the best scale of a group in `lines`, and Σ w code² of its codes; `ends` are where the peak may fall."""
+    """Leave the best scale of a group in `lines`.
+
+    Σ w code² of its codes is left there too; `ends` are where the peak may fall.
+    """
     for r in range(TILE):
         lines[_PEAK, r], lines[_BEST, r], lines[_SCALE, r] = ZERO, ZERO, ZERO
     for j in range(len(work)):
@@ -102,7 +107,10 @@ def _choose(
     work: Array, weights: Array, middle: np.float32, supers: Array, limit: np.float32, near: Array, lines: Array,
     kept: Array,
 ) -> None:  # fmt: skip
-    """The integer beside the ideal scale `near` with the least error: `kept` [0], its error [1]."""
+    """The integer beside the ideal scale `near` with the least error.
+
+    It is left in `kept` [0], its error in [1].
+    """
     for r in range(TILE):
         kept[1, r] = _HUGE
     for step in range(-1, 2):
@@ -118,7 +126,10 @@ def _choose(
 
 @compiled
 def _round(work: Array, scale: Array, middle: np.float32, here: int, sums: NDArray[np.float64]) -> None:
-    """A group's weights to their unsigned codes; adds to Σ δ² and Σ x², and raises the largest |δ| and |x|."""
+    """A group's weights to their unsigned codes.
+
+    Adds to Σ δ² and Σ x², and raises the largest |δ| and |x|.
+    """
     for r in range(TILE):
         inverse = ONE / scale[r] if scale[r] != ZERO else ZERO
         missed, whole, furthest, largest = ZERO, ZERO, ZERO, ZERO
@@ -141,7 +152,9 @@ def round_super(
     words: Any, shift: int, group: int, importance: Array, middle: np.float32, limit: np.float32, ends: Array,
     codes: NDArray[np.uint8], scales: NDArray[np.int8], super_scales: Array,
 ) -> NDArray[np.float64]:  # fmt: skip
-    """Round rows of weights onto q3_k or q6_k; returns Σ δ², Σ x², the largest |δ| and |x|.
+    """Round rows of weights onto q3_k or q6_k.
+
+    Returns Σ δ², Σ x², the largest |δ| and |x|.
 
     `words` `[rows, in]` are the weights' bits, the upper halves of fp32 where `shift` is 16; `importance` `[in]`.
     The other arrays are filled; see `core.tensor` for their shapes.
@@ -181,7 +194,10 @@ def round_simple(
     words: Any, shift: int, group: int, importance: Array, middle: np.float32, ends: Array, codes: NDArray[np.uint8],
     scales: Array,
 ) -> NDArray[np.float64]:  # fmt: skip
-    """Round rows of weights onto q4_0, q5_0 or q2_0, whose scales are fp16; returns as `round_super` does."""
+    """Round rows of weights onto q4_0, q5_0 or q2_0, whose scales are fp16.
+
+    Returns as `round_super` does.
+    """
     work, lines = np.zeros((group, TILE), np.float32), np.zeros((_LINES, TILE), np.float32)
     sums, bits = np.zeros(4, np.float64), work.view(np.uint32)
     for row in range(0, len(words), TILE):
@@ -200,7 +216,9 @@ def round_simple(
 
 @compiled
 def round_q8_0(words: Any, shift: int, codes: NDArray[np.uint8], scales: Array) -> NDArray[np.float64]:
-    """Round rows of weights onto q8_0 as ggml's reference does, halves away from zero; returns as `round_super`.
+    """Round rows of weights onto q8_0 as ggml's reference does, halves away from zero.
+
+    Returns as `round_super`.
 
     The scales are left in fp32, to be rounded half to even.
     """

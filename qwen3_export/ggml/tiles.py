@@ -1,4 +1,6 @@
-"""A tile: 256 (or 32) columns of some rows, laid out `[columns, rows]`, so that every step works on all rows at once.
+"""A tile: 256 or 32 columns of some rows, `[columns, rows]`.
+
+So every step works on all rows at once.
 
 What the rounding kernels of all families share: reading a tile, fp16 as an operation on fp32, and the number that
 the integer scales of a super-block are multiples of.
@@ -25,7 +27,10 @@ _STRETCHES = np.arange(-6, 7, dtype=np.float32) * np.float32(0.15)
 
 @compiled
 def load(words: Any, shift: int, row: int, column: int, length: int, bits: NDArray[np.uint32]) -> None:
-    """Some rows' weights of `length` columns into a tile; rows that are not there repeat the last one."""
+    """Some rows' weights of `length` columns into a tile.
+
+    Rows that are not there repeat the last one.
+    """
     for r in range(TILE):
         source = words[min(row + r, len(words) - 1), column : column + length]
         for j in range(length):
@@ -55,7 +60,9 @@ def store_codes(codes: NDArray[np.uint8], found: Array, row: int, column: int, h
 
 @compiled
 def super_scale(values: Array, weights: Array, r: int, low: np.float32, high: np.float32) -> np.float32:
-    """The fp16 number d with the least Σ weights · (values − d · integer)², integers from `low` to `high`.
+    """The fp16 number d with the least Σ weights · (values − d · integer)².
+
+    The integers lie between `low` and `high`.
 
     `values` and `weights` are `[groups, rows]`. The largest value, whatever its sign, meets the end of the range
     that is further from zero.

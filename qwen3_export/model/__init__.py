@@ -1,1 +1,4 @@
-"""The torch forward pass of Qwen3, one block at a time; shared by solving and by the torch runtime."""
+"""The torch forward pass of Qwen3, one block at a time.
+
+Shared by solving and by the torch runtime.
+"""

@@ -1,4 +1,4 @@
-"""How a runtime rounds a linear's inputs to 8 bits before it multiplies, done in floats.
+"""Activation quantization: a linear's inputs rounded to 8 bits, done in floats.
 
     dynamic-token   scale = max|x| / 448 (E4M3) or / 127.5 (int8), one per token
     dynamic-group   the same, one per 128 inputs of a token
@@ -28,7 +28,10 @@ def largest_unit(scheme: QuantScheme) -> float:
 
 
 def rounder(scheme: QuantScheme, input_scale: float | None) -> Callable[[Tensor], Tensor]:
-    """The function `[…, in] → […, in]` that rounds inputs as the scheme says; fp32 in and out."""
+    """The function `[…, in] → […, in]` that rounds inputs as the scheme says.
+
+    Fp32 in and out.
+    """
     if scheme.activations == "static-tensor":
         assert input_scale is not None
         fixed = torch.tensor(input_scale)
@@ -44,7 +47,9 @@ def rounder(scheme: QuantScheme, input_scale: float | None) -> Callable[[Tensor]
 
 
 def round_e4m3(x: Tensor) -> Tensor:
-    """To the nearest E4M3 number, ties to even, saturating at 448; fp32 in and out.
+    """To the nearest E4M3 number, ties to even, saturating at 448.
+
+    Fp32 in and out.
 
     On the bits: a conversion to float8 and back takes several times as long on a CPU.
     """

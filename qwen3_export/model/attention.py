@@ -1,4 +1,6 @@
-"""Causal attention over whole sequences on a processor: queries in pieces, each against the keys it may see.
+"""Causal attention over whole sequences on a processor.
+
+Queries come in pieces, each against the keys it may see.
 
     out = softmax(q kᵀ / √head_dim + mask) v
 
@@ -17,7 +19,10 @@ QUERIES = 128
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`q` `[batch, heads, tokens, head_dim]`, `k` and `v` `[batch, kv_heads, tokens, head_dim]`; out as `q`."""
+    """`q` `[batch, heads, tokens, head_dim]`, `k` and `v` `[batch, kv_heads, tokens, head_dim]`.
+
+    Out as `q`.
+    """
     batch, heads, tokens, wide = q.shape
     shared = heads // k.shape[1]
     q = (q * (1 / math.sqrt(wide))).reshape(batch * k.shape[1], shared, tokens, wide)

@@ -37,7 +37,10 @@ _TOKENS = 64
 
 @dataclass
 class KVCache:
-    """Keys and values of one layer and one sequence so far, `[batch, kv_heads, length, head_dim]`."""
+    """Keys and values of one layer and sequence so far.
+
+    Both are `[batch, kv_heads, length, head_dim]`.
+    """
 
     keys: Tensor | None = None
     values: Tensor | None = None
@@ -88,7 +91,10 @@ class Block:
         return _product(x, weight) if is_expert(name) else F.linear(x, weight)
 
     def running(self, matmul_dtype: torch.dtype) -> Block:
-        """The same block with weights of its own, its linears stored as they multiply: in that type, or as integers."""
+        """The same block with its linears stored as they multiply.
+
+        They are in the given type, or integers; the weights are its own.
+        """
         linears = self.config.linear_shapes(self.layer)
         weights = {
             name: weight.to(matmul_dtype) if name in linears else weight for name, weight in self.weights.items()
@@ -105,7 +111,10 @@ class Block:
         return own
 
     def _round(self, linears: list[str]) -> None:
-        """Linears that still have weights are multiplied as integers from now on, where they can be."""
+        """Linears that still have weights are multiplied as integers from now on.
+
+        Those that cannot be stay as they are.
+        """
         from qwen3_export.model.integer_linear import from_weight
 
         for name in linears:
@@ -138,7 +147,7 @@ class Block:
         return x if self.matmul_dtype is None else x.to(self.matmul_dtype)
 
     def advance(self, stage: int, state: State, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> State:
-        """Run the linears of `stage` and what follows them, up to the input of the next linears."""
+        """Run the linears of `stage`, up to the next linears' input."""
         now, later = self.stages[stage], self.stages[stage + 1 :]
         if now.follows == ATTENTION:
             return {**state, "x": self._attend(now, state["x"], rope, cache)}
@@ -154,7 +163,10 @@ class Block:
         return {**state, "x": self._in_matmul_dtype(state["x"])}
 
     def combine(self, stage: Stage, names: list[str], x: Tensor) -> Tensor:
-        """The linears of a stage, or of one expert, and the activation function that follows: `[…, in]` to `[…, n]`."""
+        """The linears of a stage, or of one expert, and their activation function.
+
+        From `[…, in]` to `[…, n]`.
+        """
         outputs = [self.linear(name, x) for name in names]
         return F.silu(outputs[0]) * outputs[1] if stage.follows == SWIGLU else outputs[0]
 
@@ -166,7 +178,10 @@ class Block:
         return state["residual"]
 
     def inputs_of(self, name: str, state: State) -> Tensor:
-        """The vectors `[n, in]` that reach one linear, or the router, at the present stage."""
+        """The vectors `[n, in]` that reach one linear, or the router.
+
+        The state is at the stage that reads them.
+        """
         x = state["x"]
         if not is_expert(name):
             return x.reshape(-1, x.shape[-1])
@@ -193,7 +208,10 @@ class Block:
         return self.linear(name, x).reshape(*x.shape[:-1], -1, self.config.head_dim)
 
     def _turned(self, linear: str, norm: str, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Queries or keys, normed and turned, `[batch, heads, tokens, head_dim]` in the type of the products."""
+        """Queries or keys, normed and turned by the rotary embedding.
+
+        They are `[batch, heads, tokens, head_dim]` in the type of the products.
+        """
         heads = self._heads(linear, x)
         halves = heads.dtype == torch.bfloat16 and heads.device.type == "cpu" and not heads.requires_grad
         if halves or self.int_matmul:
@@ -203,7 +221,10 @@ class Block:
         return rotate(self.norm(norm, heads.transpose(1, 2)), *rope).to(heads.dtype)
 
     def _route(self, stage: Stage, state: State) -> State:
-        """Choose each token's experts: top k of the softmax over all of them, in fp32."""
+        """Choose each token's experts.
+
+        They are the top k of the softmax over all of them, in fp32.
+        """
         if not stage.routed:
             return state
         probabilities = F.linear(state["x"], self.weights[ROUTER]).softmax(-1)
@@ -224,12 +245,17 @@ class Block:
 
 
 def _reaching(stage: Stage, x: Tensor, chosen: Tensor) -> Tensor:
-    """The inputs `[n, in]` of one expert: `chosen` `[…, k]` marks its tokens, `x` is theirs alone or the layer's."""
+    """The inputs `[n, in]` of one expert.
+
+    `chosen` `[…, k]` marks its tokens; `x` is theirs alone, or the layer's.
+    """
     return x[chosen.any(-1)] if stage.norm else x[chosen]
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T` for the tokens `[n, in]` that an expert happens to get, filled up to one of few numbers.
+    """`x @ weight.T` for the tokens `[n, in]` of one expert.
+
+    They are filled up to one of few numbers.
 
     A kernel for 16-bit products is made for one shape, and that takes longer than such a small product.
     """
@@ -244,6 +270,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of `[batch, heads, tokens, head_dim]`: pair i is (i, i + head_dim / 2)."""
+    """Rotary embedding of `[batch, heads, tokens, head_dim]`.
+
+    Pair i is (i, i + head_dim / 2).
+    """
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

@@ -1,4 +1,7 @@
-"""Functions as machine code, by numba: loops over arrays that run without the interpreter's lock."""
+"""Functions as machine code, by numba.
+
+They are loops over arrays that run without the interpreter's lock.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ ROUNDER = np.float32(12582912.0)
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Any:
-    """Machine code, kept on the disk where a folder for it can be written, else made anew by each process."""
+    """Machine code of a function.
+
+    It is kept on the disk where a folder for it can be written, else made anew by each process.
+    """
     try:
         return numba.njit(function, nogil=True, cache=True, error_model="numpy", **options)
     except RuntimeError:
@@ -23,7 +29,10 @@ def compiled(function: Callable[..., Any], **options: Any) -> Any:
 
 
 def contracted(function: Callable[..., Any]) -> Any:
-    """As `compiled`; a product and the sum that it goes into may be rounded together."""
+    """As `compiled`.
+
+    A product and the sum that it goes into may be rounded together.
+    """
     return compiled(function, fastmath={"contract"})
 
 

@@ -1,4 +1,7 @@
-"""The whole model, one block in memory at a time: hidden states of many sequences, logits, greedy text."""
+"""The whole model: hidden states of sequences, logits, greedy text.
+
+One block is in memory at a time.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,10 @@ def load_block(checkpoint: Checkpoint, layer: int, device: str = "cpu") -> Block
 def put_quantized(
     block: Block, name: str, tensor: QuantizedTensor, device: str = "cpu", in_place: bool = False
 ) -> None:
-    """Make one linear of a block compute as the quantized tensor does; `in_place` where nobody else has its weight."""
+    """Make one linear of a block compute as the quantized tensor does.
+
+    `in_place` where nobody else has its weight.
+    """
     if block.int_matmul:
         from qwen3_export.model.integer_linear import from_codes
 
@@ -100,7 +106,10 @@ class Decoder:
         caches: Sequence[Caches] | None = None,
         tick: Callable[[], object] = lambda: None,
     ) -> list[Tensor]:
-        """Final normed hidden states `[tokens, hidden]` of each row of token ids; caches are extended."""
+        """Final normed hidden states `[tokens, hidden]` of each row of token ids.
+
+        Caches are extended.
+        """
         lengths = [_cached(cache) for cache in caches] if caches else [0] * len(rows)
         states = [self._embedding.rows(ids)[None] for ids in rows]
         ropes = [rope_tables(self.config, past, past + len(ids)) for past, ids in zip(lengths, rows, strict=True)]
@@ -121,7 +130,10 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, ids: NDArray, caches: Caches) -> Tensor:
-        """Append `ids` `[batch, tokens]` to sequences of one length, in step; logits `[batch, vocab]` of the next."""
+        """Append `ids` `[batch, tokens]` to sequences of one length, in step.
+
+        Logits `[batch, vocab]` of the next.
+        """
         past = _cached(caches)
         state = self._embedding.rows(ids)
         rope = rope_tables(self.config, past, past + ids.shape[1])

@@ -1,4 +1,4 @@
-"""Linears whose weights are integer codes, multiplied as integers on processors that do those faster than fp32.
+"""Linears multiplied as integers, where a processor does that faster than fp32.
 
     x ≈ t q               q: integers of 16 bits, t: one scale per token and group
     y = Σ over groups of  t s (Σ q (c − m) − (z − m) Σ q)       c codes, s scales, z zeros, m the midpoint
@@ -72,9 +72,11 @@ def _add_tile(
     _context: Any, x: Any, width: Any, codes: Any, turns: Any, groups: Any, zeros: Any, scales: Any,
     steps: Any, sums: Any, next_token: Any, out: Any, row: Any,
 ) -> Any:  # fmt: skip
-    """Add to `_TOKENS` rows of `out`, `row` bytes apart, the products of as many rows of integers, `width` bytes apart,
-    with `_OUTPUTS` rows of weights, `turns` times `_TURN` inputs in each of the `groups`. `steps` and `sums` of tokens
-    are `next_token` bytes apart. All but numbers are addresses."""
+    """Add the products of `_TOKENS` rows of integers with `_OUTPUTS` rows of weights to `out`.
+
+    Rows of `out` are `row` bytes apart, those of integers `width` bytes; each of the `groups` has `turns` times
+    `_TURN` inputs. `steps` and `sums` of tokens are `next_token` bytes apart. All but numbers are addresses.
+    """
     return v.addressed(12, _build)
 
 
@@ -107,8 +109,11 @@ def _multiply(
 def _round(
     x: Array, factors: Array, largest: np.float32, made: NDArray[np.int16], steps: Array, sums: NDArray[np.int32]
 ) -> None:
-    """Rows `[tokens, in]` times factors `[in]` as integers, with the scale of each group `[tokens, groups]` and the sum
-    of its integers; no number where an input of the group is none."""
+    """Rows `[tokens, in]` times factors `[in]`, rounded to integers.
+
+    It leaves the scale of each group `[tokens, groups]` and the sum of its integers; no number where an input of
+    the group is none.
+    """
     row = np.empty(x.shape[1] // steps.shape[1], np.float32)
     tokens, groups = len(x), steps.shape[1]
     length = x.shape[1] // groups
@@ -134,7 +139,9 @@ def _round(
 
 @dataclass(frozen=True)
 class IntegerLinear:
-    """A linear `[out, in]` in the order in which it is multiplied: outputs in panels of 16, filled up.
+    """A linear `[out, in]` in the order in which it is multiplied.
+
+    Outputs lie in panels of 16, filled up.
 
     `codes` int16 `[panels, in / 2, 16, 2]` and `zeros` int32 `[panels, groups, 16]` are less the midpoint, `scales` are
     fp32 and as `zeros`; inputs are multiplied by `factors` fp32 `[in]`, the largest of a group is rounded to `largest`.
@@ -148,7 +155,10 @@ class IntegerLinear:
     largest: int
 
     def product(self, x: Tensor) -> Tensor:
-        """`x @ weight.T` of fp32 inputs `[…, in]`; no number where an input of a token's group is none."""
+        """`x @ weight.T` of fp32 inputs `[…, in]`.
+
+        No number where an input of a token's group is none.
+        """
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         tokens, (panels, groups) = len(rows), self.scales.shape[:2]
         filled = -(-tokens // _TOKENS) * _TOKENS
@@ -174,7 +184,9 @@ def from_codes(tensor: QuantizedTensor) -> IntegerLinear | None:
 
 
 def from_weight(weight: Tensor) -> IntegerLinear | None:
-    """Any weight `[out, in]` in twelve bits, one scale per row and group; None where no group fits.
+    """Any weight `[out, in]` in twelve bits, one scale per row and group.
+
+    None where no group fits.
 
     The weights of an input come near to one by a power of two, which the input is multiplied by: where they are small
     because the input is large, or the reverse, neither hides the others of its group.
@@ -192,7 +204,10 @@ def from_weight(weight: Tensor) -> IntegerLinear | None:
 
 
 def _group(length: int) -> int | None:
-    """The longest group that divides `length`, fits into 32 bits and is made of whole turns."""
+    """The longest group of whole turns that divides `length`.
+
+    Its sums fit into 32 bits.
+    """
     return next((size for size in range(_LONGEST, 0, -_TURN) if length % size == 0), None)
 
 

@@ -1,4 +1,6 @@
-"""Passes over rows of bf16 or fp32 numbers, compiled: what torch does one operation after another, with copies between.
+"""Compiled passes over rows of bf16 or fp32 numbers.
+
+torch does the same one operation after another, with copies between.
 
 A bf16 number is the upper half of an fp32 number. Arrays hold the halves as uint16, or the bits of fp32 as uint32;
 between, everything is fp32.
@@ -92,8 +94,10 @@ def _add(halves: Halves, sums: Array) -> None:
 
 
 def normed_and_turned(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
-    """RMSNorm of every head, then the rotary embedding: `[batch, tokens, heads, head_dim]` to `[batch, heads, tokens,
-    head_dim]`, both bf16 or fp32; `weight` `[head_dim]`, `cos` and `sin` `[tokens, head_dim / 2]` in fp32.
+    """RMSNorm of every head, then the rotary embedding.
+
+    From `[batch, tokens, heads, head_dim]` to `[batch, heads, tokens, head_dim]`, both bf16 or fp32; `weight`
+    `[head_dim]`, `cos` and `sin` `[tokens, head_dim / 2]` in fp32.
 
     As `rms_norm` and `rotate` of `model.block` in fp32, but for the order in which squares are added.
     """
@@ -106,8 +110,10 @@ def normed_and_turned(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: T
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last axis, all in fp32; as `rms_norm` of `model.block`, but for the order in which squares are
-    added."""
+    """RMSNorm over the last axis, all in fp32.
+
+    As `rms_norm` of `model.block`, but for the order in which squares are added.
+    """
     made, wide = torch.empty(x.shape), x.shape[-1]
     rows = x.contiguous().view(-1, wide).numpy()
     _norm(rows, weight.contiguous().numpy(), np.float32(eps), made.view(-1, wide).numpy())
@@ -120,7 +126,10 @@ def add_rows(x: Tensor, sums: Tensor) -> None:
 
 
 def halves_of(tensor: Tensor) -> Any:
-    """A bf16 tensor's numbers as uint16; a copy only where it does not lie in one piece."""
+    """A bf16 tensor's numbers as uint16.
+
+    A copy only where it does not lie in one piece.
+    """
     return tensor.contiguous().view(torch.int16).numpy().view(np.uint16)
 
 

@@ -1,4 +1,6 @@
-"""The embedding and the output head: one matrix `[vocab, hidden]`, 16-bit or codes, read in fp32 by rows.
+"""The embedding and the output head, read in fp32 by rows.
+
+Each is one matrix `[vocab, hidden]`, in 16 bits or codes.
 
     embedding   rows of token ids       table.rows(ids)      [n, hidden]
     head        hidden states times it  table.logits(x)      [n, vocab]
@@ -33,7 +35,10 @@ def to_torch(array: NDArray) -> Tensor:
 
 
 def to_numpy(tensor: Tensor) -> NDArray:
-    """A tensor in this machine's memory as a numpy array of the same type, bf16 included."""
+    """A tensor as a numpy array of the same type, bf16 included.
+
+    It must be in this machine's memory.
+    """
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
@@ -55,7 +60,10 @@ class Table:
         self._length = stored.shape[0]
 
     def rows(self, chosen: slice | NDArray) -> Tensor:
-        """Some rows in fp32, by a slice or by token ids of any shape: `[…, hidden]`."""
+        """Some rows in fp32, `[…, hidden]`.
+
+        They are chosen by a slice, or by token ids of any shape.
+        """
         if self._codes is None:
             index = chosen if isinstance(chosen, slice) else torch.from_numpy(chosen.astype(np.int64))
             return self._plain[index].float()

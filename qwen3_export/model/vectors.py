@@ -1,4 +1,6 @@
-"""Vector instructions that no loop of ours becomes by itself, for functions that numba compiles: small pieces of LLVM.
+"""Vector instructions of AVX2, as small pieces of LLVM.
+
+numba makes none of these from a loop by itself.
 
 AVX2 multiplies 16 pairs of 16-bit integers, or 32 of bytes, and adds up neighbours in one instruction: two and four
 times as many as in fp32, and without rounding.
@@ -29,8 +31,11 @@ def inserted(function: Callable[..., Any]) -> Any:
 
 
 def addressed(arguments: int, build: Callable[..., None]) -> Any:
-    """What numba inserts where a function is called that takes so many addresses or numbers, all of 64 bits, and gives
-    back nothing; `build` writes its instructions, given a builder and the arguments."""
+    """What numba inserts for a call with so many 64-bit arguments.
+
+    They are addresses or numbers, and nothing is given back; `build` writes the instructions, given a builder and
+    the arguments.
+    """
 
     def generate(context: Any, builder: Builder, _signature: Any, given: Sequence[Value]) -> Value:
         build(builder, *given)
@@ -40,7 +45,7 @@ def addressed(arguments: int, build: Callable[..., None]) -> Any:
 
 
 def load(builder: Builder, address: Value, kind: Any) -> Value:
-    """One number or register from an address that need not be a multiple of anything."""
+    """One number or register from any address, aligned or not."""
     found = builder.load(builder.inttoptr(address, kind.as_pointer()))
     found.align = 1
     return found
@@ -70,12 +75,18 @@ def same(kind: Any, number: float) -> Value:
 
 
 def pairs_of_shorts(builder: Builder, left: Value, right: Value) -> Value:
-    """`[2 i] · [2 i] + [2 i + 1] · [2 i + 1]` of signed integers of 16 bits, in 32."""
+    """Products of signed 16-bit integers, added in pairs, in 32 bits.
+
+    `[2 i] · [2 i] + [2 i + 1] · [2 i + 1]`.
+    """
     return _call(builder, "llvm.x86.avx2.pmadd.wd", INTS, left, right)
 
 
 def pairs_of_bytes(builder: Builder, left: Value, right: Value) -> Value:
-    """As `pairs_of_shorts`, of unsigned bytes with signed ones, in 16 bits: what does not fit there is cut."""
+    """Products of unsigned with signed bytes, added in pairs, in 16 bits.
+
+    What does not fit there is cut.
+    """
     return _call(builder, "llvm.x86.avx2.pmadd.ub.sw", SHORTS, left, right)
 
 
@@ -89,7 +100,10 @@ def _call(builder: Builder, name: str, result: Any, *given: Value) -> Value:
 def repeat(
     builder: Builder, times: Value, carried: Sequence[Value], body: Callable[[Value, Sequence[Value]], Sequence[Value]]
 ) -> Sequence[Value]:
-    """`carried = body(i, carried)` for i from 0, `times` times but at least once; what is carried in the end."""
+    """`carried = body(i, carried)` for i from 0, `times` times but at least once.
+
+    What is carried in the end.
+    """
     before, inside, behind = builder.block, builder.append_basic_block(), builder.append_basic_block()
     builder.branch(inside)
     builder.position_at_end(inside)

@@ -36,16 +36,25 @@ class Workers:
         self.int_matmul = int_matmul
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """Results in the order of the items; the first exception is raised, the rest is cancelled."""
+        """Results in the order of the items.
+
+        The first exception is raised, the rest is cancelled.
+        """
         return results([self._pool.submit(function, item) for item in items])
 
     def start(self, function: Callable[[], Result]) -> Future[Result]:
-        """One piece of work beside what follows; it must not wait for the pool itself."""
+        """One piece of work beside what follows.
+
+        It must not wait for the pool itself.
+        """
         return self._pool.submit(function)
 
 
 def results(futures: list[Future[Result]]) -> list[Result]:
-    """What they found, in their order; the first exception is raised, the rest is cancelled."""
+    """What they found, in their order.
+
+    The first exception is raised, the rest is cancelled.
+    """
     try:
         return [future.result() for future in futures]
     except BaseException:
@@ -61,7 +70,10 @@ FAST_BOUND = 4e-6
 
 
 def import_torch() -> None:
-    """Import torch, which takes a second and must not meet Ctrl-C; MissingRuntimeError where it is not installed."""
+    """Import torch, which takes a second and must not meet Ctrl-C.
+
+    Raises MissingRuntimeError where it is not installed.
+    """
     try:
         with uninterrupted(), uncollected():
             import torch  # noqa: F401  (asked for here, so that its absence is a clear error)
@@ -71,7 +83,10 @@ def import_torch() -> None:
 
 @contextmanager
 def workers_without_torch(threads: int | None = None) -> Iterator[Workers]:
-    """Yield a pool of `threads` (default: the processors that this process may use) for work without torch."""
+    """A pool of threads for work without torch.
+
+    `threads` is by default as many as the processors that this process may use.
+    """
     keep_freed_memory()
     with ThreadPoolExecutor(thread_count(threads)) as pool:
         yield Workers(pool)
@@ -79,7 +94,9 @@ def workers_without_torch(threads: int | None = None) -> Iterator[Workers]:
 
 @contextmanager
 def workers(threads: int | None = None, fast: bool = False) -> Iterator[Workers]:
-    """Yield a pool of `threads` (default: the processors that this process may use), where torch records no gradients.
+    """A pool of threads where torch records no gradients.
+
+    `threads` is by default as many as the processors that this process may use.
 
     `fast` lets fp32 products be computed as sums of bf16 products where the processor does those
     faster and the result stays within `FAST_BOUND`, which is tried out first.
@@ -119,7 +136,10 @@ def has_bf16() -> bool:
 
 
 def has_fast_int_matmul() -> bool:
-    """Whether this processor multiplies integers with AVX2 faster than fp32 numbers: with AVX-512 these are as fast."""
+    """Whether AVX2 multiplies integers faster than fp32 numbers here.
+
+    With AVX-512 fp32 is as fast.
+    """
     import torch
 
     known = torch.cpu.get_capabilities()
@@ -127,14 +147,17 @@ def has_fast_int_matmul() -> bool:
 
 
 def fast_matmul() -> str:
-    """In what `fast` workers multiply calibration samples: `bf16`, `integers` or `fp32`. It decides the bytes."""
+    """In what `fast` workers multiply calibration samples: `bf16`, `integers` or `fp32`.
+
+    It decides the bytes.
+    """
     if has_bf16():
         return "bf16"
     return "integers" if has_fast_int_matmul() else "fp32"
 
 
 def _product_error() -> float:
-    """Largest error of a product of this size, relative to the largest element of the exact one."""
+    """Largest error of a product, relative to its largest element."""
     import torch
 
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,6 @@
-"""`plan`: can this recipe be solved, exported and run, and what will it take? Nothing is written.
+"""`plan`: what a recipe needs, and where its result can go.
+
+Nothing is written.
 
     __init__    the answer: reasons, memory, disk, time
     formats     every format's verdict and size
@@ -28,7 +30,10 @@ from qwen3_export.text.samples import Samples
 
 @dataclass(frozen=True)
 class Needs:
-    """Peak memory and working disk of a run in bytes, its time in seconds; None where nothing was timed."""
+    """Peak memory and working disk of a run in bytes, its time in seconds.
+
+    None where nothing was timed.
+    """
 
     peak_rss_bytes: int | None = None
     disk_bytes: int | None = None
@@ -43,7 +48,9 @@ def plan(
     measure: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """What a recipe needs and where its result can go: the contract's fields, and `tensors` and `estimate` beside.
+    """What a recipe needs, and where its result can go.
+
+    The fields are the contract's, and `tensors` and `estimate` beside.
 
     `formats` must all work, else it is impossible; without them one format is enough. `measure` times the recipe on
     random numbers. Never raises for what cannot work: that is what `possible` and `reasons` say.
@@ -99,7 +106,10 @@ class _collecting:  # noqa: N801  (used as a statement)
 
 
 def _recipe_reasons(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
-    """Why the recipe cannot be solved on this model: the rules first, then every tensor that does not divide."""
+    """Why the recipe cannot be solved on this model.
+
+    The rules come first, then every tensor that does not divide.
+    """
     reasons: list[str] = []
     if checkpoint.is_quantized:
         return [f"{checkpoint.name} is quantized already: give the 16-bit original"]
@@ -124,7 +134,10 @@ def _recipe_reasons(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
 def _needs(
     checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSettings, measure: bool, progress: Progress
 ) -> Needs:
-    """Memory and disk from the model's numbers, time from a trial on this machine; raises what the run would raise."""
+    """Memory and disk from the model's numbers, time from a trial on this machine.
+
+    Raises what the run would raise.
+    """
     from qwen3_export.model.workers import import_torch
     from qwen3_export.solve.blocks import rtn_without_torch
     from qwen3_export.solve.methods import load_method
@@ -152,7 +165,10 @@ def _needs(
 
 
 def planned_samples(checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSettings, progress: Progress) -> Samples:
-    """The calibration samples of the run, or as many as are asked for where their text is not at hand yet."""
+    """The calibration samples of the run.
+
+    There are as many zeros as are asked for where their text is not at hand yet.
+    """
     from qwen3_export.solve.quantize import calibration_of
 
     count, length = settings.size(recipe)
@@ -174,7 +190,9 @@ def _limits(needs: Needs, settings: QuantizeSettings) -> list[str]:
 def check_target(
     checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSettings, check: Callable[[Checkpoint], object]
 ) -> None:
-    """Before an export with a recipe quantizes: does recipe fit model, and its result the target? Raises what is wrong.
+    """Check recipe, model and target before an export quantizes.
+
+    Raises what is wrong.
 
     `check` is the export's own check of a quantized checkpoint and of its options.
     """

@@ -1,4 +1,6 @@
-"""What every format would make of a recipe's result: whether it can hold each tensor, and how large it gets.
+"""What every format would make of a recipe's result.
+
+Each says whether it can hold each tensor, and how large it gets.
 
 All that is asked of a format is its own check and its own arithmetic, on a checkpoint that has the recipe's schemes
 and the original's shapes: no weight is read.
@@ -24,7 +26,10 @@ _MANIFEST_BYTES, _TENSOR_BYTES, _INDEX_BYTES = 4 << 10, 460, 110
 
 @dataclass(frozen=True)
 class Verdict:
-    """One format's answer: why it cannot hold the result (None: it can), the bytes it takes, and what to know."""
+    """One format's answer.
+
+    It says why it cannot hold the result (None: it can), the bytes it takes, and what to know.
+    """
 
     reason: str | None = None
     bytes: int | None = None
@@ -37,7 +42,10 @@ class Verdict:
 
 
 def as_quantized(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
-    """The checkpoint as it will be described when the recipe is done: schemes are there, codes are not."""
+    """The checkpoint as it will be described when the recipe is done.
+
+    Schemes are there, codes are not.
+    """
     matrices = checkpoint.config.all_matrices()
     schemes = {name: scheme for name in matrices if (scheme := recipe.scheme_for(name))}
     return replace(checkpoint, schemes=schemes, quantization={}, reordered=frozenset())
@@ -88,7 +96,10 @@ def _sidecars(checkpoint: Checkpoint) -> int:
 
 
 def _asked(module: str, extra: str, check: Callable[[Checkpoint], Verdict]) -> Callable[[Checkpoint], Verdict]:
-    """A check that needs the format's own library, and turns what it raises into a reason."""
+    """A check by the format's own library.
+
+    What it raises becomes a reason.
+    """
 
     def answer(quantized: Checkpoint) -> Verdict:
         if importlib.util.find_spec(module) is None:
@@ -149,7 +160,10 @@ FORMATS: dict[str, Callable[[Checkpoint], Verdict]] = {
 
 
 def unsupported_tensors(quantized: Checkpoint) -> list[dict[str, Any]]:
-    """Per scheme of the recipe: how many tensors, one of their names, and which formats cannot hold them, why."""
+    """The tensors that formats cannot hold, scheme by scheme.
+
+    Each scheme has their number, one of their names, and which formats cannot hold them, why.
+    """
     found = []
     for scheme in dict.fromkeys(quantized.schemes.values()):
         names = [name for name, other in quantized.schemes.items() if other == scheme]

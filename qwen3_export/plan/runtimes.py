@@ -1,4 +1,4 @@
-"""What every runtime takes: the format it reads, and rules of its own on top.
+"""What every runtime takes: a format, and rules of its own.
 
     transformers, vllm, sglang      the quantized folder
     onnxruntime, onnxruntime-genai  the ONNX folder

@@ -1,4 +1,6 @@
-"""How long will it take here? The recipe itself, timed on one block of random numbers.
+"""How long will it take here?
+
+The recipe itself is timed on one block of random numbers.
 
     trial(few samples), trial(more samples)  ─▶  seconds = at rest + per token · tokens      of the trial's block
     of the model's blocks: at rest grows with the work of solving, per token with the work of running
@@ -36,14 +38,20 @@ _LENGTH, _FEW, _MORE = 256, 4, 16
 
 @dataclass(frozen=True)
 class Work:
-    """What one block costs, in numbers that only their ratio means something: at rest, and per token."""
+    """What one block costs, at rest and per token.
+
+    Only ratios of these numbers mean something.
+    """
 
     at_rest: float
     per_token: float
 
 
 def work_of(config: Qwen3Config, layer: int, with_inputs: bool) -> Work:
-    """Multiplications of solving a block's linears, and of running one token through it and counting its moments."""
+    """Multiplications of solving a block, and of running one token through it.
+
+    Counting its moments is included.
+    """
     shapes = config.linear_shapes(layer)
     at_rest = sum(out_rows * width * (width if with_inputs else 1) for out_rows, width in shapes.values())
     share = config.experts_per_token / config.num_experts if config.is_sparse(layer) else 1.0
@@ -58,7 +66,10 @@ def work_of(config: Qwen3Config, layer: int, with_inputs: bool) -> Work:
 
 
 def narrowed(raw: Mapping[str, Any], config: Qwen3Config) -> dict[str, Any]:
-    """The `config.json` of a model with one block of the same kind that a trial can afford."""
+    """The `config.json` of a one-block model that a trial can afford.
+
+    The block is of the same kind.
+    """
     heads = max(1, min(config.num_heads, _WIDEST // config.head_dim))
     kv_heads = max(1, heads * config.num_kv_heads // config.num_heads)
     while heads % kv_heads:

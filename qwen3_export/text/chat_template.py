@@ -35,9 +35,12 @@ def render_chat(
     tools: list[dict[str, Any]] | None = None,
     special_tokens: Mapping[str, str] | None = None,
 ) -> str:
-    """A chat as text by a Jinja template; `generate` appends the assistant's opening, `thinking` is
-    Qwen3's switch, `special_tokens` are texts by role, such as `bos_token`. Without a template (a base model)
-    roles and contents are simply joined. InputError when the template fails or meets a limit."""
+    """A chat as text by a Jinja template.
+
+    `generate` appends the assistant's opening, `thinking` is Qwen3's switch, `special_tokens` are texts by role,
+    such as `bos_token`. Without a template (a base model) roles and contents are simply joined. InputError when
+    the template fails or meets a limit.
+    """
     if template is None:
         return "\n".join(map(_plain, messages)) + ("\nassistant: " if generate else "")
     variables = {
@@ -69,7 +72,10 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def render(template: str, variables: dict[str, Any]) -> str:
-    """Render in this process, without limits of time; ValueError when the text is far longer than the variables."""
+    """Render in this process, without limits of time.
+
+    Raises ValueError when the text is far longer than the variables.
+    """
     most = _MOST_ADDED + _MOST_TIMES * (len(template) + len(json.dumps(variables)))
     parts, length = [], 0
     for part in _compiled(template).generate(variables):
@@ -116,7 +122,10 @@ def _to_json(
 
 
 def _strftime(form: str) -> str:
-    """The time now; `SOURCE_DATE_EPOCH` fixes it, so that a calibration can be repeated on another day."""
+    """The time now.
+
+    `SOURCE_DATE_EPOCH` fixes it, so that a calibration can be repeated on another day.
+    """
     fixed = os.environ.get("SOURCE_DATE_EPOCH")
     return (datetime.fromtimestamp(int(fixed), UTC) if fixed else datetime.now()).strftime(form)
 

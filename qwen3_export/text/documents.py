@@ -1,4 +1,6 @@
-"""Documents: texts and chats from JSONL, JSON, plain text, Parquet or a hub data set.
+"""Documents: texts and chats, from files or a hub data set.
+
+Files are JSONL, JSON, plain text or Parquet.
 
 What a line or row may be is told in `text.row_kinds`. Chats are rendered with the model's own template, which
 decides where a thought goes that stands in `reasoning_content` or as `<think>…</think>` in the content, and where
@@ -40,12 +42,18 @@ def document_ids(tokenizer: TextModel, document: Document) -> NDArray[np.int32]:
 
 
 def form_of(text: str, is_chat: bool) -> str:
-    """`text`, `chat`, or `chat-thinking` when a rendered chat holds a thought that is not empty."""
+    """`text`, `chat`, or `chat-thinking` for one with a thought.
+
+    An empty thought does not count.
+    """
     return ("chat-thinking" if _THOUGHT.search(text) else "chat") if is_chat else "text"
 
 
 def source_name(spec: str) -> str:
-    """What a manifest calls a source of text: its keyword, or a file's name without the folders before it."""
+    """What a manifest calls a source of text.
+
+    It is the keyword, or a file's name without the folders before it.
+    """
     return spec if spec in ("bundled", "heldout", "self") or spec.startswith("hf:") else Path(spec).name
 
 
@@ -104,7 +112,10 @@ def _read_jsonl(path: Path) -> list[Document]:
 
 
 def _read_json(path: Path) -> list[Document]:
-    """A list of rows, one row, or in spite of its name a row in every line."""
+    """The rows of a JSON file.
+
+    It holds a list of rows, one row, or in spite of its name a row in every line.
+    """
     first = next((line for line in read_lines(path) if line.strip()), "")
     if first.rstrip().endswith("}") and first.lstrip().startswith("{"):
         return _read_jsonl(path)
@@ -138,7 +149,10 @@ def _read_parquet(path: Path) -> list[Document]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Without the nulls that fill a column's common struct: in JSON the keys would simply be absent."""
+    """A value without the nulls that fill a column's common struct.
+
+    In JSON the keys would simply be absent.
+    """
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

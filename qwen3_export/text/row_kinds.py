@@ -34,7 +34,9 @@ HINT = (
 
 @dataclass(frozen=True)
 class Document:
-    """One text or one chat, with the domain that it stands for, and the tools that a chat may call.
+    """One text or one chat, with its domain.
+
+    `tools` are those that a chat may call.
 
     `mapped` says which keys of a data set's row became which roles, empty where none had to.
     """
@@ -130,7 +132,10 @@ def _text(value: Any, key: str) -> str:
 
 
 def _message(message: Any) -> dict[str, Any]:
-    """A message with text as its content, which beside tool calls may be absent; TypeError when it is none."""
+    """A message with text as its content, which beside tool calls may be absent.
+
+    Raises TypeError when it is none.
+    """
     if not isinstance(message, dict):
         raise TypeError("a message is no JSON object")
     calls = message.get("tool_calls") or []

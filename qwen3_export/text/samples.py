@@ -82,7 +82,10 @@ def _zip_longest(lists: list[list[Any]]) -> Iterator[list[Any]]:
 
 
 def heldout_samples(tokenizer: TextModel, documents: list[Document], length: int) -> Samples:
-    """Every document cut into windows of at most `length` tokens, tails under 16 tokens dropped."""
+    """Every document cut into windows of at most `length` tokens.
+
+    Tails under 16 tokens are dropped.
+    """
     ids, domains = [], []
     for document in documents:
         tokens = document_ids(tokenizer, document)

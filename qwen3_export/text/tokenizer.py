@@ -37,7 +37,10 @@ class TextModel(Protocol):
         """Special tokens as texts, by role: what a chat template may ask for."""
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """Token ids of a text; special tokens written in it are recognised, none are added."""
+        """Token ids of a text.
+
+        Special tokens written in it are recognised, none are added.
+        """
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of token ids."""
@@ -66,7 +69,10 @@ class ModelTokenizer:
         self._tokenizer = _load(folder)
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """Token ids of a text; special tokens written in it are recognised, none are added."""
+        """Token ids of a text.
+
+        Special tokens written in it are recognised, none are added.
+        """
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     @property
@@ -111,7 +117,10 @@ class ModelTokenizer:
 
 
 def _load(folder: Path) -> Any:
-    """The folder's tokenizer, its own truncation and padding turned off; CheckpointError when it is none."""
+    """The folder's tokenizer, its own truncation and padding turned off.
+
+    Raises CheckpointError when it is none.
+    """
     from tokenizers import Tokenizer
 
     path = folder / TOKENIZER

@@ -1,4 +1,6 @@
-"""How a quantized linear is stored in a Hugging Face folder. One file per layout, found by its name.
+"""How a quantized linear is stored in a Hugging Face folder.
+
+One file per layout, found by its name.
 
 A layout module defines, for a linear called `module` with weight `[out, in]`:
 
@@ -54,7 +56,10 @@ class Described(Protocol):
 
 @dataclass(frozen=True)
 class Stored:
-    """A folder's tensors, read when asked for, and the `quantization_config` of another tool, if it is one's."""
+    """A folder's tensors, read when asked for.
+
+    `config` is another tool's `quantization_config`, if it is one's folder.
+    """
 
     entries: Mapping[str, Described]
     read: Callable[[str], NDArray]
@@ -64,13 +69,19 @@ class Stored:
         return name in self.entries
 
     def dtype(self, name: str, *allowed: np.dtype) -> np.dtype:
-        """The stored type when it is among the allowed ones (by default floats), else the first of them."""
+        """The stored type if it is allowed, else the first allowed one.
+
+        Floats are allowed by default.
+        """
         allowed = allowed or _FLOATS
         found = self.entries[name].dtype if name in self else None
         return found if found in allowed else allowed[0]
 
     def shape(self, name: str, wanted: tuple[int, ...]) -> tuple[int, ...]:
-        """The stored shape when only axes of one tell it from the wanted one, else the wanted one."""
+        """The stored shape if it equals the wanted one but for axes of one.
+
+        Else it is the wanted shape.
+        """
         found = self.entries[name].shape if name in self else wanted
         return found if [n for n in found if n != 1] == [n for n in wanted if n != 1] else wanted
 
@@ -84,7 +95,9 @@ def layout(name: str) -> ModuleType:
 
 
 def group_index(stored: Stored, name: str, shape: tuple[int, int], scheme: QuantScheme) -> NDArray[np.int32] | None:
-    """The group of each input; None when it is not stored or says what the layout says without it.
+    """The group of each input.
+
+    None when it is not stored or says what the layout says without it.
 
     Raises ValueError when the groups are not those of `group_size` inputs each.
     """
@@ -103,12 +116,18 @@ def group_index(stored: Stored, name: str, shape: tuple[int, int], scheme: Quant
 
 
 def is_unquantized(stored: Stored, module: str, parts: tuple[str, ...]) -> bool:
-    """Whether a linear was left in 16 bits: its weight is there, and none of the quantized parts."""
+    """Whether a linear was left in 16 bits.
+
+    Then its weight is there, and none of the quantized parts.
+    """
     return f"{module}.weight" in stored and not any(f"{module}.{part}" in stored for part in parts)
 
 
 def scale_dtype_of(stored: Stored, name: str) -> str:
-    """The scale type of a scheme, from the stored tensor; what is missing or odd is found by the audit."""
+    """The scale type of a scheme, from the stored tensor.
+
+    What is missing or odd is found by the audit.
+    """
     found = stored.dtype(name)
     return next(key for key, dtype in SCALE_TYPES.items() if dtype == found)
 

@@ -1,4 +1,6 @@
-"""The layout of the official Qwen3 FP8 releases: E4M3 with a scale per 128 × 128 weights.
+"""The layout of the official Qwen3 FP8 releases.
+
+It has E4M3 codes, and a scale per 128 × 128 weights.
 
 NAME.weight            E4M3 [out, in]
 NAME.weight_scale_inv  bf16 [out / 128, in / 128]    despite its name, what a code is multiplied by; or fp32

@@ -1,4 +1,6 @@
-"""ggml: our own layout for folders that hold block types of ggml; a GGUF file is made from it by moving bits.
+"""ggml: our own layout for folders that hold block types of ggml.
+
+A GGUF file is made from it by moving bits.
 
     NAME.weight_codes         uint8 [out, in * bits / 8]    lowest bits first
     NAME.weight_scales        int8 or fp16 [out, groups]
@@ -29,7 +31,10 @@ METHOD = "qwen3-export-ggml"
 
 
 def supports(scheme: QuantScheme) -> str | None:
-    """Everything that a ggml type may hold: block types, and numbers whose inputs are left alone."""
+    """Why a scheme has no ggml type, or None.
+
+    Block types fit, and numbers whose inputs are left alone.
+    """
     if scheme.ggml_type is not None:
         return None
     if scheme.activations:

@@ -1,4 +1,6 @@
-"""The GPTQ layout of AutoGPTQ and its successor GPTQModel; everything is transposed to `[in, out]`.
+"""The GPTQ layout of AutoGPTQ and its successor GPTQModel.
+
+Everything is transposed to `[in, out]`.
 
 NAME.qweight  int32 [in * bits / 32, out]       packed along inputs, low bits first
 NAME.qzeros   int32 [groups, out * bits / 32]   symmetric: zero - 1 (format `gptq`); else `gptq_v2`
@@ -62,7 +64,10 @@ def specs(module: str, shape: tuple[int, int], scheme: QuantScheme, stored: Stor
 
 
 def foreign_floats(stored: Stored, module: str, found: Mapping[str, Spec]) -> dict[str, Spec]:
-    """Scales in the type that another tool chose, and the bias that some write: zeros, as Qwen3 has none."""
+    """Scales in the type that another tool chose, and its bias.
+
+    A bias is zeros, as Qwen3 has none.
+    """
     scales, bias = f"{module}.scales", f"{module}.bias"
     shape = found[scales][1]
     return {
@@ -140,7 +145,9 @@ def config(schemes: Mapping[str, QuantScheme], linears: list[str]) -> dict[str, 
 def uniform(
     schemes: Mapping[str, QuantScheme], linears: list[str], name: str, outer: tuple[str, ...] = ()
 ) -> QuantScheme:
-    """The one scheme of all linears; RecipeError when there are several or a linear has none.
+    """The one scheme of all linears.
+
+    Raises RecipeError when there are several or a linear has none.
 
     `outer`: which of embedding and head the layout can hold beside them.
     """
@@ -170,7 +177,10 @@ def read_schemes(where: str, stored: Stored, linears: Shapes) -> Schemes:
 
 
 def _overridden(config: Mapping[str, Any], modules: Iterable[str]) -> Callable[[str], Mapping[str, Any] | None]:
-    """GPTQModel's `dynamic`: the first pattern that matches overrides, or with `-:` leaves the linear alone."""
+    """The configuration of one linear under GPTQModel's `dynamic`.
+
+    The first pattern that matches overrides, or with `-:` leaves the linear alone.
+    """
     dynamic = dict((config.get("dynamic") or {}).items())
     plain = {key.removeprefix("+:").removeprefix("-:"): key for key in reversed(dynamic)}
     matched = first_matches(list(dict.fromkeys(key.removeprefix("+:").removeprefix("-:") for key in dynamic)), modules)

@@ -1,4 +1,6 @@
-"""compressed-tensors: what vLLM, SGLang and transformers load as it is. Its format follows from the scheme.
+"""compressed-tensors: what vLLM, SGLang and transformers load as it is.
+
+Its format follows from the scheme.
 
 pack-quantized        integers, inputs left alone
     NAME.weight_packed      int32 [out, in * bits / 32]     low bits first, across words for 3 bits
@@ -76,7 +78,10 @@ def specs(module: str, shape: tuple[int, int], scheme: QuantScheme, stored: Stor
 
 
 def _is_packed(kind: str, module: str, stored: Stored | None) -> bool:
-    """Whether integers are packed: by their scheme where we write them, by the tensor's name where others did."""
+    """Whether integers are packed.
+
+    Their scheme says so where we write them, the tensor's name where others did.
+    """
     if kind not in ("pack-quantized", "int-quantized"):
         return False
     if stored is None or (f"{module}.weight_packed" in stored) == (f"{module}.weight" in stored):
@@ -87,7 +92,7 @@ def _is_packed(kind: str, module: str, stored: Stored | None) -> bool:
 def _foreign(
     stored: Stored, module: str, shape: tuple[int, int], scheme: QuantScheme, found: Mapping[str, Spec]
 ) -> dict[str, Spec]:
-    """What other releases store in another type or shape, or beside the tensors that are needed."""
+    """What other releases store in another type or shape, or in addition."""
     specs: dict[str, Spec] = {}
     for name, (dtype, wanted) in found.items():
         suffix = name.rpartition(".")[2]
@@ -145,7 +150,10 @@ def pack(tensor: QuantizedTensor) -> dict[str, NDArray]:
 
 
 def _signed(codes: NDArray[np.uint8]) -> NDArray[np.int8]:
-    """Unsigned codes with the zero point 128 taken off; its own inverse on the bits."""
+    """Unsigned codes with the zero point 128 taken off.
+
+    Its own inverse on the bits.
+    """
     return (codes ^ np.uint8(0x80)).view(np.int8)
 
 

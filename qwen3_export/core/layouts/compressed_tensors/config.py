@@ -15,7 +15,9 @@ from qwen3_export.errors import CheckpointError, RecipeError
 
 
 def config(schemes: Mapping[str, QuantScheme], linears: list[str]) -> dict[str, Any]:
-    """One group of targets per distinct scheme; what stays in 16 bits is in `ignore`.
+    """One group of targets per distinct scheme.
+
+    What stays in 16 bits is in `ignore`.
 
     An embedding is no `Linear`, so it is a target by its name, which comes before any class.
     """
@@ -112,7 +114,10 @@ def read_schemes(where: str, stored: Stored, linears: Shapes) -> Schemes:
 
 
 def _target_matcher(targets: Iterable[str], modules: Iterable[str]) -> Callable[[str], str | None]:
-    """Finds the target that a module falls under: its name before a pattern before its class."""
+    """A function that finds the target that a module falls under.
+
+    Its name comes before a pattern, and a pattern before its class.
+    """
     names = frozenset(targets)
     matched = first_matches([name[3:] for name in sorted(names) if name.startswith("re:")], modules)
 
