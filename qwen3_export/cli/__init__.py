@@ -20,6 +20,14 @@ from qwen3_export.errors import ExportError, InputError, InputWarning
 _EXIT_INTERRUPTED = 130
 _EXIT_RESOURCES = 4
 _EXIT_INPUT = 2
+_GOES_ON = "finished blocks are kept: repeat the command to go on"
+_EXPORTS = "with --recipe, finished blocks are kept: repeat the command to go on; else nothing was written"
+_NOTHING = "nothing was to be written"
+_INTERRUPTED = {
+    "quantize": _GOES_ON,
+    **dict.fromkeys(("onnx", "gguf", "tensorrt"), _EXPORTS),
+    **dict.fromkeys(("run", "inspect", "plan"), _NOTHING),
+}
 
 
 def main() -> None:
@@ -51,7 +59,7 @@ def run(arguments: list[str]) -> int:
     except BaseException as error:
         if any(argument in ("-v", "--verbose") for argument in arguments) and not isinstance(error, SystemExit):
             traceback.print_exc()
-        return _report(error)
+        return _report(error, arguments[0] if arguments else "")
     return code if isinstance(code, int) else 0
 
 
@@ -83,7 +91,7 @@ def _check_utf8(arguments: list[str]) -> None:
             raise InputError(f"{option}{argument!a}: not valid UTF-8", "write it in UTF-8") from error
 
 
-def _report(error: BaseException) -> int:
+def _report(error: BaseException, command: str = "") -> int:
     """Print `error: …` and `hint: …`, and return the exit code."""
     if isinstance(error, ExportError):
         return _say(str(error), error.hint, error.exit_code)
@@ -94,7 +102,7 @@ def _report(error: BaseException) -> int:
     if usage is not None:
         return _say(usage, "`qwen3-export COMMAND --help` shows the usage", _EXIT_INPUT)
     if _interrupted(error):
-        hint = "a quantize run keeps its finished blocks: repeat the command to go on"
+        hint = _INTERRUPTED.get(command, "nothing was written: repeat the command to start over")
         return _say("interrupted", hint, _EXIT_INTERRUPTED)
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return _say("no more threads may be started", "give fewer --threads, or raise the limit", _EXIT_RESOURCES)

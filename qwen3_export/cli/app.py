@@ -14,7 +14,7 @@ app = typer.Typer(
     help="Take a Qwen3 checkpoint to an edge device, and prove that it arrived intact.",
     epilog="Start with `qwen3-export demo`, which does everything on a small model that comes along.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )

@@ -18,7 +18,7 @@ from qwen3_export.errors import InputError
 @app.command(epilog="Example: qwen3-export calibrate reference-model --output imatrix.gguf --samples 16")
 def calibrate(
     source: Source,
-    output: Annotated[Path, typer.Option(help="File to write, e.g. imatrix.gguf.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, e.g. imatrix.gguf.")],
     calibration: Annotated[str, typer.Option(help="As for quantize.")] = "bundled",
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 128,
     sequence_length: Annotated[int, typer.Option(min=16, help="Tokens per sample.")] = 512,

@@ -11,6 +11,7 @@ from qwen3_export.cli import (  # noqa: F401  (they register their commands)
     serve,
     ship,
     solve,
+    talk,
     tasks,
 )
 from qwen3_export.cli.app import app

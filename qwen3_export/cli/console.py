@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from qwen3_export.cli.tables import plain, table
 from qwen3_export.core.progress import Progress
+
+__all__ = ["Console", "fields", "nats", "size", "table", "verdict"]
 
 
 class Console(Progress):
@@ -49,6 +51,10 @@ class Console(Progress):
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
+    def note(self, text: str) -> None:
+        """A line about where the work stands."""
+        self.say(text)
+
     def log(self, text: str) -> None:
         """A line for those who asked for details."""
         if self.verbose:
@@ -67,33 +73,11 @@ class Console(Progress):
             lines()
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout; the first two columns are text, the others numbers."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console as RichConsole
-    from rich.table import Table
-
-    # Without a terminal the table is as wide as it needs to be: a log must not lose columns.
-    width = None if sys.stdout.isatty() else _columns()
-    grid = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for index, header in enumerate(headers):
-        grid.add_column(header, justify="left" if index < 2 else "right", no_wrap=True)
-    for row in rows:
-        grid.add_row(*row)
-    RichConsole(width=width).print(grid)
-
-
-def _columns() -> int:
-    """The width that the environment asks for, where it is one; 160 otherwise."""
-    text = os.environ.get("COLUMNS", "")
-    return min(int(text), 10_000) if text.isascii() and text.isdigit() and 0 < len(text) < 10 and int(text) else 160
-
-
 def fields(values: dict[str, Any]) -> None:
     """`name  value` lines on stdout."""
     width = max(map(len, values))
     for name, value in values.items():
-        print(f"{name:<{width}}  {value}")
+        print(plain(f"{name:<{width}}  {value}"))
 
 
 def nats(item: dict[str, Any]) -> str:

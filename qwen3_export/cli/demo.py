@@ -42,7 +42,9 @@ class Product:
 
 @app.command(epilog="Example: qwen3-export demo --output demo-output")
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for artifacts and the report.")] = Path("demo-output"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for artifacts and the report.")] = Path(
+        "demo-output"
+    ),
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,

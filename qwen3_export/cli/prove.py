@@ -274,39 +274,3 @@ def _benched(result: dict[str, Any]) -> None:
         for check in item.get("gate", {}).get("checks", ()):
             if not check["passed"]:
                 print(f"{item['artifact']}: {explain(check)}")
-
-
-@app.command(epilog='Example: qwen3-export run model-onnx --prompt "What does ocean mean?" --max-new-tokens 32')
-def run(
-    artifact: Annotated[str, typer.Argument(help="ONNX or Hugging Face folder, or .gguf file.")],
-    prompt: Annotated[str, typer.Option(help="What the user says.")],
-    system: Annotated[str | None, typer.Option(help="A system message before it.")] = None,
-    thinking: Annotated[bool, typer.Option("--thinking/--no-thinking", help="Qwen3's switch.")] = True,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=1 << 20, help="Stop after this many tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, max=1000, help="0 takes the most likely token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Nucleus sampling; with a temperature.")] = 0.95,
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of the sampling.")] = 0,
-    threads: Threads = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
-    """Generate text with an artifact, chat template applied."""
-    from qwen3_export.run.generate import Sampling, chat
-
-    show = console(json, quiet, verbose)
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    on_text = None if json else _stream
-    result = chat(find(artifact), messages, thinking, sampling, threads, on_text)
-    show.result(result, lambda: _spoken(show, result))
-
-
-def _stream(text: str) -> None:
-    print(text, end="", flush=True)
-
-
-def _spoken(show: Console, result: dict[str, Any]) -> None:
-    print()
-    show.say(f"{result['new_tokens']} tokens, {result['tokens_per_second']:.1f} per second, stop: {result['stop']}")

@@ -115,7 +115,7 @@ def _prepared(
 )
 def onnx(
     source: Source,
-    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     target: Annotated[
         str, typer.Option(help="cpu; cuda: fp16; web: transformers.js; standard: ai.onnx operators only.")
     ] = "cpu",
@@ -175,7 +175,7 @@ def onnx(
 @app.command(epilog="Example: qwen3-export gguf quantized --output model.gguf")
 def gguf(
     source: Source,
-    output: Annotated[Path, typer.Option(help="File to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
     type_name: Annotated[
         str | None,
         typer.Option("--type", help="bf16, f16, q8_0, q4_k_m … (default: what holds the codes, else bf16)."),
@@ -245,7 +245,7 @@ def _split_size(text: str) -> int:
 @app.command(epilog="Example: qwen3-export tensorrt quantized --output model-trt --sm 8.9 --sm 12.0")
 def tensorrt(
     source: Source,
-    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     engine: Annotated[str, typer.Option(help="`rtx`: TensorRT-RTX, needs no GPU; `trt`: TensorRT, on its device.")] = (
         "rtx"
     ),
@@ -325,13 +325,14 @@ def _level(result: dict[str, Any]) -> dict[str, str]:
 
 
 def _exported(result: dict[str, Any]) -> None:
-    inexact = result["inexact_tensors"]
+    inexact, linears = result["inexact_tensors"], result["linear_bits_per_weight"]
     worst = max(inexact, key=lambda item: item["max_rel_error"]) if inexact else None
     fields(
         {
             "output": result["output"],
             "size": size(sum(item["bytes"] for item in result["files"])),
-            "bits per weight": f"{result['bits_per_weight']:.2f}",
+            "bits per weight": f"{result['bits_per_weight']:.2f} in all"
+            + ("" if linears is None else f", {linears:.2f} linears"),
             "exact": "every number of the source arrived unchanged"
             if worst is None
             else f"no: {len(inexact)} tensors changed, at most {worst['max_rel_error']:.1e} ({worst['name']})",

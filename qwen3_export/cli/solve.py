@@ -72,6 +72,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "dtypes": dtypes,
         "quantized": schemes,
         "bits_per_weight": round(checkpoint.bits_per_weight, 3),
+        "linear_bits_per_weight": round(checkpoint.linear_bits_per_weight, 3),
     }
 
 
@@ -88,7 +89,7 @@ def _stored_as(checkpoint: Checkpoint, module: str) -> str:
 def quantize(
     source: Source,
     recipe: Annotated[str, typer.Option(help="A shipped recipe's name, or a YAML file.")],
-    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     calibration: Annotated[
         str,
         typer.Option(
@@ -142,7 +143,8 @@ def _quantized(result: dict[str, Any]) -> None:
             "output": result["output"],
             "recipe": result["recipe"],
             "quantized matrices": result["tensors"],
-            "bits per weight": f"{result['bits_per_weight']:.2f} (embedding and norms included)",
+            "bits per weight": f"{result['bits_per_weight']:.2f} in all, "
+            f"{result['linear_bits_per_weight']:.2f} linears",
             "size": size(result["bytes"]),
             "largest error": f"{worst['error']:.2e} ({worst['name']})",
             "time": f"{result['seconds']:.1f} s",
@@ -183,7 +185,7 @@ def search_recipe(
     ],
     output: Annotated[
         Optional[Path],  # noqa: UP045  (typer reads this annotation at run time)
-        typer.Option(help="YAML file to write (default: NAME-mixed-BPWbpw.yaml)."),
+        typer.Option("--output", "-o", help="YAML file to write (default: NAME-mixed-BPWbpw.yaml)."),
     ] = None,
     calibration: Annotated[
         str, typer.Option(help="`bundled`, a .txt/.jsonl/.parquet file, or hf:DATASET.")

@@ -127,6 +127,16 @@ class Checkpoint:
         stored = sum(e.end - e.begin for e in self.stored_entries())
         return 8 * stored / self.config.num_parameters
 
+    @property
+    def linear_bits_per_weight(self) -> float:
+        """Mean bits per weight of the decoder's linears, scales included: what a recipe's name promises."""
+        bits = weights = 0.0
+        for name, shape in self.config.all_linears().items():
+            scheme, count = self.schemes.get(name), shape[0] * shape[1]
+            each = scheme.bits_per_weight(shape) if scheme else 8 * self.entry(f"{name}.weight").dtype.itemsize
+            bits, weights = bits + each * count, weights + count
+        return bits / weights
+
     def stored_entries(self) -> Iterator[Entry]:
         """Entries of every tensor of the model, without a tied head's copy."""
         for tensor in self.files:

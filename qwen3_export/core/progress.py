@@ -19,6 +19,9 @@ class Progress:
         """A bar of `total` steps; call what is yielded once per step."""
         yield lambda: None
 
+    def note(self, text: str) -> None:
+        """One line about where the work stands."""
+
     def log(self, text: str) -> None:
         """One line for those who asked for details."""
 

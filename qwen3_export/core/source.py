@@ -39,6 +39,8 @@ def locate(spec: str) -> Path:
         raise InputError(f"{spec} is a file, a checkpoint folder was expected")
     if _HUB_ID.fullmatch(spec) and path.suffix not in _FILES:
         return _download(spec)
+    if path.suffix in _FILES:
+        raise InputError(f"{spec}: no such file", "check the path")
     raise InputError(
         f"{spec}: no such folder", f"give a local folder, a hub id such as Qwen/Qwen3-0.6B, or {REFERENCE_MODEL}"
     )

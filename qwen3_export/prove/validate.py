@@ -96,7 +96,9 @@ def _validate_one(
     right: Sequence[bool],
 ) -> dict[str, Any]:
     started = time.monotonic()
-    session = open_session(artifact, options)
+    with (progress or Progress()).bar(f"load {artifact.name}", 1) as loaded:
+        session = open_session(artifact, options)
+        loaded()
     try:
         experts = artifact_coverage(artifact, session)
         refuse_without_experts(limits, artifact, experts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_export.core.progress import Progress
 from qwen3_export.errors import InputError
 from qwen3_export.run.artifact import open_session, tokenizer_of
 from qwen3_export.run.session import RuntimeOptions, Session
+from qwen3_export.run.thinking import Thought, thinking_budget
 from qwen3_export.text.tokenizer import TextModel, chat_text
 
 
@@ -25,6 +27,41 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 0.95
     seed: int = 0
+    thinking_budget: int | None = None
+
+
+def converse(
+    artifact: Path,
+    messages: list[dict[str, Any]],
+    questions: Iterable[str],
+    thinking: bool,
+    sampling: Sampling,
+    threads: int | None = None,
+    on_text: Callable[[str], None] | None = None,
+    on_answer: Callable[[dict[str, Any]], None] = lambda _answer: None,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Open an artifact and answer questions one after another, each with all that was said before; see `answer`.
+
+    The questions are asked for one by one, after the answer to the last; `on_answer` gets each result.
+    """
+    history, found = list(messages), []
+    with (progress or Progress()).bar(f"load {artifact.name}", 1) as tick:
+        session = open_session(artifact, RuntimeOptions(threads=threads))
+        tick()
+    try:
+        tokenizer = tokenizer_of(artifact, session)
+        for question in questions:
+            if not question.strip():
+                raise InputError("the prompt is empty", "say something to the model")
+            history.append({"role": "user", "content": question})
+            result = answer(session, tokenizer, artifact.name, history, thinking, sampling, on_text)
+            history.append({"role": "assistant", "content": result["text"]})
+            found.append(result)
+            on_answer(result)
+    finally:
+        session.close()
+    return found
 
 
 def chat(
@@ -65,7 +102,8 @@ def answer(
         raise InputError(f"the prompt has {len(ids)} tokens, {name} holds {session.context}")
     started = time.perf_counter()
     shown = Shown(tokenizer, on_text)
-    tokens, stop = _generate(session, tokenizer, ids, min(sampling.max_new_tokens, room), sampling, shown)
+    thought = Thought(thinking_budget(tokenizer, sampling.thinking_budget) if thinking else None)
+    tokens, stop = _generate(session, tokenizer, ids, min(sampling.max_new_tokens, room), sampling, shown, thought)
     shown.grow(tokens, last=True)
     seconds = time.perf_counter() - started
     return {
@@ -73,6 +111,8 @@ def answer(
         "prompt_tokens": len(ids),
         "new_tokens": len(tokens),
         "tokens_per_second": len(tokens) / seconds,
+        "first_token_seconds": shown.first - started if shown.first else seconds,
+        "thought_was_cut": thought.was_cut,
         "stop": stop,
         "runtime": session.runtime,
     }
@@ -83,10 +123,12 @@ class Shown:
 
     def __init__(self, tokenizer: TextModel, on_text: Callable[[str], None] | None) -> None:
         self._tokenizer, self._on_text, self._text = tokenizer, on_text, ""
+        self.first: float | None = None
 
     def grow(self, tokens: list[int], last: bool = False) -> None:
         """Hand over what is new. A character can be spread over several tokens: it waits until it is whole, unless
         these are the `last` ones."""
+        self.first = self.first or time.perf_counter()
         if self._on_text is None:
             return
         text = self._tokenizer.decode(tokens)
@@ -96,13 +138,19 @@ class Shown:
 
 
 def _generate(
-    session: Session, tokenizer: TextModel, ids: NDArray[np.int32], limit: int, sampling: Sampling, shown: Shown
+    session: Session,
+    tokenizer: TextModel,
+    ids: NDArray[np.int32],
+    limit: int,
+    sampling: Sampling,
+    shown: Shown,
+    thought: Thought,
 ) -> tuple[list[int], str]:
     random, stops = np.random.default_rng(sampling.seed), tokenizer.stop_ids()
     tokens: list[int] = []
     logits = session.prefill(ids)[-1]
     while len(tokens) < limit:
-        token = choose(logits, sampling, random)
+        token = thought.follow(choose(logits, sampling, random), stops)
         if token in stops:
             return tokens, "end"
         tokens.append(token)

@@ -87,6 +87,8 @@ def export_result(
         "output": str(output),
         "files": files,
         "bits_per_weight": 8 * weights / checkpoint.config.num_parameters,
+        # Of codes that are moved; another tool's or type's rounding has bits of its own.
+        "linear_bits_per_weight": checkpoint.linear_bits_per_weight if checkpoint.is_quantized else None,
         "seconds": time.monotonic() - started,
         "peak_rss_bytes": peak_rss_bytes(),
         **exactness(inexact),

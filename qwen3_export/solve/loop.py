@@ -50,6 +50,8 @@ def run_blocks(
         from qwen3_export.solve.calibration.activations import SpareFiles
 
         job = replace(job, spare_files=SpareFiles(target.scratch / "shelf"))
+    if resumed:
+        progress.note(f"resuming at block {min(resumed + 1, layers)} of {layers}")
     with ThreadPoolExecutor(1) as writer:
         written = None if blocks else _start(job, target, found, writer, progress)
         job = _with_fisher(job, settings.seed, resumed, progress)

@@ -151,6 +151,7 @@ def result_of(output: Path, manifest: Mapping[str, Any], resumed: int, seconds: 
         "seed": manifest["seed"],
         "tensors": len(manifest["tensors"]),
         "bits_per_weight": written.bits_per_weight,
+        "linear_bits_per_weight": written.linear_bits_per_weight,
         "bytes": sum(path.stat().st_size for path in output.iterdir()),
         "seconds": seconds,
         "peak_rss_bytes": peak_rss_bytes(),

@@ -1,0 +1,101 @@
+"""The command that talks to an artifact: one prompt, or a conversation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qwen3_export.cli.app import Json, Quiet, Verbose, app, console
+from qwen3_export.cli.console import Console
+from qwen3_export.cli.prove import ThinkingBudget, Threads, find
+from qwen3_export.errors import InputError
+
+
+@app.command(epilog='Example: qwen3-export run model-onnx --prompt "What does ocean mean?" --max-new-tokens 32')
+def run(
+    artifact: Annotated[str, typer.Argument(help="ONNX or Hugging Face folder, or .gguf file.")],
+    prompt: Annotated[str | None, typer.Option(help="What the user says; `-` reads it from stdin.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A text file that says it.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="A conversation: one line, one answer; an empty line ends.")] = (
+        False
+    ),
+    system: Annotated[str | None, typer.Option(help="A system message before it.")] = None,
+    thinking: Annotated[bool, typer.Option("--thinking/--no-thinking", help="Qwen3's switch.")] = True,
+    thinking_budget: ThinkingBudget = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=1 << 20, help="Stop after this many tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, max=1000, help="0 takes the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Nucleus sampling; with a temperature.")] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of the sampling.")] = 0,
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Generate text with an artifact, chat template applied."""
+    questions = _questions(prompt, prompt_file, chat)
+    from qwen3_export.run.generate import Sampling, converse
+
+    show = console(json, quiet, verbose)
+    messages = [{"role": "system", "content": system}] if system else []
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, thinking_budget)
+    on_text, on_answer = (None, _nothing) if json else (_stream, lambda found: _spoken(show, found))
+    found = converse(find(artifact), messages, questions, thinking, sampling, threads, on_text, on_answer, show)
+    show.result({"turns": found} if chat else found[0], _nothing)
+
+
+def _questions(prompt: str | None, file: Path | None, chat: bool) -> Iterator[str]:
+    """What is asked; InputError when nothing, too much or an empty text is given, before anything is loaded."""
+    given = [name for name, value in (("--prompt", prompt), ("--prompt-file", file), ("--chat", chat or None)) if value]
+    if prompt == "" and not file and not chat:
+        raise InputError("--prompt is empty", "say something to the model")
+    if len(given) != 1:
+        raise InputError(
+            f"{' and '.join(given)} were given, one was expected" if given else "nothing to say to the model",
+            "--prompt TEXT, --prompt - (stdin), --prompt-file FILE or --chat",
+        )
+    if chat:
+        return _lines()
+    text = _read(file) if file else sys.stdin.read() if prompt == "-" else prompt or ""
+    if not text.strip():
+        raise InputError(f"{given[0]}: the text is empty", "say something to the model")
+    return iter([text])
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not valid UTF-8"
+        raise InputError(f"--prompt-file {file}: cannot be read ({reason})") from error
+
+
+def _lines() -> Iterator[str]:
+    """Lines of stdin until an empty one; a terminal is asked for each."""
+    while True:
+        if sys.stdin.isatty():
+            print("you: ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line.strip():
+            return
+        yield line.strip()
+
+
+def _stream(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _nothing(*_values: Any) -> None:
+    pass
+
+
+def _spoken(show: Console, result: dict[str, Any]) -> None:
+    print()
+    cut = ", thought cut" if result["thought_was_cut"] else ""
+    show.say(
+        f"{result['new_tokens']} tokens, {result['tokens_per_second']:.1f} per second, "
+        f"the first after {result['first_token_seconds']:.2f} s, stop: {result['stop']}{cut}"
+    )

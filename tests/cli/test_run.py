@@ -1,0 +1,87 @@
+"""`run`: prompts from everywhere, conversations, thoughts that are cut; and the small things of the command line."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.helpers import call, refused
+
+FEW = ("--max-new-tokens", "4", "--threads", "1")
+
+
+def test_prompt_from_stdin_and_from_a_file_is_the_same(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("Count to three.")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Count to three."))
+    texts = {
+        call("run", made["onnx"], *prompt, *FEW, "--json").json["text"]
+        for prompt in (("--prompt", "Count to three."), ("--prompt", "-"), ("--prompt-file", file))
+    }
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize("prompt", [(), ("--prompt", ""), ("--prompt", " \n"), ("--prompt", "a", "--chat")])
+def test_nothing_to_say_is_refused(prompt: tuple[str, ...], made: dict[str, Path]) -> None:
+    refused(call("run", made["onnx"], *prompt), 2, "hint: ")
+
+
+def test_empty_inputs_are_refused(made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").write_text("\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    refused(call("run", made["onnx"], "--prompt", "-"), 2, "empty")
+    refused(call("run", made["onnx"], "--prompt-file", tmp_path / "empty"), 2, "empty")
+    refused(call("run", made["onnx"], "--prompt-file", tmp_path / "absent"), 2, "absent", "No such file")
+
+
+def test_conversation_has_a_history(made: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is a sea?\nAnd an ocean?\n\nnever asked\n"))
+    turns = call("run", made["gguf"], "--chat", *FEW, "--json").json["turns"]
+    assert len(turns) == 2
+    alone = call("run", made["gguf"], "--prompt", "And an ocean?", *FEW, "--json").json
+    assert turns[1]["prompt_tokens"] > turns[0]["prompt_tokens"] + alone["prompt_tokens"] - 20
+    assert turns[1]["prompt_tokens"] > alone["prompt_tokens"]
+
+
+def test_thinking_budget_ends_the_thought(made: dict[str, Path]) -> None:
+    command = ("run", made["onnx"], "--prompt", "Why?", "--max-new-tokens", "40", "--threads", "1", "--json")
+    cut = call(*command, "--thinking-budget", "3").json
+    assert cut["thought_was_cut"]
+    assert "</think>" in cut["text"]
+    assert "limited time by the user" in cut["text"]
+    assert not call(*command, "--no-thinking", "--thinking-budget", "3").json["thought_was_cut"]
+
+
+def test_speed_is_told(made: dict[str, Path]) -> None:
+    outcome = call("run", made["onnx"], "--prompt", "hi", *FEW)
+    assert "per second, the first after" in outcome.err
+
+
+def test_short_options_and_module(tmp_path: Path) -> None:
+    for arguments in (("-h",), ("quantize", "-h")):
+        assert "Usage: qwen3-export" in call(*arguments).out
+    assert call("tasks", "-o", tmp_path / "tasks.jsonl", "--count", "3").code == 0
+    outcome = subprocess.run(
+        [sys.executable, "-m", "qwen3_export", "--version"], capture_output=True, text=True, check=True
+    )
+    assert outcome.stdout.startswith("qwen3-export ")
+
+
+def test_a_missing_file_is_called_a_file() -> None:
+    refused(call("validate", "absent.gguf", "--reference", "reference-model"), 2, "absent.gguf: no such file")
+
+
+def test_bits_per_weight_have_one_name(made: dict[str, Path], model: Path) -> None:
+    inspected = call("inspect", made["quantized"], "--json").json
+    assert inspected["linear_bits_per_weight"] == pytest.approx(4.5)
+    assert inspected["bits_per_weight"] > inspected["linear_bits_per_weight"]
+    exported = json.loads((made["onnx"] / "qwen3-export.json").read_text())
+    assert exported["quantized"] is not None
+    assert call("inspect", model, "--json").json["linear_bits_per_weight"] == 16
