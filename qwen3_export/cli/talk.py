@@ -44,7 +44,9 @@ def run(
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, thinking_budget)
     on_text, on_answer = (None, _nothing) if json else (_stream, lambda found: _spoken(show, found))
     found = converse(find(artifact), messages, questions, thinking, sampling, threads, on_text, on_answer, show)
-    show.result({"turns": found} if chat else found[0], _nothing)
+    if not found:
+        raise InputError("nothing was said in the conversation", "one line of stdin is one question")
+    show.result({**found[-1], "turns": found} if chat else found[0], _nothing)
 
 
 def _questions(prompt: str | None, file: Path | None, chat: bool) -> Iterator[str]:
