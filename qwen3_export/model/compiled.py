@@ -5,7 +5,9 @@ They are loops over arrays that run without the interpreter's lock.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -17,13 +19,25 @@ Array = NDArray[np.float32]
 ROUNDER = np.float32(12582912.0)
 
 
+def _may_be_kept(function: Callable[..., Any]) -> bool:
+    """Whether numba has a folder for it: beside the source, or in the home of the user.
+
+    Where a container's user has no home, numba would make a folder called `~` where the command runs.
+    """
+    beside = Path(function.__code__.co_filename).parent
+    kept = beside / "__pycache__"
+    if numba.config.CACHE_DIR or os.access(kept if kept.is_dir() else beside, os.W_OK):
+        return True
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~")).is_absolute()
+
+
 def compiled(function: Callable[..., Any], **options: Any) -> Any:
     """Machine code of a function.
 
     It is kept on the disk where a folder for it can be written, else made anew by each process.
     """
     try:
-        return numba.njit(function, nogil=True, cache=True, error_model="numpy", **options)
+        return numba.njit(function, nogil=True, cache=_may_be_kept(function), error_model="numpy", **options)
     except RuntimeError:
         return numba.njit(function, nogil=True, error_model="numpy", **options)
 
