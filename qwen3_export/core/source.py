@@ -54,6 +54,12 @@ def _download(repository: str) -> Path:
         return Path(snapshot_download(repository, allow_patterns=_WANTED))
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise InputError(f"{repository}: neither a local folder nor a repository on the hub") from error
+    except RuntimeError as error:
+        # Its cache lies in the user's home, and there is none.
+        raise MissingRuntimeError(
+            f"{repository}: neither a local folder, nor is there a place for the hub's files ({error})",
+            "set HF_HOME to a folder for them",
+        ) from error
     except (HfHubHTTPError, OSError) as error:
         # huggingface_hub reports an unreachable hub, offline mode and an empty cache in several classes.
         raise MissingRuntimeError(
