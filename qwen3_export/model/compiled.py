@@ -26,7 +26,7 @@ def _may_be_kept(function: Callable[..., Any]) -> bool:
     """
     beside = Path(function.__code__.co_filename).parent
     kept = beside / "__pycache__"
-    if numba.config.CACHE_DIR or os.access(kept if kept.is_dir() else beside, os.W_OK):
+    if getattr(numba.config, "CACHE_DIR", "") or os.access(kept if kept.is_dir() else beside, os.W_OK):
         return True
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~")).is_absolute()
 
