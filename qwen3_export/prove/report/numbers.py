@@ -31,3 +31,8 @@ def bytes_text(count: float) -> str:
 def span(ends: list[float] | None, digits: int = 6) -> str:
     """An interval, `-` where there is none."""
     return f"{fixed(ends[0], digits)} … {fixed(ends[1], digits)}" if ends else "-"
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage, `-` where there is none."""
+    return "-" if value is None else f"{fixed(100 * value, 2)} %"

@@ -9,7 +9,8 @@ from typing import Any
 from qwen3_export.prove.report.charts import Chart, charts
 from qwen3_export.prove.report.failures import environment_lines, failures
 from qwen3_export.prove.report.style import STYLE
-from qwen3_export.prove.report.tables import Table, tables, verdict_of
+from qwen3_export.prove.report.table import Table
+from qwen3_export.prove.report.tables import tables, verdict_of
 
 _GOOD, _BAD = ("pass", "same", "better"), ("FAIL", "worse")
 

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from qwen3_export.prove.gate import number
 from qwen3_export.prove.limits import limit_named
 from qwen3_export.prove.naming import unique_names
-from qwen3_export.prove.report.numbers import bytes_text, fixed, short, signed, span
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table under a title; the first column is text, `status` in a cell is a verdict."""
-
-    title: str
-    headers: Sequence[str]
-    rows: Sequence[Sequence[str]]
+from qwen3_export.prove.report.generation import explanations, tasks, texts
+from qwen3_export.prove.report.numbers import bytes_text, fixed, percent, signed, span
+from qwen3_export.prove.report.table import Table
 
 
 def named(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -55,7 +47,9 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
     for name, item in drifts:
         yield _domains(name, item)
     yield from _details(drifts)
-    yield from _explanations(drifts)
+    yield from texts(drifts)
+    yield from tasks(drifts)
+    yield from explanations(drifts)
 
 
 def _drift_row(name: str, item: Mapping[str, Any]) -> list[str]:
@@ -116,7 +110,7 @@ def _speeds(speeds: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Table]:
             *(fixed(1000 * item["decode"][key], 2) for key in ("per_token_seconds_p50", "p95", "p99")),
             fixed(item["load_seconds"], 2),
             bytes_text(item["peak_rss_bytes"]),
-            _percent((item.get("bandwidth") or {}).get("fraction")),
+            percent((item.get("bandwidth") or {}).get("fraction")),
             str(item["threads"]),
         ]
         for name, item in speeds
@@ -167,7 +161,7 @@ def _details(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Table]
         ("same top token", lambda s: f"{_with_error(s['same_top'], 3, 100)} %"),
         ("ppl ratio", lambda s: _with_error(s["ppl_ratio"], 6)),
         ("ln ppl ratio", lambda s: _with_error(s["log_ppl_ratio"], 6)),
-        ("correlation of log-probabilities", lambda s: _percent(s["logprob_correlation"])),
+        ("correlation of log-probabilities", lambda s: percent(s["logprob_correlation"])),
     ]
     rows = [[label, *(show(found) for _, found in full)] for label, show in lines]
     yield Table("Statistics (± as llama-perplexity prints it)", ["statistic", *(name for name, _ in full)], rows)
@@ -191,26 +185,6 @@ def _with_error(
     values: Mapping[str, float], digits: int, scale: float = 1, mean: str = "mean", error: str = "stderr"
 ) -> str:
     return f"{fixed(scale * values[mean], digits)} ± {fixed(scale * values[error], digits)}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{fixed(100 * value, 2)} %"
-
-
-def _explanations(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Table]:
-    """The linears, experts and channels that add most to the drift, where it was traced."""
-    for name, item in drifts:
-        found = item.get("explain")
-        for kind in ("linears", "experts", "channels"):
-            rows = found.get(kind) if isinstance(found, Mapping) else None
-            if isinstance(rows, list) and rows and all(isinstance(row, Mapping) for row in rows):
-                headers = list(rows[0])
-                cells = [[_cell(row.get(key)) for key in headers] for row in rows[:12]]
-                yield Table(f"{name}: worst {kind}", headers, cells)
-
-
-def _cell(value: object) -> str:
-    return short(value) if isinstance(value, float) else "-" if value is None else str(value)
 
 
 def pairs_table(result: Mapping[str, Any]) -> Table:

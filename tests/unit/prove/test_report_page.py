@@ -25,6 +25,15 @@ BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), No
 HOSTILE = '<script>alert("x")</script>&.gguf'
 
 
+def texts(**more: int) -> dict[str, Any]:
+    """What is counted of some greedy texts."""
+    counts = {"texts": 4, "agreement": 0.75, "loops": 1, "loops_reference": 0}
+    return {
+        **counts,
+        **({**more, "stops_reference": 2, "agreement_length": 3.0, "reference_length": 8.0} if more else {}),
+    }
+
+
 def measured(name: str, scale: float = 1.0, **limits: float) -> dict[str, Any]:
     """A result with everything that a picture is drawn of."""
     rows = drifts(scale)
@@ -40,6 +49,16 @@ def measured(name: str, scale: float = 1.0, **limits: float) -> dict[str, Any]:
         "domains": domains,
         "kl_histogram": histogram(rows),
         "seconds": 1.0,
+        "generation": {**texts(), "thinking": texts(stops=1), "no_thinking": None},
+        "flips": {"flips": 1, "sure_positions": 50, "share": 0.02, "sure_from": 0.9},
+        "tasks": {
+            "tasks": 3,
+            "original_right": 2,
+            "artifact_right": 1,
+            "right_to_wrong": 1,
+            "lost_share_ci95": [-0.1, 0.8],
+            "kinds": {"json": {"tasks": 3, "original_right": 2, "artifact_right": 1}},
+        },
         "explain": {"blocks": blocks, "linears": [{"name": "model.layers.3.mlp.down_proj", "error": 0.2}]},
     }
     return {**item, "gate": check(item, limits)}
@@ -102,6 +121,9 @@ def test_the_verdict_and_what_failed_come_first() -> None:
     wanted = ["Drift by domain", "Histogram of KL", "Where drift comes from", "Prefill", "Decode", "Drift", "Checks"]
     assert read.headings[1 : 1 + len(wanted)] == wanted
     assert "Statistics (± as llama-perplexity prints it)" in read.headings
+    assert {"Generated texts", "Tasks", "Flips of the top token where the original is sure"} <= set(read.headings)
+    for cell in ("3.0 of 8.0", "1/2", "2.00 %", "-0.100 … 0.800", "model.layers.3.mlp.down_proj"):
+        assert cell in read.words
     assert read.headings[-1] == "Environment"
     text = "\n".join(read.words)
     for fact in ("bench-1", "A processor", "0.1, 0.2, 0.3", "numpy 2", "2026-01-02T03:04:05+00:00", "8.6 GB"):

@@ -1,0 +1,15 @@
+"""A table of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table under a title; the first column is text, `status` in a cell is a verdict."""
+
+    title: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
