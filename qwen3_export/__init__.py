@@ -1,4 +1,4 @@
-"""qwen3-export: Qwen3 checkpoint → quantized → ONNX, GGUF, TensorRT → proven in its own runtime.
+"""qwen3-export: Qwen3 checkpoints to quantized, proven ONNX, GGUF and TensorRT artifacts.
 
     solve → ship → run → prove, over files on disk
 
@@ -33,7 +33,7 @@ def quantize(source: str | Path, recipe: str, output: str | Path, **settings: An
 
 
 def export(source: str | Path, output: str | Path, format: str, **options: Any) -> dict[str, Any]:
-    """Write `source` as `onnx`, `gguf` or `tensorrt`; `options` are those of `ship.FORMAT.export_FORMAT`.
+    """Write `source` as `onnx`, `gguf` or `tensorrt`; `options` are those of each format's exporter.
 
     Returns what the command of that name prints with `--json`; raises `errors.ExportError`.
     """
@@ -55,7 +55,7 @@ def export(source: str | Path, output: str | Path, format: str, **options: Any) 
 
 
 def validate(artifacts: Sequence[str | Path], reference: str | Path, **limits: float) -> dict[str, Any]:
-    """Measure artifacts against a reference file or the original; `limits` as in `prove.gate.LIMITS`.
+    """Measure artifacts against a reference file or the original; `limits` as in `prove.limits.LIMITS`.
 
     Returns `{results, passed}` as `qwen3-export validate --json` prints; raises `errors.ExportError`.
     """

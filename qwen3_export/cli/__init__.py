@@ -1,4 +1,7 @@
-"""The command line: the only place that prints or exits. One file per group of commands."""
+"""The command line: the only place that prints or exits.
+
+One file per group of commands.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,10 @@ def run(arguments: list[str]) -> int:
 
 @contextlib.contextmanager
 def _told_warnings(quiet: bool) -> Iterator[None]:
-    """Print what is told of an input as one line `warning: …`, once; other warnings as Python does."""
+    """Print what is told of an input as one line `warning: …`, once.
+
+    Other warnings as Python does.
+    """
     with warnings.catch_warnings():
         usual, told = warnings.showwarning, set[str]()
 
@@ -82,7 +88,10 @@ def _told_warnings(quiet: bool) -> Iterator[None]:
 
 
 def _check_utf8(arguments: list[str]) -> None:
-    """Bytes that are no UTF-8 arrive as lone surrogates, which no tokenizer, manifest or JSON takes."""
+    """Refuse arguments that are no UTF-8.
+
+    Their bytes arrive as lone surrogates, which no tokenizer, manifest or JSON takes.
+    """
     for before, argument in zip(["", *arguments], arguments, strict=False):
         try:
             argument.encode()
@@ -121,7 +130,10 @@ def _report(error: BaseException, command: str = "") -> int:
 
 
 def _interrupted(error: BaseException) -> bool:
-    """Whether a signal ended the command; native code that goes on after one leaves a SystemError caused by it."""
+    """Whether a signal ended the command.
+
+    Native code that goes on after one leaves a SystemError caused by it.
+    """
     cause = error.__cause__ if isinstance(error, SystemError) else error
     return isinstance(cause, KeyboardInterrupt) or type(error).__name__ == "Abort"
 

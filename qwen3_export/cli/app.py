@@ -1,4 +1,7 @@
-"""The Typer application and what all commands share: output options, progress, JSON or a table."""
+"""The Typer application, and what all commands share.
+
+They share output options, progress, and JSON or a table.
+"""
 
 from __future__ import annotations
 

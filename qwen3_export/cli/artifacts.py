@@ -1,4 +1,7 @@
-"""What `inspect` says of an ONNX folder or file, a GGUF file or a TensorRT folder: read without torch or onnx."""
+"""What `inspect` says of an artifact, without torch or onnx.
+
+The artifact is an ONNX folder or file, a GGUF file or a TensorRT folder.
+"""
 
 from __future__ import annotations
 

@@ -81,7 +81,10 @@ def fields(values: dict[str, Any]) -> None:
 
 
 def nats(item: dict[str, Any]) -> str:
-    """Mean KL of a validation result; `≥` marks the lower bound that a top-k reference gives."""
+    """Mean KL of a validation result.
+
+    `≥` marks the lower bound that a top-k reference gives.
+    """
     # Adding zero after rounding turns the -0.0 of an exact artifact into 0.0.
     return f"{'≥ ' if item['kl_is_lower_bound'] else ''}{round(item['kl_mean'], 5) + 0.0:.5f}"
 

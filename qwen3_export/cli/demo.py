@@ -32,7 +32,10 @@ _SAMPLES, _LENGTH, _HELD_OUT = 64, 256, 10_000
 
 @dataclass(frozen=True)
 class Product:
-    """One artifact of the demo: its file name, the modules it needs, its gate, and how it is made."""
+    """One artifact of the demo.
+
+    Its file name, the modules it needs, its gate, and how it is made.
+    """
 
     name: str
     needs: tuple[str, ...]
@@ -50,7 +53,10 @@ def demo(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Quantize the embedded model, export it to every format, validate each in its own runtime."""
+    """Quantize the embedded model, export it everywhere, validate each artifact.
+
+    Every format that this machine can write is made, and validated in its own runtime.
+    """
     show, started = console(json, quiet, verbose), time.monotonic()
     _need_torch()
     with staged_folder(output, force) as folder:
@@ -75,7 +81,10 @@ def _need_torch() -> None:
 
 
 def _make(folder: Path, show: Console) -> tuple[dict[str, tuple[float, str]], dict[str, str]]:
-    """Quantize and export; `{file name: (bits per weight, kind of limit)}` and what was left out, why."""
+    """Quantize and export.
+
+    `{file name: (bits per weight, kind of limit)}` and what was left out, why.
+    """
     quantized = {
         name: _quantize(folder, name, show) for name in ("rtn-w4a16-g128", "gptq-w4a16-g128", "gptq-w4a16-g32")
     }

@@ -26,7 +26,10 @@ def gate(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Compare a report with a baseline's, row by row; exit 1 when something got worse."""
+    """Compare a report with a baseline's, row by row.
+
+    Exit 1 when something got worse.
+    """
     from qwen3_export.prove.baseline import compare_with_baseline, read_report
     from qwen3_export.prove.report import append_summary, write_report
     from qwen3_export.prove.tolerance import read_tolerance

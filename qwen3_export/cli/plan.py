@@ -1,4 +1,7 @@
-"""The command that says beforehand what a recipe needs and where its result can go."""
+"""The command that says beforehand what a recipe needs.
+
+And where its result can go.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,10 @@ def plan(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Say whether a recipe can work, what it needs here and how large its result gets; exit 2 when it cannot."""
+    """Say whether a recipe can work, and what it needs here.
+
+    It tells how large the result gets, and exits with 2 when it cannot work.
+    """
     chosen, checkpoint = load_recipe(recipe), open_source(source)
     limit = parse_bytes(memory) if memory else None
     from qwen3_export.plan import plan as run

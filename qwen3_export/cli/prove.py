@@ -58,7 +58,7 @@ def reference(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write the original's answers on held-out text to a file that a device can carry."""
+    """Write the original's answers on held-out text to a portable file."""
     from qwen3_export.prove.original import write_reference
     from qwen3_export.prove.tasks import read_tasks
     from qwen3_export.prove.validate import held_out
@@ -111,7 +111,10 @@ def validate(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure accuracy drift in the artifact's own runtime; exit 1 when a limit is exceeded."""
+    """Measure accuracy drift in the artifact's own runtime.
+
+    Exit 1 when a limit is exceeded.
+    """
     from qwen3_export.prove.gate import CHOICES
     from qwen3_export.prove.limits import parse_limit, read_limits
     from qwen3_export.prove.report import append_summary, write_report
@@ -237,7 +240,10 @@ def bench(
 
 
 def _latency_limits(gate: Path, show: Console) -> dict[str, float]:
-    """The limits of a gate file that a latency run can check; InputError when it has none."""
+    """The limits of a gate file that a latency run can check.
+
+    Raises InputError when it has none.
+    """
     from qwen3_export.prove.limits import is_latency, read_limits
 
     limits = read_limits(gate)

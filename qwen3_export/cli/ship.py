@@ -1,4 +1,7 @@
-"""Commands that write formats: onnx, gguf, tensorrt. With --recipe, a 16-bit source is quantized on the way."""
+"""Commands that write formats: onnx, gguf, tensorrt.
+
+With --recipe, a 16-bit source is quantized on the way.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,10 @@ class Quantizing:
     resume: bool | None = None
 
     def settings(self, recipe: str | None) -> QuantizeSettings:
-        """How to quantize; InputError for options without a recipe, and for values that cannot be."""
+        """How to quantize.
+
+        Raises InputError for options without a recipe, and for values that cannot be.
+        """
         given: dict[str, Any] = {name: value for name, value in asdict(self).items() if value is not None}
         if recipe is None and given:
             raise InputError(
@@ -84,7 +90,9 @@ def _prepared(
     check: Check,
     folder: bool = True,
 ) -> Iterator[Checkpoint]:
-    """The source, or, with a recipe, a quantized copy of it beside the output that is removed afterwards.
+    """The source, or a quantized copy of it with a recipe.
+
+    The copy lies beside the output and is removed afterwards.
 
     `check` is the export's own check, made before anything is quantized; `folder` says what the export writes. An
     interrupted run's finished blocks are kept in `OUTPUT.quantized.partial/`, from which the same command goes on.
@@ -207,7 +215,10 @@ def gguf(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a GGUF file for llama.cpp: 16-bit weights are rounded to any of its types, codes moved bit for bit."""
+    """Write a GGUF file for llama.cpp.
+
+    16-bit weights are rounded to any of its types, codes moved bit for bit.
+    """
     _need("gguf", "gguf")
     from qwen3_export.core.gguf_types import Overrides
     from qwen3_export.core.imatrix import read_imatrix

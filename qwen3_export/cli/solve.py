@@ -30,7 +30,10 @@ def parse_bytes(text: str) -> int:
 
 @app.command(epilog="Example: qwen3-export inspect reference-model")
 def inspect(source: Source, json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Show a checkpoint's architecture, size, types and schemes, or an artifact's tensors, sizes and provenance."""
+    """Show what a checkpoint or an artifact holds.
+
+    Of a checkpoint its architecture, size, types and schemes, of an artifact its tensors, sizes and provenance.
+    """
     path = Path(source)
     if is_artifact(path):
         found = describe_artifact(path)

@@ -44,7 +44,10 @@ class _Steady(io.RawIOBase):
 
 
 def steady_streams() -> None:
-    """Replace stdout and stderr by streams that cannot fail; open closed descriptors, or the next file gets theirs."""
+    """Replace stdout and stderr by streams that cannot fail.
+
+    Open closed descriptors, or the next file gets theirs.
+    """
     for number in range(3):
         try:
             os.fstat(number)
@@ -63,7 +66,10 @@ def _steady(old: TextIO | None, number: int) -> TextIO:
 
 
 def finish_streams() -> None:
-    """Flush; say on stderr when the result could not be written, unless nobody was listening any more."""
+    """Flush.
+
+    Say on stderr when the result could not be written, unless nobody was listening any more.
+    """
     sys.stdout.flush()
     lost = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "lost", None)
     if lost is not None and lost.errno != errno.EPIPE:

@@ -1,4 +1,6 @@
-"""Tables that fit: what matters is never cut, text wraps, and a log is as wide as it needs to be.
+"""Tables that fit the terminal.
+
+What matters is never cut, text wraps, and a log is as wide as it needs to be.
 
 on a terminal   columns of text wrap first; then columns are left out from the right, those in `KEPT` last of all
 piped           nothing is cut or left out, unless COLUMNS asks for a width
@@ -24,7 +26,10 @@ _COLOURS = {"pass": "32", "yes": "32", "better": "32", "same": "32", "FAIL": "1;
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout; the first two columns and those of running text are left-aligned."""
+    """Print a table on stdout.
+
+    The first two columns and those of running text are left-aligned.
+    """
     print(drawn(headers, rows, _width(), _colours()))
 
 
@@ -51,7 +56,10 @@ def plain(text: str) -> str:
 def drawn(
     headers: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None, colours: bool = False
 ) -> str:
-    """The table as text, at most `width` columns wide where that can be without cutting what must be seen."""
+    """The table as text.
+
+    It is at most `width` columns wide where that can be without cutting what must be seen.
+    """
     headers, rows = [plain(header) for header in headers], [[plain(cell) for cell in row] for row in rows]
     shown = list(range(len(headers)))
     natural = [max([cell_len(headers[i]), *(cell_len(row[i]) for row in rows)]) for i in shown]

@@ -50,7 +50,10 @@ def run(
 
 
 def _questions(prompt: str | None, file: Path | None, chat: bool) -> Iterator[str]:
-    """What is asked; InputError when nothing, too much or an empty text is given, before anything is loaded."""
+    """What is asked.
+
+    Raises InputError when nothing, too much or an empty text is given, before anything is loaded.
+    """
     given = [name for name, value in (("--prompt", prompt), ("--prompt-file", file), ("--chat", chat or None)) if value]
     if prompt == "" and not file and not chat:
         raise InputError("--prompt is empty", "say something to the model")

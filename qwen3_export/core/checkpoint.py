@@ -129,7 +129,10 @@ class Checkpoint:
 
     @property
     def linear_bits_per_weight(self) -> float:
-        """Mean bits per weight of the decoder's linears, scales included: what a recipe's name promises."""
+        """Mean bits per weight of the decoder's linears, scales included.
+
+        It is what a recipe's name promises.
+        """
         bits = weights = 0.0
         for name, shape in self.config.all_linears().items():
             scheme, count = self.schemes.get(name), shape[0] * shape[1]

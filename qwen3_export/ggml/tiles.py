@@ -60,7 +60,9 @@ def store_codes(codes: NDArray[np.uint8], found: Array, row: int, column: int, h
 
 @compiled
 def super_scale(values: Array, weights: Array, r: int, low: np.float32, high: np.float32) -> np.float32:
-    """The fp16 number d with the least Σ weights · (values − d · integer)².
+    """The fp16 number d with the least weighted squared error.
+
+    The error is Σ weights · (values − d · integer)²; the integers lie between `low` and `high`.
 
     The integers lie between `low` and `high`.
 

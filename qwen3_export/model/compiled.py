@@ -20,7 +20,9 @@ ROUNDER = np.float32(12582912.0)
 
 
 def _may_be_kept(function: Callable[..., Any]) -> bool:
-    """Whether numba has a folder for it: beside the source, or in the home of the user.
+    """Whether numba has a folder for it.
+
+    It lies beside the source, or in the home of the user.
 
     Where a container's user has no home, numba would make a folder called `~` where the command runs.
     """

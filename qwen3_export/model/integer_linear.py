@@ -72,7 +72,9 @@ def _add_tile(
     _context: Any, x: Any, width: Any, codes: Any, turns: Any, groups: Any, zeros: Any, scales: Any,
     steps: Any, sums: Any, next_token: Any, out: Any, row: Any,
 ) -> Any:  # fmt: skip
-    """Add the products of `_TOKENS` rows of integers with `_OUTPUTS` rows of weights to `out`.
+    """Add products of some rows of integers and of weights to `out`.
+
+    There are `_TOKENS` rows of integers, and `_OUTPUTS` rows of weights.
 
     Rows of `out` are `row` bytes apart, those of integers `width` bytes; each of the `groups` has `turns` times
     `_TURN` inputs. `steps` and `sums` of tokens are `next_token` bytes apart. All but numbers are addresses.

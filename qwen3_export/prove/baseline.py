@@ -78,7 +78,10 @@ def compare_with_baseline(
 def _pair_artifacts(
     new: list[dict[str, Any]], old: list[dict[str, Any]], unpaired: list[str]
 ) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Results of the same name; two reports on one artifact each are paired whatever their names are."""
+    """Results of the same name.
+
+    Two reports on one artifact each are paired whatever their names are.
+    """
     names, old_names = (unique_names([item["artifact"] for item in items]) for items in (new, old))
     if len(new) == len(old) == 1:
         yield names[0], new[0], old[0]

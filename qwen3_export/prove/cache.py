@@ -1,4 +1,6 @@
-"""Scales of a quantized cache, from what calibration samples leave in a plain one, and what the codes cost.
+"""Scales of a quantized cache, and what its codes cost.
+
+They come from what calibration samples leave in a plain cache.
 
 Keys have one scale for both channels of a rotated pair: RoPE turns them into one another at other positions, so the
 largest length of the pair counts, which no position changes. Values have the largest magnitude of their channel. Of

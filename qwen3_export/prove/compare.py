@@ -1,4 +1,6 @@
-"""`compare`: candidates of several reports in one table, the Pareto front of size, drift and speed marked.
+"""`compare`: candidates of several reports in one table.
+
+The Pareto front of size, drift and speed is marked.
 
 A candidate is on the front when no other is at least as good in all three and better in one. What was
 not measured neither helps nor hurts: two candidates are compared in what both have.
@@ -39,7 +41,10 @@ def compare(paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def _merge(merged: dict[str, dict[str, Any]], report: str, item: Mapping[str, Any]) -> None:
-    """Add a result; one that measures what the artifact has already becomes a candidate of its own."""
+    """Add a result.
+
+    One that measures what the artifact has already becomes a candidate of its own.
+    """
     key = item["artifact"]
     known = merged.get(key)
     measured = [field for field in ("kl_mean", "decode") if field in item]
@@ -81,7 +86,10 @@ def _comparable(item: Mapping[str, Any]) -> bool:
 
 
 def _dominates(other: Mapping[str, Any], item: Mapping[str, Any]) -> bool:
-    """Whether another candidate is at least as good in all that both have, and better in something."""
+    """Whether another candidate is as good in all, and better in something.
+
+    What only one of them has does not count.
+    """
     both = [(axis, more) for axis, more in _AXES.items() if item[axis] is not None and other[axis] is not None]
     signs = [(other[axis] - item[axis]) * (1 if more else -1) for axis, more in both]
     return len(signs) > 1 and min(signs) >= 0 and max(signs) > 0

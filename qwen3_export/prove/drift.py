@@ -28,7 +28,10 @@ SURE = 0.9
 
 
 def sample_drift(truth: Truth, logits: NDArray[np.float32], ids: NDArray[np.int32]) -> SampleDrift:
-    """Compare one row: `logits` `[len(ids), vocab]` of the artifact; the last position is not scored."""
+    """Compare one row: `logits` `[len(ids), vocab]` of the artifact.
+
+    The last position is not scored.
+    """
     q = log_softmax(logits[:-1])
     following = ids[1:, None].astype(np.int64)
     top = q.argmax(-1)

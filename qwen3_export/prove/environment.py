@@ -32,7 +32,10 @@ def environment() -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    """The processor's name, as the kernel gives it; boards of ARM name the model instead."""
+    """The processor's name, as the kernel gives it.
+
+    Boards of ARM name the model instead.
+    """
     info = Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.is_file() else ():
         key, _, value = line.partition(":")

@@ -19,7 +19,9 @@ CHOICES = ("mean", "upper")
 
 
 def check(result: Mapping[str, Any], limits: Mapping[str, float], on: str = "mean") -> dict[str, Any]:
-    """`{passed, on, checks: [{name, value, limit, passed, …}]}`; a value that is NaN or unknown (None) fails.
+    """`{passed, on, checks: [{name, value, limit, passed, …}]}`.
+
+    A value that is NaN or unknown (None) fails.
 
     A check of a mean also has its `ci95`, whether the limit lies outside of it (`conclusive`), the
     `positions` that were scored and about how many would decide it (`positions_needed`, None when
@@ -56,7 +58,10 @@ def _precision(value: float, bound: float, interval: list[float], positions: int
 
 
 def _look_up(result: Mapping[str, Any], path: str) -> Any:
-    """The value under a dotted path; None where there is none. A domain's name may hold dots."""
+    """The value under a dotted path.
+
+    None where there is none. A domain's name may hold dots.
+    """
     value: Any = result
     section, _, rest = path.partition(".")
     keys = [section, *rest.rsplit(".", 1)] if section == "domains" else path.split(".")

@@ -1,4 +1,6 @@
-"""Greedy text beside the original's: how long it agrees, whether it loops, and whether it stops where it should.
+"""Greedy text beside the original's.
+
+How long does it agree, does it loop, and does it stop where it should?
 
     plain         the first tokens of some held-out rows go on                     `generation`
     chats         questions through the chat template, with and without thinking   `chat_generation`
@@ -26,7 +28,9 @@ MODES = {"thinking": True, "no_thinking": False}
 
 @dataclass(frozen=True)
 class Chats:
-    """The original's answers to some questions: per mode the prompts' ids and those of the answers.
+    """The original's answers to some questions.
+
+    There are the prompts' ids and those of the answers, per mode.
 
     An answer ends with a token of `stops`, or after `new_tokens` of them. `budget` limits the thoughts.
     """
@@ -43,7 +47,10 @@ class Chats:
 
     @classmethod
     def from_dict(cls, values: Any, vocab_size: int) -> Chats:
-        """Its inverse; ValueError, KeyError or TypeError when the values are no chats of such a vocabulary."""
+        """Its inverse.
+
+        ValueError, KeyError or TypeError when the values are no chats of such a vocabulary.
+        """
         budget = values["budget"]
         texts = {
             key: {mode: tuple(_ids(row, vocab_size) for row in values[key][mode]) for mode in MODES}
@@ -77,7 +84,10 @@ def ended(tokens: Sequence[int], stops: Sequence[int]) -> tuple[int, ...]:
 
 
 def generation(session: Session, text: Continuations, tick: Callable[[], object] = lambda: None) -> dict[str, Any]:
-    """Plain greedy text: share of equal tokens, length of the common beginning, and how many texts loop."""
+    """Plain greedy text beside the original's.
+
+    Share of equal tokens, length of the common beginning, and how many texts loop.
+    """
     ours = []
     for prompt in text.prompts:
         ours.append(tuple(int(token) for token in greedy(session, prompt, text.tokens.shape[1])))
@@ -86,7 +96,10 @@ def generation(session: Session, text: Continuations, tick: Callable[[], object]
 
 
 def chat_generation(session: Session, chats: Chats, tick: Callable[[], object] = lambda: None) -> dict[str, Any]:
-    """Answers with and without thinking: as `generation`, and whether they stop as the original's do."""
+    """Answers with and without thinking, beside the original's.
+
+    As `generation`, and whether they stop as the original's do.
+    """
     found = {}
     for mode in MODES:
         ours = []

@@ -37,7 +37,10 @@ _SCATTERED = 0.1
 
 @dataclass(frozen=True)
 class Workload:
-    """What is timed: prompts of these lengths, then `new_tokens` more after the shortest of them."""
+    """What is timed.
+
+    Prompts of these lengths, then `new_tokens` more after the shortest of them.
+    """
 
     prompt_tokens: tuple[int, ...] = (128, 512)
     new_tokens: int = 64
@@ -63,7 +66,10 @@ def bench(artifacts: Sequence[Path], workload: Workload, progress: Progress | No
 
 
 def _bandwidth(artifact: Path, found: Mapping[str, Any], sparse: bool) -> dict[str, Any]:
-    """What decoding takes of the memory's bandwidth: a dense model reads all its weights for every token."""
+    """What decoding takes of the memory's bandwidth.
+
+    A dense model reads all its weights for every token.
+    """
     measured = memory_bandwidth(found["threads"])
     weights = None if sparse else weight_bytes(artifact)
     used = None if weights is None else weights * found["decode"]["tokens_per_second_p50"] / measured
@@ -71,7 +77,10 @@ def _bandwidth(artifact: Path, found: Mapping[str, Any], sparse: bool) -> dict[s
 
 
 def weight_bytes(artifact: Path) -> int:
-    """Bytes of the files that hold an artifact's weights, an ONNX beside its plan not counted twice."""
+    """Bytes of the files that hold an artifact's weights.
+
+    An ONNX beside its plan is not counted twice.
+    """
     if artifact.is_file():
         return artifact.stat().st_size
     files = [*artifact.glob("*.data"), *artifact.glob("*.onnx_data*"), *artifact.glob("*.safetensors")]
@@ -90,7 +99,10 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
 
 
 def judged(result: dict[str, Any], limits: Mapping[str, float]) -> dict[str, Any]:
-    """A `bench` result with the verdict of some limits on latency; as it was without any."""
+    """A `bench` result with the verdict of some limits on latency.
+
+    As it was without any.
+    """
     if not limits:
         return result
     results = [{**item, "gate": check(item, limits)} for item in result["results"]]
@@ -179,7 +191,10 @@ def _scatter(seconds: Sequence[float]) -> float:
 
 
 def first_token(prefill: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Seconds until the first token of the longest prompt: its prefill, whose last logits choose that token."""
+    """Seconds until the first token of the longest prompt.
+
+    They are its prefill's, whose last logits choose that token.
+    """
     longest = max(prefill, key=lambda item: item["prompt_tokens"])
     return {key: longest[key] for key in ("prompt_tokens", "seconds_p50", "seconds_p95")}
 
@@ -211,7 +226,10 @@ def _decode(session: Session, ids: NDArray[np.int32], workload: Workload) -> dic
 
 
 def _energy(meter: EnergyMeter | None, joules: float, turns: Sequence[Sequence[float]]) -> dict[str, Any] | None:
-    """Joules per token and mean watts while decoding, of all that the meter counts; None without one."""
+    """Joules per token and mean watts while decoding, of all that the meter counts.
+
+    None without one.
+    """
     if meter is None:
         return None
     count, seconds = sum(map(len, turns)), sum(map(sum, turns))

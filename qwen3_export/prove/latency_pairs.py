@@ -21,7 +21,9 @@ def latency_pairs(
     strict: bool,
     machines: Sequence[str | None],
 ) -> Iterator[dict[str, Any]]:
-    """Medians and 95th percentiles of prefill and decode, and peak memory; nothing where none was measured.
+    """Medians and 95th percentiles of prefill and decode, and peak memory.
+
+    Nothing where none was measured.
 
     Figures from two kinds of processor are shown, and stay inconclusive.
     """

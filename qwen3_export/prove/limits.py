@@ -24,7 +24,7 @@ from qwen3_export.errors import InputError
 
 @dataclass(frozen=True)
 class Limit:
-    """Where a limit's value stands in a result, which side of it is good, and what it counts.
+    """One limit: its value's place, its good side, and its unit.
 
     `kind`: `share` (0 to 1), `amount` (0 or more), `positive`, `bytes`. `interval`: the field with the
     95 % interval of the value, where there is one.
@@ -89,7 +89,10 @@ def is_latency(name: str) -> bool:
 
 
 def read_limits(path: Path) -> dict[str, float]:
-    """Read a gate file, YAML or JSON: `{dotted name: limit}`; InputError when malformed or impossible."""
+    """Read a gate file, YAML or JSON: `{dotted name: limit}`.
+
+    Raises InputError when malformed or impossible.
+    """
     values = read_yaml(path)
     if not isinstance(values, dict) or not values:
         raise InputError(f"{path}: a mapping of limits was expected", _known())
@@ -110,7 +113,10 @@ def _known() -> str:
 
 
 def parse_limit(name: str, value: object, where: str = "") -> float:
-    """The number of a limit; InputError when it is unknown, no number, or can never be met or missed."""
+    """The number of a limit.
+
+    Raises InputError when it is unknown, no number, or can never be met or missed.
+    """
     limit = limit_named(name)
     number = parse_number(value, size=limit is not None and limit.kind == "bytes")
     if limit is None or isinstance(number, bool) or not isinstance(number, int | float):
@@ -125,7 +131,10 @@ def parse_limit(name: str, value: object, where: str = "") -> float:
 
 
 def parse_number(value: object, size: bool) -> object:
-    """A text as the number it stands for: a size where one is meant, and `1e-3`, which YAML leaves a text."""
+    """A text as the number it stands for.
+
+    It is a size where one is meant; YAML leaves `1e-3` a text.
+    """
     if not isinstance(value, str):
         return value
     found = parse_size(value) if size else None
@@ -136,7 +145,10 @@ def parse_number(value: object, size: bool) -> object:
 
 
 def _impossible(limit: Limit, number: float) -> tuple[str, str | None] | None:
-    """Why no result could ever be on both sides of a limit, and what may have been meant."""
+    """Why no result could ever be on both sides of a limit.
+
+    The reason says what may have been meant.
+    """
     if not math.isfinite(number):
         return "a finite number was expected", None
     if limit.kind == "share" and not 0 <= number <= 1:
@@ -150,7 +162,7 @@ def _impossible(limit: Limit, number: float) -> tuple[str, str | None] | None:
 
 
 def refuse_unmeasurable(limits: Mapping[str, float], domains: tuple[str, ...]) -> None:
-    """Raise InputError when a limit is on a domain that the reference's text does not have."""
+    """Raise InputError for a limit on a domain that the text lacks."""
     known = sorted(set(domains))
     for name in limits:
         limit = limit_named(name)

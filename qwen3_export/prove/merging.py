@@ -1,4 +1,7 @@
-"""Several reference files of one original as one: more text, or domains that were written on several machines."""
+"""Several reference files of one original as one.
+
+They hold more text, or domains that were written on several machines.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,9 @@ _PIECE = 256
 
 
 def merge_references(paths: Sequence[Path], output: Path, force: bool = False) -> dict[str, Any]:
-    """Write the rows of several reference files into one; chats and tasks are the first file's.
+    """Write the rows of several reference files into one.
+
+    Chats and tasks are the first file's.
 
     Raises InputError when they come from different originals or settings, or when two hold the same row.
     """
@@ -68,7 +73,10 @@ def merge_references(paths: Sequence[Path], output: Path, force: bool = False) -
 
 
 def _pieces(files: Sequence[TensorFile], name: str) -> Iterable[NDArray]:
-    """The rows of a tensor, some at a time: all logits of a large vocabulary do not fit into memory."""
+    """The rows of a tensor, some at a time.
+
+    All logits of a large vocabulary do not fit into memory.
+    """
     for file in files:
         count = file.entries[name].shape[0]
         for begin in range(0, count, _PIECE):

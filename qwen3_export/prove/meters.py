@@ -1,4 +1,6 @@
-"""What a figure of latency is held against: other work on the machine, its memory's bandwidth, its energy.
+"""What a figure of latency is held against.
+
+Other work on the machine, its memory's bandwidth, its energy.
 
 busy share    /proc/stat before and after, less what this process and its children took
 bandwidth     a large array read by as many threads as the runtime has
@@ -53,7 +55,10 @@ class MachineLoad:
         return _Moment(time.monotonic(), busy, own)
 
     def others(self) -> float | None:
-        """Processors that other work kept busy on average, None where the system does not tell."""
+        """Processors that other work kept busy on average.
+
+        None where the system does not tell.
+        """
         begin, end = self._begin, self._now()
         wall = max(end.wall - begin.wall, 1e-9)
         found = ((end.busy - begin.busy) - (end.own - begin.own)) / wall
@@ -61,7 +66,10 @@ class MachineLoad:
 
 
 def memory_bandwidth(threads: int) -> float:
-    """Bytes per second that this many threads read from memory: the best of some passes over a large array."""
+    """Bytes per second that this many threads read from memory.
+
+    It is the best of some passes over a large array.
+    """
     pieces = [np.ones(_ARRAY_BYTES // 8 // threads, np.int64) for _ in range(threads)]
     total, best = sum(piece.nbytes for piece in pieces), 0.0
     with ThreadPoolExecutor(threads) as pool:
@@ -123,7 +131,10 @@ class _Rapl:
 
 
 def _is_input(label: Path) -> bool:
-    """Whether a rail is a board's supply; the rails behind it would be counted twice."""
+    """Whether a rail is a board's supply.
+
+    The rails behind it would be counted twice.
+    """
     try:
         return label.read_text().strip().upper() in ("VDD_IN", "POM_5V_IN", "VIN_SYS_5V0")
     except OSError:

@@ -8,7 +8,10 @@ from pathlib import PurePath
 
 
 def unique_names(artifacts: Sequence[str]) -> list[str]:
-    """The last part of each path, or as many parts as tell it from the others; equal paths are numbered."""
+    """The last parts of each path that tell it from the others.
+
+    Equal paths are numbered.
+    """
     parts = [PurePath(artifact).parts or (artifact,) for artifact in artifacts]
     names = [_shortest(index, parts) for index in range(len(parts))]
     seen: Counter[str] = Counter()

@@ -1,4 +1,7 @@
-"""The original's answers, computed from its checkpoint block by block. The only torch in `prove`."""
+"""The original's answers, computed from its checkpoint block by block.
+
+The only torch in `prove`.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,10 @@ PROMPT_TOKENS, NEW_TOKENS, PROMPTS, CHATS = 32, 32, 8, 4
 
 
 class LiveReference:
-    """A reference whose last hidden states are in memory; logits are computed row by row on demand."""
+    """A reference whose last hidden states are in memory.
+
+    Logits are computed row by row on demand.
+    """
 
     is_lower_bound = False
 
@@ -97,7 +103,10 @@ def _prompts(samples: Samples) -> tuple[NDArray[np.int32], ...]:
 
 
 def _questions(checkpoint: Checkpoint, budget_tokens: int | None) -> Chats | None:
-    """Questions of the bundled held-out chats, rendered in both modes, without answers; None for a base model."""
+    """Questions of the bundled held-out chats, rendered in both modes, without answers.
+
+    None for a base model.
+    """
     if not (checkpoint.folder / "tokenizer.json").is_file():
         return None
     tokenizer = ModelTokenizer(checkpoint.folder)
@@ -123,7 +132,10 @@ def _questions(checkpoint: Checkpoint, budget_tokens: int | None) -> Chats | Non
 def _texts(
     decoder: Decoder, prompts: tuple[NDArray[np.int32], ...], questions: Chats | None, progress: Progress
 ) -> tuple[Continuations, Chats | None]:
-    """All greedy texts of the original, every prompt in step: what is read of a large model is read once a token."""
+    """All greedy texts of the original, every prompt in step.
+
+    So a large model is read once a token.
+    """
     rows = [np.asarray(ids, np.int32) for ids in prompts]
     thoughts: list[Thought | None] = [None] * len(rows)
     for mode in MODES if questions else ():
@@ -176,7 +188,9 @@ def write_reference(
     budget_tokens: int | None = None,
     tasks: Sequence[Task] = (),
 ) -> dict[str, Any]:
-    """Write the portable reference file; `top_k` 0 keeps all logits, `budget_tokens` limits the thoughts of chats.
+    """Write the portable reference file.
+
+    `top_k` 0 keeps all logits, `budget_tokens` limits the thoughts of chats.
 
     Which `tasks` the original gets right is written too. Returns what was written.
     """

@@ -42,7 +42,10 @@ def pair(
 
 
 def judge(delta: float, low: float, high: float, allowed: float, strict: bool) -> str:
-    """The verdict on a difference of which more is worse, with its interval; see `prove.baseline`."""
+    """The verdict on a difference of which more is worse, with its interval.
+
+    See `prove.baseline`.
+    """
     if low > allowed:
         return "worse"
     if -allowed <= low and high <= allowed:

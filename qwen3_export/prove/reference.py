@@ -1,4 +1,6 @@
-"""The original's answers on held-out text, live or in a portable file. No torch to read it.
+"""The original's answers on held-out text, live or in a portable file.
+
+No torch to read it.
 
 One safetensors file (P scored positions, the last of each row excepted; k most likely tokens):
 
@@ -140,7 +142,10 @@ class ReferenceFile:
         return np.concatenate([[0], np.cumsum([len(ids) - 1 for ids in self.samples.ids])])
 
     def tasks_right(self, tasks: Sequence[Task], progress: Progress | None = None) -> list[bool]:
-        """Which tasks the original got right when the file was written; InputError when it was asked others."""
+        """Which tasks the original got right when the file was written.
+
+        Raises InputError when it was asked others.
+        """
         known = self._tasks if isinstance(self._tasks, dict) else {}
         right = known.get("right")
         if known.get("sha256") != tasks_sha256(tasks) or not isinstance(right, list) or len(right) != len(tasks):
@@ -183,7 +188,10 @@ def _pick(logprobs: NDArray[np.float32], ids: NDArray[np.int32]) -> NDArray[np.f
 
 
 def full_truth(logits: NDArray[np.float32], ids: NDArray[np.int32]) -> Truth:
-    """Truth of a row from all its logits `[len(ids), vocab]`; the last position is not scored."""
+    """Truth of a row from all its logits `[len(ids), vocab]`.
+
+    The last position is not scored.
+    """
     logprobs = log_softmax(logits[:-1])
     return Truth(logprobs, _pick(logprobs, ids[1:]))
 

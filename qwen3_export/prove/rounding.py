@@ -1,4 +1,6 @@
-"""What rounded activations cost an ONNX folder: KL(exact ‖ as it runs) on calibration rows.
+"""What rounded activations cost an ONNX folder.
+
+It is KL(exact ‖ as it runs) on calibration samples.
 
 exact        the folder's own codes, activations as they are        accuracy level 0
 as it runs   activations rounded to int8 in blocks                  accuracy level 4

@@ -1,4 +1,6 @@
-"""What travels beside the weights: does the artifact still speak and stop as the original does?
+"""What travels beside the weights.
+
+Does the artifact still speak and stop as the original does?
 
     chat template       rendered on some chats, with and without thinking, and compared as text
     generation config   stop tokens and sampling settings, compared by their values
@@ -57,7 +59,10 @@ def read_sidecars(folder: Path) -> Sidecars:
 
 
 def parse_sidecars(text: str | None) -> Sidecars | None:
-    """The sidecars in a reference file's header; None in files that were written without them."""
+    """The sidecars in a reference file's header.
+
+    None in files that were written without them.
+    """
     if text is None:
         return None
     values = json.loads(text)
@@ -120,7 +125,10 @@ def _compare_configs(original: Sidecars, artifact: Path) -> str:
 
 
 def _compare_header(original: Sidecars, session: HasMetadata, stops: set[int]) -> str:
-    """Stop tokens must all be known to the runtime, and sampling settings stand in the header."""
+    """Compare a header's stop tokens and sampling settings with the original's.
+
+    The runtime must know all stop tokens.
+    """
     wanted = {
         key: original.generation_config[name]
         for name, key in _GGUF_SETTINGS.items()

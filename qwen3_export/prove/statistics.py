@@ -38,8 +38,11 @@ HISTOGRAM_EXPONENTS = tuple(x / 2 for x in range(-18, 5))
 
 @dataclass(frozen=True)
 class SampleDrift:
-    """Per scored position of one row: KL, agreement of the top token, both log-probabilities of the next token,
-    and whether the original is sure of its top token (`drift.SURE`)."""
+    """Drift of one sample at each scored position.
+
+    KL, agreement of the top token, both log-probabilities of the next token, and whether the original is sure of
+    its top token (`drift.SURE`).
+    """
 
     kl: NDArray[np.float64]
     same_top: NDArray[np.bool_]
@@ -49,7 +52,10 @@ class SampleDrift:
 
 
 def resampled(counts: NDArray, *sums: NDArray) -> tuple[NDArray[np.float64], ...]:
-    """Means over rows drawn with replacement, `[RESAMPLES]` for each of the row sums; the same draws for all."""
+    """Means over rows drawn with replacement, `[RESAMPLES]` for each of the row sums.
+
+    The same draws for all.
+    """
     draws = np.random.default_rng(0).integers(0, len(counts), (RESAMPLES, len(counts)))
     positions = counts[draws].sum(-1)
     return tuple(values[draws].sum(-1) / positions for values in sums)
@@ -83,7 +89,10 @@ def intervals(drifts: Sequence[SampleDrift]) -> dict[str, list[float]]:
 
 
 def row_sums(drifts: Sequence[SampleDrift], domains: Sequence[str]) -> dict[str, list[Any]]:
-    """What a later comparison needs of every row: its positions and the sums over them."""
+    """What a later comparison needs of every sample.
+
+    Its positions, and the sums over them.
+    """
     return {
         "domain": list(domains),
         "positions": [len(d.kl) for d in drifts],
@@ -95,7 +104,10 @@ def row_sums(drifts: Sequence[SampleDrift], domains: Sequence[str]) -> dict[str,
 
 
 def mean_and_error(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Mean and its standard error over independent positions; the error is 0 up to ten of them."""
+    """Mean and its standard error over independent positions.
+
+    The error is 0 up to ten of them.
+    """
     mean = float(values.mean())
     variance = float((values**2).mean()) - mean**2
     return mean, float(np.sqrt(variance / (len(values) - 1))) if variance > 0 and len(values) > 10 else 0.0
@@ -157,7 +169,10 @@ def _perplexity(ours: NDArray[np.float64], base: NDArray[np.float64]) -> dict[st
 
 
 def histogram(drifts: Sequence[SampleDrift]) -> dict[str, list[float]]:
-    """How many positions lie between which powers of ten of KL: `{exponents [n + 1], counts [n]}`."""
+    """Number of positions by powers of ten of KL.
+
+    `{exponents [n + 1], counts [n]}`.
+    """
     kl = np.concatenate([d.kl for d in drifts])
     exponents = np.array(HISTOGRAM_EXPONENTS)
     logs = np.log10(np.clip(kl, 10.0 ** exponents[0], None))

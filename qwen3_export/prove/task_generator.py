@@ -46,7 +46,10 @@ KINDS: dict[str, Draw] = {"arithmetic": _arithmetic, "copying": _copying, "json"
 
 
 def generate_tasks(count: int, seed: int = 0, kinds: Sequence[str] = tuple(KINDS)) -> list[Task]:
-    """`count` tasks, the kinds in turn; the same seed gives the same tasks. InputError for an unknown kind."""
+    """`count` tasks, the kinds in turn.
+
+    The same seed gives the same tasks. InputError for an unknown kind.
+    """
     for kind in kinds:
         if kind not in KINDS:
             raise InputError(f"--kinds {kind}: one of {', '.join(KINDS)} was expected")

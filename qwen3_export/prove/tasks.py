@@ -1,4 +1,6 @@
-"""Tasks with an answer that is right or wrong: what an artifact can no longer do that the original could.
+"""Tasks with an answer that is right or wrong.
+
+They tell what an artifact can no longer do that the original could.
 
     {"prompt": "What is 12 + 30?", "answer": "42", "match": "number"}      one line of a JSONL file
     optional: "id", "kind", "system", "thinking" (false), "max_new_tokens" (64)
@@ -58,7 +60,10 @@ class Task:
 
 
 def is_right(task: Task, text: str) -> bool:
-    """Whether an answer is right; what stands before the end of a thought does not count."""
+    """Whether an answer is right.
+
+    What stands before the end of a thought does not count.
+    """
     return _RULES[task.match](_THOUGHT.sub("", text).strip(), task.answer)
 
 
@@ -123,7 +128,10 @@ def _task(line: str, where: str) -> Task:
 
 
 def _parse(task: Task) -> None:
-    """ValueError or re.error for an answer that is no number, no JSON or no expression where one is wanted."""
+    """Read an answer as a number, as JSON or as an expression.
+
+    Raises ValueError or re.error for one that is none.
+    """
     if task.match == "number":
         float(task.answer.replace(",", ""))
     elif task.match == "json":
@@ -151,7 +159,10 @@ def solve(
 
 
 def compare(tasks: Sequence[Task], original: Sequence[bool], artifact: Sequence[bool]) -> dict[str, Any]:
-    """What changed, in all and per kind, with the interval of the change and McNemar's p-value."""
+    """What changed, in all and per kind.
+
+    With the interval of the change and McNemar's p-value.
+    """
     pairs = list(zip(original, artifact, strict=True))
     lost, won = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
     kinds: dict[str, dict[str, int]] = {}
@@ -176,7 +187,10 @@ def compare(tasks: Sequence[Task], original: Sequence[bool], artifact: Sequence[
 
 
 def mcnemar_interval(lost: int, won: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of (lost − won) / count of paired answers (Agresti and Min 2005)."""
+    """95 % interval of (lost − won) / count of paired answers.
+
+    After Agresti and Min 2005.
+    """
     total, b, c = count + 2, lost + 0.5, won + 0.5
     middle = (b - c) / total
     half = z * math.sqrt(max(0.0, b + c - (b - c) ** 2 / total)) / total

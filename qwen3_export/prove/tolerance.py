@@ -29,7 +29,10 @@ _LATENCY = re.compile(r"(prefill\.\d+|decode)\.(p50|p95)|load_seconds")
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What is allowed: a share of the baseline's value or an absolute amount, whichever is more."""
+    """What is allowed: a share of the baseline, or an absolute amount.
+
+    Whichever is more.
+    """
 
     relative: float = 0.0
     absolute: float = 0.0
@@ -51,7 +54,10 @@ DEFAULTS = {
 
 
 def read_tolerance(path: Path | None) -> dict[str, Tolerance]:
-    """Tolerances by metric, the defaults where a YAML or JSON file says nothing; InputError when malformed."""
+    """Tolerances by metric, the defaults where a YAML or JSON file says nothing.
+
+    Raises InputError when malformed.
+    """
     if path is None:
         return dict(DEFAULTS)
     try:

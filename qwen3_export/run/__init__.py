@@ -1,1 +1,4 @@
-"""Artifacts in their own runtimes: open, prefill, decode → fp32 logits. One file per runtime."""
+"""Artifacts in their own runtimes: open, prefill, decode → fp32 logits.
+
+One file per runtime.
+"""

@@ -14,7 +14,10 @@ from qwen3_export.text.tokenizer import ModelTokenizer, TextModel
 
 
 def open_session(artifact: Path, options: RuntimeOptions | None = None) -> Session:
-    """Open an artifact in its own runtime; InputError when it is none, MissingRuntimeError without it."""
+    """Open an artifact in its own runtime.
+
+    Raises InputError when it is none, MissingRuntimeError without it.
+    """
     return with_checked_logits(_open(artifact, options or RuntimeOptions()), artifact.name)
 
 

@@ -27,7 +27,10 @@ class Batch(Protocol):
     slots: int
 
     def admit(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Begin one more sequence, whose number is the next; logits `[vocab]` of its next token."""
+        """Begin one more sequence, whose number is the next.
+
+        Logits `[vocab]` of its next token.
+        """
 
     def step(self, tokens: list[int]) -> NDArray[np.float32]:
         """Append a token to every sequence; logits `[sequences, vocab]`."""
@@ -37,7 +40,10 @@ class Batch(Protocol):
 
 
 def batch_of(session: Session, slots: int) -> Batch:
-    """A batch over a session: of `slots` sequences where its runtime can, else of one."""
+    """A batch over a session.
+
+    It has `slots` sequences where its runtime can, else one.
+    """
     if isinstance(session, OrtSession) and session.is_ours:
         return _OrtBatch(session, slots)
     return _Single(session)

@@ -1,4 +1,6 @@
-"""An ONNX graph whose matrices are multiplied with activations that nothing has rounded, without the onnx library.
+"""An ONNX graph whose activations are rounded by nothing.
+
+It is edited without the onnx library.
 
 An accuracy level is an attribute of each MatMulNBits, one byte behind its name: whoever wants exact products
 loads a copy of the graph, in memory, in which they are zero.

@@ -41,7 +41,9 @@ def converse(
     on_answer: Callable[[dict[str, Any]], None] = lambda _answer: None,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Open an artifact and answer questions one after another, each with all that was said before; see `answer`.
+    """Open an artifact and answer questions one after another.
+
+    Each is asked with all that was said before; see `answer`.
 
     The questions are asked for one by one, after the answer to the last; `on_answer` gets each result.
     """
@@ -89,7 +91,9 @@ def answer(
     sampling: Sampling,
     on_text: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Answer a chat with an open session; `on_text` gets the text as it grows, and may raise to end it early.
+    """Answer a chat with an open session.
+
+    `on_text` gets the text as it grows, and may raise to end it early.
 
     Returns text, counts, speed and stop reason. Raises InputError when the prompt does not fit into the context
     of the model called `name`.
@@ -126,8 +130,11 @@ class Shown:
         self.first: float | None = None
 
     def grow(self, tokens: list[int], last: bool = False) -> None:
-        """Hand over what is new. A character can be spread over several tokens: it waits until it is whole, unless
-        these are the `last` ones."""
+        """Hand over what is new.
+
+        A character can be spread over several tokens: it waits until it is whole, unless these are the `last`
+        ones.
+        """
         self.first = self.first or time.perf_counter()
         if self._on_text is None:
             return
@@ -161,7 +168,10 @@ def _generate(
 
 
 def choose(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> int:
-    """The next token: the most likely one, or a draw from the nucleus of mass `top_p`."""
+    """The next token: the most likely one, or a draw.
+
+    The draw is from the nucleus of mass `top_p`.
+    """
     if sampling.temperature == 0:
         return int(logits.argmax())
     scaled = (logits - logits.max()).astype(np.float64) / sampling.temperature

@@ -1,4 +1,6 @@
-"""GGUF files in llama.cpp, through the C interface of the library inside the `xllamacpp` wheel.
+"""GGUF files in llama.cpp, through its C interface.
+
+The library lies inside the `xllamacpp` wheel.
 
 The wheel is prebuilt for a fixed instruction set (AVX2), so it runs the same on every x86-64
 machine; its own Python classes give no logits of every position, its C symbols do. Their structures
@@ -129,7 +131,10 @@ _log_callback = _Log(_on_log)
 
 @cache
 def library() -> C.CDLL:
-    """Load and check llama.cpp once per process; MissingRuntimeError when it is not the pinned one."""
+    """Load and check llama.cpp once per process.
+
+    Raises MissingRuntimeError when it is not the pinned one.
+    """
     try:
         found = metadata.version("xllamacpp")
     except metadata.PackageNotFoundError:
@@ -164,7 +169,10 @@ def _check_cpu() -> None:
 
 
 def _check_structures(lib: C.CDLL) -> None:
-    """The defaults at both ends of both structures must be where this file's layout expects them."""
+    """Refuse a library whose structures are not as this file expects.
+
+    The defaults at both ends of both structures tell it.
+    """
     model, context = lib.llama_model_default_params(), lib.llama_context_default_params()
     found = (
         (model.split_mode, model.load_mode, model.use_extra_bufts, model.load_mtp),
@@ -269,7 +277,7 @@ def _value(lib: C.CDLL, model: Any, key: str) -> str | None:
 
 
 class LlamaTokenizer:
-    """See `text.TextModel`; usable while its session is open."""
+    """See `text.tokenizer.TextModel`; usable while its session is open."""
 
     def __init__(self, lib: C.CDLL, model: Any, vocab_size: int) -> None:
         self._lib, self._model, self._size = lib, model, vocab_size
@@ -299,7 +307,10 @@ class LlamaTokenizer:
         }
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """Token ids of a text; special tokens written in it are recognised, none are added."""
+        """Token ids of a text.
+
+        Special tokens written in it are recognised, none are added.
+        """
         raw = text.encode()
         ids = np.empty(len(raw) + 8, np.int32)
         count = self._lib.llama_tokenize(self._vocab, raw, len(raw), ids.ctypes.data, len(ids), False, True)

@@ -1,4 +1,4 @@
-"""Where the graph of an ONNX artifact lies, and what the files beside it say about it.
+"""Where an ONNX artifact's graph lies, and what its sidecars say.
 
 folder/model.onnx             ours, onnxruntime-genai's builder (or what its genai_config.json names), optimum
 folder/onnx/model*.onnx       as transformers.js wants them, below the tokenizer
@@ -20,7 +20,10 @@ _USUAL = ("model.onnx", "decoder_model_merged.onnx", "onnx/model.onnx", "onnx/de
 
 @dataclass(frozen=True)
 class OnnxFiles:
-    """The graph, the folder of tokenizer and configuration, and the decoder's part of its genai_config.json."""
+    """The graph, its folder, and the decoder's part of genai_config.json.
+
+    The folder holds tokenizer and configuration.
+    """
 
     graph: Path
     folder: Path
@@ -30,7 +33,10 @@ class OnnxFiles:
 
 
 def is_onnx(artifact: Path) -> bool:
-    """Whether a path is an ONNX file or a folder with one, but without 16-bit or quantized tensors."""
+    """Whether a path is an ONNX file, or a folder with one.
+
+    A folder with 16-bit or quantized tensors is none.
+    """
     if artifact.is_file():
         return artifact.suffix == ".onnx"
     return (artifact / "model.onnx").is_file() or (bool(_graphs(artifact)) and not any(artifact.glob("*.safetensors")))

@@ -86,7 +86,10 @@ class OrtSession:
         self.vocab_size = self.signature.vocab_size or self._tried_vocab_size()
 
     def _tried_vocab_size(self) -> int:
-        """The last axis of the logits, where the graph leaves it open: run one token."""
+        """The last axis of the logits, found by running one token.
+
+        The graph may leave it open.
+        """
         feeds = self.signature.feeds(np.zeros(1, np.int64), 0)
         feeds.update({cache.past: np.zeros(cache.shape, cache.dtype) for cache in self.signature.caches})
         return int(self._session.run([self.signature.logits], feeds)[0].shape[-1])
@@ -167,7 +170,10 @@ class OrtSession:
         return {name: (cache.shape, cache.dtype) for name, cache in self._past.items()}
 
     def cache_values(self) -> dict[str, NDArray]:
-        """The sequence's cache by input name, where it is written in place; positions past its end are unused."""
+        """The sequence's cache by input name, where it is written in place.
+
+        Positions past its end are unused.
+        """
         return dict(self._cache)
 
     def close(self) -> None:

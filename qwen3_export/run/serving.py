@@ -1,4 +1,7 @@
-"""Answering many chats with one artifact: a bounded queue, and decoding that is shared by all in progress."""
+"""Answering many chats with one artifact.
+
+Requests wait in a bounded queue, and all in progress share the decoding.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,9 @@ from qwen3_export.text.tokenizer import TextModel, chat_text
 
 @dataclass(frozen=True)
 class Chat:
-    """One request. `on_text` gets the answer as it grows and may raise to end it; `on_end` gets the result.
+    """One request.
+
+    `on_text` gets the answer as it grows and may raise to end it; `on_end` gets the result.
 
     The result is `{text, prompt_tokens, new_tokens, stop}`. `on_error` gets what went wrong instead, once.
     """
@@ -66,7 +71,10 @@ class _Running:
 
 
 class Server:
-    """One thread that answers chats: up to `slots` at the same time, up to `waiting` in the queue."""
+    """One thread that answers chats.
+
+    Up to `slots` run at the same time, up to `waiting` stand in the queue.
+    """
 
     def __init__(self, session: Session, tokenizer: TextModel, name: str, slots: int, waiting: int) -> None:
         self._session, self._tokenizer, self._name = session, tokenizer, name

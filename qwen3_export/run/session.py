@@ -64,7 +64,10 @@ Opened = TypeVar("Opened", bound=Session)
 
 
 def with_checked_logits(session: Opened, name: str) -> Opened:
-    """The session, whose logits are checked from now on: NaN or infinity is an InputError in every runtime."""
+    """The session, whose logits are checked from now on.
+
+    NaN or infinity is an InputError in every runtime.
+    """
     prefill, decode, where = session.prefill, session.decode, f"{name} in {session.runtime}"
     # On the object itself, so that it stays what it is to those who ask for more than logits.
     vars(session).update(
@@ -84,7 +87,10 @@ def check_logits(logits: NDArray[np.float32], where: str) -> NDArray[np.float32]
 
 
 def check_ids(session: Session, name: Path, ids: NDArray, past: int) -> None:
-    """Raise InputError when tokens are no tokens of the model, or too many after `past` others."""
+    """Raise InputError for tokens that the model lacks, or too many.
+
+    `past` others came before them.
+    """
     if not len(ids) or past + len(ids) > session.context:
         raise InputError(f"{name}: {past + len(ids)} tokens, between 1 and {session.context} were expected")
     if ids.min() < 0 or ids.max() >= session.vocab_size:

@@ -1,4 +1,6 @@
-"""What the inputs and outputs of a decoder ONNX are, whoever exported it and whatever it calls them.
+"""What the inputs and outputs of a decoder ONNX are.
+
+Whoever exported it, and whatever it calls them.
 
     token ids   [batch, new]                       int64 or int32
     mask        [batch, past + new]                optional
@@ -50,7 +52,10 @@ class Described(Protocol):
 
 @dataclass(frozen=True)
 class Cache:
-    """One past and its present; `shape` is that of an empty one, `axis` the axis that grows."""
+    """One past and its present.
+
+    `shape` is that of an empty one, `axis` the axis that grows.
+    """
 
     past: str
     present: str
@@ -61,7 +66,10 @@ class Cache:
 
 @dataclass(frozen=True)
 class Signature:
-    """Names and types of a decoder's inputs and outputs; `others` are inputs whose value follows from lengths."""
+    """Names and types of a decoder's inputs and outputs.
+
+    `others` are inputs whose value follows from lengths.
+    """
 
     ids: tuple[str, Any]
     mask: tuple[str, Any] | None
@@ -72,7 +80,10 @@ class Signature:
     others: tuple[tuple[str, Any, int], ...] = ()
 
     def feeds(self, ids: NDArray, past: int) -> dict[str, NDArray]:
-        """Every input but the caches, for new `ids` after `past` other tokens of one sequence."""
+        """Every input but the caches, for new `ids` of one sequence.
+
+        `past` other tokens came before them.
+        """
         total = past + len(ids)
         values = {self.ids[0]: ids.astype(self.ids[1])[None]}
         if self.mask:
@@ -106,7 +117,10 @@ _OTHERS = (
 def read_signature(
     where: Path, inputs: Sequence[Described], outputs: Sequence[Described], config: Mapping[str, Any]
 ) -> Signature:
-    """Tell inputs and outputs apart; `config` is the decoder's part of a genai_config.json, or empty."""
+    """Tell inputs and outputs apart.
+
+    `config` is the decoder's part of a genai_config.json, or empty.
+    """
     stated = {key: config.get(key, {}) if isinstance(config.get(key), dict) else {} for key in ("inputs", "outputs")}
     left = {item.name: item for item in inputs}
     ids = _take(left, stated["inputs"].get("input_ids"), _IDS, (2,), integers=True)
@@ -200,7 +214,10 @@ def _pairs(where: Path, pasts: Sequence[Described], outputs: Sequence[Described]
 
 
 def _cache(where: Path, past: Described, present: str, config: Mapping[str, Any]) -> Cache:
-    """The empty cache: one sequence, no positions; what is symbolic besides must be stated by `config`."""
+    """The empty cache: one sequence, no positions.
+
+    What is symbolic besides must be stated by `config`.
+    """
     if past.type not in _TYPES:
         raise MissingRuntimeError(f"{where}: a {past.type} cache cannot be fed to ONNX Runtime on this device")
     axes = [i for i, size in enumerate(past.shape) if not isinstance(size, int)]

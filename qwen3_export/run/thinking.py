@@ -1,4 +1,6 @@
-"""A limit on Qwen3's thoughts: after so many tokens the thought is ended for the model.
+"""A limit on Qwen3's thoughts.
+
+After so many tokens the thought is ended for the model.
 
 As Qwen3's model cards describe it: the first `tokens` tokens are the model's own; when they hold neither the end of
 the thought nor of the answer, a sentence that ends the thought follows, and the model goes on from there.
@@ -20,7 +22,10 @@ CUT = (
 
 @dataclass(frozen=True)
 class ThinkingBudget:
-    """`tokens` that a thought may have, the id of its end, and the ids that end it early."""
+    """Tokens that a thought may have, and the ids that end it.
+
+    One id is put in as its end; others end it early.
+    """
 
     tokens: int
     end: int
@@ -28,7 +33,10 @@ class ThinkingBudget:
 
 
 def thinking_budget(tokenizer: TextModel, tokens: int | None) -> ThinkingBudget | None:
-    """The budget in a model's own tokens, None for None; InputError for a model that does not think."""
+    """The budget in a model's own tokens, None for None.
+
+    Raises InputError for a model that does not think.
+    """
     if tokens is None:
         return None
     end = tokenizer.encode(END)
@@ -38,7 +46,10 @@ def thinking_budget(tokenizer: TextModel, tokens: int | None) -> ThinkingBudget 
 
 
 class Thought:
-    """One thought in progress: says what follows, the model's own choice or the end that is put in."""
+    """One thought in progress.
+
+    It says what follows: the model's own choice, or the end that is put in.
+    """
 
     def __init__(self, budget: ThinkingBudget | None) -> None:
         self._budget, self._count = budget, 0

@@ -1,4 +1,7 @@
-"""A Hugging Face folder, 16-bit or quantized by us, in torch: dequantized to fp32, our own forward."""
+"""A Hugging Face folder in torch.
+
+It is in 16 bits or quantized by us, dequantized to fp32, and run by our own forward pass.
+"""
 
 from __future__ import annotations
 

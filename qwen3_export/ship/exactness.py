@@ -25,7 +25,10 @@ def max_relative_error(original: NDArray, stored: NDArray) -> float:
 
 
 def refuse_overflow(name: str, error: float, kind: str) -> None:
-    """Raise UnsupportedError when a tensor's error is not finite: no runtime gives numbers for such a file."""
+    """Raise UnsupportedError when a tensor's error is not finite.
+
+    No runtime gives numbers for such a file.
+    """
     if not math.isfinite(error):
         raise UnsupportedError(f"{name}: its values overflow in {kind}", "bf16 has the range of fp32: use that")
 

@@ -1,4 +1,4 @@
-"""What every export shares: the check before it starts, provenance, and the result it reports."""
+"""What every export shares: check, provenance, and result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ _WEIGHTS = re.compile(r"(\.onnx[._]data(_\d+)?|\.gguf|\.plan)$")
 def check_schemes(
     checkpoint: Checkpoint, supports: Supports, target: str, supports_experts: Supports | None = None
 ) -> None:
-    """Raise UnsupportedError for the first tensor that a target cannot hold; experts may have rules of their own."""
+    """Raise UnsupportedError for the first tensor that a target cannot hold.
+
+    Experts may have rules of their own.
+    """
     reasons: dict[tuple[QuantScheme, bool], str | None] = {}
     for name, scheme in checkpoint.schemes.items():
         expert = supports_experts is not None and is_expert(name)
@@ -46,7 +49,7 @@ def check_schemes(
 
 
 def not_integer(scheme: QuantScheme) -> str | None:
-    """Why an export that carries integer weights alone cannot hold a scheme, or None when it can."""
+    """Why an export of integer weights cannot hold a scheme, or None."""
     if scheme.ggml_type is not None:
         return f"{scheme.ggml_type} is a block type of ggml, which llama.cpp alone runs; `qwen3-export gguf` writes it"
     if scheme.type == "float":

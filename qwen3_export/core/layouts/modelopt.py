@@ -1,4 +1,6 @@
-"""The layout of NVIDIA's ModelOpt, FP8 and NVFP4: read, never written (compressed-tensors holds the same schemes).
+"""The layout of NVIDIA's ModelOpt, FP8 and NVFP4.
+
+It is read, never written: compressed-tensors holds the same schemes.
 
 FP8    NAME.weight          E4M3 [out, in]
        NAME.weight_scale    fp32, one number

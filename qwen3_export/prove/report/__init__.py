@@ -1,4 +1,6 @@
-"""A report folder: report.json for machines, report.md and report.html for people, report.xml (JUnit) for CI.
+"""A report folder, for machines, people and CI.
+
+report.json is for machines, report.md and report.html for people, report.xml (JUnit) for CI.
 
 tables     a result as tables of text      ─▶ markdown, page
 charts     a result as pictures (SVG)      ─▶ page
@@ -22,7 +24,10 @@ __all__ = ["append_summary", "junit", "markdown", "page", "write_report"]
 
 
 def write_report(folder: Path, result: Mapping[str, Any], force: bool = False, title: str = "Validation") -> None:
-    """Write the result of `validate`, `bench`, `gate`, `compare` or the demo; InputError when the folder exists."""
+    """Write the result of `validate`, `bench`, `gate`, `compare` or the demo.
+
+    Raises InputError when the folder exists.
+    """
     with staged_folder(folder, force) as partial:
         (partial / "report.json").write_text(to_json(result), encoding="utf-8")
         (partial / "report.md").write_text(markdown(result, title), encoding="utf-8")
@@ -32,7 +37,10 @@ def write_report(folder: Path, result: Mapping[str, Any], force: bool = False, t
 
 
 def append_summary(result: Mapping[str, Any], title: str) -> None:
-    """Add the tables to the job summary of GitHub Actions, where `GITHUB_STEP_SUMMARY` names its file."""
+    """Add the tables to the job summary of GitHub Actions.
+
+    `GITHUB_STEP_SUMMARY` names its file.
+    """
     path = os.environ.get("GITHUB_STEP_SUMMARY")
     if path:
         with open(path, "a", encoding="utf-8") as file:

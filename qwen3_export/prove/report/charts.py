@@ -1,4 +1,7 @@
-"""Pictures of a result as inline SVG: drift by domain, histogram of KL, heat strips, latency curves, candidates."""
+"""Pictures of a result as inline SVG.
+
+Drift by domain, histogram of KL, heat strips, latency curves, candidates.
+"""
 
 from __future__ import annotations
 
@@ -176,7 +179,10 @@ def _decode(speeds: Named) -> Chart:
 
 
 def _candidates(candidates: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
-    """Size across, drift upwards (logarithmic), speed as the area of the dot; the Pareto front is ringed."""
+    """Size across, drift upwards (logarithmic), speed as the area of the dot.
+
+    The Pareto front is ringed.
+    """
     known = [item for item in candidates if item["bytes"] and item["kl_mean"] is not None]
     if not known:
         return
@@ -205,7 +211,10 @@ def _size_axis(sizes: Sequence[float]) -> tuple[Callable[[float], float], list[f
 
 
 def _drift_axis(drifts: Sequence[float], top: float, bottom: float) -> tuple[Callable[[float], float], list[float]]:
-    """Whole powers of ten around the values; what is 0 or less stands on the axis."""
+    """Whole powers of ten around the values.
+
+    What is 0 or less stands on the axis.
+    """
     positive = [value for value in drifts if value > 0] or [1e-6]
     low, high = int(log10(min(positive)) // 1), int(log10(max(positive)) // 1) + 1
     height = (bottom - top) / (high - low)

@@ -11,7 +11,10 @@ from qwen3_export.prove.report.tables import named
 
 
 def failures(result: Mapping[str, Any]) -> list[str]:
-    """Every failed check and worse pair in words, then what is not conclusive or doubtful."""
+    """Every failed check and worse pair in words.
+
+    What is not conclusive or doubtful follows.
+    """
     failed, doubtful = [], []
     for name, item in named(result):
         for check in item.get("gate", {}).get("checks", ()):

@@ -1,4 +1,7 @@
-"""Tables of what an artifact writes: greedy texts, flips, tasks; and of where its drift comes from."""
+"""Tables of what an artifact writes: greedy texts, flips, tasks.
+
+And of where its drift comes from.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ from qwen3_export.prove.report.table import Table
 
 
 def texts(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Table]:
-    """Greedy texts beside the original's, plain and as chats, and flips where the original is sure."""
+    """Greedy texts beside the original's, plain and as chats, and flips.
+
+    A flip is another token where the original is sure.
+    """
     modes = {"plain": None, "thinking": "thinking", "no thinking": "no_thinking"}
     rows = [
         [name, label, *_text_cells(item["generation"] if mode is None else item["generation"][mode])]
@@ -67,7 +73,10 @@ def tasks(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Table]:
 
 
 def explanations(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Table]:
-    """The linears, experts and channels that add most to the drift, where it was traced."""
+    """The linears, experts and channels that add most to the drift.
+
+    They are there where it was traced.
+    """
     for name, item in drifts:
         found = item.get("explain")
         for kind in ("linears", "experts", "channels"):

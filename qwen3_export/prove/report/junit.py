@@ -11,7 +11,10 @@ from qwen3_export.prove.report.tables import named
 
 
 def junit(result: Mapping[str, Any], title: str = "Validation") -> bytes:
-    """One case per check with value and limit; an artifact without limits is one case that passes."""
+    """One case per check with value and limit.
+
+    An artifact without limits is one case that passes.
+    """
     suite = ElementTree.Element("testsuite", name=f"qwen3-export: {title}")
     cases = list(_cases(result))
     for owner, name, seconds, facts, failure in cases:

@@ -1,4 +1,7 @@
-"""report.html: one file that needs no network and no script; light, dark and legible on paper."""
+"""report.html: one file that needs no network and no script.
+
+Light, dark and legible on paper.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A few shapes of SVG as text. Colors are classes of the page's style sheet, so that they follow light and dark."""
+"""A few shapes of SVG as text.
+
+Colors are classes of the page's style sheet, so that they follow light and dark.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ WIDTH = 720
 
 
 def picture(height: float, shapes: Sequence[str], label: str) -> str:
-    """An inline picture of `WIDTH` × `height`, with a text for those who cannot see it."""
+    """An inline picture of `WIDTH` × `height`.
+
+    It has a text for those who cannot see it.
+    """
     body = "".join(shapes)
     return (
         f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}" '
@@ -53,7 +59,10 @@ def color(index: int) -> str:
 
 
 def legend(names: Sequence[str], y: float) -> tuple[list[str], float]:
-    """Names of series beside their colors, in rows; the shapes and the y below them."""
+    """Names of series beside their colors, in rows.
+
+    The shapes and the y below them.
+    """
     shapes, x = list[str](), 0.0
     for index, name in enumerate(names):
         width = 30 + 7.2 * len(name)

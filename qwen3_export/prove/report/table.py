@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Table:
-    """A table under a title; the first column is text, `status` in a cell is a verdict."""
+    """A table under a title.
+
+    The first column is text, `status` in a cell is a verdict.
+    """
 
     title: str
     headers: Sequence[str]

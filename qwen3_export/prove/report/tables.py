@@ -211,7 +211,10 @@ def _change(value: float, metric: str) -> str:
 
 
 def compare_table(result: Mapping[str, Any]) -> Table:
-    """All candidates of a comparison; `●` marks the Pareto front of size, drift and speed."""
+    """All candidates of a comparison.
+
+    `●` marks the Pareto front of size, drift and speed.
+    """
     rows = [
         [
             item["name"],

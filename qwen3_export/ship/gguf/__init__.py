@@ -1,4 +1,6 @@
-"""GGUF files for llama.cpp: 16-bit weights as its converter writes them, rounded ones, and codes moved bit for bit.
+"""GGUF files for llama.cpp.
+
+16-bit weights are written as its converter writes them, or rounded; codes are moved bit for bit.
 
     types      which type every matrix gets: llama.cpp's mixes, or the one that holds the codes
     encode     a matrix as data of a type, by pieces of rows
@@ -100,7 +102,9 @@ def _checked(checkpoint: Checkpoint, type_name: str | None, options: Options) ->
 
 
 def check_request(checkpoint: Checkpoint, type_name: str | None = None, options: Options | None = None) -> None:
-    """Everything that can be known before the long work; a recipe's target is checked by it too, before quantizing.
+    """Everything that can be known before the long work.
+
+    A recipe's target is checked by it too, before quantizing.
 
     Raises InputError for an unknown type, UnsupportedError for the first tensor that does not fit.
     """
@@ -111,7 +115,10 @@ def check_request(checkpoint: Checkpoint, type_name: str | None = None, options:
 
 
 def planned_bytes(checkpoint: Checkpoint, type_name: str | None = None) -> int:
-    """Size of the file that an export would write, from shapes alone: header and tensors."""
+    """Size of the file that an export would write.
+
+    It is known from shapes alone: header and tensors.
+    """
     types, plan = _checked(checkpoint, type_name, Options())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "header.gguf"
@@ -144,7 +151,10 @@ def _requantized(types: Types, encoder: Encoder) -> list[dict[str, Any]]:
 
 
 def _tell_unweighed(plan: list[Planned], types: Types, importance: Mapping[str, NDArray], progress: Progress) -> None:
-    """Warn of matrices that are rounded and that the importance matrix says nothing of; embeddings never are in it."""
+    """Warn of matrices that are rounded and that the importance matrix says nothing of.
+
+    Embeddings never are in it.
+    """
     missing = [
         item.name
         for item in plan
@@ -204,7 +214,10 @@ def _experts(config: Qwen3Config, types: Types, layer: int) -> Iterator[Planned]
 
 
 def _check_stacks(config: Qwen3Config, types: Types) -> None:
-    """Raise UnsupportedError where experts of one stack would have several types, or a row does not fit its type."""
+    """Raise UnsupportedError where a matrix cannot have its type.
+
+    Experts of one stack may not have several types, and a row must fit its type.
+    """
     for layer in config.sparse_layers:
         for _, modules in _stacks(config, layer):
             found = sorted({types.modules[module] for module in modules})
@@ -252,7 +265,10 @@ def _write(
 
 
 def _describe(writer: gguf.GGUFWriter, checkpoint: Checkpoint, types: Types, options: Options) -> None:
-    """All metadata: the converter's keys, where the codes come from, and what weighed the errors."""
+    """All metadata of the file.
+
+    They are the converter's keys, where the codes come from, and what weighed the errors.
+    """
     add_metadata(writer, checkpoint, FILE_TYPES[types.file_type].number)
     if options.importance is not None:
         writer.add_string("quantize.imatrix.file", options.importance.name)

@@ -1,4 +1,6 @@
-"""A matrix as data of a ggml type, by pieces of rows: copied, rounded to nearest, or its codes moved.
+"""A matrix as data of a ggml type, in chunks of rows.
+
+It is copied, rounded to nearest, or its codes are moved.
 
 Pieces are made by several threads and come in their order, a few ahead of the writer, so that memory is bounded by
 pieces, or by the codes of one matrix.
@@ -49,7 +51,10 @@ class Encoder:
         self.changes: Changes = {}
 
     def tasks(self, module: str, name: str) -> Iterator[Callable[[], Encoded]]:
-        """Pieces of work whose results, one after the other, are a matrix's data of the type `name`."""
+        """Pieces of work that make a matrix's data of the type `name`.
+
+        Their results follow one after the other.
+        """
         if module in self.checkpoint.schemes:
             tensor = self.checkpoint.linear(module)
             assert isinstance(tensor, QuantizedTensor)
@@ -74,7 +79,10 @@ class Encoder:
         return encode(f"{module}.weight", dequantize(part), name, self._weights(module))
 
     def _weights(self, module: str) -> NDArray | None:
-        """The importance of a matrix's inputs, of an expert its own; None when there is none."""
+        """The importance of a matrix's inputs, of an expert its own.
+
+        None when there is none.
+        """
         if not self.importance or not module.startswith(("model.layers.", "lm_head", "model.embed")):
             return None
         if module.endswith(("norm", f".{ROUTER}")):
@@ -111,7 +119,10 @@ def _cut(shape: tuple[int, ...]) -> list[slice]:
 
 
 def encode(tensor: str, weight: NDArray, name: str, importance: NDArray | None) -> Encoded:
-    """16- or 32-bit weights as data of a type; see `ggml.round_rows` for what is rounded."""
+    """16- or 32-bit weights as data of a type.
+
+    See `ggml.round_rows` for what is rounded.
+    """
     if name == "bf16":
         return _encode_bf16(tensor, weight)
     if name in _FLOATS:
@@ -167,7 +178,10 @@ def _half_change(name: str, values: NDArray[np.float32]) -> Changes:
 
 
 def in_order(tasks: Iterable[Callable[[], Encoded]], threads: int | None = None) -> Iterator[Encoded]:
-    """Results of pieces of work in their order, made by all processors, a few ahead of whoever takes them."""
+    """Results of pieces of work, in their order.
+
+    All processors make them, a few ahead of whoever takes them.
+    """
     count = threads or len(os.sched_getaffinity(0))
     waiting: deque[Future[Encoded]] = deque()
     with ThreadPoolExecutor(count) as pool:

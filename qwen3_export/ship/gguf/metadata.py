@@ -1,4 +1,4 @@
-"""GGUF metadata of a Qwen3 model, key by key in the order of llama.cpp's own converter.
+"""GGUF metadata of a Qwen3 model, as llama.cpp's converter orders it.
 
 general.* · qwen3.* (or qwen3moe.*) · tokenizer.*        Keys: the GGUF specification, and gguf-py.
 """
@@ -83,8 +83,10 @@ def _rounded(count: int) -> str:
 
 
 def _general(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
-    """Sampling defaults, name and origin, read by gguf-py as the converter reads them: from
-    `generation_config.json`, the folder's name and the front matter of its README.md."""
+    """Sampling defaults, name and origin, as gguf-py reads them.
+
+    It reads `generation_config.json`, the folder's name and the front matter of its README.md.
+    """
     read_sidecar(checkpoint.folder / "generation_config.json")  # gguf-py would pass over a broken one
     try:
         found = gguf.Metadata.load(None, checkpoint.folder, None, checkpoint.config.num_parameters)
@@ -150,7 +152,9 @@ def _check_tokenizer(path: Path, model: Any, added: Any, size: int) -> None:
 
 
 def _stop_roles(tokens: list[str], found: Mapping[str, int], stops: list[int]) -> dict[str, int]:
-    """Roles for the tokens that end an answer and that llama.cpp would not know to do so by their text.
+    """Roles for tokens that end an answer.
+
+    They are those that llama.cpp would not recognise by their text.
 
     Without any eos it would take token 11. Raises UnsupportedError when there are more than it has places for.
     """
@@ -184,7 +188,10 @@ def _special_ids(ids: Mapping[str, int], tokenizer: dict[str, Any], model: Mappi
 def _vocabulary(
     vocab: dict[str, int], added: list[dict[str, Any]], config: dict[str, Any], size: int
 ) -> tuple[list[str], list[int]]:
-    """Tokens and types by id; ids without a token, which Qwen's tables have, become unused padding."""
+    """Tokens and types by id.
+
+    Ids without a token, which Qwen's tables have, become unused padding.
+    """
     tokens, types = [f"[PAD{i}]" for i in range(size)], [int(gguf.TokenType.UNUSED)] * size
     for token, index in vocab.items():
         tokens[index], types[index] = token, int(gguf.TokenType.NORMAL)

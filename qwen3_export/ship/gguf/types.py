@@ -1,4 +1,6 @@
-"""Which ggml type holds a scheme's codes, and which type every matrix of a file gets.
+"""The ggml type of every matrix of a file.
+
+It follows from the scheme of its codes.
 
     scheme of a matrix                          ggml type
     int4 symmetric, group a multiple of 32      q4_0        exact
@@ -45,7 +47,10 @@ class Requantized:
 
 @dataclass(frozen=True)
 class Types:
-    """What the file is called after, the type of every matrix, and the codes that are rounded again."""
+    """The file's name of type, and the type of every matrix.
+
+    `rounded` are the codes that are rounded again.
+    """
 
     file_type: str
     modules: Mapping[str, str]
@@ -92,7 +97,9 @@ def supports(scheme: QuantScheme) -> str | None:
 def choose_types(
     checkpoint: Checkpoint, type_name: str | None, overrides: Overrides, weighed: bool, allow_requantize: bool
 ) -> Types:
-    """Types of a file; UnsupportedError when codes do not fit and may not be rounded again.
+    """Types of a file.
+
+    Raises UnsupportedError when codes do not fit and may not be rounded again.
 
     Without a name a 16-bit source becomes bf16, and codes keep the type that holds them; what is 16-bit beside
     codes stays so unless `overrides` say otherwise.
@@ -131,7 +138,10 @@ def _is_asked(module: str, overrides: Overrides, tied: bool) -> bool:
 
 
 def _settle(checkpoint: Checkpoint, called: str, wanted: Mapping[str, str], allow: bool) -> Types:
-    """The type of every matrix; codes keep theirs unless another is wanted, or none holds them."""
+    """The type of every matrix.
+
+    Codes keep theirs unless another is wanted, or none holds them.
+    """
     chosen, again, nearest = dict[str, str](), dict[str, Requantized](), dict[QuantScheme, str]()
     for module, shape in checkpoint.config.all_matrices().items():
         scheme = checkpoint.schemes.get(module)
@@ -176,7 +186,9 @@ def _unsupported(checkpoint: Checkpoint, module: str, scheme: QuantScheme) -> Un
 
 
 def nearest_type(checkpoint: Checkpoint, module: str) -> tuple[str, float]:
-    """The smallest type that comes within 1 % of a tensor's values, q8_0 if none does, and its relative error.
+    """The smallest type within 1 % of a tensor's values, and its error.
+
+    It is q8_0 if none is.
 
     Measured on some of the tensor's rows: the root of Σ δ² / Σ w².
     """
@@ -194,7 +206,10 @@ def nearest_type(checkpoint: Checkpoint, module: str) -> tuple[str, float]:
 
 
 def _sample(checkpoint: Checkpoint, module: str) -> NDArray[np.float32]:
-    """Some rows of a matrix in fp32: of its codes, or of the 16-bit weights where codes are yet to come."""
+    """Some rows of a matrix in fp32.
+
+    They are of its codes, or of the 16-bit weights where codes are yet to come.
+    """
     plain = f"{module}.weight"
     if plain in checkpoint.files and checkpoint.entry(plain).dtype.itemsize > 1:
         return checkpoint.rows(plain, 0, min(_SAMPLE_ROWS, checkpoint.entry(plain).shape[0])).astype(np.float32)
@@ -206,7 +221,7 @@ def _sample(checkpoint: Checkpoint, module: str) -> NDArray[np.float32]:
 
 
 def _refuse_other_type(checkpoint: Checkpoint, name: str) -> None:
-    """Raise UnsupportedError when a file of this type would have other types than the codes have."""
+    """Raise UnsupportedError when codes have other types than the file would."""
     inner = {module: scheme for module, scheme in checkpoint.schemes.items() if module not in (EMBEDDING, HEAD)}
     held = {module: type_for(scheme) or scheme.label for module, scheme in (inner or checkpoint.schemes).items()}
     if set(held.values()) == {FILE_TYPES[name].base} or _is_mix(checkpoint, held, name):
@@ -227,7 +242,10 @@ def _is_mix(checkpoint: Checkpoint, held: Mapping[str, str], name: str) -> bool:
 
 
 def _called(checkpoint: Checkpoint, held: Mapping[str, str]) -> str:
-    """What a file of codes is called after: the mix that they are, or the most common type of its linears."""
+    """What a file of codes is called after.
+
+    It is the mix that they are, or the most common type of its linears.
+    """
     inner = {module: found for module, found in held.items() if module not in (EMBEDDING, HEAD)} or dict(held)
     if not inner:
         return "q8_0"

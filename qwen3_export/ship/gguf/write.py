@@ -29,7 +29,10 @@ from qwen3_export.errors import ResourceError
 
 @dataclass(frozen=True)
 class Planned:
-    """One tensor of the file: its name, numpy shape and type, and the matrices that its data are, one after another."""
+    """One tensor of the file: name, numpy shape, type, and its matrices.
+
+    Their data follow one after another.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -44,7 +47,10 @@ class Planned:
 
 
 def split(plan: Sequence[Planned], limit: int | None) -> list[list[Planned]]:
-    """Tensors in shards of at most `limit` bytes of data; a larger tensor has a shard of its own."""
+    """Tensors in shards of at most `limit` bytes of data.
+
+    A larger tensor has a shard of its own.
+    """
     if limit is None:
         return [list(plan)]
     shards: list[list[Planned]] = [[]]
@@ -68,7 +74,10 @@ def shard_paths(output: Path, count: int) -> list[Path]:
 
 @contextmanager
 def staged_files(paths: Sequence[Path], force: bool, inputs: Sequence[Path]) -> Iterator[list[Path]]:
-    """Partial files for several outputs, which appear when all are done, the first one last."""
+    """Partial files for several outputs.
+
+    They appear when all are done, the first one last.
+    """
     for path in paths:
         refuse_existing(path.absolute(), force, folder=False)
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""ONNX folders: the graph, its data, `config.json`, the tokenizer, and what onnxruntime-genai needs to run it.
+"""ONNX folders: graph, data, `config.json`, tokenizer, and files for onnxruntime-genai.
 
 Flavor `ort` is written in ONNX Runtime's fused operators, `standard` in ai.onnx operators alone; `ship.onnx.target`
 says which target gets what.
@@ -55,7 +55,9 @@ def export_onnx(
     kv_cache: str = "fp32",
     study_cache: StudyCache | None = None,
 ) -> dict[str, Any]:
-    """Write an ONNX folder; codes and scales land unchanged. Returns the result that `--json` prints.
+    """Write an ONNX folder.
+
+    Codes and scales land unchanged. Returns the result that `--json` prints.
 
     `max_shard_size` in bytes: data beyond it goes to a next file. `measure` is asked for the cost of an accuracy level
     that rounds. `kv_cache` int8 or int4 keeps keys and values as codes; `study_cache` finds their scales and cost.
@@ -80,7 +82,10 @@ def export_onnx(
 
 
 def _level(checkpoint: Checkpoint, target: Target, folder: Path, measure: Measure | None) -> dict[str, Any]:
-    """The accuracy level, and what it costs where it rounds; None where no level has a say."""
+    """The accuracy level, and what it costs where it rounds.
+
+    None where no level has a say.
+    """
     if not checkpoint.schemes:
         return {"accuracy_level": None}
     rounds = target.accuracy_level > 0
@@ -119,7 +124,9 @@ def check_request(
     max_shard_size: int | None = None,
     kv_cache: str = "fp32",
 ) -> Target:
-    """Everything that can be known before the long work; a recipe's target is checked by it too, before quantizing.
+    """Everything that can be known before the long work.
+
+    A recipe's target is checked by it too, before quantizing.
 
     Raises InputError for an unknown option, UnsupportedError for the first tensor that does not fit.
     """
@@ -141,7 +148,10 @@ def check_request(
 def _calibrated(
     checkpoint: Checkpoint, folder: Path, aim: Target, kv_cache: str, study: StudyCache | None, progress: Progress
 ) -> QuantizedCache | None:
-    """A quantized cache's scales, measured on the same model with a plain cache, kept until the cost is known."""
+    """A quantized cache's scales, measured on the same model.
+
+    A model with a plain cache is kept until the cost is known.
+    """
     bits = BITS[kv_cache]
     if bits is None:
         return None
@@ -177,7 +187,10 @@ def write_graph(
     progress: Progress,
     cache: QuantizedCache | None = None,
 ) -> tuple[int, dict[str, Any]]:
-    """Write the graph and its data; returns the number of data files, and which operators the experts became."""
+    """Write the graph and its data.
+
+    Returns the number of data files, and which operators the experts became.
+    """
     dtype, is_ort = TYPES[target.precision], target.flavor == "ort"
     with GraphBuilder(folder, ort_ops.OPSET if is_ort else standard_ops.OPSET, files) as graph:
         ops = (

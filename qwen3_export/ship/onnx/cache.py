@@ -1,4 +1,6 @@
-"""How keys and values are kept between calls of GroupQueryAttention: as they are, or as int8 or int4 codes.
+"""Keys and values between calls of GroupQueryAttention.
+
+They are kept as they are, or as int8 or int4 codes.
 
     int8    int8  [batch, kv_heads, positions, head_dim]         code = round(value / scale)
     int4    uint8 [batch, kv_heads, positions, head_dim / 2]     two codes a byte
@@ -42,7 +44,10 @@ class FloatCache:
 
 @dataclass(frozen=True)
 class QuantizedCache:
-    """Codes of `bits` bits; `scales` are keys' and values' of each layer, fp32 `[kv_heads, 1, head_dim]`."""
+    """Codes of `bits` bits.
+
+    `scales` are keys' and values' of each layer, fp32 `[kv_heads, 1, head_dim]`.
+    """
 
     bits: int
     scales: Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]]

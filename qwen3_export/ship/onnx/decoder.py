@@ -3,7 +3,7 @@
     input_ids ─ embedding ─▶ h ─ [ norm ─ q,k,v ─ head norm ─ rope ─ attention ─ o ─ + h
                                    norm ─ gate,up ─ silu·up ─ down, or experts ─ + h ] × layers ─ norm ─ head ─▶ logits
 
-A flavor (`ship.onnx`, `ship.standard`) says how a norm, a linear, RoPE and attention are written.
+A flavor (`onnx.ort_ops`, `onnx.standard_ops`) says how a norm, a linear, RoPE and attention are written.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ class Flavor(Protocol):
         """The MLP of a sparse layer: router, and the sum of the chosen experts."""
 
     def head(self, x: ir.Value, table: QuantizedTensor | NDArray | None) -> ir.Value:
-        """Logits in fp32; `table` None when the head is the embedding, which is stored once."""
+        """Logits in fp32.
+
+        `table` None when the head is the embedding, which is stored once.
+        """
 
 
 def build_decoder(flavor: Flavor, checkpoint: Checkpoint, progress: Progress) -> None:
@@ -77,7 +80,10 @@ def build_decoder(flavor: Flavor, checkpoint: Checkpoint, progress: Progress) ->
 def _block(
     flavor: Flavor, checkpoint: Checkpoint, layer: int, h: ir.Value, delta: ir.Value | None
 ) -> tuple[ir.Value, ir.Value]:
-    """One decoder block; returns the residual stream and the MLP's output still to be added to it."""
+    """One decoder block.
+
+    Returns the residual stream and the MLP's output still to be added to it.
+    """
     prefix, short = block_name(layer), f"layer.{layer}"
 
     def linear(name: str, x: ir.Value) -> ir.Value:

@@ -1,4 +1,6 @@
-"""A sparse layer's experts on their way into an ONNX graph: read one at a time, stacked along a first axis.
+"""A sparse layer's experts on their way into an ONNX graph.
+
+They are read one at a time, and stacked along a first axis.
 
     router    [experts, hidden]                        fp32 scores, in every flavor
     codes     [experts, out, in · bits / 8]            one operator's input for all experts of a layer
@@ -32,7 +34,10 @@ Weights = QuantizedTensor | NDArray
 
 @dataclass(frozen=True)
 class SparseLayer:
-    """The experts of one layer of a checkpoint; nothing is read before it is asked for."""
+    """The experts of one layer of a checkpoint.
+
+    Nothing is read before it is asked for.
+    """
 
     checkpoint: Checkpoint
     layer: int
@@ -59,7 +64,10 @@ class SparseLayer:
 
     @cached_property
     def schemes(self) -> dict[str, QuantScheme | None]:
-        """Each part's scheme, None for 16 bits; UnsupportedError when the experts of a part differ."""
+        """Each part's scheme, None for 16 bits.
+
+        Raises UnsupportedError when the experts of a part differ.
+        """
         return {part: self._scheme(part) for part in self.parts}
 
     def _scheme(self, part: str) -> QuantScheme | None:
@@ -86,7 +94,10 @@ class SparseLayer:
 
 
 def supports(scheme: QuantScheme) -> str | None:
-    """Why no graph can hold experts in a scheme, or None: what QMoE cannot, plain operators can."""
+    """Why no graph can hold experts in a scheme, or None.
+
+    What QMoE cannot hold, plain operators can.
+    """
     if reason := not_integer(scheme):
         return reason
     if scheme.num_bits not in (2, 4, 8):
@@ -105,7 +116,10 @@ def sparse_layers(checkpoint: Checkpoint) -> list[SparseLayer]:
 
 
 def expressions(layers: Sequence[SparseLayer], reason_of: Callable[[SparseLayer], str | None]) -> list[dict[str, Any]]:
-    """For manifest and result: which layers became which operator, and why where it is not the fused one."""
+    """Which layers became which operator, and why, for manifest and result.
+
+    A reason is given where the operator is not the fused one.
+    """
     groups: dict[str | None, list[int]] = {}
     for layer in layers:
         groups.setdefault(reason_of(layer), []).append(layer.layer)

@@ -1,4 +1,6 @@
-"""Building an ONNX graph with onnx-ir while its weights stream into one external data file.
+"""Building an ONNX graph while its weights stream into a data file.
+
+onnx-ir holds the graph.
 
 A weight is written when it is mentioned and forgotten at once: the graph keeps its place in
 `model.onnx.data`, so memory is bounded by the largest tensor.
@@ -27,7 +29,10 @@ _DEFAULT_FILES = Files()
 
 
 class GraphBuilder:
-    """Collects inputs, nodes and outputs; `save` writes the model beside its data files, whose number is `shards`."""
+    """Collects inputs, nodes and outputs.
+
+    `save` writes the model beside its data files, whose number is `shards`.
+    """
 
     def __init__(self, folder: Path, opset: int, files: Files = _DEFAULT_FILES) -> None:
         self.folder, self._opset, self._files = folder, opset, files
@@ -55,7 +60,9 @@ class GraphBuilder:
     def weight(
         self, name: str, array: NDArray, dtype: ir.DataType | None = None, shape: Sequence[int] | None = None
     ) -> ir.Value:
-        """Stream a weight into the data file; a second mention of the same name shares the first.
+        """Stream a weight into the data file.
+
+        A second mention of the same name shares the first.
 
         `dtype` and `shape` describe packed sub-byte types, whose `array` is raw bytes.
         """
@@ -63,7 +70,10 @@ class GraphBuilder:
         return self.weight_parts(name, [array], kind, shape or array.shape)
 
     def weight_parts(self, name: str, parts: Iterable[NDArray], dtype: ir.DataType, shape: Sequence[int]) -> ir.Value:
-        """As `weight`, for one that comes piece by piece along its first axis; one piece is in memory at a time."""
+        """As `weight`, for one that comes piece by piece along its first axis.
+
+        One piece is in memory at a time.
+        """
         if name in self._initializers:
             return self._initializers[name]
         self._make_room(dtype.bitwidth * math.prod(shape) // 8)
@@ -81,7 +91,10 @@ class GraphBuilder:
         return (self.folder / self._files.shard(self.shards - 1)).open("wb")
 
     def _make_room(self, length: int) -> None:
-        """Go to the next page of the data file, or to the next file when this one would become too large."""
+        """Go to the next page of the data file.
+
+        Or to the next file, when this one would become too large.
+        """
         self._data.write(b"\0" * (-self._data.tell() % ALIGNMENT))
         limit = self._files.shard_bytes
         if limit is not None and self._data.tell() and self._data.tell() + length > limit:
@@ -105,7 +118,10 @@ class GraphBuilder:
     def op(
         self, kind: str, inputs: Sequence[ir.Value | None], name: str, domain: str = "", **attributes: Any
     ) -> ir.Value:
-        """Append a node and return its first output; None stands for an absent optional input."""
+        """Append a node and return its first output.
+
+        None stands for an absent optional input.
+        """
         return self.ops(kind, inputs, name, [name], domain, **attributes)[0]
 
     def ops(
@@ -124,7 +140,10 @@ class GraphBuilder:
 
     @contextmanager
     def body(self, name: str, inputs: Sequence[tuple[str, ir.DataType, Sequence[int | str]]]) -> Iterator[Body]:
-        """Nodes appended inside belong to the body of a loop; weights and constants stay in the outer graph."""
+        """Nodes appended inside belong to the body of a loop.
+
+        Weights and constants stay in the outer graph.
+        """
         body = Body(name, [_typed(f"{name}.{label}", dtype, shape) for label, dtype, shape in inputs])
         outer, self._nodes = self._nodes, body.nodes
         try:
@@ -133,7 +152,9 @@ class GraphBuilder:
             self._nodes = outer
 
     def float_weight(self, name: str, array: NDArray, dtype: ir.DataType) -> ir.Value:
-        """Store a 16- or 32-bit weight for use as `dtype`; `as_type` then gives it that type.
+        """Store a 16- or 32-bit weight for use as `dtype`.
+
+        `as_type` then gives it that type.
 
         Under fp32 activations a 16-bit array is stored as it came: half the size, and exact.
         """
@@ -167,7 +188,10 @@ class GraphBuilder:
 
 
 class Body:
-    """The graph inside a Loop, in the making: its inputs, its nodes, and its results in order."""
+    """The graph inside a Loop, in the making.
+
+    It has inputs, nodes, and results in order.
+    """
 
     def __init__(self, name: str, inputs: list[ir.Value]) -> None:
         self.name, self.inputs = name, inputs

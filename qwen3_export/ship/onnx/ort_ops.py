@@ -62,7 +62,7 @@ class OrtOps:
         self._numpy = dtype.numpy()
 
     def prepare(self, config: Qwen3Config) -> None:
-        """Inputs, the tokens in the order of the cache, and cos and sin of their positions."""
+        """Inputs, the tokens in the order of the cache, and cos and sin."""
         graph, self._config = self.graph, config
         ids = graph.input("input_ids", _INT64, ["batch_size", "sequence_length"])
         mask = graph.input("attention_mask", _INT64, ["batch_size", "total_sequence_length"])
@@ -72,7 +72,10 @@ class OrtOps:
         self._rope_tables(self._order.tokens_first(positions, "rope.positions"))
 
     def _rope_tables(self, positions: ir.Value) -> None:
-        """Cos and sin `[b·s, d/2]`, made once a call in fp32, and each token's row in them, `[b, s]`."""
+        """Cos and sin `[b·s, d/2]`, and each token's row in them, `[b, s]`.
+
+        They are made once a call in fp32.
+        """
         op, constant, rope = self.graph.op, self.graph.constant, self._config.rope
         column = op("Reshape", [op("Cast", [positions], "rope.fp32", to=_FLOAT), constant([-1, 1])], "rope.column")
         frequencies = constant(rope.inverse_frequencies(self._config.head_dim)[None], np.float32)
@@ -89,7 +92,10 @@ class OrtOps:
         self._positions = op("Reshape", [rows, op("Shape", [positions], "rope.shape")], "rope.rows")
 
     def embedding(self, table: QuantizedTensor | NDArray) -> ir.Value:
-        """Rows of the table in its stored type, then cast: half the size of an fp32 table, and exact."""
+        """Rows of the table in its stored type, then cast.
+
+        That is half the size of an fp32 table, and exact.
+        """
         self._tied = table if isinstance(table, QuantizedTensor) else None
         if isinstance(table, QuantizedTensor):
             return self._looked_up(table)
@@ -170,7 +176,10 @@ class OrtOps:
     def attention(
         self, qkv: tuple[ir.Value, ir.Value, ir.Value], norms: tuple[NDArray, NDArray], layer: int
     ) -> ir.Value:
-        """Norm and rotate q and k, then grouped-query attention, which also appends to the cache."""
+        """Norm and rotate q and k, then grouped-query attention.
+
+        The operator also appends to the cache.
+        """
         config, name = self._config, f"layer.{layer}.attention"
         q = self._rotate(self._head_norm(qkv[0], norms[0], config.num_heads, f"{name}.q_norm"), f"{name}.q_rope")
         k = self._rotate(self._head_norm(qkv[1], norms[1], config.num_kv_heads, f"{name}.k_norm"), f"{name}.k_rope")
@@ -207,7 +216,10 @@ class OrtOps:
         return self.graph.op("RotaryEmbedding", inputs, name, CONTRIB, interleaved=0)
 
     def experts(self, x: ir.Value, layer: SparseLayer) -> ir.Value:
-        """QMoE where it computes what the accuracy level promises, else a loop over the chosen experts."""
+        """QMoE, or a loop over the chosen experts.
+
+        QMoE serves where it computes what the accuracy level promises.
+        """
         if self.not_fused(layer):
             return routed.experts(self.graph, x, layer, self.dtype)
         return qmoe.experts(self.graph, x, layer, self.accuracy_level, self.dtype)

@@ -1,4 +1,4 @@
-"""Batches with padding, for an attention that keeps each row's tokens at the start of its cache.
+"""Batches with padding, each row's tokens first in its cache.
 
     attention_mask    0 0 1 1 | 1      1 1 0 0 | 1      ones are tokens, the part behind the bar is new
     cache             t t t . .        t t t . .        both rows: tokens without gaps, from slot 0
@@ -19,7 +19,10 @@ _INT32 = ir.DataType.INT32
 
 
 class TokenOrder:
-    """Each row's new tokens before its padding; `lengths` int32 `[b]` and `total` int32 are the attention's."""
+    """Each row's new tokens before its padding.
+
+    `lengths` int32 `[b]` and `total` int32 are the attention's.
+    """
 
     def __init__(self, graph: GraphBuilder, ids: ir.Value, mask: ir.Value) -> None:
         self._graph = graph
@@ -39,7 +42,10 @@ class TokenOrder:
         self.total = op("Cast", [op("Squeeze", [total], "mask.all")], "mask.total32", to=_INT32)
 
     def _last_slot(self, mask: ir.Value, added: ir.Value, new: ir.Value) -> ir.Value:
-        """The last slot that a row fills in this call, the padding behind its new tokens counted, `[b]`."""
+        """The last slot that a row fills in this call, `[b]`.
+
+        The padding behind its new tokens is counted.
+        """
         op, constant, axis = self._graph.op, self._graph.constant, self._graph.constant([1])
         count = op("ReduceSum", [mask, axis], "mask.ones", keepdims=0)
         padding = op("Sub", [new, op("ReduceSum", [added, axis], "mask.added.ones", keepdims=0)], "mask.padding")
@@ -55,5 +61,8 @@ class TokenOrder:
         return self._graph.op("GatherElements", [values, self._order], name, axis=1)
 
     def as_given(self, hidden: ir.Value, name: str) -> ir.Value:
-        """`[b, s, hidden]` in the order of `input_ids` again; a row of padding gets some token's values."""
+        """`[b, s, hidden]` in the order of `input_ids` again.
+
+        A row of padding gets some token's values.
+        """
         return self._graph.op("GatherND", [hidden, self._back], name, batch_dims=1)

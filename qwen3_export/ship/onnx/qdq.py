@@ -46,7 +46,10 @@ def supports(scheme: QuantScheme) -> str | None:
 
 
 def codes(graph: GraphBuilder, values: NDArray[np.uint8], scheme: QuantScheme, name: str) -> ir.Value:
-    """Codes, or zero points, in the given order; symmetric integers become signed by flipping the top bit."""
+    """Codes, or zero points, in the given order.
+
+    Symmetric integers become signed by flipping the top bit.
+    """
     ordered = np.ascontiguousarray(values)
     if scheme.type == "int" and scheme.symmetric:
         ordered = ordered ^ np.uint8(scheme.midpoint)
@@ -96,7 +99,10 @@ def _scales(graph: GraphBuilder, weight: QuantizedTensor, dtype: ir.DataType, na
 def static_inputs(
     graph: GraphBuilder, x: ir.Value, weight: QuantizedTensor | NDArray, dtype: ir.DataType, name: str
 ) -> ir.Value:
-    """Inputs rounded by a static scheme's one scale, as a Q/DQ pair; others as they are."""
+    """Inputs rounded by a static scheme's one scale, as a Q/DQ pair.
+
+    Others as they are.
+    """
     if not isinstance(weight, QuantizedTensor) or weight.input_scale is None:
         return x
     kind = ir.DataType.INT8 if weight.scheme.type == "int" else ir.DataType.FLOAT8E4M3FN
@@ -107,7 +113,9 @@ def static_inputs(
 
 
 def rounded_inputs(graph: GraphBuilder, x: ir.Value, weight: QuantizedTensor | NDArray, name: str) -> ir.Value:
-    """Inputs rounded as the scheme says, in fp32: by one scale, or by one per token or per 128 inputs.
+    """Inputs rounded as the scheme says, in fp32.
+
+    There is one scale, or one per token or per 128 inputs.
 
     x → clamp(round(x / scale)) · scale, dynamic scales max|x| / 127.5 for int8 and max|x| / 448 for E4M3, as
     compressed-tensors computes them. E4M3 rounds by a Cast to the type and back: ONNX Runtime 1.31 takes a Q/DQ pair
@@ -127,7 +135,10 @@ def rounded_inputs(graph: GraphBuilder, x: ir.Value, weight: QuantizedTensor | N
 
 
 def _dynamic_scale(graph: GraphBuilder, x: ir.Value, scheme: QuantScheme, name: str) -> ir.Value:
-    """The scale that brings the largest of the last axis to the end of the type's range."""
+    """The scale of the last axis, from its largest number.
+
+    It brings that number to the end of the type's range.
+    """
     size = graph.op("Abs", [x], f"{name}.input.abs")
     largest = graph.op("ReduceMax", [size, graph.constant([-1])], f"{name}.input.max", keepdims=1)
     unit = graph.constant(448.0 if scheme.type == "float" else 127.5, np.float32)
@@ -147,7 +158,9 @@ def _in_units(graph: GraphBuilder, x: ir.Value, scale: ir.Value, scheme: QuantSc
 
 
 def inexact_scales(weight: QuantizedTensor, dtype: ir.DataType) -> float:
-    """Largest relative error of the scales that a runtime multiplies by; 0 where all are exact.
+    """Largest relative error of the scales that a runtime multiplies by.
+
+    0 where all are exact.
 
     NVFP4's are the product of two numbers: the quotient by the global scale is rounded to `dtype`.
     """

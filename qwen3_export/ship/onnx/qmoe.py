@@ -28,7 +28,7 @@ _INT8_ACTIVATIONS = 4
 
 
 def cannot_hold(layer: SparseLayer, level: int) -> str | None:
-    """Why QMoE does not compute these experts as `level` promises, or None when it does."""
+    """Why QMoE does not compute experts as `level` promises, or None."""
     schemes = set(layer.schemes.values())
     if None in schemes:
         return "QMoE has no 16-bit experts"
@@ -51,7 +51,10 @@ def _rounds(scheme: QuantScheme) -> bool:
 
 
 def experts(graph: GraphBuilder, x: ir.Value, layer: SparseLayer, level: int, dtype: ir.DataType) -> ir.Value:
-    """The sum of the chosen experts' outputs, in the shape of `x` `[batch, sequence, hidden]`."""
+    """The sum of the chosen experts' outputs, in the shape of `x`.
+
+    `x` is `[batch, sequence, hidden]`.
+    """
     config, name, op = layer.checkpoint.config, layer.name, graph.op
     scores = router_scores(graph, x, layer, dtype)
     first, second = _stacked(graph, layer, "fc1", dtype), _stacked(graph, layer, "fc2", dtype)
@@ -91,7 +94,10 @@ def router_scores(graph: GraphBuilder, x: ir.Value, layer: SparseLayer, dtype: i
 def _stacked(
     graph: GraphBuilder, layer: SparseLayer, which: str, dtype: ir.DataType
 ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-    """Codes, scales and zero points of one of the two matrices; codes go to the disk expert by expert."""
+    """Codes, scales and zero points of one of the two matrices.
+
+    Codes go to the disk expert by expert.
+    """
     parts = ("gate_proj", "up_proj") if which == "fc1" else ("down_proj",)
     scales: list[NDArray] = []
     zeros: list[NDArray] = []

@@ -1,4 +1,6 @@
-"""Experts in ai.onnx operators alone: a loop over the experts that the call's tokens chose.
+"""Experts in ai.onnx operators alone.
+
+They are a loop over the experts that the call's tokens chose.
 
     scores ─ Softmax ─ TopK ─▶ which experts, which weights       [tokens, k]
     Unique ─▶ the experts that were chosen at all
@@ -27,7 +29,10 @@ _INT64, _BOOL, _FLOAT = ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.FLOAT
 
 
 def experts(graph: GraphBuilder, x: ir.Value, layer: SparseLayer, dtype: ir.DataType) -> ir.Value:
-    """The sum of the chosen experts' outputs, in the shape of `x` `[batch, sequence, hidden]`."""
+    """The sum of the chosen experts' outputs, in the shape of `x`.
+
+    `x` is `[batch, sequence, hidden]`.
+    """
     config, name, op, constant = layer.checkpoint.config, layer.name, graph.op, graph.constant
     scores = router_scores(graph, x, layer, dtype)
     chosen, mix = _chosen(graph, scores, layer, dtype)
@@ -46,7 +51,10 @@ def experts(graph: GraphBuilder, x: ir.Value, layer: SparseLayer, dtype: ir.Data
 
 
 def _chosen(graph: GraphBuilder, scores: ir.Value, layer: SparseLayer, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
-    """Which experts, and their weights in fp32: the top k of the softmax over all, normalised if the model says so."""
+    """Which experts, and their weights in fp32.
+
+    They are the top k of the softmax over all, normalised if the model says so.
+    """
     config, name, op = layer.checkpoint.config, f"{layer.name}.choice", graph.op
     probabilities = op("Softmax", [graph.as_type(scores, dtype, _FLOAT, f"{name}.fp32")], f"{name}.softmax", axis=-1)
     k = graph.constant([config.experts_per_token])
@@ -60,7 +68,10 @@ Stack = tuple[ir.Value, ir.Value | None, ir.Value | None]
 
 
 def _stored(graph: GraphBuilder, layer: SparseLayer, part: str, dtype: ir.DataType) -> Stack:
-    """One matrix of all experts: codes, scales and zero points; or the 16-bit matrices alone."""
+    """One matrix of all experts: codes, scales and zero points.
+
+    Or the 16-bit matrices alone.
+    """
     config, scheme, name = layer.checkpoint.config, layer.schemes[part], f"{layer.name}.{part}"
     rows, width = config.linear_shapes(layer.layer)[f"mlp.experts.0.{part}"]
     if scheme is None:
@@ -102,7 +113,10 @@ def _body(
     stacks: dict[str, Stack],
     dtype: ir.DataType,
 ) -> ir.Graph:
-    """What happens in one expert's turn; the sum so far goes in and comes out."""
+    """What happens in one expert's turn.
+
+    The sum so far goes in and comes out.
+    """
     rows, chosen, mix, used = outer
     name, op, constant = f"{layer.name}.turn", graph.op, graph.constant
     hidden, shapes = layer.checkpoint.config.hidden_size, layer.checkpoint.config.linear_shapes(layer.layer)

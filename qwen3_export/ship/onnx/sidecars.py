@@ -22,7 +22,9 @@ _MARKS = {
 
 
 def model_config(checkpoint: Checkpoint, target: Target, files: Files, shards: int) -> dict[str, Any]:
-    """`config.json` of an unquantized model: how the weights are stored is the graph's own matter.
+    """`config.json` of an unquantized model.
+
+    How the weights are stored is the graph's own matter.
 
     For transformers.js it also names the type of the weights, that of the cache, and how many data files there are.
     """
@@ -84,7 +86,10 @@ def genai_config(checkpoint: Checkpoint, target: Target, files: Files, shares_ca
 
 
 def _special_ids(folder: Path) -> dict[str, Any]:
-    """Ids of begin, end and padding, and of the marks around tool calls and reasoning that the tokenizer has."""
+    """Ids of begin, end, padding, and of tool and reasoning marks.
+
+    Those that the tokenizer lacks are left out.
+    """
     id_of = id_lookup(folder)
     stops = stop_ids(folder, id_of)
     first = stops[0] if stops else None

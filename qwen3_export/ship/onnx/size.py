@@ -1,4 +1,4 @@
-"""How large an ONNX folder will be: the bytes of its weights, from shapes and schemes alone."""
+"""Size of an ONNX folder's weights, from shapes and schemes alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def planned_bytes(checkpoint: Checkpoint, precision: str = "fp32") -> int:
 
 
 def weight_bytes(checkpoint: Checkpoint, precision: str) -> int:
-    """Bytes of the data file: codes, scales in the activations' type, what stays in 16 bits, each on its own page."""
+    """Bytes of the data file.
+
+    Codes, scales in the activations' type, and what stays in 16 bits, each on its own page.
+    """
     matrices, total = checkpoint.config.all_matrices(), 0
     for name, shape in checkpoint.config.tensor_shapes().items():
         module = name.removesuffix(".weight")

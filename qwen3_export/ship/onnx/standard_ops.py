@@ -1,4 +1,6 @@
-"""The decoder in ai.onnx operators alone: what TensorRT parses and any ONNX runtime can run.
+"""The decoder in ai.onnx operators alone.
+
+TensorRT parses them, and any ONNX runtime can run them.
 
     weight     INT4 [in, out], two per byte, low nibble first ─ DequantizeLinear(axis 0, blocks) ─ Reshape ─▶ MatMul
     embedding  INT4 or INT8 [vocab, in] ─ DequantizeLinear(axis 1, blocks) ─▶ Gather and, when tied, head;
@@ -94,7 +96,10 @@ class StandardOps:
         return self.graph.as_type(rows, self._table.dtype, self.dtype, "embedding.cast")
 
     def _looked_up(self, table: QuantizedTensor) -> ir.Value:
-        """A tied table is dequantized once for lookup and head; its type is then that of activations."""
+        """A tied table is dequantized once for lookup and head.
+
+        Its type is then that of activations.
+        """
         scheme, width = table.scheme, table.shape[1]
         parts = [
             qdq.codes(self.graph, table.codes, scheme, f"{EMBEDDING}.codes"),
@@ -122,7 +127,10 @@ class StandardOps:
         return total, self.norm(total, weight, name)
 
     def linear(self, x: ir.Value, weight: QuantizedTensor | NDArray, name: str) -> ir.Value:
-        """`MatMul` with a plain or dequantized matrix `[in, out]`; inputs are rounded where the scheme says so."""
+        """`MatMul` with a plain or dequantized matrix `[in, out]`.
+
+        Inputs are rounded where the scheme says so.
+        """
         if isinstance(weight, QuantizedTensor):
             if self._tensorrt:
                 x = qdq.static_inputs(self.graph, x, weight, self.dtype, name)

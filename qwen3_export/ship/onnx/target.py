@@ -1,4 +1,6 @@
-"""What an ONNX folder is made for: operators, activations, accuracy level and the names of its files.
+"""What an ONNX folder is made for.
+
+A target sets operators, activations, accuracy level and the names of its files.
 
     cpu        model.onnx, model.onnx.data                     ONNX Runtime and onnxruntime-genai on a CPU
     cuda       the same, fp16                                  … on an NVIDIA GPU
@@ -25,7 +27,9 @@ MOST_WEB_SHARDS = 100
 
 @dataclass(frozen=True)
 class Target:
-    """`accuracy_level` of MatMulNBits: 0 takes activations as they are, 4 rounds them to int8 in blocks.
+    """How a graph is written, and for whom.
+
+    `accuracy_level` of MatMulNBits: 0 takes activations as they are, 4 rounds them to int8 in blocks.
 
     `provider` is onnxruntime-genai's name of the device; `shard_bytes` the size from which data goes to a next file.
     """
@@ -63,7 +67,10 @@ class Files:
     shard_bytes: int | None = None
 
     def shard(self, number: int) -> str:
-        """The name of a data file, beside the model; the first one has no number."""
+        """The name of a data file, beside the model.
+
+        The first one has no number.
+        """
         return f"{self.data}_{number}" if number else self.data
 
 

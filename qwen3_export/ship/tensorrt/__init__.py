@@ -1,4 +1,4 @@
-"""TensorRT folders: a standard Q/DQ ONNX and the plan built from it ahead of time.
+"""TensorRT folders: a standard Q/DQ ONNX, and the plan built from it.
 
     model.onnx + model.onnx.data   ai.onnx operators only, also runs in ONNX Runtime
     model.plan                     for the compute capabilities named in engine.json, and no others
@@ -47,7 +47,10 @@ _ENGINE_BYTES, _BLOCK_BYTES, _QUANTIZED_BLOCK_BYTES = 1_120_000, 753_000, 1_020_
 
 @dataclass(frozen=True)
 class Profile:
-    """Shapes that the plan accepts: prompts up to `max_prompt`, caches up to `max_context`, one sequence."""
+    """Shapes that the plan accepts, for one sequence.
+
+    Prompts go up to `max_prompt`, caches up to `max_context`.
+    """
 
     max_prompt: int
     max_context: int
@@ -63,7 +66,9 @@ def export_tensorrt(
     force: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write the ONNX, build the plan and check it; returns the result that `--json` prints.
+    """Write the ONNX, build the plan and check it.
+
+    Returns the result that `--json` prints.
 
     Raises MissingRuntimeError without the engine's library, UnsupportedError when the codes or the
     capabilities do not fit, ResourceError when the builder is killed for memory.
@@ -107,13 +112,19 @@ def export_tensorrt(
 
 
 def unrounded_inputs(checkpoint: Checkpoint) -> list[str]:
-    """Schemes whose inputs the plan leaves as they are: TensorRT rounds inputs by constant scales alone."""
+    """Schemes whose inputs the plan leaves as they are.
+
+    TensorRT rounds inputs by constant scales alone.
+    """
     schemes = {s for s in checkpoint.schemes.values() if s.activations not in (None, "static-tensor")}
     return sorted(scheme.label for scheme in schemes)
 
 
 def nvfp4_errors(checkpoint: Checkpoint, precision: str) -> list[dict[str, Any]]:
-    """NVFP4 tensors whose scales the plan multiplies together in 16 bits, with the largest relative error."""
+    """NVFP4 tensors that the plan changes, with their largest relative error.
+
+    It multiplies their two scales together in 16 bits.
+    """
     names = [name for name, scheme in checkpoint.schemes.items() if scheme.scale_dtype == "e4m3"]
     found = []
     for name in names:
@@ -127,7 +138,10 @@ def nvfp4_errors(checkpoint: Checkpoint, precision: str) -> list[dict[str, Any]]
 def check_request(
     checkpoint: Checkpoint, engine: str, capabilities: Sequence[str] | None, precision: str
 ) -> tuple[str, ...]:
-    """Everything that can be known before the long work; returns the capabilities, chosen where None was given."""
+    """Everything that can be known before the long work.
+
+    Returns the capabilities, chosen where None was given.
+    """
     if capabilities is None:
         capabilities = fitting(checkpoint.schemes.values(), DEFAULT)
     if engine not in MODULES:
@@ -152,7 +166,10 @@ def check_request(
 
 
 def planned_bytes(checkpoint: Checkpoint, precision: str = "fp16") -> int:
-    """Size of the folder that an export would write, from shapes alone: ONNX, and plan with the same weights."""
+    """Size of the folder that an export would write.
+
+    It is known from shapes alone: the ONNX, and a plan with the same weights.
+    """
     block = _QUANTIZED_BLOCK_BYTES if checkpoint.schemes else _BLOCK_BYTES
     plan = onnx_size.weight_bytes(checkpoint, precision) + _ENGINE_BYTES + block * checkpoint.config.num_layers
     return onnx_size.planned_bytes(checkpoint, precision) + plan
@@ -199,7 +216,9 @@ def check_header(path: Path, version: str, capabilities: Sequence[str]) -> None:
 
 
 def check_weights(folder: Path, checkpoint: Checkpoint) -> None:
-    """Raise UnsupportedError when the plan holds clearly more weight bytes than its ONNX: codes were expanded.
+    """Raise UnsupportedError when the plan has expanded its codes.
+
+    It then holds clearly more weight bytes than its ONNX.
 
     A tied matrix of 8 bits is stored twice, once for each use: TensorRT gathers no integers.
     """

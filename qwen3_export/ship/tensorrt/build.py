@@ -99,7 +99,10 @@ def _parse(trt: Any, network: Any, log: Any, path: str) -> None:
 
 
 def _add_profile(builder: Any, network: Any, config: Any, prompt: int, context: int) -> None:
-    """Shapes as (smallest, likely, largest); the mask is as long as past and prompt together."""
+    """Shapes as (smallest, likely, largest).
+
+    The mask is as long as past and prompt together.
+    """
     likely = max(1, prompt // 2)
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):

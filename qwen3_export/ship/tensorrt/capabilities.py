@@ -1,4 +1,6 @@
-"""What TensorRT-RTX can hold, and on which compute capabilities. Each line was built with version 1.7.
+"""What TensorRT-RTX can hold, and on which compute capabilities.
+
+Each line was built with version 1.7.
 
 weights                                 from
 int4, int8, per channel or in groups    8.0 (int8 per channel 7.5)
@@ -43,7 +45,7 @@ def least_capability(scheme: QuantScheme) -> str:
 
 
 def too_old(schemes: Iterable[QuantScheme], precision: str, capabilities: Iterable[str]) -> str | None:
-    """What keeps the oldest of the capabilities from holding a model, or None when nothing does."""
+    """What keeps the oldest capability from holding a model, or None."""
     oldest = min(capabilities, key=_number)
     for scheme in sorted(set(schemes), key=lambda scheme: scheme.label):
         if _number(least := least_capability(scheme)) > _number(oldest):

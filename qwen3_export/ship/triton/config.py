@@ -21,7 +21,10 @@ _MOST_INSTANCES, _MOST_SEQUENCES, _LONGEST_QUEUE = 64, 1024, 100_000
 
 @dataclass(frozen=True)
 class Serving:
-    """How requests are served: copies of the model, threads of each, and how many requests may wait."""
+    """How requests are served.
+
+    It gives copies of the model, threads of each, and how many requests may wait.
+    """
 
     instances: int = 1
     threads: int | None = None

@@ -72,7 +72,10 @@ class TritonPythonModel:
 
 
 def _chat(request: Any, sender: Any) -> Chat:
-    """A request as a chat whose answer goes to `sender`; InputError where it cannot be read."""
+    """A request as a chat whose answer goes to `sender`.
+
+    Raises InputError where it cannot be read.
+    """
     asked = _read(request)
 
     def on_text(text: str) -> None:

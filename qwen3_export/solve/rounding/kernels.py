@@ -113,7 +113,9 @@ def _make_scales(kind: int, top: np.float32, storage: Storage, lines: Array, bit
 
 @contracted
 def _errors(work: Array, weights: Array, top: np.float32, lines: Array) -> None:
-    """Σ importance · (w / s − code + z)² · s² of every row.
+    """Weighted squared error of every row.
+
+    It is Σ importance · (w / s − code + z)² · s²; the columns come in fours.
 
     The columns come in fours.
     """
