@@ -97,7 +97,7 @@ def read_schemes(where: str, stored: Stored, linears: Shapes) -> tuple[str, Sche
     `linears` holds the embedding too, and an untied head. Raises CheckpointError with the reason when
     the configuration says what no scheme can.
     """
-    method = str(stored.config.get("quant_method"))
+    method = str(stored.config.get("quant_method") or stored.config.get("format"))
     if method == "bitsandbytes":
         raise CheckpointError(
             f"{where}: quantized by bitsandbytes, whose folders only it can read",

@@ -9,7 +9,8 @@ A GGUF file is made from it by moving bits.
     NAME.weight_super_mins    fp16 [out, in / 256]
 
 The fields are those of `core.tensor`. Integer and float schemes in the same folder (q4_0, q8_0, mxfp4) are stored as
-compressed-tensors stores them. Other loaders do not know this layout, and its quantization_config says so.
+compressed-tensors stores them. Other loaders do not know this layout. Its quantization_config has no `quant_method`:
+an unknown one transformers only warns of, and goes on with random weights; without one it stops.
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ def unpack(stored: Stored, module: str, shape: tuple[int, int], scheme: QuantSch
 
 
 def config(schemes: Mapping[str, QuantScheme], linears: list[str]) -> dict[str, Any]:
-    """A method of our own, which other loaders refuse by name."""
+    """What the folder is, and no `quant_method`; see the module docstring."""
     return {
-        "quant_method": METHOD,
+        "format": METHOD,
         "description": "block types of ggml; `qwen3-export gguf` makes the file for llama.cpp from this folder",
         "tensor_types": {name: scheme.label for name, scheme in schemes.items()},
         "ignore": [name for name in linears if name not in schemes],
