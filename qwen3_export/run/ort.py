@@ -50,6 +50,8 @@ class OrtSession:
         settings.log_severity_level = 4
         if (folder / "engine.json").is_file():
             self.runtime = "onnxruntime (the plan's ONNX)"
+        # Products of int8 saturate on x86 without VNNI unless this is set; it changes nothing elsewhere.
+        settings.add_session_config_entry("session.x64quantprecision", "1")
         if options.exact or self.runtime != OrtSession.runtime:
             settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
         if options.exact:

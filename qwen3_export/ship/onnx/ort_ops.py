@@ -1,5 +1,6 @@
 """The decoder in ONNX Runtime's fused operators (`com.microsoft`).
 
+    MatMulInteger    int8 weights beside int8 inputs, see `ship.onnx.w8a8`
     MatMulNBits      B uint8 [out, groups, group·bits/8], low nibble first; scales [out, groups];
                      zero points packed along groups, absent when symmetric (implicit 2^(bits-1))
     GatherBlockQuantized  the same codes and scales as `[vocab, in·bits/8]` and `[vocab, groups]`: a tied
@@ -23,7 +24,7 @@ from qwen3_export.core import pack
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
-from qwen3_export.ship.onnx import qmoe, routed
+from qwen3_export.ship.onnx import qmoe, routed, w8a8
 from qwen3_export.ship.onnx.cache import FloatCache, QuantizedCache
 from qwen3_export.ship.onnx.experts import SparseLayer
 from qwen3_export.ship.onnx.graph import CONTRIB, GraphBuilder
@@ -35,8 +36,10 @@ _INT64, _FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
 
 
 def supports(scheme: QuantScheme) -> str | None:
-    """Why `MatMulNBits` cannot hold a scheme, or None when it can."""
+    """Why neither `MatMulNBits` nor `MatMulInteger` holds a scheme, or None when one does."""
     size = scheme.group_size
+    if w8a8.fits(scheme):
+        return None
     if reason := not_integer(scheme):
         return reason
     if scheme.num_bits not in (2, 4, 8):
@@ -139,7 +142,9 @@ class OrtOps:
         return outputs[3], outputs[0]
 
     def linear(self, x: ir.Value, weight: QuantizedTensor | NDArray, name: str) -> ir.Value:
-        """`MatMulNBits` for codes, `MatMul` for 16-bit weights."""
+        """`MatMulNBits` or, beside int8 inputs, `MatMulInteger` for codes; `MatMul` for 16-bit weights."""
+        if isinstance(weight, QuantizedTensor) and w8a8.fits(weight.scheme):
+            return w8a8.linear(self.graph, x, weight, self.dtype, name)
         if isinstance(weight, QuantizedTensor):
             return self._quantized(x, weight, self._stored(weight, name), name)
         stored = self.graph.float_weight(f"{name}.weight", np.ascontiguousarray(weight.T), self.dtype)
@@ -232,6 +237,9 @@ class OrtOps:
         """Logits; a tied head multiplies by the one stored embedding table."""
         weight, name = (self._tied, EMBEDDING) if table is None else (table, HEAD)
         x = self._order.as_given(x, "head.order")
+        if isinstance(weight, QuantizedTensor) and w8a8.fits(weight.scheme):
+            logits = w8a8.linear(self.graph, x, weight, self.dtype, "head")
+            return self.graph.as_type(logits, self.dtype, ir.DataType.FLOAT, "head.fp32")
         if isinstance(weight, QuantizedTensor):
             logits = self._quantized(x, weight, self._stored(weight, name), "head")
             return self.graph.as_type(logits, self.dtype, ir.DataType.FLOAT, "head.fp32")

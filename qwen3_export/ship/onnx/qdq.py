@@ -127,21 +127,18 @@ def rounded_inputs(graph: GraphBuilder, x: ir.Value, weight: QuantizedTensor | N
     if weight.input_scale is not None:
         return _in_units(graph, x, graph.constant(weight.input_scale, np.float32), scheme, name)
     if scheme.activations == "dynamic-token":
-        return _in_units(graph, x, _dynamic_scale(graph, x, scheme, name), scheme, name)
+        return _in_units(graph, x, dynamic_scale(graph, x, weight, name), scheme, name)
     shape = graph.constant([0, 0, width // ACTIVATION_GROUP, ACTIVATION_GROUP])
     x = graph.op("Reshape", [x, shape], f"{name}.input.groups")
-    x = _in_units(graph, x, _dynamic_scale(graph, x, scheme, name), scheme, name)
+    x = _in_units(graph, x, dynamic_scale(graph, x, weight, name), scheme, name)
     return graph.op("Reshape", [x, graph.constant([0, 0, width])], f"{name}.input.flat")
 
 
-def _dynamic_scale(graph: GraphBuilder, x: ir.Value, scheme: QuantScheme, name: str) -> ir.Value:
-    """The scale of the last axis, from its largest number.
-
-    It brings that number to the end of the type's range.
-    """
+def dynamic_scale(graph: GraphBuilder, x: ir.Value, weight: QuantizedTensor, name: str) -> ir.Value:
+    """The scale that brings the largest of the last axis to the end of the type's range."""
     size = graph.op("Abs", [x], f"{name}.input.abs")
     largest = graph.op("ReduceMax", [size, graph.constant([-1])], f"{name}.input.max", keepdims=1)
-    unit = graph.constant(448.0 if scheme.type == "float" else 127.5, np.float32)
+    unit = graph.constant(448.0 if weight.scheme.type == "float" else 127.5, np.float32)
     share = graph.op("Div", [largest, unit], f"{name}.input.share")
     return graph.op("Max", [share, graph.constant(np.finfo(np.float32).tiny, np.float32)], f"{name}.input.scale")
 

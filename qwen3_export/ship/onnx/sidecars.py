@@ -8,6 +8,7 @@ from typing import Any
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.qwen3 import Qwen3Config
 from qwen3_export.core.tokenizer_files import id_lookup, sampling_defaults, special_id, stop_ids
+from qwen3_export.ship.onnx import w8a8
 from qwen3_export.ship.onnx.target import Files, Target, web_dtype
 
 # With shared buffers onnxruntime-genai allocates the whole cache for max_length before it starts.
@@ -57,7 +58,7 @@ def genai_config(checkpoint: Checkpoint, target: Target, files: Files, shares_ca
             **_special_ids(checkpoint.folder),
             "decoder": {
                 "filename": files.model,
-                "session_options": {"provider_options": provider},
+                "session_options": {**_session(checkpoint), "provider_options": provider},
                 "hidden_size": config.hidden_size,
                 "head_size": config.head_dim,
                 "num_attention_heads": config.num_heads,
@@ -101,3 +102,8 @@ def _special_ids(folder: Path) -> dict[str, Any]:
     }
     marks = {name: id_of(mark) for name, mark in _MARKS.items()}
     return ids | {name: found for name, found in marks.items() if found is not None}
+
+
+def _session(checkpoint: Checkpoint) -> dict[str, str]:
+    """What ONNX Runtime must be told for this model."""
+    return w8a8.SESSION if any(w8a8.fits(scheme) for scheme in checkpoint.schemes.values()) else {}

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
-from qwen3_export.ship.onnx import qdq, routed
+from qwen3_export.ship.onnx import qdq, routed, w8a8
 from qwen3_export.ship.onnx.experts import SparseLayer
 from qwen3_export.ship.onnx.graph import GraphBuilder
 
@@ -132,6 +132,8 @@ class StandardOps:
         Inputs are rounded where the scheme says so.
         """
         if isinstance(weight, QuantizedTensor):
+            if w8a8.fits(weight.scheme) and not self._tensorrt:
+                return w8a8.linear(self.graph, x, weight, self.dtype, name)
             if self._tensorrt:
                 x = qdq.static_inputs(self.graph, x, weight, self.dtype, name)
             else:
@@ -210,7 +212,7 @@ class StandardOps:
     def head(self, x: ir.Value, table: QuantizedTensor | NDArray | None) -> ir.Value:
         """Logits in fp32; a tied head multiplies by the transposed embedding, stored once."""
         if isinstance(table, QuantizedTensor):
-            logits = self.graph.op("MatMul", [x, self._matrix(table, HEAD)], "head")
+            logits = self.linear(x, table, HEAD)
             return self.graph.as_type(logits, self.dtype, _FLOAT, "head.fp32")
         stored = self._table if table is None else self.graph.float_weight(f"{HEAD}.weight", table, self.dtype)
         matrix = self.graph.as_type(stored, stored.dtype, self.dtype, "head.cast")
