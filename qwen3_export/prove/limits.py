@@ -161,16 +161,24 @@ def _impossible(limit: Limit, number: float) -> tuple[str, str | None] | None:
     return None
 
 
-def refuse_unmeasurable(limits: Mapping[str, float], domains: tuple[str, ...]) -> None:
-    """Raise InputError for a limit on a domain that the text lacks."""
+def refuse_unmeasurable(limits: Mapping[str, float], domains: tuple[str, ...], measured: Mapping[str, bool]) -> None:
+    """Raise InputError for a limit on what will not be measured.
+
+    `domains`: those of the reference's text. `measured`: whether `tasks`, `sidecars`, `thinking` and
+    `no_thinking` will be there; what is not named will be.
+    """
     known = sorted(set(domains))
     for name in limits:
         limit = limit_named(name)
         if limit is None:
             raise InputError(f"{name}: no such limit", _known())
-        domain = limit.path.removeprefix("domains.").rsplit(".", 1)[0]
-        if limit.path.startswith("domains.") and domain not in known:
+        section, _, rest = limit.path.partition(".")
+        if section == "domains" and (domain := rest.rsplit(".", 1)[0]) not in known:
             raise InputError(f"{name}: the reference's text has no domain {domain!r}", f"it has {', '.join(known)}")
+        part = rest.partition(".")[0] if section == "generation" else section
+        if not measured.get(part, True):
+            remedy = "give --tasks FILE" if part == "tasks" else "write the reference anew with this version"
+            raise InputError(f"{name}: there are no {part} to be compared with", remedy)
 
 
 def refuse_without_experts(limits: Mapping[str, float], artifact: Path, experts: Mapping[str, Any] | None) -> None:

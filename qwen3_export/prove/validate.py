@@ -71,7 +71,9 @@ def validate(
     measured too, with the fields of `prove.latency.bench`. `tasks` are answered by both models.
     """
     limits = {name: parse_limit(name, value) for name, value in (limits or {}).items()}
-    refuse_unmeasurable(limits, reference.samples.domains)
+    chats, sidecars = reference.chats is not None, reference.sidecars is not None
+    measured = {"tasks": bool(tasks), "sidecars": sidecars, "thinking": chats, "no_thinking": chats}
+    refuse_unmeasurable(limits, reference.samples.domains, measured)
     right = reference.tasks_right(tasks, progress) if tasks else []
     results = [_validate_one(artifact, reference, limits, options, progress, tasks, right) for artifact in artifacts]
     if any(is_latency(name) for name in limits):

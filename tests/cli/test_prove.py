@@ -253,14 +253,17 @@ def test_compare(reports: dict[str, Path], tmp_path: Path) -> None:
 
 def test_limits_of_a_gate_file_are_measured_or_refused_first(made: dict[str, Path], tmp_path: Path) -> None:
     gate = tmp_path / "gate.yaml"
-    gate.write_text("max_bytes: 90MB\ndomains: {math: {max_kl: 0.9}}\nmin_decode_tokens_per_second: 0.01\n")
+    gate.write_text(
+        "max_bytes: 90MB\ndomains: {math: {max_kl: 0.9}}\nmin_decode_tokens_per_second: 0.01\n"
+        "thinking: {max_extra_loops: 8}\nno_thinking: {min_agreement: 0}\n"
+    )
     common = ("validate", made["gguf"], "--reference", made["reference"], "--threads", "1", "--gate", gate, "--json")
     result = call(*common).json["results"][0]
-    assert [item["passed"] for item in result["gate"]["checks"]] == [True] * 3
+    assert [item["passed"] for item in result["gate"]["checks"]] == [True] * 5
     assert result["decode"]["tokens_per_second_p50"] > 0.01
     bench = ("bench", made["gguf"], "--prompt-tokens", "16", "--new-tokens", "2", "--repeat", "1", "--threads", "1")
     outcome = call(*bench, "--gate", gate, "--json")
-    assert "note: 2 limits" in outcome.err
+    assert "note: 4 limits" in outcome.err
     assert [item["name"] for item in outcome.json["results"][0]["gate"]["checks"]] == ["min_decode_tokens_per_second"]
     gate.write_text("min_decode_tokens_per_second: 1e9\n")
     failed = call(*bench, "--gate", gate)

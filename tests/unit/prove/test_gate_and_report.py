@@ -268,9 +268,24 @@ def test_limits_of_a_domain_and_of_thinking(tmp_path: Path) -> None:
     verdict = check(result, limits)
     assert [item["passed"] for item in verdict["checks"]] == [True, False, True, True, False, True]
     assert [item["value"] for item in verdict["checks"]] == [0.01, 0.02, 0.8, 1.5, 1, 0.5]
-    refuse_unmeasurable(limits, ("code", "v1.2"))
+    refuse_unmeasurable(limits, ("code", "v1.2"), {})
     with pytest.raises(InputError, match=r"domains\.code\.max_kl: the reference's text has no domain 'code'"):
-        refuse_unmeasurable(limits, ("prose", "v1.2"))
+        refuse_unmeasurable(limits, ("prose", "v1.2"), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("max_right_to_wrong", "tasks"),
+        ("max_changed_sidecars", "sidecars"),
+        ("thinking.max_extra_loops", "thinking"),
+        ("no_thinking.min_agreement", "no_thinking"),
+    ],
+)
+def test_a_limit_on_what_is_not_measured_is_refused(name: str, part: str) -> None:
+    with pytest.raises(InputError, match=f"{name}: there are no {part} to be compared with"):
+        refuse_unmeasurable({"max_kl": 1.0, name: 1.0}, (), {part: False})
+    refuse_unmeasurable({"max_kl": 1.0, name: 1.0}, (), {part: True})
 
 
 def test_what_was_not_measured_fails_its_limit() -> None:
