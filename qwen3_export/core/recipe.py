@@ -31,21 +31,25 @@ import difflib
 import fnmatch
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qwen3_export.core.files import read_yaml
-from qwen3_export.core.qwen3 import EMBEDDING, HEAD
+from qwen3_export.core.gguf_types import FILE_TYPES, module_types
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
 from qwen3_export.core.resources import resource
-from qwen3_export.core.scheme import QuantScheme, check_keys, scheme_of_type
+from qwen3_export.core.scheme import GGML_TYPES, QuantScheme, check_keys, scheme_of_type
 from qwen3_export.errors import RecipeError
 
 DEFAULT_LAYOUT = "compressed-tensors"
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 FALLBACKS = ("share", "rtn")
 _MOST_TOKENS, _MOST_FLOOR = 1 << 20, 10**9
-_KEYS = ["name", "description", "method", "rules", "options", "calibration", "experts", "layout"]
+_KEYS = ["name", "description", "method", "rules", "file_type", "options", "calibration", "experts", "layout"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,10 @@ class ExpertRule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A validated recipe. `options` belong to the method and are checked by it."""
+    """A validated recipe. `options` belong to the method and are checked by it.
+
+    `file_type` names a mix of llama.cpp (`q4_k_m`): what no rule names gets the type that the mix gives it.
+    """
 
     name: str
     method: str
@@ -109,6 +116,18 @@ class Recipe:
     calibration: Mapping[str, int] = field(default_factory=dict)
     experts: ExpertRule = ExpertRule()
     layout: str = DEFAULT_LAYOUT
+    file_type: str = ""
+
+    def for_model(self, config: Qwen3Config) -> Recipe:
+        """The recipe with its file type spelled out as rules for the matrices of one model."""
+        if not self.file_type:
+            return self
+        types = module_types(config, self.file_type, weighed=self.method != "rtn")
+        names = {_EXPERT.sub(".experts.*.", module): name for module, name in types.items()}
+        common = Counter(name for module, name in names.items() if module not in (EMBEDDING, HEAD)).most_common(1)[0][0]
+        named = {module: name for module, name in names.items() if name != common or module in (EMBEDDING, HEAD)}
+        rules = [Rule(module, _scheme(name)) for module, name in named.items()]
+        return dataclasses.replace(self, rules=(*self.rules, *rules, Rule("*", _scheme(common))), file_type="")
 
     def scheme_for(self, module: str) -> QuantScheme | None:
         """The scheme of one matrix, by module name.
@@ -164,6 +183,7 @@ class Recipe:
             "calibration": dict(self.calibration),
             "experts": dataclasses.asdict(self.experts),
             "layout": self.layout,
+            **({"file_type": self.file_type} if self.file_type else {}),
         }
 
     @property
@@ -194,16 +214,25 @@ class Recipe:
                 raise RecipeError(
                     f"{where}, calibration: {key} is {value!r}, a positive number up to {_MOST_TOKENS:,} was expected"
                 )
+        file_type = values.get("file_type", "")
+        if file_type and file_type not in FILE_TYPES:
+            raise RecipeError(f"{where}: file_type is {file_type!r}; one of {', '.join(FILE_TYPES)} was expected")
         return cls(
             name=values["name"],
             method=values["method"],
-            rules=_rules(values.get("rules"), where),
+            rules=() if file_type and not values.get("rules") else _rules(values.get("rules"), where),
+            file_type=file_type,
             description=str(values.get("description", "")),
             options=options,
             calibration=calibration,
             experts=ExpertRule.from_dict({} if experts is None else experts, f"{where}, experts"),
             layout=str(values.get("layout", DEFAULT_LAYOUT)),
         )
+
+
+def _scheme(type_name: str) -> QuantScheme | None:
+    """The scheme of a ggml type; None for one of 16 bits."""
+    return scheme_of_type(type_name) if type_name in GGML_TYPES else None
 
 
 def _check_outer(name: str, scheme: QuantScheme) -> None:

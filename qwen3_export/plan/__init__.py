@@ -59,6 +59,7 @@ def plan(
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
         raise InputError(f"--format {unknown[0]}: one of {', '.join(FORMATS)} was expected")
+    recipe = recipe.for_model(checkpoint.config)
     reasons = _recipe_reasons(checkpoint, recipe)
     fits = not reasons
     folder = folder_of(settings.layout or recipe.layout)
@@ -198,6 +199,7 @@ def check_target(
     """
     from qwen3_export.solve.quantize import check_recipe
 
+    recipe = recipe.for_model(checkpoint.config)
     check_recipe(checkpoint, recipe, settings.layout or recipe.layout)
     check(as_quantized(checkpoint, recipe))
     _, length = settings.size(recipe)

@@ -30,6 +30,9 @@ from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import Samples, calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 
+# Methods that know ggml's block types.
+_BLOCK_METHODS = ("rtn", "gptq")
+
 
 def quantize(
     checkpoint: Checkpoint, recipe: Recipe, output: Path, settings: QuantizeSettings, progress: Progress | None = None
@@ -39,7 +42,7 @@ def quantize(
     Raises RecipeError, InputError or ResourceError before the long work when it cannot succeed. A run
     that was stopped goes on from its last finished block and ends with the same bytes.
     """
-    progress, started = progress or Progress(), time.monotonic()
+    progress, started, recipe = progress or Progress(), time.monotonic(), recipe.for_model(checkpoint.config)
     checkpoint.hash_ahead()
     inputs = (checkpoint.folder, settings.calibration)
     check_output(output, inputs, settings.force)
@@ -136,10 +139,10 @@ def _check_layout(checkpoint: Checkpoint, recipe: Recipe, name: str) -> None:
     chosen, matrices = layout(name), checkpoint.config.all_matrices()
     schemes = {module: scheme for module in matrices if (scheme := recipe.scheme_for(module))}
     for module, scheme in schemes.items():
-        if scheme.ggml_type is not None:
+        if scheme.ggml_type is not None and recipe.method not in _BLOCK_METHODS:
             raise RecipeError(
                 f"{module} ({scheme.label}): method {recipe.method} does not solve block types of ggml",
-                f"`qwen3-export gguf SOURCE --type {scheme.label}` rounds to nearest",
+                f"use method: {' or '.join(_BLOCK_METHODS)}",
             )
         if reason := chosen.supports(scheme):
             raise RecipeError(

@@ -10,15 +10,17 @@ float, whose zero point is 0. `weight = (code - zero) * scale` holds for all of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen3_export.core.scheme import QuantScheme
-from qwen3_export.core.tensor import LARGEST_SCALE, SMALLEST_SCALE
+from qwen3_export.core.tensor import LARGEST_SCALE, SMALLEST_SCALE, block_specs
 from qwen3_export.errors import RecipeError
 from qwen3_export.model.activations import round_e4m3
 from qwen3_export.model.table import to_numpy
@@ -35,18 +37,52 @@ TORCH_SCALES = {
 LARGEST_FLOAT = {4: 6.0, 8: 448.0}
 # Weights that are rounded at once.
 _CACHED_WEIGHTS = 1 << 16
+# In place of a scale of zero: any code times it vanishes.
+_NO_SCALE = 1e-30
 
 
 @dataclass(frozen=True)
 class Grid:
     """Scales and zero points `[rows, groups]` in fp32.
 
-    The scales are exact in the scheme's storage type.
+    The scales are exact in the scheme's storage type. Of a block type of ggml, `fields` are the arrays that are stored,
+    `[rows, …]`, and zero points are what makes (code − zero) · scale of code · scale + offset: no integers where the
+    type has mins.
     """
 
     scheme: QuantScheme
     scales: Tensor
     zeros: Tensor
+    fields: Mapping[str, NDArray] = field(default_factory=dict)
+
+    @staticmethod
+    def below(grids: Sequence[Grid]) -> Grid:
+        """Grids of rows, one below the other."""
+        fields = {key: np.concatenate([grid.fields[key] for grid in grids]) for key in grids[0].fields}
+        scales, zeros = (torch.cat([getattr(grid, key) for grid in grids]) for key in ("scales", "zeros"))
+        return Grid(grids[0].scheme, scales, zeros, fields)
+
+    @staticmethod
+    def side_by_side(grids: Sequence[Grid]) -> Grid:
+        """Grids of columns of the same rows, in their order."""
+        fields = {key: np.concatenate([grid.fields[key] for grid in grids], axis=1) for key in grids[0].fields}
+        scales, zeros = (torch.cat([getattr(grid, key) for grid in grids], dim=1) for key in ("scales", "zeros"))
+        return Grid(grids[0].scheme, scales, zeros, fields)
+
+    def rows(self, chosen: slice) -> Grid:
+        """The grid of some rows."""
+        fields = {key: array[chosen] for key, array in self.fields.items()}
+        return Grid(self.scheme, self.scales[chosen], self.zeros[chosen], fields)
+
+    def without_offsets(self) -> Grid:
+        """The grid of a block type for weights whose offsets were taken out: zero points are integers."""
+        middle = _middle(self.scheme)
+        return Grid(self.scheme, self.scales, torch.full_like(self.zeros, middle), self.fields)
+
+    def offsets_of_columns(self, count: int) -> Tensor:
+        """What a block type adds to every weight, `[rows, count]`; 0 for a type without mins."""
+        offsets = (_middle(self.scheme) - self.zeros) * self.scales
+        return offsets.repeat_interleave(count // offsets.shape[1], 1)
 
     def columns(self, shape: Sequence[int]) -> Grid:
         """The same grid with one entry per weight, `[out, in]`."""
@@ -56,7 +92,30 @@ class Grid:
             values = values.repeat_interleave(wide, 1)[:, : shape[1]]
             return values if tall == 1 else values.repeat_interleave(tall, 0)[: shape[0]]
 
-        return Grid(self.scheme, spread(self.scales), spread(self.zeros))
+        return Grid(self.scheme, spread(self.scales), spread(self.zeros), self.fields)
+
+
+def _middle(scheme: QuantScheme) -> float:
+    """The code that stands for zero in a block type; codebooks have values in place of codes."""
+    block = scheme.block_type
+    return 0.0 if block is None or block.has_mins or block.values is not None else float(1 << (block.num_bits - 1))
+
+
+def block_grid(weight: Tensor, scheme: QuantScheme, importance: Tensor | None = None) -> Grid:
+    """The grid of a block type of ggml for a weight `[rows, in]`, searched with each column's `importance` `[in]`."""
+    from qwen3_export import ggml
+
+    ggml.import_loops()
+    weighed = None if importance is None else importance.float().cpu().numpy()
+    tensor = ggml.round_rows("", to_numpy(weight.cpu()), scheme, weighed).tensor
+    scales = torch.from_numpy(tensor.scales32.astype(np.float32)).to(weight.device)
+    # A group whose scale is zero takes any code: each stands for the offset alone.
+    scales = torch.where(scales == 0, _NO_SCALE, scales)
+    zeros = torch.full_like(scales, _middle(scheme))
+    if (offsets := tensor.offsets32) is not None:
+        zeros -= torch.from_numpy(offsets).to(weight.device) / scales
+    fields = {key: getattr(tensor, key) for key in block_specs(scheme, tensor.shape)}
+    return Grid(scheme, scales, zeros, fields)
 
 
 def round_scale(scale: Tensor, scheme: QuantScheme, global_scale: float = 1.0) -> Tensor:
@@ -81,6 +140,8 @@ def round_to(weight: Tensor, scales: Tensor, zeros: Tensor, scheme: QuantScheme)
     They are `clamp(round(w / s) + z, 0, max_code)`, or the nearest float of the scheme's type.
     """
     units = weight / scales
+    if scheme.block_type is not None:
+        return _block_code(units, zeros, scheme)
     if scheme.type == "int":
         return units.round_().add_(zeros).clamp_(0, scheme.max_code)
     if scheme.num_bits == 8:
@@ -89,6 +150,15 @@ def round_to(weight: Tensor, scales: Tensor, zeros: Tensor, scheme: QuantScheme)
     size = units.abs()
     step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
     return torch.round(units / step) * step
+
+
+def _block_code(units: Tensor, zeros: Tensor, scheme: QuantScheme) -> Tensor:
+    """The nearest code of a block type, or the nearest value of its codebook."""
+    assert scheme.block_type is not None
+    if scheme.block_type.values is None:
+        return units.add_(zeros).round_().clamp_(0, scheme.max_code)
+    values = torch.tensor(scheme.block_type.values, dtype=torch.float32, device=units.device)
+    return values[torch.bucketize(units, (values[1:] + values[:-1]) / 2)]
 
 
 def round_onto(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -139,6 +209,8 @@ def find_grid(
     """
     if search not in SEARCHES:
         raise RecipeError(f"scale_search is {search!r}; one of {list(SEARCHES)} was expected")
+    if scheme.block_type is not None:
+        return block_grid(weight, scheme, importance if importance is None or importance.ndim == 1 else None)
     groups = cut(weight, scheme)
     if importance is not None and search == "mse":
         importance = cut(importance.expand(scheme.rows_per_scale(len(weight)), -1), scheme)

@@ -68,6 +68,10 @@ def solve_rows(
 
     pieces = pool.map(piece_of, cut or row_chunks(weight, scheme))
     codes = torch.cat([piece.codes for piece in pieces]).numpy()
+    error = ratio(name, sum(piece.error for piece in pieces), sum(piece.total for piece in pieces))
+    if scheme.block_type is not None:
+        fields: dict[str, Any] = dict(Grid.below([piece.grid for piece in pieces]).fields)
+        return SolvedWeight(QuantizedTensor(name, codes.shape, scheme, codes, **fields), error)
     scales = torch.cat([piece.grid.scales for piece in pieces])
     if scheme.scale_dtype == "e4m3":
         scales = scales * global_scale
@@ -86,14 +90,17 @@ def solve_rows(
         global_scale=global_scale if scheme.scale_dtype == "e4m3" else None,
         input_scale=_input_scale(group.input_peak, scheme) if static else None,
     )
-    return SolvedWeight(tensor, ratio(name, sum(piece.error for piece in pieces), sum(piece.total for piece in pieces)))
+    return SolvedWeight(tensor, error)
 
 
 def _code_bytes(codes: Tensor, scheme: QuantScheme) -> Tensor:
     """Codes as they are stored, one per byte, in this machine's memory."""
     if codes.dtype == torch.uint8:
         return codes
-    if scheme.type == "int":
+    block = scheme.block_type
+    if block is not None and block.values is not None:
+        return torch.bucketize(codes, torch.tensor(block.values, dtype=torch.float32)).to(torch.uint8)
+    if scheme.type != "float":
         # numpy converts several times as fast as torch.
         return torch.from_numpy(codes.cpu().numpy().astype(np.uint8))
     if scheme.num_bits == 8:

@@ -148,7 +148,7 @@ def test_the_solve_is_the_transcribed_recursion(monkeypatch: pytest.MonkeyPatch)
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(20, 32, generator=random)
     pieces = [_information(12, random), _information(8, random)]
-    grid, codes = noise_shaping.solve_shaped(weight, noise_shaping.fisher_factors(pieces), plain_round, SCHEME)
+    grid, codes = noise_shaping.solve_shaped(weight, noise_shaping.fisher_factors(pieces), plain_round)
     begin = 0
     for piece in pieces:
         rest = weight[begin : begin + len(piece)].double().clone()
@@ -176,15 +176,13 @@ def test_shaping_lowers_its_objective_where_outputs_depend_on_each_other() -> No
         return float(((information.double() @ delta) * delta).sum())
 
     assert cost(
-        *noise_shaping.solve_shaped(weight, noise_shaping.fisher_factors([information]), plain_round, SCHEME)
+        *noise_shaping.solve_shaped(weight, noise_shaping.fisher_factors([information]), plain_round)
     ) < 0.8 * cost(*plain_round(weight))
 
 
 def test_rows_that_nothing_depends_on_are_left_to_the_plain_solve() -> None:
     weight = torch.randn(40, 32, generator=torch.Generator().manual_seed(2))
-    grid, codes = noise_shaping.solve_shaped(
-        weight, noise_shaping.fisher_factors([torch.zeros(40, 40)]), plain_round, SCHEME
-    )
+    grid, codes = noise_shaping.solve_shaped(weight, noise_shaping.fisher_factors([torch.zeros(40, 40)]), plain_round)
     plain = plain_round(weight)
     assert torch.equal(codes, plain[1])
     assert torch.equal(grid.scales, plain[0].scales)

@@ -25,6 +25,7 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import RecipeError
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.method import FOLDS, LinearGroup, SolvedWeight, check_choice
+from qwen3_export.solve.methods.gptq.block_types import block_columns, solve_block_type
 from qwen3_export.solve.methods.gptq.cholesky import Factor, damped, factorise
 from qwen3_export.solve.methods.gptq.columns import multiply, round_block
 from qwen3_export.solve.methods.gptq.noise_shaping import fisher_factors, row_tasks, solve_shaped
@@ -124,7 +125,9 @@ def _problem(group: LinearGroup, scheme: QuantScheme, options: Options, pool: Wo
     hessian, (first, *_) = group.hessian, group.weights
     assert hessian is not None
     order = None
-    if options.scale_search == "solve" and scheme.strategy == "group":
+    if scheme.block_type is not None:
+        order = group_order(hessian, block_columns(scheme))
+    elif options.scale_search == "solve" and scheme.strategy == "group":
         order = group_order(hessian, scheme.group_length(len(hessian)))
     factor = factorise(hessian, options.percdamp, options.act_order, first, order, pool)
     to_refit = damped(hessian, options.percdamp) if options.descent > 1 else None
@@ -165,7 +168,7 @@ def _solve_chunk(target: Tensor, problem: Problem, uppers: list[Tensor], out_row
     """
     own = [u for begin, u in zip(_begins(uppers), uppers, strict=True) if out_rows.start <= begin < out_rows.stop]
     part, solve_rows_of = target[out_rows], partial(_solve_rows, problem=problem)
-    grid, codes = solve_shaped(part, own, solve_rows_of, problem.scheme) if own else solve_rows_of(part)
+    grid, codes = solve_shaped(part, own, solve_rows_of) if own else solve_rows_of(part)
     full = grid.columns(part.shape)
     delta = (codes - full.zeros) * full.scales - part
     error, total = (quadratic_form(matrix, problem.hessian, problem.matmul_dtype) for matrix in (delta, part))
@@ -178,6 +181,8 @@ def _solve_rows(weight: Tensor, problem: Problem) -> tuple[Grid, Tensor]:
     GPTQ comes first, then passes of descent with the scales refitted between them.
     """
     scheme, factor, unit, options = problem.scheme, problem.factor, problem.global_scale, problem.options
+    if scheme.block_type is not None:
+        return solve_block_type(weight, scheme, factor, options.descent, problem.matmul_dtype)
     if options.scale_search == "solve" and scheme.strategy == "group":
         codes, grid = search_columns(weight, scheme, factor.order, factor.upper, unit, problem.matmul_dtype)
     else:

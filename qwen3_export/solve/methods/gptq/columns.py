@@ -98,7 +98,8 @@ def multiply(left: Tensor, right: Tensor, matmul_dtype: torch.dtype) -> Tensor:
 
 
 def _is_compiled(values: Tensor, scheme: QuantScheme) -> bool:
-    return scheme.type == "int" and values.device.type == "cpu"
+    integers = scheme.type == "int" or (scheme.block_type is not None and scheme.block_type.values is None)
+    return integers and values.device.type == "cpu"
 
 
 def _arrays(*tensors: Tensor) -> list[Any]:

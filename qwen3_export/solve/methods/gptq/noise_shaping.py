@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.solve.rounding.grid import Grid
 
 BATCH = 8
@@ -57,27 +57,29 @@ def row_tasks(count: int) -> list[slice]:
     return [slice(begin, min(begin + step, count)) for begin in range(0, count, step)]
 
 
-def solve_shaped(weight: Tensor, uppers: Sequence[Tensor], solve: Solve, scheme: QuantScheme) -> tuple[Grid, Tensor]:
+def solve_shaped(weight: Tensor, uppers: Sequence[Tensor], solve: Solve) -> tuple[Grid, Tensor]:
     """Solve rows `[out, in]` whose pieces have the factors `uppers`.
 
     The grid and codes of all rows.
     """
     lengths = [len(upper) for upper in uppers]
     rest = list(torch.split(weight.clone(), lengths))
-    parts: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in rest]
+    parts: list[list[tuple[Grid, Tensor]]] = [[] for _ in rest]
     for begin in range(0, max(lengths), BATCH):
         batch = [piece[begin : begin + BATCH] for piece in rest]
         grid, codes = solve(torch.cat(batch))
         full = grid.columns(codes.shape)
         errors = torch.cat(batch) - (codes - full.zeros) * full.scales
         sizes = [len(piece) for piece in batch]
-        split = [torch.split(values, sizes) for values in (errors, grid.scales, grid.zeros, codes)]
+        split = torch.split(errors, sizes)
+        ends = list(accumulate(sizes))
         for i, upper in enumerate(uppers):
-            parts[i].append((split[1][i], split[2][i], split[3][i]))
+            own = slice(ends[i] - sizes[i], ends[i])
+            parts[i].append((grid.rows(own), codes[own]))
             end = begin + sizes[i]
             if sizes[i] and end < lengths[i]:
-                own = upper[begin:end, begin:end].T.contiguous()
-                made_up = torch.linalg.solve_triangular(own, split[0][i], upper=False)
+                lower = upper[begin:end, begin:end].T.contiguous()
+                made_up = torch.linalg.solve_triangular(lower, split[i], upper=False)
                 rest[i][end:].addmm_(upper[begin:end, end:].T, made_up, alpha=-1)
-    scales, zeros, codes = (torch.cat([item[k] for part in parts for item in part]) for k in range(3))
-    return Grid(scheme, scales, zeros), codes
+    grids, found = zip(*(item for part in parts for item in part), strict=True)
+    return Grid.below(grids), torch.cat(found)

@@ -1,0 +1,56 @@
+"""GPTQ on ggml's block types: super-block scales and mins first, then codes column by column, then descent.
+
+    for each block of 256 columns (32 for the simple types), the one with the most mass of diag H first:
+        grid    the importance-weighted search of `qwen3_export.ggml`, on the weights as the solve has left them;
+                a column's importance is 1 / U_jj², what an error there costs once later columns have made up for it
+        codes   GPTQ's recursion on that grid; later blocks make up for what is left
+
+A block's weights are `code · scale + offset`. Offsets are taken out of the weights before the columns are rounded, so
+that the loops for integers serve here too: W − O is rounded onto code · scale, and the error is the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.solve.methods.gptq.cholesky import Factor
+from qwen3_export.solve.methods.gptq.columns import multiply, round_block
+from qwen3_export.solve.methods.gptq.refine import descend
+from qwen3_export.solve.rounding.grid import Grid, block_grid
+
+
+def block_columns(scheme: QuantScheme) -> int:
+    """Columns that share a block, and so are solved with one grid."""
+    assert scheme.block_type is not None
+    return scheme.block_type.block
+
+
+def solve_block_type(
+    weight: Tensor, scheme: QuantScheme, factor: Factor, descents: int, matmul_dtype: torch.dtype = torch.float32
+) -> tuple[Grid, Tensor]:
+    """Grid and codes `[out, in]` of a weight; `factor.order` keeps the columns of a block together."""
+    length, order = block_columns(scheme), factor.order
+    rest, codes = weight.T[order].contiguous(), torch.empty_like(weight.T)
+    importance = factor.upper.diagonal().square().reciprocal()
+    grids: dict[int, Grid] = {}
+    for begin in range(0, len(rest), length):
+        own = slice(begin, begin + length)
+        inside = order[own] % length
+        natural = torch.empty_like(inside)
+        natural[inside] = torch.arange(length, device=inside.device)
+        grid = block_grid(rest[own][natural].T.contiguous(), scheme, importance[own][natural])
+        plain, offsets = grid.without_offsets(), grid.offsets_of_columns(length)
+        columns = plain.columns((weight.shape[0], length))
+        shifted = rest[own] - offsets[:, inside].T
+        scales, zeros = columns.scales.T[inside].contiguous(), columns.zeros.T[inside].contiguous()
+        codes[order[own]], errors = round_block(shifted, scales, zeros, factor.upper[own, own], scheme)
+        rest[own.stop :].sub_(multiply(factor.upper[own, own.stop :].T, errors, matmul_dtype))
+        grids[int(order[begin]) // length] = grid
+    grid = Grid.side_by_side([grids[block] for block in sorted(grids)])
+    found = codes.T.contiguous()
+    shifted = weight - grid.offsets_of_columns(weight.shape[1])
+    for _ in range(descents):
+        found = descend(shifted, found, grid.without_offsets(), factor.damped, order, matmul_dtype)
+    return grid, found
