@@ -119,7 +119,7 @@ class Recipe:
     file_type: str = ""
 
     def for_model(self, config: Qwen3Config) -> Recipe:
-        """The recipe with its file type spelled out as rules for the matrices of one model."""
+        """The recipe with its file type spelled out as rules for one model."""
         if not self.file_type:
             return self
         types = module_types(config, self.file_type, weighed=self.method != "rtn")

@@ -75,12 +75,15 @@ class Grid:
         return Grid(self.scheme, self.scales[chosen], self.zeros[chosen], fields)
 
     def without_offsets(self) -> Grid:
-        """The grid of a block type for weights whose offsets were taken out: zero points are integers."""
+        """The grid of a block type for weights whose offsets were taken out.
+
+        Zero points are integers then.
+        """
         middle = _middle(self.scheme)
         return Grid(self.scheme, self.scales, torch.full_like(self.zeros, middle), self.fields)
 
     def offsets_of_columns(self, count: int) -> Tensor:
-        """What a block type adds to every weight, `[rows, count]`; 0 for a type without mins."""
+        """What a block type adds to every weight, `[rows, count]`."""
         offsets = (_middle(self.scheme) - self.zeros) * self.scales
         return offsets.repeat_interleave(count // offsets.shape[1], 1)
 
@@ -96,13 +99,16 @@ class Grid:
 
 
 def _middle(scheme: QuantScheme) -> float:
-    """The code that stands for zero in a block type; codebooks have values in place of codes."""
+    """The code of a block type that stands for zero; 0 for codebooks."""
     block = scheme.block_type
     return 0.0 if block is None or block.has_mins or block.values is not None else float(1 << (block.num_bits - 1))
 
 
 def block_grid(weight: Tensor, scheme: QuantScheme, importance: Tensor | None = None) -> Grid:
-    """The grid of a block type of ggml for a weight `[rows, in]`, searched with each column's `importance` `[in]`."""
+    """The grid of a block type of ggml for a weight `[rows, in]`.
+
+    The search weighs each column's errors by its `importance` `[in]`.
+    """
     from qwen3_export import ggml
 
     ggml.import_loops()

@@ -1,4 +1,4 @@
-"""GPTQ on ggml's block types: super-block scales and mins first, then codes column by column, then descent.
+"""GPTQ on ggml's block types: scales and mins first, then codes, then descent.
 
     for each block of 256 columns (32 for the simple types), the one with the most mass of diag H first:
         grid    the importance-weighted search of `qwen3_export.ggml`, on the weights as the solve has left them;
@@ -30,7 +30,10 @@ def block_columns(scheme: QuantScheme) -> int:
 def solve_block_type(
     weight: Tensor, scheme: QuantScheme, factor: Factor, descents: int, matmul_dtype: torch.dtype = torch.float32
 ) -> tuple[Grid, Tensor]:
-    """Grid and codes `[out, in]` of a weight; `factor.order` keeps the columns of a block together."""
+    """Grid and codes of a weight `[out, in]`.
+
+    `factor.order` keeps the columns of a block together.
+    """
     length, order = block_columns(scheme), factor.order
     rest, codes = weight.T[order].contiguous(), torch.empty_like(weight.T)
     importance = factor.upper.diagonal().square().reciprocal()
