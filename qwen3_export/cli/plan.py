@@ -48,7 +48,7 @@ def plan(
     """
     chosen, checkpoint = load_recipe(recipe), open_source(source)
     limit = parse_bytes(memory) if memory else None
-    from qwen3_export.plan import plan as run
+    from qwen3_export.preflight import plan as run
     from qwen3_export.solve.job import QuantizeSettings
 
     show = console(json, quiet, verbose)

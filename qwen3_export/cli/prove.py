@@ -106,6 +106,7 @@ def validate(
     exact: Annotated[bool, typer.Option("--exact", help="The runtime's highest-precision mode.")] = False,
     threads: Threads = None,
     report: Report = None,
+    card: Annotated[bool, typer.Option("--card", help="Write the figures into each folder's model card.")] = False,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -135,6 +136,10 @@ def validate(
     result = run(paths, truth, limits, RuntimeOptions(threads=threads, exact=exact), show, on, asked)
     if report:
         write_report(report, result, force)
+    if card:
+        from qwen3_export.api import write_measured
+
+        show.note(f"model cards written: {', '.join(write_measured(result)) or 'none, no artifact has one'}")
     append_summary(result, "Validation")
     if truth.is_lower_bound and "max_kl" in limits:
         show.say("note: the reference keeps the likeliest tokens only: KL is a lower bound, a pass of max_kl is weak")

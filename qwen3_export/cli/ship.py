@@ -106,7 +106,7 @@ def _prepared(
         yield checkpoint
         return
     with uninterrupted():
-        from qwen3_export.plan import check_target
+        from qwen3_export.preflight import check_target
         from qwen3_export.solve.quantize import quantize
 
     chosen = load_recipe(recipe)

@@ -16,6 +16,7 @@ from typing import Any
 
 from qwen3_export import __version__
 from qwen3_export.core.files import read_object
+from qwen3_export.core.model_card import write_card
 from qwen3_export.errors import InputError
 
 MANIFEST = "qwen3-export.json"
@@ -71,9 +72,10 @@ def to_json(values: Any) -> str:
 
 
 def write_manifest(folder: Path, kind: str, values: dict[str, Any]) -> None:
-    """Write `qwen3-export.json`: what the folder is and what it was made from."""
+    """Write `qwen3-export.json`, what the folder is and what it was made from, and the model card of a model."""
     text = to_json({"kind": kind, "qwen3_export": __version__, **values})
     (folder / MANIFEST).write_text(text, encoding="utf-8")
+    write_card(folder, kind, values)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qwen3_export.core.source import open_source
-from qwen3_export.plan.timing import narrowed, work_of
+from qwen3_export.preflight.timing import narrowed, work_of
 from tests.cli.helpers import call, hashes, names, refused, start, wait_for, write_text_model
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.qwen3 import EMBEDDING, block_name
 from qwen3_export.core.scheme import QuantScheme
-from qwen3_export.plan.formats import Verdict
+from qwen3_export.preflight.formats import Verdict
 
 Verdicts = Mapping[str, Verdict]
 Rule = Callable[[Checkpoint, Verdicts], str | None]

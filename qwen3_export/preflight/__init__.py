@@ -22,8 +22,8 @@ from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.errors import ExportError, InputError, RecipeError
-from qwen3_export.plan.formats import FORMATS, Verdict, as_quantized, folder_of, unsupported_tensors
-from qwen3_export.plan.runtimes import RUNTIMES
+from qwen3_export.preflight.formats import FORMATS, Verdict, as_quantized, folder_of, unsupported_tensors
+from qwen3_export.preflight.runtimes import RUNTIMES
 from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.text.samples import Samples
 
@@ -159,7 +159,7 @@ def _needs(
     disk = disk_needed(checkpoint, recipe, samples, original, outputs)
     seconds = None
     if measure:
-        from qwen3_export.plan.timing import estimate_seconds
+        from qwen3_export.preflight.timing import estimate_seconds
 
         seconds = estimate_seconds(checkpoint, recipe, samples, settings, progress)
     return Needs(memory, disk, seconds)

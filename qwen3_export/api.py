@@ -1,0 +1,298 @@
+"""The Python interface: the command line's work as functions, with the same names and results.
+
+    import qwen3_export
+    result = qwen3_export.quantize("Qwen/Qwen3-0.6B", "gptq-w4a16-g128", "quantized", samples=64)
+    qwen3_export.validate(["quantized"], "Qwen/Qwen3-0.6B", max_kl=0.05)      shows itself as a table in a notebook
+
+`progress` is called as `progress(what, done, total)`. What goes wrong is an `errors.ExportError` with a hint.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import html
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from qwen3_export.errors import InputError
+
+if TYPE_CHECKING:
+    from qwen3_export.core.progress import Progress
+
+Arguments = ParamSpec("Arguments")
+Answer = TypeVar("Answer")
+OnProgress = Callable[[str, int, int], None]
+FORMATS = ("onnx", "gguf", "tensorrt")
+# What a notebook shows of each kind of result, where it is there: heading and place of the value.
+_COLUMNS = {
+    "artifact": "artifact",
+    "runtime": "runtime",
+    "KL (nats)": "kl_mean",
+    "top-1": "top1_agreement",
+    "ppl ratio": "ppl_ratio",
+    "bytes": "bytes",
+    "load s": "load_seconds",
+    "decode tok/s": "decode.tokens_per_second_p50",
+    "passed": "gate.passed",
+}
+
+
+class Result(dict[str, Any]):
+    """What a command's `--json` prints, as a dict that a notebook shows as a table."""
+
+    def _repr_html_(self) -> str:
+        results = self.get("results")
+        if not isinstance(results, list):
+            rows = [[key, _shown(value)] for key, value in self.items() if not isinstance(value, list | dict)]
+            return _html_table(["", ""], rows)
+        named = {name: path for name, path in _COLUMNS.items() if any(_at(item, path) is not None for item in results)}
+        return _html_table(list(named), [[_shown(_at(item, path)) for path in named.values()] for item in results])
+
+
+def _at(item: Mapping[str, Any], path: str) -> Any:
+    found: Any = item
+    for key in path.split("."):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
+
+
+def _shown(value: object) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def _html_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in headers)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def refuse_unknown(function: str, given: Sequence[str], known: Sequence[str]) -> None:
+    """Raise InputError for the first keyword that a function does not take, with the nearest one that it does."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
+            raise InputError(f"{function}() takes no {name!r}", hint)
+
+
+def _named(function: Callable[Arguments, Answer]) -> Callable[Arguments, Answer]:
+    """The function, with InputError in place of TypeError for a misspelt keyword."""
+    known = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def call(*values: Arguments.args, **named: Arguments.kwargs) -> Answer:
+        refuse_unknown(function.__name__, list(named), known)
+        return function(*values, **named)
+
+    return call
+
+
+def _progress(report: OnProgress | None) -> Progress:
+    from qwen3_export.core.progress import Progress
+
+    class Calls(Progress):
+        """Every step of a bar is a call."""
+
+        @contextmanager
+        def bar(self, label: str, total: int) -> Iterator[Callable[[], None]]:
+            done = 0
+
+            def tick() -> None:
+                nonlocal done
+                done += 1
+                if report is not None:
+                    report(label, done, total)
+
+            yield tick
+
+    return Calls()
+
+
+@_named
+def quantize(
+    source: str | Path,
+    recipe: str,
+    output: str | Path,
+    *,
+    calibration: str = "bundled",
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    memory: int | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    resume: bool = True,
+    force: bool = False,
+    layout: str | None = None,
+    progress: OnProgress | None = None,
+) -> Result:
+    """Quantize `source` into the folder `output`; `memory` is a limit in bytes.
+
+    Returns what `qwen3-export quantize --json` prints; raises `errors.ExportError`.
+    """
+    from qwen3_export.core.recipe import load_recipe
+    from qwen3_export.core.source import open_source
+    from qwen3_export.solve.job import QuantizeSettings
+    from qwen3_export.solve.quantize import quantize as run
+
+    settings = QuantizeSettings(
+        calibration=calibration,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        memory=memory,
+        device=device,
+        threads=threads,
+        resume=resume,
+        force=force,
+        layout=layout,
+    )
+    return Result(run(open_source(str(source)), load_recipe(recipe), Path(output), settings, _progress(progress)))
+
+
+@_named
+def plan(
+    source: str | Path,
+    recipe: str,
+    *,
+    formats: Sequence[str] = (),
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    memory: int | None = None,
+    measure: bool = True,
+    progress: OnProgress | None = None,
+) -> Result:
+    """Say what a recipe needs here and where its result can go; `measure` times it on a block of random numbers.
+
+    Returns what `qwen3-export plan --json` prints.
+    """
+    from qwen3_export.core.recipe import load_recipe
+    from qwen3_export.core.source import open_source
+    from qwen3_export.preflight import plan as run
+    from qwen3_export.solve.job import QuantizeSettings
+
+    settings = QuantizeSettings(samples=samples, sequence_length=sequence_length, memory=memory)
+    found = open_source(str(source))
+    return Result(run(found, load_recipe(recipe), formats, settings, measure, _progress(progress)))
+
+
+def export(
+    source: str | Path, output: str | Path, format: str, *, progress: OnProgress | None = None, **options: Any
+) -> Result:
+    """Write `source` as `onnx`, `gguf` or `tensorrt`; `options` are those of `ship.FORMAT.export_FORMAT`.
+
+    Returns what the command of that name prints with `--json`; raises `errors.ExportError`.
+    """
+    from qwen3_export.core.source import open_source
+
+    if format not in FORMATS:
+        raise InputError(f"format {format!r}: one of {', '.join(FORMATS)} was expected")
+    write = getattr(importlib.import_module(f"qwen3_export.ship.{format}"), f"export_{format}")
+    known = [name for name in inspect.signature(write).parameters if name not in ("checkpoint", "output", "progress")]
+    refuse_unknown("export", list(options), known)
+    if format == "onnx":
+        from qwen3_export.prove.cache import cache_cost, cache_scales
+        from qwen3_export.prove.rounding import level_cost
+
+        options = {"measure": level_cost, "study_cache": (cache_scales, cache_cost), **options}
+    return Result(write(open_source(str(source)), Path(output), progress=_progress(progress), **options))
+
+
+@_named
+def validate(
+    artifacts: Sequence[str | Path],
+    reference: str | Path,
+    *,
+    text: Sequence[str] = (),
+    tokens: int | None = None,
+    tasks: str | Path | None = None,
+    threads: int | None = None,
+    exact: bool = False,
+    max_kl: float | None = None,
+    max_kl_p99: float | None = None,
+    min_top1: float | None = None,
+    max_ppl_ratio: float | None = None,
+    max_bytes: float | str | None = None,
+    max_extra_loops: int | None = None,
+    min_expert_tokens: int | None = None,
+    max_experts_below_floor: int | None = None,
+    gate: str | Path | None = None,
+    on: str = "mean",
+    report: str | Path | None = None,
+    card: bool = False,
+    force: bool = False,
+    progress: OnProgress | None = None,
+) -> Result:
+    """Measure artifacts against a reference file or the original; limits as in a gate file, or from the file `gate`.
+
+    `report` writes a report folder, `card` the measured table into each artifact folder's model card. Returns
+    `{results, passed}` as `qwen3-export validate --json` prints; raises `errors.ExportError`.
+    """
+    from qwen3_export.prove.limits import parse_limit, read_limits
+    from qwen3_export.prove.report import write_report
+    from qwen3_export.prove.tasks import read_tasks
+    from qwen3_export.prove.validate import open_reference
+    from qwen3_export.prove.validate import validate as run
+    from qwen3_export.run.session import RuntimeOptions
+
+    given: dict[str, Any] = {
+        "max_kl": max_kl,
+        "max_kl_p99": max_kl_p99,
+        "min_top1": min_top1,
+        "max_ppl_ratio": max_ppl_ratio,
+        "max_bytes": max_bytes,
+        "max_extra_loops": max_extra_loops,
+        "min_expert_tokens": min_expert_tokens,
+        "max_experts_below_floor": max_experts_below_floor,
+    }
+    limits = read_limits(Path(gate)) if gate else {}
+    limits.update({name: parse_limit(name, value) for name, value in given.items() if value is not None})
+    show, paths = _progress(progress), [Path(artifact) for artifact in artifacts]
+    asked = read_tasks(Path(tasks)) if tasks else ()
+    truth = open_reference(str(reference), text, tokens, show)
+    result = run(paths, truth, limits, RuntimeOptions(threads=threads, exact=exact), show, on, asked)
+    if report:
+        write_report(Path(report), result, force)
+    if card:
+        write_measured(result)
+    return Result(result)
+
+
+def write_measured(result: Mapping[str, Any]) -> list[str]:
+    """The measured table of a validation, into the model card of each artifact that is a folder; their paths."""
+    from qwen3_export.core.model_card import update_card
+
+    return [item["artifact"] for item in result["results"] if update_card(Path(item["artifact"]), item)]
+
+
+@_named
+def bench(
+    artifacts: Sequence[str | Path],
+    *,
+    prompt_tokens: Sequence[int] = (128, 512),
+    new_tokens: int = 64,
+    repeat: int = 5,
+    threads: int | None = None,
+    texts: Sequence[str] = (),
+    report: str | Path | None = None,
+    force: bool = False,
+    progress: OnProgress | None = None,
+) -> Result:
+    """Time artifacts on this device: load, prompts of `prompt_tokens`, `new_tokens` decoded after the shortest.
+
+    Returns `{results, passed}` as `qwen3-export bench --json` prints; raises `errors.ExportError`.
+    """
+    from qwen3_export.prove.latency import Workload
+    from qwen3_export.prove.latency import bench as run
+    from qwen3_export.prove.report import write_report
+
+    workload = Workload(tuple(prompt_tokens), new_tokens, repeat, threads, tuple(texts))
+    result = run([Path(artifact) for artifact in artifacts], workload, _progress(progress))
+    if report:
+        write_report(Path(report), result, force, title="Latency")
+    return Result(result)
