@@ -1,4 +1,4 @@
-"""The Python interface: the command line's work as functions, with the same names and results.
+"""The Python interface: the command line's work as functions.
 
     import qwen3_export
     result = qwen3_export.quantize("Qwen/Qwen3-0.6B", "gptq-w4a16-g128", "quantized", samples=64)
@@ -43,7 +43,7 @@ _COLUMNS = {
 
 
 class Result(dict[str, Any]):
-    """What a command's `--json` prints, as a dict that a notebook shows as a table."""
+    """A command's JSON result, which a notebook shows as a table."""
 
     def _repr_html_(self) -> str:
         results = self.get("results")
@@ -72,7 +72,7 @@ def _html_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def refuse_unknown(function: str, given: Sequence[str], known: Sequence[str]) -> None:
-    """Raise InputError for the first keyword that a function does not take, with the nearest one that it does."""
+    """Raise InputError for an unknown keyword, with the nearest known one."""
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -167,7 +167,9 @@ def plan(
     measure: bool = True,
     progress: OnProgress | None = None,
 ) -> Result:
-    """Say what a recipe needs here and where its result can go; `measure` times it on a block of random numbers.
+    """Say what a recipe needs here and where its result can go.
+
+    `measure` times the recipe on a block of random numbers.
 
     Returns what `qwen3-export plan --json` prints.
     """
@@ -184,7 +186,7 @@ def plan(
 def export(
     source: str | Path, output: str | Path, format: str, *, progress: OnProgress | None = None, **options: Any
 ) -> Result:
-    """Write `source` as `onnx`, `gguf` or `tensorrt`; `options` are those of `ship.FORMAT.export_FORMAT`.
+    """Write `source` as `onnx`, `gguf` or `tensorrt`; `options` are those of the format's exporter.
 
     Returns what the command of that name prints with `--json`; raises `errors.ExportError`.
     """
@@ -228,9 +230,9 @@ def validate(
     force: bool = False,
     progress: OnProgress | None = None,
 ) -> Result:
-    """Measure artifacts against a reference file or the original; limits as in a gate file, or from the file `gate`.
+    """Measure artifacts against a reference file or the original.
 
-    `report` writes a report folder, `card` the measured table into each artifact folder's model card. Returns
+    Limits are those of a gate file, given one by one or as the file `gate`. `report` writes a report folder, `card` the measured table into each artifact folder's model card. Returns
     `{results, passed}` as `qwen3-export validate --json` prints; raises `errors.ExportError`.
     """
     from qwen3_export.prove.limits import parse_limit, read_limits
@@ -264,7 +266,7 @@ def validate(
 
 
 def write_measured(result: Mapping[str, Any]) -> list[str]:
-    """The measured table of a validation, into the model card of each artifact that is a folder; their paths."""
+    """Write a validation's figures into the folders' model cards; gives their paths."""
     from qwen3_export.core.model_card import update_card
 
     return [item["artifact"] for item in result["results"] if update_card(Path(item["artifact"]), item)]

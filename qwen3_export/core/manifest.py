@@ -72,7 +72,7 @@ def to_json(values: Any) -> str:
 
 
 def write_manifest(folder: Path, kind: str, values: dict[str, Any]) -> None:
-    """Write `qwen3-export.json`, what the folder is and what it was made from, and the model card of a model."""
+    """Write `qwen3-export.json`, which says what a folder is, and its model card."""
     text = to_json({"kind": kind, "qwen3_export": __version__, **values})
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     write_card(folder, kind, values)

@@ -1,6 +1,6 @@
-"""The model card of an artifact folder: README.md with where it comes from, what was measured, how to run it.
+"""The model card of an artifact folder, its README.md.
 
-It is written with the manifest, from the same values. The measured table is put in by `validate --card`, between two
+Where the artifact comes from, what was measured, how to run it: written with the manifest, from the same values. The measured table is put in by `validate --card`, between two
 comments; the rest is never touched again, so that its owner may add to it.
 """
 
@@ -38,7 +38,7 @@ _RUN = {
 
 
 def write_card(folder: Path, kind: str, values: Mapping[str, Any]) -> None:
-    """Write the card of a new artifact folder; kinds that are no models have none."""
+    """Write the card of a new artifact folder that holds a model."""
     if kind in _WHAT:
         (folder / CARD).write_text(card_text(kind, values), encoding="utf-8")
 
@@ -87,7 +87,7 @@ def _provenance(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def update_card(folder: Path, result: Mapping[str, Any]) -> bool:
-    """Put a validation's figures into a folder's card; False where there is no card of ours."""
+    """Put a validation's figures into a folder's card, if there is one."""
     path = folder / CARD
     if not path.is_file():
         return False
