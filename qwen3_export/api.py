@@ -232,8 +232,9 @@ def validate(
 ) -> Result:
     """Measure artifacts against a reference file or the original.
 
-    Limits are those of a gate file, given one by one or as the file `gate`. `report` writes a report folder, `card` the measured table into each artifact folder's model card. Returns
-    `{results, passed}` as `qwen3-export validate --json` prints; raises `errors.ExportError`.
+    Limits are those of a gate file, given one by one or as the file `gate`. `report` writes a report folder, `card`
+    the measured table into each artifact folder's model card. Returns `{results, passed}` as
+    `qwen3-export validate --json` prints; raises `errors.ExportError`.
     """
     from qwen3_export.prove.limits import parse_limit, read_limits
     from qwen3_export.prove.report import write_report

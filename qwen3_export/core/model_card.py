@@ -1,7 +1,8 @@
 """The model card of an artifact folder, its README.md.
 
-Where the artifact comes from, what was measured, how to run it: written with the manifest, from the same values. The measured table is put in by `validate --card`, between two
-comments; the rest is never touched again, so that its owner may add to it.
+Where the artifact comes from, what was measured, how to run it: written with the manifest, from the same values.
+The measured table is put in by `validate --card`, between two comments; the rest is never touched again, so that
+its owner may add to it.
 """
 
 from __future__ import annotations

@@ -86,7 +86,8 @@ def test_runtimes_have_rules_of_their_own(model: Path, tmp_path: Path) -> None:
     found = _plan(model, "--recipe", mixed, "--no-time")
     assert "different schemes" in found["runtimes"]["vllm"]["reason"]
     assert found["runtimes"]["onnxruntime"]["supported"]
-    assert not found["runtimes"]["tensorrt-rtx"]["supported"]
+    zeros = _plan(model, "--recipe", "gptq-w4a16-g32-asym", "--no-time")
+    assert "zero points" in zeros["runtimes"]["tensorrt-rtx"]["reason"]
     assert [item["count"] for item in found["tensors"]] == [2, 12]
     floats = _plan(model, "--recipe", "fp8-dynamic", "--no-time")
     assert floats["runtimes"]["vllm"]["supported"]
