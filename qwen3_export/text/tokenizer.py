@@ -16,9 +16,7 @@ from qwen3_export.core.files import read_sidecar, read_text
 from qwen3_export.core.tokenizer_files import TOKENIZER
 from qwen3_export.errors import CheckpointError
 from qwen3_export.text.chat_template import render_chat
-
-# How many times longer a normalizer may make a text: NFKD makes 18 letters of one.
-_MOST_GROWTH = 64.0
+from qwen3_export.text.tokenizer_checks import failures, refusal, unheard
 
 
 class TextModel(Protocol):
@@ -73,7 +71,8 @@ class ModelTokenizer:
 
         Special tokens written in it are recognised, none are added.
         """
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        with failures(self.folder / TOKENIZER):
+            return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     @property
     def ordinary_tokens(self) -> int:
@@ -83,7 +82,8 @@ class ModelTokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of token ids."""
         kept = [int(i) for i in ids if not (skip_special and int(i) in self._special)]
-        return str(self._tokenizer.decode(kept, skip_special_tokens=False))
+        with failures(self.folder / TOKENIZER):
+            return str(self._tokenizer.decode(kept, skip_special_tokens=False))
 
     @cached_property
     def _special(self) -> set[int]:
@@ -128,31 +128,13 @@ def _load(folder: Path) -> Any:
         text = read_text(path, CheckpointError)
     else:
         text = json.dumps(tokenizer_files.tokenizer_values(folder), ensure_ascii=False)
-    try:
+    with failures(path), unheard():
         tokenizer = Tokenizer.from_str(text)
-        # What the settings ask for is for batches of a trained length; odd ones make the library panic.
+        # What the settings ask for is for training, or for batches of a trained length.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        normalizer = json.loads(tokenizer.normalizer.__getstate__()) if tokenizer.normalizer else None
-    except BaseException as error:  # bare Exception for a bad file, PanicException, which is none, for a worse one
-        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-            raise
-        raise CheckpointError(f"{path}: not a tokenizer ({error})") from error
-    if (growth := _growth(normalizer)) > _MOST_GROWTH:
-        raise CheckpointError(f"{path}: its normalizer makes a text up to {growth:.3g} times longer")
+        if getattr(tokenizer.model, "dropout", None) is not None:
+            tokenizer.model.dropout = None
+    if reason := refusal(tokenizer):
+        raise CheckpointError(f"{path}: not a tokenizer that can be used ({reason})")
     return tokenizer
-
-
-def _growth(normalizer: Any) -> float:
-    """How many times longer a normalizer can make a text."""
-    kind = normalizer.get("type") if isinstance(normalizer, dict) else None
-    if kind == "Sequence":
-        growth = 1.0
-        for inner in normalizer["normalizers"]:
-            growth *= _growth(inner)
-        return growth
-    if kind == "Replace":
-        pattern, content = normalizer["pattern"], normalizer["content"]
-        replaced = len(pattern["String"]) if "String" in pattern else 0
-        return max(1.0, len(content) / replaced if replaced else 1.0 + len(content))
-    return 1.0 + len(normalizer["prepend"]) if kind == "Prepend" else 4.0 if kind in ("NFKC", "NFKD") else 1.0

@@ -5,16 +5,17 @@ general.* · qwen3.* (or qwen3moe.*) · tokenizer.*        Keys: the GGUF specif
 
 from __future__ import annotations
 
+import json
 import math
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
-import yaml
 
 from qwen3_export.core.checkpoint import Checkpoint
-from qwen3_export.core.files import read_sidecar
+from qwen3_export.core.files import read_sidecar, read_text
 from qwen3_export.core.qwen3 import Qwen3Config, Rope
 from qwen3_export.core.tokenizer_files import added_token_flags, chat_templates, stop_ids, tokenizer_values
 from qwen3_export.errors import CheckpointError, UnsupportedError
@@ -87,15 +88,29 @@ def _general(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
 
     It reads `generation_config.json`, the folder's name and the front matter of its README.md.
     """
-    read_sidecar(checkpoint.folder / "generation_config.json")  # gguf-py would pass over a broken one
-    try:
-        found = gguf.Metadata.load(None, checkpoint.folder, None, checkpoint.config.num_parameters)
-    except (ValueError, yaml.YAMLError) as error:
-        first = str(error).splitlines()[0]
-        raise CheckpointError(f"{checkpoint.folder}: README.md has broken front matter ({first})") from error
+    with tempfile.TemporaryDirectory() as place:
+        copied = _plain_texts(checkpoint.folder, Path(place))
+        try:
+            found = gguf.Metadata.load(None, copied, None, checkpoint.config.num_parameters)
+        except Exception as error:  # heuristics over a stranger's YAML raise whatever they meet
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"{checkpoint.folder}: README.md has broken front matter ({first})") from error
     found.name = found.name or checkpoint.name
     found.size_label = found.size_label or size_label(checkpoint.config)
     found.set_gguf_meta_model(writer)
+
+
+def _plain_texts(folder: Path, place: Path) -> Path:
+    """The texts that gguf-py reads, in a folder of the same name: it knows neither byte-order marks nor UTF-16."""
+    folder = folder.absolute()
+    copied = place / folder.parent.name / folder.name
+    copied.mkdir(parents=True)
+    for name in ("config.json", "generation_config.json"):
+        (copied / name).write_text(json.dumps(read_sidecar(folder / name)), encoding="utf-8")
+    if (folder / "README.md").is_file():
+        text = read_text(folder / "README.md", CheckpointError)
+        (copied / "README.md").write_text(text, encoding="utf-8")
+    return copied
 
 
 def _rope(writer: gguf.GGUFWriter, rope: Rope) -> None:

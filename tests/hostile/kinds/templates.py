@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from random import Random
 
-from tests.hostile.damage import TEXTS, odd, replace_file
+from tests.hostile.damage import TEXTS, in_words, odd, replace_file
 from tests.hostile.trial import Place, Trial
 
 _BODIES = (
@@ -81,4 +81,4 @@ def _put(random: Random, folder: Path, body: str) -> str:
         config.write_text(json.dumps(values))
     except (ValueError, RecursionError):
         config.write_text(json.dumps({**values, "chat_template": 3}))
-    return f"chat_template {str(value)[:40]!a}"
+    return f"chat_template {in_words(value)}"
