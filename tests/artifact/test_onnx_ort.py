@@ -44,12 +44,30 @@ OnnxFolder = Callable[..., Exported]
 
 def read_matmul(weights: OnnxWeights, module: str) -> tuple[NDArray, NDArray, NDArray | None]:
     """Codes `[out, in]`, scales and zeros of a MatMulNBits node, after ONNX Runtime's ContribOperators.md."""
-    node = graph_name(module)
+    node, rows = packed_rows(weights, module)
     values = weights.attributes(node)
     columns, bits, groups = values["K"], values["bits"], math.ceil(values["K"] / values["block_size"])
     _, blob, scales, *rest = weights.inputs(node)
-    zeros = low_bits_first(rest[0], bits, groups) if rest else None
-    return low_bits_first(blob, bits, columns), scales.reshape(-1, groups), zeros
+    zeros = low_bits_first(rest[0], bits, groups)[rows] if rest else None
+    return low_bits_first(blob, bits, columns)[rows], scales.reshape(-1, groups)[rows], zeros
+
+
+PACKED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
+    ("gate_proj", "up_proj"), "gate_up_proj"
+)
+
+
+def packed_rows(weights: OnnxWeights, module: str) -> tuple[str, slice]:
+    """The product that holds a linear, and its rows there: those of the Split behind it that has the linear's name."""
+    node = graph_name(module)
+    parent, _, name = node.rpartition(".")
+    together = f"{parent}.{PACKED.get(name, name)}"
+    split = next((n for n in weights.model.graph.node if n.name == f"{together}.split"), None)
+    if split is None:
+        return node, slice(None)
+    sizes = weights.inputs(split.name)[1]
+    place = list(split.output).index(f"{node}_out")
+    return together, slice(int(sizes[:place].sum()), int(sizes[: place + 1].sum()))
 
 
 def check_codes(exported: Exported) -> None:
@@ -197,7 +215,8 @@ def test_operators(onnx_folder: OnnxFolder) -> None:
     exported = onnx_folder("gptq-w4a16-g128")
     layers = exported.source.config.num_layers
     counts = Counter(node.op_type for node in load_graph(exported.path).graph.node)
-    assert counts["MatMulNBits"] == 7 * layers
+    assert counts["MatMulNBits"] == 4 * layers, "q, k and v are one product, gate and up another"
+    assert counts["Split"] == 2 * layers
     assert counts["GroupQueryAttention"] == layers
     assert counts["RotaryEmbedding"] == 2 * layers
     assert counts["MatMul"] == 0

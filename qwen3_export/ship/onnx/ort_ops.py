@@ -16,6 +16,8 @@ Operator definitions: ONNX Runtime, docs/ContribOperators.md.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 from qwen3_export.core import pack
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
 from qwen3_export.core.scheme import QuantScheme
-from qwen3_export.core.tensor import QuantizedTensor
+from qwen3_export.core.tensor import QuantizedTensor, join_rows
 from qwen3_export.ship.onnx import qmoe, routed, w8a8
 from qwen3_export.ship.onnx.cache import FloatCache, QuantizedCache
 from qwen3_export.ship.onnx.experts import SparseLayer
@@ -150,6 +152,21 @@ class OrtOps:
         stored = self.graph.float_weight(f"{name}.weight", np.ascontiguousarray(weight.T), self.dtype)
         matrix = self.graph.as_type(stored, stored.dtype, self.dtype, f"{name}.cast")
         return self.graph.op("MatMul", [x, matrix], name)
+
+    def linears(self, x: ir.Value, weights: Mapping[str, QuantizedTensor | NDArray], name: str) -> Sequence[ir.Value]:
+        """One `MatMulNBits` with the rows of all where they have one scheme, and a Split of what comes out.
+
+        Threads wait for each other once, not twice or three times: a token of 8 layers at the width of 0.6B took 42 ms
+        so, 46 with q, k and v joined alone, 54 with none (two threads on a busy machine, the same turns).
+        """
+        found = list(weights.values())
+        tensors = [w for w in found if isinstance(w, QuantizedTensor) and not w8a8.fits(w.scheme)]
+        if len(tensors) < len(found) or len({tensor.scheme for tensor in tensors}) > 1:
+            return [self.linear(x, weight, own) for own, weight in weights.items()]
+        joined = join_rows(tensors)
+        product = self._quantized(x, joined, self._stored(joined, name), name)
+        sizes = self.graph.constant([tensor.shape[0] for tensor in tensors])
+        return self.graph.ops("Split", [product, sizes], f"{name}.split", list(weights), axis=-1)
 
     def _stored(self, weight: QuantizedTensor, name: str) -> list[ir.Value]:
         """Codes, scales and, if asymmetric, zero points."""

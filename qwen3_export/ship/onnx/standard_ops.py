@@ -16,6 +16,8 @@ Operators: the ONNX specification, opset 23.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -149,6 +151,10 @@ class StandardOps:
             return matrix
         shape = self.graph.constant([weight.shape[1], weight.shape[0]])
         return self.graph.op("Reshape", [matrix, shape], f"{name}.matrix")
+
+    def linears(self, x: ir.Value, weights: Mapping[str, QuantizedTensor | NDArray], name: str) -> Sequence[ir.Value]:
+        """One product each: what joins them is left to the runtime."""
+        return [self.linear(x, weight, own) for own, weight in weights.items()]
 
     def _rounded_inputs(self, x: ir.Value, weight: QuantizedTensor, name: str) -> ir.Value:
         if weight.scheme.activations is None:
