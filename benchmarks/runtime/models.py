@@ -1,0 +1,90 @@
+"""A random model of Qwen3-0.6B's shape and its artifacts: ours, onnxruntime-genai's builder's, llama.cpp's.
+
+Weights decide no speed. The vocabulary is the reference model's, so that every tool has a tokenizer; `layers` and
+`vocabulary` make it smaller.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from benchmarks.quality.sidecars import copy_sidecars
+from qwen3_export.core.checkpoint import open_checkpoint
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD, parse_config
+from qwen3_export.core.recipe import Recipe, Rule
+from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.core.tensorfile import write_tensors
+from qwen3_export.ship.gguf import export_gguf
+from qwen3_export.ship.onnx import export_onnx
+from qwen3_export.solve.job import QuantizeSettings
+from qwen3_export.solve.quantize import quantize
+
+# Name → bits of the codes.
+BITS = {"int4": 4, "int8": 8}
+
+
+def checkpoint(folder: Path, layers: int, vocabulary: int) -> Path:
+    """The 16-bit model; made when it is missing."""
+    if (folder / "model.safetensors").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": vocabulary, "hidden_size": 1024,
+        "intermediate_size": 3072, "num_hidden_layers": layers, "num_attention_heads": 16, "num_key_value_heads": 8,
+        "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 4096,
+        "hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    random = np.random.default_rng(0)
+    shapes = parse_config(config, "benchmark").tensor_shapes()
+    tensors = (
+        (name, (random.standard_normal(shape, np.float32) * 0.02 + (len(shape) == 1)).astype(ml_dtypes.bfloat16))
+        for name, shape in shapes.items()
+    )
+    write_tensors(folder / "model.safetensors", tensors)
+    (folder / "config.json").write_text(json.dumps(config))
+    copy_sidecars(folder)
+    return folder
+
+
+def ours(base: Path, source: Path, kind: str) -> Path:
+    """Our ONNX folder: all matrices in groups of 32, rounded, as fast as edge-w4's and edge-w8's."""
+    output = base / f"ours-{kind}"
+    if not output.is_dir():
+        export_onnx(open_checkpoint(_rounded(base, source, kind)), output)
+    return output
+
+
+def _rounded(base: Path, source: Path, kind: str) -> Path:
+    output = base / f"quantized-{kind}"
+    if not output.is_dir():
+        scheme = QuantScheme(BITS[kind], group_size=32)
+        recipe = Recipe(kind, "rtn", tuple(Rule(match, scheme) for match in (EMBEDDING, HEAD, "*")))
+        quantize(open_checkpoint(source), recipe, output, QuantizeSettings())
+    return output
+
+
+def builder(base: Path, source: Path, kind: str) -> Path:
+    """The folder of onnxruntime-genai's builder, with its defaults for a CPU."""
+    output = base / f"builder-{kind}"
+    if not (output / "genai_config.json").is_file():
+        module = "onnxruntime_genai.models.builder"
+        options = ["-i", source, "-o", output, "-p", kind, "-e", "cpu", "-c", base / "cache"]
+        subprocess.run([sys.executable, "-m", module, *map(str, options)], check=True, capture_output=True)
+    return output
+
+
+def llama(base: Path, source: Path, kind: str) -> Path:
+    """A GGUF file: q4_0 holds our own codes, other types are rounded as llama.cpp's mixes say."""
+    output = base / f"{kind}.gguf"
+    if not output.is_file():
+        codes = kind == "q4_0"
+        export_gguf(
+            open_checkpoint(_rounded(base, source, "int4") if codes else source), output, None if codes else kind
+        )
+    return output
