@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen3_export.core.manifest import read_manifest
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.source import open_source
 from qwen3_export.errors import InputError
@@ -88,6 +89,22 @@ def validate(
     }
 
 
+def rounding_errors(artifact: Path) -> dict[str, dict[str, float]] | None:
+    """Errors that quantizing recorded, None without a record.
+
+    `{kind of linear: {layer: error}}`; those of a layer's experts are averaged.
+    """
+    tensors = read_manifest(artifact).get("tensors") if artifact.is_dir() else None
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, item in tensors.items() if isinstance(tensors, dict) else ():
+        parts = name.split(".")
+        error = item.get("error") if isinstance(item, dict) else None
+        if parts[:2] == ["model", "layers"] and len(parts) > 3 and isinstance(error, float):
+            found.setdefault(parts[-1], {}).setdefault(parts[2], []).append(error)
+    averaged = {kind: {n: sum(errors) / len(errors) for n, errors in layers.items()} for kind, layers in found.items()}
+    return averaged or None
+
+
 def _validate_one(
     artifact: Path,
     reference: Reference,
@@ -120,6 +137,7 @@ def _validate_one(
             "bytes": artifact_bytes(artifact),
             "experts": experts,
             "sidecars": compare_sidecars(artifact, session, reference.sidecars),
+            "rounding_errors": rounding_errors(artifact),
             "seconds": time.monotonic() - started,
         }
     finally:

@@ -6,25 +6,16 @@ Drift by domain, histogram of KL, heat strips, latency curves, candidates.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import log10
 from typing import Any
 
+from qwen3_export.prove.report.heat import hidden_state_strips, rounding_strips
 from qwen3_export.prove.report.numbers import bytes_text, fixed, short
-from qwen3_export.prove.report.svg import WIDTH, box, color, curve, dot, legend, line, picture, text, ticks
+from qwen3_export.prove.report.svg import WIDTH, Chart, box, color, curve, dot, legend, line, picture, text, ticks
 from qwen3_export.prove.report.tables import named
 
 _LEFT, _RIGHT = 130, 20
 Named = Sequence[tuple[str, Mapping[str, Any]]]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A picture under a title, with a sentence that says how to read it."""
-
-    title: str
-    svg: str
-    caption: str
 
 
 def charts(result: Mapping[str, Any]) -> Iterator[Chart]:
@@ -38,7 +29,8 @@ def charts(result: Mapping[str, Any]) -> Iterator[Chart]:
     counted = [(name, item) for name, item in drifts if "kl_histogram" in item]
     if counted:
         yield _histogram(counted)
-    yield from _heat(drifts)
+    yield from hidden_state_strips(drifts)
+    yield from rounding_strips(drifts)
     speeds = [(name, item) for name, item in items if item.get("prefill") and item.get("decode")]
     if speeds:
         yield _prefill(speeds)
@@ -107,35 +99,6 @@ def _histogram(drifts: Named) -> Chart:
 def _stairs(edges: Sequence[float], values: Sequence[float]) -> Iterator[tuple[float, float]]:
     for low, high, value in zip(edges, edges[1:], values, strict=False):
         yield from ((low, value), (high, value))
-
-
-def _heat(drifts: Named) -> Iterator[Chart]:
-    """One strip per artifact whose drift was traced through the layers."""
-    traced = [(name, _layers(item)) for name, item in drifts]
-    traced = [(name, layers) for name, layers in traced if layers]
-    if not traced:
-        return
-    largest = max(error for _, layers in traced for _, error in layers) or 1.0
-    shapes, y = list[str](), 14.0
-    for name, layers in traced:
-        width = (WIDTH - _RIGHT) / len(layers)
-        shapes.append(text(0, y, name))
-        for index, (label, error) in enumerate(layers):
-            title, opacity = f"layer {label}: {short(error)}", 0.06 + 0.94 * error / largest
-            shapes.append(box(index * width, y + 6, width - 1, 26, "heat", title, opacity))
-            if width > 26 or index % max(1, int(26 / width) + 1) == 0:
-                shapes.append(text((index + 0.5) * width, y + 46, str(label), "middle", "small"))
-        y += 68
-    caption = f"Relative error of the hidden state after each layer; the darkest cell is {short(largest)}."
-    yield Chart("Where drift comes from", picture(y - 14, shapes, "Error of the hidden state by layer"), caption)
-
-
-def _layers(item: Mapping[str, Any]) -> list[tuple[str, float]]:
-    explained = item.get("explain")
-    blocks = explained.get("blocks") if isinstance(explained, Mapping) else None
-    if not isinstance(blocks, list):
-        return []
-    return [(str(block.get("block", index)), float(block["error"])) for index, block in enumerate(blocks)]
 
 
 def _prefill(speeds: Named) -> Chart:

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
-from qwen3_export.prove.report.charts import Chart, charts
+from qwen3_export.prove.report.charts import charts
 from qwen3_export.prove.report.failures import environment_lines, failures
 from qwen3_export.prove.report.style import STYLE
+from qwen3_export.prove.report.svg import Chart
 from qwen3_export.prove.report.table import Table
 from qwen3_export.prove.report.tables import tables, verdict_of
 

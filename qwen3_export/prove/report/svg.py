@@ -6,10 +6,20 @@ Colors are classes of the page's style sheet, so that they follow light and dark
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from math import floor, log10
 
 WIDTH = 720
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture under a title, with a sentence that says how to read it."""
+
+    title: str
+    svg: str
+    caption: str
 
 
 def picture(height: float, shapes: Sequence[str], label: str) -> str:

@@ -194,6 +194,12 @@ def test_a_starved_export_fails_its_gate_in_its_own_runtime(tmp_path: Path, refe
     for result in results:
         assert result["experts"] == experts
         assert [item["passed"] for item in result["gate"]["checks"]] == [False, True]
+    recorded = json.loads((folder / "qwen3-export.json").read_text())["tensors"]
+    found = results[0]["rounding_errors"]
+    assert found["q_proj"]["1"] == recorded["model.layers.1.self_attn.q_proj"]["error"]
+    experts = [recorded[f"model.layers.0.mlp.experts.{i}.up_proj"]["error"] for i in range(4)]
+    assert found["up_proj"]["0"] == pytest.approx(sum(experts) / 4)
+    assert results[1]["rounding_errors"] is None
     unknown = validate([source, tmp_path / "plain.gguf"], reference, limits)["results"]
     assert all(item["value"] is None and not item["passed"] for one in unknown for item in one["gate"]["checks"])
     with pytest.raises(InputError, match="is a dense model"):

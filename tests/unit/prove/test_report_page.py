@@ -59,6 +59,7 @@ def measured(name: str, scale: float = 1.0, **limits: float) -> dict[str, Any]:
             "lost_share_ci95": [-0.1, 0.8],
             "kinds": {"json": {"tasks": 3, "original_right": 2, "artifact_right": 1}},
         },
+        "rounding_errors": {kind: {str(i): 0.01 * (i + 1) for i in range(28)} for kind in ("q_proj", "down_proj")},
         "explain": {"blocks": blocks, "linears": [{"name": "model.layers.3.mlp.down_proj", "error": 0.2}]},
     }
     return {**item, "gate": check(item, limits)}
@@ -118,7 +119,9 @@ def test_the_verdict_and_what_failed_come_first() -> None:
     start = words.index("FAIL")
     assert words[start + 1].startswith("b/model.gguf: max_kl is ")
     assert re.fullmatch(r"b/model\.gguf: min_top1 is 0\.9 \(95 %: 0\.8.*\), the limit is 0\.95", words[start + 2])
-    wanted = ["Drift by domain", "Histogram of KL", "Where drift comes from", "Prefill", "Decode", "Drift", "Checks"]
+    wanted = ["Drift by domain", "Histogram of KL", "Where drift comes from"]
+    wanted += [f"{name}/model.gguf: rounding error by layer" for name in "ab"]
+    wanted += ["Prefill", "Decode", "Drift", "Checks"]
     assert read.headings[1 : 1 + len(wanted)] == wanted
     assert "Statistics (± as llama-perplexity prints it)" in read.headings
     assert {"Generated texts", "Tasks", "Flips of the top token where the original is sure"} <= set(read.headings)
@@ -128,7 +131,7 @@ def test_the_verdict_and_what_failed_come_first() -> None:
     text = "\n".join(read.words)
     for fact in ("bench-1", "A processor", "0.1, 0.2, 0.3", "numpy 2", "2026-01-02T03:04:05+00:00", "8.6 GB"):
         assert fact in text
-    assert read.seen.count("svg") == 5
+    assert read.seen.count("svg") == 7
 
 
 def test_nothing_is_fetched_and_nothing_is_run() -> None:
@@ -161,7 +164,7 @@ def console(done: subprocess.CompletedProcess[str]) -> list[str]:
 def test_a_browser_shows_it_without_an_error_on_its_console(folder: Path) -> None:
     done = browse("--dump-dom", (folder / "report.html").as_uri())
     assert console(done) == []
-    assert done.stdout.count("<svg") == 5
+    assert done.stdout.count("<svg") == 7
     broken = folder.parent / "broken.html"
     broken.write_text(
         (folder / "report.html").read_text().replace("</main>", '<img src="http://127.0.0.1:9/x"></main>')
