@@ -181,7 +181,7 @@ def _unsupported(checkpoint: Checkpoint, module: str, scheme: QuantScheme) -> Un
     return UnsupportedError(
         f"{module} ({scheme.label}) cannot be exported to GGUF: {reason}; the nearest type is {name}: {cost}",
         "--allow-requantize rounds such tensors onto it; better is to quantize the 16-bit original with a recipe that "
-        "fits, e.g. gptq-w4a16-g32",
+        "fits: gptq-w4a16-g32, or gptq-w4a16-g128, whose act_order needs no g_idx",
     )
 
 
