@@ -1,0 +1,76 @@
+"""A sample of the campaign in every run of the tests, and that the judge sees each kind of fault."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.hostile.bases import make_bases
+from tests.hostile.campaign import attempt, names
+from tests.hostile.child import Outcome
+from tests.hostile.judge import faults, snapshot
+from tests.hostile.trial import Trial
+
+SEED, EACH = 0, 5
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.mark.parametrize("kind", names())
+def test_no_faults_in_a_sample(kind: str, bases: Path) -> None:
+    found = [verdict for number in range(EACH) if (verdict := attempt(kind, number, SEED, bases)).faults]
+    assert not found, "\n".join(map(str, found))
+
+
+def test_a_trial_is_the_same_every_time(tmp_path: Path, bases: Path) -> None:
+    first, second = (attempt("configs", 3, 7, bases) for _ in range(2))
+    assert first.trial.what == second.trial.what
+    assert first.outcome.code == second.outcome.code
+
+
+ERROR = "error: out is no folder\n"
+OUTCOMES: dict[str, Outcome] = {
+    "exit code": Outcome(1, "", ERROR, 0),
+    "exit code -11": Outcome(-signal.SIGSEGV, "", "", 0),
+    "traceback": Outcome(2, "", f"Traceback (most recent call last):\n{ERROR}", 0),
+    "unexpected": Outcome(2, "", "error: unexpected KeyError: 3\n", 0),
+    "no end": Outcome(None, "", "", 0),
+    "0 error lines": Outcome(2, "", "", 0),
+    "2 error lines": Outcome(2, "", ERROR * 2, 0),
+    "code 0 and error": Outcome(0, "", ERROR, 0),
+    "code 0, but no out": Outcome(0, "", "", 0),
+}
+
+
+@pytest.mark.parametrize("fault", OUTCOMES)
+def test_the_judge_sees_bad_ends(fault: str, tmp_path: Path) -> None:
+    trial = Trial("x", ("onnx",), outputs=(tmp_path / "out",))
+    assert any(fault in found for found in faults(trial, OUTCOMES[fault], tmp_path, {}))
+    assert not faults(trial, Outcome(2, "", ERROR, 0), tmp_path, {})
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "lost": lambda folder: (folder / "input" / "a").unlink(),
+    "changed": lambda folder: (folder / "input" / "a").write_text("other"),
+    "changed: link": lambda folder: ((folder / "link").unlink(), (folder / "link").symlink_to("other")),
+    "left behind: out.partial": lambda folder: (folder / "out.partial").mkdir(),
+    "left behind: pipe": lambda folder: os.mkfifo(folder / "pipe"),
+}
+
+
+@pytest.mark.parametrize("fault", DAMAGE)
+def test_the_judge_sees_what_happened_to_files(fault: str, tmp_path: Path) -> None:
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "a").write_text("precious")
+    (tmp_path / "link").symlink_to("input")
+    before = snapshot(tmp_path)
+    DAMAGE[fault](tmp_path)
+    (found,) = faults(Trial("x", ("onnx",)), Outcome(2, "", ERROR, 0), tmp_path, before)
+    assert fault.partition(":")[0] in found
