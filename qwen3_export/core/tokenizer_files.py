@@ -64,7 +64,7 @@ def tokenizer_values(folder: Path) -> dict[str, Any]:
                 _BYTES,
             ],
         },
-        "post_processor": _BYTES,
+        "post_processor": None,
         "decoder": _BYTES,
         "model": {"type": "BPE", "vocab": vocab, "merges": merges, **_BPE},
     }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGUFReader
 
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.run.artifact import open_session, tokenizer_of
@@ -87,3 +89,24 @@ def test_padded_vocabulary_changes_no_token(tmp_path: Path, reference_folder: Pa
         found = tokenizer_of(tmp_path / "out.gguf", session).encode(text)
         np.testing.assert_array_equal(found, tokenizer.encode(text))
     session.close()
+
+
+def test_vocab_and_merges_alone_give_the_tokenizer_of_tokenizer_json(tmp_path: Path, reference_folder: Path) -> None:
+    """An older folder without tokenizer.json: the same keys and bytes in the file's header."""
+    files = []
+    for name in ("whole", "split"):
+        folder = with_tokenizer(
+            write_checkpoint(tmp_path / name / "model", tiny_config(vocab_size=8192)), reference_folder
+        )
+        if name == "split":
+            model = json.loads((folder / "tokenizer.json").read_text())["model"]
+            (folder / "tokenizer.json").unlink()
+            (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+            merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+            (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+        export_gguf(open_checkpoint(folder), tmp_path / f"{name}.gguf")
+        files.append(GGUFReader(tmp_path / f"{name}.gguf").fields)
+    whole, split = files
+    assert whole.keys() == split.keys()
+    for key in whole:
+        assert [part.tobytes() for part in whole[key].parts] == [part.tobytes() for part in split[key].parts], key
