@@ -244,6 +244,21 @@ def test_what_no_type_holds_is_rounded_on_request_alone(
         assert ((weight - wanted) ** 2).sum() < 2e-4 * (wanted**2).sum(), name
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_few_bits_fit_into_four_as_they_are(
+    tiny: Callable[[str], Path], tmp_path: Path, bits: int, symmetric: bool
+) -> None:
+    scheme = QuantScheme(bits, group_size=32, symmetric=symmetric)
+    checkpoint = round_to_nearest(tiny("dense"), tmp_path / "quantized", ("*.mlp.*", scheme))
+    result = export_gguf(checkpoint, tmp_path / "model.gguf", options=Options(allow_requantize=True))
+    assert {item["to"] for item in result["requantized"]} == {"q4_0" if symmetric else "q4_1"}
+    if symmetric:
+        assert result["exact"]
+        check_same_weights(tmp_path / "model.gguf", checkpoint)
+    assert all(item["name"].endswith(".minimums") for item in result["inexact_tensors"])
+
+
 def test_another_type_on_request(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     checkpoint = round_to_nearest(tiny("dense"), tmp_path / "quantized", ("*", QuantScheme(8, group_size=32)))
     options = Options(allow_requantize=True)

@@ -12,7 +12,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -27,7 +27,7 @@ from qwen3_export.core.scheme import scheme_of_type
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.ggml import round_rows
 from qwen3_export.ship.exactness import Inexact, refuse_overflow
-from qwen3_export.ship.gguf.types import Types
+from qwen3_export.ship.gguf.types import Types, widened
 
 _ELEMENTS_AT_ONCE, _ROWS = 1 << 20, 32
 _FLOATS: dict[str, np.dtype] = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
@@ -61,7 +61,9 @@ class Encoder:
             cut = _cut(tensor.shape) if tensor.scheme.per_row else [slice(0, tensor.shape[0])]
             for rows in cut:
                 part = tensor.rows(rows) if tensor.scheme.per_row else tensor
-                if module in self.types.requantized:
+                if self._widens(module):
+                    yield partial(repack, widen(part))
+                elif module in self.types.requantized:
                     yield partial(self._requantize, module, name, part)
                 else:
                     yield partial(repack, part)
@@ -70,6 +72,10 @@ class Encoder:
         shape = self.checkpoint.entry(tensor_name).shape
         for rows in _cut(shape):
             yield partial(self._read, module, tensor_name, name, rows)
+
+    def _widens(self, module: str) -> bool:
+        again = self.types.requantized.get(module)
+        return again is not None and module not in self.checkpoint.reordered and widened(again.scheme) == again.type
 
     def _read(self, module: str, tensor: str, name: str, rows: slice) -> Encoded:
         weight = self.checkpoint.rows(tensor, rows.start, rows.stop)
@@ -168,6 +174,15 @@ def repack(tensor: QuantizedTensor) -> Encoded:
     minimums = -tensor.zeros.astype(np.float32) * scales
     changes |= _half_change(f"{tensor.name}.minimums", minimums)
     return Encoded(pack.pack_q4_1(tensor.codes, repeated, np.repeat(minimums, repeat, 1)), changes)
+
+
+def widen(tensor: QuantizedTensor) -> QuantizedTensor:
+    """Integers of 2 or 3 bits as those of 4 that mean the same."""
+    scheme = replace(tensor.scheme, num_bits=4)
+    moved = (
+        tensor.codes if tensor.zeros is not None else tensor.codes + np.uint8(scheme.midpoint - tensor.scheme.midpoint)
+    )
+    return replace(tensor, scheme=scheme, codes=moved)
 
 
 def _half_change(name: str, values: NDArray[np.float32]) -> Changes:

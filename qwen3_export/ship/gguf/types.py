@@ -78,6 +78,15 @@ def type_for(scheme: QuantScheme) -> str | None:
     return names.get((scheme.num_bits, scheme.symmetric))
 
 
+def widened(scheme: QuantScheme) -> str | None:
+    """The 4-bit type that holds smaller integers with bits to spare; None when there is none."""
+    if scheme.type != "int" or scheme.activations or scheme.num_bits > 3 or scheme.strategy != "group":
+        return None
+    if scheme.group_size is None or scheme.group_size % pack.GGML_BLOCK:
+        return None
+    return "q4_0" if scheme.symmetric else "q4_1"
+
+
 def supports(scheme: QuantScheme) -> str | None:
     """Why no ggml type holds a scheme's codes, or None when one does."""
     if type_for(scheme) is not None:
@@ -190,8 +199,11 @@ def nearest_type(checkpoint: Checkpoint, module: str) -> tuple[str, float]:
 
     It is q8_0 if none is.
 
-    Measured on some of the tensor's rows: the root of Σ δ² / Σ w².
+    Measured on some of the tensor's rows: the root of Σ δ² / Σ w². Integers of 2 and 3 bits fit into 4 as they are.
     """
+    name = widened(checkpoint.schemes[module])
+    if name is not None and module not in checkpoint.reordered:
+        return name, 0.0
     weight = _sample(checkpoint, module)
     inputs, best = weight.shape[1], ("f16", 0.0)
     import_loops()
