@@ -224,6 +224,7 @@ def validate(
     min_expert_tokens: int | None = None,
     max_experts_below_floor: int | None = None,
     gate: str | Path | None = None,
+    explain: bool = False,
     on: str = "mean",
     report: str | Path | None = None,
     card: bool = False,
@@ -233,8 +234,8 @@ def validate(
     """Measure artifacts against a reference file or the original.
 
     Limits are those of a gate file, given one by one or as the file `gate`. `report` writes a report folder, `card`
-    the measured table into each artifact folder's model card. Returns `{results, passed}` as
-    `qwen3-export validate --json` prints; raises `errors.ExportError`.
+    the measured table into each artifact folder's model card; `explain` traces drift through a folder. Returns
+    `{results, passed}` as `qwen3-export validate --json` prints; raises `errors.ExportError`.
     """
     from qwen3_export.prove.limits import parse_limit, read_limits
     from qwen3_export.prove.report import write_report
@@ -258,7 +259,7 @@ def validate(
     show, paths = _progress(progress), [Path(artifact) for artifact in artifacts]
     asked = read_tasks(Path(tasks)) if tasks else ()
     truth = open_reference(str(reference), text, tokens, show)
-    result = run(paths, truth, limits, RuntimeOptions(threads=threads, exact=exact), show, on, asked)
+    result = run(paths, truth, limits, RuntimeOptions(threads=threads, exact=exact), show, on, asked, explain)
     if report:
         write_report(Path(report), result, force)
     if card:

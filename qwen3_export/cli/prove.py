@@ -105,6 +105,9 @@ def validate(
     tasks: Tasks = None,
     exact: Annotated[bool, typer.Option("--exact", help="The runtime's highest-precision mode.")] = False,
     threads: Threads = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Trace drift to blocks, linears, experts and channels of a folder.")
+    ] = False,
     report: Report = None,
     card: Annotated[bool, typer.Option("--card", help="Write the figures into each folder's model card.")] = False,
     force: Force = False,
@@ -133,7 +136,7 @@ def validate(
     if report:
         check_output(report, [*paths, reference, gate, *(split_domain(item)[1] for item in text or ())], force)
     truth = open_reference(reference, text or (), tokens, show, thinking_budget)
-    result = run(paths, truth, limits, RuntimeOptions(threads=threads, exact=exact), show, on, asked)
+    result = run(paths, truth, limits, RuntimeOptions(threads=threads, exact=exact), show, on, asked, explain)
     if report:
         write_report(report, result, force)
     if card:
@@ -179,6 +182,8 @@ def _validated(result: dict[str, Any]) -> None:
     ]
     table(headers, rows)
     for item in result["results"]:
+        if "explain" in item:
+            _explained(item)
         if "tasks" in item:
             print(f"{item['artifact']}: {_tasks(item['tasks'])}")
         for check in item["gate"]["checks"]:
@@ -186,6 +191,20 @@ def _validated(result: dict[str, Any]) -> None:
                 print(f"{item['artifact']}: {explain(check)}")
             elif doubt(check):
                 print(f"{item['artifact']}: passed, but {doubt(check)}")
+
+
+def _explained(item: dict[str, Any]) -> None:
+    """Where drift comes from: blocks, then the worst linears."""
+    found = item["explain"]
+    print(f"{item['artifact']}: error of the hidden state after each block, and what each block adds alone")
+    table(
+        ["block", "", "error", "alone"],
+        [[str(b["block"]), "", f"{b['error']:.4f}", f"{b['own_error']:.4f}"] for b in found["blocks"]],
+    )
+    if found["folded"]:
+        print("scales were moved between neighbours: single linears cannot be compared")
+    for one in found["linears"][:5]:
+        print(f"{one['name']}: relative error {one['error']:.4f}")
 
 
 def _tasks(found: dict[str, Any]) -> str:

@@ -66,7 +66,7 @@ class LiveReference:
         self.samples, self.vocab_size = samples, checkpoint.config.vocab_size
         if max(int(ids.max()) for ids in samples.ids) >= self.vocab_size:
             raise InputError(f"{checkpoint.folder}: the tokenizer has more tokens than the model's vocabulary")
-        self.source_sha256, self._folder = checkpoint.sha256, checkpoint.folder
+        self.checkpoint, self.source_sha256, self._folder = checkpoint, checkpoint.sha256, checkpoint.folder
         has_tokenizer = (checkpoint.folder / "tokenizer.json").is_file()
         self.sidecars = read_sidecars(checkpoint.folder) if has_tokenizer else None
         with workers() as pool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.manifest import read_manifest
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.source import open_source
@@ -65,12 +66,15 @@ def validate(
     progress: Progress | None = None,
     on: str = "mean",
     tasks: Sequence[Task] = (),
+    explained: bool = False,
 ) -> dict[str, Any]:
     """`{results: [one per artifact], passed}`, the contract's fields; raises what a runtime raises.
 
     `on`: whether a mean or the bad end of its interval must hold a limit. Limits on latency have it
     measured too, with the fields of `prove.latency.bench`. `tasks` are answered by both models.
+    `explained` adds where drift comes from, of Hugging Face folders beside the original itself.
     """
+    checkpoints = _explainable(artifacts, reference) if explained else []
     limits = {name: parse_limit(name, value) for name, value in (limits or {}).items()}
     chats, sidecars = reference.chats is not None, reference.sidecars is not None
     measured = {"tasks": bool(tasks), "sidecars": sidecars, "thinking": chats, "no_thinking": chats}
@@ -81,6 +85,8 @@ def validate(
         workload = Workload(GATE_PROMPTS, threads=options.threads if options else None)
         speeds = bench(artifacts, workload, progress)["results"]
         results = [{**drift, **speed} for drift, speed in zip(results, speeds, strict=True)]
+    for result, checkpoint in zip(results, checkpoints, strict=False):
+        result["explain"] = _explained(reference, checkpoint, progress)
     results = [{**result, "gate": check(result, limits, on)} for result in results]
     return {
         "results": results,
@@ -103,6 +109,26 @@ def rounding_errors(artifact: Path) -> dict[str, dict[str, float]] | None:
             found.setdefault(parts[-1], {}).setdefault(parts[2], []).append(error)
     averaged = {kind: {n: sum(errors) / len(errors) for n, errors in layers.items()} for kind, layers in found.items()}
     return averaged or None
+
+
+def _explainable(artifacts: Sequence[Path], reference: Reference) -> list[Checkpoint]:
+    """The artifacts' checkpoints; InputError, before anything is measured, where drift cannot be traced."""
+    if isinstance(reference, ReferenceFile):
+        raise InputError(
+            "--explain: a reference file holds the original's answers, not its blocks",
+            "give the original itself as --reference",
+        )
+    from qwen3_export.prove.explain import check_explainable
+
+    return [check_explainable(artifact) for artifact in artifacts]
+
+
+def _explained(reference: Reference, artifact: Checkpoint, progress: Progress | None) -> dict[str, Any]:
+    from qwen3_export.prove.explain import explain
+    from qwen3_export.prove.original import LiveReference
+
+    assert isinstance(reference, LiveReference)
+    return explain(reference.checkpoint, artifact, reference.samples, progress)
 
 
 def _validate_one(
