@@ -142,6 +142,9 @@ def onnx(
     kv_cache: Annotated[
         str, typer.Option(help="fp32; int8 or int4: calibrated codes, a quarter or an eighth of the cache's memory.")
     ] = "fp32",
+    opset: Annotated[
+        int | None, typer.Option(help="Of `standard`: 21 for older runtimes, 23 or 24 (default: 23).")
+    ] = None,
     max_shard_size: Annotated[
         str | None, typer.Option(help="Data beyond this size goes to a next file, e.g. 2GB.")
     ] = None,
@@ -169,7 +172,7 @@ def onnx(
     options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume)
     choice: dict[str, Any] = {
         "flavor": flavor, "precision": precision, "accuracy_level": accuracy_level, "target": target,
-        "kv_cache": kv_cache,
+        "kv_cache": kv_cache, "opset": opset,
     }  # fmt: skip
     check = partial(check_request, **choice)
     with _prepared(source, recipe, options, output, force, show, check) as checkpoint:

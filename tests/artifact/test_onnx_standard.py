@@ -18,9 +18,12 @@ from onnx.reference import ReferenceEvaluator
 from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
+from qwen3_export.errors import InputError
+from qwen3_export.run.artifact import open_session
 from qwen3_export.ship.onnx import export_onnx
 from tests.artifact.support import (
     SAME,
+    YARN,
     Exported,
     OnnxWeights,
     graph_name,
@@ -180,3 +183,46 @@ def test_inputs_are_rounded_as_the_folder_rounds_them(make_checkpoint: Callable,
     truth, plain = logits(tmp_path / "quantized", ids), logits(source, ids)
     ours = logits(tmp_path / "onnx", ids, exact=True)
     assert largest_difference(ours, truth) < 0.02 * largest_difference(plain, truth) + SAME
+
+
+OTHER_OPSETS = {
+    "float": {},
+    "w4": {"scheme": QuantScheme(4, group_size=32)},
+    "w4, no shared heads": {"scheme": QuantScheme(4, group_size=32, symmetric=False), "num_key_value_heads": 4},
+    "yarn": {"rope_scaling": YARN},
+}
+
+
+@pytest.mark.parametrize("opset", [21, 24])
+@pytest.mark.parametrize("changes", OTHER_OPSETS.values(), ids=OTHER_OPSETS.keys())
+def test_other_opsets(make_checkpoint: Callable, tmp_path: Path, changes: dict, opset: int) -> None:
+    scheme = changes.get("scheme")
+    source = make_checkpoint(tiny_config(**{key: value for key, value in changes.items() if key != "scheme"}))
+    checkpoint = round_to_nearest(source, tmp_path / "q", ("*", scheme)) if scheme else open_checkpoint(source)
+    folder, ids = tmp_path / "onnx", [random_ids(40), random_ids(1)]
+    export_onnx(checkpoint, folder, "standard", opset=opset)
+    onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
+    model = load_graph(folder)
+    assert [(item.domain, item.version) for item in model.opset_import] == [("", opset)]
+    newer = {"Attention", "RMSNormalization", "RotaryEmbedding"}
+    assert newer.isdisjoint({node.op_type for node in model.graph.node}) == (opset == 21)
+    assert largest_difference(logits(folder, ids), logits(checkpoint.folder, ids)) < SAME
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_opset_21_with_a_cache_and_padding(make_checkpoint: Callable, tmp_path: Path, precision: str) -> None:
+    source, ids = make_checkpoint(), random_ids(40)
+    for opset in (21, 23):
+        export_onnx(open_checkpoint(source), tmp_path / str(opset), "standard", precision=precision, opset=opset)
+    found = []
+    for opset in (21, 23):
+        session = open_session(tmp_path / str(opset))
+        found.append([session.prefill(ids), *(session.decode(token)[None] for token in (5, 6, 7))])
+        session.close()
+    assert largest_difference(*found) < (SAME if precision == "fp32" else 0.05)
+
+
+def test_an_opset_belongs_to_the_standard_flavor(make_checkpoint: Callable, tmp_path: Path) -> None:
+    for options in ({"opset": 21}, {"opset": 19, "flavor": "standard"}):
+        with pytest.raises(InputError, match=f"--opset {options['opset']}"):
+            export_onnx(open_checkpoint(make_checkpoint()), tmp_path / "onnx", **options)

@@ -54,6 +54,7 @@ def export_onnx(
     measure: Measure | None = None,
     kv_cache: str = "fp32",
     study_cache: StudyCache | None = None,
+    opset: int | None = None,
 ) -> dict[str, Any]:
     """Write an ONNX folder.
 
@@ -64,7 +65,7 @@ def export_onnx(
     Raises UnsupportedError, before anything is written, when a tensor's scheme does not fit.
     """
     started, progress = time.monotonic(), progress or Progress()
-    aim = check_request(checkpoint, flavor, precision, accuracy_level, target, max_shard_size, kv_cache)
+    aim = check_request(checkpoint, flavor, precision, accuracy_level, target, max_shard_size, kv_cache, opset)
     files, inexact = files_of(aim, checkpoint), cast_errors(checkpoint, aim.precision)
     with staged_folder(output, force, inputs=[checkpoint.folder]) as folder:
         cache = _calibrated(checkpoint, folder, aim, kv_cache, study_cache, progress)
@@ -123,6 +124,7 @@ def check_request(
     target: str = "cpu",
     max_shard_size: int | None = None,
     kv_cache: str = "fp32",
+    opset: int | None = None,
 ) -> Target:
     """Everything that can be known before the long work.
 
@@ -130,7 +132,7 @@ def check_request(
 
     Raises InputError for an unknown option, UnsupportedError for the first tensor that does not fit.
     """
-    aim = choose(target, flavor, precision, accuracy_level, max_shard_size)
+    aim = choose(target, flavor, precision, accuracy_level, max_shard_size, opset)
     supports = ort_ops.supports if aim.flavor == "ort" else standard_ops.supports
     check_schemes(checkpoint, supports, f"onnx ({aim.flavor})", experts.supports)
     experts.sparse_layers(checkpoint)
@@ -192,11 +194,12 @@ def write_graph(
     Returns the number of data files, and which operators the experts became.
     """
     dtype, is_ort = TYPES[target.precision], target.flavor == "ort"
-    with GraphBuilder(folder, ort_ops.OPSET if is_ort else standard_ops.OPSET, files) as graph:
+    opset = target.opset or (ort_ops.OPSET if is_ort else standard_ops.OPSET)
+    with GraphBuilder(folder, opset, files) as graph:
         ops = (
             ort_ops.OrtOps(graph, dtype, target.accuracy_level, cache)
             if is_ort
-            else standard_ops.StandardOps(graph, dtype, target.accuracy_level, target.flavor == "tensorrt")
+            else standard_ops.StandardOps(graph, dtype, target.accuracy_level, target.flavor == "tensorrt", opset)
         )
         build_decoder(ops, checkpoint, progress)
         context = str(context_length(checkpoint.config))

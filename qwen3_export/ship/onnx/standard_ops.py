@@ -11,7 +11,7 @@ TensorRT parses them, and any ONNX runtime can run them.
 The mask counts slots of the cache, not positions, so it is right for left-padded batches too; the
 diagonal keeps the rows of padding finite. The Reshape changes nothing: without it ONNX Runtime fuses both neighbours
 into an operator that rounds activations to int8, so it is left away for TensorRT and at accuracy level 4.
-Operators: the ONNX specification, opset 23.
+Operators: the ONNX specification, opset 23 or 24; `ship.onnx.opset21` writes what opset 21 does not have.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
-from qwen3_export.ship.onnx import qdq, routed, w8a8
+from qwen3_export.ship.onnx import opset21, qdq, routed, w8a8
 from qwen3_export.ship.onnx.experts import SparseLayer
 from qwen3_export.ship.onnx.graph import GraphBuilder
 
@@ -48,9 +48,14 @@ class StandardOps:
     """
 
     def __init__(
-        self, graph: GraphBuilder, dtype: ir.DataType, accuracy_level: int = 0, tensorrt: bool = False
+        self,
+        graph: GraphBuilder,
+        dtype: ir.DataType,
+        accuracy_level: int = 0,
+        tensorrt: bool = False,
+        opset: int = OPSET,
     ) -> None:
-        self.graph, self.dtype, self._tensorrt = graph, dtype, tensorrt
+        self.graph, self.dtype, self._tensorrt, self._old = graph, dtype, tensorrt, opset < OPSET
         self._fusable = tensorrt or accuracy_level > 0
         self._numpy = dtype.numpy()
 
@@ -121,6 +126,8 @@ class StandardOps:
         """RMSNorm, computed in fp32."""
         scale = self.graph.weight(f"{name}.weight", weight.astype(self._numpy))
         epsilon = self._config.rms_norm_eps
+        if self._old:
+            return opset21.rms_norm(self.graph, x, scale, epsilon, self.dtype, name)
         return self.graph.op("RMSNormalization", [x, scale], name, axis=-1, epsilon=epsilon, stash_type=1)
 
     def add_norm(self, h: ir.Value, delta: ir.Value, weight: NDArray, name: str) -> tuple[ir.Value, ir.Value]:
@@ -180,8 +187,12 @@ class StandardOps:
             )
         )
         k, v = (self._extend(value, layer, kind) for value, kind in ((k, "key"), (v, "value")))
-        scale = float(config.head_dim**-0.5)
-        mixed = op("Attention", [q, k, v, self._mask], name, scale=scale, is_causal=0)
+        if self._old:
+            heads = (config.num_heads, config.num_kv_heads)
+            mixed = opset21.attend(self.graph, (q, k, v), self._mask, heads, config.head_dim, self.dtype, name)
+        else:
+            scale = float(config.head_dim**-0.5)
+            mixed = op("Attention", [q, k, v, self._mask], name, scale=scale, is_causal=0)
         flat = op("Transpose", [mixed], f"{name}.transposed", perm=[0, 2, 1, 3])
         width = config.num_heads * config.head_dim
         return op("Reshape", [flat, self.graph.constant([0, 0, width])], f"{name}.merged")
@@ -195,6 +206,8 @@ class StandardOps:
         turned = op("Transpose", [split], f"{name}.heads", perm=[0, 2, 1, 3])
         if weight is None:
             return turned
+        if self._old:
+            return opset21.rotate(self.graph, turned, self._cos, self._sin, f"{name}.rope")
         return op("RotaryEmbedding", [turned, self._cos, self._sin], f"{name}.rope", interleaved=0)
 
     def _extend(self, value: ir.Value, layer: int, kind: str) -> ir.Value:

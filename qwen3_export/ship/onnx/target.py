@@ -19,6 +19,8 @@ from qwen3_export.errors import InputError, UnsupportedError
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 FLAVORS, PRECISIONS = ("ort", "standard"), ("fp32", "fp16", "bf16")
+# Of the standard operators; 21 is the first with 4-bit types in blocks.
+OPSETS = (21, 23, 24)
 # Browsers hold a file in one array buffer, which ends at 2 GiB.
 _WEB_SHARD = 2_000_000_000
 # transformers.js refuses more.
@@ -40,6 +42,7 @@ class Target:
     accuracy_level: int
     provider: str | None = None
     shard_bytes: int | None = None
+    opset: int | None = None
 
     @property
     def is_web(self) -> bool:
@@ -80,6 +83,7 @@ def choose(
     precision: str | None = None,
     accuracy_level: int | None = None,
     shard_bytes: int | None = None,
+    opset: int | None = None,
 ) -> Target:
     """A target by name with what overrides it; InputError names what is no choice."""
     given = (("--target", name, TARGETS), ("--flavor", flavor, FLAVORS), ("--precision", precision, PRECISIONS))
@@ -91,6 +95,11 @@ def choose(
         raise InputError(f"--accuracy-level {accuracy_level}: 0 to 4 was expected")
     if target.is_web and flavor == "standard":
         raise InputError("--target web is written in ONNX Runtime's operators", "leave --flavor standard away")
+    if opset is not None and (opset not in OPSETS or (flavor or target.flavor) != "standard"):
+        raise InputError(
+            f"--opset {opset}: one of {', '.join(map(str, OPSETS))} was expected, with --target or --flavor standard",
+            "leave --opset away: ONNX Runtime's own operators need no other",
+        )
     if flavor == "standard" and accuracy_level is None:
         accuracy_level = TARGETS["standard"].accuracy_level
     return replace(
@@ -99,6 +108,7 @@ def choose(
         precision=precision or target.precision,
         accuracy_level=target.accuracy_level if accuracy_level is None else accuracy_level,
         shard_bytes=shard_bytes or target.shard_bytes,
+        opset=opset,
     )
 
 
