@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_export.core.onnx_header import read_onnx_header
 from qwen3_export.core.process import uninterrupted
 from qwen3_export.core.processors import thread_count
 from qwen3_export.errors import InputError, MissingRuntimeError
@@ -50,8 +51,8 @@ class OrtSession:
         settings.log_severity_level = 4
         if (folder / "engine.json").is_file():
             self.runtime = "onnxruntime (the plan's ONNX)"
-        # Products of int8 saturate on x86 without VNNI unless this is set; it changes nothing elsewhere.
-        settings.add_session_config_entry("session.x64quantprecision", "1")
+        if _multiplies_integers(files.graph):
+            settings.add_session_config_entry("session.x64quantprecision", "1")
         if options.exact or self.runtime != OrtSession.runtime:
             settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
         if options.exact:
@@ -181,3 +182,16 @@ class OrtSession:
     def close(self) -> None:
         """Free the model."""
         del self._binding, self._session
+
+
+def _multiplies_integers(graph: Path) -> bool:
+    """Whether a model multiplies int8 by int8, which saturates on x86 without VNNI unless the session forbids it.
+
+    Beside DequantizeLinear in blocks the setting must stay away: ONNX Runtime 1.31 then breaks that operator.
+    """
+    try:
+        operators = read_onnx_header(graph).operators
+    except InputError:
+        # Whatever is wrong with the file, ONNX Runtime says it better.
+        return False
+    return "MatMulInteger" in operators and "DequantizeLinear" not in operators
