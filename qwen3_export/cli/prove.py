@@ -71,7 +71,8 @@ def reference(
     asked = read_tasks(tasks) if tasks else ()
     if window > checkpoint.config.max_position:
         raise InputError(f"--window {window}: the model has {checkpoint.config.max_position} positions")
-    check_output(output, [checkpoint.folder, *(split_domain(item)[1] for item in text or ())], force, folder=False)
+    inputs = [checkpoint.folder, tasks, *(split_domain(item)[1] for item in text or ())]
+    check_output(output, inputs, force, folder=False)
     rows = held_out(checkpoint.folder, text or (), window, tokens)
     result = write_reference(checkpoint, rows, output, top_k, force, show, thinking_budget, asked)
     shown = {k: result[k] for k in ("output", "positions", "rows", "top_k")} | {"size": size(result["bytes"])}
@@ -134,7 +135,7 @@ def validate(
         raise InputError(f"--on {on}: mean or upper was expected")
     paths, asked = [find(artifact) for artifact in artifacts], read_tasks(tasks) if tasks else ()
     if report:
-        check_output(report, [*paths, reference, gate, *(split_domain(item)[1] for item in text or ())], force)
+        check_output(report, [*paths, reference, gate, tasks, *(split_domain(item)[1] for item in text or ())], force)
     truth = open_reference(reference, text or (), tokens, show, thinking_budget)
     result = run(paths, truth, limits, RuntimeOptions(threads=threads, exact=exact), show, on, asked, explain)
     if report:

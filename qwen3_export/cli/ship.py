@@ -89,16 +89,18 @@ def _prepared(
     show: Console,
     check: Check,
     folder: bool = True,
+    reads: Path | None = None,
 ) -> Iterator[Checkpoint]:
     """The source, or a quantized copy of it with a recipe.
 
     The copy lies beside the output and is removed afterwards.
 
-    `check` is the export's own check, made before anything is quantized; `folder` says what the export writes. An
-    interrupted run's finished blocks are kept in `OUTPUT.quantized.partial/`, from which the same command goes on.
+    `check` is the export's own check, made before anything is quantized; `folder` says what the export writes,
+    `reads` what it reads beside the source. An interrupted run's finished blocks are kept in
+    `OUTPUT.quantized.partial/`, from which the same command goes on.
     """
     checkpoint = open_source(source)
-    inputs = [checkpoint.folder, recipe, options.calibration]
+    inputs = [checkpoint.folder, recipe, options.calibration, reads]
     check_output(output, inputs, force, folder)
     settings = options.settings(recipe)
     if recipe is None:
@@ -236,7 +238,7 @@ def gguf(
     show = console(json, quiet, verbose)
     options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume)
     check = partial(check_request, type_name=type_name, options=chosen)
-    with _prepared(source, recipe, options, output, force, show, check, folder=False) as checkpoint:
+    with _prepared(source, recipe, options, output, force, show, check, False, imatrix) as checkpoint:
         result = export_gguf(checkpoint, output, type_name, force, show, chosen)
     show.result(result, lambda: _exported(result))
 

@@ -112,6 +112,17 @@ def test_file_over_a_text_that_is_read(model: Path, tmp_path: Path) -> None:
     refused(call("quantize", model, "--recipe", recipe, "--output", tmp_path, "--force"), 2, "recipe.yaml")
 
 
+def test_file_over_tasks_or_an_importance_matrix(model: Path, tmp_path: Path) -> None:
+    tasks, matrix = tmp_path / "tasks.jsonl", tmp_path / "matrix.gguf"
+    assert call("tasks", "--count", "3", "--output", tasks).code == 0
+    short = ("--samples", "2", "--sequence-length", "32")
+    assert call("calibrate", model, *short, "--output", matrix).code == 0
+    before = hashes(tmp_path)
+    refused(call("reference", model, "--tasks", tasks, "--output", tasks, "--force"), 2, "is the input")
+    refused(call("gguf", model, "--imatrix", matrix, "--output", matrix, "--force"), 2, "is the input")
+    assert hashes(tmp_path) == before
+
+
 def test_unfinished_run_is_no_source_of_its_own(made: dict[str, Path], tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
     shutil.copytree(made["quantized"], partial)
