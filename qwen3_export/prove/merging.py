@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.manifest import sha256_file
 from qwen3_export.core.outputs import staged_file
+from qwen3_export.core.progress import peak_rss_bytes
 from qwen3_export.core.tensorfile import Spec, TensorFile, TensorFileWriter
 from qwen3_export.errors import InputError
 from qwen3_export.prove.reference import ReferenceFile
@@ -69,6 +70,7 @@ def merge_references(paths: Sequence[Path], output: Path, force: bool = False) -
         "top_k": int(metadata["top_k"]),
         "bytes": output.stat().st_size,
         "sha256": sha256_file(output),
+        "peak_rss_bytes": peak_rss_bytes(),
     }
 
 
