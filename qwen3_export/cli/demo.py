@@ -17,6 +17,7 @@ import typer
 
 from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console
 from qwen3_export.cli.console import Console, nats, size, table, verdict
+from qwen3_export.cli.demo_rival import BUILDER, build, builder_is_there
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.manifest import write_manifest
 from qwen3_export.core.outputs import staged_folder
@@ -26,7 +27,7 @@ from qwen3_export.core.source import REFERENCE_MODEL, open_source
 from qwen3_export.errors import MissingRuntimeError
 
 # What a healthy artifact of the embedded model stays under, nats per token.
-LIMITS = {"16 bit": 1e-3, "8 bit": 2e-3, "4 bit": 0.05}
+LIMITS = {"16 bit": 1e-3, "8 bit": 2e-3, "4 bit": 0.05, "another tool's": 0.5}
 _SAMPLES, _LENGTH, _HELD_OUT = 64, 256, 10_000
 
 
@@ -86,7 +87,8 @@ def _make(folder: Path, show: Console) -> tuple[dict[str, tuple[float, str]], di
     `{file name: (bits per weight, kind of limit)}` and what was left out, why.
     """
     quantized = {
-        name: _quantize(folder, name, show) for name in ("rtn-w4a16-g128", "gptq-w4a16-g128", "gptq-w4a16-g32")
+        name: _quantize(folder, name, show)
+        for name in ("rtn-w4a16-g128", "gptq-w4a16-g128", "gptq-w4a16-g32", "edge-w4")
     }
     made: dict[str, tuple[float, str]] = {name: (bits, "4 bit") for name, bits in quantized.items()}
     skipped = {}
@@ -110,12 +112,13 @@ def _quantize(folder: Path, recipe: str, show: Console) -> float:
 
 
 def _products(folder: Path, show: Console) -> list[Product]:
-    def onnx(source: str) -> Callable[[Path], float]:
+    def onnx(source: str, level: int | None = None) -> Callable[[Path], float]:
         def make(output: Path) -> float:
             from qwen3_export.prove.rounding import level_cost
             from qwen3_export.ship.onnx import export_onnx
 
-            return export_onnx(_open(folder, source), output, progress=show, measure=level_cost)["bits_per_weight"]
+            options: dict[str, Any] = {"accuracy_level": level, "progress": show, "measure": level_cost}
+            return export_onnx(_open(folder, source), output, **options)["bits_per_weight"]
 
         return make
 
@@ -135,8 +138,10 @@ def _products(folder: Path, show: Console) -> list[Product]:
     to_onnx, to_gguf = ("onnx_ir", "onnxruntime"), ("gguf", "xllamacpp")
     return [
         Product("onnx-fp32", to_onnx, "16 bit", onnx(REFERENCE_MODEL)),
-        Product("onnx-gptq-g128", to_onnx, "4 bit", onnx("gptq-w4a16-g128")),
-        Product("onnx-gptq-g32", to_onnx, "4 bit", onnx("gptq-w4a16-g32")),
+        Product("onnx-gptq-g128", to_onnx, "4 bit", onnx("gptq-w4a16-g128", level=0)),
+        Product("onnx-gptq-g32", to_onnx, "4 bit", onnx("gptq-w4a16-g32", level=0)),
+        Product("onnx-edge-w4", to_onnx, "4 bit", onnx("edge-w4")),
+        *([Product(BUILDER, to_onnx, "another tool's", build)] if builder_is_there() else []),
         Product("bf16.gguf", to_gguf, "16 bit", gguf(REFERENCE_MODEL, "bf16")),
         Product("q8_0.gguf", to_gguf, "8 bit", gguf(REFERENCE_MODEL, "q8_0")),
         Product("gptq-g128-q4_0.gguf", to_gguf, "4 bit", gguf("gptq-w4a16-g128")),
