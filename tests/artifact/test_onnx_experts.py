@@ -156,6 +156,7 @@ def test_fused_experts_hold_the_solvers_codes(make_checkpoint: Callable, tmp_pat
         inputs = [*weights.inputs(name), *[None] * 6]
         attributes = weights.attributes(name)
         assert (attributes["expert_weight_bits"], attributes["block_size"]) == (4, scheme.group_size)
+        assert attributes["weights_prepacked"] == 0
         assert (attributes["swiglu_fusion"], attributes["k"], attributes["accuracy_level"]) == (1, 2, 0)
         for expert in range(config.num_experts):
             parts = [checkpoint.linear(f"model.layers.{layer}.mlp.experts.{expert}.{p}_proj") for p in ("gate", "up")]

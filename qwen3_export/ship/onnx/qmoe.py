@@ -79,6 +79,8 @@ def experts(graph: GraphBuilder, x: ir.Value, layer: SparseLayer, level: int, dt
         normalize_routing_weights=int(config.norm_topk_prob),
         expert_weight_bits=scheme.num_bits,
         accuracy_level=level,
+        # The codes as they are: without it CUDA expects a layout of its own.
+        weights_prepacked=0,
         **grain,
     )
 
