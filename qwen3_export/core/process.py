@@ -15,6 +15,8 @@ from contextlib import contextmanager
 
 # Parameters of mallopt; 32 MiB is the most that it takes for the second.
 _M_ARENA_MAX, _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -8, -3, -1
+# Option of prctl, Linux's alone.
+_PARENT_DEATH_SIGNAL = 1
 _LARGEST_IN_HEAP, _KEPT = 32 << 20, 1 << 30
 # How many kernels torch keeps, in all and in every thread; it reads these where it makes the first.
 _KERNELS, _CACHES = 32, ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
@@ -34,6 +36,16 @@ def keep_freed_memory() -> None:
         mallopt(_M_ARENA_MAX, 1)
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_IN_HEAP)
         mallopt(_M_TRIM_THRESHOLD, _KEPT)
+
+
+def end_with_parent() -> None:
+    """Let this child process be killed when its parent is, on Linux.
+
+    It would go on for minutes, and write into a folder that the next run has taken over.
+    """
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def keep_few_kernels() -> None:

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export import errors
+from qwen3_export.core.process import end_with_parent
 from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.errors import ExportError, InputError
 from qwen3_export.prove.environment import environment
@@ -238,6 +239,7 @@ def _energy(meter: EnergyMeter | None, joules: float, turns: Sequence[Sequence[f
 
 def main() -> None:
     """Child process of `bench`: one JSON line, an expected error included."""
+    end_with_parent()
     values = json.loads(sys.argv[2])
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     try:

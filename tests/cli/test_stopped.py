@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import signal
@@ -209,6 +210,28 @@ def test_interrupted_export_leaves_nothing(made: dict[str, Path], tmp_path: Path
     process.send_signal(signal.SIGTERM)
     refused(finish(process), 130, "interrupted")
     assert names(tmp_path) == []
+
+
+def test_builder_ends_with_a_run_that_is_killed(made: dict[str, Path], tmp_path: Path) -> None:
+    """It would write on, into a folder that the next run has taken over."""
+    plan = str(tmp_path / "trt.partial" / "model.plan").encode()
+
+    def builders() -> list[Path]:
+        found = []
+        for line in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                found += [line] if plan in line.read_bytes() else []
+        return found
+
+    process = start("tensorrt", made["quantized"], "--output", tmp_path / "trt", "--sm", "8.9")
+    # The interpreter is up when it has opened the plan, or its libraries.
+    wait_for(lambda: any("tensorrt" in (line.parent / "maps").read_text() for line in builders()), process)
+    process.kill()
+    finish(process)
+    end = time.monotonic() + 20
+    while builders() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not builders()
 
 
 def test_disk_that_fills_up_during_the_run(

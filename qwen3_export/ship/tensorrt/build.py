@@ -14,6 +14,8 @@ import json
 import sys
 from typing import Any
 
+from qwen3_export.core.process import end_with_parent
+
 _HARMLESS = ("has Int64 binding", "cudaError 35")
 
 
@@ -119,6 +121,7 @@ def _add_profile(builder: Any, network: Any, config: Any, prompt: int, context: 
 
 def main() -> None:
     """Build what the argument asks for; failures are answers too."""
+    end_with_parent()
     try:
         answer = build(json.loads(sys.argv[1]))
     except BuildError as error:
