@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_export.cli.console import fields, size, table
+from qwen3_export.core.files import read_object
 from qwen3_export.core.gguf_header import GgufTensor, read_gguf_header
 from qwen3_export.core.manifest import MANIFEST, read_manifest
 from qwen3_export.core.onnx_header import OnnxTensor, onnx_data_files, read_onnx_header
@@ -60,7 +61,7 @@ def _onnx(path: Path) -> dict[str, Any]:
     header = read_onnx_header(files.graph)
     manifest = read_manifest(files.folder) if (files.folder / MANIFEST).is_file() else {}
     engine = files.folder / "engine.json"
-    plan = {"engine": json.loads(engine.read_text())} if engine.is_file() else {}
+    plan = {"engine": read_object(engine)} if engine.is_file() else {}
     stated = {key: manifest[key] for key in _STATED if key in manifest}
     data = onnx_data_files(files.graph)
     return {

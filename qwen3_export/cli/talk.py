@@ -12,6 +12,7 @@ import typer
 from qwen3_export.cli.app import Json, Quiet, Verbose, app, console
 from qwen3_export.cli.console import Console
 from qwen3_export.cli.prove import ThinkingBudget, Threads, find
+from qwen3_export.core.files import read_text
 from qwen3_export.errors import InputError
 
 
@@ -71,11 +72,7 @@ def _questions(prompt: str | None, file: Path | None, chat: bool) -> Iterator[st
 
 
 def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not valid UTF-8"
-        raise InputError(f"--prompt-file {file}: cannot be read ({reason})") from error
+    return read_text(file)
 
 
 def _lines() -> Iterator[str]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 
+# No machine has an exabyte of anything; a float has no more digits for it either.
+_MOST = 1e18
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def parse_size(text: str) -> int | None:
     """Bytes of `8GiB`, `9MB`, `500 kB` or a plain number.
 
-    None when the text is no size.
+    None when the text is no size, or one beyond all machines.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
-    return int(float(match[1]) * _UNITS[match[2] or ""]) if match else None
+    size = float(match[1]) * _UNITS[match[2] or ""] if match else math.inf
+    return int(size) if size < _MOST else None

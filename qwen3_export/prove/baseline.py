@@ -11,7 +11,6 @@ from resampling rows: what both find hard cancels out. With `allowed` from the t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_export.core.files import read_json
 from qwen3_export.errors import InputError
 from qwen3_export.prove.latency_pairs import latency_pairs
 from qwen3_export.prove.naming import unique_names
@@ -42,11 +42,7 @@ _AGAIN = "measure both with the same reference, text and runtime settings"
 def read_report(path: Path) -> dict[str, Any]:
     """A report folder or its report.json; InputError when it is none."""
     file = path / "report.json" if path.is_dir() else path
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-        raise InputError(f"{file}: not a readable report ({reason})", _WRITTEN) from error
+    values = read_json(file, hint=_WRITTEN)
     if not isinstance(values, dict) or not isinstance(values.get("results"), list) or not values["results"]:
         raise InputError(f"{file}: no report of validate or bench", _WRITTEN)
     if not all(isinstance(item, dict) and isinstance(item.get("artifact"), str) for item in values["results"]):

@@ -113,7 +113,7 @@ class ReferenceFile:
             self._tasks = json.loads(metadata.get("tasks", "null"))
             self._check_answers(int(metadata["top_k"]))
             self.is_lower_bound = "logits" not in self._answers
-        except (KeyError, ValueError, IndexError, TypeError) as error:
+        except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path}: damaged reference file ({error})") from error
 
     def _integers(self, name: str, limit: int, axes: int = 1) -> NDArray[np.int32]:

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen3_export.core.files import read_lines
 from qwen3_export.core.manifest import sha256_text
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.scheme import check_keys
@@ -95,11 +96,8 @@ _RULES: dict[str, Callable[[str, str], bool]] = {
 
 def read_tasks(path: Path) -> list[Task]:
     """The tasks of a JSONL file; InputError names the line and what was expected."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-    tasks = [_task(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    lines = enumerate(read_lines(path), 1)
+    tasks = [_task(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     if not tasks:
         raise InputError(f"{path}: no task in it", 'a line is {"prompt": "…", "answer": "…", "match": "exact"}')
     return tasks

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from qwen3_export.core.files import read_yaml
 from qwen3_export.errors import InputError
 from qwen3_export.prove.limits import parse_number
 
@@ -60,10 +59,7 @@ def read_tolerance(path: Path | None) -> dict[str, Tolerance]:
     """
     if path is None:
         return dict(DEFAULTS)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a readable tolerance file ({str(error).splitlines()[0]})") from error
+    values = read_yaml(path)
     if not isinstance(values, dict) or not values:
         raise InputError(f"{path}: a mapping of tolerances was expected", _hint())
     return {**DEFAULTS, **_tolerances(path, values)}

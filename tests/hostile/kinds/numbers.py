@@ -52,7 +52,7 @@ def _put(array: np.ndarray, value: float, where: float = 0.5) -> np.ndarray:
 
 def _check_finite(output: Path) -> None:
     """Every tensor of a quantized folder can be read, which it cannot when one holds no number."""
-    if output.is_dir() and (output / "config.json").is_file():
+    if (output / "model.safetensors.index.json").is_file():
         checkpoint = open_checkpoint(output)
         for name in checkpoint.files:
             checkpoint.read(name)
