@@ -70,7 +70,7 @@ def test_other_sidecars_travel_too(model: Path, tmp_path: Path) -> None:
 
 def test_folders_hold_what_the_contract_says(made: dict[str, Path]) -> None:
     shards = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
-    common = sorted([*SIDECARS, "qwen3-export.json"])
+    common = sorted([*SIDECARS, "README.md", "qwen3-export.json"])
     quantized = ["config.json", "model.safetensors.index.json", *shards]
     assert names(made["quantized"]) == sorted([*common, *quantized])
     assert names(made["onnx"]) == sorted([*common, "config.json", "genai_config.json", "model.onnx", "model.onnx.data"])
