@@ -56,11 +56,12 @@ def ours(base: Path, source: Path, kind: str) -> Path:
     """Our ONNX folder: all matrices in groups of 32, rounded, as fast as edge-w4's and edge-w8's."""
     output = base / f"ours-{kind}"
     if not output.is_dir():
-        export_onnx(open_checkpoint(_rounded(base, source, kind)), output)
+        export_onnx(open_checkpoint(rounded(base, source, kind)), output)
     return output
 
 
-def _rounded(base: Path, source: Path, kind: str) -> Path:
+def rounded(base: Path, source: Path, kind: str) -> Path:
+    """The model with every matrix rounded to groups of 32, as a quantized folder."""
     output = base / f"quantized-{kind}"
     if not output.is_dir():
         scheme = QuantScheme(BITS[kind], group_size=32)
@@ -85,6 +86,6 @@ def llama(base: Path, source: Path, kind: str) -> Path:
     if not output.is_file():
         codes = kind == "q4_0"
         export_gguf(
-            open_checkpoint(_rounded(base, source, "int4") if codes else source), output, None if codes else kind
+            open_checkpoint(rounded(base, source, "int4") if codes else source), output, None if codes else kind
         )
     return output

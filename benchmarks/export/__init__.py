@@ -1,0 +1,1 @@
+"""What an ONNX export costs, beside onnxruntime-genai's builder."""
