@@ -9,7 +9,13 @@ from random import Random
 
 from tests.hostile.trial import REFUSED, Place, Trial
 
-_FOLDERS, _FILES = ("quantize", "onnx"), ("gguf", "reference")
+_FOLDERS, _FILES = ("quantize", "onnx", "triton"), ("gguf", "reference", "calibrate")
+_BASE = {"quantize": "model", "reference": "model", "calibrate": "model", "report": "onnx", "triton": "onnx"}
+_OPTIONS = {
+    "quantize": ("--recipe", "rtn-w4a16-g32"),
+    "reference": ("--tokens", "64", "--window", "32"),
+    "calibrate": ("--samples", "2", "--sequence-length", "32"),
+}
 
 
 def make(random: Random, place: Place) -> Trial:
@@ -33,10 +39,8 @@ def _command(
             *more,
         )
     name, _, recipe = kind.partition("-")
-    source = source or place.base("model" if kind in ("quantize", "reference") or recipe else "quantized")
-    options = {"quantize": ("--recipe", "rtn-w4a16-g32"), "reference": ("--tokens", "64", "--window", "32")}.get(
-        name, ()
-    )
+    source = source or place.base("model" if recipe else _BASE.get(kind, "quantized"))
+    options = _OPTIONS.get(name, ())
     return (name, source, *options, *(("--recipe", "rtn-w4a16-g32") if recipe else ()), "--output", out, *more)
 
 
@@ -72,7 +76,7 @@ def _foreign_partial(random: Random, place: Place, kind: str) -> Trial:
 
 def _over_an_input(random: Random, place: Place, kind: str) -> Trial:
     """`--force` names an input, in one of its spellings."""
-    base = {"quantize": "model", "reference": "model", "report": "onnx"}.get(kind, "quantized")
+    base = _BASE.get(kind, "quantized")
     source = place.copy("model" if "-" in kind else base, "source")
     (place.folder / "sub").mkdir()
     spellings: dict[str, Callable[[], object]] = {
@@ -85,7 +89,7 @@ def _over_an_input(random: Random, place: Place, kind: str) -> Trial:
         "its partial": lambda: _partial_of(source),
     }
     if _is_file(kind):
-        shard = next(source.glob("*.safetensors"))
+        shard = sorted(source.glob("*.safetensors"))[0]
         spellings |= {
             "its shard": lambda: shard,
             "its configuration": lambda: source / "config.json",
@@ -128,7 +132,7 @@ def _partial_of(source: Path) -> Path:
 
 def _failing_run_in_new_folders(random: Random, place: Place, kind: str) -> Trial:
     """The output's parents do not exist, and the run cannot end well."""
-    source = place.copy({"quantize": "model", "reference": "model", "report": "onnx"}.get(kind, "quantized"), "source")
+    source = place.copy(_BASE.get(kind, "quantized"), "source")
     victim = random.choice(sorted(path for path in source.iterdir() if path.suffix != ".txt"))
     victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 3])
     out = place.folder / "a" / "b" / "out"
