@@ -94,7 +94,7 @@ def _run(
     Their hidden states are on the disk between two blocks.
     """
     config, length = checkpoint.config, len(samples.ids[0])
-    hidden, found = SampleFile(scratch / "hidden.rows", (1, length, config.hidden_size)), Sums()
+    hidden, found = SampleFile(scratch / "hidden.samples", (1, length, config.hidden_size)), Sums()
     table = Table(checkpoint.linear(EMBEDDING))
     try:
         for place, ids in enumerate(samples.ids):

@@ -70,7 +70,7 @@ class Job:
 
     def hidden_path(self, layer: int, model: str = QUANTIZED) -> Path:
         """Path of a model's hidden states before block `layer`."""
-        return self.scratch / f"{model}-{layer:04d}.rows"
+        return self.scratch / f"{model}-{layer:04d}.samples"
 
     @property
     def matmul_dtype(self) -> torch.dtype:
@@ -145,7 +145,7 @@ class Job:
         return (QUANTIZED, ORIGINAL) if beside else (QUANTIZED,)
 
     def hidden_file(self, path: Path) -> SampleFile:
-        """Hidden states `[1, tokens, hidden]` per row, fp32."""
+        """Hidden states `[1, tokens, hidden]` per sample, fp32."""
         from qwen3_export.solve.calibration.activations import SampleFile
 
         assert self.samples is not None

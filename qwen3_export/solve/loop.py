@@ -90,7 +90,7 @@ def _solve_block(job: Job, layer: int) -> SolvedBlock:
 def _start(
     job: Job, target: QuantizedFolder, found: dict[str, Any], writer: ThreadPoolExecutor, progress: Progress
 ) -> Future[None]:
-    """Quantize the embedding if asked, and leave the rows' hidden states before block 0.
+    """Quantize the embedding if asked, and leave the samples' hidden states before block 0.
 
     The shard is being written.
     """

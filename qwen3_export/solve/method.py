@@ -40,7 +40,7 @@ class LinearGroup:
 
     `weights` `[out, in]` by module name, in fp32, or as they are stored where there are no inputs;
     `hessian` `[in, in]` is the mean of x xᵀ over the `tokens` calibration vectors that reached them,
-    None for a method that needs no inputs. `paired` are the moments of rows that the
+    None for a method that needs no inputs. `paired` are the moments of samples that the
     original ran beside; `input_peak` is the largest |x|, from which a static
     input scale is made; `fisher` are the pieces of G by name (`calibration.fisher`), where they were measured.
     """

@@ -4,7 +4,7 @@
                    model-0000K-of-000NN.safetensors   block K - 2, written when it is solved
                    model-000NN-of-000NN.safetensors   a quantized head, written last
                    state/progress.json                what the run is, which blocks are done
-                   state/hidden-0007.rows             hidden states before block 7
+                   state/hidden-0007.samples          hidden states before block 7
 
 Finishing drops `state/`, adds configuration, index, sidecars and manifest; one rename makes OUTPUT.
 """

@@ -43,8 +43,8 @@ def memory_needed(
 
     `original`: the original model runs beside the quantized one, with a block and moments of its own.
     `token_floor`: tokens below which an expert is lent its layer's; see `calibration.experts`. The number of experts
-    counts in the block alone: one expert's moments are in memory at a time. `fisher_samples`: rows of the pass
-    back through the model, which keeps every linear's output and slope of a few rows. `outer`: embedding
+    counts in the block alone: one expert's moments are in memory at a time. `fisher_samples`: samples of the pass
+    back through the model, which keeps every linear's output and slope of a few samples. `outer`: embedding
     or head are quantized, whose codes are in memory as a whole and everything else by pieces of rows.
     `without_torch`: nothing of the model runs (`blocks.rtn_without_torch`).
     """
@@ -59,7 +59,7 @@ def memory_needed(
     # Thousands of small pieces leave holes in memory, measured as a third of what is alive.
     total = (7 if config.sparse_layers else 5) * block + 4 * 5 * largest
     if samples is not None:
-        # Moments of two sets of rows and their mean; damped, permuted and inverse Hessian, its factor.
+        # Moments of two sets of samples and their mean; damped, permuted and inverse Hessian, its factor.
         squares = 14 if original else 8
         total += 4 * (squares * widest * widest + 3 * TOKENS_AT_ONCE * widest)
         total += 4 * block if original else 0
@@ -126,7 +126,7 @@ def disk_needed(
         # Hidden states before, inside and after a block, and the inputs of its four stages, which lie side by side.
         inner = max(_kept_inputs(config, layer) for layer in range(config.num_layers))
         per_token = 4 * config.hidden_size + inner + 3 * config.experts_per_token
-        # A fold is searched on some rows, whose files lie beside those of the block loop.
+        # A fold is searched on some samples, whose files lie beside those of the block loop.
         passes = 1 + original + (1 / FOLD_EVERY if fold_of(load_method(recipe)[1]) != "none" else 0)
         total += int(4 * samples.tokens * per_token * passes)
         if original and config.sparse_layers:

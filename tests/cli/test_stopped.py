@@ -142,7 +142,7 @@ def test_damaged_state_is_refused(deep_model: Path, killed: Path, tmp_path: Path
     out = tmp_path / "out"
     shutil.copytree(killed, partial_path(out))
     state = partial_path(out) / "state"
-    kept = next(state.glob("*-000*.rows"))
+    kept = next(state.glob("*-000*.samples"))
     kept.write_bytes(kept.read_bytes()[:1000])
     refused(call("quantize", deep_model, *OPTIONS, "--output", out), 2, kept.name, "--no-resume")
     (state / "progress.json").write_text("{")

@@ -1,12 +1,12 @@
 """The block loop: one decoder block in memory, samples handed on between blocks.
 
     for each block:                         for each stage (q,k,v │ o │ gate,up │ down):
-        read its tensors                        H = mean x xᵀ over all rows
+        read its tensors                        H = mean x xᵀ over all samples
         fold scales, if asked                   solve the stage's linears against H
-        enter all rows                          replace them by what was shipped
-        solve its four stages       ──▶         advance all rows through them
+        enter all samples                       replace them by what was shipped
+        solve its four stages       ──▶         advance all samples through them
         write its shard
-        keep the rows' hidden states
+        keep the samples' hidden states
 
 Each shard and the hidden states after it are on disk before the block counts as done: a killed run
 starts again at the first block that is not. Pieces of work are cut by constants, never by the
@@ -42,7 +42,7 @@ from qwen3_export.solve.rounding.nearest import round_group
 
 
 def embed_samples(job: Job, quantized: QuantizedTensor | None = None) -> None:
-    """Write the embeddings of all rows, the hidden states before block 0.
+    """Write the embeddings of all samples, the hidden states before block 0.
 
     `quantized` is what will be shipped.
     """
@@ -50,9 +50,9 @@ def embed_samples(job: Job, quantized: QuantizedTensor | None = None) -> None:
     for model in job.models:
         shipped = quantized if model == QUANTIZED else None
         table = Table(job.checkpoint.read(f"{EMBEDDING}.weight") if shipped is None else shipped)
-        file = job.hidden_file(job.scratch / "embedding.rows")
-        for place, row in enumerate(job.samples_of(model)):
-            file.write(place, table.rows(job.samples.ids[row])[None])
+        file = job.hidden_file(job.scratch / "embedding.samples")
+        for place, sample in enumerate(job.samples_of(model)):
+            file.write(place, table.rows(job.samples.ids[sample])[None])
         file.keep_as(job.hidden_path(0, model))
         file.close()
 

@@ -45,7 +45,7 @@ from qwen3_export.solve.method import LinearGroup, SolvedWeight
 from qwen3_export.solve.rounding.nearest import round_group
 from qwen3_export.solve.rounding.row_chunks import quadratic_form
 
-# The original runs ahead with every fourth row.
+# The original runs ahead with every fourth sample.
 AHEAD_EVERY = 4
 
 
@@ -64,9 +64,9 @@ def solve_embedding(job: Job, tick: Callable[[], object] = lambda: None) -> Solv
         return SolvedLinear(solve_row_chunks(job.checkpoint, EMBEDDING, solve_rows, None, job.device), 0, "rtn")
     hessian, tokens = None, 0
     if job.samples is not None:
-        rows = job.samples.ids[::AHEAD_EVERY]
-        with closing(job.hidden_file(job.scratch / "ahead.rows")) as file:
-            hessian, tokens = tied_hessian(job.checkpoint, rows, file, job.pool, job.device, tick)
+        samples = job.samples.ids[::AHEAD_EVERY]
+        with closing(job.hidden_file(job.scratch / "ahead.samples")) as file:
+            hessian, tokens = tied_hessian(job.checkpoint, samples, file, job.pool, job.device, tick)
         file.path.unlink()
 
     def solve(weight: Tensor) -> SolvedWeight:
@@ -81,28 +81,28 @@ def _round(pool: Workers, scheme: QuantScheme, weight: Tensor) -> SolvedWeight:
 
 
 def tied_hessian(
-    checkpoint: Checkpoint, rows: Sequence[NDArray], file: SampleFile, pool: Workers, device: str = "cpu",
+    checkpoint: Checkpoint, samples: Sequence[NDArray], file: SampleFile, pool: Workers, device: str = "cpu",
     tick: Callable[[], object] = lambda: None,
 ) -> tuple[Tensor, int]:  # fmt: skip
     """The H of a tied matrix, and its number of tokens.
 
     See the module docstring for H.
 
-    The original runs once over the rows, whose hidden states are kept in `file`; one tick per block.
+    The original runs once over the samples, whose hidden states are kept in `file`; one tick per block.
     """
     config = checkpoint.config
-    table, rope = Table(checkpoint.read(f"{EMBEDDING}.weight")), rope_tables(config, 0, len(rows[0]), device)
-    for row, ids in enumerate(rows):
-        file.write(row, table.rows(ids)[None])
+    table, rope = Table(checkpoint.read(f"{EMBEDDING}.weight")), rope_tables(config, 0, len(samples[0]), device)
+    for sample, ids in enumerate(samples):
+        file.write(sample, table.rows(ids)[None])
     for layer in range(config.num_layers):
         block = load_block(checkpoint, layer, device)
 
-        def step(row: int, block: Block = block) -> None:
-            file.write(row, block.forward(file.read(row).to(device), rope))
+        def step(sample: int, block: Block = block) -> None:
+            file.write(sample, block.forward(file.read(sample).to(device), rope))
 
-        pool.map(step, range(len(rows)))
+        pool.map(step, range(len(samples)))
         tick()
-    moments = head_moments(checkpoint, [file], range(len(rows)), len(rows[0]), pool, device)
+    moments = head_moments(checkpoint, [file], range(len(samples)), len(samples[0]), pool, device)
     own = moments.hessian / moments.hessian.diagonal().mean()
     return (own + torch.eye(len(own), device=device)) / 2, moments.tokens
 
@@ -165,7 +165,7 @@ def _inputs(job: Job) -> LinearInputs:
         paths = [job.hidden_path(job.checkpoint.config.num_layers, stream) for stream in job.models]
         files = [stack.enter_context(closing(job.hidden_file(path))) for path in paths]
         norm = _final_norm(job.checkpoint, job.device)
-        places = {row: place for place, row in enumerate(job.samples_of(ORIGINAL))}
+        places = {sample: place for place, sample in enumerate(job.samples_of(ORIGINAL))}
         samples = [
             partial(_sample, some, places, norm, job.checkpoint.config.rms_norm_eps, job.device)
             for some in (files, files[:1])
@@ -177,7 +177,7 @@ def _inputs(job: Job) -> LinearInputs:
 
 
 def head_moments(
-    checkpoint: Checkpoint, files: Sequence[SampleFile], rows: Sequence[int], length: int, pool: Workers, device: str
+    checkpoint: Checkpoint, files: Sequence[SampleFile], samples: Sequence[int], length: int, pool: Workers, device: str
 ) -> Moments:
     """Moments of the head's inputs, which are normed hidden states.
 
@@ -185,7 +185,7 @@ def head_moments(
     """
     config = checkpoint.config
     sample = partial(_sample, files, {}, _final_norm(checkpoint, device), config.rms_norm_eps, device)
-    return collect_moments(sample, rows, max(1, TOKENS_AT_ONCE // length), config.hidden_size, device, pool)
+    return collect_moments(sample, samples, max(1, TOKENS_AT_ONCE // length), config.hidden_size, device, pool)
 
 
 def _final_norm(checkpoint: Checkpoint, device: str) -> Tensor:
@@ -193,12 +193,12 @@ def _final_norm(checkpoint: Checkpoint, device: str) -> Tensor:
 
 
 def _sample(
-    files: Sequence[SampleFile], places: Mapping[int, int], norm: Tensor, eps: float, device: str, row: int
+    files: Sequence[SampleFile], places: Mapping[int, int], norm: Tensor, eps: float, device: str, sample: int
 ) -> SampleInputs:
-    """One row's inputs of the head.
+    """One sample's inputs of the head.
 
-    With the original beside, whose rows are at `places`, how far they are from its.
+    With the original beside, whose samples are at `places`, how far they are from its.
     """
-    at = (row, places.get(row, row))
+    at = (sample, places.get(sample, sample))
     x, *original = (rms_norm(file.read(place)[0].to(device), norm, eps) for file, place in zip(files, at, strict=False))
     return SampleInputs(x, original[0] - x) if original else SampleInputs(x)

@@ -86,7 +86,7 @@ def solve_block(checkpoint: Checkpoint, recipe: Recipe, options: Any, layer: int
     config, prefix = checkpoint.config, block_name(layer)
     shapes = {f"{prefix}.{name}": shape for name, shape in config.linear_shapes(layer).items()}
     linears = [_empty(name, shape, scheme) for name, shape in shapes.items() if (scheme := recipe.scheme_for(name))]
-    tasks = [(linear, rows) for linear in linears for rows in _pieces(linear.codes.shape)]
+    tasks = [(linear, out_rows) for linear in linears for out_rows in _pieces(linear.codes.shape)]
 
     def work(task: tuple[_Linear, slice]) -> tuple[float, float]:
         return _round(checkpoint, *task, options.scale_search != "absmax")
@@ -109,13 +109,13 @@ def _pieces(shape: tuple[int, int]) -> list[slice]:
     return [slice(begin, min(begin + step, shape[0])) for begin in range(0, shape[0], step)]
 
 
-def _round(checkpoint: Checkpoint, linear: _Linear, rows: slice, search: bool) -> tuple[float, float]:
+def _round(checkpoint: Checkpoint, linear: _Linear, out_rows: slice, search: bool) -> tuple[float, float]:
     """Read some rows and put their codes in place; Σ δ² and Σ w²."""
-    weight = checkpoint.rows(f"{linear.name}.weight", rows.start, rows.stop)
+    weight = checkpoint.rows(f"{linear.name}.weight", out_rows.start, out_rows.stop)
     scheme = linear.scheme
     scales, zeros, codes, missed, whole = round_groups(weight, scheme.group_length(weight.shape[1]), scheme, search)
     # Sums of squares are not finite where a weight is not, or where it is too large for them.
     if not np.isfinite(whole) and not np.isfinite(weight.astype(np.float32)).all():
         raise not_finite(linear.name)
-    linear.codes[rows], linear.scales[rows], linear.zeros[rows] = codes, scales, zeros
+    linear.codes[out_rows], linear.scales[out_rows], linear.zeros[out_rows] = codes, scales, zeros
     return missed, whole

@@ -124,7 +124,7 @@ class SpareFiles:
     def put(self, path: Path) -> None:
         """Take a file in."""
         with self._lock:
-            kept, self._count = self._folder / f"{self._count}.rows", self._count + 1
+            kept, self._count = self._folder / f"{self._count}.samples", self._count + 1
             size = path.stat().st_size
             path.rename(kept)
             self._by_size.setdefault(size, []).append(kept)
@@ -155,7 +155,7 @@ class BlockStates:
         self._generation = 0
 
     def read(self, sample: int, fields: Collection[str] | None = None) -> State:
-        """State of one row, batch axis included; all of its fields or some."""
+        """State of one sample, batch axis included; all of its fields or some."""
         return {name: file.read(sample) for name, file in self._files.items() if fields is None or name in fields}
 
     def advance(
@@ -192,7 +192,7 @@ class BlockStates:
             self._files = {**kept, **fresh}
 
     def _new(self, name: str, like: Tensor, lasting: bool) -> SampleFile:
-        path = self._folder / f"{name}-{self._generation}.rows"
+        path = self._folder / f"{name}-{self._generation}.samples"
         if self._spare is not None:
             self._spare.find(path, self.num_samples * like.numel() * like.element_size())
         return SampleFile(path, tuple(like.shape), like.dtype, lasting)

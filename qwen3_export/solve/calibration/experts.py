@@ -50,7 +50,7 @@ class LinearInputs:
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """A block at one stage with all rows in it.
+    """A block at one stage with all samples in it.
 
     `collect_all(name)` are one linear's moments over them.
     """
@@ -95,7 +95,7 @@ class LayerInputs:
 
     @cached_property
     def _sampled(self) -> Tensor:
-        """The layer's common input `[tokens, hidden]` of tokens spread evenly over all rows."""
+        """The layer's common input `[tokens, hidden]` of tokens spread evenly over all samples."""
         norm = next(stage.norm for stage in self.block.stages if stage.routed)
         assert norm is not None
         length = self.states.read(0)["residual"].shape[-2]
@@ -103,22 +103,22 @@ class LayerInputs:
         count = min(max(self.token_floor, SAMPLE_TOKENS), total)
         chosen = torch.arange(count) * total // count
 
-        def some(row: int) -> Tensor:
-            here = chosen[chosen // length == row] - row * length
-            residual = self.states.read(row, ("residual",))["residual"][0, here]
+        def some(sample: int) -> Tensor:
+            here = chosen[chosen // length == sample] - sample * length
+            residual = self.states.read(sample, ("residual",))["residual"][0, here]
             return self.block.norm(norm, residual.to(self.device))
 
         return torch.cat(self.pool.map(some, torch.unique(chosen // length).tolist()))
 
 
 def count_tokens(states: BlockStates, experts: int, pool: Workers) -> list[int]:
-    """Number of tokens that the router sends to each expert, over all rows.
+    """Number of tokens that the router sends to each expert, over all samples.
 
     States at stage 2 or 3.
     """
 
-    def one(row: int) -> Tensor:
-        return torch.bincount(states.read(row, ("experts",))["experts"].flatten(), minlength=experts)
+    def one(sample: int) -> Tensor:
+        return torch.bincount(states.read(sample, ("experts",))["experts"].flatten(), minlength=experts)
 
     counts = pool.map(one, range(states.num_samples))
     return torch.stack(counts).sum(0).tolist()

@@ -5,12 +5,12 @@ Here g = ∂(−log p(label)) / ∂y: G tells how much the model's answer depend
 Labels are drawn from the original's own answers, so G is the Fisher information of the outputs, and
 ½ Δyᵀ G Δy is what an error Δy costs in KL divergence, to second order.
 
-    up     hidden states of a few rows before every block are kept on disk
+    up     hidden states of a few samples before every block are kept on disk
     top    gradient at the last hidden state, through final norm and head, the vocabulary in pieces
     down   block by block: run it again, push the gradient through, add up g gᵀ of every linear
 
-Memory is bounded by one block and a few rows of activations. Of `[out, out]` only diagonal pieces of at
-most 256 rows are kept: what lies between them matters little, and a file grows with `out` alone.
+Memory is bounded by one block and the activations of a few samples. Of `[out, out]` only diagonal pieces of at
+most 256 output rows are kept: what lies between them matters little, and a file grows with `out` alone.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _HEAD_ROWS = 16384
 _CONVERTED_ROWS = 1024
 
 
-def pieces_of(rows: int) -> list[slice]:
-    """Output rows of a linear in pieces of one length, the last shorter."""
-    length = math.ceil(rows / math.ceil(rows / OUTPUT_PIECE))
-    return [slice(begin, min(begin + length, rows)) for begin in range(0, rows, length)]
+def pieces_of(out_rows: int) -> list[slice]:
+    """Output out_rows of a linear in pieces of one length, the last shorter."""
+    length = math.ceil(out_rows / math.ceil(out_rows / OUTPUT_PIECE))
+    return [slice(begin, min(begin + length, out_rows)) for begin in range(0, out_rows, length)]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class FisherInformation:
 
     folder: Path
 
-    def of(self, layer: int, name: str, rows: int) -> list[Tensor] | None:
+    def of(self, layer: int, name: str, out_rows: int) -> list[Tensor] | None:
         """Pieces `[n, n]` fp32 of one linear's G, in the order of `pieces_of`.
 
         None for an expert's linear.
@@ -60,7 +60,7 @@ class FisherInformation:
         file = TensorFile(self.folder / f"{layer:04d}.safetensors")
         if f"{name}.0" not in file.entries:
             return None
-        return [torch.from_numpy(file.read(f"{name}.{i}")) for i in range(len(pieces_of(rows)))]
+        return [torch.from_numpy(file.read(f"{name}.{i}")) for i in range(len(pieces_of(out_rows)))]
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,15 @@ class FisherPass:
         return load_block(self.checkpoint, layer, self.device).running(self.matmul_dtype)
 
     def file(self, name: str) -> SampleFile:
-        """States `[1, tokens, hidden]` per row."""
-        return SampleFile(self.folder / f"{name}.rows", (1, len(self.ids[0]), self.checkpoint.config.hidden_size))
+        """States `[1, tokens, hidden]` per sample."""
+        return SampleFile(self.folder / f"{name}.samples", (1, len(self.ids[0]), self.checkpoint.config.hidden_size))
 
 
 def measure_fisher(
-    checkpoint: Checkpoint, rows: Samples, count: int, seed: int, pool: Workers, scratch: Path, device: str,
+    checkpoint: Checkpoint, samples: Samples, count: int, seed: int, pool: Workers, scratch: Path, device: str,
     tick: Callable[[], object] = lambda: None,
 ) -> FisherInformation:  # fmt: skip
-    """Measure G of all linears on `count` rows, spread evenly.
+    """Measure G of all linears on `count` samples, spread evenly.
 
     A finished measurement is found again.
 
@@ -106,15 +106,15 @@ def measure_fisher(
         return FisherInformation(done)
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir()
-    chosen = np.linspace(0, len(rows.ids) - 1, min(count, len(rows.ids))).astype(int)
-    work = FisherPass(checkpoint, [rows.ids[i] for i in chosen], seed, pool, working, device)
+    chosen = np.linspace(0, len(samples.ids) - 1, min(count, len(samples.ids))).astype(int)
+    work = FisherPass(checkpoint, [samples.ids[i] for i in chosen], seed, pool, working, device)
     rope = rope_tables(checkpoint.config, 0, len(work.ids[0]), device)
     _forward(work, rope, tick)
     _loss_gradient(work)
     for layer in reversed(range(checkpoint.config.num_layers)):
         _backward(work, work.block(layer), rope)
         tick()
-    for path in working.glob("*.rows"):
+    for path in working.glob("*.samples"):
         path.unlink()
     working.rename(done)
     return FisherInformation(done)
@@ -123,13 +123,13 @@ def measure_fisher(
 def _forward(work: FisherPass, rope: Rope, tick: Callable[[], object]) -> None:
     table = work.checkpoint.read("model.embed_tokens.weight")
     file = work.file("0")
-    for row, ids in enumerate(work.ids):
-        file.write(row, to_torch(table[ids]).float()[None])
+    for sample, ids in enumerate(work.ids):
+        file.write(sample, to_torch(table[ids]).float()[None])
     for layer in range(work.checkpoint.config.num_layers):
         block, after = work.block(layer), work.file(str(layer + 1))
 
-        def step(row: int, block: Block = block, before: SampleFile = file, after: SampleFile = after) -> None:
-            after.write(row, block.forward(before.read(row).to(work.device), rope))
+        def step(sample: int, block: Block = block, before: SampleFile = file, after: SampleFile = after) -> None:
+            after.write(sample, block.forward(before.read(sample).to(work.device), rope))
 
         work.pool.map(step, range(len(work.ids)))
         file.close()
@@ -139,21 +139,21 @@ def _forward(work: FisherPass, rope: Rope, tick: Callable[[], object]) -> None:
 
 
 def _loss_gradient(work: FisherPass) -> None:
-    """Write the gradient at the last hidden state of every row."""
+    """Write the gradient at the last hidden state of every sample."""
     config = work.checkpoint.config
     norm = to_torch(work.checkpoint.read("model.norm.weight")).float().to(work.device)
     head = to_torch(work.checkpoint.read(work.checkpoint.head))
     hidden, gradient = work.file(str(config.num_layers)), work.file("gradient")
 
-    def one(row: int) -> None:
-        generator = torch.Generator().manual_seed((work.seed << 32) + row)
+    def one(sample: int) -> None:
+        generator = torch.Generator().manual_seed((work.seed << 32) + sample)
         with torch.enable_grad():
-            last = hidden.read(row).to(work.device).requires_grad_()
+            last = hidden.read(sample).to(work.device).requires_grad_()
             normed = rms_norm(last[0], norm, config.rms_norm_eps)
         parts = torch.split(normed.detach(), TOP_TOKENS)
         slopes = torch.cat([_slope(part, head, generator, work.matmul_dtype) for part in parts])
         (found,) = torch.autograd.grad(normed, last, slopes)
-        gradient.write(row, found)
+        gradient.write(sample, found)
 
     work.pool.map(one, range(len(work.ids)))
     hidden.close()
@@ -203,16 +203,16 @@ def _backward(work: FisherPass, block: Block, rope: Rope) -> None:
     hidden, gradient, count = work.file(str(block.layer)), work.file("gradient"), len(work.ids)
     at_once = max(1, BACK_TOKENS // len(work.ids[0]))
 
-    def one(row: int) -> list[Tensor]:
+    def one(sample: int) -> list[Tensor]:
         own = replace(block, outputs={})
         with torch.enable_grad():
-            before = hidden.read(row).to(work.device).requires_grad_()
+            before = hidden.read(sample).to(work.device).requires_grad_()
             after = own.forward(before, rope)
         assert own.outputs is not None
         found = torch.autograd.grad(
-            after, [before, *(own.outputs[n] for n in names)], gradient.read(row).to(work.device)
+            after, [before, *(own.outputs[n] for n in names)], gradient.read(sample).to(work.device)
         )
-        gradient.write(row, found[0])
+        gradient.write(sample, found[0])
         return [part.reshape(-1, part.shape[-1]) for part in found[1:]]
 
     for begin in range(0, count, at_once):
@@ -226,7 +226,7 @@ def _backward(work: FisherPass, block: Block, rope: Rope) -> None:
         work.pool.map(add, list(totals))
     hidden.close()
     gradient.close()
-    (work.folder / f"{block.layer}.rows").unlink()
+    (work.folder / f"{block.layer}.samples").unlink()
     arrays = {f"{name}.{i}": total.cpu().numpy() for (name, i), total in totals.items()}
     with TensorFileWriter(
         work.folder / f"{block.layer:04d}.safetensors", {name: (a.dtype, a.shape) for name, a in arrays.items()}

@@ -6,7 +6,7 @@
     mean_abs  mean |x|          [in]
     peak      max |x|           [in]
 
-Sums run over column strips side by side, each over the rows in their order, so that they do not
+Sums run over column strips side by side, each over the samples in their order, so that they do not
 depend on the number of threads.
 """
 

@@ -45,25 +45,27 @@ def fit_compensation(
 
     The linears of one stage are changed.
 
-    `read(row)` gives a calibration row's hidden states before the block, `[1, tokens, hidden]`, and
-    `entered(row)` those that the changed block gets, where they differ; every other of `count` rows is
-    used. Empty with fewer than eight such rows, since none is held out.
+    `read(sample)` gives a calibration sample's hidden states before the block, `[1, tokens, hidden]`, and
+    `entered(sample)` those that the changed block gets, where they differ; every other of `count` samples is
+    used. Empty with fewer than eight such samples, since none is held out.
     """
     found: Compensation = {}
-    rows = list(range(0, count, EVERY))
-    held_out = rows[_HELD_OUT - 1 :: _HELD_OUT]
+    samples = list(range(0, count, EVERY))
+    held_out = samples[_HELD_OUT - 1 :: _HELD_OUT]
     if not held_out:
         return found
-    fitted = [row for row in rows if row not in held_out]
+    fitted = [sample for sample in samples if sample not in held_out]
     for later, description in enumerate(block.stages):
         if later > stage and description.writes_residual and not description.routed:
             width = description.in_features
 
-            def sample(row: int, later: int = later) -> SampleInputs:
-                inputs, _, error = run_compensated(block, changed, found, rope, read(row), entered and entered(row))
+            def read_inputs(sample: int, later: int = later) -> SampleInputs:
+                inputs, _, error = run_compensated(
+                    block, changed, found, rope, read(sample), entered and entered(sample)
+                )
                 return SampleInputs(inputs[later][0], target=error[0])
 
-            gather = partial(collect_moments, sample, at_once=at_once, width=width, device="cpu", pool=pool)
+            gather = partial(collect_moments, read_inputs, at_once=at_once, width=width, device="cpu", pool=pool)
             step = _predict(gather(fitted), gather(held_out))
             if step is not None:
                 found[later] = step

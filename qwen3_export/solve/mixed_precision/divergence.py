@@ -27,29 +27,29 @@ def mean_divergences(
 ) -> list[float]:
     """KL(original ‖ changed) of each, nats per token.
 
-    The files hold the hidden states behind the last block, `[1, tokens, hidden]` per row, each with the
-    head that it ends in, or None for the original's; `shape` is the number of rows and tokens. One tick
-    per row.
+    The files hold the hidden states behind the last block, `[1, tokens, hidden]` per sample, each with the
+    head that it ends in, or None for the original's; `shape` is the number of samples and tokens. One tick
+    per sample.
     """
     norm = to_torch(checkpoint.read("model.norm.weight")).float()
     own = Table(checkpoint.read(checkpoint.head))
     count, length = shape
     pieces = [slice(i, min(i + _POSITIONS_AT_ONCE, length)) for i in range(0, length, _POSITIONS_AT_ONCE)]
 
-    def log_probabilities(file: SampleFile, head: Table, row: int, piece: slice) -> Tensor:
-        hidden = rms_norm(file.read(row)[0, piece], norm, checkpoint.config.rms_norm_eps)
+    def log_probabilities(file: SampleFile, head: Table, sample: int, piece: slice) -> Tensor:
+        hidden = rms_norm(file.read(sample)[0, piece], norm, checkpoint.config.rms_norm_eps)
         return head.logits(hidden).log_softmax(-1)
 
-    def one_row(row: int) -> NDArray[np.float64]:
+    def one_sample(sample: int) -> NDArray[np.float64]:
         total = np.zeros(len(changed))
         for piece in pieces:
-            expected = log_probabilities(original, own, row, piece)
+            expected = log_probabilities(original, own, sample, piece)
             chances = expected.exp()
             for number, (file, head) in enumerate(changed):
-                found = log_probabilities(file, head or own, row, piece)
+                found = log_probabilities(file, head or own, sample, piece)
                 total[number] += float((chances * (expected - found)).double().sum())
         tick()
         return total
 
-    sums = np.sum(pool.map(one_row, range(count)), axis=0)
+    sums = np.sum(pool.map(one_sample, range(count)), axis=0)
     return [max(float(value), 0.0) / (count * length) for value in sums]

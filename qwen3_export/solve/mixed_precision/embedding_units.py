@@ -2,8 +2,8 @@
 
 They are solved with one scheme as a whole, and with all of them in some rows.
 
-    embedding   rows that start with it: at block 0, in files of their own
-    head        the original's rows, met by it at the end; a tied matrix does both
+    embedding   samples that start with it: at block 0, in files of their own
+    head        the original's samples, met by it at the end; a tied matrix does both
 
 As `quantize` does it (`blocks.embeddings`), but for the head's target shift: an embedding is rounded, a head solved
 against its inputs, a tied matrix against both uses.
@@ -44,7 +44,7 @@ SAMPLED_ROWS = 512
 def solve_some_rows(
     method: ModuleType | None, options: Any, pool: Workers, hessian: Tensor | None, scheme: QuantScheme, weight: Tensor
 ) -> SolvedWeight:
-    """Some rows `[n, rows]` as the method stores them.
+    """Some rows `[n, hidden]` as the method stores them.
 
     Rounded to nearest when it is None.
     """
@@ -63,8 +63,8 @@ def probe_matrix(
 
     The errors tr(ΔHΔᵀ) are taken over evenly chosen rows.
     """
-    rows = checkpoint.config.outer_matrices()[module][0]
-    weight = checkpoint.linear(module)[:: math.ceil(rows / SAMPLED_ROWS)]  # type: ignore[index]  # 16-bit source
+    out_rows = checkpoint.config.outer_matrices()[module][0]
+    weight = checkpoint.linear(module)[:: math.ceil(out_rows / SAMPLED_ROWS)]  # type: ignore[index]  # 16-bit source
     some = to_torch(weight).float()
     errors = {}
     for scheme in schemes:
@@ -83,7 +83,7 @@ class EmbeddingProbe:
 
 
 def probe_embedding(study: Study, unit: Unit, stack: ExitStack) -> EmbeddingProbe:
-    """The rows with the embedding quantized, and if it is tied the head."""
+    """The samples with the embedding quantized, and if it is tied the head."""
     checkpoint, schemes, hessian = study.checkpoint, study.schemes[unit], None
     tied = checkpoint.config.tie_word_embeddings
     if tied and study.method.needs_inputs(study.options):
@@ -93,8 +93,8 @@ def probe_embedding(study: Study, unit: Unit, stack: ExitStack) -> EmbeddingProb
     solve = partial(solve_some_rows, study.method if tied else None, study.options, study.pool, hessian)
     table, errors = probe_matrix(checkpoint, unit.pattern, schemes, solve, hessian)
     calibration, held_out = (
-        embed_file(study, f"embedding-{name}", rows, stack, table)
-        for name, rows in (("solving", study.calibration), ("measured", study.held_out))
+        embed_file(study, f"embedding-{name}", samples, stack, table)
+        for name, samples in (("solving", study.calibration), ("measured", study.held_out))
     )
     return EmbeddingProbe(Variant(unit, schemes[0], errors, held_out, table if tied else None), calibration)
 
@@ -115,20 +115,20 @@ def run_first_block(
     probe.calibration.path.unlink()
     rope = rope_tables(block.config, 0, len(study.held_out[0]))
 
-    def one(row: int) -> None:
-        _, output, error = run_compensated(block, block, compensation, rope, original.read(row), hidden.read(row))
-        hidden.write(row, output + error)
+    def one(sample: int) -> None:
+        _, output, error = run_compensated(block, block, compensation, rope, original.read(sample), hidden.read(sample))
+        hidden.write(sample, output + error)
 
     study.pool.map(one, range(len(study.held_out)))
     return probe.variant
 
 
 def probe_head(study: Study, unit: Unit, before: SampleFile, original: SampleFile) -> Variant:
-    """The original's rows, which meet a quantized head; `before` are the calibration samples' states."""
+    """The original's samples, which meet a quantized head; `before` are the calibration samples' states."""
     schemes, hessian = study.schemes[unit], None
     if study.method.needs_inputs(study.options):
-        rows, length = range(len(study.calibration)), len(study.calibration[0])
-        hessian = head_moments(study.checkpoint, [before], rows, length, study.pool, "cpu").hessian
+        samples, length = range(len(study.calibration)), len(study.calibration[0])
+        hessian = head_moments(study.checkpoint, [before], samples, length, study.pool, "cpu").hessian
     solve = partial(solve_some_rows, study.method, study.options, study.pool, hessian)
     table, errors = probe_matrix(study.checkpoint, unit.pattern, schemes, solve, hessian)
     return Variant(unit, schemes[0], errors, original, table)

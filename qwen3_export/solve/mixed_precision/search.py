@@ -53,7 +53,7 @@ class SearchSettings:
     `target_bpw` counts the decoder's linears, scales and zero points included, and with `embeddings` also
     the embedding and the head, which are then quantized too, a tied one once. `grids` are names of
     `GRIDS`; 8 bits are always symmetric, in groups of 128 where that fits. `measure` is the number
-    of rows, of at most 256 tokens each, that the KL is measured on and no solver sees. `fused` gives
+    of samples, of at most 256 tokens each, that the KL is measured on and no solver sees. `fused` gives
     q,k,v of a block one scheme and gate,up one, which vLLM and SGLang need. `fold` is one of `FOLDS`;
     None folds where the method looks at inputs anyway: it costs little, and is left out where it does not pay.
     """
@@ -250,14 +250,14 @@ def _samples(checkpoint: Checkpoint, settings: SearchSettings) -> tuple[list[Any
     if length > checkpoint.config.max_position:
         raise InputError(f"--sequence-length {length}: the model has {checkpoint.config.max_position} positions")
     tokenizer, documents = ModelTokenizer(checkpoint.folder), load_documents(settings.calibration)
-    rows: Samples = calibration_samples(
+    samples: Samples = calibration_samples(
         tokenizer, documents, settings.samples + settings.measure, length, settings.seed
     )
-    if max(int(ids.max()) for ids in rows.ids) >= checkpoint.config.vocab_size:
+    if max(int(ids.max()) for ids in samples.ids) >= checkpoint.config.vocab_size:
         raise InputError(f"{checkpoint.folder}: the tokenizer has more tokens than the model's vocabulary")
-    chosen = _to_measure(len(rows.ids), settings)
-    held_out = [rows.ids[i][:_MEASURED_TOKENS] for i in chosen]
-    return [ids for i, ids in enumerate(rows.ids) if i not in chosen], held_out
+    chosen = _to_measure(len(samples.ids), settings)
+    held_out = [samples.ids[i][:_MEASURED_TOKENS] for i in chosen]
+    return [ids for i, ids in enumerate(samples.ids) if i not in chosen], held_out
 
 
 def _to_measure(count: int, settings: SearchSettings) -> list[int]:
@@ -270,7 +270,7 @@ def _to_measure(count: int, settings: SearchSettings) -> list[int]:
     number = min(settings.measure, count // 4)
     if number == 0:
         raise InputError(
-            f"the calibration text gives {count} rows of {settings.sequence_length} tokens, at least 4 are needed",
+            f"the calibration text gives {count} samples of {settings.sequence_length} tokens, at least 4 are needed",
             "give more text, or a smaller --sequence-length",
         )
     return [(2 * i + 1) * count // (2 * number) for i in range(number)]

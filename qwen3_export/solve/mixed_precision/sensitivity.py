@@ -9,21 +9,21 @@ One sweep over the blocks measures all units:
 
     1. mean x xᵀ of every linear's inputs, from the calibration samples in the original model
     2. each scheme's error tr(ΔHΔᵀ), from at most `SAMPLED_ROWS` output rows of every linear
-    3. the unit solved with one scheme, the probe, in an otherwise original model, on rows of
+    3. the unit solved with one scheme, the probe, in an otherwise original model, on samples of
        which the solver knows nothing, without what a target shift will repair (`mixed_precision.compensation`);
-       from there on those rows run beside the original
+       from there on those samples run beside the original
 
-An embedding that is quantized starts rows of its own at block 0; a head meets the original's rows at the
+An embedding that is quantized starts samples of its own at block 0; a head meets the original's samples at the
 end, and a tied matrix does both (`mixed_precision.embedding_units`).
 
     loss(unit, scheme) = KL(unit, probe) · tr(ΔHΔᵀ)(scheme) / tr(ΔHΔᵀ)(probe)
 
 Where the recipe folds scales (`blocks.fold`), every block is folded before its units are measured, on every
-fourth calibration row and with the probes: the model stays the same function.
+fourth calibration sample and with the probes: the model stays the same function.
 
-Two blocks are in memory; hidden states are files of rows `[1, tokens, hidden]` in fp32, of which there
-is one set per unit. Of L blocks a measured row costs some 2·L forward passes (3.5·L if linears are not
-fused), a calibration row one, and 4 (or 9) more where repairs are fitted.
+Two blocks are in memory; hidden states are files of samples `[1, tokens, hidden]` in fp32, of which there
+is one set per unit. Of L blocks a measured sample costs some 2·L forward passes (3.5·L if linears are not
+fused), a calibration sample one, and 4 (or 9) more where compensation is fitted.
 """
 
 from __future__ import annotations
@@ -195,15 +195,15 @@ def _run_variant(
         compensation = fit_compensation(
             block, changed, unit.stage, rope, before.read, count, at_once(study), study.pool
         )
-    rows = hidden_file(study, f"unit-{unit.layer}-{unit.pattern.replace('*', 'N')}", len(study.held_out[0]), stack)
+    hidden = hidden_file(study, f"unit-{unit.layer}-{unit.pattern.replace('*', 'N')}", len(study.held_out[0]), stack)
     rope = rope_tables(config, 0, len(study.held_out[0]))
 
-    def one(row: int) -> None:
-        _, output, error = run_compensated(block, changed, compensation, rope, original.read(row))
-        rows.write(row, output + error)
+    def one(sample: int) -> None:
+        _, output, error = run_compensated(block, changed, compensation, rope, original.read(sample))
+        hidden.write(sample, output + error)
 
     study.pool.map(one, range(len(study.held_out)))
-    return Variant(unit, study.schemes[unit][0], solved.errors, rows)
+    return Variant(unit, study.schemes[unit][0], solved.errors, hidden)
 
 
 class _Hessians:
@@ -254,5 +254,5 @@ def _solve(
 def _forward(study: Study, block: Block, before: SampleFile, after: SampleFile) -> None:
     """Run the measured samples of one file through a block, into another or back."""
     rope = rope_tables(study.checkpoint.config, 0, len(study.held_out[0]))
-    rows = range(len(study.held_out))
-    study.pool.map(lambda row: after.write(row, block.forward(before.read(row), rope)), rows)
+    samples = range(len(study.held_out))
+    study.pool.map(lambda sample: after.write(sample, block.forward(before.read(sample), rope)), samples)

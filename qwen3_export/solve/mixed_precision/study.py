@@ -26,7 +26,7 @@ _TOKENS_AT_ONCE = 4096
 class Study:
     """What is measured: `schemes` per unit, the probe first.
 
-    Rows to solve with, rows to measure on.
+    Samples to solve with, samples to measure on.
     """
 
     checkpoint: Checkpoint
@@ -54,8 +54,8 @@ class Variant:
 
 
 def hidden_file(study: Study, name: str, tokens: int, stack: ExitStack) -> SampleFile:
-    """Hidden states `[1, tokens, hidden]` per row, in a file that `stack` closes."""
-    file = SampleFile(study.scratch / f"{name}.rows", (1, tokens, study.checkpoint.config.hidden_size))
+    """Hidden states `[1, tokens, hidden]` per sample, in a file that `stack` closes."""
+    file = SampleFile(study.scratch / f"{name}.samples", (1, tokens, study.checkpoint.config.hidden_size))
     stack.callback(file.close)
     return file
 

@@ -41,12 +41,12 @@ def round_group(group: LinearGroup, search: str, pool: Workers) -> dict[str, Sol
     return found
 
 
-def _round(name: str, group: LinearGroup, search: str, unit: float, rows: slice) -> SolvedRows:
+def _round(name: str, group: LinearGroup, search: str, unit: float, out_rows: slice) -> SolvedRows:
     """Some rows: their grid, and their codes.
 
     In one go where no Hessian weighs the errors.
     """
-    scheme, part, hessian = group.schemes[name], group.weights[name][rows], group.hessian
+    scheme, part, hessian = group.schemes[name], group.weights[name][out_rows], group.hessian
     length = scheme.group_length(part.shape[1])
     if hessian is None and is_one_pass(scheme, part.shape[1], part.device.type):
         *found, missed, whole = round_groups(to_numpy(part), length, scheme, search != "absmax")

@@ -27,9 +27,9 @@ def row_chunks(weight: Tensor, scheme: QuantScheme, at_once: int = ROWS_AT_ONCE)
 
     They are the same whatever the number of threads.
     """
-    rows, together = weight.shape[0], scheme.rows_per_scale(weight.shape[0])
+    out_rows, together = weight.shape[0], scheme.rows_per_scale(weight.shape[0])
     step = max(at_once // together, 1) * together
-    return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+    return [slice(begin, min(begin + step, out_rows)) for begin in range(0, out_rows, step)]
 
 
 def check_finite(name: str, weight: Tensor) -> None:
@@ -62,8 +62,8 @@ def solve_rows(
     """
     scheme = group.schemes[name]
 
-    def piece_of(rows: slice) -> SolvedRows:
-        solved = solve(rows)
+    def piece_of(out_rows: slice) -> SolvedRows:
+        solved = solve(out_rows)
         return replace(solved, codes=_code_bytes(solved.codes, scheme))
 
     pieces = pool.map(piece_of, cut or row_chunks(weight, scheme))

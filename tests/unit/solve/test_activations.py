@@ -15,19 +15,19 @@ from qwen3_export.solve.calibration.activations import BlockStates, SampleFile, 
 
 
 def test_rows_of_a_file_are_read_back_bit_for_bit(tmp_path: Path) -> None:
-    file = SampleFile(tmp_path / "a.rows", (2, 3), torch.float32)
+    file = SampleFile(tmp_path / "a.samples", (2, 3), torch.float32)
     rows = torch.randn(5, 2, 3)
     for row in (3, 0, 4, 1, 2):
         file.write(row, rows[row])
     assert all(torch.equal(file.read(row), rows[row]) for row in range(5))
     with pytest.raises(InputError, match="sample 5 is not there"):
         file.read(5)
-    file.keep_as(tmp_path / "b.rows")
+    file.keep_as(tmp_path / "b.samples")
     file.close(remove=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["b.rows"], "what was kept is its owner's to delete"
-    again = SampleFile(tmp_path / "b.rows", (2, 3), torch.float32)
+    assert [path.name for path in tmp_path.iterdir()] == ["b.samples"], "what was kept is its owner's to delete"
+    again = SampleFile(tmp_path / "b.samples", (2, 3), torch.float32)
     assert all(torch.equal(again.read(row), rows[row]) for row in range(5))
-    assert (tmp_path / "b.rows").stat().st_size == 5 * 6 * 4
+    assert (tmp_path / "b.samples").stat().st_size == 5 * 6 * 4
     again.close(remove=True)
     assert not list(tmp_path.iterdir())
 
@@ -39,7 +39,7 @@ def test_a_file_that_is_to_last_goes_to_the_disk_while_it_is_written(
     monkeypatch.setattr("qwen3_export.solve.calibration.activations._EARLY", 100)
     monkeypatch.setattr(os, "fsync", flushed.append)
     for early in (False, True):
-        file = SampleFile(tmp_path / "a.rows", (10,), early=early)
+        file = SampleFile(tmp_path / "a.samples", (10,), early=early)
         for row in range(20):
             file.write(row, torch.full((10,), float(row)))
         assert bool(flushed) == early
@@ -56,10 +56,10 @@ def test_what_could_not_be_flushed_is_not_kept(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr("qwen3_export.solve.calibration.activations._EARLY", 40)
     monkeypatch.setattr(os, "fsync", flush)
-    file = SampleFile(tmp_path / "a.rows", (10,), early=True)
+    file = SampleFile(tmp_path / "a.samples", (10,), early=True)
     file.write(0, torch.zeros(10))
     with pytest.raises(OSError, match="No space left"):
-        file.keep_as(tmp_path / "b.rows")
+        file.keep_as(tmp_path / "b.samples")
     file.close(remove=True)
     assert not list(tmp_path.iterdir())
 
@@ -156,7 +156,7 @@ def test_states_write_over_the_files_on_the_shelf(tmp_path: Path) -> None:
 def test_a_file_that_is_another_s_is_not_put_on_the_shelf(tmp_path: Path) -> None:
     folder = tmp_path / "states"
     folder.mkdir()
-    shelf, before = SpareFiles(tmp_path / "shelf"), SampleFile(tmp_path / "hidden.rows", (3,))
+    shelf, before = SpareFiles(tmp_path / "shelf"), SampleFile(tmp_path / "hidden.samples", (3,))
     for row in range(2):
         before.write(row, torch.full((3,), float(row)))
     before.lasting = True
@@ -164,10 +164,10 @@ def test_a_file_that_is_another_s_is_not_put_on_the_shelf(tmp_path: Path) -> Non
     with workers(1) as pool:
         states.advance(lambda _, state: {"residual": state["residual"] + 1}, pool)
     kept = states.take("residual")
-    kept.keep_as(tmp_path / "after.rows")
+    kept.keep_as(tmp_path / "after.samples")
     assert torch.equal(kept.read(1), torch.full((3,), 2.0))
     kept.close()
-    again = SampleFile(tmp_path / "hidden.rows", (3,))
+    again = SampleFile(tmp_path / "hidden.samples", (3,))
     assert torch.equal(again.read(1), torch.ones(3))
     again.close()
     assert not list((tmp_path / "shelf").iterdir())

@@ -90,7 +90,7 @@ def test_the_streamed_pass_measures_what_a_whole_backward_pass_gives(
             for piece, own in zip(pieces, pieces_of(out), strict=True):
                 exact = wanted[layer, name][own, own]
                 assert float((piece - exact).abs().max() / exact.abs().max()) < 1e-3
-    assert not list(found.folder.glob("*.rows"))
+    assert not list(found.folder.glob("*.samples"))
 
 
 @pytest.mark.parametrize("config", [tiny_config(), tiny_moe_config()], ids=["dense", "moe"])

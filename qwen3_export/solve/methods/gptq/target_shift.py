@@ -47,11 +47,11 @@ class _Step:
     lower: Tensor
     direct: Tensor | None
 
-    def of(self, weight: Tensor, rows: slice, matmul_dtype: torch.dtype) -> Tensor:
+    def of(self, weight: Tensor, out_rows: slice, matmul_dtype: torch.dtype) -> Tensor:
         if self.direct is not None:
-            return multiply(weight[rows], self.direct, matmul_dtype).float()
+            return multiply(weight[out_rows], self.direct, matmul_dtype).float()
         # Not in 16 bits: what is missing is the small difference of two large numbers.
-        return _solved(_missing(weight, rows, self.moments, torch.float32), self.lower)
+        return _solved(_missing(weight, out_rows, self.moments, torch.float32), self.lower)
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class TargetShift:
         steps = pool.map(partial(self.both.of, weight, matmul_dtype=pool.matmul_dtype), _pieces(weight))
         return weight + alpha * torch.cat(steps)
 
-    def _confirm(self, weight: Tensor, matmul_dtype: torch.dtype, rows: range) -> tuple[float, float]:
+    def _confirm(self, weight: Tensor, matmul_dtype: torch.dtype, out_rows: range) -> tuple[float, float]:
         """Slope and curvature of the held-out error along the fitted step."""
-        some = slice(rows.start, rows.stop, rows.step)
+        some = slice(out_rows.start, out_rows.stop, out_rows.step)
         step = self.fitted.of(weight, some, matmul_dtype)
         confirmed = (step * _missing(weight, some, self.held_out, matmul_dtype)).sum(dtype=torch.float64)
         curvature = (multiply(step, self.held_out.hessian, matmul_dtype) * step).sum(dtype=torch.float64)
@@ -110,7 +110,7 @@ def _step(moments: Moments, lower: Tensor, pool: Workers) -> _Step:
     drift = moments.drift
     if drift is None:
         return _Step(moments, lower, None)
-    parts = pool.map(lambda rows: _solved(drift[rows], lower), _pieces(drift))
+    parts = pool.map(lambda out_rows: _solved(drift[out_rows], lower), _pieces(drift))
     return _Step(moments, lower, torch.cat(parts))
 
 
@@ -118,18 +118,18 @@ def _pieces(matrix: Tensor) -> list[slice]:
     return [slice(i, min(i + ROWS_AT_ONCE, len(matrix))) for i in range(0, len(matrix), ROWS_AT_ONCE)]
 
 
-def _solved(rows: Tensor, lower: Tensor) -> Tensor:
-    """`rows (L Lᵀ)⁻¹`."""
-    half = torch.linalg.solve_triangular(lower.T, rows, upper=True, left=False)
+def _solved(out_rows: Tensor, lower: Tensor) -> Tensor:
+    """`out_rows (L Lᵀ)⁻¹`."""
+    half = torch.linalg.solve_triangular(lower.T, out_rows, upper=True, left=False)
     return torch.linalg.solve_triangular(lower, half, upper=False, left=False)
 
 
-def _missing(weight: Tensor, rows: slice, moments: Moments, matmul_dtype: torch.dtype) -> Tensor:
-    """The missing output's correlation with the inputs, `[rows, in]`.
+def _missing(weight: Tensor, out_rows: slice, moments: Moments, matmul_dtype: torch.dtype) -> Tensor:
+    """The missing output's correlation with the inputs, `[out_rows, in]`.
 
     It is `W·drift` or `target − W H`.
     """
     if moments.target is not None:
-        return moments.target[rows] - multiply(weight[rows], moments.hessian, matmul_dtype)
+        return moments.target[out_rows] - multiply(weight[out_rows], moments.hessian, matmul_dtype)
     assert moments.drift is not None
-    return multiply(weight[rows], moments.drift, matmul_dtype).float()
+    return multiply(weight[out_rows], moments.drift, matmul_dtype).float()
