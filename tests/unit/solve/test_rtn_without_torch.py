@@ -15,7 +15,7 @@ import pytest
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.manifest import read_manifest
 from qwen3_export.core.recipe import Recipe, load_recipe
-from qwen3_export.errors import MissingRuntimeError, RecipeError
+from qwen3_export.errors import CheckpointError, MissingRuntimeError, RecipeError
 from qwen3_export.solve.blocks import rtn_without_torch
 from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.quantize import quantize
@@ -131,7 +131,7 @@ def test_a_weight_that_is_no_number_is_named(tmp_path: Path, make_checkpoint: Ca
     name = "model.layers.1.mlp.down_proj"
     tensors[f"{name}.weight"][5, 7] = bad
     broken = open_checkpoint(make_checkpoint(CONFIGS["dense"], tensors, "broken"))
-    with pytest.raises(RecipeError, match=f"{name}: the weight holds NaN or infinity"):
+    with pytest.raises(CheckpointError, match=f"{name}.weight: it holds NaN or infinity"):
         quantize(broken, recipe(SCHEMES["w4"]), tmp_path / "out", QuantizeSettings())
 
 
