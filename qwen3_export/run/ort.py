@@ -185,7 +185,9 @@ class OrtSession:
 
 
 def _multiplies_integers(graph: Path) -> bool:
-    """Whether a model multiplies int8 by int8, which saturates on x86 without VNNI unless the session forbids it.
+    """Whether a model multiplies int8 by int8.
+
+    That saturates on x86 without VNNI, unless the session forbids it.
 
     Beside DequantizeLinear in blocks the setting must stay away: ONNX Runtime 1.31 then breaks that operator.
     """

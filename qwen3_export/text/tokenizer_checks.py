@@ -1,4 +1,6 @@
-"""Whether the tokenizers library can be trusted with a tokenizer: its Rust code panics, hangs and fills the memory.
+"""Whether the tokenizers library can be trusted with a tokenizer.
+
+Its Rust code panics, hangs and fills the memory.
 
 A tokenizer built as Qwen's are is taken as it is. Any other first runs on odd texts in a process under limits
 (`core.confined`): replacements that multiply a text, patterns that never end, settings that make the library panic.
@@ -55,7 +57,10 @@ def failures(where: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unheard() -> Iterator[None]:
-    """Keep what native code writes to standard error, where a panic tells of itself, from being seen."""
+    """Hide what native code writes to standard error.
+
+    A panic tells of itself there.
+    """
     try:
         kept = os.dup(2)
     except OSError:  # it is closed: nobody hears

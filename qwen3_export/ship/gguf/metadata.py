@@ -101,7 +101,10 @@ def _general(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
 
 
 def _plain_texts(folder: Path, place: Path) -> Path:
-    """The texts that gguf-py reads, in a folder of the same name: it knows neither byte-order marks nor UTF-16."""
+    """The texts that gguf-py reads, in a folder of the same name.
+
+    It knows neither byte-order marks nor UTF-16.
+    """
     folder = folder.absolute()
     copied = place / folder.parent.name / folder.name
     copied.mkdir(parents=True)

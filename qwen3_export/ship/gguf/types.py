@@ -79,7 +79,10 @@ def type_for(scheme: QuantScheme) -> str | None:
 
 
 def widened(scheme: QuantScheme) -> str | None:
-    """The 4-bit type that holds smaller integers with bits to spare; None when there is none."""
+    """The 4-bit type that holds smaller integers with bits to spare.
+
+    None when there is none.
+    """
     if scheme.type != "int" or scheme.activations or scheme.num_bits > 3 or scheme.strategy != "group":
         return None
     if scheme.group_size is None or scheme.group_size % pack.GGML_BLOCK:

@@ -45,7 +45,10 @@ class Flavor(Protocol):
         """`x @ weight.T` for a weight `[out, in]`."""
 
     def linears(self, x: ir.Value, weights: Mapping[str, QuantizedTensor | NDArray], name: str) -> Sequence[ir.Value]:
-        """Several linears of the same inputs, by name; as one product called `name` where that is faster."""
+        """Several linears of the same inputs, by name.
+
+        As one product called `name` where that is faster.
+        """
 
     def attention(
         self, qkv: tuple[ir.Value, ir.Value, ir.Value], norms: tuple[NDArray, NDArray], layer: int

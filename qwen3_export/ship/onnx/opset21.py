@@ -16,7 +16,10 @@ _FLOAT = ir.DataType.FLOAT
 def rms_norm(
     graph: GraphBuilder, x: ir.Value, scale: ir.Value, epsilon: float, dtype: ir.DataType, name: str
 ) -> ir.Value:
-    """`x / sqrt(mean(x²) + epsilon) · scale` over the last axis, the quotient in fp32."""
+    """RMSNorm over the last axis, the quotient in fp32.
+
+    It is `x / sqrt(mean(x²) + epsilon) · scale`.
+    """
     op, constant = graph.op, graph.constant
     wide = graph.as_type(x, dtype, _FLOAT, f"{name}.fp32")
     mean = op("ReduceMean", [op("Mul", [wide, wide], f"{name}.squares"), constant([-1])], f"{name}.mean", keepdims=1)
@@ -26,7 +29,10 @@ def rms_norm(
 
 
 def rotate(graph: GraphBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, name: str) -> ir.Value:
-    """Halves of the last axis of `[batch, heads, sequence, d]` turned as pairs; tables `[batch, sequence, d/2]`."""
+    """Halves of the last axis of `[batch, heads, sequence, d]` turned as pairs.
+
+    Tables `[batch, sequence, d/2]`.
+    """
     op, heads = graph.op, graph.constant([1])
     first, second = graph.ops("Split", [x], name, [f"{name}.first", f"{name}.second"], axis=-1, num_outputs=2)
     c, s = op("Unsqueeze", [cos, heads], f"{name}.cos"), op("Unsqueeze", [sin, heads], f"{name}.sin")

@@ -135,7 +135,10 @@ def rounded_inputs(graph: GraphBuilder, x: ir.Value, weight: QuantizedTensor | N
 
 
 def dynamic_scale(graph: GraphBuilder, x: ir.Value, weight: QuantizedTensor, name: str) -> ir.Value:
-    """The scale that brings the largest of the last axis to the end of the type's range."""
+    """The scale of the last axis, from its largest number.
+
+    It brings that number to the end of the type's range.
+    """
     size = graph.op("Abs", [x], f"{name}.input.abs")
     largest = graph.op("ReduceMax", [size, graph.constant([-1])], f"{name}.input.max", keepdims=1)
     unit = graph.constant(448.0 if weight.scheme.type == "float" else 127.5, np.float32)

@@ -1,4 +1,6 @@
-"""Int8 weights beside int8 activations as `MatMulInteger`, an operator of ai.onnx: codes unchanged, products exact.
+"""Int8 weights beside int8 activations as `MatMulInteger` of ai.onnx.
+
+Codes are unchanged, and products exact.
 
     x ─ / scale ─ round ─ clamp ─ + 128 ─▶ uint8 ┐
                         weight, int8 [in, out] ──┴ MatMulInteger (zero point 128) ─▶ int32 ─ · scale · weight scales
@@ -24,7 +26,10 @@ _FLOAT = ir.DataType.FLOAT
 
 
 def fits(scheme: QuantScheme) -> bool:
-    """Whether a scheme is int8 weights, one scale per row or matrix, beside int8 inputs, one scale per token or all."""
+    """Whether a scheme is int8 weights beside int8 inputs.
+
+    The weights have one scale per row or matrix, the inputs one per token or all.
+    """
     whole = (scheme.type, scheme.num_bits, scheme.symmetric) == ("int", 8, True)
     return whole and scheme.strategy in ("channel", "tensor") and scheme.activations in _ROUNDINGS
 
