@@ -170,8 +170,8 @@ MXFP4 = QuantScheme(4, type="float", group_size=32, scale_dtype="e8m0")
         (CHANNEL, "ort", "lm_head .* one scale per channel"),
         (CHANNEL, "gguf", "lm_head .* group_size must be a multiple of 32"),
         (MXFP4, "ort", "lm_head .* 4-bit floats"),
-        (MXFP4, "standard", "lm_head .* 4-bit floats"),
-        (W8, "tensorrt", "lm_head .* only 4-bit groups"),
+        (MXFP4, "standard", "lm_head .* no ONNX runtime"),
+        (QuantScheme(4, group_size=32, symmetric=False), "tensorrt", "lm_head .* no zero points"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(
