@@ -64,8 +64,6 @@ def super_scale(values: Array, weights: Array, r: int, low: np.float32, high: np
 
     The error is Σ weights · (values − d · integer)²; the integers lie between `low` and `high`.
 
-    The integers lie between `low` and `high`.
-
     `values` and `weights` are `[groups, rows]`. The largest value, whatever its sign, meets the end of the range
     that is further from zero.
     """

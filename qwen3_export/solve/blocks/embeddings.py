@@ -197,7 +197,7 @@ def _sample(
 ) -> SampleInputs:
     """One sample's inputs of the head.
 
-    With the original beside, whose samples are at `places`, how far they are from its.
+    With the original beside, their drift from its inputs too; its samples are at `places`.
     """
     at = (sample, places.get(sample, sample))
     x, *original = (rms_norm(file.read(place)[0].to(device), norm, eps) for file, place in zip(files, at, strict=False))

@@ -91,7 +91,7 @@ def choose_folds(
 ) -> list[tuple[FoldSite, Tensor]]:
     """The sites of a stage where scales are worth moving, with the scales.
 
-    `apply_folds` when all stages are known.
+    They are moved by `apply_folds` when all stages are known.
 
     `moments_of(name)` gives the moments of a linear's inputs in the block as it is, sizes included, or None
     where they say too little to go by.
@@ -176,7 +176,7 @@ def _awq(
 def _at_least_median(hessian: Tensor) -> Tensor:
     """H `[in, in]` with a diagonal that is nowhere below its median.
 
-    Stays positive semidefinite.
+    It stays positive semidefinite.
     """
     diagonal = hessian.diagonal()
     return hessian + torch.diag((diagonal.median() - diagonal).clamp(min=0))

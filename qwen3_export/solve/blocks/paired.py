@@ -94,7 +94,7 @@ def split_held_out(samples: list[int]) -> tuple[list[int], list[int]]:
 def _sample(job: Job, name: str, runs: list[BlockRun], sample: int) -> SampleInputs:
     """One sample's inputs of a linear.
 
-    With the original beside, their drift from its, or the target.
+    Where the original runs too, also their drift, or the target.
     """
     alone, block, device = len(runs) == 1, runs[0].block, job.device
     expert, writes = is_expert(name), block.config.block(block.layer).stage_of(name).writes_residual

@@ -116,8 +116,6 @@ def _errors(work: Array, weights: Array, top: np.float32, lines: Array) -> None:
     """Weighted squared error of every row.
 
     It is Σ importance · (w / s − code + z)² · s²; the columns come in fours.
-
-    The columns come in fours.
     """
     scale, zero, total = lines[_SCALE], lines[_ZEROS], lines[_TOTAL]
     inverse, lowest, highest = lines[_INVERSE], lines[_LOWEST], lines[_HIGHEST]
