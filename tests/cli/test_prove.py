@@ -234,7 +234,7 @@ def test_gate_refuses_what_cannot_be_compared(reports: dict[str, Path], made: di
     other = _report(tmp_path / "other", made["quantized"], made["reference"])
     refused(call("gate", other, "--baseline", reports["quantized"]), 2, "the text differs")
     refused(call("gate", made["quantized"], "--baseline", reports["quantized"]), 2, "report.json", "hint")
-    refused(call("gate", reports["gguf"], "--baseline", tmp_path / "none"), 2, "report.json")
+    refused(call("gate", reports["gguf"], "--baseline", tmp_path / "none"), 2, "none: cannot be read", "hint")
     tolerance = tmp_path / "tolerance.yaml"
     tolerance.write_text("kl_mean: -3\n")
     command = ("gate", reports["gguf"], "--baseline", reports["gguf"], "--tolerance", tolerance)
