@@ -200,9 +200,13 @@ def search_recipe(
         int, typer.Option(min=1, max=1_000_000, help="Further rows, that the KL is measured on.")
     ] = 16,
     method: Annotated[str, typer.Option(help="`gptq`, `awq` or `rtn`.")] = "gptq",
-    bits: Annotated[str, typer.Option(help="What may be mixed: 2, 3, 4, 8 and 16.")] = "4,8",
+    bits: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="What may be mixed: 2, 3, 4, 8 and 16, with gguf 5 and 6 too (default: 4,8; gguf: 3 to 8)."),
+    ] = None,
     grids: Annotated[
-        str, typer.Option(help="Below 8 bits: `symmetric`, `signed` scales, `asymmetric`.")
+        str,
+        typer.Option(help="Below 8 bits: `symmetric`, `signed` scales, `asymmetric`; or `gguf`: ggml types."),
     ] = "signed,asymmetric",
     fused: Annotated[
         bool, typer.Option("--fused/--separate", help="One scheme for q,k,v and one for gate,up, as vLLM needs it.")
@@ -235,7 +239,7 @@ def search_recipe(
     show = console(json, quiet, verbose)
     settings = SearchSettings(
         target_bpw,
-        _bits(bits),
+        None if bits is None else _bits(bits),
         _words(grids),
         method,
         calibration,

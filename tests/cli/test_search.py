@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.cli.helpers import call, names, refused
+from tests.cli.helpers import call, names, refused, write_text_model
 
 SHORT = ("--samples", "8", "--sequence-length", "64", "--measure-rows", "4")
 RESULT = [
@@ -76,6 +76,20 @@ def test_embeddings_are_units_when_asked(model: Path, tmp_path: Path) -> None:
     assert made["layers"][0]["name"] == "model.embed_tokens"
 
 
+def test_types_of_llama_cpp_are_mixed_and_shipped(tmp_path: Path) -> None:
+    model = write_text_model(tmp_path / "wide", hidden_size=256)
+    options = ("--target-bpw", "4.7", "--grids", "gguf", "--output", tmp_path / "x.yaml", "--json")
+    values = search(model, *options).json
+    schemes = {rule["match"]: rule["scheme"] for rule in yaml.safe_load((tmp_path / "x.yaml").read_text())["rules"]}
+    assert schemes["model.embed_tokens"] == "q6_k"
+    assert len(set(schemes.values()) - {"q6_k"}) > 1
+    assert set(schemes.values()) <= {"q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0"}
+    assert values["bits_per_weight"] <= 4.7
+    made = call("quantize", model, "--recipe", tmp_path / "x.yaml", "--output", tmp_path / "q", "--samples", "8")
+    assert made.code == 0, made.err
+    assert call("gguf", tmp_path / "q", "--output", tmp_path / "x.gguf", "--json").json["exact"] is True
+
+
 @pytest.mark.parametrize("target", ["3", "8.2", "-1", "nan"])
 def test_a_budget_out_of_reach_names_the_range(model: Path, tmp_path: Path, target: str) -> None:
     outcome = search(model, "--target-bpw", target, "--output", tmp_path / "x.yaml")
@@ -86,7 +100,10 @@ def test_a_budget_out_of_reach_names_the_range(model: Path, tmp_path: Path, targ
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--bits", "4,5"), ["--bits", "2, 3, 4, 8, 16"]),
+        (("--bits", "4,7"), ["--bits", "2, 3, 4, 5, 6, 8, 16"]),
+        (("--bits", "4,5"), ["--bits 5", "--grids gguf"]),
+        (("--grids", "gguf,signed"), ["gguf", "no other grid"]),
+        (("--grids", "gguf", "--method", "rtn"), ["--method", "gptq"]),
         (("--bits", "four"), ["--bits"]),
         (("--grids", "signed,odd"), ["--grids", "asymmetric"]),
         (("--method", "magic"), ["--method", "gptq"]),

@@ -14,7 +14,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,19 @@ import yaml
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.core.recipe import Recipe, Rule, load_recipe
-from qwen3_export.core.scheme import QuantScheme
-from qwen3_export.errors import InputError, RecipeError, ResourceError
+from qwen3_export.core.scheme import GGML_TYPES, QuantScheme, scheme_of_type
+from qwen3_export.errors import InputError, ResourceError
 from qwen3_export.model.workers import workers
 from qwen3_export.solve.methods import load_method
+from qwen3_export.solve.mixed_precision.candidates import (
+    fitting,
+    gguf_outer,
+    is_gguf,
+    one_of,
+    options_recipe,
+    probe_first,
+    schemes,
+)
 from qwen3_export.solve.mixed_precision.knapsack import Choice, choose
 from qwen3_export.solve.mixed_precision.sensitivity import Sensitivity, measure_sensitivities, steps
 from qwen3_export.solve.mixed_precision.study import Study
@@ -36,13 +45,8 @@ from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import Samples, calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 
-# Whose options a method is searched and shipped with.
-OPTIONS_OF = {"gptq": "gptq-w4a16-g32", "rtn": "rtn-w4a16-g32", "awq": "awq-w4a16-g128"}
 # SmoothQuant's is for rounded activations, which no candidate has.
 FOLDS = ("none", "awq")
-GRIDS = ("symmetric", "signed", "asymmetric")
-BITS = (2, 3, 4, 8, 16)
-_GROUPS = (128, 64, 32)
 _MEASURED_TOKENS = 256
 
 
@@ -52,14 +56,15 @@ class SearchSettings:
 
     `target_bpw` counts the decoder's linears, scales and zero points included, and with `embeddings` also
     the embedding and the head, which are then quantized too, a tied one once. `grids` are names of
-    `GRIDS`; 8 bits are always symmetric, in groups of 128 where that fits. `measure` is the number
+    `candidates.GRIDS`; 8 bits are always symmetric, in groups of 128 where that fits. `bits` None takes what is
+    usual for the grids. `measure` is the number
     of samples, of at most 256 tokens each, that the KL is measured on and no solver sees. `fused` gives
     q,k,v of a block one scheme and gate,up one, which vLLM and SGLang need. `fold` is one of `FOLDS`;
     None folds where the method looks at inputs anyway: it costs little, and is left out where it does not pay.
     """
 
     target_bpw: float
-    bits: tuple[int, ...] = (4, 8)
+    bits: tuple[int, ...] | None = None
     grids: tuple[str, ...] = ("signed", "asymmetric")
     method: str = "gptq"
     calibration: str = "bundled"
@@ -123,14 +128,13 @@ def search(
         raise InputError(f"{checkpoint.folder} is quantized already", "give the 16-bit original")
     base = _base(settings)
     method, options = load_method(base)
-    options_of = {
-        unit: _fitting(unit, settings) for unit in units(checkpoint.config, settings.fused, settings.embeddings)
-    }
+    tried = schemes(settings.grids, settings.bits)
+    options_of = {unit: fitting(unit, tried) for unit in units(checkpoint.config, settings.fused, settings.embeddings)}
     capacity = _capacity(options_of, settings.target_bpw)
     calibration, held_out = _samples(checkpoint, settings)
     _check_disk(checkpoint, len(options_of), calibration, held_out, scratch)
     with tempfile.TemporaryDirectory(prefix=".search-", dir=scratch) as folder, workers(settings.threads) as pool:
-        probed = {unit: _probe_first(unit, found, settings.target_bpw) for unit, found in options_of.items()}
+        probed = {unit: probe_first(unit, found, settings.target_bpw) for unit, found in options_of.items()}
         study = Study(checkpoint, method, options, probed, calibration, held_out, pool, Path(folder))
         with progress.bar(f"search {checkpoint.name}", steps(study)) as tick:
             measured = measure_sensitivities(study, tick)
@@ -170,62 +174,25 @@ def outcome(found: SearchResult, settings: SearchSettings, output: Path) -> dict
 def to_yaml(recipe: Recipe) -> str:
     """The recipe as a file, schemes without what they leave at its default.
 
-    The same recipe gives the same bytes.
+    In a recipe for GGUF they have ggml's names. The same recipe gives the same bytes.
     """
     values, usual = recipe.to_dict(), QuantScheme().to_dict()
+    named = {scheme_of_type(name): name for name in GGML_TYPES} if recipe.layout == "ggml" else {}
     shown = ("num_bits", "symmetric", "strategy", "group_size")
-    for rule in values["rules"]:
-        if rule["scheme"]:
-            rule["scheme"] = {k: v for k, v in rule["scheme"].items() if k in shown or v != usual[k]}
+    for rule, item in zip(recipe.rules, values["rules"], strict=True):
+        if rule.scheme in named:
+            item["scheme"] = named[rule.scheme]
+        elif item["scheme"]:
+            item["scheme"] = {k: v for k, v in item["scheme"].items() if k in shown or v != usual[k]}
     return yaml.safe_dump(values, sort_keys=False, width=120, default_flow_style=None)
 
 
 def _base(settings: SearchSettings) -> Recipe:
     """The recipe whose method and options are searched with."""
-    base = load_recipe(OPTIONS_OF[_one_of("--method", settings.method, tuple(OPTIONS_OF))])
+    base = load_recipe(options_recipe(settings.method, settings.grids))
     usual = "none" if settings.method == "rtn" else "awq"
-    fold = usual if settings.fold is None else _one_of("--fold", settings.fold, FOLDS)
-    return replace(base, options={**base.options, "fold": fold})
-
-
-def _one_of(option: str, value: object, known: Sequence[Any]) -> Any:
-    if value not in known:
-        raise InputError(f"{option} {value}: one of {', '.join(map(str, known))} was expected")
-    return value
-
-
-def schemes(settings: SearchSettings) -> list[QuantScheme | None]:
-    """All candidates, coarse to fine, None for 16 bits."""
-    found: list[QuantScheme | None] = []
-    for bits in sorted({_one_of("--bits", bits, BITS) for bits in settings.bits}):
-        grids = ("symmetric",) if bits == 8 else settings.grids
-        for grid in [_one_of("--grids", grid, GRIDS) for grid in grids] if bits < 16 else []:
-            signed, symmetric = grid == "signed", grid != "asymmetric"
-            found += [QuantScheme(bits, "int", symmetric, "group", g, signed_scales=signed) for g in _GROUPS]
-        found += [None] if bits == 16 else []
-    return found
-
-
-def _fitting(unit: Unit, settings: SearchSettings) -> list[QuantScheme | None]:
-    """Candidates whose groups divide the unit's inputs.
-
-    Of 8 bits the coarsest, its error is nothing anyway.
-    """
-    wide = [shape[1] for shape in unit.shapes.values()]
-    found = [s for s in schemes(settings) if s is None or not any(n % s.group_length(n) for n in wide)]
-    eight = [s for s in found if s is not None and s.num_bits == 8]
-    found = [s for s in found if s not in eight[1:]]
-    if not any(found):
-        raise RecipeError(
-            f"{unit.match}: no candidate fits its {wide[0]} inputs", f"groups of {_GROUPS} and --bits 2 to 8 are tried"
-        )
-    return found
-
-
-def _probe_first(unit: Unit, found: list[QuantScheme | None], target: float) -> list[QuantScheme]:
-    """The schemes to measure, that of the size nearest to the target first."""
-    real = [scheme for scheme in found if scheme is not None]
-    return sorted(real, key=lambda scheme: abs(unit.bits(scheme) / unit.weights - target))
+    fold = usual if settings.fold is None else one_of("--fold", settings.fold, FOLDS)
+    return replace(base, options={**base.options, "fold": fold}, file_type="")
 
 
 def _capacity(candidates: dict[Unit, list[QuantScheme | None]], target: float) -> int:
@@ -313,6 +280,8 @@ def _recipe(
     usual = max(weights, key=lambda scheme: weights[scheme])
     # No wildcard reaches embedding and head.
     rules = [Rule(s.unit.match, scheme) for s, scheme in chosen if s.unit.stage == OUTER and scheme]
+    if is_gguf(settings.grids) and not settings.embeddings:
+        rules += [Rule(module, scheme) for module, scheme in gguf_outer(checkpoint.config).items()]
     rules += [Rule(s.unit.match, scheme) for s, scheme in inner if scheme != usual]
     bits = sum(s.unit.bits(scheme) for s, scheme in chosen) / sum(s.unit.weights for s, _ in chosen)
     counted = "weight of linears, embedding and head" if settings.embeddings else "decoder weight"
@@ -324,4 +293,5 @@ def _recipe(
         + ("" if settings.fused else "; q, k, v and gate, up may differ, which vLLM refuses"),
         options=base.options,
         calibration={"samples": settings.samples, "sequence_length": settings.sequence_length},
+        layout=base.layout,
     )
