@@ -5,9 +5,6 @@ With --recipe, a 16-bit source is quantized on the way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,109 +12,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwen3_export.cli.app import Force, Json, Quiet, Source, Verbose, app, console
-from qwen3_export.cli.console import Console, fields, size
-from qwen3_export.cli.solve import parse_bytes
-from qwen3_export.core.checkpoint import Checkpoint
-from qwen3_export.core.outputs import check_output, working_folder
+from qwen3_export.cli.console import fields, size
+from qwen3_export.cli.on_the_way import (
+    Calibration,
+    Device,
+    Memory,
+    Quantizing,
+    RecipeOption,
+    Resume,
+    Samples,
+    Seed,
+    SequenceLength,
+    Threads,
+    prepared,
+)
 from qwen3_export.core.process import uninterrupted
-from qwen3_export.core.processors import MOST_THREADS
-from qwen3_export.core.recipe import load_recipe
-from qwen3_export.core.source import open_source
 from qwen3_export.core.units import parse_size
 from qwen3_export.errors import InputError, MissingRuntimeError
 
 if TYPE_CHECKING:
-    from qwen3_export.solve.job import QuantizeSettings
-
-RecipeOption = Annotated[str | None, typer.Option(help="Quantize a 16-bit source with this recipe first.")]
-# What quantizing on the way takes; None is quantize's own default, and says that nothing was asked for.
-Calibration = Annotated[str | None, typer.Option(help="With --recipe: as for quantize (default: bundled).")]
-Samples = Annotated[int | None, typer.Option(min=1, max=1_000_000, help="With --recipe: calibration rows.")]
-SequenceLength = Annotated[int | None, typer.Option(min=16, max=1 << 20, help="With --recipe: tokens per row.")]
-Seed = Annotated[
-    int | None, typer.Option(min=0, max=(1 << 63) - 1, help="With --recipe: chooses the calibration rows.")
-]
-Memory = Annotated[str | None, typer.Option(help="With --recipe: refuse to start when more is needed, e.g. 8GiB.")]
-Device = Annotated[str | None, typer.Option(help="With --recipe: `cpu` or `cuda`.")]
-Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="With --recipe: threads of quantizing.")]
-Resume = Annotated[
-    bool | None, typer.Option("--resume/--no-resume", help="With --recipe: go on with an interrupted run.")
-]
-Check = Callable[[Checkpoint], object]
-
-
-@dataclass(frozen=True)
-class Quantizing:
-    """`quantize`'s options for an export with a recipe; None where nothing was asked for."""
-
-    calibration: str | None = None
-    samples: int | None = None
-    sequence_length: int | None = None
-    seed: int | None = None
-    memory: str | None = None
-    device: str | None = None
-    threads: int | None = None
-    resume: bool | None = None
-
-    def settings(self, recipe: str | None) -> QuantizeSettings:
-        """How to quantize.
-
-        Raises InputError for options without a recipe, and for values that cannot be.
-        """
-        given: dict[str, Any] = {name: value for name, value in asdict(self).items() if value is not None}
-        if recipe is None and given:
-            raise InputError(
-                f"--{next(iter(given)).replace('_', '-')} is about quantizing, and there is no --recipe",
-                "add --recipe NAME, or leave it away",
-            )
-        if given.get("device", "cpu") not in ("cpu", "cuda"):
-            raise InputError(f"--device {given['device']}: cpu or cuda was expected")
-        if "memory" in given:
-            given["memory"] = parse_bytes(given["memory"])
-        from qwen3_export.solve.job import QuantizeSettings
-
-        return QuantizeSettings(**given)
-
-
-@contextmanager
-def _prepared(
-    source: str,
-    recipe: str | None,
-    options: Quantizing,
-    output: Path,
-    force: bool,
-    show: Console,
-    check: Check,
-    folder: bool = True,
-    reads: Path | None = None,
-) -> Iterator[Checkpoint]:
-    """The source, or a quantized copy of it with a recipe.
-
-    The copy lies beside the output and is removed afterwards.
-
-    `check` is the export's own check, made before anything is quantized; `folder` says what the export writes,
-    `reads` what it reads beside the source. An interrupted run's finished blocks are kept in
-    `OUTPUT.quantized.partial/`, from which the same command goes on.
-    """
-    checkpoint = open_source(source)
-    inputs = [checkpoint.folder, recipe, options.calibration, reads]
-    check_output(output, inputs, force, folder)
-    settings = options.settings(recipe)
-    if recipe is None:
-        check(checkpoint)
-        yield checkpoint
-        return
-    with uninterrupted():
-        from qwen3_export.preflight import check_target
-        from qwen3_export.solve.quantize import quantize
-
-    chosen = load_recipe(recipe)
-    check_target(checkpoint, chosen, settings, check)
-    with working_folder(output, "quantized", inputs) as working:
-        quantized = working / checkpoint.name
-        # What a killed export left finished is made anew.
-        quantize(checkpoint, chosen, quantized, replace(settings, force=True), show)
-        yield open_source(str(quantized))
+    pass
 
 
 @app.command(
@@ -177,7 +91,7 @@ def onnx(
         "kv_cache": kv_cache, "opset": opset,
     }  # fmt: skip
     check = partial(check_request, **choice)
-    with _prepared(source, recipe, options, output, force, show, check) as checkpoint:
+    with prepared(source, recipe, options, output, force, show, check) as checkpoint:
         result = export_onnx(
             checkpoint, output, **choice, force=force, progress=show,
             max_shard_size=shard_bytes, measure=level_cost, study_cache=(cache_scales, cache_cost),
@@ -238,7 +152,7 @@ def gguf(
     show = console(json, quiet, verbose)
     options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume)
     check = partial(check_request, type_name=type_name, options=chosen)
-    with _prepared(source, recipe, options, output, force, show, check, False, imatrix) as checkpoint:
+    with prepared(source, recipe, options, output, force, show, check, False, imatrix) as checkpoint:
         result = export_gguf(checkpoint, output, type_name, force, show, chosen)
     show.result(result, lambda: _exported(result))
 
@@ -294,7 +208,7 @@ def tensorrt(
     show, capabilities = console(json, quiet, verbose), tuple(sm) if sm else None
     options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume)
     check = partial(check_request, engine=engine, capabilities=capabilities, precision=precision)
-    with _prepared(source, recipe, options, output, force, show, check) as checkpoint:
+    with prepared(source, recipe, options, output, force, show, check) as checkpoint:
         context = checkpoint.config.max_position
         profile = Profile(max_prompt or min(1024, context), max_context or min(4096, context))
         result = export_tensorrt(checkpoint, output, engine, capabilities, precision, profile, force, show)

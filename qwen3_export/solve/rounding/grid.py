@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen3_export.core.scheme import QuantScheme
-from qwen3_export.core.tensor import LARGEST_SCALE, SMALLEST_SCALE, block_specs
+from qwen3_export.core.tensor import LARGEST_SCALE, SMALLEST_SCALE
 from qwen3_export.errors import RecipeError
 from qwen3_export.model.activations import round_e4m3
 from qwen3_export.model.table import to_numpy
+from qwen3_export.solve.rounding.block_types import middle_code, nearest_code, search_blocks
 from qwen3_export.solve.rounding.scale_search import SEARCHES, SHRINKS, is_compiled, numbers_to_try, round_groups
 
 TORCH_SCALES = {
@@ -37,8 +38,6 @@ TORCH_SCALES = {
 LARGEST_FLOAT = {4: 6.0, 8: 448.0}
 # Weights that are rounded at once.
 _CACHED_WEIGHTS = 1 << 16
-# In place of a scale of zero: any code times it vanishes.
-_NO_SCALE = 1e-30
 
 
 @dataclass(frozen=True)
@@ -79,12 +78,12 @@ class Grid:
 
         Zero points are integers then.
         """
-        middle = _middle(self.scheme)
+        middle = middle_code(self.scheme)
         return Grid(self.scheme, self.scales, torch.full_like(self.zeros, middle), self.fields)
 
     def offsets_of_columns(self, count: int) -> Tensor:
         """What a block type adds to every weight, `[rows, count]`."""
-        offsets = (_middle(self.scheme) - self.zeros) * self.scales
+        offsets = (middle_code(self.scheme) - self.zeros) * self.scales
         return offsets.repeat_interleave(count // offsets.shape[1], 1)
 
     def columns(self, shape: Sequence[int]) -> Grid:
@@ -96,32 +95,6 @@ class Grid:
             return values if tall == 1 else values.repeat_interleave(tall, 0)[: shape[0]]
 
         return Grid(self.scheme, spread(self.scales), spread(self.zeros), self.fields)
-
-
-def _middle(scheme: QuantScheme) -> float:
-    """The code of a block type that stands for zero; 0 for codebooks."""
-    block = scheme.block_type
-    return 0.0 if block is None or block.has_mins or block.values is not None else float(1 << (block.num_bits - 1))
-
-
-def block_grid(weight: Tensor, scheme: QuantScheme, importance: Tensor | None = None) -> Grid:
-    """The grid of a block type of ggml for a weight `[rows, in]`.
-
-    The search weighs each column's errors by its `importance` `[in]`.
-    """
-    from qwen3_export import ggml
-
-    ggml.import_loops()
-    weighed = None if importance is None else importance.float().cpu().numpy()
-    tensor = ggml.round_rows("", to_numpy(weight.cpu()), scheme, weighed).tensor
-    scales = torch.from_numpy(tensor.scales32.astype(np.float32)).to(weight.device)
-    # A group whose scale is zero takes any code: each stands for the offset alone.
-    scales = torch.where(scales == 0, _NO_SCALE, scales)
-    zeros = torch.full_like(scales, _middle(scheme))
-    if (offsets := tensor.offsets32) is not None:
-        zeros -= torch.from_numpy(offsets).to(weight.device) / scales
-    fields = {key: getattr(tensor, key) for key in block_specs(scheme, tensor.shape)}
-    return Grid(scheme, scales, zeros, fields)
 
 
 def round_scale(scale: Tensor, scheme: QuantScheme, global_scale: float = 1.0) -> Tensor:
@@ -147,7 +120,7 @@ def round_to(weight: Tensor, scales: Tensor, zeros: Tensor, scheme: QuantScheme)
     """
     units = weight / scales
     if scheme.block_type is not None:
-        return _block_code(units, zeros, scheme)
+        return nearest_code(units, zeros, scheme)
     if scheme.type == "int":
         return units.round_().add_(zeros).clamp_(0, scheme.max_code)
     if scheme.num_bits == 8:
@@ -156,15 +129,6 @@ def round_to(weight: Tensor, scales: Tensor, zeros: Tensor, scheme: QuantScheme)
     size = units.abs()
     step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
     return torch.round(units / step) * step
-
-
-def _block_code(units: Tensor, zeros: Tensor, scheme: QuantScheme) -> Tensor:
-    """The nearest code of a block type, or the nearest value of its codebook."""
-    assert scheme.block_type is not None
-    if scheme.block_type.values is None:
-        return units.add_(zeros).round_().clamp_(0, scheme.max_code)
-    values = torch.tensor(scheme.block_type.values, dtype=torch.float32, device=units.device)
-    return values[torch.bucketize(units, (values[1:] + values[:-1]) / 2)]
 
 
 def round_onto(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -201,6 +165,14 @@ def cut(weight: Tensor, scheme: QuantScheme) -> Tensor:
     rows, groups = scheme.grid((weight.shape[0], weight.shape[1]))
     padded = F.pad(weight, (0, groups * wide - weight.shape[1], 0, rows * tall - len(weight)))
     return padded.reshape(rows, tall, groups, wide).transpose(1, 2).reshape(rows, groups, -1)
+
+
+def block_grid(weight: Tensor, scheme: QuantScheme, importance: Tensor | None = None) -> Grid:
+    """The grid of a block type of ggml for a weight `[rows, in]`.
+
+    The search weighs each column's errors by its `importance` `[in]`.
+    """
+    return Grid(scheme, *search_blocks(weight, scheme, importance))
 
 
 def find_grid(
