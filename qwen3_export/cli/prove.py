@@ -33,9 +33,13 @@ Threads = Annotated[
 
 
 def find(artifact: str) -> Path:
-    """An artifact's path; `reference-model` and hub ids work here too."""
+    """An artifact's path; `reference-model` and hub ids work here too. InputError when no runtime takes it."""
+    from qwen3_export.run.artifact import kind_of
+
     path = Path(artifact)
-    return path if path.exists() else locate(artifact)
+    found = path if path.exists() else locate(artifact)
+    kind_of(found)
+    return found
 
 
 @app.command(epilog="Example: qwen3-export reference reference-model --output original.safetensors")

@@ -76,9 +76,9 @@ def refuse_existing(place: Path, force: bool, folder: bool = True) -> None:
         return
     leads_to = _leads_to(place, mode)
     if stat.S_ISDIR(leads_to) and not folder:
-        raise InputError(f"{place} is a folder, a file was expected", "choose another --output")
+        raise InputError(f"{place} is a folder, a file was expected", "choose another place")
     if folder and leads_to and not stat.S_ISDIR(leads_to):
-        raise InputError(f"{place} is a file, a folder was expected", "choose another --output")
+        raise InputError(f"{place} is a file, a folder was expected", "choose another place")
     if not force:
         raise InputError(f"{place} exists already", "choose another place, or --force to replace it")
     if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode) or stat.S_ISLNK(mode)):

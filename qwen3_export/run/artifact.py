@@ -21,32 +21,42 @@ def open_session(artifact: Path, options: RuntimeOptions | None = None) -> Sessi
     return with_checked_logits(_open(artifact, options or RuntimeOptions()), artifact.name)
 
 
-def _open(artifact: Path, options: RuntimeOptions) -> Session:
+def kind_of(artifact: Path) -> str:
+    """What an artifact is: `onnx`, `gguf` or `folder`, told without a runtime; InputError when it is none."""
     if artifact.is_file():
-        with artifact.open("rb") as file:
-            magic = file.read(4)
         if is_onnx(artifact):
-            from qwen3_export.run.ort import OrtSession
-
-            return OrtSession(artifact, options)
-        if magic != b"GGUF":
-            raise InputError(f"{artifact}: neither a GGUF file, an ONNX file nor an artifact folder")
-        from qwen3_export.run.llamacpp import LlamaSession
-
-        return LlamaSession(artifact, options)
+            return "onnx"
+        with artifact.open("rb") as file:
+            if file.read(4) == b"GGUF":
+                return "gguf"
+        raise InputError(
+            f"{artifact}: neither a GGUF file, an ONNX file nor an artifact folder",
+            "give an artifact folder, a .onnx or a .gguf file",
+        )
     if not artifact.is_dir():
         raise InputError(f"{artifact}: no such artifact")
     if is_onnx(artifact):
-        from qwen3_export.run.ort import OrtSession
-
-        return OrtSession(artifact, options)
+        return "onnx"
     if (artifact / "config.json").is_file():
-        from qwen3_export.run.torch import TorchSession
-
-        return TorchSession(artifact, options)
+        return "folder"
     raise InputError(
         f"{artifact}: neither an ONNX graph nor config.json is in it", "give an artifact folder or a .gguf file"
     )
+
+
+def _open(artifact: Path, options: RuntimeOptions) -> Session:
+    kind = kind_of(artifact)
+    if kind == "onnx":
+        from qwen3_export.run.ort import OrtSession
+
+        return OrtSession(artifact, options)
+    if kind == "gguf":
+        from qwen3_export.run.llamacpp import LlamaSession
+
+        return LlamaSession(artifact, options)
+    from qwen3_export.run.torch import TorchSession
+
+    return TorchSession(artifact, options)
 
 
 def tokenizer_of(artifact: Path, session: Session) -> TextModel:

@@ -165,3 +165,23 @@ def test_disk_that_cannot_be_written(made: dict[str, Path], disk: Callable[..., 
     place = disk(1 << 20, "ro")
     refused(call("onnx", made["quantized"], "--output", place / "out"), 2, "Read-only", str(place))
     refused(call("gguf", made["quantized"], "--output", place / "out"), 2, "Read-only", str(place))
+
+
+def test_report_in_place_of_a_file_names_no_option_that_is_not_there(model: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report"
+    report.write_text("precious")
+    asked = ("validate", model, "--reference", model, "--report", report)
+    outcome = call(*asked)
+    refused(outcome, 2, "is a file, a folder was expected", "choose another place")
+    assert "--output" not in outcome.err
+    assert report.read_text() == "precious"
+
+
+@pytest.mark.parametrize("command", ["validate", "bench"])
+def test_what_is_no_artifact_is_refused_before_the_others_run(command: str, model: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.gguf"
+    empty.touch()
+    truth = ("--reference", model) if command == "validate" else ()
+    outcome = call(command, model, empty, *truth)
+    refused(outcome, 2, "empty.gguf: neither a GGUF file")
+    assert "done in" not in outcome.err
