@@ -33,6 +33,7 @@ settings.load_profile("project")
 _SLOW = ("artifact", "cli", "hostile", "install", "reference", "serving")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what needs a runtime, an installation or a peer as slow; share out the work between processes.
 

@@ -100,7 +100,8 @@ def test_gguf(rounded: Callable[..., Checkpoint], sample: tuple[dict[str, Any], 
     checkpoint = rounded(*sample)
     reason = gguf_format.supports(sample[1])
     artifact = exported(checkpoint, reason, lambda output: gguf_format.export_gguf(checkpoint, output))
-    if artifact is None:
+    # gguf-py does not know q2_0, which has tests of its own with llama.cpp.
+    if artifact is None or sample[1].num_bits == 2:
         return
     tensors = gguf_tensors(artifact.path)
     for module in artifact.linears:

@@ -67,5 +67,8 @@ def test_codes_that_a_format_cannot_hold(model: Path, tmp_path: Path) -> None:
     assert call("quantize", model, "--recipe", recipe, "--output", tmp_path / "quantized").code == 0
     before = names(tmp_path)
     refused(call("gguf", tmp_path / "quantized", "--output", tmp_path / "out.gguf"), 2, "q_proj", "multiple of 32")
-    refused(call("tensorrt", tmp_path / "quantized", "--output", tmp_path / "out"), 2, "q_proj")
+    signed = "name: s\nmethod: rtn\nrules: [{match: '*', scheme: {num_bits: 4, group_size: 32, signed_scales: true}}]\n"
+    recipe.write_text(signed)
+    assert call("quantize", model, "--recipe", recipe, "--output", tmp_path / "quantized", "--force").code == 0
+    refused(call("tensorrt", tmp_path / "quantized", "--output", tmp_path / "out"), 2, "q_proj", "negative scales")
     assert names(tmp_path) == before

@@ -16,7 +16,7 @@ from tests.reference.models import our_logits, random_rows
 
 # Largest change of the logits as a share of their size. Random weights are the hardest to round; logits of
 # another model change by 1.4.
-ALLOWED = {8: 0.2, 4: 0.6, 3: 0.9, 2: 1.25}
+ALLOWED = {8: 0.2, 6: 0.3, 5: 0.45, 4: 0.6, 3: 0.9, 2: 1.25}
 # Eight rows, of which the target shift holds one out.
 SHORT = ("--samples", "8", "--sequence-length", "32")
 NAMES = sorted(path.stem for path in resource("recipes").iterdir() if path.suffix == ".yaml")
@@ -26,7 +26,8 @@ NAMES = sorted(path.stem for path in resource("recipes").iterdir() if path.suffi
 def test_a_shipped_recipe_quantizes(name: str, model: Path, tmp_path: Path) -> None:
     outcome = call("quantize", model, "--recipe", name, *SHORT, "--output", tmp_path / "out", "--json")
     assert outcome.code == 0, outcome.err
-    checkpoint, rules = open_checkpoint(tmp_path / "out"), load_recipe(name).rules
+    checkpoint = open_checkpoint(tmp_path / "out")
+    rules = load_recipe(name).for_model(checkpoint.config).rules
     # The model's head is tied: embedding and head are one matrix.
     assert outcome.json["tensors"] == 14 + any(rule.match == EMBEDDING for rule in rules)
     assert set(checkpoint.schemes.values()) <= {rule.scheme for rule in rules}

@@ -151,7 +151,7 @@ def _is_colour(sequence: str) -> bool:
 
 def test_table_keeps_its_columns_in_a_narrow_log(made: dict[str, Path]) -> None:
     outcome = finish(start("recipes", "list", env={"TERM": "dumb"}))
-    assert all(len(line.split()) > 2 for line in outcome.out.splitlines()[3:] if line.strip())
+    assert all(len(line.split()) > 2 for line in outcome.out.splitlines()[3:] if line.strip()), outcome.out
     assert "…" not in outcome.out
 
 

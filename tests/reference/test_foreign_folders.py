@@ -33,11 +33,10 @@ from tests.artifact.support import (
     OnnxWeights,
     gguf_name,
     gguf_tensors,
-    graph_name,
-    low_bits_first,
     read_blocks,
     with_tokenizer,
 )
+from tests.artifact.test_onnx_ort import read_matmul
 from tests.conftest import cli, tiny_config, write_checkpoint
 from tests.reference import packers
 from tests.reference.models import assert_same_logits, dequantized, load_theirs
@@ -386,10 +385,9 @@ def test_codes_arrive_in_onnx_and_gguf(
     export_gguf(checkpoint, tmp_path / "model.gguf")
     weights, blocks = OnnxWeights(tmp_path / "onnx"), gguf_tensors(tmp_path / "model.gguf")
     for name, codes in folder.codes.items():
-        found = [value for value in weights.inputs(graph_name(name)) if value is not None]
-        np.testing.assert_array_equal(low_bits_first(found[0].reshape(len(codes), -1), 4, codes.shape[1]), codes)
+        found, _, zeros = read_matmul(weights, name)
+        np.testing.assert_array_equal(found, codes)
         if not midpoint:
-            zeros = low_bits_first(found[2].reshape(len(codes), -1), 4, folder.zeros[name].shape[1])
             np.testing.assert_array_equal(zeros, folder.zeros[name])
         stored = blocks[gguf_name(name)]
         kind = gguf.GGMLQuantizationType.Q4_0 if midpoint else gguf.GGMLQuantizationType.Q4_1

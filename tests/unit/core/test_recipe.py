@@ -274,7 +274,7 @@ def test_only_block_linears_are_candidates() -> None:
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_shipped_recipe_applies_to_the_reference_model(name: str, reference_model: Checkpoint) -> None:
     recipe = load_recipe(name)
-    recipe.check_against(reference_model.config.all_matrices())
+    recipe.for_model(reference_model.config).check_against(reference_model.config.all_matrices())
     module, options = load_method(recipe)
     assert recipe.name == name
     assert recipe.description
