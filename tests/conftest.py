@@ -24,6 +24,8 @@ from qwen3_export.core.source import open_source
 from qwen3_export.core.tensorfile import write_tensors
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What runs tests side by side sets a width, which commands started here would take for a terminal's.
+os.environ.pop("COLUMNS", None)
 # Property tests are the same in every run, and never fail because the machine is busy.
 settings.register_profile("project", deadline=None, derandomize=True, database=None)
 settings.load_profile("project")

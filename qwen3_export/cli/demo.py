@@ -28,7 +28,7 @@ from qwen3_export.errors import MissingRuntimeError
 
 # What a healthy artifact of the embedded model stays under, nats per token.
 LIMITS = {"16 bit": 1e-3, "8 bit": 2e-3, "4 bit": 0.05, "another tool's": 0.5}
-_SAMPLES, _LENGTH, _HELD_OUT = 64, 256, 10_000
+_SAMPLES, _LENGTH, _HELD_OUT = 64, 256, 8_000
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,7 @@ def _make(folder: Path, show: Console) -> tuple[dict[str, tuple[float, str]], di
     `{file name: (bits per weight, kind of limit)}` and what was left out, why.
     """
     quantized = {
-        name: _quantize(folder, name, show)
-        for name in ("rtn-w4a16-g128", "gptq-w4a16-g128", "gptq-w4a16-g32", "edge-w4")
+        name: _quantize(folder, name, show) for name in ("rtn-w4a16-g128", "gptq-w4a16-g128", "edge-w4", "gguf-q4_k_m")
     }
     made: dict[str, tuple[float, str]] = {name: (bits, "4 bit") for name, bits in quantized.items()}
     skipped = {}
@@ -139,13 +138,12 @@ def _products(folder: Path, show: Console) -> list[Product]:
     return [
         Product("onnx-fp32", to_onnx, "16 bit", onnx(REFERENCE_MODEL)),
         Product("onnx-gptq-g128", to_onnx, "4 bit", onnx("gptq-w4a16-g128", level=0)),
-        Product("onnx-gptq-g32", to_onnx, "4 bit", onnx("gptq-w4a16-g32", level=0)),
         Product("onnx-edge-w4", to_onnx, "4 bit", onnx("edge-w4")),
         *([Product(BUILDER, to_onnx, "another tool's", build)] if builder_is_there() else []),
         Product("bf16.gguf", to_gguf, "16 bit", gguf(REFERENCE_MODEL, "bf16")),
         Product("q8_0.gguf", to_gguf, "8 bit", gguf(REFERENCE_MODEL, "q8_0")),
-        Product("gptq-g128-q4_0.gguf", to_gguf, "4 bit", gguf("gptq-w4a16-g128")),
-        Product("gptq-g32-q4_0.gguf", to_gguf, "4 bit", gguf("gptq-w4a16-g32")),
+        Product("rounded-q4_k_m.gguf", to_gguf, "4 bit", gguf(REFERENCE_MODEL, "q4_k_m")),
+        Product("solved-q4_k_m.gguf", to_gguf, "4 bit", gguf("gguf-q4_k_m")),
         Product("tensorrt-gptq-g128", ("onnx_ir", "onnxruntime", "tensorrt_rtx"), "4 bit", plan),
     ]
 

@@ -16,16 +16,15 @@ from tests.install.conftest import Environment
 ARTIFACTS = {
     "rtn-w4a16-g128": "torch",
     "gptq-w4a16-g128": "torch",
-    "gptq-w4a16-g32": "torch",
     "edge-w4": "torch",
+    "gguf-q4_k_m": "torch",
     "onnx-fp32": "onnxruntime",
     "onnx-gptq-g128": "onnxruntime",
-    "onnx-gptq-g32": "onnxruntime",
     "onnx-edge-w4": "onnxruntime",
     "bf16.gguf": "llama.cpp",
     "q8_0.gguf": "llama.cpp",
-    "gptq-g128-q4_0.gguf": "llama.cpp",
-    "gptq-g32-q4_0.gguf": "llama.cpp",
+    "rounded-q4_k_m.gguf": "llama.cpp",
+    "solved-q4_k_m.gguf": "llama.cpp",
     "tensorrt-gptq-g128": "onnxruntime (the plan's ONNX)",
 }
 
@@ -84,7 +83,8 @@ def test_demo_proves_every_artifact(demo: Demo) -> None:
     kl = {name: result["kl_mean"] for name, result in found.items()}
     assert kl["gptq-w4a16-g32"] < kl["gptq-w4a16-g128"] < kl["rtn-w4a16-g128"]
     assert kl["onnx-gptq-g128"] == pytest.approx(kl["gptq-w4a16-g128"], rel=1e-3)
-    assert kl["gptq-g128-q4_0.gguf"] == pytest.approx(kl["gptq-w4a16-g128"], rel=0.1)
+    # llama.cpp rounds a K-quant's inputs in blocks of 256; the codes are the folder's.
+    assert kl["gguf-q4_k_m"] < kl["solved-q4_k_m.gguf"] < 0.5 * kl["rounded-q4_k_m.gguf"]
 
 
 def test_demo_does_not_overwrite(demo: Demo, full: Environment) -> None:

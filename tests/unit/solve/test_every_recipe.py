@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,14 @@ from qwen3_export.solve.quantize import quantize
 from tests.conftest import copy_tokenizer, tiny_config, tiny_moe_config, write_checkpoint
 from tests.reference.models import our_logits, random_rows
 
-SHAPE = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 256, "rope_theta": 1e6}
+SHAPE = {"vocab_size": 8192, "hidden_size": 128, "intermediate_size": 256, "rope_theta": 1e6}
+# ggml's blocks are 256 weights long.
+WIDE = {**SHAPE, "hidden_size": 256}
 MODELS = {
     "dense": tiny_config(**SHAPE),
-    "moe": tiny_moe_config(**SHAPE, moe_intermediate_size=256, num_experts=4),
+    "moe": tiny_moe_config(**SHAPE, moe_intermediate_size=128, num_experts=4),
+    "dense, wide": tiny_config(**WIDE),
+    "moe, wide": tiny_moe_config(**WIDE, moe_intermediate_size=256, num_experts=4),
 }
 ROWS = random_rows(8192)
 # Root mean square error of the logits as a share of their own, on random weights and 288 tokens of calibration; another
@@ -25,23 +30,31 @@ ROWS = random_rows(8192)
 BOUNDS = {2: 1.2, 3: 0.95, 4: 0.7, 5: 0.6, 6: 0.5, 8: 0.25}
 
 
-@pytest.fixture(scope="module", params=MODELS.values(), ids=list(MODELS))
-def source(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, reference_folder: Path
-) -> tuple[Checkpoint, np.ndarray]:
-    """A model and its logits."""
-    folder = write_checkpoint(tmp_path_factory.mktemp("source") / "model", request.param)
-    copy_tokenizer(reference_folder, folder)
-    return open_checkpoint(folder), np.concatenate(our_logits(folder, ROWS))
+@pytest.fixture(scope="module")
+def source_of(
+    tmp_path_factory: pytest.TempPathFactory, reference_folder: Path
+) -> Callable[[str], tuple[Checkpoint, np.ndarray]]:
+    """`source_of(kind)` → a model and its logits."""
+    made: dict[str, tuple[Checkpoint, np.ndarray]] = {}
+
+    def get(kind: str) -> tuple[Checkpoint, np.ndarray]:
+        if kind not in made:
+            folder = write_checkpoint(tmp_path_factory.mktemp("source") / "model", MODELS[kind])
+            copy_tokenizer(reference_folder, folder)
+            made[kind] = open_checkpoint(folder), np.concatenate(our_logits(folder, ROWS))
+        return made[kind]
+
+    return get
 
 
 def bits(recipe: Recipe) -> int:
     return min(rule.scheme.num_bits for rule in recipe.rules if rule.scheme)
 
 
+@pytest.mark.parametrize("kind", ["dense", "moe"])
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_shipped_recipe_quantizes(name: str, source: tuple[Checkpoint, np.ndarray], tmp_path: Path) -> None:
-    checkpoint, wanted = source
+def test_every_shipped_recipe_quantizes(name: str, kind: str, source_of: Callable, tmp_path: Path) -> None:
+    checkpoint, wanted = source_of(f"{kind}, wide" if name.startswith("gguf-") else kind)
     recipe = load_recipe(name).for_model(checkpoint.config)
     quantize(checkpoint, recipe, tmp_path / "out", QuantizeSettings(samples=9, sequence_length=32))
     error = np.concatenate(our_logits(tmp_path / "out", ROWS)) - wanted
