@@ -77,11 +77,12 @@ def test_demo_proves_every_artifact(demo: Demo) -> None:
     assert report["skipped"] == {}
     for name, result in found.items():
         assert result["artifact"] == str(Path("demo-output") / name)
-        assert result["tokens"] > 9000
+        assert result["tokens"] > 7000
         assert result["gate"]["passed"] is True
         assert result["decode"]["tokens_per_second_p50"] > 0
     kl = {name: result["kl_mean"] for name, result in found.items()}
-    assert kl["gptq-w4a16-g32"] < kl["gptq-w4a16-g128"] < kl["rtn-w4a16-g128"]
+    assert kl["gguf-q4_k_m"] < kl["gptq-w4a16-g128"] < kl["rtn-w4a16-g128"]
+    assert kl["onnx-edge-w4"] < kl["rtn-w4a16-g128"]
     assert kl["onnx-gptq-g128"] == pytest.approx(kl["gptq-w4a16-g128"], rel=1e-3)
     # llama.cpp rounds a K-quant's inputs in blocks of 256; the codes are the folder's.
     assert kl["gguf-q4_k_m"] < kl["solved-q4_k_m.gguf"] < 0.5 * kl["rounded-q4_k_m.gguf"]
