@@ -194,4 +194,4 @@ def _print(result: dict[str, Any]) -> None:
     table([*headers, "prefill tok/s", "decode tok/s", "verdict"], rows)
     for name, reason in result["skipped"].items():
         print(f"skipped {name}: {reason}")
-    print(f"{result['seconds']:.0f} s; artifacts and report in {result['output']}")
+    print(f"{result['seconds']:.0f} s; artifacts in {result['output']}, report: {result['output']}/report/report.html")
