@@ -33,7 +33,10 @@ Threads = Annotated[
 
 
 def find(artifact: str) -> Path:
-    """An artifact's path; `reference-model` and hub ids work here too. InputError when no runtime takes it."""
+    """An artifact's path; `reference-model` and hub ids work here too.
+
+    Raises InputError when no runtime takes it.
+    """
     from qwen3_export.run.artifact import kind_of
 
     path = Path(artifact)

@@ -22,7 +22,10 @@ def open_session(artifact: Path, options: RuntimeOptions | None = None) -> Sessi
 
 
 def kind_of(artifact: Path) -> str:
-    """What an artifact is: `onnx`, `gguf` or `folder`, told without a runtime; InputError when it is none."""
+    """What an artifact is: `onnx`, `gguf` or `folder`.
+
+    It is told without a runtime. Raises InputError when it is none.
+    """
     if artifact.is_file():
         if is_onnx(artifact):
             return "onnx"

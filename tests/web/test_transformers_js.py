@@ -87,12 +87,15 @@ def test_files_and_configuration_are_transformers_js_own(folder: Path) -> None:
     }
 
 
-def test_what_transformers_js_cannot_load_is_refused(quantized: Any, tmp_path: Path) -> None:
+def test_what_transformers_js_cannot_load_is_refused(
+    quantized: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen3_export.ship.onnx.MOST_WEB_SHARDS", 10)
     checkpoint = open_source(str(quantized("edge-w4")))
     with pytest.raises(InputError, match="ONNX Runtime's operators"):
         export_onnx(checkpoint, tmp_path / "out", "standard", target="web")
     with pytest.raises(UnsupportedError, match="bf16: transformers\\.js has fp16 and fp32"):
         export_onnx(checkpoint, tmp_path / "out", precision="bf16", target="web")
-    with pytest.raises(UnsupportedError, match="reads 100"):
+    with pytest.raises(UnsupportedError, match="75 data files, transformers\\.js reads 10"):
         export_onnx(checkpoint, tmp_path / "out", target="web", max_shard_size=4096)
     assert not (tmp_path / "out").exists()
