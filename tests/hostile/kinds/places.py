@@ -165,7 +165,7 @@ def _no_place(random: Random, place: Place, kind: str) -> Trial:
             "a" * 250,
             "x/" * 2100 + "out",
             "file/",
-            "�",
+            "\udcff",
             "full/..",
             "pipe/out",
             "/sys/out",
