@@ -95,9 +95,22 @@ def _general(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
         except Exception as error:  # heuristics over a stranger's YAML raise whatever they meet
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"{checkpoint.folder}: README.md has broken front matter ({first})") from error
+    _check_sampling(checkpoint, vars(found))
     found.name = found.name or checkpoint.name
     found.size_label = found.size_label or size_label(checkpoint.config)
     found.set_gguf_meta_model(writer)
+
+
+def _check_sampling(checkpoint: Checkpoint, values: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a sampling default that has no place in 32 bits."""
+    for key, value in values.items():
+        most = 2**31 if isinstance(value, int) else 3e38
+        if key.startswith("sampling_") and isinstance(value, int | float) and not -most <= value < most:
+            name = key.removeprefix("sampling_")
+            raise CheckpointError(
+                f"{checkpoint.folder / 'generation_config.json'}: {name} is {value}, a number of 32 bits was expected",
+                "mend it, or take it out",
+            )
 
 
 def _plain_texts(folder: Path, place: Path) -> Path:
