@@ -123,6 +123,7 @@ def test_an_fp32_copy_of_a_tied_head_is_the_head(tmp_path: Path, exact: bool) ->
         open_checkpoint(tmp_path / "third")
 
 
+@pytest.mark.filterwarnings("ignore:.*attn_factor beside YaRN")
 def test_attn_factor_beside_yarn_is_warned_of_and_left_as_transformers_leaves_it(tmp_path: Path) -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     usual = write_checkpoint(tmp_path / "usual", tiny_config(rope_scaling=yarn))
