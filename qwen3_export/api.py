@@ -214,6 +214,7 @@ def validate(
     tokens: int | None = None,
     tasks: str | Path | None = None,
     threads: int | None = None,
+    device: str | None = None,
     exact: bool = False,
     max_kl: float | None = None,
     max_kl_p99: float | None = None,
@@ -259,7 +260,8 @@ def validate(
     show, paths = _progress(progress), [Path(artifact) for artifact in artifacts]
     asked = read_tasks(Path(tasks)) if tasks else ()
     truth = open_reference(str(reference), text, tokens, show)
-    result = run(paths, truth, limits, RuntimeOptions(threads=threads, exact=exact), show, on, asked, explain)
+    options = RuntimeOptions(threads=threads, exact=exact, device=device)
+    result = run(paths, truth, limits, options, show, on, asked, explain)
     if report:
         write_report(Path(report), result, force)
     if card:
@@ -282,6 +284,7 @@ def bench(
     new_tokens: int = 64,
     repeat: int = 5,
     threads: int | None = None,
+    device: str | None = None,
     texts: Sequence[str] = (),
     report: str | Path | None = None,
     force: bool = False,
@@ -295,7 +298,7 @@ def bench(
     from qwen3_export.prove.latency import bench as run
     from qwen3_export.prove.report import write_report
 
-    workload = Workload(tuple(prompt_tokens), new_tokens, repeat, threads, tuple(texts))
+    workload = Workload(tuple(prompt_tokens), new_tokens, repeat, threads, tuple(texts), device)
     result = run([Path(artifact) for artifact in artifacts], workload, _progress(progress))
     if report:
         write_report(Path(report), result, force, title="Latency")

@@ -30,18 +30,27 @@ Tasks = Annotated[Path | None, typer.Option(help="JSONL file of tasks with answe
 Threads = Annotated[
     int | None, typer.Option(min=1, max=MOST_THREADS, help="Threads of the runtime (default: all that may be used).")
 ]
+RunDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="cpu; cuda, rtx: ONNX Runtime's providers; plan: TensorRT (default: a plan where it can run, else cpu).",
+    ),
+]
 
 
-def find(artifact: str) -> Path:
+def find(artifact: str, device: str | None = None, exact: bool = False) -> Path:
     """An artifact's path; `reference-model` and hub ids work here too.
 
-    Raises InputError when no runtime takes it.
+    Raises InputError when no runtime takes it, MissingRuntimeError when the device is not there.
     """
-    from qwen3_export.run.artifact import kind_of
+    from qwen3_export.run.artifact import check_runnable
+    from qwen3_export.run.devices import check_device
 
+    check_device(device)
     path = Path(artifact)
     found = path if path.exists() else locate(artifact)
-    kind_of(found)
+    check_runnable(found, device, exact)
     return found
 
 
@@ -113,6 +122,7 @@ def validate(
     tasks: Tasks = None,
     exact: Annotated[bool, typer.Option("--exact", help="The runtime's highest-precision mode.")] = False,
     threads: Threads = None,
+    device: RunDevice = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Trace drift to blocks, linears, experts and channels of a folder.")
     ] = False,
@@ -140,11 +150,12 @@ def validate(
     limits.update({name: parse_limit(name, value) for name, value in given.items() if value is not None})
     if on not in CHOICES:
         raise InputError(f"--on {on}: mean or upper was expected")
-    paths, asked = [find(artifact) for artifact in artifacts], read_tasks(tasks) if tasks else ()
+    paths, asked = [find(artifact, device, exact) for artifact in artifacts], read_tasks(tasks) if tasks else ()
     if report:
         check_output(report, [*paths, reference, gate, tasks, *(split_domain(item)[1] for item in text or ())], force)
     truth = open_reference(reference, text or (), tokens, show, thinking_budget)
-    result = run(paths, truth, limits, RuntimeOptions(threads=threads, exact=exact), show, on, asked, explain)
+    options = RuntimeOptions(threads=threads, exact=exact, device=device)
+    result = run(paths, truth, limits, options, show, on, asked, explain)
     if report:
         write_report(report, result, force)
     if card:
@@ -190,6 +201,7 @@ def _validated(result: dict[str, Any]) -> None:
     ]
     table(headers, rows)
     for item in result["results"]:
+        _plan_note(item)
         if "explain" in item:
             _explained(item)
         if "tasks" in item:
@@ -199,6 +211,12 @@ def _validated(result: dict[str, Any]) -> None:
                 print(f"{item['artifact']}: {explain(check)}")
             elif doubt(check):
                 print(f"{item['artifact']}: passed, but {doubt(check)}")
+
+
+def _plan_note(item: dict[str, Any]) -> None:
+    """Why a TensorRT folder's ONNX was run in place of its plan."""
+    if "plan_not_run" in item:
+        print(f"{item['artifact']}: its ONNX ran in ONNX Runtime, not its plan: {item['plan_not_run']}")
 
 
 def _explained(item: dict[str, Any]) -> None:
@@ -242,6 +260,7 @@ def bench(
         int, typer.Option(min=1, max=1 << 20, help="Tokens to decode after the shortest prompt.")
     ] = 64,
     threads: Threads = None,
+    device: RunDevice = None,
     repeat: Annotated[int, typer.Option(min=1, max=10_000, help="Timed runs after one warm-up.")] = 5,
     gate: Annotated[Path | None, typer.Option(help="YAML or JSON file of limits; those on latency apply.")] = None,
     text: Texts = None,
@@ -257,9 +276,9 @@ def bench(
     from qwen3_export.prove.report import append_summary, write_report
 
     show = console(json, quiet, verbose)
-    workload = Workload(_counts(prompt_tokens), new_tokens, repeat, threads, tuple(text or ()))
+    workload = Workload(_counts(prompt_tokens), new_tokens, repeat, threads, tuple(text or ()), device)
     limits = _latency_limits(gate, show) if gate else {}
-    paths = [find(artifact) for artifact in artifacts]
+    paths = [find(artifact, device) for artifact in artifacts]
     if report:
         check_output(report, [*paths, gate, *workload.texts], force)
     result = judged(run(paths, workload, show), limits)
@@ -309,6 +328,7 @@ def _benched(result: dict[str, Any]) -> None:
     headers = ["artifact", "runtime", "prompt", "prefill tok/s", "decode tok/s", "p99 ms/tok", "load s", "peak memory"]
     table(headers, rows)
     for item in result["results"]:
+        _plan_note(item)
         for check in item.get("gate", {}).get("checks", ()):
             if not check["passed"]:
                 print(f"{item['artifact']}: {explain(check)}")

@@ -13,7 +13,7 @@ from qwen3_export.cli.console import fields, size
 
 @app.command(epilog="Example: qwen3-export triton model-onnx --output repository --name qwen3")
 def triton(
-    artifact: Annotated[Path, typer.Argument(help="ONNX folder, .gguf file, or a quantized folder for vLLM.")],
+    artifact: Annotated[Path, typer.Argument(help="ONNX or TensorRT folder, .gguf file, quantized folder for vLLM.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Model repository to write.")],
     name: Annotated[str, typer.Option(help="The model's name in the server.")] = "qwen3",
     instances: Annotated[int, typer.Option(help="Copies of the model.")] = 1,

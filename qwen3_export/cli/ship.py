@@ -31,7 +31,7 @@ from qwen3_export.core.units import parse_size
 from qwen3_export.errors import InputError, MissingRuntimeError
 
 if TYPE_CHECKING:
-    pass
+    from qwen3_export.core.checkpoint import Checkpoint
 
 
 @app.command(
@@ -187,6 +187,9 @@ def tensorrt(
         int | None, typer.Option(min=1, max=1 << 20, help="Longest prompt at once (default 1024).")
     ] = None,
     max_context: Annotated[int | None, typer.Option(min=1, max=1 << 20, help="Longest cache (default 4096).")] = None,
+    onnx_only: Annotated[
+        bool, typer.Option("--onnx-only", help="No plan: print the trtexec line that builds it on its device.")
+    ] = False,
     recipe: RecipeOption = None,
     calibration: Calibration = None,
     samples: Samples = None,
@@ -203,15 +206,21 @@ def tensorrt(
 ) -> None:
     """Write an ONNX for TensorRT and build its plan ahead of time."""
     _need("onnx_ir", "tensorrt")
-    from qwen3_export.ship.tensorrt import Profile, check_request, export_tensorrt
+    from qwen3_export.ship.tensorrt import check_request, export_tensorrt
+    from qwen3_export.ship.tensorrt.profiles import default_profile
 
     show, capabilities = console(json, quiet, verbose), tuple(sm) if sm else None
     options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume)
-    check = partial(check_request, engine=engine, capabilities=capabilities, precision=precision)
+
+    def check(checkpoint: Checkpoint) -> None:
+        profile = default_profile(checkpoint.config, max_prompt, max_context)
+        check_request(checkpoint, engine, capabilities, precision, profile, onnx_only)
+
     with prepared(source, recipe, options, output, force, show, check) as checkpoint:
-        context = checkpoint.config.max_position
-        profile = Profile(max_prompt or min(1024, context), max_context or min(4096, context))
-        result = export_tensorrt(checkpoint, output, engine, capabilities, precision, profile, force, show)
+        profile = default_profile(checkpoint.config, max_prompt, max_context)
+        result = export_tensorrt(
+            checkpoint, output, engine, capabilities, precision, profile, force, show, onnx_only
+        )  # fmt: skip
     show.result(result, lambda: _exported(result))
 
 
@@ -240,6 +249,19 @@ def _costs(result: dict[str, Any]) -> dict[str, str]:
     if "kv_cache_kl" in result:
         cache["cache"] = f"{result['kv_cache']} keys and values; adds a KL of {result['kv_cache_kl']:.1e}"
     return {**_level(result), **cache}
+
+
+def _plan(result: dict[str, Any]) -> dict[str, str]:
+    """What building a plan took, beside what was predicted; or the command that builds it elsewhere."""
+    if "trtexec" in result:
+        return {"build on its device": result["trtexec"]}
+    if "build" not in result:
+        return {}
+    built, predicted = result["build"], result["build"]["predicted"]
+    return {
+        "plan built in": f"{built['seconds']:.0f} s (predicted {predicted['seconds']:.0f} s), "
+        f"{size(built['peak_rss_bytes'])} of memory (predicted {size(predicted['peak_rss_bytes'])})"
+    }
 
 
 def _level(result: dict[str, Any]) -> dict[str, str]:
@@ -273,6 +295,7 @@ def _exported(result: dict[str, Any]) -> None:
             ),
             **({"requantized": f"{len(result['requantized'])} tensors"} if "requantized" in result else {}),
             **_costs(result),
+            **_plan(result),
             "time": f"{result['seconds']:.1f} s",
             "peak memory": size(result["peak_rss_bytes"]),
         }

@@ -11,7 +11,7 @@ import typer
 
 from qwen3_export.cli.app import Json, Quiet, Verbose, app, console
 from qwen3_export.cli.console import Console
-from qwen3_export.cli.prove import ThinkingBudget, Threads, find
+from qwen3_export.cli.prove import RunDevice, ThinkingBudget, Threads, find
 from qwen3_export.core.files import read_text
 from qwen3_export.errors import InputError
 
@@ -32,6 +32,7 @@ def run(
     top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Nucleus sampling; with a temperature.")] = 0.95,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of the sampling.")] = 0,
     threads: Threads = None,
+    device: RunDevice = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -39,12 +40,14 @@ def run(
     """Generate text with an artifact, chat template applied."""
     questions = _questions(prompt, prompt_file, chat)
     from qwen3_export.run.generate import Sampling, converse
+    from qwen3_export.run.session import RuntimeOptions
 
     show = console(json, quiet, verbose)
     messages = [{"role": "system", "content": system}] if system else []
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, thinking_budget)
     on_text, on_answer = (None, _nothing) if json else (_stream, lambda found: _spoken(show, found))
-    found = converse(find(artifact), messages, questions, thinking, sampling, threads, on_text, on_answer, show)
+    path, options = find(artifact, device), RuntimeOptions(threads=threads, device=device)
+    found = converse(path, messages, questions, thinking, sampling, options, on_text, on_answer, show)
     if not found:
         raise InputError("nothing was said in the conversation", "one line of stdin is one question")
     show.result({**found[-1], "turns": found} if chat else found[0], _nothing)

@@ -18,6 +18,7 @@ _WHAT = {
     "quantized-checkpoint": ("a quantized Hugging Face folder", "transformers"),
     "onnx": ("an ONNX folder for ONNX Runtime and onnxruntime-genai", "onnxruntime"),
     "tensorrt": ("an ONNX and the TensorRT plan built from it", "tensorrt"),
+    "triton": ("a model repository for Triton Inference Server", "triton"),
 }
 _RUN = {
     "quantized-checkpoint": (
@@ -33,9 +34,18 @@ _RUN = {
         ("python", 'import onnxruntime_genai\n\nmodel = onnxruntime_genai.Model(".")'),
     ),
     "tensorrt": (
-        ("bash", "qwen3-export bench .   # its ONNX in ONNX Runtime; engine.json says which devices run the plan"),
+        (
+            "bash",
+            "qwen3-export bench .   # the plan on a device that engine.json names, elsewhere its ONNX\n"
+            'qwen3-export run . --device plan --prompt "Hello"   # the plan, or an error',
+        ),
     ),
 }
+_SERVE = """pip install {requirements}   # into the Python of the server's backend
+tritonserver --model-repository=.
+
+curl localhost:8000/v2/models/{model}/generate -d '{{"text_input": "Hello"}}'
+curl localhost:8000/v2/models/{model}/generate_stream -d '{{"text_input": "Hello", "stream": true}}'"""
 
 
 def write_card(folder: Path, kind: str, values: Mapping[str, Any]) -> None:
@@ -52,10 +62,12 @@ def card_text(kind: str, values: Mapping[str, Any]) -> str:
     lines = ["---", f"library_name: {library}", "---", "", f"# {name}: {what}", ""]
     lines += ["## Where it comes from", "", "| | |", "| --- | --- |"]
     lines += [f"| {key} | {value} |" for key, value in _provenance(values).items()]
-    lines += ["", "`qwen3-export.json` says the same for programs.", "", "## What was measured", "", _BEGIN]
-    lines += ["Nothing yet: `qwen3-export validate . --reference ORIGINAL --card` fills this in.", _END]
+    lines += ["", "`qwen3-export.json` says the same for programs."]
+    if kind != "triton":
+        lines += ["", "## What was measured", "", _BEGIN]
+        lines += ["Nothing yet: `qwen3-export validate . --reference ORIGINAL --card` fills this in.", _END]
     lines += ["", "## How to run it", ""]
-    for language, text in _RUN[kind]:
+    for language, text in _RUN.get(kind) or (("bash", _SERVE.format(**values)),):
         lines += [f"```{language}", text, "```", ""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -78,7 +90,7 @@ def _provenance(values: Mapping[str, Any]) -> dict[str, str]:
     calibration = values.get("calibration")
     if isinstance(calibration, Mapping):
         found["calibration"] = ", ".join(f"{k} {v}" for k, v in calibration.items() if isinstance(v, str | int))
-    for key in ("flavor", "precision", "engine", "compute_capabilities", "layout", "seed"):
+    for key in ("flavor", "precision", "engine", "compute_capabilities", "layout", "seed", "artifact", "backend"):
         if values.get(key) is not None:
             found[key.replace("_", " ")] = str(values[key])
     if "exact" in values:

@@ -42,11 +42,11 @@ def processors() -> int:
 
 def cpu_quota(root: Path = _ROOT, groups: Path = _GROUPS) -> float | None:
     """Processors' worth of time that the tightest group allows, None where none is limited."""
-    found = [quota for folder in _folders(root, groups) if (quota := _quota_of(folder)) is not None]
+    found = [quota for folder in group_folders(root, groups) if (quota := _quota_of(folder)) is not None]
     return min(found, default=None)
 
 
-def _folders(root: Path, groups: Path) -> Iterator[Path]:
+def group_folders(root: Path = _ROOT, groups: Path = _GROUPS) -> Iterator[Path]:
     """The process's groups of both versions, each with its parents up to the root."""
     try:
         lines = groups.read_text().splitlines()

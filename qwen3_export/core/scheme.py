@@ -5,6 +5,7 @@ scheme                                                  known as
 {num_bits: 8, strategy: channel, activations: …}        INT8 W8A8
 {num_bits: 8, type: float, strategy: channel, …}        FP8 E4M3
 {num_bits: 8, type: float, strategy: block, …}          FP8 with a scale per 128 × 128 weights
+{num_bits: 8, type: float, group_size: 32, scale_dtype: e8m0}   MXFP8
 {num_bits: 4, type: float, group_size: 32, scale_dtype: e8m0}   MXFP4
 {num_bits: 4, type: float, group_size: 16, scale_dtype: e4m3}   NVFP4
 {type: kquant, ggml_type: q4_k}                         a block type of ggml; everything else follows from its name
@@ -28,6 +29,8 @@ ACTIVATIONS = ("dynamic-token", "dynamic-group", "static-tensor")
 # Inputs that share one scale under `dynamic-group`, as in the official FP8 releases.
 ACTIVATION_GROUP = 128
 _BITS = {"int": (2, 3, 4, 8), "float": (4, 8), "kquant": (2, 3, 4, 5, 6)}
+_WIDE_SCALES = ("bf16", "fp16", "fp32")
+_SCALES = {("float", 4): ("e8m0", "e4m3"), ("float", 8): (*_WIDE_SCALES, "e8m0")}
 
 
 @dataclass(frozen=True)
@@ -107,18 +110,19 @@ class QuantScheme:
             raise RecipeError("scheme has strategy: block and zero points; a block is always symmetric")
 
     def _check_float(self) -> None:
-        small = {"e8m0": 32, "e4m3": 16}
         if self.type == "float" and (not self.symmetric or self.signed_scales):
             raise RecipeError("scheme has type: float, which has its own sign: it is symmetric, its scales positive")
-        four_bit_float = self.type == "float" and self.num_bits == 4
-        if four_bit_float != (self.scale_dtype in small):
+        allowed = _SCALES.get((self.type, self.num_bits), _WIDE_SCALES)
+        if self.scale_dtype not in allowed:
             raise RecipeError(
                 f"scheme has {self.num_bits}-bit {self.type} weights with {self.scale_dtype} scales",
-                "4-bit floats have e8m0 scales (MXFP4) or e4m3 scales (NVFP4), everything else bf16, fp16 or fp32",
+                "4-bit floats have e8m0 scales (MXFP4) or e4m3 scales (NVFP4), 8-bit floats may have e8m0 scales "
+                "(MXFP8), everything else bf16, fp16 or fp32",
             )
-        if four_bit_float and (self.strategy, self.group_size) != ("group", small[self.scale_dtype]):
+        size = {"e8m0": 32, "e4m3": 16}.get(self.scale_dtype)
+        if size is not None and (self.strategy, self.group_size) != ("group", size):
             raise RecipeError(
-                f"scheme has {self.scale_dtype} scales, whose group_size is {small[self.scale_dtype]}, "
+                f"scheme has {self.scale_dtype} scales, whose group_size is {size}, "
                 f"not {self.group_size or self.strategy}"
             )
 
@@ -133,7 +137,7 @@ class QuantScheme:
         if self.ggml_type is not None:
             return self.ggml_type
         grains = {"group": f"g{self.group_size}", "block": "x".join(map(str, self.block_shape or ()))}
-        kind = {"e8m0": "mxfp4", "e4m3": "nvfp4"}.get(self.scale_dtype, f"fp{self.num_bits}")
+        kind = {"e8m0": f"mxfp{self.num_bits}", "e4m3": "nvfp4"}.get(self.scale_dtype, f"fp{self.num_bits}")
         parts = [f"w{self.num_bits}" if self.type == "int" else kind, grains.get(self.strategy, self.strategy)]
         if self.type == "int":
             parts.append("signed" if self.signed_scales else "sym" if self.symmetric else "asym")

@@ -28,7 +28,7 @@ from qwen3_export.errors import ExportError, InputError
 from qwen3_export.prove.environment import environment
 from qwen3_export.prove.gate import check
 from qwen3_export.prove.meters import NOTICEABLE, EnergyMeter, MachineLoad, energy_meter, memory_bandwidth
-from qwen3_export.run.artifact import artifact_coverage, open_session, tokenizer_of
+from qwen3_export.run.artifact import artifact_coverage, of_a_plan, open_session, tokenizer_of
 from qwen3_export.run.session import RuntimeOptions, Session
 from qwen3_export.text.documents import document_ids, load_documents
 
@@ -48,6 +48,7 @@ class Workload:
     repeat: int = 5
     threads: int | None = None
     texts: tuple[str, ...] = ()
+    device: str | None = None
 
 
 def bench(artifacts: Sequence[Path], workload: Workload, progress: Progress | None = None) -> dict[str, Any]:
@@ -71,8 +72,11 @@ def _bandwidth(artifact: Path, found: Mapping[str, Any], sparse: bool) -> dict[s
 
     A dense model reads all its weights for every token.
     """
-    measured = memory_bandwidth(found["threads"])
     weights = None if sparse else weight_bytes(artifact)
+    if found["device"] != "cpu":
+        # A GPU's memory is not this machine's.
+        return {"bytes_per_second": None, "weight_bytes": weights, "fraction": None}
+    measured = memory_bandwidth(found["threads"])
     used = None if weights is None else weights * found["decode"]["tokens_per_second_p50"] / measured
     return {"bytes_per_second": measured, "weight_bytes": weights, "fraction": used}
 
@@ -129,7 +133,7 @@ def measure(artifact: Path, workload: Workload) -> dict[str, Any]:
     longest = max(workload.prompt_tokens) + workload.new_tokens
     load = MachineLoad()
     started = time.perf_counter()
-    session = open_session(artifact, RuntimeOptions(threads=workload.threads, context=longest))
+    session = open_session(artifact, RuntimeOptions(workload.threads, longest, device=workload.device))
     loaded = time.perf_counter() - started
     try:
         if session.context < longest:
@@ -142,6 +146,7 @@ def measure(artifact: Path, workload: Workload) -> dict[str, Any]:
             "runtime": session.runtime,
             "runtime_version": session.version,
             "device": session.device,
+            **of_a_plan(session),
             "threads": session.threads,
             "load_seconds": loaded,
             "first_token": first_token(prefill),

@@ -20,7 +20,7 @@ from qwen3_export.prove.limits import is_latency, parse_limit, refuse_unmeasurab
 from qwen3_export.prove.reference import Reference, ReferenceFile
 from qwen3_export.prove.sidecars import compare_sidecars
 from qwen3_export.prove.tasks import Task, compare, solve
-from qwen3_export.run.artifact import artifact_bytes, artifact_coverage, open_session, tokenizer_of
+from qwen3_export.run.artifact import artifact_bytes, artifact_coverage, of_a_plan, open_session, tokenizer_of
 from qwen3_export.run.session import RuntimeOptions
 from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import Samples, heldout_samples, subsample
@@ -82,7 +82,8 @@ def validate(
     right = reference.tasks_right(tasks, progress) if tasks else []
     results = [_validate_one(artifact, reference, limits, options, progress, tasks, right) for artifact in artifacts]
     if any(is_latency(name) for name in limits):
-        workload = Workload(GATE_PROMPTS, threads=options.threads if options else None)
+        options = options or RuntimeOptions()
+        workload = Workload(GATE_PROMPTS, threads=options.threads, device=options.device)
         speeds = bench(artifacts, workload, progress)["results"]
         results = [{**drift, **speed} for drift, speed in zip(results, speeds, strict=True)]
     for result, checkpoint in zip(results, checkpoints, strict=False):
@@ -156,6 +157,7 @@ def _validate_one(
             "runtime": session.runtime,
             "runtime_version": session.version,
             "device": session.device,
+            **of_a_plan(session),
             "settings": {"exact": bool(options and options.exact), "threads": session.threads},
             "reference_sha256": reference.source_sha256,
             "text_sha256": reference.samples.sha256,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from qwen3_export.core.coverage import GGUF_KEY, Summary, read_coverage, summary_of
 from qwen3_export.core.onnx_header import onnx_data_files
-from qwen3_export.errors import InputError
+from qwen3_export.errors import InputError, MissingRuntimeError
+from qwen3_export.run.devices import PROVIDERS, check_device, find_provider
 from qwen3_export.run.onnx_files import find_onnx, is_onnx
+from qwen3_export.run.plan_files import has_plan, load_runtime, read_plan
 from qwen3_export.run.session import HasMetadata, HasTokenizer, RuntimeOptions, Session, with_checked_logits
 from qwen3_export.text.tokenizer import ModelTokenizer, TextModel
 
@@ -49,10 +52,18 @@ def kind_of(artifact: Path) -> str:
 
 def _open(artifact: Path, options: RuntimeOptions) -> Session:
     kind = kind_of(artifact)
+    check_runnable(artifact, options.device, options.exact)
+    if kind == "onnx" and takes_plan(artifact, options):
+        from qwen3_export.run.tensorrt import PlanSession
+
+        return PlanSession(artifact, options)
     if kind == "onnx":
         from qwen3_export.run.ort import OrtSession
 
-        return OrtSession(artifact, options)
+        session = OrtSession(artifact, options)
+        if has_plan(artifact):
+            session.plan_not_run = why_not(artifact) or f"--device {options.device}" if not options.exact else "--exact"
+        return session
     if kind == "gguf":
         from qwen3_export.run.llamacpp import LlamaSession
 
@@ -60,6 +71,57 @@ def _open(artifact: Path, options: RuntimeOptions) -> Session:
     from qwen3_export.run.torch import TorchSession
 
     return TorchSession(artifact, options)
+
+
+def takes_plan(artifact: Path, options: RuntimeOptions) -> bool:
+    """Whether a TensorRT folder's plan is what runs.
+
+    Where it was not asked for by name it runs where driver, GPU, library and version fit.
+
+    Raises InputError for a plan that was asked for and is not there, MissingRuntimeError where it cannot run.
+    """
+    if options.device == "plan" and not has_plan(artifact):
+        raise InputError(f"{artifact}: there is no plan in it", "give a folder of `qwen3-export tensorrt`")
+    if options.device == "plan" and options.exact:
+        raise InputError("--exact: a plan has one precision", "leave --device away: its ONNX has an exact mode")
+    if options.device == "plan":
+        return True
+    return options.device is None and not options.exact and has_plan(artifact) and why_not(artifact) is None
+
+
+def why_not(artifact: Path) -> str | None:
+    """Why a TensorRT folder's plan cannot run here, or None when it can."""
+    try:
+        gpu, _ = load_runtime(read_plan(artifact))
+    except MissingRuntimeError as error:
+        return str(error)
+    gpu.close()
+    return None
+
+
+def check_runnable(artifact: Path, device: str | None, exact: bool = False) -> None:
+    """Raise what an artifact and its device would raise, before any long work.
+
+    Nothing of the artifact is loaded.
+    """
+    options = RuntimeOptions(device=device, exact=exact)
+    check_device(device)
+    if kind_of(artifact) != "onnx":
+        if device not in (None, "cpu"):
+            raise InputError(
+                f"{artifact}: --device {device} is for ONNX and TensorRT folders", "leave --device away for this one"
+            )
+    elif device == "plan":
+        takes_plan(artifact, options)
+        load_runtime(read_plan(artifact))[0].close()
+    elif device in PROVIDERS:
+        find_provider(str(device))
+
+
+def of_a_plan(session: Session) -> dict[str, Any]:
+    """What a report says of a TensorRT folder: why its plan did not run, or the GPU's memory that it took."""
+    told = {name: getattr(session, name, None) for name in ("plan_not_run", "device_memory_bytes")}
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def tokenizer_of(artifact: Path, session: Session) -> TextModel:

@@ -44,7 +44,7 @@ def batch_of(session: Session, slots: int) -> Batch:
 
     It has `slots` sequences where its runtime can, else one.
     """
-    if isinstance(session, OrtSession) and session.is_ours:
+    if isinstance(session, OrtSession) and session.is_ours and session.device == "cpu":
         return _OrtBatch(session, slots)
     return _Single(session)
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.progress import Progress
 from qwen3_export.errors import InputError
-from qwen3_export.run.artifact import open_session, tokenizer_of
+from qwen3_export.run.artifact import of_a_plan, open_session, tokenizer_of
 from qwen3_export.run.session import RuntimeOptions, Session
 from qwen3_export.run.thinking import Thought, thinking_budget
 from qwen3_export.text.tokenizer import TextModel, chat_text
@@ -36,7 +36,7 @@ def converse(
     questions: Iterable[str],
     thinking: bool,
     sampling: Sampling,
-    threads: int | None = None,
+    options: RuntimeOptions | None = None,
     on_text: Callable[[str], None] | None = None,
     on_answer: Callable[[dict[str, Any]], None] = lambda _answer: None,
     progress: Progress | None = None,
@@ -49,7 +49,7 @@ def converse(
     """
     history, found = list(messages), []
     with (progress or Progress()).bar(f"load {artifact.name}", 1) as tick:
-        session = open_session(artifact, RuntimeOptions(threads=threads))
+        session = open_session(artifact, options)
         tick()
     try:
         tokenizer = tokenizer_of(artifact, session)
@@ -119,6 +119,8 @@ def answer(
         "thought_was_cut": thought.was_cut,
         "stop": stop,
         "runtime": session.runtime,
+        "device": session.device,
+        **of_a_plan(session),
     }
 
 

@@ -2,7 +2,8 @@
 
 `GroupQueryAttention` appends to its cache in place when past and present are the same buffer, so a
 decoded token costs no copy of what came before; the buffer doubles when it is full. A folder in
-standard operators returns a longer cache each time, which becomes the next past.
+standard operators returns a longer cache each time, which becomes the next past. On a GPU (`--device`) caches stay in
+its memory; token ids go there, logits come back.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 from qwen3_export.core.onnx_header import read_onnx_header
 from qwen3_export.core.process import uninterrupted
 from qwen3_export.core.processors import thread_count
-from qwen3_export.errors import InputError, MissingRuntimeError
+from qwen3_export.errors import ExportError, InputError, MissingRuntimeError
+from qwen3_export.run.devices import PROVIDERS, find_provider, open_on
 from qwen3_export.run.exact_graph import exact_graph
 from qwen3_export.run.onnx_files import OnnxFiles, find_onnx
 from qwen3_export.run.session import RuntimeOptions, check_ids
@@ -28,11 +30,14 @@ _SMALLEST_CACHE = 256
 class OrtSession:
     """See `run.session.Session`. `exact`: all codes are multiplied with activations that nothing has rounded.
 
-    A TensorRT folder is opened by its ONNX, and says so: the plan itself needs a GPU.
+    A TensorRT folder is opened by its ONNX, and says so: the plan itself needs its GPU (`run.tensorrt`).
     """
 
     runtime = "onnxruntime"
     device = "cpu"
+    # Of a TensorRT folder: why its plan is not what runs.
+    plan_not_run: str | None = None
+    _memory = "cpu"
 
     def __init__(self, artifact: Path, options: RuntimeOptions) -> None:
         files = find_onnx(artifact)
@@ -45,6 +50,8 @@ class OrtSession:
                 f"{folder}: running an ONNX folder needs onnxruntime", "pip install 'qwen3-export[ort]'"
             ) from error
         self.version, self._folder = onnxruntime.__version__, folder
+        self._values = onnxruntime.OrtValue
+        provider = find_provider(options.device) if options.device in PROVIDERS else None
         self.threads = thread_count(options.threads)
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = self.threads
@@ -60,7 +67,13 @@ class OrtSession:
             settings.add_session_config_entry("session.model_external_initializers_file_folder_path", place)
         try:
             graph = exact_graph(files.graph) if options.exact else str(files.graph)
-            self._session = onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
+            if provider is None:
+                self._session = onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
+            else:
+                self._session = open_on(provider, graph, settings, folder)
+                self.device, self._memory = str(options.device), provider.memory
+        except ExportError:
+            raise
         except Exception as error:  # onnxruntime's errors share no public base below Exception
             reason = str(error).strip().splitlines()[0]
             if "NOT_IMPLEMENTED" in reason:
@@ -103,11 +116,25 @@ class OrtSession:
         for name, cache in self._past.items():
             buffer = np.zeros((1, cache.shape[1], self._capacity, cache.shape[3]), cache.dtype)
             if self._length:
-                buffer[:, :, : self._length] = self._cache[name][:, :, : self._length]
+                buffer[:, :, : self._length] = self._values_of(name)[:, :, : self._length]
+            if self._on_device:
+                self._cache[name] = self._values.ortvalue_from_numpy(buffer, self._memory, 0)
+                self._binding.bind_ortvalue_input(name, self._cache[name])
+                self._binding.bind_ortvalue_output(cache.present, self._cache[name])
+                continue
             self._cache[name] = buffer
             place = ("cpu", 0, cache.dtype, buffer.shape, buffer.ctypes.data)
             self._binding.bind_input(name, *place)
             self._binding.bind_output(cache.present, *place)
+
+    @property
+    def _on_device(self) -> bool:
+        return self.device != "cpu"
+
+    def _values_of(self, name: str) -> NDArray:
+        """A cache in this machine's memory."""
+        value = self._cache[name]
+        return value if isinstance(value, np.ndarray) else value.numpy()
 
     def prefill(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """Start a new sequence; logits `[len(ids), vocab]`."""
@@ -158,7 +185,7 @@ class OrtSession:
                 self._binding.bind_cpu_input(name, value)
             else:
                 self._binding.bind_ortvalue_input(name, value)
-            self._binding.bind_output(self._past[name].present)
+            self._binding.bind_output(self._past[name].present, self._memory)
 
     def new_binding(self) -> Any:
         """A binding of its own, for whoever keeps other caches for the same model."""
@@ -177,7 +204,7 @@ class OrtSession:
 
         Positions past its end are unused.
         """
-        return dict(self._cache)
+        return {name: self._values_of(name) for name in self._cache}
 
     def close(self) -> None:
         """Free the model."""

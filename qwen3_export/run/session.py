@@ -16,11 +16,16 @@ from qwen3_export.text.tokenizer import TextModel
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """How to open an artifact. `exact` asks for the runtime's highest-precision mode."""
+    """How to open an artifact.
+
+    `exact` asks for the runtime's highest-precision mode. `device` is one of `run.devices.DEVICES`; None takes a plan
+    where its GPU is, and else the processor.
+    """
 
     threads: int | None = None
     context: int | None = None
     exact: bool = False
+    device: str | None = None
 
 
 class Session(Protocol):

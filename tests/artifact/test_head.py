@@ -19,7 +19,8 @@ from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.errors import UnsupportedError
 from qwen3_export.ship.gguf import export_gguf
 from qwen3_export.ship.onnx import export_onnx
-from qwen3_export.ship.tensorrt import Profile, check_request, export_tensorrt
+from qwen3_export.ship.tensorrt import check_request, export_tensorrt
+from qwen3_export.ship.tensorrt.profiles import Profile
 from tests.artifact.support import (
     SAME,
     VOCABULARY,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 import struct
 import subprocess
 from collections.abc import Callable
@@ -23,7 +24,8 @@ from qwen3_export.errors import ExportError, InputError, MissingRuntimeError, Re
 from qwen3_export.run.artifact import open_session
 from qwen3_export.run.session import RuntimeOptions
 from qwen3_export.ship import tensorrt
-from qwen3_export.ship.tensorrt import Profile, check_header, export_tensorrt
+from qwen3_export.ship.tensorrt import check_header, cost, export_tensorrt
+from qwen3_export.ship.tensorrt.profiles import Profile, default_profile
 from tests.artifact.support import Exported, largest_difference, load_graph, logits, round_to_nearest
 from tests.artifact.test_onnx_standard import check_codes
 from tests.conftest import tiny_config
@@ -93,7 +95,7 @@ def test_engine_json(folder: Callable, name: str) -> None:
         "compute_capabilities": ["8.9", "12.0"],
         "precision": "fp16",
         "profile": {"max_prompt": 128, "max_context": 512},
-        "inputs_not_rounded": [],
+        "profiles": 1,
         "source_sha256": open_source("reference-model").sha256,
     }
     listed = {item["path"]: item["bytes"] for item in exported.result["files"]}
@@ -220,6 +222,75 @@ def test_engine_without_its_package(
     with pytest.raises(MissingRuntimeError) as caught:
         export_tensorrt(checkpoint, tmp_path / "trt", engine=engine)
     assert "pip install" in caught.value.hint
+
+
+def parsed(line: str) -> tuple[list[str], list[dict[str, list[tuple[int, ...]]]]]:
+    """What trtexec reads of a line: the shapes behind `--profile=N` are that profile's, up to the next one."""
+    words, others = shlex.split(line), []
+    profiles: list[dict[str, list[tuple[int, ...]]]] = []
+    for word in words:
+        option, _, value = word.partition("=")
+        if option == "--profile":
+            assert int(value) == len(profiles)
+            profiles.append({})
+        elif option in ("--minShapes", "--optShapes", "--maxShapes"):
+            place = ("--minShapes", "--optShapes", "--maxShapes").index(option)
+            for spec in value.split(","):
+                name, _, dims = spec.rpartition(":")
+                found = profiles[-1].setdefault(name, [])
+                assert len(found) == place
+                found.append(tuple(map(int, dims.split("x"))))
+        else:
+            others.append(word)
+    return others, profiles
+
+
+def test_the_trtexec_line_is_the_profile(make_checkpoint: Callable, tmp_path: Path) -> None:
+    """Every input of the graph, in every profile, with the shapes that our own builder is given."""
+    checkpoint, profile = open_checkpoint(make_checkpoint()), Profile(max_prompt=24, max_context=100)
+    result = export_tensorrt(checkpoint, tmp_path / "trt", engine="trt", profile=profile, onnx_only=True)
+    others, profiles = parsed(result["trtexec"])
+    assert others[0] == "trtexec"
+    assert f"--onnx={tmp_path / 'trt' / 'model.onnx'}" in others
+    assert f"--saveEngine={tmp_path / 'trt' / 'model.plan'}" in others
+    assert "--stronglyTyped" in others
+    wanted = tensorrt.profiles_of(checkpoint, profile)
+    assert profiles == [{name: list(shapes) for name, shapes in one.items()} for one in wanted]
+    declared = {item.name: item for item in load_graph(tmp_path / "trt").graph.input}
+    for one in profiles:
+        assert set(one) == set(declared)
+        for name, shapes in one.items():
+            fixed = [axis.dim_value for axis in declared[name].type.tensor_type.shape.dim]
+            for shape in shapes:
+                assert len(shape) == len(fixed)
+                assert all(size in (0, own) for size, own in zip(fixed, shape, strict=True))
+            assert all(a <= b <= c for a, b, c in zip(*shapes, strict=True))
+    assert profiles[0]["input_ids"] == [(1, 1), (1, 12), (1, 24)]
+    assert profiles[0]["attention_mask"][2] == (1, 124)
+    assert not (tmp_path / "trt" / "model.plan").exists()
+    assert json.loads((tmp_path / "trt" / "engine.json").read_text())["version"] is None
+
+
+def test_without_the_library_the_line_is_the_hint(make_checkpoint: Callable, tmp_path: Path) -> None:
+    """TensorRT cannot be installed here: its absence is real."""
+    assert importlib.util.find_spec("tensorrt") is None
+    checkpoint = open_checkpoint(make_checkpoint())
+    with pytest.raises(MissingRuntimeError) as caught:
+        export_tensorrt(checkpoint, tmp_path / "trt", engine="trt")
+    assert caught.value.exit_code == 3
+    hint = caught.value.hint
+    _, profiles = parsed(hint[hint.index("trtexec ") :])
+    wanted = tensorrt.profiles_of(checkpoint, default_profile(checkpoint.config))
+    assert profiles == [{name: list(shapes) for name, shapes in one.items()} for one in wanted]
+    assert "--onnx-only" in hint
+    assert not (tmp_path / "trt").exists()
+
+
+def test_too_little_memory_is_refused_before_the_work(
+    make_checkpoint: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "available_bytes", lambda: 300 << 20)
+    refused(open_checkpoint(make_checkpoint()), tmp_path, ResourceError, r"GiB of memory, 0\.29 GiB are left")
 
 
 BROKEN_BUILDERS = [

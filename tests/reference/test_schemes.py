@@ -29,7 +29,8 @@ BY_NAME = {
     "int3": {"num_bits": 3, "group_size": 32},
     "int2": {"num_bits": 2, "group_size": 32},
 }
-FP4 = {
+SMALL_SCALES = {
+    "mxfp8": {"num_bits": 8, "type": "float", "group_size": 32, "scale_dtype": "e8m0"},
     "mxfp4": {"num_bits": 4, "type": "float", "group_size": 32, "scale_dtype": "e8m0"},
     "nvfp4": {"num_bits": 4, "type": "float", "group_size": 16, "scale_dtype": "e4m3"},
 }
@@ -67,10 +68,10 @@ def test_transformers_gives_our_logits(source: Path, tmp_path: Path, scheme: dic
     assert_same_logits(folder, folder, tolerance)
 
 
-@pytest.mark.parametrize("name", FP4)
-def test_compressed_tensors_unpacks_our_fp4_weights(source: Path, tmp_path: Path, name: str) -> None:
-    """Its FP4 linears need a GPU or bf16 throughout, so its own decompressor is asked for the weights."""
-    folder = quantized(source, tmp_path, FP4[name])
+@pytest.mark.parametrize("name", SMALL_SCALES)
+def test_compressed_tensors_unpacks_our_small_floats(source: Path, tmp_path: Path, name: str) -> None:
+    """Its linears in 8-bit scales need a GPU or bf16 throughout, so its own decompressor is asked for the weights."""
+    folder = quantized(source, tmp_path, SMALL_SCALES[name])
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     scheme = QuantizationScheme(**config["config_groups"]["group_0"])
     compressor = BaseCompressor.get_value_from_registry(config["format"])

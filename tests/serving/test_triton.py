@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 
+from qwen3_export.core.source import open_source
+from qwen3_export.errors import MissingRuntimeError
+from qwen3_export.run.artifact import open_session
 from qwen3_export.run.generate import Sampling, chat
+from qwen3_export.run.session import RuntimeOptions
+from qwen3_export.ship.tensorrt import export_tensorrt
 from qwen3_export.ship.triton import REQUIREMENTS
 from tests.cli.helpers import call
 from tests.serving import tritonserver
@@ -97,6 +102,52 @@ def test_a_quantized_folder_is_laid_out_for_vllm(artifacts: dict[str, Path], tmp
     assert engine["model"] == "/srv/q/1/model"
     assert (repository / "q/1/model/config.json").read_bytes() == (artifacts["folder"] / "config.json").read_bytes()
     assert 'backend: "vllm"' in (repository / "q/config.pbtxt").read_text()
+
+
+def model_config(environment: tritonserver.Environment, path: Path) -> dict[str, Any]:
+    """A config.pbtxt through Triton's own protobuf."""
+    script = (
+        "import sys; from google.protobuf import json_format, text_format;"
+        "from tritonclient.grpc.model_config_pb2 import ModelConfig;"
+        "print(json_format.MessageToJson(text_format.Parse(open(sys.argv[1]).read(), ModelConfig())))"
+    )
+    done = subprocess.run([environment.python, "-c", script, path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_a_plan_is_laid_out_for_its_gpu(environment: tritonserver.Environment, tmp_path: Path) -> None:
+    """Built and checked: the server needs the plan's GPU. Without one the model is refused by name."""
+    export_tensorrt(open_source("reference-model"), tmp_path / "trt", capabilities=("8.9",))
+    outcome = call("triton", tmp_path / "trt", "--output", tmp_path / "repository", "--json")
+    assert outcome.json["backend"] == "python"
+    version = json.loads((tmp_path / "trt" / "engine.json").read_text())["version"]
+    assert f"tensorrt-rtx=={version}" in outcome.json["requirements"]
+    found = model_config(environment, tmp_path / "repository/qwen3/config.pbtxt")
+    assert found["instanceGroup"] == [{"count": 1, "kind": "KIND_GPU", "gpus": [0]}]
+    device = found["parameters"]["device"]["stringValue"]
+    assert device == "plan"
+    served = tmp_path / "repository/qwen3/1/artifact"
+    assert (served / "model.plan").read_bytes() == (tmp_path / "trt/model.plan").read_bytes()
+    with pytest.raises(MissingRuntimeError, match="NVIDIA"):
+        open_session(served, RuntimeOptions(device=device))
+    (tmp_path / "trt/model.plan").unlink()
+    refused = call("triton", tmp_path / "trt", "--output", tmp_path / "other")
+    assert refused.code == 2
+    assert "its plan has not been built" in refused.err
+
+
+def test_every_repository_has_its_model_card(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    for name, artifact in artifacts.items():
+        outcome = call("triton", artifact, "--output", tmp_path / name, "--name", "served", "--json")
+        card = (tmp_path / name / "README.md").read_text()
+        assert "a model repository for Triton Inference Server" in card
+        assert open_source("reference-model").sha256 in card
+        assert f"pip install {outcome.json['requirements']}" in card
+        assert "localhost:8000/v2/models/served/generate_stream" in card
+        assert "README.md" in {item["path"] for item in outcome.json["files"]}
 
 
 @pytest.mark.parametrize(

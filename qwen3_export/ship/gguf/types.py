@@ -69,7 +69,7 @@ def type_for(scheme: QuantScheme) -> str | None:
     if scheme.activations or scheme.strategy != "group" or scheme.group_size is None:
         return None
     if scheme.type == "float":
-        return "mxfp4" if scheme.scale_dtype == "e8m0" else None
+        return "mxfp4" if (scheme.num_bits, scheme.scale_dtype) == (4, "e8m0") else None
     if scheme.num_bits == 2:
         return "q2_0" if scheme.symmetric and scheme.group_size % 64 == 0 else None
     if scheme.group_size % pack.GGML_BLOCK:

@@ -6,11 +6,11 @@
     with zero points               UINT4, UINT8      and zeros like scales
     FP8 tensor, channel, groups    FLOAT8E4M3FN      scalar, [out], [groups, out]
     FP8 blocks of 128 × 128        FLOAT8E4M3FN      [groups, out], each repeated for its 128 outputs
-    MXFP4, groups of 32            FLOAT4E2M1        [groups, out]: powers of two as floats
+    MXFP4, MXFP8, groups of 32     FLOAT4E2M1, FLOAT8E4M3FN   [groups, out]: powers of two as floats
     NVFP4, groups of 16            FLOAT4E2M1        E4M3 [groups, out], dequantized by 1 / global scale first
 
-Codes are never changed. `static_inputs` (for TensorRT) and `rounded_inputs` write how a scheme
-rounds a linear's inputs.
+Codes are never changed. `static_inputs` and `rounded_inputs` write how a scheme rounds a linear's inputs;
+`ship.onnx.rounded_products` does for TensorRT.
 """
 
 from __future__ import annotations
@@ -162,12 +162,14 @@ def inexact_scales(weight: QuantizedTensor, dtype: ir.DataType) -> float:
 
     0 where all are exact.
 
-    NVFP4's are the product of two numbers: the quotient by the global scale is rounded to `dtype`.
+    NVFP4's are the product of two numbers: the quotient by the global scale is rounded to `dtype`. MXFP's powers of
+    two may lie outside of its range.
     """
-    if weight.global_scale is None:
-        return 0.0
-    kind = dtype.numpy()
-    factor = np.array(1 / np.float32(weight.global_scale)).astype(kind)
-    found = (weight.scales.astype(np.float32) * factor.astype(np.float32)).astype(kind).astype(np.float32)
+    kind, found = dtype.numpy(), weight.scales.astype(np.float32)
+    if weight.global_scale is not None:
+        factor = np.array(1 / np.float32(weight.global_scale)).astype(kind)
+        found = found * factor.astype(np.float32)
+    with np.errstate(over="ignore"):
+        found = found.astype(kind).astype(np.float32)
     wanted = weight.scales32
     return float(np.max(np.abs(found - wanted) / np.maximum(np.abs(wanted), np.finfo(np.float32).tiny), initial=0))

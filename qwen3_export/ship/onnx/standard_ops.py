@@ -17,6 +17,7 @@ Operators: the ONNX specification, opset 23 or 24; `ship.onnx.opset21` writes wh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
-from qwen3_export.ship.onnx import opset21, qdq, routed, w8a8
+from qwen3_export.ship.onnx import opset21, qdq, rounded_products, routed, w8a8
 from qwen3_export.ship.onnx.experts import SparseLayer
 from qwen3_export.ship.onnx.graph import GraphBuilder
 
@@ -35,7 +36,7 @@ _INT64, _BOOL, _FLOAT = ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.FLOAT
 
 def supports(scheme: QuantScheme) -> str | None:
     """Why the operators of ai.onnx cannot hold a scheme, or None when they can."""
-    if scheme.scale_dtype in ("e8m0", "e4m3"):
+    if (scheme.type, scheme.num_bits) == ("float", 4):
         return f"{scheme.label} runs in no ONNX runtime on a CPU; `qwen3-export tensorrt` writes it for its own"
     return qdq.supports(scheme)
 
@@ -43,8 +44,7 @@ def supports(scheme: QuantScheme) -> str | None:
 class StandardOps:
     """`ship.onnx.decoder.Flavor` for TensorRT and other runtimes of the ONNX standard.
 
-    For `tensorrt`, inputs are rounded by Q/DQ pairs, which its kernels need a constant scale for: inputs that a scheme
-    rounds by scales found as they come stay as they are.
+    For `tensorrt`, inputs are rounded by Q/DQ pairs with constant scales; see `ship.onnx.rounded_products`.
     """
 
     def __init__(
@@ -108,17 +108,20 @@ class StandardOps:
         Its type is then that of activations.
         """
         scheme, width = table.scheme, table.shape[1]
+        whole_rows = self._tensorrt and scheme.strategy == "channel"
+        scales = table.scales[:, 0] if whole_rows else table.scales
         parts = [
             qdq.codes(self.graph, table.codes, scheme, f"{EMBEDDING}.codes"),
-            self.graph.weight(f"{EMBEDDING}.scales", table.scales.astype(self._numpy)),
+            self.graph.weight(f"{EMBEDDING}.scales", np.ascontiguousarray(scales.astype(self._numpy))),
         ]
         if table.zeros is not None:
             parts.append(qdq.codes(self.graph, table.zeros, scheme, f"{EMBEDDING}.zeros"))
         length, op = scheme.group_length(width), self.graph.op
-        if scheme.num_bits == 8 and not self._config.tie_word_embeddings:
+        if scheme.num_bits == 8 and not self._config.tie_word_embeddings and not self._tensorrt:
             rows = [op("Gather", [part, self._ids], f"embedding.{i}", axis=0) for i, part in enumerate(parts)]
             return op("DequantizeLinear", rows, "embedding", axis=2, block_size=length)
-        self._table = op("DequantizeLinear", parts, "embedding.dequantized", axis=1, block_size=length)
+        layout: dict[str, Any] = {"axis": 0} if whole_rows else {"axis": 1, "block_size": length}
+        self._table = op("DequantizeLinear", parts, "embedding.dequantized", **layout)
         self._table.dtype = self.dtype
         return op("Gather", [self._table, self._ids], "embedding", axis=0)
 
@@ -144,9 +147,8 @@ class StandardOps:
             if w8a8.fits(weight.scheme) and not self._tensorrt:
                 return w8a8.linear(self.graph, x, weight, self.dtype, name)
             if self._tensorrt:
-                x = qdq.static_inputs(self.graph, x, weight, self.dtype, name)
-            else:
-                x = self._rounded_inputs(x, weight, name)
+                return rounded_products.product(self.graph, x, weight, self._matrix(weight, name), self.dtype, name)
+            x = self._rounded_inputs(x, weight, name)
             return self.graph.op("MatMul", [x, self._matrix(weight, name)], name)
         stored = self.graph.float_weight(f"{name}.weight", np.ascontiguousarray(weight.T), self.dtype)
         return self.graph.op("MatMul", [x, self.graph.as_type(stored, stored.dtype, self.dtype, f"{name}.cast")], name)
@@ -235,6 +237,15 @@ class StandardOps:
             return self.graph.as_type(logits, self.dtype, _FLOAT, "head.fp32")
         stored = self._table if table is None else self.graph.float_weight(f"{HEAD}.weight", table, self.dtype)
         matrix = self.graph.as_type(stored, stored.dtype, self.dtype, "head.cast")
+        if self._tensorrt and table is None and stored.producer() is not None:
+            return self._head_from_the_left(x, matrix)
         turned = self.graph.op("Transpose", [matrix], "head.transposed", perm=[1, 0])
         logits = self.graph.op("MatMul", [x, turned], "head")
+        return self.graph.as_type(logits, self.dtype, _FLOAT, "head.fp32")
+
+    def _head_from_the_left(self, x: ir.Value, matrix: ir.Value) -> ir.Value:
+        """(W xᵀ)ᵀ: TensorRT stores a quantized table once where nothing turns it, and a second time where it is."""
+        op = self.graph.op
+        column = op("Transpose", [x], "head.columns", perm=[0, 2, 1])
+        logits = op("Transpose", [op("MatMul", [matrix, column], "head")], "head.rows", perm=[0, 2, 1])
         return self.graph.as_type(logits, self.dtype, _FLOAT, "head.fp32")

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import resource
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.manifest import file_list, to_json, write_manifest
 from qwen3_export.core.outputs import staged_folder
 from qwen3_export.core.progress import Progress
-from qwen3_export.core.qwen3 import EMBEDDING
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.errors import InputError, MissingRuntimeError, ResourceError, UnsupportedError
 from qwen3_export.ship.exactness import cast_errors
@@ -35,6 +33,8 @@ from qwen3_export.ship.onnx import size as onnx_size
 from qwen3_export.ship.onnx.target import DATA, MODEL, Files, choose
 from qwen3_export.ship.result import check_schemes, exactness, export_result, provenance
 from qwen3_export.ship.tensorrt.capabilities import CAPABILITIES, DEFAULT, fitting, supports, too_old
+from qwen3_export.ship.tensorrt.cost import build_cost, check_memory
+from qwen3_export.ship.tensorrt.profiles import Profile, Shapes, default_profile, prefill_shapes, trtexec_line
 
 PLAN, ENGINE = "model.plan", "engine.json"
 MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
@@ -43,17 +43,6 @@ INSTALL = {"rtx": "pip install 'qwen3-export[tensorrt]'", "trt": "pip install te
 _EXPANDED, _SLACK_BYTES = 1.02, 64 << 10
 # A plan's own part beside the weights, in all and per block (measured with 1.7; the capabilities add nothing to it).
 _ENGINE_BYTES, _BLOCK_BYTES, _QUANTIZED_BLOCK_BYTES = 1_120_000, 753_000, 1_020_000
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Shapes that the plan accepts, for one sequence.
-
-    Prompts go up to `max_prompt`, caches up to `max_context`.
-    """
-
-    max_prompt: int
-    max_context: int
 
 
 def export_tensorrt(
@@ -65,36 +54,33 @@ def export_tensorrt(
     profile: Profile | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    onnx_only: bool = False,
 ) -> dict[str, Any]:
     """Write the ONNX, build the plan and check it.
 
-    Returns the result that `--json` prints.
+    Returns the result that `--json` prints. `onnx_only` leaves the plan to its device: the result's `trtexec` is the
+    command that builds it there.
 
     Raises MissingRuntimeError without the engine's library, UnsupportedError when the codes or the
-    capabilities do not fit, ResourceError when the builder is killed for memory.
+    capabilities do not fit, ResourceError when there is too little memory or the builder is killed for it.
     """
     started, progress = time.monotonic(), progress or Progress()
-    capabilities = check_request(checkpoint, engine, capabilities, precision)
-    context = checkpoint.config.max_position
-    profile = profile or Profile(min(1024, context), min(4096, context))
-    inexact = cast_errors(checkpoint, precision) + nvfp4_errors(checkpoint, precision)
+    profile = profile or default_profile(checkpoint.config)
+    capabilities = check_request(checkpoint, engine, capabilities, precision, profile, onnx_only)
+    profiles = profiles_of(checkpoint, profile)
+    inexact = cast_errors(checkpoint, precision) + scale_errors(checkpoint, precision)
     with staged_folder(output, force, inputs=[checkpoint.folder]) as folder:
         target = replace(choose("standard", precision=precision), flavor="tensorrt")
         write_graph(checkpoint, folder, target, Files(), progress)
-        with progress.bar("build plan", 1) as tick:
-            built = _build(folder, engine, capabilities, profile)
-            tick()
-        if engine == "rtx":
-            check_header(folder / PLAN, built["version"], capabilities)
-            check_weights(folder, checkpoint)
+        built = None if onnx_only else _built(folder, engine, capabilities, profiles, progress)
         origin = provenance(checkpoint)
         described = {
             "engine": engine,
-            "version": built["version"],
-            "compute_capabilities": list(capabilities) if engine == "rtx" else "this device",
+            "version": built["version"] if built else None,
+            "compute_capabilities": _named(engine, capabilities, built),
             "precision": precision,
             "profile": asdict(profile),
-            "inputs_not_rounded": unrounded_inputs(checkpoint),
+            "profiles": len(profiles),
             "source_sha256": origin["source"]["sha256"],
         }
         (folder / ENGINE).write_text(to_json(described), encoding="utf-8")
@@ -103,29 +89,52 @@ def export_tensorrt(
         write_manifest(folder, "tensorrt", {**origin, **described, **exactness(inexact)})
         files = file_list(folder)
     result = export_result(output, files, checkpoint, inexact, started)
-    result["inputs_not_rounded"] = unrounded_inputs(checkpoint)
+    if built is None:
+        return {**result, "trtexec": trtexec_line(output / MODEL, output / PLAN, profiles)}
     plan_bytes = next(item["bytes"] for item in files if item["path"] == PLAN)
     result["bits_per_weight"] = 8 * plan_bytes / checkpoint.config.num_parameters
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    result["peak_rss_bytes"] = max(result["peak_rss_bytes"], children)
+    result["peak_rss_bytes"] = max(result["peak_rss_bytes"], built["peak_rss_bytes"])
+    result["build"] = {key: built[key] for key in ("seconds", "peak_rss_bytes", "predicted")}
     return result
 
 
-def unrounded_inputs(checkpoint: Checkpoint) -> list[str]:
-    """Schemes whose inputs the plan leaves as they are.
+def profiles_of(checkpoint: Checkpoint, profile: Profile) -> list[Shapes]:
+    """The optimization profiles of a model's plan; see `ship.tensorrt.profiles`."""
+    return [prefill_shapes(checkpoint.config, profile)]
 
-    TensorRT rounds inputs by constant scales alone.
+
+def _named(engine: str, capabilities: Sequence[str], built: dict[str, Any] | None) -> list[str]:
+    """The compute capabilities that a plan is for: those asked for, or that of the GPU it was built on."""
+    if engine == "rtx":
+        return list(capabilities)
+    return [str(built["capability"])] if built and built.get("capability") else []
+
+
+def _built(
+    folder: Path,
+    engine: str,
+    capabilities: Sequence[str],
+    profiles: Sequence[Shapes],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Build the plan and check what came out, with what was predicted beside what it took."""
+    started = time.monotonic()
+    with progress.bar("build plan", 1) as tick:
+        built = _build(folder, engine, capabilities, profiles)
+        tick()
+    if engine == "rtx":
+        check_header(folder / PLAN, built["version"], capabilities)
+        check_weights(folder)
+    predicted = build_cost((folder / DATA).stat().st_size)
+    return {**built, "seconds": time.monotonic() - started, "predicted": asdict(predicted)}
+
+
+def scale_errors(checkpoint: Checkpoint, precision: str) -> list[dict[str, Any]]:
+    """Tensors in 8-bit scales that the plan changes, with their largest relative error.
+
+    It multiplies NVFP4's two scales together in 16 bits, and holds a power of two as a number of 16 bits.
     """
-    schemes = {s for s in checkpoint.schemes.values() if s.activations not in (None, "static-tensor")}
-    return sorted(scheme.label for scheme in schemes)
-
-
-def nvfp4_errors(checkpoint: Checkpoint, precision: str) -> list[dict[str, Any]]:
-    """NVFP4 tensors that the plan changes, with their largest relative error.
-
-    It multiplies their two scales together in 16 bits.
-    """
-    names = [name for name, scheme in checkpoint.schemes.items() if scheme.scale_dtype == "e4m3"]
+    names = [name for name, scheme in checkpoint.schemes.items() if scheme.scale_dtype in ("e4m3", "e8m0")]
     found = []
     for name in names:
         weight = checkpoint.linear(name)
@@ -136,7 +145,12 @@ def nvfp4_errors(checkpoint: Checkpoint, precision: str) -> list[dict[str, Any]]
 
 
 def check_request(
-    checkpoint: Checkpoint, engine: str, capabilities: Sequence[str] | None, precision: str
+    checkpoint: Checkpoint,
+    engine: str,
+    capabilities: Sequence[str] | None,
+    precision: str,
+    profile: Profile | None = None,
+    onnx_only: bool = False,
 ) -> tuple[str, ...]:
     """Everything that can be known before the long work.
 
@@ -160,9 +174,21 @@ def check_request(
     check_schemes(checkpoint, supports, "TensorRT")
     if reason := too_old(checkpoint.schemes.values(), precision, capabilities):
         raise UnsupportedError(reason, "name later capabilities with --sm, or quantize with another recipe")
-    if importlib.util.find_spec(MODULES[engine]) is None:
-        raise MissingRuntimeError(f"--engine {engine} needs the {MODULES[engine]} package", INSTALL[engine])
+    if not onnx_only:
+        _check_builder(checkpoint, engine, profile or default_profile(checkpoint.config))
+        check_memory(onnx_size.weight_bytes(checkpoint, precision))
     return tuple(capabilities)
+
+
+def _check_builder(checkpoint: Checkpoint, engine: str, profile: Profile) -> None:
+    """Raise MissingRuntimeError without the engine's library; of `trt` it gives the line for the device."""
+    if importlib.util.find_spec(MODULES[engine]) is not None:
+        return
+    hint = INSTALL[engine]
+    if engine == "trt":
+        line = trtexec_line(Path(MODEL), Path(PLAN), profiles_of(checkpoint, profile))
+        hint = f"{hint}; or write the ONNX here with --onnx-only, and on the device, inside that folder: {line}"
+    raise MissingRuntimeError(f"--engine {engine} needs the {MODULES[engine]} package", hint)
 
 
 def planned_bytes(checkpoint: Checkpoint, precision: str = "fp16") -> int:
@@ -175,14 +201,14 @@ def planned_bytes(checkpoint: Checkpoint, precision: str = "fp16") -> int:
     return onnx_size.planned_bytes(checkpoint, precision) + plan
 
 
-def _build(folder: Path, engine: str, capabilities: Sequence[str], profile: Profile) -> dict[str, Any]:
+def _build(folder: Path, engine: str, capabilities: Sequence[str], profiles: Sequence[Shapes]) -> dict[str, Any]:
     """Run `ship.tensorrt.build` in a process of its own."""
     request = {
         "module": MODULES[engine],
         "onnx": str(folder / MODEL),
         "plan": str(folder / PLAN),
         "capabilities": list(capabilities) if engine == "rtx" else [],
-        **asdict(profile),
+        "profiles": profiles,
     }
     command = [sys.executable, "-m", "qwen3_export.ship.tensorrt.build", json.dumps(request)]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -215,23 +241,17 @@ def check_header(path: Path, version: str, capabilities: Sequence[str]) -> None:
         )
 
 
-def check_weights(folder: Path, checkpoint: Checkpoint) -> None:
+def check_weights(folder: Path) -> None:
     """Raise UnsupportedError when the plan has expanded its codes.
 
     It then holds clearly more weight bytes than its ONNX.
-
-    A tied matrix of 8 bits is stored twice, once for each use: TensorRT gathers no integers.
     """
     with (folder / PLAN).open("rb") as file:
         file.seek(56)
         stored = int.from_bytes(file.read(8), "little")
-    given, tied = (folder / DATA).stat().st_size, checkpoint.schemes.get(EMBEDDING)
-    if tied is not None and checkpoint.config.tie_word_embeddings:
-        config = checkpoint.config
-        shape = (config.vocab_size, config.hidden_size)
-        given += int(shape[0] * shape[1] * tied.bits_per_weight(shape) / 8)
+    given = (folder / DATA).stat().st_size
     if stored > _EXPANDED * given + _SLACK_BYTES:
         raise UnsupportedError(
             f"the plan has {stored} bytes of weights, its ONNX {given}: TensorRT expanded quantized weights",
-            "4 bits: a group_size of 32, 64 or 128, smaller than the matrices; 8 bits: strategy: channel",
+            "choose a group_size of 32, 64 or 128 that is smaller than the matrices, or strategy: channel",
         )

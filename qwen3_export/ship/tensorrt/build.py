@@ -15,6 +15,7 @@ import sys
 from typing import Any
 
 from qwen3_export.core.process import end_with_parent
+from qwen3_export.core.progress import peak_rss_bytes
 
 _HARMLESS = ("has Int64 binding", "cudaError 35")
 
@@ -28,7 +29,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     trt = importlib.import_module(request["module"])
     log = _logger(trt)
     builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    network = builder.create_network(_strongly_typed(trt))
     _parse(trt, network, log, request["onnx"])
     config = builder.create_builder_config()
     names = request["capabilities"]
@@ -36,7 +37,8 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         config.num_compute_capabilities = len(names)
         for index, name in enumerate(names):
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{name.replace('.', '')}"), index)
-    _add_profile(builder, network, config, request["max_prompt"], request["max_context"])
+    for shapes in request["profiles"]:
+        _add_profile(builder, network, config, shapes)
     with open(request["plan"], "wb") as file:
         writer = _writer(trt, file)
         done = builder.build_serialized_network_to_stream(network, config, writer)
@@ -44,7 +46,13 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         raise writer.error
     if not done:
         raise BuildError(log.reason())
-    return {"version": trt.__version__, "warnings": log.warnings}
+    return {"version": trt.__version__, "warnings": log.warnings, "peak_rss_bytes": peak_rss_bytes()}
+
+
+def _strongly_typed(trt: Any) -> int:
+    """The flag of versions that ask for it; from TensorRT 11 on every network is strongly typed."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
 
 
 def _logger(trt: Any) -> Any:
@@ -100,23 +108,16 @@ def _parse(trt: Any, network: Any, log: Any, path: str) -> None:
             layer.attention.decomposable = True
 
 
-def _add_profile(builder: Any, network: Any, config: Any, prompt: int, context: int) -> None:
-    """Shapes as (smallest, likely, largest).
-
-    The mask is as long as past and prompt together.
-    """
-    likely = max(1, prompt // 2)
+def _add_profile(builder: Any, network: Any, config: Any, shapes: dict[str, list[list[int]]]) -> None:
+    """One profile: the given (smallest, likely, largest) shape of every input, and of no other."""
+    names = {network.get_input(index).name for index in range(network.num_inputs)}
+    if names != set(shapes):
+        raise BuildError(f"the graph has other inputs than the profile: {', '.join(sorted(names ^ set(shapes)))}")
     profile = builder.create_optimization_profile()
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        shape = list(tensor.shape)
-        if tensor.name in ("input_ids", "position_ids"):
-            profile.set_shape(tensor.name, (1, 1), (1, likely), (1, prompt))
-        elif tensor.name == "attention_mask":
-            profile.set_shape(tensor.name, (1, 1), (1, likely), (1, prompt + context))
-        else:
-            profile.set_shape(tensor.name, *((1, shape[1], past, shape[3]) for past in (0, 0, context)))
-    config.add_optimization_profile(profile)
+    for name, (smallest, likely, largest) in shapes.items():
+        profile.set_shape(name, tuple(smallest), tuple(likely), tuple(largest))
+    if config.add_optimization_profile(profile) < 0:
+        raise BuildError("TensorRT refuses the profile's shapes")
 
 
 def main() -> None:

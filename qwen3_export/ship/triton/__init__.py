@@ -3,7 +3,7 @@
     REPO/NAME/config.pbtxt        inputs, outputs, instances and the queue's bound
     REPO/NAME/1/model.py          the python backend's code
     REPO/NAME/1/qwen3_export/     the part of this package that runs artifacts
-    REPO/NAME/1/artifact…         the ONNX folder or GGUF file, tokenizer inside
+    REPO/NAME/1/artifact…         the ONNX folder, GGUF file or TensorRT folder, tokenizer inside
 
     REPO/NAME/1/model.json        of a quantized folder instead: engine arguments for Triton's vllm backend
     REPO/NAME/1/model/            the folder
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen3_export.core.files import read_object
 from qwen3_export.core.manifest import file_list, read_manifest, write_manifest
 from qwen3_export.core.outputs import staged_folder
 from qwen3_export.core.progress import Progress, peak_rss_bytes
@@ -32,6 +33,8 @@ from qwen3_export.ship.triton.config import Serving, python_config, vllm_config
 REQUIREMENTS = {
     "onnx": "numpy ml_dtypes safetensors tokenizers jinja2 huggingface_hub PyYAML onnxruntime",
     "gguf": "numpy ml_dtypes safetensors tokenizers jinja2 huggingface_hub PyYAML xllamacpp==2026.10.11549",
+    "rtx": "numpy ml_dtypes safetensors tokenizers jinja2 huggingface_hub PyYAML tensorrt-rtx=={version}",
+    "trt": "numpy ml_dtypes safetensors tokenizers jinja2 huggingface_hub PyYAML tensorrt=={version}",
     "vllm": "vllm",
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -41,29 +44,41 @@ _SERVED = ("__init__.py", "api.py", "errors.py", "core", "text", "run")
 
 @dataclass(frozen=True)
 class Kind:
-    """What is served, and under which name it lies in the repository."""
+    """What is served, and under which name it lies in the repository.
+
+    `device` is what the runner is asked for; `requirements` are what the server's Python needs.
+    """
 
     name: str
     place: str
+    requirements: str
+    device: str | None = None
 
 
 def kind_of(artifact: Path) -> Kind:
-    """ONNX folder, GGUF file, or a folder for vLLM; InputError for what is none."""
+    """ONNX folder, GGUF file, TensorRT folder, or a folder for vLLM; InputError for what is none."""
+    hint = "give a .gguf file, an ONNX folder, a TensorRT folder or a quantized folder"
     if artifact.is_file():
         with artifact.open("rb") as file:
             if file.read(4) == b"GGUF":
-                return Kind("gguf", "artifact.gguf")
-        raise InputError(f"{artifact}: not a GGUF file", "give a .gguf file, an ONNX folder or a quantized folder")
+                return Kind("gguf", "artifact.gguf", REQUIREMENTS["gguf"])
+        raise InputError(f"{artifact}: not a GGUF file", hint)
     if (artifact / "engine.json").is_file():
-        raise InputError(
-            f"{artifact}: a TensorRT plan has no place in a repository so far",
-            "give an ONNX folder, a .gguf file or a quantized folder",
-        )
+        return _plan(artifact)
     if (artifact / "model.onnx").is_file():
-        return Kind("onnx", "artifact")
+        return Kind("onnx", "artifact", REQUIREMENTS["onnx"])
     if (artifact / "config.json").is_file():
-        return Kind("vllm", "model")
-    raise InputError(f"{artifact}: no such artifact", "give an ONNX folder, a .gguf file or a quantized folder")
+        return Kind("vllm", "model", REQUIREMENTS["vllm"])
+    raise InputError(f"{artifact}: no such artifact", hint)
+
+
+def _plan(artifact: Path) -> Kind:
+    """A TensorRT folder is served by its plan alone: where that cannot run, the server refuses the model."""
+    described = read_object(artifact / "engine.json", hint="export the folder again")
+    if not (artifact / "model.plan").is_file() or described.get("engine") not in REQUIREMENTS:
+        raise InputError(f"{artifact}: its plan has not been built", "build it on its device, as engine.json says")
+    needed = REQUIREMENTS[described["engine"]].format(version=described.get("version"))
+    return Kind(described["engine"], "artifact", needed, device="plan")
 
 
 def export_triton(
@@ -94,20 +109,21 @@ def export_triton(
             engine = {"model": f"{mount.rstrip('/')}/{name}/1/{kind.place}", "disable_log_stats": True}
             (version / "model.json").write_text(json.dumps(engine, indent=2) + "\n")
         else:
-            text = python_config(name, kind.place, serving)
+            text = python_config(name, kind.place, serving, kind.device)
             shutil.copyfile(Path(__file__).with_name("model.py"), version / "model.py")
             _copy_package(version / "qwen3_export")
         (folder / name / "config.pbtxt").write_text(text)
         origin = {
             key: value for key, value in read_manifest(artifact).items() if key in ("source", "quantized", "recipe")
         }
-        write_manifest(folder, "triton", {"model": name, "artifact": artifact.name, "backend": kind.name, **origin})
+        values = {"model": name, "artifact": artifact.name, "backend": kind.name, "requirements": kind.requirements}
+        write_manifest(folder, "triton", {**values, **origin})
         files = file_list(folder)
     return {
         "output": str(output),
         "model": name,
         "backend": "vllm" if kind.name == "vllm" else "python",
-        "requirements": REQUIREMENTS[kind.name],
+        "requirements": kind.requirements,
         "start": f"tritonserver --model-repository={output.resolve()}",
         "files": files,
         "seconds": time.monotonic() - started,

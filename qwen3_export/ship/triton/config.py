@@ -45,23 +45,25 @@ class Serving:
             raise InputError(f"--threads {self.threads}: a number from 1 to 1024 was expected")
 
 
-def python_config(name: str, artifact: str, serving: Serving) -> str:
+def python_config(name: str, artifact: str, serving: Serving, device: str | None = None) -> str:
     """For the python backend: streaming, continuous batching, a bounded queue.
 
     Sequences join and leave a batch at every token, inside the backend (`run.serving`). Triton's own batcher, which
     waits for requests of one shape and gives them back together, stays off: `max_batch_size: 0`. A request that
-    finds the queue full is refused at once.
+    finds the queue full is refused at once. With a `device` the instances are the first GPU's.
     """
     lines = [f'name: "{name}"', 'backend: "python"', "max_batch_size: 0"]
     lines += ["model_transaction_policy { decoupled: true }"]
     lines += [_tensor("input", key, kind, optional) for key, kind, optional in INPUTS]
     lines += [_tensor("output", key, kind) for key, kind in OUTPUTS]
-    lines += [f"instance_group [ {{ count: {serving.instances}, kind: KIND_CPU }} ]"]
+    place = "kind: KIND_CPU" if device is None else "kind: KIND_GPU, gpus: [ 0 ]"
+    lines += [f"instance_group [ {{ count: {serving.instances}, {place} }} ]"]
     values = {
         "artifact": artifact,
         "sequences": str(serving.sequences),
         "queue": str(serving.queue),
         "threads": str(serving.threads or 0),
+        "device": device or "",
     }
     lines += [f'parameters {{ key: "{key}", value {{ string_value: "{value}" }} }}' for key, value in values.items()]
     return "\n".join(lines) + "\n"

@@ -50,7 +50,8 @@ class TritonPythonModel:
         values = {key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()}
         self._name, self._most = args["model_name"], int(values["queue"])
         artifact = Path(__file__).resolve().parent / values["artifact"]
-        self._session = open_session(artifact, RuntimeOptions(threads=int(values["threads"]) or None))
+        options = RuntimeOptions(threads=int(values["threads"]) or None, device=values["device"] or None)
+        self._session = open_session(artifact, options)
         tokenizer = tokenizer_of(artifact, self._session)
         self._server = Server(self._session, tokenizer, self._name, int(values["sequences"]), self._most)
 

@@ -71,7 +71,8 @@ def tensors(draw: st.DrawFn) -> tuple[str, QuantizedTensor]:
     kinds = [eight_bit_schemes(name)] if name == "fp8" else [integer_schemes(name)]
     if name == "compressed-tensors":
         of = small.map(lambda s: QuantScheme(type="float", scale_dtype=s[0], group_size=s[1]))
-        kinds += [eight_bit_schemes(name), of]
+        mxfp8 = QuantScheme(8, "float", scale_dtype="e8m0", group_size=32)
+        kinds += [eight_bit_schemes(name), of, st.just(mxfp8)]
     scheme = draw(st.one_of(kinds))
     # Three-bit codes fill whole words 32 at a time, where the layout knows no unfinished ones.
     step = 32 if name in ("gptq", "awq") else scheme.group_size or 8

@@ -199,7 +199,7 @@ TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "
             say(format="mixed-precision", config_groups={}),
             "quantized by compressed-tensors, as it says, but every linear",
         ),
-        (group(format="mxfp8-quantized"), "group_0 has format 'mxfp8-quantized'"),
+        (group(format="mxfp6-quantized"), "group_0 has format 'mxfp6-quantized'"),
         (group(output_activations=TOKEN), "group_0 has output_activations"),
         (group(input_activations={**TOKEN, "type": "float"}), "group_0 rounds inputs by .num_bits: 8, type: float"),
         (group(targets=["re:["]), "a malformed quantization_config"),

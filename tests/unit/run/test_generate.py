@@ -71,7 +71,7 @@ class Letters:
 class Speaker:
     """A session that says the given tokens one by one."""
 
-    vocab_size, context, runtime = 256, 100, "said"
+    vocab_size, context, runtime, device = 256, 100, "said", "cpu"
 
     def __init__(self, said: bytes) -> None:
         self._said: Iterator[int] = iter(said)

@@ -22,6 +22,7 @@ SCHEMES = {
     "tensor": QuantScheme(**FP8, strategy="tensor"),
     "blocks": QuantScheme(**FP8, strategy="block", block_shape=(16, 32)),
     "groups": QuantScheme(**FP8, strategy="group", group_size=32),
+    "mxfp8": QuantScheme(**FP8, group_size=32, scale_dtype="e8m0"),
     "mxfp4": QuantScheme(num_bits=4, type="float", group_size=32, scale_dtype="e8m0"),
     "nvfp4": QuantScheme(num_bits=4, type="float", group_size=16, scale_dtype="e4m3"),
     "int8": QuantScheme(num_bits=8, strategy="channel"),

@@ -13,6 +13,9 @@ int-quantized, float-quantized      8-bit weights whose inputs are rounded, and 
     NAME.weight_scale       [out, 1], [rows, groups] for blocks, [1] for a whole tensor
     NAME.weight_zero_point  int8, asymmetric only
     NAME.input_scale        [1], static activations only
+mxfp8-quantized
+    NAME.weight             E4M3 [out, in]
+    NAME.weight_scale       uint8 exponents [out, in / 32]
 mxfp4-pack-quantized, nvfp4-pack-quantized
     NAME.weight_packed      uint8 [out, in / 2]             two E2M1 codes, low nibble first
     NAME.weight_scale       uint8 exponents, or E4M3 [out, groups]
@@ -30,7 +33,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.layouts import IDLE, Stored, group_index
 from qwen3_export.core.layouts.compressed_tensors.config import config, read_schemes
-from qwen3_export.core.layouts.compressed_tensors.formats import FP4, format_of
+from qwen3_export.core.layouts.compressed_tensors.formats import FP4, MXFP8, format_of
 from qwen3_export.core.pack import pack_bytes, pack_int32, unpack_bytes, unpack_int32
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor
@@ -69,7 +72,7 @@ def specs(module: str, shape: tuple[int, int], scheme: QuantScheme, stored: Stor
             found[f"{module}.weight_global_scale"] = (np.dtype("<f4"), (1,))
     else:
         found[f"{module}.weight"] = (_E4M3 if scheme.type == "float" else _INT8, shape)
-        found[f"{module}.weight_scale"] = (scale, _scale_shape(shape, scheme))
+        found[f"{module}.weight_scale"] = (_BYTE if kind == MXFP8 else scale, _scale_shape(shape, scheme))
         if not scheme.symmetric:
             found[f"{module}.weight_zero_point"] = (_INT8, scheme.grid(shape))
         if scheme.activations == "static-tensor":
@@ -138,10 +141,8 @@ def pack(tensor: QuantizedTensor) -> dict[str, NDArray]:
             arrays[f"{name}.weight_global_scale"] = np.array([tensor.global_scale], "<f4")
         return arrays
     codes = tensor.codes.view(_E4M3) if scheme.type == "float" else _signed(tensor.codes)
-    arrays = {
-        f"{name}.weight": codes,
-        f"{name}.weight_scale": tensor.scales.reshape(_scale_shape(tensor.shape, scheme)),
-    }
+    scales = tensor.scales.view(_BYTE) if kind == MXFP8 else tensor.scales
+    arrays = {f"{name}.weight": codes, f"{name}.weight_scale": scales.reshape(_scale_shape(tensor.shape, scheme))}
     if tensor.zeros is not None:
         arrays[f"{name}.weight_zero_point"] = _signed(tensor.zeros)
     if tensor.input_scale is not None:
@@ -169,6 +170,8 @@ def unpack(stored: Stored, module: str, shape: tuple[int, int], scheme: QuantSch
     else:
         weight = stored.read(f"{module}.weight").view(np.uint8)
         codes = weight if scheme.type == "float" else _unsigned(weight, scheme)
+    if kind == MXFP8:
+        scales = scales.view(_scale_type(scheme))
     zeros = None if scheme.symmetric else _zero_points(stored, module, shape, scheme)
     static = scheme.activations == "static-tensor"
     fixed = float(stored.read(f"{module}.input_scale").item()) if static else None

@@ -57,7 +57,7 @@ def _weights(scheme: QuantScheme) -> dict[str, Any]:
     }
     if scheme.block_shape:
         found["block_structure"] = list(scheme.block_shape)
-    if scheme.scale_dtype in FP4:
+    if scheme.scale_dtype in FP4:  # of MXFP8 too
         found["scale_dtype"] = found["zp_dtype"] = "torch.float8_e4m3fn" if nvfp4 else "torch.uint8"
     return found
 
@@ -83,6 +83,7 @@ _READABLE = (
     "naive-quantized",
     "nvfp4-pack-quantized",
     "mxfp4-pack-quantized",
+    "mxfp8-quantized",
     "mixed-precision",
 )
 
@@ -137,6 +138,8 @@ def _group_scheme(where: str, group: Mapping[str, Any], scale_dtype: str) -> Qua
     kind, bits = weights.get("type", "int"), weights.get("num_bits", 8)
     if (kind, bits) == ("float", 4):
         scale_dtype = "e8m0" if size == 32 else "e4m3"
+    elif kind == "float" and str(weights.get("scale_dtype")).endswith("uint8"):
+        scale_dtype = "e8m0"
     values = {
         "num_bits": bits,
         "type": kind,

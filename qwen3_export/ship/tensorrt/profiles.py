@@ -1,0 +1,82 @@
+"""The shapes that a plan accepts, as builder and `trtexec` take them.
+
+    profile   input_ids, position_ids   attention_mask           past_key_values.N
+    prefill   1 … prompt                1 … prompt + context     0 … context
+    decode    1                         1 … 1 + context          0 … context
+
+Each range is (smallest, likely, largest). The first axis is one sequence. The mask is as long as past and new tokens
+together.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen3_export.core.qwen3 import Qwen3Config
+
+Shape = tuple[int, ...]
+Shapes = dict[str, tuple[Shape, Shape, Shape]]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Shapes that the plan accepts, for one sequence.
+
+    Prompts go up to `max_prompt`, caches up to `max_context`.
+    """
+
+    max_prompt: int
+    max_context: int
+
+
+def default_profile(config: Qwen3Config, max_prompt: int | None = None, max_context: int | None = None) -> Profile:
+    """What was asked for, else 1024 tokens at once and a cache of 4096, within the model's positions."""
+    longest = config.max_position
+    return Profile(max_prompt or min(1024, longest), max_context or min(4096, longest))
+
+
+def prefill_shapes(config: Qwen3Config, profile: Profile) -> Shapes:
+    """What a prompt needs, and a later piece of it: it holds decoding too."""
+    prompt, context = profile.max_prompt, profile.max_context
+    likely = max(1, prompt // 2)
+    return _shapes(config, (1, likely, prompt), (0, 0, context), (1, likely, prompt + context))
+
+
+def decode_shapes(config: Qwen3Config, profile: Profile) -> Shapes:
+    """One token after another."""
+    context = profile.max_context
+    return _shapes(config, (1, 1, 1), (0, context // 2, context), (1, context // 2 + 1, context + 1))
+
+
+def _shapes(
+    config: Qwen3Config, new: tuple[int, int, int], past: tuple[int, int, int], total: tuple[int, int, int]
+) -> Shapes:
+    heads, head_dim = config.num_kv_heads, config.head_dim
+
+    def row(lengths: tuple[int, int, int]) -> tuple[Shape, Shape, Shape]:
+        a, b, c = lengths
+        return (1, a), (1, b), (1, c)
+
+    found: Shapes = {"input_ids": row(new), "attention_mask": row(total), "position_ids": row(new)}
+    a, b, c = past
+    caches = (1, heads, a, head_dim), (1, heads, b, head_dim), (1, heads, c, head_dim)
+    for layer in range(config.num_layers):
+        found[f"past_key_values.{layer}.key"] = found[f"past_key_values.{layer}.value"] = caches
+    return found
+
+
+def trtexec_line(onnx: Path, plan: Path, profiles: Sequence[Shapes]) -> str:
+    """The command that builds the same plan with TensorRT's own tool.
+
+    Options as `trtexec --help` and its parser give them: the shapes stand behind the number of their profile.
+    """
+    words = ["trtexec", f"--onnx={onnx}", f"--saveEngine={plan}", "--stronglyTyped", "--skipInference"]
+    for number, shapes in enumerate(profiles):
+        words.append(f"--profile={number}")
+        for place, option in enumerate(("--minShapes", "--optShapes", "--maxShapes")):
+            listed = (f"{name}:{'x'.join(map(str, shape[place]))}" for name, shape in shapes.items())
+            words.append(f"{option}={','.join(listed)}")
+    return shlex.join(words)

@@ -1,0 +1,209 @@
+"""The plan's runner over a fake of TensorRT and of the driver: names, shapes, buffers, profiles and errors.
+
+The fake computes with ONNX Runtime on the bytes that lie in its buffers; see `fake_tensorrt`. What a real GPU does is
+`tests/artifact/test_gpu_tensorrt.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qwen3_export.core.checkpoint import open_checkpoint
+from qwen3_export.errors import ExportError, InputError, MissingRuntimeError, ResourceError
+from qwen3_export.run import plan_files
+from qwen3_export.run.artifact import open_session
+from qwen3_export.run.ort import OrtSession
+from qwen3_export.run.session import RuntimeOptions
+from qwen3_export.run.tensorrt import PlanSession
+from qwen3_export.ship.tensorrt import export_tensorrt
+from qwen3_export.ship.tensorrt.profiles import Profile, decode_shapes, prefill_shapes
+from tests.conftest import tiny_config, write_checkpoint
+from tests.unit.run.fake_tensorrt import FakeGpu, fake_module
+
+PROFILE = Profile(max_prompt=16, max_context=96)
+IDS = np.random.default_rng(3).integers(0, 320, 40).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("plan")
+    checkpoint = open_checkpoint(write_checkpoint(base / "tiny", tiny_config()))
+    export_tensorrt(checkpoint, base / "trt", capabilities=("8.9", "12.0"), profile=PROFILE, onnx_only=True)
+    (base / "trt" / "model.plan").write_bytes(b"vtrt")
+    described = json.loads((base / "trt" / "engine.json").read_text())
+    (base / "trt" / "engine.json").write_text(json.dumps({**described, "version": "1.7.1.116"}))
+    return base / "trt"
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[..., Any]:
+    """Puts a GPU and TensorRT into this machine; returns both."""
+
+    def install(gpu: FakeGpu | None = None, profiles: int = 2, version: str | None = None) -> tuple[FakeGpu, Any]:
+        gpu = gpu or FakeGpu()
+        config = open_checkpoint(folder.parent / "tiny").config
+        shapes = [make(config, PROFILE) for make in (prefill_shapes, decode_shapes)[:profiles]]
+        module = fake_module(folder, gpu, shapes, version)
+        monkeypatch.setattr(plan_files, "Gpu", gpu.open)
+        monkeypatch.setattr(plan_files.importlib.util, "find_spec", lambda name: object())
+        monkeypatch.setattr(plan_files.importlib, "import_module", lambda name: module)
+        return gpu, module
+
+    return install
+
+
+def of_the_onnx(folder: Path, prompt: int, steps: int) -> list[np.ndarray]:
+    session = OrtSession(folder, RuntimeOptions(threads=1))
+    found = [session.prefill(IDS[:prompt])]
+    found += [session.decode(int(token)) for token in IDS[prompt : prompt + steps]]
+    session.close()
+    return found
+
+
+@pytest.mark.parametrize("profiles", [1, 2])
+@pytest.mark.parametrize("prompt", [1, 7, 16, 33])
+def test_prefill_and_decode_give_the_graphs_logits(device: Callable, folder: Path, profiles: int, prompt: int) -> None:
+    """33 tokens go in three pieces: a profile takes 16 at once."""
+    gpu, module = device(profiles=profiles)
+    session = open_session(folder)
+    assert isinstance(session, PlanSession)
+    assert (session.runtime, session.version, session.device) == ("tensorrt-rtx", "1.7.1.116", "cuda (Fake RTX, 8.9)")
+    ours = [session.prefill(IDS[:prompt]), *(session.decode(int(token)) for token in IDS[prompt : prompt + 4])]
+    for mine, theirs in zip(ours, of_the_onnx(folder, prompt, 4), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-3)
+    pieces = [16, 16, 1] if prompt == 33 else [prompt]
+    steps = module.made[0].steps
+    assert [count for _, count in steps] == [*pieces, 1, 1, 1, 1]
+    # The profile that is made for one token takes one token, where there is one.
+    assert all(number == (1 if profiles == 2 and count == 1 else 0) for number, count in steps)
+    session.close()
+    assert gpu.closed
+    assert not gpu.buffers
+
+
+def test_a_new_sequence_forgets_the_last(device: Callable, folder: Path) -> None:
+    device()
+    session = open_session(folder)
+    first = session.prefill(IDS[:9])
+    session.decode(5)
+    np.testing.assert_array_equal(session.prefill(IDS[:9]), first)
+    session.close()
+
+
+def test_caches_stay_on_the_device(device: Callable, folder: Path) -> None:
+    """Ids, positions and mask go there, logits come back: nothing of the size of a cache does either."""
+    gpu, _ = device()
+    session = open_session(folder)
+    session.prefill(IDS[:12])
+    gpu.uploads.clear()
+    gpu.downloads.clear()
+    session.decode(1)
+    assert sorted(gpu.uploads) == [8, 8, 13 * 8]
+    assert gpu.downloads == [session.vocab_size * 4]
+    assert session.device_memory_bytes > 0
+    session.close()
+
+
+def test_a_cache_grows_with_what_is_in_it(device: Callable, folder: Path) -> None:
+    device()
+    session = open_session(folder, RuntimeOptions(context=8))
+    ours = [session.prefill(IDS[:6]), *(session.decode(int(token)) for token in IDS[6:30])]
+    for mine, theirs in zip(ours, of_the_onnx(folder, 6, 24), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-3)
+    session.close()
+
+
+def test_tokens_beyond_the_context_are_refused(device: Callable, folder: Path) -> None:
+    device()
+    session = open_session(folder)
+    assert session.context == PROFILE.max_context + 1
+    with pytest.raises(InputError, match="98 tokens, between 1 and 97"):
+        session.prefill(np.zeros(98, np.int32))
+    session.prefill(np.zeros(97, np.int32))
+    with pytest.raises(InputError, match="98 tokens"):
+        session.decode(0)
+    with pytest.raises(InputError, match="vocabulary"):
+        session.prefill(np.array([320], np.int32))
+    session.close()
+
+
+def test_what_tensorrt_says_is_the_error(device: Callable, folder: Path) -> None:
+    _, module = device()
+    session = open_session(folder)
+    module.made[0].fails = True
+    with pytest.raises(InputError, match=r"Error Code 1: the kernel failed\)$"):
+        session.prefill(IDS[:3])
+    session.close()
+
+
+def test_a_plan_that_is_none(device: Callable, folder: Path, tmp_path: Path) -> None:
+    device()
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "model.plan").unlink()
+    (tmp_path / "model.plan").write_bytes(b"none")
+    with pytest.raises(InputError, match="magic tag does not match"):
+        open_session(tmp_path)
+
+
+def test_a_full_gpu_is_a_lack_of_memory(device: Callable, folder: Path) -> None:
+    device(FakeGpu(room=1000))
+    with pytest.raises(ResourceError, match="GPU's memory is full"):
+        open_session(folder)
+
+
+NOT_HERE: list[tuple[dict[str, Any], str]] = [
+    ({"gpu": FakeGpu(capability="9.0", name="H200")}, "H200 has compute capability 9.0, the plan is for 8.9, 12.0"),
+    ({"version": "1.6.0.50"}, "tensorrt-rtx 1.6.0.50 is installed, the plan is one of 1.7.1.116"),
+]
+
+
+@pytest.mark.parametrize(("given", "reason"), NOT_HERE, ids=["device", "version"])
+def test_a_plan_of_another_device_or_version(device: Callable, folder: Path, given: dict, reason: str) -> None:
+    """Asked for by name it is refused; else its ONNX runs, and says why."""
+    device(**given)
+    with pytest.raises(MissingRuntimeError) as caught:
+        open_session(folder, RuntimeOptions(device="plan"))
+    assert str(caught.value) == reason
+    assert caught.value.hint
+    session = open_session(folder)
+    assert session.runtime == "onnxruntime (the plan's ONNX)"
+    assert session.plan_not_run == reason
+    session.close()
+
+
+def test_without_a_driver_the_onnx_runs_and_says_so(folder: Path) -> None:
+    with pytest.raises(MissingRuntimeError, match=r"no NVIDIA driver is here \(libcuda.so.1\)|no usable NVIDIA GPU"):
+        open_session(folder, RuntimeOptions(device="plan"))
+    session = open_session(folder, RuntimeOptions(threads=1))
+    assert (session.runtime, session.device) == ("onnxruntime (the plan's ONNX)", "cpu")
+    assert "NVIDIA" in session.plan_not_run
+    session.close()
+
+
+WRONG: list[tuple[RuntimeOptions, type[ExportError], str]] = [
+    (RuntimeOptions(device="tpu"), InputError, "--device tpu: one of cpu, cuda, rtx, plan"),
+    (RuntimeOptions(device="plan", exact=True), InputError, "--exact"),
+]
+
+
+@pytest.mark.parametrize(("options", "kind", "reason"), WRONG, ids=["unknown", "exact"])
+def test_devices_that_cannot_be(folder: Path, options: RuntimeOptions, kind: type[ExportError], reason: str) -> None:
+    with pytest.raises(kind, match=reason):
+        open_session(folder, options)
+
+
+def test_only_a_folder_with_a_plan_runs_one(folder: Path, tmp_path: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != "model.plan":
+            (tmp_path / path.name).symlink_to(path)
+    with pytest.raises(InputError, match="no plan in it"):
+        open_session(tmp_path, RuntimeOptions(device="plan"))
+    with pytest.raises(InputError, match="--device plan is for ONNX and TensorRT folders"):
+        open_session(folder.parent / "tiny", RuntimeOptions(device="plan"))
