@@ -252,7 +252,10 @@ def _costs(result: dict[str, Any]) -> dict[str, str]:
 
 
 def _plan(result: dict[str, Any]) -> dict[str, str]:
-    """What building a plan took, beside what was predicted; or the command that builds it elsewhere."""
+    """What building a plan took, and was predicted to take.
+
+    Or the command that builds it elsewhere.
+    """
     if "trtexec" in result:
         return {"build on its device": result["trtexec"]}
     if "build" not in result:

@@ -1,4 +1,4 @@
-"""The NVIDIA GPU of this machine: its name and capability, buffers, copies, and one stream.
+"""The NVIDIA GPU of this machine: name, capability, buffers, copies, one stream.
 
 Everything goes through the driver's own library, whose interface is stable. Nothing has to be installed for it: where
 there is a GPU, there is `libcuda.so.1`.

@@ -119,7 +119,10 @@ def check_runnable(artifact: Path, device: str | None, exact: bool = False) -> N
 
 
 def of_a_plan(session: Session) -> dict[str, Any]:
-    """What a report says of a TensorRT folder: why its plan did not run, or the GPU's memory that it took."""
+    """What a report says of a TensorRT folder beside its figures.
+
+    Why its plan did not run, or the GPU's memory that it took.
+    """
     told = {name: getattr(session, name, None) for name in ("plan_not_run", "device_memory_bytes")}
     return {name: value for name, value in told.items() if value is not None}
 

@@ -28,7 +28,10 @@ _HEAVY = ("MatMul", "Gemm", "Attention", "MoE")
 
 @dataclass(frozen=True)
 class Provider:
-    """An execution provider of ONNX Runtime: where its buffers lie, its plugin's module, and the remedy without it."""
+    """An execution provider of ONNX Runtime.
+
+    It has the place of its buffers, its plugin's module, and the remedy without it.
+    """
 
     name: str
     memory: str
@@ -122,7 +125,10 @@ def _plugin_devices(onnxruntime: Any, provider: Provider) -> list[Any]:
 
 
 def _check_assignment(session: Any, provider: Provider, where: Path) -> None:
-    """Products and attention must run on the provider: shapes and indices may stay on the processor."""
+    """Products and attention must run on the provider.
+
+    Shapes and indices may stay on the processor.
+    """
     left = set()
     for part in session.get_provider_graph_assignment_info():
         if part.ep_name != provider.name:

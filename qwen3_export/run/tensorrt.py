@@ -1,4 +1,4 @@
-"""A TensorRT plan on its GPU: buffers that stay on the device, logits that come back.
+"""A TensorRT plan on its GPU: buffers stay there, logits come back.
 
     past_key_values.N.key    buffer A ─┐                    ┌─▶ buffer B   present.N.key
     input_ids, positions, mask ────────┴─ one step ─────────┴─▶ logits ─▶ this machine's memory
@@ -35,7 +35,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Profile:
-    """One optimization profile: the smallest and largest shape of every input, and a context that runs it."""
+    """One optimization profile, and a context that runs it.
+
+    It has the smallest and the largest shape of every input.
+    """
 
     number: int
     smallest: Mapping[str, Shape]
@@ -58,7 +61,10 @@ class Profile:
 
 @dataclass
 class _Cache:
-    """Two buffers of one past and its present; `row_bytes` is one position of all heads."""
+    """Two buffers of one past and its present.
+
+    `row_bytes` is one position of all heads.
+    """
 
     shape: Shape
     row_bytes: int

@@ -1,4 +1,6 @@
-"""Products whose inputs are rounded too, as TensorRT's parser takes them: Q/DQ pairs with constant scales.
+"""Products whose inputs are rounded too, as TensorRT's parser takes them.
+
+That is, as Q/DQ pairs with constant scales.
 
     one scale for all      x ─ Q(scale) ─ DQ(scale) ─▶ MatMul
     one per token          x / s ─ Q(1) ─ DQ(2^-9) ─▶ MatMul ─ · s · 2^9      s = max|x| / 127.5, or / 448 for E4M3
@@ -27,7 +29,10 @@ _SMALL = 2.0**-9
 def product(
     graph: GraphBuilder, x: ir.Value, weight: QuantizedTensor, matrix: ir.Value, dtype: ir.DataType, name: str
 ) -> ir.Value:
-    """`x @ matrix`, with `x` rounded as the weight's scheme says; in the type of `x`."""
+    """`x @ matrix` in the type of `x`.
+
+    `x` is rounded as the weight's scheme says.
+    """
     op, activations = graph.op, weight.scheme.activations
     if activations is None:
         return op("MatMul", [x, matrix], name)

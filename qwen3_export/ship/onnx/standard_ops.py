@@ -244,7 +244,10 @@ class StandardOps:
         return self.graph.as_type(logits, self.dtype, _FLOAT, "head.fp32")
 
     def _head_from_the_left(self, x: ir.Value, matrix: ir.Value) -> ir.Value:
-        """(W xᵀ)ᵀ: TensorRT stores a quantized table once where nothing turns it, and a second time where it is."""
+        """(W xᵀ)ᵀ: the table is not turned.
+
+        TensorRT stores a quantized table a second time where it is.
+        """
         op = self.graph.op
         column = op("Transpose", [x], "head.columns", perm=[0, 2, 1])
         logits = op("Transpose", [op("MatMul", [matrix, column], "head")], "head.rows", perm=[0, 2, 1])

@@ -104,7 +104,10 @@ def profiles_of(checkpoint: Checkpoint, profile: Profile) -> list[Shapes]:
 
 
 def _named(engine: str, capabilities: Sequence[str], built: dict[str, Any] | None) -> list[str]:
-    """The compute capabilities that a plan is for: those asked for, or that of the GPU it was built on."""
+    """The compute capabilities that a plan is for.
+
+    They are those asked for, or that of the GPU it was built on.
+    """
     if engine == "rtx":
         return list(capabilities)
     return [str(built["capability"])] if built and built.get("capability") else []
@@ -117,7 +120,10 @@ def _built(
     profiles: Sequence[Shapes],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Build the plan and check what came out, with what was predicted beside what it took."""
+    """Build the plan and check what came out.
+
+    What was predicted stands beside what it took.
+    """
     started = time.monotonic()
     with progress.bar("build plan", 1) as tick:
         built = _build(folder, engine, capabilities, profiles)
@@ -181,7 +187,10 @@ def check_request(
 
 
 def _check_builder(checkpoint: Checkpoint, engine: str, profile: Profile) -> None:
-    """Raise MissingRuntimeError without the engine's library; of `trt` it gives the line for the device."""
+    """Raise MissingRuntimeError without the engine's library.
+
+    Of `trt` it gives the line for the device.
+    """
     if importlib.util.find_spec(MODULES[engine]) is not None:
         return
     hint = INSTALL[engine]

@@ -50,7 +50,10 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _strongly_typed(trt: Any) -> int:
-    """The flag of versions that ask for it; from TensorRT 11 on every network is strongly typed."""
+    """The flag, where a version asks for it.
+
+    From TensorRT 11 on every network is strongly typed.
+    """
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
@@ -109,7 +112,10 @@ def _parse(trt: Any, network: Any, log: Any, path: str) -> None:
 
 
 def _add_profile(builder: Any, network: Any, config: Any, shapes: dict[str, list[list[int]]]) -> None:
-    """One profile: the given (smallest, likely, largest) shape of every input, and of no other."""
+    """One profile, of every input and no other.
+
+    Each has the given (smallest, likely, largest) shape.
+    """
     names = {network.get_input(index).name for index in range(network.num_inputs)}
     if names != set(shapes):
         raise BuildError(f"the graph has other inputs than the profile: {', '.join(sorted(names ^ set(shapes)))}")

@@ -1,4 +1,6 @@
-"""What building a plan takes: memory and time, predicted from the size of its ONNX.
+"""What building a plan takes: memory and time.
+
+Both are predicted from the size of its ONNX.
 
 Measured with TensorRT-RTX 1.7, from the reference model to the shape of Qwen3-0.6B; see docs/nvidia.md.
 """

@@ -33,7 +33,10 @@ class Profile:
 
 
 def default_profile(config: Qwen3Config, max_prompt: int | None = None, max_context: int | None = None) -> Profile:
-    """What was asked for, else 1024 tokens at once and a cache of 4096, within the model's positions."""
+    """What was asked for, else 1024 tokens at once and a cache of 4096.
+
+    Both lie within the model's positions.
+    """
     longest = config.max_position
     return Profile(max_prompt or min(1024, longest), max_context or min(4096, longest))
 

@@ -56,7 +56,10 @@ class Kind:
 
 
 def kind_of(artifact: Path) -> Kind:
-    """ONNX folder, GGUF file, TensorRT folder, or a folder for vLLM; InputError for what is none."""
+    """ONNX folder, GGUF file, TensorRT folder, or a folder for vLLM.
+
+    Raises InputError for what is none.
+    """
     hint = "give a .gguf file, an ONNX folder, a TensorRT folder or a quantized folder"
     if artifact.is_file():
         with artifact.open("rb") as file:
@@ -73,7 +76,10 @@ def kind_of(artifact: Path) -> Kind:
 
 
 def _plan(artifact: Path) -> Kind:
-    """A TensorRT folder is served by its plan alone: where that cannot run, the server refuses the model."""
+    """A TensorRT folder, which is served by its plan alone.
+
+    Where that cannot run, the server refuses the model.
+    """
     described = read_object(artifact / "engine.json", hint="export the folder again")
     if not (artifact / "model.plan").is_file() or described.get("engine") not in REQUIREMENTS:
         raise InputError(f"{artifact}: its plan has not been built", "build it on its device, as engine.json says")
