@@ -56,6 +56,7 @@ JOBS = (
     Job("llmcompressor", "rtn", SCHEME),
     Job("ours", "gptq-plain-w4a16-g128", SCHEME),
     Job("ours", "gptq-w4a16-g128", SCHEME),
+    Job("ours", "gptq-w4a16-g128-unfolded", SCHEME),
     Job("ours", "gptq-max-w4a16-g128", SCHEME),
     Job("gptqmodel", "gptq", SCHEME),
     Job("llmcompressor", "gptq", SCHEME),

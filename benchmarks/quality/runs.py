@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 PACKAGE = Path(qwen3_export.__file__).resolve().parent
 WINDOW = 256
 # The parts of our package that can change what a recipe makes.
-CODE = ("core/**/*.py", "model/*.py", "solve/**/*.py", "text.py")
+CODE = tuple(f"{wing}/**/*.py" for wing in ("core", "ggml", "model", "solve", "text"))
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 TOKENS_AT_ONCE = 4096
 # Tokens that stand for all of a layer at an expert's down_proj, unless the floor is higher.
 SAMPLE_TOKENS = 1024
-# A fold is searched on every fourth row.
-FOLD_EVERY = 4
+# A fold is searched on every eighth sample.
+FOLD_EVERY = 8
 # The pass that measures which outputs matter: output rows of a piece of G, tokens on the way back, and at the head.
 OUTPUT_PIECE = 256
 BACK_TOKENS = 2048

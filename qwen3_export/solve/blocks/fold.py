@@ -38,7 +38,7 @@ _EXPONENTS = [0.1 * step for step in range(1, 11)]
 # Experts whose rounding error speaks for all when a scale is searched before the router.
 _EXPERTS_TRIED = 8
 # So many rows of a linear, evenly chosen, speak for all of it.
-_ROWS_TRIED = 768
+_ROWS_TRIED = 96
 # Less than this is noise, and a fold is a change to more weights.
 _LEAST_GAIN = 0.1
 

@@ -19,7 +19,7 @@ end, and a tied matrix does both (`mixed_precision.embedding_units`).
     loss(unit, scheme) = KL(unit, probe) · tr(ΔHΔᵀ)(scheme) / tr(ΔHΔᵀ)(probe)
 
 Where the recipe folds scales (`blocks.fold`), every block is folded before its units are measured, on every
-fourth calibration sample and with the probes: the model stays the same function.
+eighth calibration sample and with the probes: the model stays the same function.
 
 Two blocks are in memory; hidden states are files of samples `[1, tokens, hidden]` in fp32, of which there
 is one set per unit. Of L blocks a measured sample costs some 2·L forward passes (3.5·L if linears are not

@@ -272,10 +272,10 @@ def test_a_fold_at_the_norm_sees_all_tokens_even_if_the_first_expert_sees_none(
 
     monkeypatch.setattr(fold, "search_scales", spy)
     quantize(open_checkpoint(source), recipe("awq"), tmp_path / "out", settings)
-    # Every fourth of 11 rows.
-    assert tokens["post_attention_layernorm"] == 3 * LENGTH
-    # Mixed up to a quarter of the floor.
-    assert tokens[f"mlp.experts.{NEVER}.up_proj"] == -(-FLOOR // 4)
+    # Every eighth of 11 rows.
+    assert tokens["post_attention_layernorm"] == 2 * LENGTH
+    # Mixed up to an eighth of the floor.
+    assert tokens[f"mlp.experts.{NEVER}.up_proj"] == -(-FLOOR // 8)
 
 
 @pytest.mark.parametrize("fallback", ["share", "rtn"])
