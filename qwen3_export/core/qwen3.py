@@ -16,60 +16,19 @@ lm_head                                  [vocab, hidden]                 absent 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from qwen3_export.core.architecture import BlockDescription, describe_block
-from qwen3_export.errors import CheckpointError, InputWarning
+from qwen3_export.core.config_values import read_flag, read_number, read_size
+from qwen3_export.core.rope import Rope, read_rope
+from qwen3_export.errors import CheckpointError
 
 MODEL_TYPES = ("qwen3", "qwen3_moe")
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 # Far above any model; a damaged number must not fill the memory with tensor names.
 _MOST_LAYERS, _MOST_EXPERTS = 1000, 1024
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding; `factor` and what follows are YaRN's (Peng et al. 2023)."""
-
-    theta: float
-    kind: str = "default"
-    factor: float = 1.0
-    original_max_position: int = 0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float = 1.0
-    truncate: bool = True
-
-    def inverse_frequencies(self, head_dim: int) -> NDArray[np.float32]:
-        """Rotation speed of each of the `head_dim / 2` pairs, in radians per position."""
-        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        plain = np.float32(1.0) / np.power(np.float32(self.theta), exponents)
-        if self.kind == "default":
-            return plain
-        low, high = (self._pair_with_turns(turns, head_dim) for turns in (self.beta_fast, self.beta_slow))
-        if self.truncate:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, head_dim - 1)
-        ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(max(high - low, 0.001))
-        keep = np.float32(1.0) - np.clip(ramp, 0, 1).astype(np.float32)
-        return plain / np.float32(self.factor) * (1 - keep) + plain * keep
-
-    def _pair_with_turns(self, turns: float, head_dim: int) -> float:
-        """Index of the pair that makes this many full turns over the original context."""
-        ratio = self.original_max_position / (turns * 2 * math.pi)
-        return head_dim * math.log(ratio) / (2 * math.log(self.theta))
-
-    def cos_sin(self, head_dim: int, positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Tables `[positions, head_dim / 2]`, YaRN's attention factor multiplied in."""
-        angles = np.arange(positions, dtype=np.float32)[:, None] * self.inverse_frequencies(head_dim)
-        scale = np.float32(self.attention_factor)
-        return np.cos(angles) * scale, np.sin(angles) * scale
 
 
 @dataclass(frozen=True)
@@ -186,21 +145,21 @@ def parse_config(values: object, where: str) -> Qwen3Config:
             f"supported architectures: {', '.join(MODEL_TYPES)} (text models of the Qwen3 family)",
         )
     _refuse_unsupported(values, where)
-    hidden, heads = _size(values, "hidden_size", where), _size(values, "num_attention_heads", where)
+    hidden, heads = read_size(values, "hidden_size", where), read_size(values, "num_attention_heads", where)
     config = Qwen3Config(
         model_type=model_type,
-        vocab_size=_size(values, "vocab_size", where),
+        vocab_size=read_size(values, "vocab_size", where),
         hidden_size=hidden,
-        intermediate_size=_size(values, "intermediate_size", where),
-        num_layers=_size(values, "num_hidden_layers", where, most=_MOST_LAYERS),
+        intermediate_size=read_size(values, "intermediate_size", where),
+        num_layers=read_size(values, "num_hidden_layers", where, most=_MOST_LAYERS),
         num_heads=heads,
-        num_kv_heads=_size(values, "num_key_value_heads", where, default=heads),
+        num_kv_heads=read_size(values, "num_key_value_heads", where, default=heads),
         # transformers' defaults: dense configurations have one, MoE configurations derive it.
-        head_dim=_size(values, "head_dim", where, default=128 if model_type == "qwen3" else hidden // heads or 1),
-        rms_norm_eps=_number(values, "rms_norm_eps", where, 1e-6),
-        rope=_rope(values, where),
-        max_position=_size(values, "max_position_embeddings", where),
-        tie_word_embeddings=_flag(values, "tie_word_embeddings", where),
+        head_dim=read_size(values, "head_dim", where, default=128 if model_type == "qwen3" else hidden // heads or 1),
+        rms_norm_eps=read_number(values, "rms_norm_eps", where, 1e-6),
+        rope=read_rope(values, where),
+        max_position=read_size(values, "max_position_embeddings", where),
+        tie_word_embeddings=read_flag(values, "tie_word_embeddings", where),
         **(_experts(values, where) if model_type == "qwen3_moe" else {}),
     )
     if config.num_heads % config.num_kv_heads or config.head_dim % 2:
@@ -220,102 +179,20 @@ def _refuse_unsupported(values: Mapping[str, Any], where: str) -> None:
 
 
 def _experts(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    layers = _size(values, "num_hidden_layers", where, most=_MOST_LAYERS)
-    step = _size(values, "decoder_sparse_step", where, default=1)
+    layers = read_size(values, "num_hidden_layers", where, most=_MOST_LAYERS)
+    step = read_size(values, "decoder_sparse_step", where, default=1)
     dense_only = values.get("mlp_only_layers") or []
     if not isinstance(dense_only, list):
         raise CheckpointError(f"{where}: mlp_only_layers is {dense_only!r}, a list of layers was expected")
     spelled = "num_experts" if values.get("num_local_experts") is None else "num_local_experts"
-    experts = _size(values, spelled, where, most=_MOST_EXPERTS)
-    per_token = _size(values, "num_experts_per_tok", where, default=8)
+    experts = read_size(values, spelled, where, most=_MOST_EXPERTS)
+    per_token = read_size(values, "num_experts_per_tok", where, default=8)
     if per_token > experts:
         raise CheckpointError(f"{where}: num_experts_per_tok is {per_token}, but there are {experts} experts")
     return {
         "num_experts": experts,
         "experts_per_token": per_token,
-        "moe_intermediate_size": _size(values, "moe_intermediate_size", where),
-        "norm_topk_prob": _flag(values, "norm_topk_prob", where),
+        "moe_intermediate_size": read_size(values, "moe_intermediate_size", where),
+        "norm_topk_prob": read_flag(values, "norm_topk_prob", where),
         "sparse_layers": tuple(i for i in range(layers) if i not in dense_only and (i + 1) % step == 0),
     }
-
-
-def _rope(values: Mapping[str, Any], where: str) -> Rope:
-    """`rope_theta` + `rope_scaling` (4.x) or `rope_parameters` (5.x); both may be given, but must agree."""
-    given = [values[key] for key in ("rope_parameters", "rope_scaling") if values.get(key)]
-    if not all(isinstance(item, dict) for item in given):
-        raise CheckpointError(f"{where}: rope_parameters and rope_scaling must be objects")
-    thetas = [item["rope_theta"] for item in (values, *given) if item.get("rope_theta") is not None]
-    ropes = [_one_rope({**values, "rope_theta": t}, item, where) for t in thetas or [10000.0] for item in given or [{}]]
-    if any(rope != ropes[0] for rope in ropes):
-        raise CheckpointError(
-            f"{where}: rope_theta, rope_scaling and rope_parameters contradict each other",
-            "releases of transformers would read different models from it: keep only what the model was trained with",
-        )
-    return ropes[0]
-
-
-def _one_rope(values: Mapping[str, Any], scaling: Mapping[str, Any], where: str) -> Rope:
-    theta = _number(values, "rope_theta", where, None)
-    if {**values, **scaling}.get("partial_rotary_factor") not in (None, 1):
-        raise CheckpointError(f"{where}: partial_rotary_factor is not supported (no published Qwen3 model uses it)")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return Rope(theta)
-    if kind != "yarn":
-        raise CheckpointError(f"{where}: rope type {kind!r} is not supported; default and yarn are")
-    if "attn_factor" in scaling:
-        # transformers warns in the same case, and takes YaRN's own factor too.
-        warnings.warn(
-            f"{where}: attn_factor beside YaRN is read by nobody; what is meant may be attention_factor",
-            InputWarning,
-            stacklevel=2,
-        )
-    original = _size(scaling, "original_max_position_embeddings", where, values.get("max_position_embeddings"))
-    factor = _number(scaling, "factor", where, None)
-    if theta <= 1:
-        raise CheckpointError(f"{where}: rope_theta is {theta}, yarn needs one above 1")
-    return Rope(
-        theta=theta,
-        kind="yarn",
-        factor=factor,
-        original_max_position=original,
-        beta_fast=_number(scaling, "beta_fast", where, 32.0),
-        beta_slow=_number(scaling, "beta_slow", where, 1.0),
-        attention_factor=_number(scaling, "attention_factor", where, _yarn_attention(scaling, factor, where)),
-        truncate=_flag({"truncate": True, **scaling}, "truncate", where),
-    )
-
-
-def _yarn_attention(scaling: Mapping[str, Any], factor: float, where: str) -> float:
-    """YaRN's own attention factor; with `mscale` and `mscale_all_dim` both given, their ratio."""
-    if not (scaling.get("mscale") and scaling.get("mscale_all_dim")):
-        return _yarn_scale(factor, 1.0)
-    above, below = (_yarn_scale(factor, _number(scaling, key, where, None)) for key in ("mscale", "mscale_all_dim"))
-    return above / below
-
-
-def _yarn_scale(factor: float, mscale: float) -> float:
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
-def _size(values: Mapping[str, Any], key: str, where: str, default: Any = None, most: int = 2**31 - 1) -> int:
-    value = values.get(key)
-    value = default if value is None else value
-    if type(value) is not int or not 0 < value <= most:
-        raise CheckpointError(f"{where}: {key} is {value!r}, a positive whole number up to {most} was expected")
-    return value
-
-
-def _flag(values: Mapping[str, Any], key: str, where: str) -> bool:
-    value = values.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise CheckpointError(f"{where}: {key} is {value!r}, true or false was expected")
-    return bool(value)
-
-
-def _number(values: Mapping[str, Any], key: str, where: str, default: float | None) -> float:
-    value = values.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-        raise CheckpointError(f"{where}: {key} is {value!r}, a positive number was expected")
-    return float(value)

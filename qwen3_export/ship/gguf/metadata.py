@@ -16,7 +16,8 @@ import gguf
 
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.files import read_sidecar, read_text
-from qwen3_export.core.qwen3 import Qwen3Config, Rope
+from qwen3_export.core.qwen3 import Qwen3Config
+from qwen3_export.core.rope import Rope
 from qwen3_export.core.tokenizer_files import added_token_flags, chat_templates, stop_ids, tokenizer_values
 from qwen3_export.errors import CheckpointError, UnsupportedError
 
