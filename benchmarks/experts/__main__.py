@@ -20,12 +20,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.core.checkpoint import INDEX
 from qwen3_export.core.layouts import DEFAULT, layout
 from qwen3_export.core.manifest import to_json, write_manifest
 from qwen3_export.core.qwen3 import Qwen3Config, block_name, parse_config
 from qwen3_export.core.resources import resource
 from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.core.shards import INDEX
 from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor
 from qwen3_export.core.tensorfile import write_tensors
 

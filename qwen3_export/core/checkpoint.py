@@ -18,17 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.core import quantization_config
-from qwen3_export.core.files import read_json, read_object
+from qwen3_export.core.files import read_json
 from qwen3_export.core.layouts import DEFAULT, Stored, layout
 from qwen3_export.core.manifest import MANIFEST, beside, read_manifest, sha256_file
 from qwen3_export.core.qwen3 import Qwen3Config, parse_config
 from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.core.shards import INDEX, open_shards
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.core.tensor_names import refuse_adapter, with_usual_names
 from qwen3_export.core.tensorfile import DTYPES, Entry, Spec, TensorFile
 from qwen3_export.errors import CheckpointError, RecipeError
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _IGNORED = (".rotary_emb.inv_freq",)
 _SIDECARS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
 # What other tools say about their quantization: true of their folder alone.
@@ -182,7 +182,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     refuse_adapter(folder)
     raw = read_json(folder / "config.json", CheckpointError, "not a checkpoint folder?")
     config = parse_config(raw, str(folder / "config.json"))
-    files = with_usual_names(folder, _open_shards(folder), config)
+    files = with_usual_names(folder, open_shards(folder), config)
     manifest, quantization = read_manifest(folder), quantization_config.quantization_of(folder, raw, files)
     checkpoint = Checkpoint(folder.absolute(), config, raw, files, {})
     if quantization and isinstance(manifest.get("tensors"), dict):
@@ -202,34 +202,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     return replace(checkpoint, schemes=schemes, reordered=reordered)
-
-
-def _open_shards(folder: Path) -> dict[str, TensorFile]:
-    """`{tensor name: shard}`, from the single file or from the index.
-
-    The single file comes first, as in transformers.
-    """
-    if (folder / SINGLE).exists():
-        file = TensorFile(folder / SINGLE)
-        return dict.fromkeys(file.entries, file)
-    if not (folder / INDEX).exists():
-        raise CheckpointError(
-            f"{folder}: neither {SINGLE} nor {INDEX} is there", "only safetensors checkpoints are read"
-        )
-    weight_map = read_object(folder / INDEX, CheckpointError).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / INDEX}: no 'weight_map' object in it")
-    shards: dict[str, TensorFile] = {}
-    for tensor, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-            raise CheckpointError(f"{folder / INDEX}: tensor {tensor} points outside of the folder: {name!r}")
-        if name not in shards:
-            if not (folder / name).is_file():
-                raise CheckpointError(f"{folder / name}: shard is missing", "download the checkpoint again")
-            shards[name] = TensorFile(folder / name)
-        if tensor not in shards[name].entries:
-            raise CheckpointError(f"{folder / name}: tensor {tensor} is missing, though the index promises it")
-    return {tensor: shards[name] for tensor, name in weight_map.items()}
 
 
 def _schemes(folder: Path, tensors: Mapping[str, Any]) -> dict[str, QuantScheme]:

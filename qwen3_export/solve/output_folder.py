@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen3_export.core.checkpoint import INDEX, Checkpoint
+from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.layouts import layout
 from qwen3_export.core.manifest import sha256_file, to_json, write_manifest
 from qwen3_export.core.outputs import clear_partial, write_atomic
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, block_name
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.core.shards import INDEX
 from qwen3_export.core.tensorfile import Spec, TensorFile, TensorFileWriter
 from qwen3_export.errors import CheckpointError, ExportError, InputError, StateError
 from qwen3_export.solve.job import SolvedBlock, SolvedLinear

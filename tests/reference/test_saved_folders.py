@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qwen3_export.core.checkpoint import INDEX, open_checkpoint
+from qwen3_export.core.checkpoint import open_checkpoint
+from qwen3_export.core.shards import INDEX
 from qwen3_export.core.source import open_source
 from qwen3_export.solve.output_folder import readable_config
 from tests.conftest import tiny_config, tiny_moe_config

@@ -13,10 +13,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qwen3_export.core.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
+from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
 from qwen3_export.core.manifest import MANIFEST, read_manifest
 from qwen3_export.core.qwen3 import parse_config
 from qwen3_export.core.recipe import Recipe
+from qwen3_export.core.shards import INDEX, SINGLE
 from qwen3_export.core.source import open_source
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.core.tensorfile import write_tensors
