@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qwen3_export.cli import (  # noqa: F401  (they register their commands)
+    bench,
     calibrate,
     demo,
     gate,

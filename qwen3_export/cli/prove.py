@@ -1,4 +1,4 @@
-"""Commands that run artifacts and prove them: reference, validate, bench, run."""
+"""Commands that compare artifacts with the original: reference, validate."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def _validated(result: dict[str, Any]) -> None:
     ]
     table(headers, rows)
     for item in result["results"]:
-        _plan_note(item)
+        plan_note(item)
         if "explain" in item:
             _explained(item)
         if "tasks" in item:
@@ -213,7 +213,7 @@ def _validated(result: dict[str, Any]) -> None:
                 print(f"{item['artifact']}: passed, but {doubt(check)}")
 
 
-def _plan_note(item: dict[str, Any]) -> None:
+def plan_note(item: dict[str, Any]) -> None:
     """Why a TensorRT folder's ONNX was run in place of its plan."""
     if "plan_not_run" in item:
         print(f"{item['artifact']}: its ONNX ran in ONNX Runtime, not its plan: {item['plan_not_run']}")
@@ -240,95 +240,3 @@ def _tasks(found: dict[str, Any]) -> str:
         f"{found['right_to_wrong']} from right to wrong, {found['wrong_to_right']} the other way "
         f"(lost {found['lost_share']:.1%}, 95 % {low:.1%} … {high:.1%})"
     )
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    try:
-        counts = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        counts = ()
-    if not counts or min(counts) < 1:
-        raise InputError(f"--prompt-tokens {text}: numbers such as 128,512 were expected")
-    return counts
-
-
-@app.command(epilog="Example: qwen3-export bench model-onnx model.gguf --prompt-tokens 128,512 --new-tokens 32")
-def bench(
-    artifacts: Artifacts,
-    prompt_tokens: Annotated[str, typer.Option(help="Prompt lengths, comma-separated.")] = "128,512",
-    new_tokens: Annotated[
-        int, typer.Option(min=1, max=1 << 20, help="Tokens to decode after the shortest prompt.")
-    ] = 64,
-    threads: Threads = None,
-    device: RunDevice = None,
-    repeat: Annotated[int, typer.Option(min=1, max=10_000, help="Timed runs after one warm-up.")] = 5,
-    gate: Annotated[Path | None, typer.Option(help="YAML or JSON file of limits; those on latency apply.")] = None,
-    text: Texts = None,
-    report: Report = None,
-    force: Force = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
-    """Measure prefill, decode, load time and peak memory on this device."""
-    from qwen3_export.prove.latency import Workload, judged
-    from qwen3_export.prove.latency import bench as run
-    from qwen3_export.prove.report import append_summary, write_report
-
-    show = console(json, quiet, verbose)
-    workload = Workload(_counts(prompt_tokens), new_tokens, repeat, threads, tuple(text or ()), device)
-    limits = _latency_limits(gate, show) if gate else {}
-    paths = [find(artifact, device) for artifact in artifacts]
-    if report:
-        check_output(report, [*paths, gate, *workload.texts], force)
-    result = judged(run(paths, workload, show), limits)
-    if report:
-        write_report(report, result, force, title="Latency")
-    append_summary(result, "Latency")
-    show.result(result, lambda: _benched(result))
-    if not result["passed"]:
-        raise typer.Exit(1)
-
-
-def _latency_limits(gate: Path, show: Console) -> dict[str, float]:
-    """The limits of a gate file that a latency run can check.
-
-    Raises InputError when it has none.
-    """
-    from qwen3_export.prove.limits import is_latency, read_limits
-
-    limits = read_limits(gate)
-    mine = {name: value for name, value in limits.items() if is_latency(name)}
-    if not mine:
-        raise InputError(f"{gate}: it has no limit on latency", "validate checks limits on drift and size")
-    if len(mine) < len(limits):
-        show.say(f"note: {len(limits) - len(mine)} limits of {gate} are on drift or size: validate checks them")
-    return mine
-
-
-def _benched(result: dict[str, Any]) -> None:
-    from qwen3_export.prove.gate import explain
-
-    rows = []
-    for item in result["results"]:
-        for index, prefill in enumerate(item["prefill"]):
-            decode = item["decode"]
-            rows.append(
-                [
-                    Path(item["artifact"]).name if index == 0 else "",
-                    item["runtime"] if index == 0 else "",
-                    str(prefill["prompt_tokens"]),
-                    f"{prefill['tokens_per_second']:.0f}",
-                    f"{decode['tokens_per_second_p50']:.0f}" if index == 0 else "",
-                    f"{1000 * decode['p99']:.1f}" if index == 0 else "",
-                    f"{item['load_seconds']:.2f}" if index == 0 else "",
-                    size(item["peak_rss_bytes"]) if index == 0 else "",
-                ]
-            )
-    headers = ["artifact", "runtime", "prompt", "prefill tok/s", "decode tok/s", "p99 ms/tok", "load s", "peak memory"]
-    table(headers, rows)
-    for item in result["results"]:
-        _plan_note(item)
-        for check in item.get("gate", {}).get("checks", ()):
-            if not check["passed"]:
-                print(f"{item['artifact']}: {explain(check)}")
