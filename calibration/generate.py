@@ -24,12 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from makers import chats, maths, structured
 from makers.common import WORLDS, Content, Dice, Message, World
+from makers.recipes import RECIPES
 
 HERE = Path(__file__).resolve().parent
 SPLITS = tuple(WORLDS)
-RECIPES = maths.RECIPES + structured.RECIPES + chats.RECIPES
 DOMAINS = (
     "english",
     "chinese",
