@@ -11,6 +11,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from qwen3_export.api import Result, bench, export, plan, quantize, validate
+from qwen3_export.api import bench, export, plan, quantize, validate
+from qwen3_export.result import Result
 
 __all__ = ["Result", "bench", "export", "plan", "quantize", "validate"]

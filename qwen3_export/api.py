@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import html
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from qwen3_export.errors import InputError
+from qwen3_export.result import Result
 
 if TYPE_CHECKING:
     from qwen3_export.core.progress import Progress
@@ -28,47 +28,6 @@ Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
 OnProgress = Callable[[str, int, int], None]
 FORMATS = ("onnx", "gguf", "tensorrt")
-# What a notebook shows of each kind of result, where it is there: heading and place of the value.
-_COLUMNS = {
-    "artifact": "artifact",
-    "runtime": "runtime",
-    "KL (nats)": "kl_mean",
-    "top-1": "top1_agreement",
-    "ppl ratio": "ppl_ratio",
-    "bytes": "bytes",
-    "load s": "load_seconds",
-    "decode tok/s": "decode.tokens_per_second_p50",
-    "passed": "gate.passed",
-}
-
-
-class Result(dict[str, Any]):
-    """A command's JSON result, which a notebook shows as a table."""
-
-    def _repr_html_(self) -> str:
-        results = self.get("results")
-        if not isinstance(results, list):
-            rows = [[key, _shown(value)] for key, value in self.items() if not isinstance(value, list | dict)]
-            return _html_table(["", ""], rows)
-        named = {name: path for name, path in _COLUMNS.items() if any(_at(item, path) is not None for item in results)}
-        return _html_table(list(named), [[_shown(_at(item, path)) for path in named.values()] for item in results])
-
-
-def _at(item: Mapping[str, Any], path: str) -> Any:
-    found: Any = item
-    for key in path.split("."):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return found
-
-
-def _shown(value: object) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else "-" if value is None else str(value)
-
-
-def _html_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in headers)
-    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def refuse_unknown(function: str, given: Sequence[str], known: Sequence[str]) -> None:
