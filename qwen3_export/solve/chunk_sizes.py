@@ -19,9 +19,11 @@ TOP_TOKENS = 128
 PIECE_WEIGHTS = 1 << 24
 
 
-def out_rows_at_once(width: int) -> int:
-    """Output rows that are solved together, a multiple of 512.
+def samples_at_once(length: int) -> int:
+    """Samples of `length` tokens whose inputs are in memory together."""
+    return max(1, TOKENS_AT_ONCE // length)
 
-    The matrix has `width` inputs.
-    """
+
+def out_rows_at_once(width: int) -> int:
+    """Output rows of a matrix of `width` inputs that are solved together, a multiple of 512."""
     return max(PIECE_WEIGHTS // width // 512, 1) * 512

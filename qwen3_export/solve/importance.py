@@ -1,12 +1,14 @@
 """`calibrate`: sizes of every linear's inputs, as an importance matrix for llama.cpp.
 
-Samples run through one block after the other, as in `blocks.block`, each block as it is stored. Of every linear's
-inputs the squares are added up, of an expert those of its own tokens, and the tokens are counted.
+Samples run through the blocks as in `quantize` (`blocks.forward`), each block as it is stored. An importance matrix is
+the diagonal of every linear's Σ x xᵀ, so only squares are added up: the whole matrix would cost far more. For an expert
+the squares are those of its own tokens, which are counted.
 """
 
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from qwen3_export.core.architecture import Stage
 from qwen3_export.core.checkpoint import Checkpoint
@@ -26,17 +27,21 @@ from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.core.qwen3 import EMBEDDING, block_name
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.model.block import Block, State
-from qwen3_export.model.decoder import Rope, load_block, rope_tables
+from qwen3_export.model.decoder import load_block, rope_tables
 from qwen3_export.model.table import Table
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve.calibration.activations import SampleFile
+from qwen3_export.solve.blocks.forward import BlockRun, RunSettings, run_stage, start_run
+from qwen3_export.solve.calibration.activations import SampleFile, SpareFiles, write_embeddings
+from qwen3_export.solve.chunk_sizes import samples_at_once
 from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.quantize import calibration_of, check_device
 from qwen3_export.text.documents import source_name
 from qwen3_export.text.samples import Samples
 
-# Σ x² `[matrices, inputs]` and tokens `[matrices]` of a tensor.
-Sums = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
+# Σ x² `[matrices, inputs]` and the number of tokens `[matrices]`; `matrices` is 1, or the number of experts.
+Pair = tuple[NDArray[np.float64], NDArray[np.float64]]
+# By the name of the tensor in a GGUF file.
+Sums = dict[str, Pair]
 
 
 def calibrate(
@@ -89,30 +94,27 @@ def _experts(checkpoint: Checkpoint, sums: Sums) -> dict[str, Any] | None:
 def _run(
     checkpoint: Checkpoint, samples: Samples, device: str, pool: Workers, scratch: Path, progress: Progress
 ) -> Sums:
-    """All samples through all blocks.
+    """Sums over all samples, block after block.
 
-    Their hidden states are on the disk between two blocks.
+    Hidden states between two blocks are on the disk.
     """
-    config, length = checkpoint.config, len(samples.ids[0])
-    hidden, found = SampleFile(scratch / "hidden.samples", (1, length, config.hidden_size)), Sums()
-    table = Table(checkpoint.linear(EMBEDDING))
-    try:
-        for place, ids in enumerate(samples.ids):
-            hidden.write(place, table.rows(ids)[None])
-        del table
-        rope = rope_tables(config, 0, length, device)
-        with progress.bar(f"calibrate on {checkpoint.name}", config.num_layers) as tick:
-            for layer in range(config.num_layers):
-                block = _block(checkpoint, layer, device, pool)
-
-                def step(place: int, block: Block = block) -> Sums:
-                    return _pass(block, hidden, place, rope, device)
-
-                for part in pool.map(step, range(len(samples.ids))):
-                    _add(found, part)
-                tick()
-    finally:
-        hidden.close(remove=True)
+    config, length, found = checkpoint.config, len(samples.ids[0]), Sums()
+    rope, spare_files = rope_tables(config, 0, length, device), SpareFiles(scratch / "spare")
+    settings = RunSettings(pool, rope, samples_at_once(length), device, spare_files=spare_files)
+    hidden = SampleFile(scratch / "embedding.samples", (1, length, config.hidden_size))
+    write_embeddings(hidden, Table(checkpoint.linear(EMBEDDING)), samples.ids)
+    with progress.bar(f"calibrate on {checkpoint.name}", config.num_layers) as tick:
+        for layer in range(config.num_layers):
+            block, before = _block(checkpoint, layer, device, pool), hidden
+            run = start_run(settings, block, before, scratch / f"states-{layer % 2}", len(samples.ids))
+            with closing(run.states):
+                for number, stage in enumerate(block.stages):
+                    found.update(_stage_sums(run, stage))
+                    run_stage(run, number)
+                hidden = run.states.take("residual")
+            spare_files.put(before.path)
+            tick()
+    hidden.close(remove=True)
     return found
 
 
@@ -125,46 +127,37 @@ def _block(checkpoint: Checkpoint, layer: int, device: str, pool: Workers) -> Bl
     return block.running(pool.matmul_dtype)
 
 
-def _pass(block: Block, hidden: SampleFile, place: int, rope: Rope, device: str) -> Sums:
-    """One sample through a block: the sums of its inputs at every stage.
-
-    What leaves the block replaces it.
-    """
-    state, found = block.initial_state(hidden.read(place).to(device)), Sums()
-    for number, stage in enumerate(block.stages):
-        found.update(_sums(block, stage, state))
-        state = block.advance(number, state, rope)
-    hidden.write(place, state["residual"])
-    return found
-
-
-def _sums(block: Block, stage: Stage, state: State) -> Sums:
-    """Σ x² of what the linears of a stage take in.
+def _stage_sums(run: BlockRun, stage: Stage) -> Sums:
+    """Sums of the inputs of one stage's linears over all samples.
 
     Linears that share their inputs share the arrays.
     """
-    squares, prefix = state["x"].float().square(), block_name(block.layer)
-    tensors = dict.fromkeys(f"{gguf_name(f'{prefix}.{name}')}.weight" for name in stage.groups[0])
+    use, prefix = run.settings, block_name(run.block.layer)
+
+    def one(sample: int) -> Pair:
+        state = run.states.read(sample, ("x", "experts"))
+        return _sums(stage, {name: tensor.to(use.device) for name, tensor in state.items()})
+
+    total: Pair | None = None
+    for begin in range(0, run.states.num_samples, use.samples_at_once):
+        some = range(begin, min(begin + use.samples_at_once, run.states.num_samples))
+        for squares, tokens in use.pool.map(one, some):
+            total = (squares, tokens) if total is None else (total[0] + squares, total[1] + tokens)
+    assert total is not None
+    return dict.fromkeys((f"{gguf_name(f'{prefix}.{name}')}.weight" for name in stage.groups[0]), total)
+
+
+def _sums(stage: Stage, state: State) -> Pair:
+    """Σ x² and number of one sample's inputs at a stage, by expert where it is routed."""
+    squares = state["x"].float().square()
     if not stage.routed:
-        total = _sum(squares)[None]
-        return dict.fromkeys(tensors, (total.numpy().astype(np.float64), np.array([float(squares[..., 0].numel())])))
-    chosen, experts = state["experts"].reshape(-1), stage.experts
+        flat = squares.reshape(-1, squares.shape[-1])
+        return flat.sum(0).cpu().numpy().astype(np.float64)[None], np.array([float(len(flat))])
+    chosen = state["experts"].reshape(-1).cpu()
     if squares.dim() == state["experts"].dim():
         # Inputs before they are sent to experts: each goes to several.
         squares = squares.unsqueeze(-2).expand(*state["experts"].shape, -1)
-    flat = squares.reshape(len(chosen), -1)
-    total = torch.zeros(experts, flat.shape[1]).index_add_(0, chosen.cpu(), flat.cpu())
-    tokens = torch.bincount(chosen.cpu(), minlength=experts).double()
-    return dict.fromkeys(tensors, (total.numpy().astype(np.float64), tokens.numpy()))
-
-
-def _sum(squares: Tensor) -> Tensor:
-    """Over all tokens `[inputs]`."""
-    return squares.reshape(-1, squares.shape[-1]).sum(0).cpu()
-
-
-def _add(found: Sums, part: Sums) -> None:
-    """Add one sample's sums, in fp64."""
-    for name, (total, tokens) in part.items():
-        before = found.get(name)
-        found[name] = (total, tokens) if before is None else (before[0] + total, before[1] + tokens)
+    flat = squares.reshape(len(chosen), -1).cpu()
+    total = torch.zeros(stage.experts, flat.shape[1]).index_add_(0, chosen, flat)
+    tokens = torch.bincount(chosen, minlength=stage.experts).double()
+    return total.numpy().astype(np.float64), tokens.numpy()

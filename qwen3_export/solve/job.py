@@ -14,7 +14,7 @@ from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.workers import Workers
-from qwen3_export.solve.chunk_sizes import TOKENS_AT_ONCE
+from qwen3_export.solve.chunk_sizes import samples_at_once
 from qwen3_export.solve.method import SolvedWeight, fold_of
 from qwen3_export.text.samples import Samples
 
@@ -97,7 +97,7 @@ class Job:
     def samples_at_once(self) -> int:
         """Calibration samples whose inputs are in memory together."""
         assert self.samples is not None
-        return max(1, TOKENS_AT_ONCE // len(self.samples.ids[0]))
+        return samples_at_once(len(self.samples.ids[0]))
 
     @property
     def needs_magnitudes(self) -> bool:

@@ -33,6 +33,7 @@ from qwen3_export.model.table import Table, to_torch
 from qwen3_export.solve.blocks.fold import apply_folds, choose_folds
 from qwen3_export.solve.blocks.forward import BlockRun, RunSettings, layer_inputs, run_stage, start_run
 from qwen3_export.solve.blocks.paired import add_missing_output, linear_inputs
+from qwen3_export.solve.calibration.activations import write_embeddings
 from qwen3_export.solve.calibration.experts import LayerInputs, LinearInputs, count_tokens
 from qwen3_export.solve.calibration.moments import Moments
 from qwen3_export.solve.chunk_sizes import FOLD_EVERY
@@ -51,8 +52,7 @@ def embed_samples(job: Job, quantized: QuantizedTensor | None = None) -> None:
         shipped = quantized if model == QUANTIZED else None
         table = Table(job.checkpoint.read(f"{EMBEDDING}.weight") if shipped is None else shipped)
         file = job.hidden_file(job.scratch / "embedding.samples")
-        for place, sample in enumerate(job.samples_of(model)):
-            file.write(place, table.rows(job.samples.ids[sample])[None])
+        write_embeddings(file, table, [job.samples.ids[sample] for sample in job.samples_of(model)])
         file.keep_as(job.hidden_path(0, model))
         file.close()
 

@@ -36,10 +36,10 @@ from qwen3_export.model.decoder import load_block, rope_tables
 from qwen3_export.model.table import Table, to_torch
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.blocks.paired import paired_inputs
-from qwen3_export.solve.calibration.activations import SampleFile
+from qwen3_export.solve.calibration.activations import SampleFile, write_embeddings
 from qwen3_export.solve.calibration.experts import LinearInputs
 from qwen3_export.solve.calibration.moments import Moments, SampleInputs, collect_moments
-from qwen3_export.solve.chunk_sizes import TOKENS_AT_ONCE, out_rows_at_once
+from qwen3_export.solve.chunk_sizes import out_rows_at_once, samples_at_once
 from qwen3_export.solve.job import ORIGINAL, Job, SolvedLinear
 from qwen3_export.solve.method import LinearGroup, SolvedWeight
 from qwen3_export.solve.rounding.nearest import round_group
@@ -92,8 +92,7 @@ def tied_hessian(
     """
     config = checkpoint.config
     table, rope = Table(checkpoint.read(f"{EMBEDDING}.weight")), rope_tables(config, 0, len(samples[0]), device)
-    for sample, ids in enumerate(samples):
-        file.write(sample, table.rows(ids)[None])
+    write_embeddings(file, table, samples)
     for layer in range(config.num_layers):
         block = load_block(checkpoint, layer, device)
 
@@ -185,7 +184,7 @@ def head_moments(
     """
     config = checkpoint.config
     sample = partial(_sample, files, {}, _final_norm(checkpoint, device), config.rms_norm_eps, device)
-    return collect_moments(sample, samples, max(1, TOKENS_AT_ONCE // length), config.hidden_size, device, pool)
+    return collect_moments(sample, samples, samples_at_once(length), config.hidden_size, device, pool)
 
 
 def _final_norm(checkpoint: Checkpoint, device: str) -> Tensor:

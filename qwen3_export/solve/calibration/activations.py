@@ -11,15 +11,17 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, wait
 from pathlib import Path
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen3_export.errors import StateError
 from qwen3_export.model.block import State
+from qwen3_export.model.table import Table
 from qwen3_export.model.workers import Workers
 
 # Of a file that is to last, so many bytes are brought to the disk as soon as they are there.
@@ -94,6 +96,15 @@ class SampleFile:
         os.close(self._descriptor)
         if remove and not self.lasting:
             self.path.unlink(missing_ok=True)
+
+
+def write_embeddings(file: SampleFile, table: Table, samples: Iterable[NDArray]) -> None:
+    """Write the hidden states before block 0.
+
+    They are `[1, tokens, hidden]` in fp32 for each sample of token ids `[tokens]`.
+    """
+    for place, ids in enumerate(samples):
+        file.write(place, table.rows(ids)[None])
 
 
 def _flush_into(done: Future[None], descriptor: int) -> None:

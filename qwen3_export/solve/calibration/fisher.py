@@ -27,11 +27,13 @@ from torch import Tensor
 
 from qwen3_export.core.architecture import is_expert
 from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.qwen3 import EMBEDDING
 from qwen3_export.core.tensorfile import TensorFile, TensorFileWriter
 from qwen3_export.model.block import Block, rms_norm
 from qwen3_export.model.decoder import Rope, load_block, rope_tables, to_torch
+from qwen3_export.model.table import Table
 from qwen3_export.model.workers import Workers
-from qwen3_export.solve.calibration.activations import SampleFile
+from qwen3_export.solve.calibration.activations import SampleFile, write_embeddings
 from qwen3_export.solve.chunk_sizes import BACK_TOKENS, OUTPUT_PIECE, TOP_TOKENS
 from qwen3_export.text.samples import Samples
 
@@ -121,10 +123,8 @@ def measure_fisher(
 
 
 def _forward(work: FisherPass, rope: Rope, tick: Callable[[], object]) -> None:
-    table = work.checkpoint.read("model.embed_tokens.weight")
     file = work.file("0")
-    for sample, ids in enumerate(work.ids):
-        file.write(sample, to_torch(table[ids]).float()[None])
+    write_embeddings(file, Table(work.checkpoint.read(f"{EMBEDDING}.weight")), work.ids)
     for layer in range(work.checkpoint.config.num_layers):
         block, after = work.block(layer), work.file(str(layer + 1))
 

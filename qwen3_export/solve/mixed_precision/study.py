@@ -16,10 +16,9 @@ from qwen3_export.core.qwen3 import EMBEDDING
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.table import Table
 from qwen3_export.model.workers import Workers
-from qwen3_export.solve.calibration.activations import SampleFile
+from qwen3_export.solve.calibration.activations import SampleFile, write_embeddings
+from qwen3_export.solve.chunk_sizes import samples_at_once
 from qwen3_export.solve.mixed_precision.units import Unit
-
-_TOKENS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,10 @@ def embed_file(
     """Embeddings of some token samples of one length; `table` None is the original's."""
     table = table or Table(study.checkpoint.read(f"{EMBEDDING}.weight"))
     file = hidden_file(study, name, len(samples[0]), stack)
-    for number, ids in enumerate(samples):
-        file.write(number, table.rows(ids)[None])
+    write_embeddings(file, table, samples)
     return file
 
 
 def at_once(study: Study) -> int:
-    """Calibration samples in memory at a time."""
-    return max(1, _TOKENS_AT_ONCE // len(study.calibration[0]))
+    """Calibration samples whose inputs are in memory together."""
+    return samples_at_once(len(study.calibration[0]))

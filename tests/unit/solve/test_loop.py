@@ -32,7 +32,7 @@ from qwen3_export.errors import CheckpointError, InputError
 from qwen3_export.model import block as block_module
 from qwen3_export.model.decoder import load_block, rope_tables, to_torch
 from qwen3_export.model.workers import workers
-from qwen3_export.solve import job
+from qwen3_export.solve import chunk_sizes
 from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.method import LinearGroup
 from qwen3_export.solve.methods import gptq
@@ -148,7 +148,7 @@ def test_every_linear_is_solved_against_the_inputs_it_will_get(
 
     monkeypatch.setattr(gptq, "solve", spy)
     # 11 rows in pieces of 4: the last piece is a short one.
-    monkeypatch.setattr(job, "TOKENS_AT_ONCE", 4 * LENGTH + 1)
+    monkeypatch.setattr(chunk_sizes, "TOKENS_AT_ONCE", 4 * LENGTH + 1)
     run("out", recipe())
     monkeypatch.undo()
 
