@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.ggml.tiles import ONE, TILE, ZERO, half, load, store_codes, super_scale
+from qwen3_export.ggml.tiles import HUGE, ONE, TILE, ZERO, add_errors, half, load, store_codes, super_scale
 from qwen3_export.model.compiled import Array, compiled, contracted
 
-_HUGE = np.float32(3e38)
 # A tile's rows, a line each: the range, one attempt's sums, its fit, and the best fit so far.
 _LOW, _RANGE, _INVERSE, _START, _WQ, _WQQ, _WXQ, _WX, _WXX, _SCALE, _MIN, _ERROR, _BEST = range(13)
 _LINES = _BEST + 1
@@ -99,7 +98,7 @@ def _search(work: Array, weights: Array, top: np.float32, stretches: Array, nega
     _bounds(work, weights, lines, negative_only)
     total = weights[: len(work)].sum()
     for r in range(TILE):
-        lines[_BEST, r], lines[_MIN, r] = _HUGE, lines[_LOW, r]
+        lines[_BEST, r], lines[_MIN, r] = HUGE, lines[_LOW, r]
         lines[_SCALE, r] = lines[_RANGE, r] / top
         lines[_START, r] = lines[_LOW, r]
     for stretch in stretches:
@@ -157,7 +156,7 @@ def _choose(
     `near` are the group's ideal scale and min, `supers` the numbers that integers are multiplied by.
     """
     for r in range(TILE):
-        kept[2, r] = _HUGE
+        kept[2, r] = HUGE
     for first in range(-1, 2):
         for second in range(-1, 2):
             for r in range(TILE):
@@ -191,9 +190,7 @@ def _round(work: Array, scale: Array, least: Array, top: np.float32, here: int, 
             furthest, largest = max(furthest, miss), max(largest, abs(x))
             work[j, r] = code
         if r < here:
-            sums[0] += missed
-            sums[1] += whole
-            sums[2], sums[3] = max(sums[2], furthest), max(sums[3], largest)
+            add_errors(sums, missed, whole, furthest, largest)
 
 
 @compiled

@@ -18,15 +18,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.ggml.tiles import ONE, TILE, ZERO, half, load, store_codes, super_scale
+from qwen3_export.ggml.scale_fit import (
+    CODE,
+    ERROR,
+    INVERSE,
+    LINES,
+    PEAK,
+    SCALE,
+    WVV,
+    WXV,
+    begin_choice,
+    find_peak,
+    keep_fit,
+    keep_least,
+    try_best,
+    try_end,
+    try_integer,
+)
+from qwen3_export.ggml.tiles import ONE, TILE, ZERO, add_errors, half, load, store_codes, super_scale
 from qwen3_export.model.compiled import Array, compiled, contracted
 
 # Numbers by multiple of 1 / `fine`, their codes, and `fine`.
 Book = tuple[Array, NDArray[np.uint8], np.float32]
-_HUGE = np.float32(3e38)
-# A tile's rows, a line each: the weight furthest from zero, one attempt and its sums, and the best scale so far.
-_PEAK, _INVERSE, _WXV, _WVV, _SCALE, _BEST, _ERROR, _CODE = range(8)
-_LINES = _CODE + 1
 
 
 @compiled
@@ -42,8 +55,8 @@ def _cell(unit: np.float32, fine: np.float32, cells: int) -> Any:
 
 @contracted
 def _attempt(work: Array, weights: Array, book: Book, lines: Array) -> None:
-    """The nearest value of every weight for `_INVERSE`, and their sums."""
-    (table, _, fine), inverse, wxv, wvv = book, lines[_INVERSE], lines[_WXV], lines[_WVV]
+    """The nearest value of every weight for `INVERSE`, and their sums."""
+    (table, _, fine), inverse, wxv, wvv = book, lines[INVERSE], lines[WXV], lines[WVV]
     for r in range(TILE):
         wxv[r], wvv[r] = ZERO, ZERO
     for j in range(0, len(work), 4):
@@ -60,41 +73,25 @@ def _attempt(work: Array, weights: Array, book: Book, lines: Array) -> None:
 
 
 @compiled
-def _keep_fit(lines: Array) -> None:
-    """The least-squares scale of the attempt, kept where it explains more of the weights."""
-    for r in range(TILE):
-        wxv, wvv = lines[_WXV, r], lines[_WVV, r]
-        if wvv > ZERO and wxv * wxv > lines[_BEST, r] * wvv:
-            lines[_BEST, r], lines[_SCALE, r] = wxv * wxv / wvv, wxv / wvv
-
-
-@compiled
 def _search(work: Array, weights: Array, book: Book, ends: Array, lines: Array) -> None:
     """Leave the best scale of a group in `lines`, and Σ w value².
 
     `ends` are where the peak may fall.
     """
-    for r in range(TILE):
-        lines[_PEAK, r], lines[_BEST, r], lines[_SCALE, r] = ZERO, ZERO, ZERO
-    for j in range(len(work)):
-        for r in range(TILE):
-            x = work[j, r]
-            lines[_PEAK, r] = x if abs(x) > abs(lines[_PEAK, r]) else lines[_PEAK, r]
+    find_peak(work, lines)
     for end in ends:
-        for r in range(TILE):
-            lines[_INVERSE, r] = end / lines[_PEAK, r] if lines[_PEAK, r] != ZERO else ZERO
+        try_end(end, lines)
         _attempt(work, weights, book, lines)
-        _keep_fit(lines)
-    for r in range(TILE):
-        lines[_INVERSE, r] = ONE / lines[_SCALE, r] if lines[_SCALE, r] != ZERO else ZERO
+        keep_fit(lines)
+    try_best(lines)
     _attempt(work, weights, book, lines)
-    _keep_fit(lines)
+    keep_fit(lines)
 
 
 @contracted
 def _errors(work: Array, weights: Array, book: Book, lines: Array) -> None:
-    """Σ w (scale · value − x)² of `_SCALE` with the nearest values."""
-    (table, _, fine), scale, inverse, error = book, lines[_SCALE], lines[_INVERSE], lines[_ERROR]
+    """Σ w (scale · value − x)² of `SCALE` with the nearest values."""
+    (table, _, fine), scale, inverse, error = book, lines[SCALE], lines[INVERSE], lines[ERROR]
     for r in range(TILE):
         inverse[r] = ONE / scale[r] if scale[r] != ZERO else ZERO
         error[r] = ZERO
@@ -117,17 +114,11 @@ def _choose(
 
     It is left in `kept` [0], its error in [1].
     """
-    for r in range(TILE):
-        kept[1, r] = _HUGE
+    begin_choice(kept)
     for step in range(-1, 2):
-        for r in range(TILE):
-            code = np.rint(near[r] / supers[r]) + np.float32(step) if supers[r] != ZERO else ZERO
-            lines[_CODE, r] = min(max(code, -limit), limit - ONE)
-            lines[_SCALE, r] = lines[_CODE, r] * supers[r]
+        try_integer(near, step, supers, limit, lines)
         _errors(work, weights, book, lines)
-        for r in range(TILE):
-            if lines[_ERROR, r] < kept[1, r]:
-                kept[0, r], kept[1, r] = lines[_CODE, r], lines[_ERROR, r]
+        keep_least(lines, kept)
 
 
 @compiled
@@ -149,9 +140,7 @@ def _round(work: Array, scale: Array, book: Book, here: int, sums: NDArray[np.fl
             furthest, largest = max(furthest, miss), max(largest, abs(x))
             work[j, r] = np.float32(numbers[cell])
         if r < here:
-            sums[0] += missed
-            sums[1] += whole
-            sums[2], sums[3] = max(sums[2], furthest), max(sums[3], largest)
+            add_errors(sums, missed, whole, furthest, largest)
 
 
 @compiled
@@ -166,7 +155,7 @@ def round_super(
     `words` `[rows, in]` are the weights' bits, the upper halves of fp32 where `shift` is 16; `importance` `[in]`.
     The other arrays are filled; see `core.tensor` for their shapes.
     """
-    work, lines = np.zeros((256, TILE), np.float32), np.zeros((_LINES, TILE), np.float32)
+    work, lines = np.zeros((256, TILE), np.float32), np.zeros((LINES, TILE), np.float32)
     found, weighs = np.zeros((8, TILE), np.float32), np.zeros((8, TILE), np.float32)
     supers, kept = np.zeros(TILE, np.float32), np.zeros((2, TILE), np.float32)
     sums, bits = np.zeros(4, np.float64), work.view(np.uint32)
@@ -177,7 +166,7 @@ def round_super(
             for g in range(8):
                 weights = importance[256 * block + 32 * g : 256 * block + 32 * g + 32]
                 _search(work[32 * g : 32 * g + 32], weights, book, ends, lines)
-                found[g], weighs[g] = lines[_SCALE], lines[_WVV]
+                found[g], weighs[g] = lines[SCALE], lines[WVV]
             for r in range(TILE):
                 supers[r] = super_scale(found, weighs, r, -limit, limit - ONE)
             for g in range(8):
@@ -185,8 +174,8 @@ def round_super(
                 weights = importance[256 * block + 32 * g : 256 * block + 32 * g + 32]
                 _choose(part, weights, book, supers, limit, found[g], lines, kept)
                 for r in range(TILE):
-                    lines[_SCALE, r] = kept[0, r] * supers[r]
-                _round(part, lines[_SCALE], book, here, sums)
+                    lines[SCALE, r] = kept[0, r] * supers[r]
+                _round(part, lines[SCALE], book, here, sums)
                 for r in range(here):
                     scales[row + r, block * 8 + g] = np.int8(kept[0, r])
             for r in range(here):
@@ -201,7 +190,7 @@ def round_simple(
     scales: Array,
 ) -> NDArray[np.float64]:  # fmt: skip
     """Round rows of weights onto iq4_nl, whose scales are fp16; returns as `round_super` does."""
-    work, lines = np.zeros((32, TILE), np.float32), np.zeros((_LINES, TILE), np.float32)
+    work, lines = np.zeros((32, TILE), np.float32), np.zeros((LINES, TILE), np.float32)
     sums, bits = np.zeros(4, np.float64), work.view(np.uint32)
     for row in range(0, len(words), TILE):
         here = min(TILE, len(words) - row)
@@ -209,10 +198,10 @@ def round_simple(
             load(words, shift, row, 32 * g, 32, bits)
             _search(work, importance[32 * g : 32 * g + 32], book, ends, lines)
             for r in range(TILE):
-                lines[_SCALE, r] = half(lines[_SCALE, r])
-            _round(work, lines[_SCALE], book, here, sums)
+                lines[SCALE, r] = half(lines[SCALE, r])
+            _round(work, lines[SCALE], book, here, sums)
             for r in range(here):
-                scales[row + r, g] = lines[_SCALE, r]
+                scales[row + r, g] = lines[SCALE, r]
             store_codes(codes, work, row, 32 * g, here)
     return sums
 
@@ -226,7 +215,7 @@ def round_powers(
 
     Returns as `round_super` does.
     """
-    work, lines = np.zeros((32, TILE), np.float32), np.zeros((_LINES, TILE), np.float32)
+    work, lines = np.zeros((32, TILE), np.float32), np.zeros((LINES, TILE), np.float32)
     sums, bits, kept = np.zeros(4, np.float64), work.view(np.uint32), np.zeros((2, TILE), np.float32)
     for row in range(0, len(words), TILE):
         here = min(TILE, len(words) - row)
@@ -237,19 +226,17 @@ def round_powers(
                 peak = ZERO
                 for j in range(32):
                     peak = max(peak, abs(work[j, r]))
-                lines[_PEAK, r] = np.floor(np.log2(peak)) - np.float32(2.0) if peak > ZERO else np.float32(-127.0)
-                kept[1, r] = _HUGE
+                lines[PEAK, r] = np.floor(np.log2(peak)) - np.float32(2.0) if peak > ZERO else np.float32(-127.0)
+            begin_choice(kept)
             for step in range(-1, 2):
                 for r in range(TILE):
-                    power = min(max(lines[_PEAK, r] + np.float32(step), np.float32(-126.0)), np.float32(125.0))
-                    lines[_CODE, r], lines[_SCALE, r] = power, np.float32(2.0) ** power
+                    power = min(max(lines[PEAK, r] + np.float32(step), np.float32(-126.0)), np.float32(125.0))
+                    lines[CODE, r], lines[SCALE, r] = power, np.float32(2.0) ** power
                 _errors(work, weights, book, lines)
-                for r in range(TILE):
-                    if lines[_ERROR, r] < kept[1, r]:
-                        kept[0, r], kept[1, r] = lines[_CODE, r], lines[_ERROR, r]
+                keep_least(lines, kept)
             for r in range(TILE):
-                lines[_SCALE, r] = np.float32(2.0) ** kept[0, r]
-            _round(work, lines[_SCALE], book, here, sums)
+                lines[SCALE, r] = np.float32(2.0) ** kept[0, r]
+            _round(work, lines[SCALE], book, here, sums)
             for r in range(here):
                 exponents[row + r, g] = np.uint8(np.int32(kept[0, r]) + 127)
             store_codes(codes, work, row, 32 * g, here)

@@ -17,22 +17,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.ggml.tiles import ONE, TILE, ZERO, half, load, store_codes, super_scale
+from qwen3_export.ggml.scale_fit import (
+    ERROR,
+    INVERSE,
+    LINES,
+    SCALE,
+    WVV,
+    WXV,
+    begin_choice,
+    find_peak,
+    keep_fit,
+    keep_least,
+    try_best,
+    try_end,
+    try_integer,
+)
+from qwen3_export.ggml.tiles import ONE, TILE, ZERO, add_errors, half, load, store_codes, super_scale
 from qwen3_export.model.compiled import Array, compiled, contracted
-
-_HUGE = np.float32(3e38)
-# A tile's rows, a line each: the weight furthest from zero, one attempt and its sums, and the best scale so far.
-_PEAK, _INVERSE, _WXQ, _WQQ, _SCALE, _BEST, _ERROR, _CODE = range(8)
-_LINES = _CODE + 1
 
 
 @contracted
 def _attempt(work: Array, weights: Array, middle: np.float32, lines: Array) -> None:
-    """Codes of every weight for `_INVERSE`, and their sums; the columns come in fours."""
-    inverse, wxq, wqq = lines[_INVERSE], lines[_WXQ], lines[_WQQ]
+    """Codes of every weight for `INVERSE`, and their sums; the columns come in fours."""
+    inverse, wxv, wvv = lines[INVERSE], lines[WXV], lines[WVV]
     low, high = -middle, middle - ONE
     for r in range(TILE):
-        wxq[r], wqq[r] = ZERO, ZERO
+        wxv[r], wvv[r] = ZERO, ZERO
     for j in range(0, len(work), 4):
         for r in range(TILE):
             first, second = ZERO, ZERO
@@ -44,17 +54,8 @@ def _attempt(work: Array, weights: Array, middle: np.float32, lines: Array) -> N
                 weighed = weights[j + k] * code
                 first += weighed * x
                 second += weighed * code
-            wxq[r] += first
-            wqq[r] += second
-
-
-@compiled
-def _keep_fit(lines: Array) -> None:
-    """The least-squares scale of the attempt, kept where it explains more of the weights."""
-    for r in range(TILE):
-        wxq, wqq = lines[_WXQ, r], lines[_WQQ, r]
-        if wqq > ZERO and wxq * wxq > lines[_BEST, r] * wqq:
-            lines[_BEST, r], lines[_SCALE, r] = wxq * wxq / wqq, wxq / wqq
+            wxv[r] += first
+            wvv[r] += second
 
 
 @compiled
@@ -63,28 +64,21 @@ def _search(work: Array, weights: Array, middle: np.float32, ends: Array, lines:
 
     Σ w code² of its codes is left there too; `ends` are where the peak may fall.
     """
-    for r in range(TILE):
-        lines[_PEAK, r], lines[_BEST, r], lines[_SCALE, r] = ZERO, ZERO, ZERO
-    for j in range(len(work)):
-        for r in range(TILE):
-            x = work[j, r]
-            lines[_PEAK, r] = x if abs(x) > abs(lines[_PEAK, r]) else lines[_PEAK, r]
+    find_peak(work, lines)
     for end in ends:
-        for r in range(TILE):
-            lines[_INVERSE, r] = end / lines[_PEAK, r] if lines[_PEAK, r] != ZERO else ZERO
+        try_end(end, lines)
         _attempt(work, weights, middle, lines)
-        _keep_fit(lines)
+        keep_fit(lines)
     for _ in range(2):
-        for r in range(TILE):
-            lines[_INVERSE, r] = ONE / lines[_SCALE, r] if lines[_SCALE, r] != ZERO else ZERO
+        try_best(lines)
         _attempt(work, weights, middle, lines)
-        _keep_fit(lines)
+        keep_fit(lines)
 
 
 @contracted
 def _errors(work: Array, weights: Array, middle: np.float32, lines: Array) -> None:
-    """Σ w (scale · code − x)² of `_SCALE` with the nearest codes."""
-    scale, inverse, error = lines[_SCALE], lines[_INVERSE], lines[_ERROR]
+    """Σ w (scale · code − x)² of `SCALE` with the nearest codes."""
+    scale, inverse, error = lines[SCALE], lines[INVERSE], lines[ERROR]
     low, high = -middle, middle - ONE
     for r in range(TILE):
         inverse[r] = ONE / scale[r] if scale[r] != ZERO else ZERO
@@ -111,17 +105,11 @@ def _choose(
 
     It is left in `kept` [0], its error in [1].
     """
-    for r in range(TILE):
-        kept[1, r] = _HUGE
+    begin_choice(kept)
     for step in range(-1, 2):
-        for r in range(TILE):
-            code = np.rint(near[r] / supers[r]) + np.float32(step) if supers[r] != ZERO else ZERO
-            lines[_CODE, r] = min(max(code, -limit), limit - ONE)
-            lines[_SCALE, r] = lines[_CODE, r] * supers[r]
+        try_integer(near, step, supers, limit, lines)
         _errors(work, weights, middle, lines)
-        for r in range(TILE):
-            if lines[_ERROR, r] < kept[1, r]:
-                kept[0, r], kept[1, r] = lines[_CODE, r], lines[_ERROR, r]
+        keep_least(lines, kept)
 
 
 @compiled
@@ -142,9 +130,7 @@ def _round(work: Array, scale: Array, middle: np.float32, here: int, sums: NDArr
             furthest, largest = max(furthest, miss), max(largest, abs(x))
             work[j, r] = code + middle
         if r < here:
-            sums[0] += missed
-            sums[1] += whole
-            sums[2], sums[3] = max(sums[2], furthest), max(sums[3], largest)
+            add_errors(sums, missed, whole, furthest, largest)
 
 
 @compiled
@@ -160,7 +146,7 @@ def round_super(
     The other arrays are filled; see `core.tensor` for their shapes.
     """
     per_block = 256 // group
-    work, lines = np.zeros((256, TILE), np.float32), np.zeros((_LINES, TILE), np.float32)
+    work, lines = np.zeros((256, TILE), np.float32), np.zeros((LINES, TILE), np.float32)
     found, weighs = np.zeros((per_block, TILE), np.float32), np.zeros((per_block, TILE), np.float32)
     supers, kept = np.zeros(TILE, np.float32), np.zeros((2, TILE), np.float32)
     sums, bits = np.zeros(4, np.float64), work.view(np.uint32)
@@ -171,7 +157,7 @@ def round_super(
             for g in range(per_block):
                 weights = importance[256 * block + g * group : 256 * block + (g + 1) * group]
                 _search(work[g * group : (g + 1) * group], weights, middle, ends, lines)
-                found[g], weighs[g] = lines[_SCALE], lines[_WQQ]
+                found[g], weighs[g] = lines[SCALE], lines[WVV]
             for r in range(TILE):
                 supers[r] = super_scale(found, weighs, r, -limit, limit - ONE)
             for g in range(per_block):
@@ -179,8 +165,8 @@ def round_super(
                 weights = importance[256 * block + g * group : 256 * block + (g + 1) * group]
                 _choose(part, weights, middle, supers, limit, found[g], lines, kept)
                 for r in range(TILE):
-                    lines[_SCALE, r] = kept[0, r] * supers[r]
-                _round(part, lines[_SCALE], middle, here, sums)
+                    lines[SCALE, r] = kept[0, r] * supers[r]
+                _round(part, lines[SCALE], middle, here, sums)
                 for r in range(here):
                     scales[row + r, block * per_block + g] = np.int8(kept[0, r])
             for r in range(here):
@@ -198,7 +184,7 @@ def round_simple(
 
     Returns as `round_super` does.
     """
-    work, lines = np.zeros((group, TILE), np.float32), np.zeros((_LINES, TILE), np.float32)
+    work, lines = np.zeros((group, TILE), np.float32), np.zeros((LINES, TILE), np.float32)
     sums, bits = np.zeros(4, np.float64), work.view(np.uint32)
     for row in range(0, len(words), TILE):
         here = min(TILE, len(words) - row)
@@ -206,10 +192,10 @@ def round_simple(
             load(words, shift, row, group * g, group, bits)
             _search(work, importance[group * g : group * g + group], middle, ends, lines)
             for r in range(TILE):
-                lines[_SCALE, r] = half(lines[_SCALE, r])
-            _round(work, lines[_SCALE], middle, here, sums)
+                lines[SCALE, r] = half(lines[SCALE, r])
+            _round(work, lines[SCALE], middle, here, sums)
             for r in range(here):
-                scales[row + r, g] = lines[_SCALE, r]
+                scales[row + r, g] = lines[SCALE, r]
             store_codes(codes, work, row, group * g, here)
     return sums
 
@@ -246,7 +232,5 @@ def round_q8_0(words: Any, shift: int, codes: NDArray[np.uint8], scales: Array) 
                 furthest = max(furthest, miss)
                 target[j] = np.uint8(np.int32(code + np.float32(128.0)))
             scales[i, g] = step
-            sums[0] += missed
-            sums[1] += whole
-            sums[2], sums[3] = max(sums[2], furthest), max(sums[3], peak)
+            add_errors(sums, missed, whole, furthest, peak)
     return sums

@@ -18,6 +18,8 @@ from qwen3_export.model.compiled import Array, compiled
 # Rows of a tile: the columns of a group stay in the nearest cache.
 TILE = 32
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
+# More than any error.
+HUGE = np.float32(3e38)
 # Rounds a product of fp32 to the eleven bits of fp16's mantissa, and fp16's subnormal step.
 _SPLIT, _TINY, _STEP = np.float32(8193.0), np.float32(2.0**-14), np.float32(2.0**-24)
 _LARGEST_HALF = np.float32(65504.0)
@@ -56,6 +58,19 @@ def store_codes(codes: NDArray[np.uint8], found: Array, row: int, column: int, h
         target = codes[row + r, column : column + len(found)]
         for j in range(len(found)):
             target[j] = np.uint8(np.int32(found[j, r]))
+
+
+@compiled
+def add_errors(
+    sums: NDArray[np.float64], missed: np.float32, whole: np.float32, furthest: np.float32, largest: np.float32
+) -> None:
+    """Add what rounding a group has cost to `sums`.
+
+    These are Σ δ², Σ x², and the largest |δ| and |x|.
+    """
+    sums[0] += missed
+    sums[1] += whole
+    sums[2], sums[3] = max(sums[2], furthest), max(sums[3], largest)
 
 
 @compiled
