@@ -3,18 +3,15 @@
     0 done · 1 a gate failed · 2 bad input or usage · 3 something that must be installed is missing
     4 out of disk or memory · 130 interrupted
 
-Everything below `cli` raises one of these and never prints or exits; any other exception is a
-bug of ours and is shown as such.
+Everything below `cli` raises one of these and never prints or exits. Any other exception is a bug of ours, and the
+command line says so.
 """
 
 from __future__ import annotations
 
 
 class ExportError(Exception):
-    """Base of all expected errors.
-
-    It has one line that says what is wrong, and one hint that says the remedy.
-    """
+    """Base of all expected errors: what is wrong, and a hint with the remedy."""
 
     exit_code = 2
 
@@ -24,16 +21,13 @@ class ExportError(Exception):
 
 
 class InputError(ExportError):
-    """Bad checkpoint, recipe, argument or file (exit code 2).
-
-    The user must change the input.
-    """
+    """A checkpoint, recipe, argument or file that the user must change (exit code 2)."""
 
 
 class StateError(InputError):
-    """What an unfinished run left is damaged, or another run's.
+    """The state of an unfinished run is damaged or belongs to another run.
 
-    It is kept, and refused.
+    The run stops, and the state is kept.
     """
 
 
@@ -46,16 +40,16 @@ class RecipeError(InputError):
 
 
 class UnsupportedError(InputError):
-    """The request is well formed, but a format or runtime cannot hold it.
+    """A format or runtime cannot hold what was asked for.
 
-    The hint names what can.
+    The hint names one that can.
     """
 
 
 class InputWarning(UserWarning):
-    """Something in an input that is not what its author may believe.
+    """Something in an input may not mean what its author believes.
 
-    The work goes on, and it is told once.
+    It is reported once, and the work goes on.
     """
 
 

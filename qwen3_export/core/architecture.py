@@ -1,4 +1,4 @@
-"""What a decoder block is, as data that every wing reads.
+"""A decoder block described as data, which every part of the package reads.
 
     stage   linears                  read the output of                   are followed by
     0       q_proj  k_proj  v_proj   input_layernorm                      attention
@@ -8,7 +8,7 @@
 
 In a sparse block stages 2 and 3 exist once per expert, and the router sends each token to a few of them.
 The forward pass, the solve, folds, mixed precision, ONNX and GGUF take names, shapes, stages and order from
-here; a new variant of the architecture is a new description.
+here, so that a new variant of the architecture needs a new description and little else.
 """
 
 from __future__ import annotations
@@ -36,10 +36,7 @@ def is_expert(name: str) -> bool:
 
 
 def expert_of(name: str) -> int:
-    """Number of the expert that a linear belongs to.
-
-    `name` is a module name or a local name.
-    """
+    """Number of a linear's expert, from its module name or local name."""
     return int(name.partition(_EXPERTS)[2].partition(".")[0])
 
 
@@ -56,11 +53,11 @@ class Linear:
 class Stage:
     """Linears of a block that read the same input.
 
-    The input comes from `norm`, or channel by channel from the rows of the linear `source` with the same
-    prefix. `follows` is what turns their outputs into the next stage's input. `pattern` is the shell pattern
-    that matches all of them and no other linear. Where `experts` is not 0, every expert has these linears and
-    a token reads those that the router chose. `queries_per_head` heads of `head_dim` inputs share the rows of
-    one of the source's heads.
+    `norm` is the norm whose output they read. Where there is none, input channel i is a row of the linear `source`,
+    which has the same prefix; with grouped-query attention, `queries_per_head` heads of `head_dim` inputs share the
+    rows of one head of the source. `follows` is the operation that makes the next stage's input from their outputs.
+    `pattern` is a shell pattern that matches these linears and no others. `experts` is 0 in a dense stage; otherwise
+    every expert has these linears, and a token passes through those of the experts that the router chose.
     """
 
     prefix: str
@@ -107,15 +104,12 @@ class Stage:
         return [name for group in self.groups for name in group]
 
     def patterns(self, fused: bool) -> list[str]:
-        """Shell patterns of the local names.
-
-        If `fused` it is one for all linears, else one each.
-        """
+        """Shell patterns of the linears' local names; a single one if `fused`."""
         prefix = f"{self.prefix}{_EXPERTS}*" if self.routed else self.prefix
         return [f"{prefix}.{name}" for name in ([self.pattern] if fused else [item.name for item in self.linears])]
 
     def source_rows(self) -> NDArray[np.int64]:
-        """Row of the source that each input comes from, `[in]`."""
+        """The row of `source` that each input channel comes from, `[in]`."""
         column = np.arange(self.in_features)
         return column // self.head_dim // self.queries_per_head * self.head_dim + column % self.head_dim
 

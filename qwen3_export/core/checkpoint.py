@@ -1,7 +1,7 @@
 """Checkpoints: a folder of safetensors shards, read tensor by tensor, 16-bit or quantized.
 
-In a quantized folder a linear is stored as several tensors, in one of `core.layouts`; what other tools
-wrote is recognised by `core.quantization_config`.
+In a quantized folder a linear is stored as several tensors; `core.layouts` has one module for each way of storing
+them, and `core.quantization_config` recognises folders that other tools wrote.
 """
 
 from __future__ import annotations
@@ -31,18 +31,17 @@ from qwen3_export.errors import CheckpointError, RecipeError
 
 _IGNORED = (".rotary_emb.inv_freq",)
 _SIDECARS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
-# What other tools say about their quantization: true of their folder alone.
+# Files in which other tools describe how their folder is quantized. They would be wrong in a folder made from it.
 _TOOLS = (quantization_config.FALLBACK, quantization_config.MODELOPT, "quantization_config.json", "quant_config.json")
 _FLOATS = tuple(DTYPES[name] for name in ("F32", "F16", "BF16"))
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint.
+    """An opened checkpoint: every shard's header is checked, no weight is read.
 
-    The header of every shard is checked, no weight is read yet.
-
-    `quantization` is another tool's `quantization_config`, empty for a folder of ours; `reordered` names
+    `files` has the shard of every tensor, `schemes` the scheme of every quantized matrix by module name.
+    `quantization` is another tool's `quantization_config`, empty for a folder of ours. `reordered` names
     the linears whose groups are not consecutive inputs, as GPTQ's `desc_act` leaves them.
     """
 
@@ -57,9 +56,9 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What to call it in tables and manifests.
+        """Its name in tables and manifests, never a path.
 
-        Never a path. A hub cache names folders by commit.
+        The cache of the hub names folders by commit, so the model's name is taken from the folder above.
         """
         if self.folder.parent.name == "snapshots":
             return self.folder.parent.parent.name.rpartition("--")[2]
@@ -82,9 +81,8 @@ class Checkpoint:
     def linear(self, module: str) -> QuantizedTensor | NDArray:
         """The weight `[out, in]` of a linear, the embedding or the head.
 
-        It is a QuantizedTensor when the matrix is quantized, else an array.
-
-        Raises CheckpointError when a code or a scale is no number.
+        A quantized matrix is a QuantizedTensor, any other an array in its stored type. Raises CheckpointError when the
+        stored tensors contradict each other or a scale is not finite.
         """
         scheme = self.schemes.get(module)
         if scheme is None:
@@ -110,10 +108,7 @@ class Checkpoint:
 
     @property
     def head(self) -> str:
-        """Name of the 16-bit tensor that the output head multiplies by.
-
-        It is the embedding's when they are tied.
-        """
+        """Name of the head's 16-bit tensor: the embedding's when they are tied."""
         return f"{self.config.head_module}.weight"
 
     @property
@@ -131,7 +126,7 @@ class Checkpoint:
     def linear_bits_per_weight(self) -> float:
         """Mean bits per weight of the decoder's linears, scales included.
 
-        It is what a recipe's name promises.
+        Embedding, head and norms do not count: this is the figure that a recipe's name promises.
         """
         bits = weights = 0.0
         for name, shape in self.config.all_linears().items():
@@ -158,9 +153,9 @@ class Checkpoint:
         return self._hashing.result()
 
     def hash_ahead(self) -> None:
-        """Start to compute `sha256` beside other work.
+        """Start to compute `sha256` in the background.
 
-        What goes wrong is raised where it is asked for.
+        An error is raised later, when `sha256` is read.
         """
         _ = self._hashing
 
@@ -251,9 +246,9 @@ def _audit(checkpoint: Checkpoint) -> None:
 
 
 def _specs(checkpoint: Checkpoint, module: str, shape: tuple[int, int], scheme: QuantScheme) -> dict[str, Spec]:
-    """What a quantized linear must be stored as.
+    """Types and shapes of the tensors that a quantized linear must be stored as.
 
-    Another tool's own way when it is another tool's.
+    For another tool's folder they are what that tool wrote, as far as the layout allows it.
     """
     stored = checkpoint.stored if checkpoint.quantization else None
     try:
@@ -266,7 +261,7 @@ def _specs(checkpoint: Checkpoint, module: str, shape: tuple[int, int], scheme: 
 def _check_tied(checkpoint: Checkpoint, rows: int = 4096) -> None:
     """Refuse a tied head whose stored copy differs from the embedding.
 
-    They are compared in the narrower of their types: some trainers keep an fp32 copy.
+    Some trainers keep an fp32 copy, so both are compared in the narrower of their types.
     """
     vocab = checkpoint.config.vocab_size
     if checkpoint.entry("lm_head.weight").shape != checkpoint.entry(checkpoint.head).shape:

@@ -1,14 +1,12 @@
-"""Other people's programs run in a process under limits.
-
-They are chat templates and patterns; the limits are of time and memory.
+"""Chat templates and patterns of other people, run in a process under limits.
 
     this process                          the child, started at the first call
     confined(render)(template, values) →  8 bytes length │ JSON arguments
                                        ←  8 bytes length │ JSON {"value": …} or {"error": "…"}
 
-A template can loop for ever or multiply a text until the memory is full, a regular expression can take longer
-than the universe has time, and nothing inside a Python process stops either. The kernel stops the child: a timer
-of processor time for every call, a limit on its address space for its life.
+A template can loop for ever or fill the memory, and a regular expression can take longer than anybody waits. Python
+cannot stop either from inside the process, but the kernel can stop a child: each call has a timer of processor time,
+and the child's address space is limited.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ _EXIT_MEMORY = 9
 
 
 class ConfinedError(Exception):
-    """What went wrong in the child: its own error, or a limit."""
+    """A call failed in the child: an error, or a limit."""
 
 
 class Confined:
@@ -94,7 +92,7 @@ class Confined:
 
 @cache
 def confined(function: Callable[..., Any]) -> Confined:
-    """The function as it runs in the child; one child for each function."""
+    """The function as a call to a child process of its own."""
     return Confined(function.__module__, function.__qualname__)
 
 
@@ -112,7 +110,7 @@ def serve() -> None:
 
 
 def _answer(function: Callable[..., Any], arguments: list[Any], seconds: float) -> dict[str, Any]:
-    # Where the time is up the signal ends the process, in the middle of C code too.
+    # When the time is up the signal ends the process, even in the middle of C code.
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         return {"value": function(*arguments)}

@@ -4,7 +4,7 @@
     exports    carry the summary along: {min_tokens, below_floor, floor, fallback}
     validate   holds it against a gate's limits
 
-The summary is None for a model without experts; its values are None where nothing is known of them.
+The summary is None for a model without experts. Its values are None when no calibration text ran through the model.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def summarise(tokens: Mapping[str, list[int]], floor: int, fallback: str) -> Sum
 
 
 def summary_of(values: object) -> Summary | None:
-    """The summary in a manifest's `experts`, without the counts.
+    """The summary in a manifest's `experts`, without the counts of single experts.
 
-    None for None, unknown for what is no object.
+    It is None for None. For anything that is not an object all values are unknown.
     """
     if values is None:
         return None
@@ -46,7 +46,7 @@ def summary_of(values: object) -> Summary | None:
 def read_coverage(folder: Path) -> Summary | None:
     """The summary of an artifact folder, from its manifest.
 
-    Else its config.json tells whether there are experts.
+    Without a manifest, config.json tells whether there are experts at all.
     """
     manifest = read_manifest(folder)
     if "experts" in manifest:

@@ -1,6 +1,6 @@
 """Files that other people wrote, read within bounds.
 
-They are opened only when regular and of a bounded size, and parsed with one kind of error.
+Only regular files of a bounded size are opened, and every parser fails with the same kind of error.
 
     read_bytes   a regular file's bytes             a pipe or a device is refused, not waited for
     read_text    UTF-8, or what a byte-order mark says; every line ends in a line feed
@@ -26,7 +26,7 @@ Kind = type[InputError]
 # Far above any real file of its kind: the largest tokenizer.json has 30 MB.
 MOST_BYTES = 256 << 20
 _DEEPEST, _MOST_YAML_VALUES = 100, 100_000
-# Larger ones cannot become floats; transformers' "no limit" has 31 digits.
+# Larger numbers cannot become floats; transformers' "no limit" has 31 digits.
 _LARGEST_NUMBER = 10**300
 _KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -39,9 +39,9 @@ _MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff",
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading.
+    """Open a regular file for reading; OSError for anything else.
 
-    Raises OSError when it is no regular file, without waiting for a writer of a pipe.
+    A pipe is refused at once, without waiting for somebody to write into it.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
@@ -79,10 +79,7 @@ def read_text(path: Path, kind: Kind = InputError, hint: str | None = None, most
 
 
 def read_lines(path: Path, kind: Kind = InputError) -> Iterator[str]:
-    """The lines of a text file one by one, without its byte-order mark.
-
-    The file may be of any size.
-    """
+    """The lines of a text file of any size, one by one."""
     try:
         with open_regular(path) as file:
             head = file.read(3)
@@ -96,7 +93,7 @@ def read_lines(path: Path, kind: Kind = InputError) -> Iterator[str]:
 
 
 def parse_json(data: str | bytes, where: object, kind: Kind = InputError) -> Any:
-    """A JSON value that the rest of the program can take."""
+    """A JSON value, refused where nesting, digits or letters go too far."""
 
     def read() -> Any:
         text = _decode(data) if isinstance(data, bytes) else data
@@ -151,9 +148,9 @@ def _parsed(read: Callable[[], Any], where: object, wanted: str, kind: Kind) -> 
 
 
 def _check_values(values: Any, letters: bool, most: int | None = None) -> None:
-    """Raise ValueError for a value too deep, too large, or no text.
+    """Raise ValueError for values nested too deeply, and for numbers too large.
 
-    With `letters`, text must be valid UTF-8.
+    With `letters`, text that is not valid UTF-8 is refused too.
     """
     level, depth, count = [values], 0, 0
     while level:

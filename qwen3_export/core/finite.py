@@ -1,8 +1,8 @@
 """Search for NaN and infinity in floats, at the speed of memory.
 
-In every IEEE format a number is not finite exactly when all bits of its exponent are set. With the sign
-taken off, such a number is at least infinity as an integer, so one maximum of integers tells. numpy's own
-test of 16-bit floats takes six times as long.
+In every IEEE format a number is not finite exactly when all bits of its exponent are set. Read as an integer without
+the sign bit, such a number is at least as large as infinity, so the maximum of these integers gives the answer. numpy's
+own test of 16-bit floats takes six times as long.
 """
 
 from __future__ import annotations

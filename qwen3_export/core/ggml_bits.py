@@ -1,4 +1,4 @@
-"""How ggml's block types spread codes and scales over bytes, as pack and unpack pairs.
+"""How ggml's block types spread codes and scales over bytes.
 
     halves     a block of 32 codes: byte j holds code j below and code j + 16 above
     codes4     a super-block of 256: byte l of each 64 codes holds l and l + 32

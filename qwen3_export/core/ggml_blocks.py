@@ -52,10 +52,7 @@ from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor
 
 
 def pack_blocks(tensor: QuantizedTensor) -> Bytes:
-    """Rows of a GGUF tensor `[out, bytes per row]` from a block type's fields.
-
-    MXFP4 counts as a block type.
-    """
+    """Rows `[out, bytes per row]` of a block type, or of MXFP4."""
     if tensor.scheme.ggml_type is None:
         packed = np.concatenate([tensor.scales.view(np.uint8)[..., None], pack_halves(tensor.codes, 32)], -1)
         return packed.reshape(len(packed), -1)
@@ -195,7 +192,7 @@ def _unpack_iq4_xs(b: Bytes) -> Fields:
 
 
 def _pack_simple(f: Fields) -> Sequence[Bytes]:
-    """iq4_nl, q4_1, q5_0 and q5_1: what a type has not is left out."""
+    """iq4_nl and q4_1, and q5_0 and q5_1 without their high bits."""
     head = [half_bytes(f["scales"])] + ([half_bytes(f["mins"])] if "mins" in f else [])
     return *head, pack_halves(f["codes"], 32)
 

@@ -23,7 +23,7 @@ _U32, _TEXT, _ARRAY, _FP32 = 4, 8, 9, 0
 def read_fp32(path: Path, tensor: GgufTensor) -> NDArray[np.float32]:
     """A tensor of fp32, outermost axis first.
 
-    Raises InputError when it is of another type or the file ends before it.
+    Raises InputError when it has another type, or when the file is too short to hold it.
     """
     if tensor.type != "f32":
         raise InputError(f"{path}: tensor {tensor.name} is of type {tensor.type}, f32 was expected")
@@ -35,7 +35,7 @@ def read_fp32(path: Path, tensor: GgufTensor) -> NDArray[np.float32]:
 def write_fp32(path: Path, metadata: Mapping[str, str | int | list[str]], tensors: Mapping[str, NDArray]) -> None:
     """Write a small file of fp32 tensors.
 
-    Texts, lists of texts and unsigned 32-bit numbers as metadata.
+    `metadata` may have texts, lists of texts and unsigned 32-bit numbers.
     """
     parts = [_MAGIC, struct.pack("<IQQ", _VERSION, len(tensors), len(metadata))]
     for key, value in metadata.items():

@@ -4,8 +4,8 @@
     value   name │ type u32 │ number, text, or array (type u32, count u64, items)
     tensor  name │ axes u32 │ sizes u64 … (fastest first) │ type u32 │ offset u64
 
-Specification: ggml's docs/gguf.md. Long arrays (vocabularies) are counted, not kept. Raises InputError for what is
-no such file.
+Specification: ggml's docs/gguf.md. Of long arrays (vocabularies) only the length is kept. Anything that is not a GGUF
+file raises InputError.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """The values of a GGUF file, and the tensors of all its parts."""
+    """The metadata of a GGUF file, and the tensors of all its parts."""
 
     values: dict[str, Any]
     tensors: tuple[GgufTensor, ...]

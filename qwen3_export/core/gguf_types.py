@@ -1,8 +1,7 @@
-"""The ggml type of every matrix in a GGUF file.
+"""The ggml type of every matrix in a GGUF file, by llama.cpp's rule.
 
-It follows llama.cpp's own rule, a pure function of shapes.
-
-n layers, layer i, more(i): the first eighth, the last eighth, and every third between.
+The rule depends on shapes alone. Of n layers, layer i has `more(i)` in the first eighth, in the last eighth, and at
+every third layer between them.
 
     file type           attn_v                  attn_output   ffn_down
     q4_k_m, q5_k_m      more(i): q6_k           base          more(i): q6_k
@@ -13,9 +12,9 @@ n layers, layer i, more(i): the first eighth, the last eighth, and every third b
     iq4_nl, iq4_xs      shared 4 ways: q5_k     base          i < n / 8, without importance: q5_k
     q4_0, q5_0          base                    base          i < n / 8, with importance: q4_1, q5_1
 
-Everything else has the base type; the head, or the embedding that is one too, has q6_k (q8_0 in a q8_0 file).
-With exactly eight experts attention keeps more. A row that the type's blocks do not divide takes a type of blocks
-of 32, or f16. `mxfp4_moe` puts experts in mxfp4 and the rest in q8_0, q2_0 an embedding that is no head in q4_k.
+Everything else has the base type. The head, or a tied embedding, has q6_k (q8_0 in a q8_0 file). With exactly eight
+experts attention keeps more bits. Where the type's blocks do not divide a row, it takes a type with blocks of 32, or
+f16. `mxfp4_moe` stores experts in mxfp4 and the rest in q8_0; `q2_0` stores an untied embedding in q4_k.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ FILE_TYPES = {
     "mxfp4_moe": FileType("mxfp4", 38),
     "q2_0": FileType("q2_0", 41),
 }
-# A mix is also known by its middle size.
+# A name without a size, such as q4_k, stands for the middle one.
 _ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 _FALLBACK = {
     "q2_0": "q4_0", "q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl",
@@ -91,7 +90,7 @@ _NAMES = {
 class Overrides:
     """Types that the user asked for, by pattern or by role.
 
-    Patterns are searched in tensor names, the first match decides.
+    Patterns are regular expressions, searched for in tensor names; the first that matches decides.
     """
 
     patterns: tuple[tuple[str, str], ...] = ()
@@ -118,7 +117,7 @@ class Overrides:
 
 
 def check_type(name: str, where: str) -> None:
-    """Raise InputError when no tensor type is called so."""
+    """Raise InputError when there is no tensor type of this name."""
     if name not in GGML_TYPES and name not in PLAIN:
         raise InputError(f"{where}: one of {', '.join((*PLAIN, *GGML_TYPES))} was expected")
 
@@ -142,10 +141,7 @@ def block_length(name: str) -> int:
 
 
 def gguf_name(module: str) -> str:
-    """A matrix's name in a GGUF file, without `.weight`.
-
-    Experts have that of their stack.
-    """
+    """A matrix's name in a GGUF file, without `.weight`; an expert's stack's."""
     if module in (EMBEDDING, HEAD):
         return "token_embd" if module == EMBEDDING else "output"
     layer, _, local = module.removeprefix("model.layers.").partition(".")
@@ -159,9 +155,8 @@ def module_types(
 ) -> Mapping[str, str]:
     """`{module: ggml type}` of every matrix of a model for a file type.
 
-    Experts of a stack share one.
-
-    `weighed`: whether an importance matrix is used. Types are lower-case names such as `q4_k` or `f16`.
+    Experts of a stack share one type. `weighed` says whether an importance matrix is used. Types are lower-case names
+    such as `q4_k` or `f16`.
     """
     rule, found, stacks = _Rule(config, file_type(name), weighed, overrides or Overrides()), dict[str, str](), {}
     for module in (EMBEDDING, HEAD):
@@ -178,9 +173,9 @@ def module_types(
 
 
 class _Rule:
-    """The rule at work.
+    """The rule at work on one model.
 
-    It counts the value projections that no pattern took away, as llama.cpp does.
+    It counts value projections as it goes, as llama.cpp does: those that a pattern decides do not count.
     """
 
     def __init__(self, config: Qwen3Config, name: str, weighed: bool, overrides: Overrides) -> None:
@@ -272,10 +267,7 @@ def _fallback(name: str, inputs: int) -> str:
 
 
 def _fitting(name: str, inputs: int, tensor: str) -> str:
-    """A type that was asked for by role.
-
-    Raises InputError when its blocks do not divide a row.
-    """
+    """A type asked for by role; InputError when it does not fit."""
     if inputs % block_length(name):
         raise InputError(
             f"{tensor}: its {inputs} inputs are not divisible by {block_length(name)}, the block of {name}"

@@ -1,6 +1,6 @@
 """Block types of ggml that no integer or float scheme describes.
 
-They are K-quants, nonlinear 4-bit codes, and types with fp16 minimums.
+These are K-quants, types with nonlinear 4-bit codes, and types with fp16 minimums.
 
     type            weight                                            shares
     q2_k q4_k q5_k  super_scale · scale · code − super_min · min      scale and min: 16 or 32 weights, super: 256
@@ -10,8 +10,8 @@ They are K-quants, nonlinear 4-bit codes, and types with fp16 minimums.
     q5_0            scale · (code − 16)                               32 weights
     q4_1 q5_1       scale · code + min                                32 weights
 
-Scales and mins under a super scale are small integers; everything else is fp16. q4_0, q8_0, q2_0 and mxfp4
-need no such type: they are integer and float schemes with one scale per group. See `core.scheme.scheme_of_type`.
+Scales and mins under a super scale are small integers; everything else is fp16. q4_0, q8_0, q2_0 and mxfp4 are not
+here: they are integer and float schemes with one scale per group (`core.scheme.scheme_of_type`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 8
 class BlockType:
     """One block type.
 
-    `scale_range` is that of the integer scales under a super scale; mins are at most `max_min`.
-
-    `bytes_per_block` is the size of one block of `block` weights in a GGUF file.
+    `block` weights are stored together, in `bytes_per_block` bytes of a GGUF file; `group` of them share a scale.
+    `scale_range` is the range of integer scales under a super scale; mins are at most `max_min`.
     """
 
     name: str

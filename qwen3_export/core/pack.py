@@ -20,9 +20,8 @@ GGML_BLOCK = 32
 def pack_int32(codes: NDArray[np.uint8], num_bits: int) -> NDArray[np.int32]:
     """Codes `[..., n]` as words `[..., ceil(n * num_bits / 32)]`.
 
-    The first code has the lowest bits.
-
-    Codes of 3, 5 and 6 bits go across words: 32 of them fill `num_bits` words.
+    The first code has the lowest bits. Codes of 3, 5 and 6 bits cross the borders of words: 32 of them fill `num_bits`
+    words.
     """
     if 32 % num_bits:
         return _pack_across(codes, num_bits)
@@ -75,11 +74,10 @@ def _unpack_across(raw: NDArray[np.uint8], num_bits: int) -> NDArray[np.uint8]:
 
 
 def pack_bytes(codes: NDArray[np.uint8], num_bits: int) -> NDArray[np.uint8]:
-    """Codes `[..., n]` of 2, 4 or 8 bits as bytes, lowest bits first.
+    """Codes `[..., n]` of 2, 4 or 8 bits as bytes.
 
-    The bytes are `[..., n * num_bits / 8]`.
-
-    An incomplete last byte is filled with zero bits.
+    The bytes are `[..., n * num_bits / 8]`. The first code has the lowest bits; an incomplete last byte is filled with
+    zero bits.
     """
     per_byte = 8 // num_bits
     padding = -codes.shape[-1] % per_byte
@@ -87,7 +85,7 @@ def pack_bytes(codes: NDArray[np.uint8], num_bits: int) -> NDArray[np.uint8]:
         codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)])
     if per_byte == 1:
         return np.ascontiguousarray(codes)
-    # The codes of a byte as one word, each moved down to its place; what lies above is cut off.
+    # The codes of a byte are one word; each is shifted to its place, and the conversion to a byte cuts off the rest.
     words = np.ascontiguousarray(codes).view(f"<u{per_byte}")
     packed = words.copy()
     for i in range(1, per_byte):
@@ -106,9 +104,9 @@ def unpack_bytes(packed: NDArray[np.uint8], num_bits: int) -> NDArray[np.uint8]:
 
 
 def pack_q4_0(codes: NDArray[np.uint8], scales: NDArray) -> NDArray[np.uint8]:
-    """Codes `[out, in]` and scales `[out, in / 32]` as q4_0 blocks.
+    """Codes and scales as q4_0 blocks.
 
-    The scales are exact in fp16, the bytes `[out, in / 32 * 18]`.
+    Codes are `[out, in]`, scales `[out, in / 32]` and exact in fp16; the result is `[out, in / 32 * 18]`.
     """
     return _ggml_rows([_half_bytes(scales)], _nibbles(codes))
 
@@ -134,9 +132,9 @@ def unpack_q4_1(raw: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.f
 
 
 def pack_q8_0(codes: NDArray[np.uint8], scales: NDArray) -> NDArray[np.uint8]:
-    """Unsigned 8-bit codes `[out, in]` as q8_0 blocks.
+    """Unsigned 8-bit codes with zero point 128 as q8_0 blocks.
 
-    The zero point is 128, the bytes are `[out, in / 32 * 34]`.
+    Codes are `[out, in]`, scales `[out, in / 32]`; the result is `[out, in / 32 * 34]`.
     """
     signed = (codes ^ np.uint8(0x80)).reshape(codes.shape[0], -1, GGML_BLOCK)
     return _ggml_rows([_half_bytes(scales)], signed)

@@ -1,7 +1,7 @@
 """Regular expressions from other tools' configurations: which of them matches a module's name first.
 
-Python's engine has no limit of time, and a short pattern can ask for more steps than there are atoms. What is
-plainly cheap is matched here; everything else in a process of its own under limits (`core.confined`).
+A short pattern can keep Python's engine busy for ever. Patterns that are certainly cheap are matched here, all others
+in a process under limits (`core.confined`).
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from collections.abc import Iterable, Sequence
 from qwen3_export.core.confined import ConfinedError, confined
 
 _MOST_LETTERS = 10_000
-# No groups and no alternatives, few repetitions: at most the cube of a name's length in steps.
+# Without groups and alternatives and with few repetitions, a pattern takes at most n³ steps for a name of n letters.
 _CHEAP, _REPETITIONS = re.compile(r"[\w\-.\\^$*+?\[\]]*"), 3
 
 
 def first_matches(patterns: Sequence[str], names: Iterable[str]) -> dict[str, str]:
     """`{name: the first pattern that matches at its beginning}`.
 
-    Names that none matches are absent.
-
-    Raises ValueError when a pattern is none, or takes more than the limits of time and memory.
+    Names that no pattern matches are absent. Raises ValueError for an invalid pattern, and for one that takes more time
+    or memory than the limits allow.
     """
     wanted = list(names)
     if all(_is_cheap(pattern) for pattern in patterns):
@@ -39,7 +38,7 @@ def first_matches(patterns: Sequence[str], names: Iterable[str]) -> dict[str, st
 
 
 def match_all(patterns: list[str], names: list[str]) -> dict[str, str]:
-    """The same without limits: what runs in the child."""
+    """The same without limits, as the child runs it."""
     compiled = [(pattern, re.compile(pattern)) for pattern in patterns]
     first = {name: next((text for text, pattern in compiled if pattern.match(name)), None) for name in names}
     return {name: text for name, text in first.items() if text is not None}

@@ -1,6 +1,6 @@
-"""The process: its heap, and imports of large native libraries.
+"""The process: its heap, its signals, and imports of large native libraries.
 
-What concerns the heap works where the C library is glibc.
+Functions that concern the heap do nothing where the C library is not glibc.
 """
 
 from __future__ import annotations
@@ -18,18 +18,16 @@ _M_ARENA_MAX, _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -8, -3, -1
 # Option of prctl, Linux's alone.
 _PARENT_DEATH_SIGNAL = 1
 _LARGEST_IN_HEAP, _KEPT = 32 << 20, 1 << 30
-# How many kernels torch keeps, in all and in every thread; it reads these where it makes the first.
+# How many kernels torch keeps, in all and in every thread. It reads these variables when it makes the first kernel.
 _KERNELS, _CACHES = 32, ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
 def keep_freed_memory() -> None:
-    """Let all threads allocate from one heap that keeps what is freed.
+    """Let all threads allocate from one heap that keeps freed memory.
 
-    This works where the C library is glibc.
-
-    With a heap each, what one thread frees no other can use: a sparse block took 2.6 times the memory
-    of what was alive in it. Pages that are given back and taken again cost more than the work on them:
-    `trim_heap` gives them back where nothing is at hand that the next step could use.
+    By default every thread has a heap of its own, and no other thread can use what it frees: a sparse block then took
+    2.6 times the memory of its live data. Returning pages to the system and taking them again costs more than the work
+    on them, so the heap keeps them until `trim_heap` returns them.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -39,9 +37,9 @@ def keep_freed_memory() -> None:
 
 
 def end_with_parent() -> None:
-    """Let this child process be killed when its parent is, on Linux.
+    """Let Linux kill this child process when its parent dies.
 
-    It would go on for minutes, and write into a folder that the next run has taken over.
+    Otherwise it could go on for minutes, and write into a folder that the next run has taken over.
     """
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
@@ -51,27 +49,25 @@ def end_with_parent() -> None:
 def keep_few_kernels() -> None:
     """Let torch keep few of its kernels for products in 16 bits.
 
-    An environment variable of torch's that is set already wins.
-
-    Each is made for one shape, and a thousand are kept, in every thread again: with the numbers of tokens that
-    experts happen to get, all are different, and a run took up to 100 MB more with every block.
+    torch makes a kernel for every shape and keeps a thousand in each thread. Experts get ever different numbers of
+    tokens, so that without this limit a run took up to 100 MB more with every block. A value that the user has set in
+    torch's environment variables is respected.
     """
     for name in _CACHES:
         os.environ.setdefault(name, str(_KERNELS))
 
 
 def trim_heap() -> None:
-    """Give freed memory back to the system.
+    """Return freed memory to the system.
 
-    Called between blocks, so that what is scattered over the heap does not add up; it works where the C library
-    is glibc.
+    It is called between blocks, because freed pieces scattered over the heap would add up from block to block.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
-# What stops a run as Ctrl-C does: a service manager, and a terminal that is closed.
+# Signals that stop a run as Ctrl-C does: from a service manager, and from a terminal that is closed.
 STOPPING = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -79,7 +75,7 @@ STOPPING = (signal.SIGTERM, signal.SIGHUP)
 def uncollected() -> Iterator[None]:
     """Hold back the garbage collector during an import.
 
-    An import makes many objects that stay, and searching them in vain takes a seventh of the time.
+    An import makes many objects that stay alive; searching them for garbage takes a seventh of its time.
     """
     active = gc.isenabled()
     gc.disable()
@@ -92,18 +88,16 @@ def uncollected() -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold back SIGINT, SIGTERM and SIGHUP until the block is done.
+    """Hold back SIGINT, SIGTERM and SIGHUP until the block is done, then raise KeyboardInterrupt.
 
-    KeyboardInterrupt is raised right after it.
-
-    A native module whose initialisation meets a KeyboardInterrupt aborts the whole process. A signal
-    mask would not do: another thread may take the signal, and the exception is raised here all the same.
+    A KeyboardInterrupt during the initialisation of a native module aborts the whole process. Masking the signals would
+    not help: another thread could receive them, and the exception would still be raised here.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     caught: list[int] = []
-    # None: a program that holds this interpreter has a handler of its own, which could not be put back.
+    # None: the program that embeds this interpreter has a handler of its own, which we could not restore.
     skipped = (None, signal.SIG_IGN)
     numbers = [number for number in (signal.SIGINT, *STOPPING) if signal.getsignal(number) not in skipped]
     before = [(number, signal.signal(number, lambda found, _frame: caught.append(found))) for number in numbers]

@@ -1,12 +1,12 @@
 """How many processors this process may keep busy.
 
-Its affinity decides, and the quota of its container.
+The process's affinity and the quota of its container decide.
 
     cgroup v2   /sys/fs/cgroup/GROUP/cpu.max                    "150000 100000", or "max 100000"
     cgroup v1   /sys/fs/cgroup/cpu/GROUP/cpu.cfs_quota_us       150000, -1 for none      cpu.cfs_period_us  100000
 
-A quota counts wherever it stands between the process's own group and the root. More threads than that are stopped
-for the rest of every period, and all wait for the one that is.
+Every group from the process's own up to the root may have a quota; the smallest counts. If there are more threads than
+the quota allows, the kernel stops some for the rest of each period, and the others wait for them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,7 @@ _ROOT, _GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def thread_count(asked: int | None = None) -> int:
-    """`asked`, or as many as there are processors to be used.
-
-    Raises InputError when that is out of range.
-    """
+    """`asked`, by default the number of usable processors; InputError when out of range."""
     if asked is None:
         return min(processors(), MOST_THREADS)
     if not 1 <= asked <= MOST_THREADS:
@@ -35,13 +32,13 @@ def thread_count(asked: int | None = None) -> int:
 
 
 def processors() -> int:
-    """Threads that a runtime takes unless it is told how many; at least one."""
+    """The default number of threads of a runtime, at least one."""
     allowed, quota = len(os.sched_getaffinity(0)), cpu_quota()
     return allowed if quota is None else max(1, min(allowed, int(quota)))
 
 
 def cpu_quota(root: Path = _ROOT, groups: Path = _GROUPS) -> float | None:
-    """Processors' worth of time that the tightest group allows, None where none is limited."""
+    """The smallest quota of all groups, in processors; None when there is no quota."""
     found = [quota for folder in group_folders(root, groups) if (quota := _quota_of(folder)) is not None]
     return min(found, default=None)
 

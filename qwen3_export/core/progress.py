@@ -1,6 +1,6 @@
-"""How long work tells what it is doing.
+"""The interface through which long work reports its progress.
 
-The base class is silent; the command line draws bars.
+The class here is silent; the command line's own class draws bars.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class Progress:
         yield lambda: None
 
     def note(self, text: str) -> None:
-        """One line about where the work stands."""
+        """Show one line about the state of the work."""
 
     def log(self, text: str) -> None:
-        """One line for those who asked for details."""
+        """Show one line to those who asked for details."""
 
     def warn(self, text: str) -> None:
-        """One line that everyone should see."""
+        """Show one line that everyone should see."""
 
 
 def peak_rss_bytes() -> int:

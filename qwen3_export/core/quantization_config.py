@@ -8,9 +8,9 @@ awq                  AutoAWQ, GPTQModel                      version gemm
 fp8                  the official FP8 releases               blocks of N × 128
 compressed-tensors   llm-compressor and others               packed, int, float, mxfp4, nvfp4
 
-Where a configuration and the stored numbers disagree, the numbers decide: zero points that all are the
-midpoint make a folder symmetric. What a scheme cannot say is refused by name. A head or an embedding may
-be quantized where the layout has a place for it: the head in GPTQ, both in compressed-tensors, untied.
+Where a configuration and the stored numbers disagree, the numbers decide: if all zero points are the midpoint, the
+folder is symmetric. Settings that no scheme can express are refused by name. An untied head may be quantized in GPTQ
+folders, an untied head and the embedding in those of compressed-tensors.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FALLBACK = "quantize_config.json"
 # Where ModelOpt writes it, besides config.json in later releases.
 MODELOPT = "hf_quant_config.json"
 METHODS = ("gptq", "awq", "fp8", "compressed-tensors", "modelopt")
-# How AutoRound packs: zero points less one, as they are, or in AWQ's order.
+# AutoRound's packing formats: zero points stored less one, stored as they are, or in AWQ's order.
 _AUTO_ROUND = {
     "auto_round:auto_gptq": ("gptq", "gptq"),
     "auto_round": ("gptq", "gptq_v2"),
@@ -63,7 +63,7 @@ def quantization_of(folder: Path, raw: Mapping[str, Any], names: Iterable[str]) 
 
 
 def _of_auto_round(where: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """AutoRound's configuration as that of the layout which it packs in; see its packing_format."""
+    """AutoRound's configuration, rewritten as that of the layout it packs in."""
     packing = config.get("packing_format") or "auto_round:auto_gptq"
     if not isinstance(packing, str) or packing not in _AUTO_ROUND or config.get("data_type", "int") != "int":
         raise CheckpointError(
@@ -90,12 +90,10 @@ def _of_auto_round(where: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def read_schemes(where: str, stored: Stored, linears: Shapes) -> tuple[str, Schemes]:
-    """Layout and scheme of every quantized matrix of `linears`.
+    """The layout of a folder, and the scheme of every quantized matrix of `linears`.
 
-    GPTQ's and AWQ's are asymmetric until `settle`.
-
-    `linears` holds the embedding too, and an untied head. Raises CheckpointError with the reason when
-    the configuration says what no scheme can.
+    `linears` includes the embedding and an untied head. Schemes of GPTQ and AWQ folders are asymmetric until `settle`
+    has looked at the zero points. Raises CheckpointError with the reason when no scheme can express the configuration.
     """
     method = str(stored.config.get("quant_method") or stored.config.get("format"))
     if method == "bitsandbytes":
@@ -124,12 +122,10 @@ def read_schemes(where: str, stored: Stored, linears: Shapes) -> tuple[str, Sche
 
 
 def settle(method: str, stored: Stored, schemes: Schemes, linears: Shapes) -> tuple[Schemes, frozenset[str]]:
-    """Let the small tensors correct the schemes.
+    """Correct the schemes by the stored zero points, scales and group indices.
 
-    Every name, type and shape was checked before.
-
-    Returns the schemes, and the linears whose groups are not consecutive inputs. Reads zero points,
-    scales and group indices, never codes. Raises ValueError naming a tensor that contradicts its scheme.
+    Names, types and shapes must have been checked before; codes are not read. Returns the schemes, and the linears
+    whose groups are not consecutive inputs. Raises ValueError naming a tensor that contradicts its scheme.
     """
     if method in ("gptq", "awq"):
         zero_points = layout(method).zero_points
@@ -158,10 +154,7 @@ def _outer(method: str, config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _refuse_outside(where: str, stored: Stored, outer: tuple[str, ...]) -> None:
-    """Refuse quantized parts other than linears of the blocks and `outer`.
-
-    No router is quantized, and no key/value cache.
-    """
+    """Refuse quantized parts other than linears of the blocks and `outer`: routers, key/value caches."""
     for name in stored.entries:
         module, _, part = name.rpartition(".")
         if name.endswith(_CACHE_PARTS) and stored.config.get("quant_method") != "modelopt":

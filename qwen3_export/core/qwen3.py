@@ -71,10 +71,7 @@ class Qwen3Config:
         return dict(self.block(layer).linear_shapes)
 
     def other_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
-        """`{local name: shape}` of one block's norms and router.
-
-        They always stay in 16 bits.
-        """
+        """`{local name: shape}` of one block's norms and router, always in 16 bits."""
         return dict(self.block(layer).other_shapes)
 
     def all_linears(self) -> dict[str, tuple[int, int]]:
@@ -91,10 +88,7 @@ class Qwen3Config:
         return dict.fromkeys(names, (self.vocab_size, self.hidden_size))
 
     def all_matrices(self) -> dict[str, tuple[int, int]]:
-        """`{module name: [out, in]}` of all that a recipe can name.
-
-        They are the linears, the embedding, and an untied head.
-        """
+        """`{module name: [out, in]}` of linears, embedding and untied head."""
         return {**self.all_linears(), **self.outer_matrices()}
 
     @property
@@ -132,9 +126,9 @@ def block_name(layer: int) -> str:
 
 
 def parse_config(values: object, where: str) -> Qwen3Config:
-    """Read a `config.json` in the 4.x or the 5.x spelling.
+    """Read a `config.json` as written by transformers 4.x or 5.x.
 
-    Raises CheckpointError, which names what is wrong.
+    Raises CheckpointError naming `where`, the key, what was found and what was expected.
     """
     if not isinstance(values, dict):
         raise CheckpointError(f"{where}: a JSON object was expected, found {type(values).__name__}")

@@ -12,7 +12,7 @@ scheme. So a recipe with the same scheme for both fits tied and untied models al
 
     name: gptq-w4a16-g128
     description: GPTQ, 4-bit weights, one scale per 128 inputs
-    method: gptq                          # a file of qwen3_export/solve
+    method: gptq                          # a module of solve/methods
     rules:
       - match: model.embed_tokens
         scheme: {num_bits: 8, symmetric: true, strategy: group, group_size: 32}
@@ -68,11 +68,11 @@ class Rule:
 class ExpertRule:
     """What is done with an expert that fewer than `min_tokens` calibration tokens reach.
 
-    `share` lends it the inputs of all the layer's tokens, in proportion to what it lacks; `rtn` rounds
-    it without inputs. See `calibration.experts`. `min_tokens` None is twice the inputs of an expert's widest
-    linear: GPTQ's error on other text is then within 15 % of what mixing would still gain, with half as
-    many own tokens it is about 1.5 times as large (measured on clusters of the reference model's
-    tokens). 0 turns the rule off.
+    `share` mixes the expert's statistics with those of all the layer's tokens, in proportion to the tokens it lacks;
+    `rtn` rounds it without inputs. See `calibration.experts`. `min_tokens` 0 turns the rule off. None stands for twice
+    the inputs of an expert's widest linear: with so many tokens, mixing would lower GPTQ's error on other text by at
+    most 15 %, while with half as many the error is about 1.5 times as large (measured on clusters of the reference
+    model's tokens).
     """
 
     min_tokens: int | None = None
@@ -81,7 +81,7 @@ class ExpertRule:
     def token_floor(self, width: int) -> int:
         """The number of tokens below which the rule applies.
 
-        `width`: inputs of an expert's widest linear.
+        `width` is the number of inputs of an expert's widest linear.
         """
         return 2 * width if self.min_tokens is None else self.min_tokens
 
@@ -105,7 +105,7 @@ class ExpertRule:
 class Recipe:
     """A validated recipe. `options` belong to the method and are checked by it.
 
-    `file_type` names a mix of llama.cpp (`q4_k_m`): what no rule names gets the type that the mix gives it.
+    `file_type` names a mix of llama.cpp (`q4_k_m`), which decides the type of every matrix that no rule names.
     """
 
     name: str
@@ -139,10 +139,8 @@ class Recipe:
     def check_against(self, linears: Mapping[str, tuple[int, int]]) -> None:
         """Validate against every matrix of a model, `{module name: [out, in]}`.
 
-        The head is absent when it is tied.
-
-        Raises RecipeError when a rule matches nothing, a group does not divide a matrix, a tied head
-        and its embedding would differ, or nothing would be quantized at all.
+        A tied head must be absent. Raises RecipeError when a rule matches nothing, a group does not divide a matrix, a
+        tied head and its embedding would differ, or nothing would be quantized at all.
         """
         tied = EMBEDDING in linears and HEAD not in linears
         for rule in self.rules:
@@ -162,7 +160,7 @@ class Recipe:
             raise RecipeError(f"recipe {self.name} quantizes no tensor of this model")
 
     def _check_tied(self) -> None:
-        """One matrix cannot have two schemes."""
+        """Raise RecipeError when a tied head and its embedding have different schemes."""
         head, embedding = self.scheme_for(HEAD), self.scheme_for(EMBEDDING)
         if head != embedding:
             found, wanted = (scheme.label if scheme else "16 bits" for scheme in (head, embedding))
@@ -188,9 +186,9 @@ class Recipe:
 
     @property
     def sha256(self) -> str:
-        """Hash of everything that decides the bytes.
+        """Hash of everything that decides the codes.
 
-        Name and description do not, and the layout counts by itself.
+        Name and description do not; the layout is left out because a run's identity names it separately.
         """
         values = {k: v for k, v in self.to_dict().items() if k not in ("name", "description", "layout")}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -238,7 +236,7 @@ def _scheme(type_name: str) -> QuantScheme | None:
 def _check_outer(name: str, scheme: QuantScheme) -> None:
     """Raise RecipeError for a scheme that embedding or head cannot have.
 
-    Both are worked on in pieces of rows.
+    Both are solved in pieces of rows, so no two rows may share a scale.
     """
     if not scheme.per_row or scheme.scale_dtype == "e4m3":
         raise RecipeError(
@@ -276,9 +274,9 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(spec: str) -> Recipe:
-    """Load a shipped recipe by name or any recipe by its YAML path.
+    """The shipped recipe of a name, or the recipe in a YAML file.
 
-    Raises RecipeError.
+    Raises RecipeError naming the key, what was found and what was expected.
     """
     path = resource("recipes") / f"{spec}.yaml"
     if not path.is_file() or "/" in spec:

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021), with YaRN (Peng et al. 2023), read from `config.json`."""
+"""Rotary position embedding (Su et al. 2021) with YaRN (Peng et al. 2023)."""
 
 from __future__ import annotations
 

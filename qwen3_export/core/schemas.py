@@ -1,9 +1,7 @@
 """The JSON Schemas of what commands print with `--json`.
 
-They are versioned files beside this package's code.
-
-A field is only ever added within a version; where one changes its meaning or goes, the version is raised
-and the old file stays.
+Each is a versioned file in the package. Within a version fields are only added. When a field is removed or changes its
+meaning, the version is raised and the old file stays.
 """
 
 from __future__ import annotations

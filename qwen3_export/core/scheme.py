@@ -37,14 +37,13 @@ _SCALES = {("float", 4): ("e8m0", "e4m3"), ("float", 8): (*_WIDE_SCALES, "e8m0")
 class QuantScheme:
     """How the numbers of one weight matrix `[out, in]` are stored.
 
-    `strategy` says what shares one scale: the whole `tensor`, an output `channel`, a `group` of
-    `group_size` consecutive inputs of one output channel, or a `block` of `block_shape`. Integer
-    codes are unsigned in memory; a symmetric scheme has the implicit zero point
-    `2 ** (num_bits - 1)`, and a float one is E4M3 (8 bits) or E2M1 (4 bits). `signed_scales` lets
-    scales be negative, which ONNX Runtime, llama.cpp and vLLM accept and TensorRT does not.
-    `activations` says how a runtime rounds the linear's inputs, to the weights' own type at 8 bits;
-    None leaves them alone. `type` kquant is a block type of ggml, whose name is `ggml_type` and decides
-    everything else but `activations`; see `core.kquant`.
+    `strategy` says which weights share one scale: the whole `tensor`, an output `channel`, a `group` of `group_size`
+    consecutive inputs of one output channel, or a `block` of `block_shape`. Integer codes are unsigned in memory; a
+    symmetric scheme has the implicit zero point `2 ** (num_bits - 1)`, and a float one is E4M3 (8 bits) or E2M1 (4
+    bits). `signed_scales` lets scales be negative, which ONNX Runtime, llama.cpp and vLLM accept and TensorRT does not.
+    `activations` says how a runtime rounds the linear's inputs, to the weights' own type at 8 bits; None leaves them
+    alone. `type` kquant stands for a block type of ggml: its name, `ggml_type`, decides every field but `activations`;
+    see `core.kquant`.
     """
 
     num_bits: int = 4
@@ -79,7 +78,7 @@ class QuantScheme:
             )
 
     def _settle_kquant(self) -> None:
-        """A block type's other numbers follow from its name."""
+        """Fill in the numbers that follow from a block type's name."""
         if self.type != "kquant":
             if self.ggml_type is not None:
                 raise RecipeError(f"scheme has ggml_type: {self.ggml_type!r}, which only type: kquant has")
@@ -160,7 +159,7 @@ class QuantScheme:
 
     @property
     def per_row(self) -> bool:
-        """Whether every output row has scales of its own, as weight-only kernels want it."""
+        """Whether every output row has scales of its own, as weight-only kernels require."""
         return self.strategy in ("channel", "group")
 
     def group_length(self, in_features: int) -> int:
@@ -267,10 +266,7 @@ GGML_TYPES = (*_PLAIN_TYPES, *BLOCK_TYPES)
 
 
 def scheme_of_type(name: str) -> QuantScheme:
-    """The scheme that a ggml type's name stands for, e.g.
-
-    `q4_0` or `q4_k`; RecipeError when there is none.
-    """
+    """The scheme of a ggml type such as `q4_k`; RecipeError if unknown."""
     if name in _PLAIN_TYPES:
         return _PLAIN_TYPES[name]
     if name not in BLOCK_TYPES:

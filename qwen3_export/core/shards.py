@@ -12,7 +12,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def open_shards(folder: Path) -> dict[str, TensorFile]:
-    """`{tensor name: shard}` of a checkpoint folder, from the single file or from the index.
+    """`{tensor name: shard}` of a checkpoint folder.
 
     Where both exist the single file is read, as in transformers. Raises CheckpointError when a shard or a tensor that
     the index names is missing, or when a shard would lie outside of the folder.

@@ -88,7 +88,7 @@ class QuantizedTensor:
     def scales32(self) -> NDArray[np.float32]:
         """Scales in fp32, `[rows, groups]`.
 
-        NVFP4's are divided by the global scale, integer ones multiplied by the super scale.
+        NVFP4's are already divided by the global scale, integer scales multiplied by the super scale.
         """
         scales = self.scales.astype(np.float32)
         if self.super_scales is not None:
@@ -96,20 +96,14 @@ class QuantizedTensor:
         return scales if self.global_scale is None else scales / np.float32(self.global_scale)
 
     def rows(self, chosen: slice | NDArray) -> QuantizedTensor:
-        """Some rows, as a tensor of their own.
-
-        No two rows may share a scale.
-        """
+        """Some rows as a tensor of their own; rows may not share scales."""
         assert self.scheme.per_row
         parts: dict[str, Any] = {key: array[chosen] for key, array in self._by_row().items()}
         return replace(self, shape=(len(parts["codes"]), self.shape[1]), **parts)
 
     @property
     def offsets32(self) -> NDArray[np.float32] | None:
-        """What is added to every weight of a group, in fp32 `[out, groups]`.
-
-        None for a type without mins.
-        """
+        """The number added to a group's weights, fp32 `[out, groups]`; None without mins."""
         if self.mins is None:
             return None
         mins = self.mins.astype(np.float32)
@@ -135,10 +129,7 @@ def _times_super(super_scales: NDArray[np.float16], scales: NDArray[np.float32])
 
 
 def block_specs(scheme: QuantScheme, shape: tuple[int, int]) -> dict[str, tuple[np.dtype, tuple[int, int]]]:
-    """Type and shape of a block type's arrays beside its codes.
-
-    Keys are the names of the fields.
-    """
+    """Type and shape of a block type's arrays beside its codes, by field."""
     block, grid = scheme.block_type, scheme.grid(shape)
     assert block is not None
     half, above = np.dtype(np.float16), (shape[0], shape[1] // block.block)
@@ -175,9 +166,9 @@ def check_blocks(tensor: QuantizedTensor) -> None:
 
 
 def code_values(codes: NDArray[np.uint8], scheme: QuantScheme) -> NDArray[np.float32]:
-    """What the codes stand for before zero point and scale.
+    """The values of codes before zero point and scale are applied.
 
-    A ggml block type's midpoint is taken off.
+    For a ggml block type the midpoint is already subtracted.
     """
     if block := scheme.block_type:
         if block.values is not None:

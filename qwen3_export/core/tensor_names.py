@@ -6,7 +6,7 @@ layers.0.…, embed_tokens, norm      saved from the model without its head
 …mlp.experts.gate_up_proj           [experts, 2 · intermediate, hidden]: transformers 5, frameworks of reinforcement
 …mlp.experts.down_proj              [experts, hidden, intermediate]      learning
 
-Nothing is copied: an expert is a range of bytes in its stack, so its entry points there.
+Nothing is copied: an expert is a range of bytes in its stack, and its entry points to that range.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""What a folder's tokenizer and generation files say.
-
-They give vocabulary, special tokens, stop tokens and chat templates.
+"""A folder's tokenizer and generation files: vocabulary, special tokens, stop tokens, chat templates.
 
 tokenizer.json           the vocabulary; without it vocab.json, merges.txt and added_tokens.json
 tokenizer_config.json    special tokens as texts or AddedToken objects, chat templates
@@ -8,7 +6,7 @@ special_tokens_map.json  special tokens of older folders
 chat_template.jinja      the chat template, before that of tokenizer_config.json
 generation_config.json, config.json    ids that end an answer: a number or a list of them
 
-All is read as transformers reads it.
+Every file is read as transformers reads it.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from qwen3_export.errors import CheckpointError
 TOKENIZER, CONFIG, SPECIAL_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 _VOCAB, _MERGES, _ADDED = "vocab.json", "merges.txt", "added_tokens.json"
 ROLES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-# Classes whose constructor names these three tokens where the files are silent; Qwen3's is Qwen2's.
+# Tokenizer classes whose constructors have defaults for these three tokens; Qwen3 uses Qwen2's class.
 _QWEN_CLASSES = (None, "Qwen2Tokenizer", "Qwen2TokenizerFast", "Qwen3Tokenizer", "Qwen3TokenizerFast")
 _QWEN_DEFAULTS = dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>")
 # How Qwen's tokenizers cut text into words: the pattern of transformers' class and of every published tokenizer.json.
@@ -36,10 +34,7 @@ _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
 
 
 def tokenizer_values(folder: Path) -> dict[str, Any]:
-    """What tokenizer.json holds, or would hold.
-
-    It is made from vocab.json and merges.txt where they alone are there.
-    """
+    """The contents of tokenizer.json, made from vocab.json and merges.txt where it is missing."""
     if os.path.lexists(folder / TOKENIZER):
         return read_object(folder / TOKENIZER, CheckpointError)
     if not os.path.lexists(folder / _VOCAB):
@@ -131,10 +126,7 @@ def added_token_flags(config: Mapping[str, Any]) -> dict[int, bool]:
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
-    """Special tokens as texts, by role (`bos_token`, …).
-
-    A role without a token is absent.
-    """
+    """Special tokens as texts by role (`bos_token`, …); roles without a token are absent."""
     config = read_sidecar(folder / CONFIG)
     legacy = {} if config.get("added_tokens_decoder") else read_sidecar(folder / SPECIAL_MAP)
     given = {**(_QWEN_DEFAULTS if config.get("tokenizer_class") in _QWEN_CLASSES else {}), **config, **legacy}
@@ -152,10 +144,9 @@ def _text(folder: Path, role: str, token: Any) -> str | None:
 def stop_ids(folder: Path, id_of: Callable[[str], int | None]) -> list[int]:
     """Ids that end an answer, each once.
 
-    They are of generation_config.json, of config.json, and the tokenizer's eos_token.
-
-    `id_of` gives a token's id. Any of the three files may be the only one that a fine-tuned model has right, so
-    all count. Raises CheckpointError for what is no id.
+    They come from generation_config.json, from config.json, and from the tokenizer's eos_token, whose id `id_of` looks
+    up. All three count, because fine-tuned models often have only one of them right. Raises CheckpointError for
+    anything that is not an id.
     """
     found: dict[int, None] = {}
     for name in ("generation_config.json", "config.json", "genai_config.json"):
@@ -168,7 +159,7 @@ def stop_ids(folder: Path, id_of: Callable[[str], int | None]) -> list[int]:
             )
         found.update(dict.fromkeys(ids))
     eos = special_tokens(folder).get("eos_token")
-    # A class's own default counts only where nobody says anything.
+    # The tokenizer class's own default counts only where no file says anything.
     stated = "eos_token" in read_sidecar(folder / CONFIG) or "eos_token" in read_sidecar(folder / SPECIAL_MAP)
     index = id_of(eos) if eos and (stated or not found) else None
     if index is not None:
@@ -177,9 +168,9 @@ def stop_ids(folder: Path, id_of: Callable[[str], int | None]) -> list[int]:
 
 
 def _model(path: Path, values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The object `model` of onnxruntime-genai's file.
+    """The object `model` of genai_config.json.
 
-    An exported folder has no other that knows config.json's ids.
+    In an exported ONNX folder it is the only file that has config.json's token ids.
     """
     found = values.get("model") or {}
     if not isinstance(found, dict):
@@ -188,9 +179,9 @@ def _model(path: Path, values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def id_lookup(folder: Path) -> Callable[[str], int | None]:
-    """Finds a token's id in the vocabulary, which is read at the first question.
+    """A function from token to id, None for an unknown token.
 
-    None where there is none.
+    The vocabulary is read at the first call.
     """
 
     @cache
@@ -209,7 +200,7 @@ def id_lookup(folder: Path) -> Callable[[str], int | None]:
 
 
 def sampling_defaults(folder: Path) -> dict[str, Any]:
-    """What generation_config.json says of sampling; CheckpointError when it is no number."""
+    """The sampling settings of generation_config.json; CheckpointError when one is no number."""
     path = folder / "generation_config.json"
     given, kinds = read_sidecar(path), {"do_sample": bool, "temperature": float, "top_k": int, "top_p": float}
     found = {key: given[key] for key in kinds if given.get(key) is not None}

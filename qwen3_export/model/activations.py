@@ -6,7 +6,7 @@
 
     x → clamp(round(x / scale)) · scale
 
-The divisors are those of compressed-tensors, which owns the layout; vLLM divides by 127.
+The divisors are those of compressed-tensors, whose layout we write; vLLM divides by 127.
 """
 
 from __future__ import annotations
@@ -23,15 +23,12 @@ _HALF_RANGE_INT8 = 127.5
 
 
 def largest_unit(scheme: QuantScheme) -> float:
-    """Number of scales that the largest input lies away from zero."""
+    """The largest rounded input in units of the scale."""
     return LARGEST_E4M3 if scheme.type == "float" else _HALF_RANGE_INT8
 
 
 def rounder(scheme: QuantScheme, input_scale: float | None) -> Callable[[Tensor], Tensor]:
-    """The function `[…, in] → […, in]` that rounds inputs as the scheme says.
-
-    Fp32 in and out.
-    """
+    """The function that rounds fp32 inputs `[…, in]` as the scheme says."""
     if scheme.activations == "static-tensor":
         assert input_scale is not None
         fixed = torch.tensor(input_scale)
@@ -47,11 +44,9 @@ def rounder(scheme: QuantScheme, input_scale: float | None) -> Callable[[Tensor]
 
 
 def round_e4m3(x: Tensor) -> Tensor:
-    """To the nearest E4M3 number, ties to even, saturating at 448.
+    """The nearest E4M3 numbers in fp32, ties to even, saturating at 448.
 
-    Fp32 in and out.
-
-    On the bits: a conversion to float8 and back takes several times as long on a CPU.
+    This works on the bits, because a conversion to float8 and back takes several times as long on a CPU.
     """
     x = x.clamp(-LARGEST_E4M3, LARGEST_E4M3)
     bits = x.view(torch.int32)

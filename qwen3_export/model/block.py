@@ -31,16 +31,13 @@ if TYPE_CHECKING:
     from qwen3_export.model.integer_linear import IntegerLinear
 
 State = dict[str, Tensor]
-# Tokens of an expert are filled up to a power of two, or from here on to a multiple of this.
+# An expert's tokens are padded to a power of two, and above this number to a multiple of it.
 _TOKENS = 64
 
 
 @dataclass
 class KVCache:
-    """Keys and values of one layer and sequence so far.
-
-    Both are `[batch, kv_heads, length, head_dim]`.
-    """
+    """Keys and values so far, `[batch, kv_heads, length, head_dim]` each."""
 
     keys: Tensor | None = None
     values: Tensor | None = None
@@ -57,10 +54,10 @@ class KVCache:
 class Block:
     """Weights of one block by local name (`self_attn.q_proj`, `[out, in]`), replaceable one by one.
 
-    `matmul_dtype` is the type that linears and attention multiply in; None leaves them as they are.
-    `rounders` are the functions that round some linears' inputs; see `model.activations`. Where `outputs`
-    is given, every linear leaves its output there. `integer_linears` have integers in place of weights; with
-    `int_matmul`, for processors that multiply these fastest, quantized ones become such.
+    `matmul_dtype` is the type that linears and attention multiply in; None stands for the type of the weights.
+    `rounders` are the functions that round some linears' inputs (`model.activations`). Where `outputs` is given, every
+    linear leaves its output there. `integer_linears` are multiplied as integers and are not in `weights`; with
+    `int_matmul`, for processors where that is fastest, linears become such as soon as they are quantized.
     """
 
     config: Qwen3Config
@@ -91,10 +88,7 @@ class Block:
         return _product(x, weight) if is_expert(name) else F.linear(x, weight)
 
     def running(self, matmul_dtype: torch.dtype) -> Block:
-        """The same block with its linears stored as they multiply.
-
-        They are in the given type, or integers; the weights are its own.
-        """
+        """A copy whose linears are stored as they multiply: `matmul_dtype` or integers."""
         linears = self.config.linear_shapes(self.layer)
         weights = {
             name: weight.to(matmul_dtype) if name in linears else weight for name, weight in self.weights.items()
@@ -111,10 +105,7 @@ class Block:
         return own
 
     def _round(self, linears: list[str]) -> None:
-        """Linears that still have weights are multiplied as integers from now on.
-
-        Those that cannot be stay as they are.
-        """
+        """Turn linears that still have weights into integer linears where possible."""
         from qwen3_export.model.integer_linear import from_weight
 
         for name in linears:
@@ -163,10 +154,7 @@ class Block:
         return {**state, "x": self._in_matmul_dtype(state["x"])}
 
     def combine(self, stage: Stage, names: list[str], x: Tensor) -> Tensor:
-        """The linears of a stage, or of one expert, and their activation function.
-
-        From `[…, in]` to `[…, n]`.
-        """
+        """A stage's or expert's linears and activation function, `[…, in]` to `[…, n]`."""
         outputs = [self.linear(name, x) for name in names]
         return F.silu(outputs[0]) * outputs[1] if stage.follows == SWIGLU else outputs[0]
 
@@ -180,7 +168,7 @@ class Block:
     def inputs_of(self, name: str, state: State) -> Tensor:
         """The vectors `[n, in]` that reach one linear, or the router.
 
-        The state is at the stage that reads them.
+        The state must be at the stage that reads them.
         """
         x = state["x"]
         if not is_expert(name):
@@ -208,10 +196,7 @@ class Block:
         return self.linear(name, x).reshape(*x.shape[:-1], -1, self.config.head_dim)
 
     def _turned(self, linear: str, norm: str, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Queries or keys, normed and turned by the rotary embedding.
-
-        They are `[batch, heads, tokens, head_dim]` in the type of the products.
-        """
+        """Queries or keys after norm and rotary embedding, `[batch, heads, tokens, head_dim]`."""
         heads = self._heads(linear, x)
         halves = heads.dtype == torch.bfloat16 and heads.device.type == "cpu" and not heads.requires_grad
         if halves or self.int_matmul:
@@ -221,10 +206,7 @@ class Block:
         return rotate(self.norm(norm, heads.transpose(1, 2)), *rope).to(heads.dtype)
 
     def _route(self, stage: Stage, state: State) -> State:
-        """Choose each token's experts.
-
-        They are the top k of the softmax over all of them, in fp32.
-        """
+        """Choose each token's experts: the top k of an fp32 softmax over all."""
         if not stage.routed:
             return state
         probabilities = F.linear(state["x"], self.weights[ROUTER]).softmax(-1)
@@ -234,7 +216,7 @@ class Block:
         return {**state, "experts": experts, "mix": mix}
 
     def _routed(self, stage: Stage, state: State) -> Tensor:
-        """What the chosen experts make of their tokens, `[…, k, n]`."""
+        """Outputs of the chosen experts for their tokens, `[…, k, n]`."""
         x, experts = state["x"], state["experts"]
         width = stage.linears[0].out_features
         out = x.new_zeros(*experts.shape, width)
@@ -255,9 +237,8 @@ def _reaching(stage: Stage, x: Tensor, chosen: Tensor) -> Tensor:
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """`x @ weight.T` for the tokens `[n, in]` of one expert.
 
-    They are filled up to one of few numbers.
-
-    A kernel for 16-bit products is made for one shape, and that takes longer than such a small product.
+    The tokens are padded to one of few lengths. torch makes a kernel of its own for every shape of 16-bit products,
+    which takes longer than such a small product.
     """
     count = len(x)
     filled = min(1 << max(count - 1, 0).bit_length(), -(-count // _TOKENS) * _TOKENS)

@@ -1,7 +1,4 @@
-"""Functions as machine code, by numba.
-
-They are loops over arrays that run without the interpreter's lock.
-"""
+"""Loops over arrays, compiled by numba, that run without the interpreter's lock."""
 
 from __future__ import annotations
 
@@ -15,16 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
-# What is added to a small number to leave its nearest integer in the low bits, and taken off again to have it alone.
+# Adding this to a small number and subtracting it again rounds the number to the nearest integer.
 ROUNDER = np.float32(12582912.0)
 
 
 def _may_be_kept(function: Callable[..., Any]) -> bool:
-    """Whether numba has a folder for it.
+    """Whether there is a folder where numba may keep the machine code.
 
-    It lies beside the source, or in the home of the user.
-
-    Where a container's user has no home, numba would make a folder called `~` where the command runs.
+    It lies beside the source or in the user's home. Where a container's user has no home, numba would make a folder
+    called `~` in the working directory.
     """
     beside = Path(function.__code__.co_filename).parent
     kept = beside / "__pycache__"
@@ -34,10 +30,7 @@ def _may_be_kept(function: Callable[..., Any]) -> bool:
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Any:
-    """Machine code of a function.
-
-    It is kept on the disk where a folder for it can be written, else made anew by each process.
-    """
+    """Machine code of a function, kept on the disk where possible."""
     try:
         return numba.njit(function, nogil=True, cache=_may_be_kept(function), error_model="numpy", **options)
     except RuntimeError:
@@ -45,13 +38,10 @@ def compiled(function: Callable[..., Any], **options: Any) -> Any:
 
 
 def contracted(function: Callable[..., Any]) -> Any:
-    """As `compiled`.
-
-    A product and the sum that it goes into may be rounded together.
-    """
+    """As `compiled`; a multiplication and an addition may become one fused operation."""
     return compiled(function, fastmath={"contract"})
 
 
 def reassociated(function: Callable[..., Any]) -> Any:
-    """As `contracted`; sums may be made in another order, many terms side by side."""
+    """As `contracted`; the terms of a sum may be added in another order."""
     return compiled(function, fastmath={"contract", "reassoc"})

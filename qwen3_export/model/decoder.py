@@ -46,9 +46,9 @@ def load_block(checkpoint: Checkpoint, layer: int, device: str = "cpu") -> Block
 def put_quantized(
     block: Block, name: str, tensor: QuantizedTensor, device: str = "cpu", in_place: bool = False
 ) -> None:
-    """Make one linear of a block compute as the quantized tensor does.
+    """Replace one linear of a block by a quantized tensor.
 
-    `in_place` where nobody else has its weight.
+    With `in_place` the dequantized numbers overwrite the weight, which nobody else may hold then.
     """
     if block.int_matmul:
         from qwen3_export.model.integer_linear import from_codes
@@ -106,9 +106,9 @@ class Decoder:
         caches: Sequence[Caches] | None = None,
         tick: Callable[[], object] = lambda: None,
     ) -> list[Tensor]:
-        """Final normed hidden states `[tokens, hidden]` of each row of token ids.
+        """Hidden states after the final norm, `[tokens, hidden]` for each row of token ids.
 
-        Caches are extended.
+        `caches` are extended by the new positions.
         """
         lengths = [_cached(cache) for cache in caches] if caches else [0] * len(rows)
         states = [self._embedding.rows(ids)[None] for ids in rows]
@@ -130,9 +130,9 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, ids: NDArray, caches: Caches) -> Tensor:
-        """Append `ids` `[batch, tokens]` to sequences of one length, in step.
+        """Append `ids` `[batch, tokens]` to sequences of one length.
 
-        Logits `[batch, vocab]` of the next.
+        Returns the logits `[batch, vocab]` of the next token.
         """
         past = _cached(caches)
         state = self._embedding.rows(ids)

@@ -3,9 +3,9 @@
     x ≈ t q               q: integers of 16 bits, t: one scale per token and group
     y = Σ over groups of  t s (Σ q (c − m) − (z − m) Σ q)       c codes, s scales, z zeros, m the midpoint
 
-The sums in brackets are exact. Rounding x moves it by at most half of 1 / 32767 of the group's largest input, a
-hundredth of what bf16 does to that input itself. A linear that is not quantized is multiplied likewise, its weights
-rounded to twelve bits and its inputs to fourteen: a fifth of the error of products in bf16.
+The sums in brackets are exact. Rounding changes an input by at most 1 / 65534 of the group's largest input, a hundredth
+of the change that bf16 makes to that largest one. A linear that is not quantized is multiplied in the same way, with
+weights rounded to twelve bits and inputs to fourteen: the error is a fifth of that of products in bf16.
 """
 
 from __future__ import annotations
@@ -72,12 +72,10 @@ def _add_tile(
     _context: Any, x: Any, width: Any, codes: Any, turns: Any, groups: Any, zeros: Any, scales: Any,
     steps: Any, sums: Any, next_token: Any, out: Any, row: Any,
 ) -> Any:  # fmt: skip
-    """Add products of some rows of integers and of weights to `out`.
-
-    There are `_TOKENS` rows of integers, and `_OUTPUTS` rows of weights.
+    """Add products of `_TOKENS` rows of integers and `_OUTPUTS` rows of weights to `out`.
 
     Rows of `out` are `row` bytes apart, those of integers `width` bytes; each of the `groups` has `turns` times
-    `_TURN` inputs. `steps` and `sums` of tokens are `next_token` bytes apart. All but numbers are addresses.
+    `_TURN` inputs. `steps` and `sums` of tokens are `next_token` bytes apart. Arrays are given by their addresses.
     """
     return v.addressed(12, _build)
 
@@ -111,10 +109,10 @@ def _multiply(
 def _round(
     x: Array, factors: Array, largest: np.float32, made: NDArray[np.int16], steps: Array, sums: NDArray[np.int32]
 ) -> None:
-    """Rows `[tokens, in]` times factors `[in]`, rounded to integers.
+    """Round rows `[tokens, in]`, times factors `[in]`, to integers.
 
-    It leaves the scale of each group `[tokens, groups]` and the sum of its integers; no number where an input of
-    the group is none.
+    The scale of each group `[tokens, groups]` and the sum of its integers are left in `steps` and `sums`. Where an
+    input of a group is NaN or infinite the scale is NaN.
     """
     row = np.empty(x.shape[1] // steps.shape[1], np.float32)
     tokens, groups = len(x), steps.shape[1]
@@ -143,10 +141,9 @@ def _round(
 class IntegerLinear:
     """A linear `[out, in]` in the order in which it is multiplied.
 
-    Outputs lie in panels of 16, filled up.
-
-    `codes` int16 `[panels, in / 2, 16, 2]` and `zeros` int32 `[panels, groups, 16]` are less the midpoint, `scales` are
-    fp32 and as `zeros`; inputs are multiplied by `factors` fp32 `[in]`, the largest of a group is rounded to `largest`.
+    Outputs are in panels of 16; the last panel is padded. `codes` int16 `[panels, in / 2, 16, 2]` and `zeros` int32
+    `[panels, groups, 16]` have the midpoint subtracted; `scales` are fp32 of the shape of `zeros`. Inputs are
+    multiplied by `factors` fp32 `[in]` and then rounded so that the largest of a group becomes `largest`.
     """
 
     out_features: int
@@ -157,10 +154,7 @@ class IntegerLinear:
     largest: int
 
     def product(self, x: Tensor) -> Tensor:
-        """`x @ weight.T` of fp32 inputs `[…, in]`.
-
-        No number where an input of a token's group is none.
-        """
+        """`x @ weight.T` of fp32 inputs `[…, in]`; NaN for inputs not finite."""
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         tokens, (panels, groups) = len(rows), self.scales.shape[:2]
         filled = -(-tokens // _TOKENS) * _TOKENS
@@ -173,7 +167,7 @@ class IntegerLinear:
 
 
 def from_codes(tensor: QuantizedTensor) -> IntegerLinear | None:
-    """The codes themselves; None where the tensor's scheme or shape does not fit."""
+    """A quantized tensor as an integer linear; None where it does not fit."""
     scheme, width = tensor.scheme, tensor.shape[1]
     length = scheme.group_length(width)
     fits = scheme.type == "int" and scheme.per_row and tensor.g_idx is None and not scheme.activations
@@ -188,10 +182,9 @@ def from_codes(tensor: QuantizedTensor) -> IntegerLinear | None:
 def from_weight(weight: Tensor) -> IntegerLinear | None:
     """Any weight `[out, in]` in twelve bits, one scale per row and group.
 
-    None where no group fits.
-
-    The weights of an input come near to one by a power of two, which the input is multiplied by: where they are small
-    because the input is large, or the reverse, neither hides the others of its group.
+    None where no group fits. Often the weights of an input channel are small because its inputs are large, or the
+    reverse; such channels would leave few bits to the others of their group. So every column is scaled by a power of
+    two to about one, and the inputs by its inverse.
     """
     out_features, width = weight.shape
     if (group := _group(width)) is None:
@@ -208,7 +201,7 @@ def from_weight(weight: Tensor) -> IntegerLinear | None:
 def _group(length: int) -> int | None:
     """The longest group of whole turns that divides `length`.
 
-    Its sums fit into 32 bits.
+    Its sums must fit into 32 bits.
     """
     return next((size for size in range(_LONGEST, 0, -_TURN) if length % size == 0), None)
 

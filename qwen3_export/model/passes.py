@@ -1,9 +1,7 @@
-"""Compiled passes over rows of bf16 or fp32 numbers.
+"""Norm and rotary embedding as compiled passes over rows of bf16 or fp32 numbers.
 
-torch does the same one operation after another, with copies between.
-
-A bf16 number is the upper half of an fp32 number. Arrays hold the halves as uint16, or the bits of fp32 as uint32;
-between, everything is fp32.
+torch performs the same operations one after another, with copies in between. A bf16 number is the upper half of an fp32
+number: arrays hold these halves as uint16, or the bits of fp32 as uint32, and all arithmetic is in fp32.
 """
 
 from __future__ import annotations
@@ -25,14 +23,14 @@ _HALF, _LAST, _CUT = np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
 
 @compiled
 def expand(numbers: Numbers, bits: Any) -> None:
-    """bf16, or fp32 as it is, to the bits of fp32."""
+    """The bits of fp32 numbers from bf16 or fp32."""
     for i in range(len(numbers)):
         bits[i] = np.uint32(numbers[i]) << np.uint32(32 - 8 * numbers.itemsize)
 
 
 @compiled
 def _cut(bits: Any, numbers: Numbers) -> None:
-    """The reverse, half to even."""
+    """The reverse of `expand`; ties are rounded to even."""
     for i in range(len(numbers)):
         if numbers.itemsize == 4:
             numbers[i] = bits[i]
@@ -62,7 +60,7 @@ def _norm(values: Array, weight: Array, eps: np.float32, made: Array) -> None:
 def _turn(
     numbers: Numbers, weight: Array, eps: np.float32, cos: Array, sin: Array, turned: Numbers
 ) -> None:  # fmt: skip
-    """`[tokens, heads, head_dim]` normed and turned into `[heads, tokens, head_dim]`."""
+    """Norm and rotary embedding: `[tokens, heads, head_dim]` to `[heads, tokens, head_dim]`."""
     tokens, heads, wide = numbers.shape
     half = wide // 2
     row, out = np.empty(wide, np.float32), np.empty(wide, np.float32)
@@ -99,7 +97,8 @@ def normed_and_turned(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: T
     From `[batch, tokens, heads, head_dim]` to `[batch, heads, tokens, head_dim]`, both bf16 or fp32; `weight`
     `[head_dim]`, `cos` and `sin` `[tokens, head_dim / 2]` in fp32.
 
-    As `rms_norm` and `rotate` of `model.block` in fp32, but for the order in which squares are added.
+    It computes what `rms_norm` and `rotate` of `model.block` do in fp32; only the order in which squares are added
+    differs.
     """
     batch, tokens, heads, wide = x.shape
     turned = torch.empty(batch, heads, tokens, wide, dtype=x.dtype)
@@ -112,7 +111,7 @@ def normed_and_turned(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: T
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last axis, all in fp32.
 
-    As `rms_norm` of `model.block`, but for the order in which squares are added.
+    It computes what `rms_norm` of `model.block` does; only the order in which squares are added differs.
     """
     made, wide = torch.empty(x.shape), x.shape[-1]
     rows = x.contiguous().view(-1, wide).numpy()
@@ -126,10 +125,7 @@ def add_rows(x: Tensor, sums: Tensor) -> None:
 
 
 def halves_of(tensor: Tensor) -> Any:
-    """A bf16 tensor's numbers as uint16.
-
-    A copy only where it does not lie in one piece.
-    """
+    """A bf16 tensor's numbers as uint16, copied only where the tensor is not contiguous."""
     return tensor.contiguous().view(torch.int16).numpy().view(np.uint16)
 
 

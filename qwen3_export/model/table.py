@@ -5,8 +5,8 @@ Each is one matrix `[vocab, hidden]`, in 16 bits or codes.
     embedding   rows of token ids       table.rows(ids)      [n, hidden]
     head        hidden states times it  table.logits(x)      [n, vocab]
 
-A tied model has one table for both. It may be most of a small model, so it is expanded piece by piece
-unless it is to stay in memory in fp32.
+A tied model has one table for both. In a small model it is most of the weights, so it is dequantized piece by piece
+unless `expand` asks for the whole in fp32.
 """
 
 from __future__ import annotations
@@ -35,17 +35,14 @@ def to_torch(array: NDArray) -> Tensor:
 
 
 def to_numpy(tensor: Tensor) -> NDArray:
-    """A tensor as a numpy array of the same type, bf16 included.
-
-    It must be in this machine's memory.
-    """
+    """A CPU tensor as a numpy array of the same type, bf16 included."""
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
 
 
 class Table:
-    """See the module docstring; `expand` dequantizes codes once, into `[vocab, hidden]` of fp32."""
+    """An embedding or head; `expand` dequantizes all codes at once, `[vocab, hidden]` in fp32."""
 
     def __init__(self, stored: QuantizedTensor | NDArray, expand: bool = False) -> None:
         self._round: Callable[[Tensor], Tensor] | None = None
@@ -60,9 +57,9 @@ class Table:
         self._length = stored.shape[0]
 
     def rows(self, chosen: slice | NDArray) -> Tensor:
-        """Some rows in fp32, `[…, hidden]`.
+        """Rows in fp32 `[…, hidden]`, by a slice or by token ids.
 
-        They are chosen by a slice, or by token ids of any shape.
+        Token ids may have any shape.
         """
         if self._codes is None:
             index = chosen if isinstance(chosen, slice) else torch.from_numpy(chosen.astype(np.int64))

@@ -2,8 +2,8 @@
 
 numba makes none of these from a loop by itself.
 
-AVX2 multiplies 16 pairs of 16-bit integers, or 32 of bytes, and adds up neighbours in one instruction: two and four
-times as many as in fp32, and without rounding.
+One instruction of AVX2 multiplies 16 pairs of 16-bit integers, or 32 pairs of bytes, and adds neighbouring products:
+two or four times as many as in fp32, and without rounding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 
 ADDRESS = ir.IntType(64)
 INT32, FP32 = ir.IntType(32), ir.FloatType()
-# One register of 32 bytes each.
+# Each is one register of 32 bytes.
 BYTES, SHORTS = ir.VectorType(ir.IntType(8), 32), ir.VectorType(ir.IntType(16), 16)
 INTS, FLOATS = ir.VectorType(INT32, 8), ir.VectorType(FP32, 8)
 
@@ -26,15 +26,15 @@ Value = Any
 
 
 def inserted(function: Callable[..., Any]) -> Any:
-    """What the function returns, `addressed`, for compiled code to call."""
+    """Make an instruction of `addressed` callable from compiled code."""
     return intrinsic(function)
 
 
 def addressed(arguments: int, build: Callable[..., None]) -> Any:
-    """What numba inserts for a call with so many 64-bit arguments.
+    """Instructions that numba inserts in place of a call.
 
-    They are addresses or numbers, and nothing is given back; `build` writes the instructions, given a builder and
-    the arguments.
+    The call has `arguments` arguments of 64 bits, addresses or numbers, and returns nothing. `build` writes the
+    instructions, given a builder and the arguments.
     """
 
     def generate(context: Any, builder: Builder, _signature: Any, given: Sequence[Value]) -> Value:
@@ -83,10 +83,7 @@ def pairs_of_shorts(builder: Builder, left: Value, right: Value) -> Value:
 
 
 def pairs_of_bytes(builder: Builder, left: Value, right: Value) -> Value:
-    """Products of unsigned with signed bytes, added in pairs, in 16 bits.
-
-    What does not fit there is cut.
-    """
+    """Products of unsigned with signed bytes, added in pairs, saturated to 16 bits."""
     return _call(builder, "llvm.x86.avx2.pmadd.ub.sw", SHORTS, left, right)
 
 
@@ -100,9 +97,9 @@ def _call(builder: Builder, name: str, result: Any, *given: Value) -> Value:
 def repeat(
     builder: Builder, times: Value, carried: Sequence[Value], body: Callable[[Value, Sequence[Value]], Sequence[Value]]
 ) -> Sequence[Value]:
-    """`carried = body(i, carried)` for i from 0, `times` times but at least once.
+    """A loop of `carried = body(i, carried)`, run `times` times but at least once.
 
-    What is carried in the end.
+    Returns the last `carried`.
     """
     before, inside, behind = builder.block, builder.append_basic_block(), builder.append_basic_block()
     builder.branch(inside)

@@ -25,5 +25,5 @@ def samples_at_once(length: int) -> int:
 
 
 def out_rows_at_once(width: int) -> int:
-    """Output rows of a matrix of `width` inputs that are solved together, a multiple of 512."""
+    """Output rows that are solved together, for a matrix of `width` inputs."""
     return max(PIECE_WEIGHTS // width // 512, 1) * 512

@@ -148,7 +148,7 @@ def _stage_sums(run: BlockRun, stage: Stage) -> Sums:
 
 
 def _sums(stage: Stage, state: State) -> Pair:
-    """Σ x² and number of one sample's inputs at a stage, by expert where it is routed."""
+    """Σ x² of one sample's inputs at a stage, and their number."""
     squares = state["x"].float().square()
     if not stage.routed:
         flat = squares.reshape(-1, squares.shape[-1])

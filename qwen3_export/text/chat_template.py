@@ -1,10 +1,10 @@
-"""Chat templates, rendered with everything that transformers gives them, in a process under limits.
+"""Chat templates, rendered as transformers renders them, in a process under limits.
 
 variables    messages, tools, documents, add_generation_prompt, the special tokens by role, enable_thinking
 functions    raise_exception, strftime_now, dict, namespace, tojson with its four options
 syntax       loop controls and the `generation` tag, which marks an answer and renders as its content
 
-Messages come without the keys that are None, and a thought under each of the names that templates read.
+Keys that are None are left out of messages, and a thought is given under every name that templates read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qwen3_export.errors import InputError
 if TYPE_CHECKING:
     import jinja2
 
-# A rendered chat is little longer than what went in.
+# A rendered chat is little longer than its messages and template; far longer ones are refused.
 _MOST_ADDED, _MOST_TIMES = 1 << 20, 16
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
@@ -65,7 +65,7 @@ def _plain(message: Mapping[str, Any]) -> str:
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as transformers hands it over."""
+    """A message as transformers passes it to the template."""
     given = {key: value for key, value in message.items() if value is not None}
     thought = next((given[key] for key in _THOUGHTS if key in given), None)
     return given if thought is None else {"thinking": thought, **given, "reasoning_content": thought}
@@ -122,10 +122,7 @@ def _to_json(
 
 
 def _strftime(form: str) -> str:
-    """The time now.
-
-    `SOURCE_DATE_EPOCH` fixes it, so that a calibration can be repeated on another day.
-    """
+    """The present time, or `SOURCE_DATE_EPOCH`, with which a calibration can be repeated another day."""
     fixed = os.environ.get("SOURCE_DATE_EPOCH")
     return (datetime.fromtimestamp(int(fixed), UTC) if fixed else datetime.now()).strftime(form)
 

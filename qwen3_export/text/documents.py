@@ -2,9 +2,9 @@
 
 Files are JSONL, JSON, plain text or Parquet.
 
-What a line or row may be is told in `text.row_kinds`. Chats are rendered with the model's own template, which
-decides where a thought goes that stands in `reasoning_content` or as `<think>…</think>` in the content, and where
-an answer without one gets the empty think block. Tool calls stand in `tool_calls`, tools in `tools`.
+`text.row_kinds` lists the kinds of lines or rows that are understood. Chats are rendered with the model's own template.
+A thought may be in `reasoning_content` or as `<think>…</think>` in the content; the template decides where it goes, and
+which answers without a thought get an empty think block. Tool calls are in `tool_calls`, tools in `tools`.
 """
 
 from __future__ import annotations
@@ -42,23 +42,17 @@ def document_ids(tokenizer: TextModel, document: Document) -> NDArray[np.int32]:
 
 
 def form_of(text: str, is_chat: bool) -> str:
-    """`text`, `chat`, or `chat-thinking` for one with a thought.
-
-    An empty thought does not count.
-    """
+    """`text`, `chat`, or `chat-thinking` for a chat with a thought that is not empty."""
     return ("chat-thinking" if _THOUGHT.search(text) else "chat") if is_chat else "text"
 
 
 def source_name(spec: str) -> str:
-    """What a manifest calls a source of text.
-
-    It is the keyword, or a file's name without the folders before it.
-    """
+    """A source of text in manifests: the keyword, or the file's name."""
     return spec if spec in ("bundled", "heldout", "self") or spec.startswith("hf:") else Path(spec).name
 
 
 def split_domain(spec: str) -> tuple[str, str]:
-    """`math=notes.txt` as ("math", "notes.txt"); the name of a file that exists is no domain."""
+    """`math=notes.txt` as ("math", "notes.txt"); no domain for an existing file."""
     domain, equals, rest = spec.partition("=")
     named = equals and re.fullmatch(r"[\w-]+", domain) and rest and not Path(os.path.expanduser(spec)).exists()
     return (domain, rest) if named else ("", spec)
@@ -112,10 +106,7 @@ def _read_jsonl(path: Path) -> list[Document]:
 
 
 def _read_json(path: Path) -> list[Document]:
-    """The rows of a JSON file.
-
-    It holds a list of rows, one row, or in spite of its name a row in every line.
-    """
+    """The rows of a JSON file: a list, one row, or one per line."""
     first = next((line for line in read_lines(path) if line.strip()), "")
     if first.rstrip().endswith("}") and first.lstrip().startswith("{"):
         return _read_jsonl(path)
@@ -143,15 +134,15 @@ def _read_parquet(path: Path) -> list[Document]:
     try:
         with open_regular(path) as file:
             items = parquet.read_table(file).to_pylist()
-    except Exception as error:  # pyarrow's errors share no public base below Exception
+    except Exception as error:  # pyarrow's errors have no common base class below Exception
         raise InputError(f"{path}: not a Parquet file ({error})") from error
     return [_document(_without_nulls(row), path.stem, f"{path}, row {n}") for n, row in enumerate(items, 1)]
 
 
 def _without_nulls(value: Any) -> Any:
-    """A value without the nulls that fill a column's common struct.
+    """A value without the nulls that Parquet adds.
 
-    In JSON the keys would simply be absent.
+    All rows of a column share one structure; keys that a row does not have are null there.
     """
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}

@@ -6,7 +6,7 @@
 {"instruction": "…", "input": "…", "output": "…"}                 Alpaca, perhaps with system and history
 {"prompt": "…", "completion": "…"}                                or response; texts, or lists of messages
 
-A row may name its `domain`. Which keys became which roles is part of the document, so that a manifest can say it.
+A row may name its `domain`. The document records which keys became which roles, for the manifest.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ HINT = (
 class Document:
     """One text or one chat, with its domain.
 
-    `tools` are those that a chat may call.
-
-    `mapped` says which keys of a data set's row became which roles, empty where none had to.
+    `tools` are those that the chat may call. `mapped` says which keys of the row became which roles; it is empty for
+    rows that need no mapping.
     """
 
     domain: str
@@ -48,7 +47,7 @@ class Document:
 
 
 def document_of(item: Any, domain: str) -> Document:
-    """The document in a row; TypeError, KeyError or ValueError when it is none."""
+    """The document in a row; TypeError, KeyError or ValueError when there is none."""
     if not isinstance(item, dict):
         raise TypeError("no JSON object")
     domain = str(item.get("domain") or domain)
@@ -61,7 +60,7 @@ def document_of(item: Any, domain: str) -> Document:
     if item.get("prompt") is not None:
         return _prompt(domain, item)
     text = _text(item["text"], "text")
-    text.encode()  # half a surrogate pair is valid JSON and no text
+    text.encode()  # half a surrogate pair is valid JSON but cannot be text
     return Document(domain, text)
 
 
@@ -132,9 +131,9 @@ def _text(value: Any, key: str) -> str:
 
 
 def _message(message: Any) -> dict[str, Any]:
-    """A message with text as its content, which beside tool calls may be absent.
+    """A message whose content is one text; TypeError when it is not a message.
 
-    Raises TypeError when it is none.
+    Content may be absent where there are tool calls.
     """
     if not isinstance(message, dict):
         raise TypeError("a message is no JSON object")
@@ -153,7 +152,7 @@ def _message(message: Any) -> dict[str, Any]:
 
 
 def _joined(content: Any) -> Any:
-    """Content that is given as parts, `[{"type": "text", "text": "…"}, "…"]`, as one text."""
+    """One text from content in parts, `[{"type": "text", "text": "…"}, "…"]`."""
     if not isinstance(content, list):
         return content
     texts = []

@@ -23,8 +23,8 @@ _SHORTEST_WINDOW = 16
 class Samples:
     """Token sequences with their domains.
 
-    `documents` counts by form (see `form_of`) the documents that they were cut from, where that is known;
-    `mapped` says what became of a data set's own keys (see `Document`).
+    `ids` are int32 `[tokens]`. `documents` counts the documents that they were cut from, by form (see `form_of`);
+    `mapped` says which keys of a data set became which roles (see `Document`).
     """
 
     ids: tuple[NDArray[np.int32], ...]
@@ -39,7 +39,7 @@ class Samples:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the ids, lengths included."""
+        """SHA-256 of all token ids and of the samples' lengths."""
         digest = hashlib.sha256()
         for ids in self.ids:
             digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i4").tobytes())
@@ -82,10 +82,7 @@ def _zip_longest(lists: list[list[Any]]) -> Iterator[list[Any]]:
 
 
 def heldout_samples(tokenizer: TextModel, documents: list[Document], length: int) -> Samples:
-    """Every document cut into windows of at most `length` tokens.
-
-    Tails under 16 tokens are dropped.
-    """
+    """Documents cut into windows of at most `length` tokens; shorter ones than 16 dropped."""
     ids, domains = [], []
     for document in documents:
         tokens = document_ids(tokenizer, document)
@@ -100,7 +97,7 @@ def heldout_samples(tokenizer: TextModel, documents: list[Document], length: int
 
 
 def subsample(samples: Samples, tokens: int | None) -> Samples:
-    """At most `tokens` tokens, whole samples, taken evenly over the text and its domains."""
+    """Whole samples of at most `tokens` tokens, spread evenly over text and domains."""
     if tokens is None or samples.tokens <= tokens:
         return samples
     count = max(1, len(samples.ids) * tokens // samples.tokens)

@@ -20,7 +20,7 @@ from qwen3_export.text.tokenizer_checks import failures, refusal, unheard
 
 
 class TextModel(Protocol):
-    """What turns text into token ids and back: `ModelTokenizer`, or a runtime's own tokenizer."""
+    """A tokenizer with its chat template: `ModelTokenizer`, or a runtime's own."""
 
     @property
     def template(self) -> str | None:
@@ -32,7 +32,7 @@ class TextModel(Protocol):
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
-        """Special tokens as texts, by role: what a chat template may ask for."""
+        """Special tokens as texts by role, which chat templates may use."""
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """Token ids of a text.
@@ -87,7 +87,7 @@ class ModelTokenizer:
 
     @cached_property
     def _special(self) -> set[int]:
-        """Ids of special tokens; where the two files differ, transformers follows tokenizer_config.json."""
+        """Ids of special tokens; where two files differ, tokenizer_config.json decides, as in transformers."""
         flags = {i: token.special for i, token in self._tokenizer.get_added_tokens_decoder().items()}
         flags.update(tokenizer_files.added_token_flags(read_sidecar(self.folder / tokenizer_files.CONFIG)))
         return {i for i, special in flags.items() if special}
@@ -117,10 +117,7 @@ class ModelTokenizer:
 
 
 def _load(folder: Path) -> Any:
-    """The folder's tokenizer, its own truncation and padding turned off.
-
-    Raises CheckpointError when it is none.
-    """
+    """The folder's tokenizer with truncation and padding turned off; CheckpointError when broken."""
     from tokenizers import Tokenizer
 
     path = folder / TOKENIZER
@@ -130,7 +127,7 @@ def _load(folder: Path) -> Any:
         text = json.dumps(tokenizer_files.tokenizer_values(folder), ensure_ascii=False)
     with failures(path), unheard():
         tokenizer = Tokenizer.from_str(text)
-        # What the settings ask for is for training, or for batches of a trained length.
+        # Truncation and padding are settings for training, or for batches of one length.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         if getattr(tokenizer.model, "dropout", None) is not None:

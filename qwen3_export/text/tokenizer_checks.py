@@ -1,9 +1,8 @@
-"""Whether the tokenizers library can be trusted with a tokenizer.
+"""Checks whether the tokenizers library can safely run a tokenizer.
 
-Its Rust code panics, hangs and fills the memory.
-
-A tokenizer built as Qwen's are is taken as it is. Any other first runs on odd texts in a process under limits
-(`core.confined`): replacements that multiply a text, patterns that never end, settings that make the library panic.
+With some files the library's Rust code panics, hangs or fills the memory. A tokenizer that is built like Qwen's is
+accepted at once. Any other is first tried on odd texts in a process under limits (`core.confined`), which finds
+replacements that multiply a text, patterns that never end, and settings that make the library panic.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from qwen3_export.errors import CheckpointError
 
 _PLAIN = ("NFC", "NFD", "NFKC", "NFKD", "ByteLevel", "Digits", "Fuse")
 _USUAL_KEYS = {"type", "add_prefix_space", "trim_offsets", "use_regex", "individual_digits"}
-# Runs are what patterns stumble over, and what replacements multiply.
+# Long runs of one character: slow for patterns, and multiplied by replacements.
 _LETTERS = ("a", "x", "1", " ", "\n", "-", "é", "深")
 PROBES = (
     *("", "ab1 -\n" * 80, "(x+x+)+y " * 40),
@@ -50,20 +49,17 @@ def failures(where: object) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, SystemExit, MemoryError, CheckpointError):
         raise
-    except BaseException as error:  # bare Exception for most failures, PanicException, which is none, for a panic
+    except BaseException as error:  # PanicException is no Exception
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{where}: not a tokenizer that can be used ({reason})") from error
 
 
 @contextlib.contextmanager
 def unheard() -> Iterator[None]:
-    """Hide what native code writes to standard error.
-
-    A panic tells of itself there.
-    """
+    """Hide standard error, where native code reports its panics."""
     try:
         kept = os.dup(2)
-    except OSError:  # it is closed: nobody hears
+    except OSError:  # standard error is closed
         yield
         return
     nothing = os.open(os.devnull, os.O_WRONLY)
@@ -87,7 +83,7 @@ def _is_usual(part: dict[str, Any]) -> bool:
 
 
 def probe(text: str) -> str | None:
-    """Run a tokenizer on odd texts; what is wrong with it, in words."""
+    """Run a tokenizer on odd texts; returns in words why it cannot be used, or None."""
     from tokenizers import Tokenizer
 
     try:

@@ -1,8 +1,6 @@
 """How a quantized linear is stored in a Hugging Face folder.
 
-One file per layout, found by its name.
-
-A layout module defines, for a linear called `module` with weight `[out, in]`:
+Each layout is one module, found by its name. It defines, for a linear called `module` with weight `[out, in]`:
 
     supports(scheme) -> None | reason
     specs(module, shape, scheme, stored) -> {tensor name: (dtype, shape)}   in the order of the file
@@ -11,9 +9,9 @@ A layout module defines, for a linear called `module` with weight `[out, in]`:
     config(schemes, linears) -> quantization_config                     raises RecipeError if it cannot say
     read_schemes(where, stored, linears) -> {linear: QuantScheme}        from another tool's quantization_config
 
-`linears` are those of the blocks; `schemes` may also have the embedding and the head.
-`specs` without `stored` is what we write; with it, what other tools wrote is announced as they wrote it,
-as far as the layout allows: another scale type, no g_idx, a bias of zeros.
+`linears` are those of the blocks; `schemes` may also have the embedding and the head. Without `stored`, `specs` says
+what we write. With it, `specs` says what another tool wrote, as far as the layout allows it: scales of another type,
+no g_idx, a bias of zeros.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ __all__ = ["DEFAULT", "Stored", "group_index", "layout"]
 Schemes = dict[str, QuantScheme]
 Shapes = Mapping[str, tuple[int, int]]
 NEEDS_ORIGINAL = "give the 16-bit original"
-# Parts that other tools store and that are zero where a scheme has no such thing.
+# Tensors that other tools store even where the scheme does not need them; they must be zero then.
 IDLE = ("weight_zero_point", "input_zero_point", "bias")
 _FLOATS = tuple(SCALE_TYPES[name] for name in ("fp16", "bf16", "fp32"))
 
@@ -58,7 +56,7 @@ class Described(Protocol):
 class Stored:
     """A folder's tensors, read when asked for.
 
-    `config` is another tool's `quantization_config`, if it is one's folder.
+    `config` is the `quantization_config` of the tool that wrote it, empty for a folder of ours.
     """
 
     entries: Mapping[str, Described]
@@ -69,18 +67,15 @@ class Stored:
         return name in self.entries
 
     def dtype(self, name: str, *allowed: np.dtype) -> np.dtype:
-        """The stored type if it is allowed, else the first allowed one.
-
-        Floats are allowed by default.
-        """
+        """The stored type if allowed (default: floats), else the first allowed one."""
         allowed = allowed or _FLOATS
         found = self.entries[name].dtype if name in self else None
         return found if found in allowed else allowed[0]
 
     def shape(self, name: str, wanted: tuple[int, ...]) -> tuple[int, ...]:
-        """The stored shape if it equals the wanted one but for axes of one.
+        """The stored shape if it differs only in axes of length one.
 
-        Else it is the wanted shape.
+        Otherwise it is the wanted shape, and the audit will complain.
         """
         found = self.entries[name].shape if name in self else wanted
         return found if [n for n in found if n != 1] == [n for n in wanted if n != 1] else wanted
@@ -95,16 +90,14 @@ def layout(name: str) -> ModuleType:
 
 
 def group_index(stored: Stored, name: str, shape: tuple[int, int], scheme: QuantScheme) -> NDArray[np.int32] | None:
-    """The group of each input.
+    """The group of each input `[in]`, None when groups are consecutive inputs.
 
-    None when it is not stored or says what the layout says without it.
-
-    Raises ValueError when the groups are not those of `group_size` inputs each.
+    Raises ValueError when there is a group that does not have `group_size` inputs.
     """
     if name not in stored:
         return None
     index, plain = stored.read(name), np.arange(shape[1], dtype=np.int32) // scheme.group_length(shape[1])
-    # compressed-tensors wrote -1 for linears without an order.
+    # compressed-tensors wrote -1 for linears whose groups are consecutive.
     if np.array_equal(index, plain) or (index == -1).all():
         return None
     if not np.array_equal(np.sort(index), plain):
@@ -116,17 +109,14 @@ def group_index(stored: Stored, name: str, shape: tuple[int, int], scheme: Quant
 
 
 def is_unquantized(stored: Stored, module: str, parts: tuple[str, ...]) -> bool:
-    """Whether a linear was left in 16 bits.
-
-    Then its weight is there, and none of the quantized parts.
-    """
+    """Whether a linear has a 16-bit weight and no quantized parts."""
     return f"{module}.weight" in stored and not any(f"{module}.{part}" in stored for part in parts)
 
 
 def scale_dtype_of(stored: Stored, name: str) -> str:
     """The scale type of a scheme, from the stored tensor.
 
-    What is missing or odd is found by the audit.
+    A scale that is missing or of an odd type is found later, by the audit of the folder.
     """
     found = stored.dtype(name)
     return next(key for key, dtype in SCALE_TYPES.items() if dtype == found)

@@ -1,9 +1,7 @@
-"""The layout of the official Qwen3 FP8 releases.
-
-It has E4M3 codes, and a scale per 128 × 128 weights.
+"""The layout of Qwen3's FP8 releases: E4M3, a scale per 128 × 128.
 
 NAME.weight            E4M3 [out, in]
-NAME.weight_scale_inv  bf16 [out / 128, in / 128]    despite its name, what a code is multiplied by; or fp32
+NAME.weight_scale_inv  bf16 or fp32 [out / 128, in / 128]    codes are multiplied by it, despite its name
 """
 
 from __future__ import annotations

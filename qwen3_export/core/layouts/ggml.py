@@ -1,6 +1,6 @@
-"""ggml: our own layout for folders that hold block types of ggml.
+"""Our own layout for folders that hold block types of ggml.
 
-A GGUF file is made from it by moving bits.
+No other layout can hold them. An export to GGUF moves the bits without changing a number.
 
     NAME.weight_codes         uint8 [out, in * bits / 8]    lowest bits first
     NAME.weight_scales        int8 or fp16 [out, groups]
@@ -9,8 +9,9 @@ A GGUF file is made from it by moving bits.
     NAME.weight_super_mins    fp16 [out, in / 256]
 
 The fields are those of `core.tensor`. Integer and float schemes in the same folder (q4_0, q8_0, mxfp4) are stored as
-compressed-tensors stores them. Other loaders do not know this layout. Its quantization_config has no `quant_method`:
-an unknown one transformers only warns of, and goes on with random weights; without one it stops.
+compressed-tensors stores them. Other loaders do not know this layout, and must stop: the quantization_config has no
+`quant_method`, which makes transformers refuse the folder. With an unknown method it would only warn, and go on with
+random weights.
 """
 
 from __future__ import annotations
@@ -32,10 +33,7 @@ METHOD = "qwen3-export-ggml"
 
 
 def supports(scheme: QuantScheme) -> str | None:
-    """Why a scheme has no ggml type, or None.
-
-    Block types fit, and numbers whose inputs are left alone.
-    """
+    """None for block types and weight-only schemes, else why the scheme does not fit."""
     if scheme.ggml_type is not None:
         return None
     if scheme.activations:
@@ -72,7 +70,7 @@ def unpack(stored: Stored, module: str, shape: tuple[int, int], scheme: QuantSch
 
 
 def config(schemes: Mapping[str, QuantScheme], linears: list[str]) -> dict[str, Any]:
-    """What the folder is, and no `quant_method`; see the module docstring."""
+    """A description of the folder without `quant_method`; see the module docstring."""
     return {
         "format": METHOD,
         "description": "block types of ggml; `qwen3-export gguf` makes the file for llama.cpp from this folder",

@@ -7,9 +7,9 @@ NAME.qzeros   int32 [groups, out * bits / 32]   symmetric: zero - 1 (format `gpt
 NAME.scales   fp16  [groups, out]
 NAME.g_idx    int32 [in]                        group of each input; ours is always i // group_size
 
-Format `gptq` stores zero points less one. AutoGPTQ takes the one off each zero point, GPTQModel off
-all of a word's at once, 0x11111111 for 4 bits, so that a 0 borrows from its neighbour. The two differ in
-words with a 0; the folder's `meta` says who wrote it.
+Format `gptq` stores zero points less one. AutoGPTQ subtracts one from each zero point. GPTQModel subtracts from the
+whole word, 0x11111111 for 4 bits, so that a zero point of 0 borrows from its neighbour. Words with a 0 therefore
+differ; the folder's `meta` says which tool wrote them.
 """
 
 from __future__ import annotations
@@ -64,10 +64,7 @@ def specs(module: str, shape: tuple[int, int], scheme: QuantScheme, stored: Stor
 
 
 def foreign_floats(stored: Stored, module: str, found: Mapping[str, Spec]) -> dict[str, Spec]:
-    """Scales in the type that another tool chose, and its bias.
-
-    A bias is zeros, as Qwen3 has none.
-    """
+    """Another tool's scales in its own type, and its bias of zeros."""
     scales, bias = f"{module}.scales", f"{module}.bias"
     shape = found[scales][1]
     return {
@@ -115,7 +112,7 @@ def zero_points(stored: Stored, module: str, shape: tuple[int, int], scheme: Qua
 
 
 def format_of(config: Mapping[str, Any]) -> str:
-    """The checkpoint format that a `quantization_config` names; AutoGPTQ knew only one and named none."""
+    """The checkpoint format that a `quantization_config` names, by default `gptq`."""
     return str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
 
 
@@ -145,11 +142,9 @@ def config(schemes: Mapping[str, QuantScheme], linears: list[str]) -> dict[str, 
 def uniform(
     schemes: Mapping[str, QuantScheme], linears: list[str], name: str, outer: tuple[str, ...] = ()
 ) -> QuantScheme:
-    """The one scheme of all linears.
+    """The one scheme of all linears; RecipeError when there is no such one.
 
-    Raises RecipeError when there are several or a linear has none.
-
-    `outer`: which of embedding and head the layout can hold beside them.
+    `outer` names those of embedding and head that the layout can hold quantized beside the linears.
     """
     for module in (EMBEDDING, HEAD):
         if module in schemes and module not in outer:
@@ -177,9 +172,9 @@ def read_schemes(where: str, stored: Stored, linears: Shapes) -> Schemes:
 
 
 def _overridden(config: Mapping[str, Any], modules: Iterable[str]) -> Callable[[str], Mapping[str, Any] | None]:
-    """The configuration of one linear under GPTQModel's `dynamic`.
+    """The configuration of each linear under GPTQModel's `dynamic`.
 
-    The first pattern that matches overrides, or with `-:` leaves the linear alone.
+    The first pattern that matches a linear overrides its configuration; with `-:` the linear is not quantized.
     """
     dynamic = dict((config.get("dynamic") or {}).items())
     plain = {key.removeprefix("+:").removeprefix("-:"): key for key in reversed(dynamic)}

@@ -1,6 +1,6 @@
 """The layout of NVIDIA's ModelOpt, FP8 and NVFP4.
 
-It is read, never written: compressed-tensors holds the same schemes.
+Such folders are read but never written, since compressed-tensors holds the same schemes.
 
 FP8    NAME.weight          E4M3 [out, in]
        NAME.weight_scale    fp32, one number
@@ -10,7 +10,7 @@ NVFP4  NAME.weight          uint8 [out, in / 2]        two E2M1 codes, low nibbl
        NAME.weight_scale_2  fp32, one number that scales are multiplied by
        NAME.input_scale     fp32, of inputs rounded to 4 bits
 
-Scales of a quantized key/value cache (k_scale, v_scale) are what a runtime may use; no weight depends on them.
+Scales of a quantized key/value cache (k_scale, v_scale) are ignored: no weight depends on them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NOT_WRITTEN = "ModelOpt's layout is read and never written: use compressed-tens
 
 
 def supports(scheme: QuantScheme) -> str | None:
-    """Nothing is written in it."""
+    """Nothing is: this layout is only read."""
     return _NOT_WRITTEN
 
 

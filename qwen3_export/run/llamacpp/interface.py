@@ -108,7 +108,7 @@ errors: list[str] = []
 
 
 def _on_log(level: int, text: bytes | None, _data: object) -> None:
-    """Keep the errors: the first one tells the cause, later ones only say that something failed."""
+    """Keep the errors; the first one tells the cause."""
     if level == _ERROR_LEVEL and text and text.strip():
         errors.append(text.decode("utf-8", "replace").strip())
 

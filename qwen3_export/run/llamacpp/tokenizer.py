@@ -14,7 +14,7 @@ _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad
 
 
 def header_value(lib: C.CDLL, model: Any, key: str) -> str | None:
-    """A value of a GGUF file's header as text, None when the key is absent."""
+    """A value of a GGUF file's header as text, None when absent."""
     buffer = C.create_string_buffer(4096)
     length = lib.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
     return buffer.value.decode("utf-8", "replace") if length >= 0 else None

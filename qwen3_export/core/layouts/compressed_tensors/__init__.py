@@ -1,6 +1,6 @@
-"""compressed-tensors: what vLLM, SGLang and transformers load as it is.
+"""compressed-tensors: the layout that vLLM, SGLang and transformers load as it is.
 
-Its format follows from the scheme.
+The scheme decides which of its formats is written.
 
 pack-quantized        integers, inputs left alone
     NAME.weight_packed      int32 [out, in * bits / 32]     low bits first, across words for 3 bits
@@ -81,9 +81,9 @@ def specs(module: str, shape: tuple[int, int], scheme: QuantScheme, stored: Stor
 
 
 def _is_packed(kind: str, module: str, stored: Stored | None) -> bool:
-    """Whether integers are packed.
+    """Whether integers are packed into words.
 
-    Their scheme says so where we write them, the tensor's name where others did.
+    In a folder of ours the scheme decides it; in another tool's, the name of the stored tensor tells.
     """
     if kind not in ("pack-quantized", "int-quantized"):
         return False
@@ -95,7 +95,7 @@ def _is_packed(kind: str, module: str, stored: Stored | None) -> bool:
 def _foreign(
     stored: Stored, module: str, shape: tuple[int, int], scheme: QuantScheme, found: Mapping[str, Spec]
 ) -> dict[str, Spec]:
-    """What other releases store in another type or shape, or in addition."""
+    """The specs changed to what other releases of compressed-tensors store."""
     specs: dict[str, Spec] = {}
     for name, (dtype, wanted) in found.items():
         suffix = name.rpartition(".")[2]
@@ -151,10 +151,7 @@ def pack(tensor: QuantizedTensor) -> dict[str, NDArray]:
 
 
 def _signed(codes: NDArray[np.uint8]) -> NDArray[np.int8]:
-    """Unsigned codes with the zero point 128 taken off.
-
-    Its own inverse on the bits.
-    """
+    """Unsigned codes less 128, as int8 bits; the same operation turns them back."""
     return (codes ^ np.uint8(0x80)).view(np.int8)
 
 

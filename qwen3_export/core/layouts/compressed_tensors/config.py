@@ -15,11 +15,10 @@ from qwen3_export.errors import CheckpointError, RecipeError
 
 
 def config(schemes: Mapping[str, QuantScheme], linears: list[str]) -> dict[str, Any]:
-    """One group of targets per distinct scheme.
+    """compressed-tensors' `quantization_config`: one group of targets per scheme.
 
-    What stays in 16 bits is in `ignore`.
-
-    An embedding is no `Linear`, so it is a target by its name, which comes before any class.
+    Matrices that stay in 16 bits are in `ignore`. An embedding is not a `Linear`, so it is a target by its name, which
+    takes precedence over any class.
     """
     distinct, formats = list(dict.fromkeys(schemes.values())), {format_of(scheme) for scheme in schemes.values()}
     groups = {}
@@ -117,7 +116,7 @@ def read_schemes(where: str, stored: Stored, linears: Shapes) -> Schemes:
 def _target_matcher(targets: Iterable[str], modules: Iterable[str]) -> Callable[[str], str | None]:
     """A function that finds the target that a module falls under.
 
-    Its name comes before a pattern, and a pattern before its class.
+    The module's name takes precedence over a pattern, and a pattern over its class.
     """
     names = frozenset(targets)
     matched = first_matches([name[3:] for name in sorted(names) if name.startswith("re:")], modules)
