@@ -1,12 +1,13 @@
 """Rounding weights onto ggml's types, with compiled loops.
 
-There is one file per family; each works on some rows at a time.
+There is one module per family of types.
 
     affine      q2_k q4_k q5_k q4_1 q5_1        scale · code + min
     symmetric   q3_k q6_k q4_0 q5_0 q2_0 q8_0   scale · (code − midpoint)
     codebook    iq4_nl iq4_xs mxfp4             scale · value of the code
 
-The loops leave Python's lock alone, so rows are rounded by several threads; each row's result is its own.
+The loops do not hold Python's lock, so that several threads can round different rows at the same time. The result of a
+row does not depend on other rows.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import E2M1, SCALE_TYPES, QuantizedTensor, block_specs
 from qwen3_export.errors import MissingRuntimeError
 
-# The least importance, relative to the mean one: an input that calibration never saw is still worth something.
+# The least importance, relative to the mean: an input that calibration never saw must still count a little.
 _FLOOR = 1e-6
 _STRETCHES = {
     2: np.linspace(-1.0, 0.6, 13, dtype=np.float32),
     4: np.linspace(-1.2, 1.0, 12, dtype=np.float32),
     5: np.linspace(-1.2, 1.0, 12, dtype=np.float32),
 }
-# Where the largest weight may fall, in codes; both signs, as the codes reach further below zero than above.
+# Values in units of the scale that the largest weight may get. Both signs, since codes reach further below zero.
 _ENDS = {
     2: np.array([-2.4, -2.0, -1.6, -1.2, 1.0, 1.3, 1.6], np.float32),
     3: np.array([-4.6, -4.3, -4.0, -3.7, -3.4, -3.1, -2.8, 2.6, 2.9, 3.2, 3.5], np.float32),
@@ -45,7 +46,7 @@ _IQ4_ENDS = np.array([-135, -127, -119, -111, -104, -97, -89, -83, 120, 113, 106
 
 @dataclass(frozen=True)
 class Rounded:
-    """Some rounded rows: Σ δ², Σ w², and the largest |δ| and |w|."""
+    """Some rounded rows: Σ δ², Σ w², the largest |δ| and |w|."""
 
     tensor: QuantizedTensor
     missed: float
@@ -72,8 +73,8 @@ def import_loops() -> None:
 def round_rows(name: str, weight: NDArray, scheme: QuantScheme, importance: NDArray | None = None) -> Rounded:
     """Some rows `[rows, in]` of any float type, rounded onto a type of `core.scheme.GGML_TYPES`.
 
-    `importance` `[in]` weighs the squared errors; None counts them alike. What is not finite in the weights is not
-    finite in `whole`.
+    `importance` `[in]` weighs the squared errors; with None all count alike. If a weight is not finite, `whole` is not
+    finite either.
     """
     words, shift = _words(weight)
     rows, inputs = words.shape
@@ -82,7 +83,7 @@ def round_rows(name: str, weight: NDArray, scheme: QuantScheme, importance: NDAr
     fields: dict[str, Any]
     if (block := scheme.block_type) is not None:
         specs = block_specs(scheme, (rows, inputs))
-        # fp16 is fp32 inside of the loops, whose numbers are exact in fp16.
+        # The loops work on fp32 arrays, but all scales and mins in them are exact in fp16.
         fields = {
             key: np.empty(shape, np.float32 if dtype == np.float16 else dtype) for key, (dtype, shape) in specs.items()
         }
@@ -146,10 +147,7 @@ def _round_plain(
 
 
 def _book(values: NDArray[np.float32], fine: int, cells: int) -> tuple[NDArray, NDArray[np.uint8], np.float32]:
-    """The nearest of `values`, and its code, for intervals around zero.
-
-    Each interval is 1 / `fine` wide.
-    """
+    """The nearest of `values`, and its code, for each interval of 1 / `fine`."""
     middle = (np.arange(cells) - cells // 2 + 0.5) / fine
     codes = np.abs(middle[:, None] - values).argmin(1)
     return values[codes], codes.astype(np.uint8), np.float32(fine)
@@ -163,10 +161,7 @@ def _words(weight: NDArray) -> tuple[Any, int]:
 
 
 def _weights(importance: NDArray | None, inputs: int) -> NDArray[np.float32]:
-    """Importance in fp32, its mean 1.
-
-    So no sum of products leaves fp32's range.
-    """
+    """Importance in fp32, scaled to mean 1 so that no sum overflows."""
     if importance is None:
         return np.ones(inputs, np.float32)
     mean = float(importance.mean(dtype=np.float64))

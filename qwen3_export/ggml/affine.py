@@ -2,10 +2,10 @@
 
 q2_k, q4_k and q5_k have a super scale, q4_1 and q5_1 fp16 numbers.
 
-    per group     ranges a little wider or narrower than the weights' are tried: codes, then scale and min by least
-                  squares, Σ w (scale · code + min − x)² the least; twice more with codes of the scale found
-    super-block   super_scale and super_min from the groups' scales and mins, weighed by what an error there costs
-    per group     of the integers next to scale / super_scale and min / super_min the pair with the least error
+    per group     try ranges a little wider or narrower than the weights'; for each, round to codes, then fit scale and
+                  min by least squares on Σ w (scale · code + min − x)²; round and fit the best twice more
+    super-block   fit super_scale and super_min to the groups' scales and mins, weighed by the cost of an error
+    per group     try the integers next to scale / super_scale and min / super_min, keep the pair of least error
 
 w is the importance of the input, 1 without one.
 """
@@ -20,16 +20,16 @@ from numpy.typing import NDArray
 from qwen3_export.ggml.tiles import HUGE, ONE, TILE, ZERO, add_errors, half, load, store_codes, super_scale
 from qwen3_export.model.compiled import Array, compiled, contracted
 
-# A tile's rows, a line each: the range, one attempt's sums, its fit, and the best fit so far.
+# The state of a tile's rows, one line per quantity: range, sums of the present attempt, the best fit so far.
 _LOW, _RANGE, _INVERSE, _START, _WQ, _WQQ, _WXQ, _WX, _WXX, _SCALE, _MIN, _ERROR, _BEST = range(13)
 _LINES = _BEST + 1
 
 
 @compiled
 def _bounds(work: Array, weights: Array, lines: Array, negative_only: bool) -> None:
-    """Least weight, range, and the sums without codes.
+    """Least weight, range, and the sums that do not depend on codes.
 
-    The least is at most zero for a type whose min cannot be positive.
+    With `negative_only` the least weight is at most zero, for types whose min cannot be positive.
     """
     low, size, total, squares = lines[_LOW], lines[_RANGE], lines[_WX], lines[_WXX]
     for r in range(TILE):
@@ -49,10 +49,7 @@ def _bounds(work: Array, weights: Array, lines: Array, negative_only: bool) -> N
 
 @contracted
 def _attempt(work: Array, weights: Array, top: np.float32, lines: Array) -> None:
-    """Codes of every weight for `_START` and `_INVERSE`, and their sums.
-
-    The columns come in fours.
-    """
+    """Round for `_START` and `_INVERSE`, and sum up what the least-squares fit needs."""
     start, inverse, wq, wqq, wxq = lines[_START], lines[_INVERSE], lines[_WQ], lines[_WQQ], lines[_WXQ]
     for r in range(TILE):
         wq[r], wqq[r], wxq[r] = ZERO, ZERO, ZERO
@@ -75,10 +72,7 @@ def _attempt(work: Array, weights: Array, top: np.float32, lines: Array) -> None
 
 @compiled
 def _keep_fit(total: np.float32, negative_only: bool, lines: Array) -> None:
-    """Scale and min by least squares, kept where their error is less.
-
-    The codes are those of the attempt.
-    """
+    """Fit scale and min to the attempt's codes, kept where their error is less."""
     for r in range(TILE):
         wq, wqq, wxq = lines[_WQ, r], lines[_WQQ, r], lines[_WXQ, r]
         wx, wxx = lines[_WX, r], lines[_WXX, r]
@@ -123,10 +117,7 @@ def _search(work: Array, weights: Array, top: np.float32, stretches: Array, nega
 
 @contracted
 def _errors(work: Array, weights: Array, top: np.float32, lines: Array) -> None:
-    """Σ w (scale · code + min − x)² with the nearest codes.
-
-    They are those of `_SCALE` and `_MIN`.
-    """
+    """Σ w (scale · code + min − x)² with the nearest codes."""
     scale, least, inverse, error = lines[_SCALE], lines[_MIN], lines[_INVERSE], lines[_ERROR]
     for r in range(TILE):
         inverse[r] = ONE / scale[r] if scale[r] > ZERO else ZERO
@@ -149,11 +140,10 @@ def _choose(
     work: Array, weights: Array, top: np.float32, supers: Array, limit: np.float32, near: Array, lines: Array,
     kept: Array,
 ) -> None:  # fmt: skip
-    """The integers beside a group's scale and min with the least error.
+    """Choose the integer scale and min of a group with the least error.
 
-    They are left in `kept` [0] and [1], their error in [2].
-
-    `near` are the group's ideal scale and min, `supers` the numbers that integers are multiplied by.
+    `near` has the group's ideal scale and min, `supers` the super scale and super min. The integers are left in `kept`
+    [0] and [1], their error in [2].
     """
     for r in range(TILE):
         kept[2, r] = HUGE
@@ -174,10 +164,7 @@ def _choose(
 
 @compiled
 def _round(work: Array, scale: Array, least: Array, top: np.float32, here: int, sums: NDArray[np.float64]) -> None:
-    """A group's weights to their codes.
-
-    Adds to Σ δ² and Σ x², and raises the largest |δ| and |x|.
-    """
+    """Round a group's weights to codes, and add what that costs to `sums`."""
     for r in range(TILE):
         inverse = ONE / scale[r] if scale[r] > ZERO else ZERO
         missed, whole, furthest, largest = ZERO, ZERO, ZERO, ZERO
@@ -201,10 +188,8 @@ def round_super(
 ) -> NDArray[np.float64]:  # fmt: skip
     """Round rows of weights onto q2_k, q4_k or q5_k.
 
-    Returns Σ δ², Σ x², the largest |δ| and |x|.
-
-    `words` `[rows, in]` are the weights' bits, the upper halves of fp32 where `shift` is 16; `importance` `[in]`.
-    The other arrays are filled; see `core.tensor` for their shapes.
+    `words` `[rows, in]` are the weights' bits: fp32, or its upper halves where `shift` is 16. `importance` is `[in]`.
+    The other arrays are filled; see `core.tensor` for their shapes. Returns Σ δ², Σ x², the largest |δ| and |x|.
     """
     per_block = 256 // group
     work, lines = np.zeros((256, TILE), np.float32), np.zeros((_LINES, TILE), np.float32)

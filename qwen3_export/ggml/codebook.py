@@ -2,13 +2,13 @@
 
 The types are iq4_nl, iq4_xs under a super scale, and mxfp4.
 
-    iq4     scales that bring the largest weight near either end of the numbers: nearest numbers, then the scale by
-            least squares, Σ w (scale · value − x)² the least; once more with the numbers of the scale found;
-            then the super scale and the integers beside it as in `symmetric`
-    mxfp4   of three powers of two the one with the least Σ w (scale · value − x)²
+    iq4     try scales that bring the largest weight near either end of the numbers; for each, take the nearest
+            numbers, then fit the scale by least squares on Σ w (scale · value − x)²; fit the best once more;
+            iq4_xs goes on with a super scale and integers below it, as `symmetric` does
+    mxfp4   try three powers of two, keep the one with the least Σ w (scale · value − x)²
 
-w is the importance of the input, 1 without one. Halfway between two numbers lies a multiple of 1 / `fine`, so the
-number nearest to a weight in units of the scale stands in a table, by the multiple below.
+w is the importance of the input, 1 without one. The points halfway between two numbers are multiples of 1 / `fine`.
+So a table with one entry per interval of that width gives the number nearest to any weight.
 """
 
 from __future__ import annotations
@@ -38,16 +38,13 @@ from qwen3_export.ggml.scale_fit import (
 from qwen3_export.ggml.tiles import ONE, TILE, ZERO, add_errors, half, load, store_codes, super_scale
 from qwen3_export.model.compiled import Array, compiled, contracted
 
-# Numbers by multiple of 1 / `fine`, their codes, and `fine`.
+# The table: the nearest number of every interval, its code, and `fine`.
 Book = tuple[Array, NDArray[np.uint8], np.float32]
 
 
 @compiled
 def _cell(unit: np.float32, fine: np.float32, cells: int) -> Any:
-    """Where the number nearest to a weight stands in the table.
-
-    The table's middle is zero.
-    """
+    """The table's entry for a weight in units of the scale."""
     place = unit * fine + np.float32(cells // 2)
     place = place if place > ZERO else ZERO
     return np.int32(min(place, np.float32(cells - 1)))
@@ -55,7 +52,7 @@ def _cell(unit: np.float32, fine: np.float32, cells: int) -> Any:
 
 @contracted
 def _attempt(work: Array, weights: Array, book: Book, lines: Array) -> None:
-    """The nearest value of every weight for `INVERSE`, and their sums."""
+    """Take the nearest values for `INVERSE`, and sum up what the fit needs."""
     (table, _, fine), inverse, wxv, wvv = book, lines[INVERSE], lines[WXV], lines[WVV]
     for r in range(TILE):
         wxv[r], wvv[r] = ZERO, ZERO
@@ -76,7 +73,7 @@ def _attempt(work: Array, weights: Array, book: Book, lines: Array) -> None:
 def _search(work: Array, weights: Array, book: Book, ends: Array, lines: Array) -> None:
     """Leave the best scale of a group in `lines`, and Σ w value².
 
-    `ends` are where the peak may fall.
+    `ends` are the values to try for the largest weight.
     """
     find_peak(work, lines)
     for end in ends:
@@ -110,9 +107,9 @@ def _choose(
     work: Array, weights: Array, book: Book, supers: Array, limit: np.float32, near: Array,
     lines: Array, kept: Array,
 ) -> None:  # fmt: skip
-    """The integer beside the ideal scale `near` with the least error.
+    """Choose the integer scale of a group with the least error.
 
-    It is left in `kept` [0], its error in [1].
+    It is left in `kept` [0], its error in [1]; `near` is the ideal scale.
     """
     begin_choice(kept)
     for step in range(-1, 2):
@@ -123,10 +120,7 @@ def _choose(
 
 @compiled
 def _round(work: Array, scale: Array, book: Book, here: int, sums: NDArray[np.float64]) -> None:
-    """A group's weights to their codes.
-
-    Adds to Σ δ² and Σ x², and raises the largest |δ| and |x|.
-    """
+    """Round a group's weights to codes, and add what that costs to `sums`."""
     table, numbers, fine = book
     for r in range(TILE):
         inverse = ONE / scale[r] if scale[r] != ZERO else ZERO
@@ -150,10 +144,8 @@ def round_super(
 ) -> NDArray[np.float64]:  # fmt: skip
     """Round rows of weights onto iq4_xs.
 
-    Returns Σ δ², Σ x², the largest |δ| and |x|.
-
-    `words` `[rows, in]` are the weights' bits, the upper halves of fp32 where `shift` is 16; `importance` `[in]`.
-    The other arrays are filled; see `core.tensor` for their shapes.
+    `words` `[rows, in]` are the weights' bits: fp32, or its upper halves where `shift` is 16. `importance` is `[in]`.
+    The other arrays are filled; see `core.tensor` for their shapes. Returns Σ δ², Σ x², the largest |δ| and |x|.
     """
     work, lines = np.zeros((256, TILE), np.float32), np.zeros((LINES, TILE), np.float32)
     found, weighs = np.zeros((8, TILE), np.float32), np.zeros((8, TILE), np.float32)

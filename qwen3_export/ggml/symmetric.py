@@ -2,12 +2,13 @@
 
 q3_k and q6_k have a super scale, q4_0, q5_0 and q2_0 an fp16 scale.
 
-    per group     scales that bring the largest weight near the end of the codes, of either sign: codes, then the
-                  scale by least squares, Σ w (scale · code − x)² the least; once more with codes of the scale found
-    super-block   super_scale from the groups' scales, weighed by what an error there costs
-    per group     of the integers next to scale / super_scale the one with the least error
+    per group     try scales that bring the largest weight near either end of the codes; for each, round to codes,
+                  then fit the scale by least squares on Σ w (scale · code − x)²; round and fit the best twice more
+    super-block   fit super_scale to the groups' scales, weighed by the cost of an error
+    per group     try the integers next to scale / super_scale, keep the one of least error
 
-w is the importance of the input, 1 without one. q8_0 is what llama.cpp's converter writes: the largest weight is 127.
+w is the importance of the input, 1 without one. q8_0 is rounded as llama.cpp's converter does it: the largest weight
+becomes 127.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from qwen3_export.model.compiled import Array, compiled, contracted
 
 @contracted
 def _attempt(work: Array, weights: Array, middle: np.float32, lines: Array) -> None:
-    """Codes of every weight for `INVERSE`, and their sums; the columns come in fours."""
+    """Round for `INVERSE`, and sum up what the least-squares fit needs."""
     inverse, wxv, wvv = lines[INVERSE], lines[WXV], lines[WVV]
     low, high = -middle, middle - ONE
     for r in range(TILE):
@@ -60,9 +61,9 @@ def _attempt(work: Array, weights: Array, middle: np.float32, lines: Array) -> N
 
 @compiled
 def _search(work: Array, weights: Array, middle: np.float32, ends: Array, lines: Array) -> None:
-    """Leave the best scale of a group in `lines`.
+    """Leave the best scale of a group in `lines`, and Σ w code².
 
-    Σ w code² of its codes is left there too; `ends` are where the peak may fall.
+    `ends` are the values to try for the largest weight.
     """
     find_peak(work, lines)
     for end in ends:
@@ -101,9 +102,9 @@ def _choose(
     work: Array, weights: Array, middle: np.float32, supers: Array, limit: np.float32, near: Array, lines: Array,
     kept: Array,
 ) -> None:  # fmt: skip
-    """The integer beside the ideal scale `near` with the least error.
+    """Choose the integer scale of a group with the least error.
 
-    It is left in `kept` [0], its error in [1].
+    It is left in `kept` [0], its error in [1]; `near` is the ideal scale.
     """
     begin_choice(kept)
     for step in range(-1, 2):
@@ -114,10 +115,7 @@ def _choose(
 
 @compiled
 def _round(work: Array, scale: Array, middle: np.float32, here: int, sums: NDArray[np.float64]) -> None:
-    """A group's weights to their unsigned codes.
-
-    Adds to Σ δ² and Σ x², and raises the largest |δ| and |x|.
-    """
+    """Round a group's weights to unsigned codes, and add what that costs to `sums`."""
     for r in range(TILE):
         inverse = ONE / scale[r] if scale[r] != ZERO else ZERO
         missed, whole, furthest, largest = ZERO, ZERO, ZERO, ZERO
@@ -140,10 +138,8 @@ def round_super(
 ) -> NDArray[np.float64]:  # fmt: skip
     """Round rows of weights onto q3_k or q6_k.
 
-    Returns Σ δ², Σ x², the largest |δ| and |x|.
-
-    `words` `[rows, in]` are the weights' bits, the upper halves of fp32 where `shift` is 16; `importance` `[in]`.
-    The other arrays are filled; see `core.tensor` for their shapes.
+    `words` `[rows, in]` are the weights' bits: fp32, or its upper halves where `shift` is 16. `importance` is `[in]`.
+    The other arrays are filled; see `core.tensor` for their shapes. Returns Σ δ², Σ x², the largest |δ| and |x|.
     """
     per_block = 256 // group
     work, lines = np.zeros((256, TILE), np.float32), np.zeros((LINES, TILE), np.float32)
@@ -204,9 +200,7 @@ def round_simple(
 def round_q8_0(words: Any, shift: int, codes: NDArray[np.uint8], scales: Array) -> NDArray[np.float64]:
     """Round rows of weights onto q8_0 as ggml's reference does, halves away from zero.
 
-    Returns as `round_super`.
-
-    The scales are left in fp32, to be rounded half to even.
+    The scales are left in fp32; the caller rounds them half to even. Returns as `round_super` does.
     """
     row_bits, sums = np.zeros(32, np.uint32), np.zeros(4, np.float64)
     row = row_bits.view(np.float32)

@@ -1,9 +1,6 @@
-"""A tile: 256 or 32 columns of some rows, `[columns, rows]`.
+"""Tiles of weights, and the operations on them that all families share.
 
-So every step works on all rows at once.
-
-What the rounding kernels of all families share: reading a tile, fp16 as an operation on fp32, and the number that
-the integer scales of a super-block are multiples of.
+A tile holds 32 or 256 columns of some rows, `[columns, rows]`, so that every step is one operation on all rows at once.
 """
 
 from __future__ import annotations
@@ -15,23 +12,23 @@ from numpy.typing import NDArray
 
 from qwen3_export.model.compiled import Array, compiled
 
-# Rows of a tile: the columns of a group stay in the nearest cache.
+# Rows of a tile: few enough for a group's columns to stay in the nearest cache.
 TILE = 32
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 # More than any error.
 HUGE = np.float32(3e38)
-# Rounds a product of fp32 to the eleven bits of fp16's mantissa, and fp16's subnormal step.
+# Multiplier that rounds fp32 to the eleven bits of fp16's mantissa; least normal number and subnormal step of fp16.
 _SPLIT, _TINY, _STEP = np.float32(8193.0), np.float32(2.0**-14), np.float32(2.0**-24)
 _LARGEST_HALF = np.float32(65504.0)
-# By how much of an integer the largest scale may be stretched or squeezed in the search for a super scale.
+# The search for a super scale moves the largest integer scale by so much up or down.
 _STRETCHES = np.arange(-6, 7, dtype=np.float32) * np.float32(0.15)
 
 
 @compiled
 def load(words: Any, shift: int, row: int, column: int, length: int, bits: NDArray[np.uint32]) -> None:
-    """Some rows' weights of `length` columns into a tile.
+    """Read `length` columns of some rows into a tile.
 
-    Rows that are not there repeat the last one.
+    Rows beyond the last one repeat it.
     """
     for r in range(TILE):
         source = words[min(row + r, len(words) - 1), column : column + length]
@@ -53,7 +50,7 @@ def half(value: np.float32) -> np.float32:
 
 @compiled
 def store_codes(codes: NDArray[np.uint8], found: Array, row: int, column: int, here: int) -> None:
-    """Codes of a tile's columns, still in fp32, to their rows."""
+    """Write codes of a tile, still in fp32, to the rows they belong to."""
     for r in range(here):
         target = codes[row + r, column : column + len(found)]
         for j in range(len(found)):
@@ -75,12 +72,10 @@ def add_errors(
 
 @compiled
 def super_scale(values: Array, weights: Array, r: int, low: np.float32, high: np.float32) -> np.float32:
-    """The fp16 number d with the least weighted squared error.
+    """The fp16 number d of least Σ weights · (values − d · integer)².
 
-    The error is Σ weights · (values − d · integer)²; the integers lie between `low` and `high`.
-
-    `values` and `weights` are `[groups, rows]`. The largest value, whatever its sign, meets the end of the range
-    that is further from zero.
+    `values` and `weights` are `[groups, rows]`, integers lie between `low` and `high`. The value of largest magnitude
+    gets the integer of largest magnitude, or one close to it.
     """
     largest = ZERO
     for g in range(len(values)):

@@ -83,7 +83,7 @@ def _is_usual(part: dict[str, Any]) -> bool:
 
 
 def probe(text: str) -> str | None:
-    """Run a tokenizer on odd texts; returns in words why it cannot be used, or None."""
+    """Run a tokenizer on odd texts; says why it cannot be used, or None."""
     from tokenizers import Tokenizer
 
     try:

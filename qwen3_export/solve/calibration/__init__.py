@@ -1,1 +1,1 @@
-"""What calibration samples tell: activations, moments, experts' tokens, the importance of outputs."""
+"""Statistics of calibration samples: activations, moments, experts' tokens, Fisher information."""

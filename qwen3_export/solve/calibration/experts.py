@@ -1,18 +1,18 @@
 """Tokens that reach each expert, and statistics for experts that too few reach.
 
-The router sends a token to a few experts, and some experts get hardly any. n tokens span at most n
-directions of an input; a Hessian made of few calls all others free, and a solver puts its errors
-there. An expert that fewer than `token_floor` tokens reach is therefore treated by the recipe's rule:
+The router sends each token to a few experts, and some experts get hardly any token. n tokens span at most n
+directions of the input space. In all other directions the Hessian says that errors cost nothing, and a solver would
+put its errors there. An expert that fewer than `token_floor` tokens reach is therefore treated by the recipe's rule:
 
     share   H = (n · H_own + (floor − n) · H_layer) / floor
     rtn     rounded to nearest by the squared error of its weights; H only sets a static input scale
 
-H_layer is what this expert would see if every token of the layer were sent to it: for gate_proj and
-up_proj the mean of x xᵀ over the layer's one common input, computed once per layer; for down_proj the
-same over evenly chosen tokens, passed through this expert's own gate_proj and up_proj as quantized.
-The mean |x| is mixed alike, the peak is the larger one.
+H_layer is the Hessian that this expert would have if the router sent it every token of the layer. For gate_proj and
+up_proj it is the mean of x xᵀ over the layer's common input, computed once per layer. For down_proj evenly chosen
+tokens pass through this expert's own quantized gate_proj and up_proj. The mean |x| is mixed in the same way; the peak
+is the larger of both.
 
-Only one expert's moments are in memory at a time, and the layer's common ones beside them.
+Only one expert's moments are in memory at a time, beside those of the layer.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _PIECE = 256
 
 @dataclass(frozen=True)
 class LinearInputs:
-    """What a group of linears is solved against.
+    """Statistics of the inputs that a group of linears is solved with.
 
-    `tokens` counts those that reached the linears themselves; `paired` says what the original does, where
-    it ran beside; `fallback` is the rule that an expert below the floor was treated by.
+    `tokens` counts the tokens that reached the linears themselves. `paired` compares with the original, where it runs
+    beside. `fallback` is the rule that was applied to an expert below the floor.
     """
 
     moments: Moments
@@ -52,7 +52,7 @@ class LinearInputs:
 class LayerInputs:
     """A block at one stage with all samples in it.
 
-    `collect_all(name)` are one linear's moments over them.
+    `collect_all(name)` gives one linear's moments over all samples.
     """
 
     block: Block
@@ -64,7 +64,7 @@ class LayerInputs:
     device: str = "cpu"
 
     def inputs(self, name: str) -> LinearInputs:
-        """What a linear is solved against, by local name; the rule is for `mlp.experts.E.…`."""
+        """Statistics of one linear's inputs, by local name, after the rule for experts."""
         own = self.collect_all(name)
         lacking = self.token_floor - own.tokens if is_expert(name) else 0
         if lacking <= 0:
@@ -81,13 +81,13 @@ class LayerInputs:
         return self.collect_all(ROUTER)
 
     def _inner(self, name: str) -> Moments:
-        """Moments of what one expert's gate_proj and up_proj make of the sampled tokens."""
+        """Moments of the sampled tokens after one expert's gate_proj and up_proj."""
         first = next(stage for stage in self.block.stages if stage.routed)
         names = first.groups[expert_of(name)]
         pieces = torch.split(self._sampled, _PIECE)
 
         def sample(piece: int) -> SampleInputs:
-            # In fp32: sums of so few products in 16 bits would be too coarse.
+            # In fp32: there are so few tokens that rounding to 16 bits would show in the sums.
             return SampleInputs(self.block.combine(first, names, pieces[piece]).float())
 
         size = self.block.width(name)
@@ -114,7 +114,7 @@ class LayerInputs:
 def count_tokens(states: BlockStates, experts: int, pool: Workers) -> list[int]:
     """Number of tokens that the router sends to each expert, over all samples.
 
-    States at stage 2 or 3.
+    The states must be at a routed stage.
     """
 
     def one(sample: int) -> Tensor:

@@ -1,16 +1,14 @@
 """Fisher information of every linear's outputs y: G = mean g gᵀ.
 
-Here g = ∂(−log p(label)) / ∂y: G tells how much the model's answer depends on y.
-
-Labels are drawn from the original's own answers, so G is the Fisher information of the outputs, and
-½ Δyᵀ G Δy is what an error Δy costs in KL divergence, to second order.
+g = ∂(−log p(label)) / ∂y, where labels are drawn from the original's own predictions. To second order, an error Δy
+then costs ½ Δyᵀ G Δy of KL divergence: G says how much the model's answer depends on each output.
 
     up     hidden states of a few samples before every block are kept on disk
     top    gradient at the last hidden state, through final norm and head, the vocabulary in pieces
     down   block by block: run it again, push the gradient through, add up g gᵀ of every linear
 
-Memory is bounded by one block and the activations of a few samples. Of `[out, out]` only diagonal pieces of at
-most 256 output rows are kept: what lies between them matters little, and a file grows with `out` alone.
+Memory is bounded by one block and the activations of a few samples. Only diagonal pieces of G, of at most 256 output
+rows each, are kept: the rest matters little, and files would grow with the square of `out`.
 """
 
 from __future__ import annotations
@@ -37,13 +35,13 @@ from qwen3_export.solve.calibration.activations import SampleFile, write_embeddi
 from qwen3_export.solve.chunk_sizes import BACK_TOKENS, OUTPUT_PIECE, TOP_TOKENS
 from qwen3_export.text.samples import Samples
 
-# Rows of the head that are multiplied at a time; fewer where they are brought to fp32 first, to stay in a cache.
+# Rows of the head that are multiplied at a time; fewer where they are converted first, so that they stay in a cache.
 _HEAD_ROWS = 16384
 _CONVERTED_ROWS = 1024
 
 
 def pieces_of(out_rows: int) -> list[slice]:
-    """Output out_rows of a linear in pieces of one length, the last shorter."""
+    """The output rows of a linear in equal pieces, the last one shorter."""
     length = math.ceil(out_rows / math.ceil(out_rows / OUTPUT_PIECE))
     return [slice(begin, min(begin + length, out_rows)) for begin in range(0, out_rows, length)]
 
@@ -67,7 +65,7 @@ class FisherInformation:
 
 @dataclass(frozen=True)
 class FisherPass:
-    """One pass through the model and back: model, samples, files of states."""
+    """What one pass through the model and back works on."""
 
     checkpoint: Checkpoint
     ids: list[np.ndarray]
@@ -80,7 +78,7 @@ class FisherPass:
     def matmul_dtype(self) -> torch.dtype:
         """The type that the pass multiplies in.
 
-        What it measures on few tokens is no better than that.
+        A fast one is good enough, since measuring on few tokens is less precise anyway.
         """
         return self.pool.matmul_dtype if self.device == "cpu" else torch.float32
 
@@ -99,9 +97,7 @@ def measure_fisher(
 ) -> FisherInformation:  # fmt: skip
     """Measure G of all linears on `count` samples, spread evenly.
 
-    A finished measurement is found again.
-
-    `tick` is called twice per block.
+    The measurement of an earlier run in the same `scratch` is taken over. `tick` is called twice per block.
     """
     done, working = scratch / "outputs", scratch / "outputs.new"
     if done.is_dir():
@@ -161,10 +157,7 @@ def _loss_gradient(work: FisherPass) -> None:
 
 
 def _slope(normed: Tensor, head: Tensor, generator: torch.Generator, matmul_dtype: torch.dtype) -> Tensor:
-    """∂(−log p(label)) / ∂normed of a few tokens `[n, hidden]`.
-
-    It is (p − label) times the head.
-    """
+    """∂(−log p(label)) / ∂normed = (p − label) · head, for tokens `[n, hidden]`."""
     size = _HEAD_ROWS if head.dtype == matmul_dtype else _CONVERTED_ROWS
     cuts = [slice(i, i + size) for i in range(0, len(head), size)]
 
@@ -188,7 +181,8 @@ def _slope(normed: Tensor, head: Tensor, generator: torch.Generator, matmul_dtyp
 def draw(shares: Tensor, generator: torch.Generator) -> Tensor:
     """One label `[n, 1]` from each distribution `[n, vocab]`.
 
-    By the cumulated shares: torch.multinomial draws a random number for every entry of a vocabulary.
+    It inverts the cumulative distribution, which needs one random number per token; torch.multinomial draws one for
+    every entry of the vocabulary.
     """
     cumulated = shares.cumsum(-1)
     aim = torch.rand(len(shares), 1, generator=generator).to(shares.device) * cumulated[:, -1:]

@@ -1,13 +1,13 @@
 """Gram sums with AVX2, of inputs rounded to seven-bit integers.
 
-They are 2.5 times as fast as in fp32.
+They take 1 / 2.5 of the time of fp32.
 
-    p = round((x − c) / s) + 64    from 1 to 127; s: what the largest |x − c| of some rows divides by 63
+    p = round((x − c) / s) + 64    from 1 to 127; s is the largest |x − c| of some rows divided by 63
 
-One instruction multiplies 32 such bytes with as many signed ones and adds up neighbours in 16 bits, where two such
-sums fit, whatever they are. So both sides have seven bits, and four tokens of a column lie side by side:
+One instruction multiplies 32 unsigned with 32 signed bytes and adds neighbouring products in 16 bits. With seven bits
+on both sides two such sums can be added without overflow. Four tokens of a column lie side by side:
 
-    values  uint8 [blocks, panels, 128, 16, 4]    a block is 512 tokens, a panel 16 columns, filled up with 64
+    values  uint8 [blocks, panels, 128, 16, 4]    a block is 512 tokens, a panel 16 columns, padded with 64
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qwen3_export.model.compiled import ROUNDER, Array, compiled
 LARGEST = 63
 ZERO = 64
 BLOCK, PANEL = 512, 16
-# Tokens whose products fit into 32 bits, whatever they are: the longest text of any Qwen3 at once.
+# Products of so many tokens fit into 32 bits in any case; it is the longest context of any Qwen3.
 MOST_TOKENS = 1 << 18
 _FOUR = 4
 _LINE = _FOUR * PANEL
@@ -64,17 +64,17 @@ def _build(b: Any, left: Any, right: Any, turns: Any, out: Any, row: Any) -> Non
 def _add_tile(_context: Any, left: Any, right: Any, turns: Any, out: Any, row: Any) -> Any:
     """Add the products of four columns with a panel to four output rows.
 
-    They are summed over `turns` times eight tokens; the rows of `out` are `row` bytes apart, and the right side
-    is taken less 64. All but numbers are addresses.
+    They are summed over `turns` times eight tokens, with 64 subtracted from the right side. Rows of `out` are `row`
+    bytes apart. Arrays are given by their addresses.
     """
     return v.addressed(5, _build)
 
 
 @compiled
 def _multiply(left: NDArray[np.uint8], right: NDArray[np.uint8], first: int, out: NDArray[np.int32]) -> None:
-    """Add Σ p (q − 64) of two sets of columns to `out`.
+    """Add Σ p (q − 64) to `out`, for columns of two matrices.
 
-    They are the first columns of the left, and those of the right from panel `first` on.
+    These are the first columns of the left matrix, and those of the right one from panel `first` on.
     """
     size = BLOCK * PANEL
     for block in range(len(left)):
@@ -90,10 +90,10 @@ def _multiply(left: NDArray[np.uint8], right: NDArray[np.uint8], first: int, out
 def multiply(
     left: NDArray[np.uint8], right: NDArray[np.uint8], rows: int, columns: slice
 ) -> tuple[int, NDArray[np.int32]]:
-    """Σ p (q − 64) of two sets of columns, and where they begin.
+    """Σ p (q − 64) for some columns of two matrices.
 
-    They are the first `rows` columns of the left and `columns` of the right. What comes out begins and ends with
-    whole panels; its first column is the place that is returned.
+    These are the first `rows` columns of the left matrix and `columns` of the right one. The result consists of whole
+    panels, so it may have more columns than asked for; the number of its first column is returned with it.
     """
     first, last = columns.start // PANEL, -(-columns.stop // PANEL)
     products = np.zeros((-(-rows // PANEL) * PANEL, (last - first) * PANEL), np.int32)
@@ -103,11 +103,10 @@ def multiply(
 
 @compiled
 def put(x: Array, center: Array, inverse: Array, place: int, words: NDArray[np.int32], sums: NDArray[np.int32]) -> None:
-    """Put inputs `[tokens, n]` into panels, from token `place` on.
+    """Round inputs `[tokens, n]` and put them into panels, from token `place` on.
 
-    The sums of their integers are added to `sums`.
-
-    `words` are `values` as integers of four bytes: four tokens each, so that one is written for four of a column.
+    The sums of the integers are added to `sums`. `words` is `values` seen as integers of four bytes, so that four
+    tokens of a column are written at once.
     """
     tokens, size = x.shape
     four = np.zeros(words.shape[1] * PANEL, np.int32)
@@ -117,7 +116,7 @@ def put(x: Array, center: Array, inverse: Array, place: int, words: NDArray[np.i
         for i in range(size):
             whole = np.int32(((x[t, i] - center[i]) * inverse[i] + ROUNDER) - ROUNDER)
             sums[i] += whole
-            # Bytes below zero borrow from the next, and what they borrow comes back with the 64 that is there.
+            # A negative byte borrows from the next one; adding to the 64s that are already there gives it back.
             four[i] += whole << shift
         if at % _FOUR == _FOUR - 1 or t == tokens - 1:
             block, line = at // BLOCK, at % BLOCK // _FOUR

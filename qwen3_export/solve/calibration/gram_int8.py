@@ -1,16 +1,16 @@
 """Gram sums of inputs rounded to bytes, added up without error.
 
-They are twice as fast as in 16 bits.
+They take half the time of sums in 16 bits. "Row" stands for the tokens of one sample here.
 
-    d = x − c          c: about the mean of the row's tokens, one number per column
-    b = round(d / s)   s: what the largest |d| of some rows divides by 127, one number per column
+    d = x − c          c is about the mean of the row's tokens, one number per column
+    b = round(d / s)   s is the largest |d| of some rows divided by 127, one number per column
 
     Σ x̂ x̂ᵀ = s Σ b bᵀ s + c (Σ d̂)ᵀ + (Σ d̂) cᵀ + n c cᵀ      d̂ = s b,  x̂ = c + d̂
 
-Integers are added up without rounding, so what comes out is the exact sum over slightly rounded inputs, and never
-indefinite, however much the inputs have in common. Rounding adds s² / 12 to a column's mean square: less than a
-thousandth of it where the largest input is ten times the usual one, where damping adds a hundredth. fp32 rows,
-where the processor multiplies integers with AVX2, are divided by 63 and lie in panels (`gram_avx2`): fourfold.
+Integers are added without rounding. So the result is the exact sum over slightly rounded inputs, and always positive
+semidefinite, even where the inputs have much in common. Rounding adds s² / 12 to a column's mean square. Where the
+largest input is ten times the usual one, that is less than a thousandth; damping adds a hundredth. Rows in fp32 are
+rounded with 63 in place of 127 and kept in panels for AVX2 (`gram_avx2`), where the error is four times as large.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from qwen3_export.model.compiled import ROUNDER, Array, compiled
 from qwen3_export.model.passes import Halves, Numbers, add_rows, expand, halves_of, numbers_of
 from qwen3_export.solve.calibration import gram_avx2
 
-# Every so many tokens of a row tell its center.
+# Every so many tokens of a row are averaged to find its center.
 _EVERY = 8
-# Tokens are filled up with zeros to a multiple of this: a kernel is made for one number of them.
+# Tokens are padded with zeros to a multiple of this, since torch makes a kernel for every number of tokens.
 _FILLED = 512
 _LARGEST = np.float32(127.0)
-# Tokens whose products fit into an integer of 32 bits, whatever they are: 127² of each.
+# Products of so many tokens, at most 127² each, fit into an integer of 32 bits.
 _SUMMED = 1 << 17
 
 
 @compiled
 def _reach(rows: Numbers, center: Array, most: Array) -> None:
-    """`most = max(most, |x − c|)`; no number where an input is none."""
+    """`most = max(most, |x − c|)`, NaN where an input is not finite."""
     row, bad = np.empty(rows.shape[1], np.float32), np.zeros(rows.shape[1], np.float32)
     bits = row.view(np.uint32)
     for t in range(len(rows)):
@@ -79,9 +79,9 @@ def _add_scaled(total: Array, begin: int, products: NDArray[np.int32], left: Arr
 
 @dataclass(frozen=True)
 class Panels:
-    """What `gram_avx2` multiplies, and the sums of its columns.
+    """Inputs in the panels that `gram_avx2` multiplies, and the sums of their columns.
 
-    The sums of integers are int32 `[n]`, filled up to whole panels.
+    The sums are int32 `[n]`, padded to whole panels.
     """
 
     values: NDArray[np.uint8]
@@ -90,11 +90,10 @@ class Panels:
 
 @dataclass(frozen=True)
 class Bytes:
-    """Inputs `[tokens, n]` as bytes, with the scale of each column.
+    """Inputs `[tokens, n]` as bytes, each row's center subtracted, with a scale per column.
 
-    Each sample's inputs are taken less its center.
-
-    `centers` and `sums` are `[rows, n]`: Σ d̂ over a row's tokens, or of rows that have no center Σ x, nothing rounded.
+    `centers` and `sums` are `[rows, n]`. `sums` are Σ d̂ over a row's tokens; for rows without a center they are Σ x of
+    the unrounded inputs.
     """
 
     values: Tensor | Panels
@@ -106,14 +105,14 @@ class Bytes:
 def as_bytes(parts: Sequence[Tensor], centered: bool) -> Bytes:
     """bf16 rows `[tokens, n]` as bytes, fp32 rows as panels.
 
-    What is not finite makes its column's scale so.
+    If an input is not finite, its column's scale is not finite either.
     """
     size = parts[0].shape[1]
     centers = torch.zeros(len(parts), size)
     most = np.zeros(size, np.float32)
     for part, center in zip(parts, centers, strict=True):
         if centered and len(part):
-            # Not the first one, whose inputs may be a thousand times as large as all others.
+            # The first token is left out: its inputs may be a thousand times as large as all others.
             some = part[min(len(part) - 1, _EVERY // 2) :: _EVERY]
             center.copy_(_sum(some)).div_(len(some))
         _reach(numbers_of(part), center.numpy(), most)
@@ -126,7 +125,7 @@ def as_bytes(parts: Sequence[Tensor], centered: bool) -> Bytes:
 
 
 def _as_matrix(parts: Sequence[Tensor], centers: Tensor, inverse: Array) -> tuple[Tensor, Tensor]:
-    """Bytes `[tokens, n]`, filled up with zeros, and each part's sums of them."""
+    """Bytes `[tokens, n]`, padded with zeros, and their sums in each part."""
     tokens, sums = sum(map(len, parts)), torch.zeros(centers.shape)
     values = torch.empty(-(-tokens // _FILLED) * _FILLED, centers.shape[1], dtype=torch.int8)
     values[tokens:] = 0

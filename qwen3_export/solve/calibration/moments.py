@@ -2,12 +2,12 @@
 
     hessian   mean x xᵀ         [in, in]   x: its inputs in the quantized model so far
     drift     mean (x̃ − x) xᵀ   [in, in]   x̃: the same inputs in the original model
-    target    mean t xᵀ         [out, in]  t: what it should answer, where that is known
+    target    mean t xᵀ         [out, in]  t: the output that it should have, where that is known
     mean_abs  mean |x|          [in]
     peak      max |x|           [in]
 
-Sums run over column strips side by side, each over the samples in their order, so that they do not
-depend on the number of threads.
+Threads work on different strips of columns, and each strip adds the samples in their order. So the sums do not depend
+on the number of threads.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from qwen3_export.model.workers import Workers, results
 from qwen3_export.solve.calibration.gram_int8 import Bytes, add_products, as_bytes
 
 _STRIP = 256
-# Fewer tokens are summed in fp32.
+# Sums over fewer tokens than this are made in fp32.
 _TOKENS = 2048
-# Centers whose contributions are added together.
+# Contributions of so many centers are added at a time.
 _CENTERS = 128
 
 
 @dataclass(frozen=True)
 class SampleInputs:
-    """One sample's inputs `[n, in]`, their drift, and the target `[n, out]`.
+    """One sample's inputs `[n, in]`, their drift `[n, in]`, and the target `[n, out]`.
 
-    The drift is the original's inputs less these.
+    The drift is the difference of the original's inputs and these.
     """
 
     x: Tensor
@@ -45,7 +45,10 @@ class SampleInputs:
 
 @dataclass(frozen=True)
 class Moments:
-    """See the module docstring; `drift` or `target` only where the original was run beside."""
+    """Moments over `tokens` tokens; see the module docstring.
+
+    `drift` or `target` are there only where the original ran beside, magnitudes only where asked for.
+    """
 
     tokens: int
     hessian: Tensor
@@ -55,10 +58,7 @@ class Moments:
     peak: Tensor | None = None
 
     def join(self, other: Moments) -> Moments:
-        """Moments over both sets of tokens.
-
-        What only one of them knows is left out.
-        """
+        """Moments over both sets of tokens, None where one set lacks them."""
         total = max(self.tokens + other.tokens, 1)
 
         def mean(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -87,12 +87,11 @@ def collect_moments(
     read: Callable[[int], SampleInputs], indices: Sequence[int], at_once: int, width: int, device: str, pool: Workers,
     magnitudes: bool = True, int_matmul: bool = False,
 ) -> Moments:  # fmt: skip
-    """Moments over `indices`, `at_once` of them in memory and as many on their way.
+    """Moments of `width` inputs over the samples `indices`.
 
-    `width` is the number of inputs.
-
-    `magnitudes`: whether the mean and the largest |x| are wanted too, which take as long as a tenth of the Hessian.
-    `int_matmul`: whether fp32 inputs may be rounded to bytes for their sums, as bf16 inputs are.
+    `at_once` samples are in memory while as many are being read. `magnitudes` says whether mean |x| and max |x| are
+    wanted too, which takes a tenth of the time of the Hessian; `int_matmul`, whether fp32 inputs may be rounded to
+    bytes for their sums, as bf16 inputs are.
     """
     return collect_moments_of_parts([(read, indices)], at_once, width, device, pool, magnitudes, int_matmul)[0]
 
@@ -117,7 +116,7 @@ def collect_moments_of_parts(
 
     coming, adding = ask(0), list[Future[None]]()
     for number, (sums, _, _) in enumerate(cuts):
-        # The next are asked for first, so that the processors have work while the samples are put together.
+        # The next samples are requested first, so that all processors have work while these are joined.
         batch, coming = results(coming), ask(number + 1)
         joined = sums.join(batch)
         results(adding)
@@ -128,9 +127,9 @@ def collect_moments_of_parts(
 
 @dataclass(frozen=True)
 class _Common:
-    """What the centers of some samples contribute to the sums.
+    """Contributions of some samples' centers to the sums; see `calibration.gram_int8`.
 
-    They are the centers c, Σ d̂ and the number of tokens of each, and Σ t of what they are multiplied with.
+    For each sample: its center c, Σ d̂, its number of tokens, and Σ t of the drift or target t.
     """
 
     centers: list[Tensor] = field(default_factory=list)
@@ -146,7 +145,7 @@ class _Common:
             self.others.setdefault(name, []).append(values.sums)
 
     def contribute(self, hessian: Tensor, others: dict[str, Tensor], columns: slice) -> None:
-        """Add to some columns of the sums what the centers contribute; see `calibration.gram_int8`."""
+        """Add the contributions of the centers to some columns of the sums."""
         if not self.counts:
             return
         c, d = torch.cat(self.centers), torch.cat(self.sums)
@@ -159,9 +158,10 @@ class _Common:
 
 @dataclass(frozen=True)
 class _Joined:
-    """Inputs of some samples, and their drift or target: fp32 or bytes.
+    """Inputs of some samples, and their drift or target, in fp32 or bytes.
 
-    `magnitudes`: the inputs as they are, where their sizes are wanted; `common` only when much of it has come together.
+    `magnitudes` are the unrounded inputs, where mean and max |x| are wanted. `common` is set only when the
+    contributions of many centers are due.
     """
 
     x: Any
@@ -171,10 +171,10 @@ class _Joined:
 
 
 class _Sums:
-    """Sums over the samples so far, in fp32 or of bytes.
+    """Sums over the samples so far, of fp32 inputs or of bytes.
 
-    Bytes (`gram_int8`) serve where the inputs are in 16 bits or may be rounded, unless the tokens are so few that
-    it does not pay.
+    Inputs in 16 bits, and others that may be rounded, are summed as bytes (`gram_int8`), unless there are too few
+    tokens for that to be faster.
     """
 
     def __init__(self, width: int, device: str, pool: Workers, magnitudes: bool, int_matmul: bool) -> None:
@@ -188,7 +188,7 @@ class _Sums:
         self.common = _Common()
 
     def join(self, batch: list[SampleInputs]) -> _Joined:
-        """A few samples more as one matrix, counted but in the strips."""
+        """Join a few more samples in one matrix, and count their tokens."""
         parts = [item.x for item in batch]
         given = [name for name in ("drift", "target") if batch and getattr(batch[0], name) is not None]
         left = {name: [getattr(item, name) for item in batch] for name in given}
@@ -213,7 +213,7 @@ class _Sums:
         return _Joined(rounded, others, magnitudes, full)
 
     def start(self, more: _Joined) -> list[Future[None]]:
-        """Add what was joined, strip by strip; what was added before must be finished."""
+        """Start to add joined samples, strip by strip; earlier ones must be finished."""
         return [self.pool.start(partial(self._strip, more, columns)) for columns in self.strips]
 
     def _strip(self, more: _Joined, columns: slice) -> None:
@@ -237,9 +237,9 @@ class _Sums:
         return Moments(self.tokens, self.hessian, drift, target, mean_abs, peak)
 
     def _finish(self, count: int, columns: slice) -> None:
-        """Sums of some columns to means.
+        """Turn the sums of some columns into means.
 
-        What lies above H's diagonal blocks is mirrored below them.
+        H was summed above the diagonal only; its mirror image is filled in here.
         """
         self.common.contribute(self.hessian, self.others, columns)
         self.hessian[: columns.stop, columns].div_(count)
@@ -251,7 +251,7 @@ class _Sums:
 
 
 def _add(total: Tensor, left: Any, right: Any, indices: slice, columns: slice) -> None:
-    """`total[indices, columns] += leftᵀ right`, of fp32 or of bytes both."""
+    """`total[indices, columns] += leftᵀ right`, both in fp32 or both in bytes."""
     if isinstance(left, Bytes):
         add_products(total, left, right, indices, columns)
     else:

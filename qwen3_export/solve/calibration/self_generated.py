@@ -1,9 +1,8 @@
 """Calibration text that the model writes itself.
 
-It needs no data set, and is exactly the model's own language.
-
-Half of the rows open a chat (as in Magpie, Xu et al. 2024: the model also plays the user), half start
-from a random ordinary token (as in LLM-QAT, Liu et al. 2023). Tokens are drawn at temperature 1.
+It needs no data set and has the model's own distribution of text. Half of the samples begin as a chat in which the
+model also writes the user's turns (as in Magpie, Xu et al. 2024), half begin with a random ordinary token (as in
+LLM-QAT, Liu et al. 2023). Tokens are drawn at temperature 1.
 """
 
 from __future__ import annotations
@@ -70,10 +69,7 @@ def _write(
 
 
 def _draw(logits: Tensor, random: np.random.Generator) -> NDArray[np.int32]:
-    """One token per row by its probability, `[rows, 1]`.
-
-    The inverse of the cumulative distribution.
-    """
+    """Draw one token per row, `[rows, 1]`, by inverting the cumulative distribution."""
     cumulative = logits.double().softmax(-1).cumsum(-1)
     points = torch.from_numpy(random.random((len(logits), 1)))
     drawn = torch.searchsorted(cumulative, points * cumulative[:, -1:])

@@ -12,7 +12,7 @@ from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import check_keys
 from qwen3_export.errors import RecipeError
 
-# Far above what any option means; a number of passes must end.
+# Far above any sensible value: passes of an option such as `descent` must end.
 _MOST = 100_000
 
 

@@ -1,10 +1,10 @@
 """AWQ (Lin et al. 2023): scale salient channels up, then clip ranges.
 
-    min over s of ‖X Wᵀ − (X / s) Q(W · s)ᵀ‖²     s folded into what feeds the linear   (`blocks.fold`)
-    min over shrink of δᵀ H_g δ   per group       δ = w − Q(w), range shrunken          (scale search)
+    min over s of ‖X Wᵀ − (X / s) Q(W · s)ᵀ‖²     1 / s is folded into the norm or linear before   (`blocks.fold`)
+    min over shrink of δᵀ H_g δ   per group       δ = w − Q(w) with a shrunken range               (scale search)
 
-The clip search weighs the rounding error by the group's own block H_g of H = mean x xᵀ, which is the
-paper's output error of that group, without its sampling of tokens and rows.
+The clip search weighs the rounding error by the group's own block H_g of H = mean x xᵀ. That is the paper's output
+error of the group, but over all tokens and rows, of which the paper takes samples.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ class Options:
 
 
 def needs_inputs(_options: Options) -> bool:
-    """Both searches weigh errors by the inputs."""
+    """Always true: both searches weigh errors by the inputs."""
     return True
 
 
 def needs_original(_options: Options) -> bool:
-    """AWQ compares a layer with itself."""
+    """Always false: AWQ compares a layer with itself."""
     return False
 
 
 def fisher_samples(_options: Options) -> int:
-    """Rows are rounded on their own."""
+    """Always 0: errors are not weighed by outputs."""
     return 0
 
 
 def solve(group: LinearGroup, options: Options, pool: Workers) -> dict[str, SolvedWeight]:
-    """Clip and round the weights of a group, whose scales were folded before."""
+    """Clip and round the weights of a group whose scales are already folded."""
     return round_group(group, options.scale_search, pool)

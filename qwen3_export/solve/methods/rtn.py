@@ -1,7 +1,7 @@
 """Round to nearest: code = clamp(round(w / s) + z).
 
-s = 2·max|w| / (2^bits − 1)              per group       scale_search: absmax
-min over s, z of Σ (w − (code − z)·s)²   per group       scale_search: mse, no calibration either
+s = 2·max|w| / (2^bits − 1)              per group       scale_search: absmax, without calibration
+min over s, z of Σ (w − (code − z)·s)²   per group       scale_search: mse, without calibration
 min over s, z of δᵀ H_g δ                per group       scale_search: hessian, δ = w − (code − z)·s
 
 H_g is the group's own block of H = mean x xᵀ over the calibration tokens.
@@ -33,26 +33,26 @@ class Options:
 
 
 def needs_inputs(options: Options) -> bool:
-    """Plain rounding needs no inputs; the weighted search does."""
+    """Whether errors are weighed by inputs: with `scale_search: hessian` only."""
     return options.scale_search == "hessian"
 
 
 def needs_original(_options: Options) -> bool:
-    """Rounding compares with nothing."""
+    """Always false: rounding looks at no outputs."""
     return False
 
 
 def fisher_samples(_options: Options) -> int:
-    """Rows are rounded on their own."""
+    """Always 0: errors are not weighed by outputs."""
     return 0
 
 
 def solve(group: LinearGroup, options: Options, pool: Workers) -> dict[str, SolvedWeight]:
     """Round every weight of the group.
 
-    The error is relative to its energy, weighted by the inputs if known.
+    Errors are reported relative to the weight's own size, both weighed by the inputs where these are known.
     """
-    # Here, so that a run without inputs needs no torch: see `blocks.rtn_without_torch`.
+    # Imported here, so that a run without inputs needs no torch: see `blocks.rtn_without_torch`.
     from qwen3_export.solve.rounding.nearest import round_group
 
     return round_group(group, options.scale_search, pool)

@@ -2,7 +2,7 @@
 
     weight = code · scale + offset = (code − zero) · scale        zero = middle − offset / scale
 
-Zero points are no integers where a type has mins. Of a codebook, codes are its values, and zero is 0.
+Where a type has mins, zero points are not integers. For a codebook, codes are its values and the zero point is 0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import block_specs
 from qwen3_export.model.table import to_numpy
 
-# In place of a scale of zero: any code times it vanishes.
+# Stands in for a scale of zero: any code times it is almost zero.
 _NO_SCALE = 1e-30
 
 
@@ -39,7 +39,7 @@ def search_blocks(
     weighed = None if importance is None else importance.float().cpu().numpy()
     tensor = ggml.round_rows("", to_numpy(weight.cpu()), scheme, weighed).tensor
     scales = torch.from_numpy(tensor.scales32.astype(np.float32)).to(weight.device)
-    # A group whose scale is zero takes any code: each stands for the offset alone.
+    # In a group whose scale is zero every code stands for the offset alone.
     scales = torch.where(scales == 0, _NO_SCALE, scales)
     zeros = torch.full_like(scales, middle_code(scheme))
     if (offsets := tensor.offsets32) is not None:
@@ -49,7 +49,7 @@ def search_blocks(
 
 
 def nearest_code(units: Tensor, zeros: Tensor, scheme: QuantScheme) -> Tensor:
-    """The nearest code of a block type, or the nearest value of its codebook."""
+    """The nearest code of a block type, or nearest value of its codebook."""
     assert scheme.block_type is not None
     if scheme.block_type.values is None:
         return units.add_(zeros).round_().clamp_(0, scheme.max_code)

@@ -1,11 +1,11 @@
 """The grid of numbers that a weight may take, and rounding onto it.
 
-A scale is rounded to its storage precision here, before any code is chosen: what is optimised is
-what is shipped. bf16 scales of integers are also kept in fp16's normal range, so that bf16, fp16 and
-fp32 runtimes multiply by the same number.
+Scales are rounded to their storage type before any code is chosen, so that solvers optimise exactly the numbers that
+are shipped. bf16 scales of integer codes are also kept in fp16's normal range, so that bf16, fp16 and fp32 runtimes
+multiply by the same number.
 
-Solvers hold codes as fp32 numbers: integers 0 … max_code, or the value itself of an E4M3 or E2M1
-float, whose zero point is 0. `weight = (code - zero) * scale` holds for all of them.
+Solvers hold codes as fp32 numbers: integers 0 … max_code, or the values of E4M3 or E2M1 floats, whose zero point is 0.
+For all of them `weight = (code - zero) * scale`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TORCH_SCALES = {
 }
 # Largest value of E2M1 and E4M3, by bits.
 LARGEST_FLOAT = {4: 6.0, 8: 448.0}
-# Weights that are rounded at once.
+# Weights that are rounded together.
 _CACHED_WEIGHTS = 1 << 16
 
 
@@ -44,9 +44,8 @@ _CACHED_WEIGHTS = 1 << 16
 class Grid:
     """Scales and zero points `[rows, groups]` in fp32.
 
-    The scales are exact in the scheme's storage type. Of a block type of ggml, `fields` are the arrays that are stored,
-    `[rows, …]`, and zero points are what makes (code − zero) · scale of code · scale + offset: no integers where the
-    type has mins.
+    The scales are exact in the scheme's storage type. For a block type of ggml, `fields` are the arrays that are
+    stored, `[rows, …]`, and zero points are −offset / scale, which is not an integer where the type has mins.
     """
 
     scheme: QuantScheme
@@ -56,14 +55,14 @@ class Grid:
 
     @staticmethod
     def below(grids: Sequence[Grid]) -> Grid:
-        """Grids of rows, one below the other."""
+        """The grid of several sets of rows, one below the other."""
         fields = {key: np.concatenate([grid.fields[key] for grid in grids]) for key in grids[0].fields}
         scales, zeros = (torch.cat([getattr(grid, key) for grid in grids]) for key in ("scales", "zeros"))
         return Grid(grids[0].scheme, scales, zeros, fields)
 
     @staticmethod
     def side_by_side(grids: Sequence[Grid]) -> Grid:
-        """Grids of columns of the same rows, in their order."""
+        """The grid of several sets of columns, one beside the other."""
         fields = {key: np.concatenate([grid.fields[key] for grid in grids], axis=1) for key in grids[0].fields}
         scales, zeros = (torch.cat([getattr(grid, key) for grid in grids], dim=1) for key in ("scales", "zeros"))
         return Grid(grids[0].scheme, scales, zeros, fields)
@@ -74,15 +73,12 @@ class Grid:
         return Grid(self.scheme, self.scales[chosen], self.zeros[chosen], fields)
 
     def without_offsets(self) -> Grid:
-        """The grid of a block type for weights whose offsets were taken out.
-
-        Zero points are integers then.
-        """
+        """The grid for weights whose offsets were subtracted; its zero points are integers."""
         middle = middle_code(self.scheme)
         return Grid(self.scheme, self.scales, torch.full_like(self.zeros, middle), self.fields)
 
     def offsets_of_columns(self, count: int) -> Tensor:
-        """What a block type adds to every weight, `[rows, count]`."""
+        """The offset that a block type adds to every weight, `[rows, count]`."""
         offsets = (middle_code(self.scheme) - self.zeros) * self.scales
         return offsets.repeat_interleave(count // offsets.shape[1], 1)
 
@@ -98,9 +94,9 @@ class Grid:
 
 
 def round_scale(scale: Tensor, scheme: QuantScheme, global_scale: float = 1.0) -> Tensor:
-    """To storage precision and range, back in fp32.
+    """A scale rounded to its storage type and range, in fp32.
 
-    Stored is `scale * global_scale`, which NVFP4 has.
+    The number that is rounded is `scale * global_scale`, which differs from the scale for NVFP4 only.
     """
     dtype = scheme.scale_dtype
     if dtype == "e8m0":
@@ -132,7 +128,7 @@ def round_to(weight: Tensor, scales: Tensor, zeros: Tensor, scheme: QuantScheme)
 
 
 def round_onto(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Codes of a weight `[out, in]` in fp32, and what each weight changes by."""
+    """Codes of a weight `[out, in]` in fp32, and every weight's rounding error."""
     if grid.scheme.per_row:
         cells, scales, zeros = cut(weight, grid.scheme), grid.scales.unsqueeze(-1), grid.zeros.unsqueeze(-1)
     else:
@@ -144,10 +140,7 @@ def round_onto(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def shared_global_scale(weights: Sequence[Tensor], scheme: QuantScheme) -> float:
-    """What NVFP4's e4m3 scales are multiplied by, common to linears that a runtime fuses.
-
-    1 elsewhere.
-    """
+    """NVFP4's global scale, common to linears that a runtime fuses; else 1."""
     if scheme.scale_dtype != "e4m3":
         return 1.0
     largest = max(float(weight.abs().max()) for weight in weights)
@@ -155,9 +148,9 @@ def shared_global_scale(weights: Sequence[Tensor], scheme: QuantScheme) -> float
 
 
 def cut(weight: Tensor, scheme: QuantScheme) -> Tensor:
-    """What shares one scale side by side: `[rows, groups, weights]`.
+    """A weight cut into the parts that share a scale, `[rows, groups, weights]`.
 
-    Ragged blocks are filled with zeros.
+    Incomplete blocks are filled with zeros.
     """
     tall, wide = scheme.rows_per_scale(len(weight)), scheme.group_length(weight.shape[1])
     if tall == 1 and weight.shape[1] % wide == 0:
@@ -178,12 +171,12 @@ def block_grid(weight: Tensor, scheme: QuantScheme, importance: Tensor | None = 
 def find_grid(
     weight: Tensor, scheme: QuantScheme, search: str, importance: Tensor | None = None, global_scale: float = 1.0
 ) -> Grid:
-    """Scales and zeros of a weight `[out, in]`, fp32 or as it is stored.
+    """Scales and zero points of a weight `[out, in]`, fp32 or stored type.
 
-    `absmax` covers the whole range; `mse` tries shrunken ranges and keeps, per group, the one with the
-    least squared error, each column weighted by `importance` `[in]` (the Hessian's diagonal) when that is
-    given; `hessian` weighs the error by the groups' own blocks of the Hessian,
-    given as `importance` `[groups, length, length]`. Raises RecipeError for an unknown search.
+    With `search` `absmax` the grid covers the whole range of each group. `mse` tries shrunken ranges and keeps the one
+    of least squared error, where columns are weighed by `importance` `[in]`, the Hessian's diagonal, if it is given.
+    `hessian` weighs the error by each group's own block of the Hessian, `importance` `[groups, length, length]`. Raises
+    RecipeError for an unknown search.
     """
     if search not in SEARCHES:
         raise RecipeError(f"scale_search is {search!r}; one of {list(SEARCHES)} was expected")
@@ -200,7 +193,7 @@ def find_grid(
     if search == "absmax":
         return Grid(scheme, *range_grid(groups.float(), scheme, 1.0, global_scale))
     blocks = search == "hessian"
-    # Parts that fit into a core's cache, but for products, whose last bits follow from their size.
+    # Parts fit into a core's cache. Products are made in one piece, since their last bits depend on their size.
     step = len(groups) if blocks else max(_CACHED_WEIGHTS // (groups.shape[1] * groups.shape[2]), 1)
     cuts = [groups[i : i + step].float() for i in range(0, len(groups), step)]
     parts = [_try_all(part, scheme, importance, blocks, global_scale) for part in cuts]
@@ -210,10 +203,7 @@ def find_grid(
 def _try_all(
     groups: Tensor, scheme: QuantScheme, importance: Tensor | None, blocks: bool = False, global_scale: float = 1.0
 ) -> Grid:
-    """The grid of the range with the least error, one range after another.
-
-    `groups` `[rows, groups, weights]`.
-    """
+    """The grid of the range with the least error, for `groups` `[rows, groups, weights]`."""
     shrinks = torch.tensor(SHRINKS, dtype=torch.float64, device=groups.device)
 
     def tried(number: Tensor) -> tuple[Tensor, ...]:
@@ -240,9 +230,8 @@ def range_grid(
 ) -> tuple[Tensor, Tensor]:
     """Scales and zeros `[rows, groups]` that cover `shrink` times each group's range.
 
-    One more axis for several.
-
-    With signed scales the weight of the largest magnitude meets the lowest code, -2^(bits-1).
+    Several values of `shrink` add an axis. With signed scales the weight of the largest magnitude gets the lowest code,
+    -2^(bits-1).
     """
     if scheme.type == "float":
         largest = groups.abs().amax(-1)
@@ -262,7 +251,7 @@ def range_grid(
 
 
 def _fp32(factor: float | Tensor) -> float | Tensor:
-    """What an fp32 tensor is multiplied by; torch rounds a plain number itself."""
+    """A factor as fp32 tensor; torch would round a Python number differently."""
     return factor.float() if isinstance(factor, Tensor) else factor
 
 
@@ -272,9 +261,9 @@ def _rounding_error(groups: Tensor, scales: Tensor, zeros: Tensor, scheme: Quant
 
 
 def _weighted(delta: Tensor, importance: Tensor | None, blocks: bool) -> Tensor:
-    """Squared errors of each group, weighted by importance, `[rows, groups]`.
+    """Weighted squared errors of each group, `[rows, groups]`.
 
-    They are Σ δ², Σ importance·δ², or δᵀ H δ with the group's own block of the Hessian.
+    They are Σ δ², Σ importance · δ², or δᵀ H δ with the group's own block of the Hessian.
     """
     if blocks and importance is not None:
         through = torch.bmm(delta.transpose(0, 1), importance).transpose(0, 1)

@@ -1,9 +1,9 @@
 """Rounding to nearest, compiled: range, scale and codes in one pass.
 
-A few rows at a time are laid out `[columns, rows]`, so that every step is the same operation on all rows side by
-side: bounds, one scale per tried range, the errors of rounding onto it. The arithmetic is that of `rounding.grid`
-(`range_grid`, `round_scale`, `round_to`) in fp32, operation by operation, but for the errors that ranges are compared
-by: those are taken in units of the scale, and their sums in another order.
+A tile holds the columns of a few rows, `[columns, rows]`, so that every step is one operation on all rows at once:
+bounds, a scale for each range that is tried, the errors of rounding onto it. Every operation is that of `range_grid`,
+`round_scale` and `round_to` in `rounding.grid`, in fp32 and in the same order. Only the errors by which ranges are
+compared are computed differently: in units of the scale, and summed in another order.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from numpy.typing import NDArray
 
 from qwen3_export.model.compiled import ROUNDER, Array, compiled, contracted
 
-# Rows whose columns of a block stay in the nearest cache.
+# Rows of a tile: few enough for a block's columns to stay in the nearest cache.
 TILE = 32
 SYMMETRIC, SIGNED, ASYMMETRIC = 0, 1, 2
 _SIGN = np.uint32(1 << 31)
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
-# Squares of so many columns are added in fp32, their sums in fp64.
+# Squares of so many columns are added in fp32; these sums are added in fp64.
 _COLUMNS = 128
 
-# What is known of a tile's rows, a line each: bounds, a tried range, its error, and the best range so far.
+# The state of a tile's rows, one line per quantity: bounds, the range being tried, its error, the best range so far.
 _LOW, _HIGH, _FACTOR, _SCALE, _ZEROS, _TOTAL, _INVERSE, _LOWEST, _HIGHEST, _LEAST, _KEPT = range(11)
 _LINES = _KEPT + 2
 
 Numbers = NDArray[np.int64]
 Bits = NDArray[np.uint32]
-# Bits of the mantissa that a scale's type lacks, and the least and the largest scale.
+# How many bits of fp32's mantissa a scale's type lacks; the least and the largest scale.
 Storage = tuple[int, np.float32, np.float32]
 
 
@@ -37,7 +37,7 @@ Storage = tuple[int, np.float32, np.float32]
 def code_of(value: np.float32, scale: np.float32, zero: np.float32, largest: np.float32) -> np.float32:
     """`clamp(round(value / scale) + zero, 0, largest)`.
 
-    What is too large to be rounded is clamped anyway.
+    The rounding is wrong for very large numbers, which are clamped anyway.
     """
     code = ((value / scale) + ROUNDER) - ROUNDER + zero
     code = code if code > _ZERO else _ZERO
@@ -46,9 +46,9 @@ def code_of(value: np.float32, scale: np.float32, zero: np.float32, largest: np.
 
 @compiled
 def _load(words: Any, shift: int, row: int, column: int, length: int, bits: Bits) -> None:
-    """A group of some rows into a tile.
+    """Read a group of some rows into a tile.
 
-    Rows that are not there repeat the last one.
+    Rows beyond the last one repeat it.
     """
     for r in range(TILE):
         source = words[min(row + r, len(words) - 1), column : column + length]
@@ -58,10 +58,7 @@ def _load(words: Any, shift: int, row: int, column: int, length: int, bits: Bits
 
 @compiled
 def _bounds(work: Array, low: Array, high: Array) -> None:
-    """Least and largest weight of every row.
-
-    They include zero, where columns were added to make fours of them.
-    """
+    """Least and largest weight of every row; columns added as padding count as zeros."""
     low[:], high[:] = work[0], work[0]
     for j in range(0, len(work), 4):
         for r in range(TILE):
@@ -75,10 +72,7 @@ def _bounds(work: Array, low: Array, high: Array) -> None:
 
 @compiled
 def _to_storage(scale: Array, bits: Bits, storage: Storage) -> None:
-    """Round scales to their storage type.
-
-    They are clamped to the type's range, the mantissa rounded half to even.
-    """
+    """Round scales to their storage type, half to even, and clamp to its range."""
     dropped, smallest, largest = storage
     for r in range(TILE):
         sign, size = bits[r] & _SIGN, abs(scale[r])
@@ -94,7 +88,10 @@ def _to_storage(scale: Array, bits: Bits, storage: Storage) -> None:
 
 @compiled
 def _make_scales(kind: int, top: np.float32, storage: Storage, lines: Array, bits: Bits) -> None:
-    """One tried range's scales, whose bits are `bits`, and zero points."""
+    """Scales and zero points of the range that is tried.
+
+    `bits` are the scales' bits.
+    """
     low, high, factor, scale, zero = lines[_LOW], lines[_HIGH], lines[_FACTOR], lines[_SCALE], lines[_ZEROS]
     if kind == ASYMMETRIC:
         for r in range(TILE):
@@ -113,10 +110,7 @@ def _make_scales(kind: int, top: np.float32, storage: Storage, lines: Array, bit
 
 @contracted
 def _errors(work: Array, weights: Array, top: np.float32, lines: Array) -> None:
-    """Weighted squared error of every row.
-
-    It is Σ importance · (w / s − code + z)² · s²; the columns come in fours.
-    """
+    """Σ importance · (w / s − code + z)² · s² of every row."""
     scale, zero, total = lines[_SCALE], lines[_ZEROS], lines[_TOTAL]
     inverse, lowest, highest = lines[_INVERSE], lines[_LOWEST], lines[_HIGHEST]
     for r in range(TILE):
@@ -140,10 +134,7 @@ def _errors(work: Array, weights: Array, top: np.float32, lines: Array) -> None:
 
 @compiled
 def _round(work: Array, kept: Array, top: np.float32, here: int, sums: NDArray[np.float64]) -> None:
-    """A tile's weights to their codes.
-
-    Adds to the sums of δ² and w² of the rows that are there.
-    """
+    """Round a tile's weights to codes, and add to Σ δ² and Σ w²."""
     part = np.zeros((2, TILE), np.float32)
     for begin in range(0, len(work), _COLUMNS):
         part[:] = _ZERO
@@ -162,10 +153,7 @@ def _round(work: Array, kept: Array, top: np.float32, here: int, sums: NDArray[n
 
 @compiled
 def _keep(lines: Array, number: Numbers, best: Numbers, first: bool) -> None:
-    """Keep each row's range with the least error.
-
-    The one just tried competes with the best so far; of equals the earlier one stays.
-    """
+    """Keep the range just tried in those rows where its error is less."""
     scale, zero, total = lines[_SCALE], lines[_ZEROS], lines[_TOTAL]
     least, kept_scale, kept_zero = lines[_LEAST], lines[_KEPT], lines[_KEPT + 1]
     for r in range(TILE):
@@ -181,7 +169,7 @@ def _search(
 ) -> None:  # fmt: skip
     """Leave the best range's scales and zero points in `lines`.
 
-    Those of `order` are tried, then the neighbours of the best.
+    The ranges of `order` are tried first, then the neighbours of the best.
     """
     number, best, middle = np.zeros(TILE, np.int64), np.zeros(TILE, np.int64), np.zeros(TILE, np.int64)
     coarse = len(order)
@@ -205,13 +193,12 @@ def round_groups(
 ) -> tuple[float, float]:  # fmt: skip
     """Find each group's scale and zero point, and round onto them.
 
-    Nothing is rounded where `codes` has no rows.
-
-    `words` `[rows, in]` are the weights' bits, the upper halves of fp32 where `shift` is 16; `length` weights in a
-    row share a scale; `importance` `[in]` weighs their errors. Of `factors`, the largest first, those that `order`
-    names are tried in that order, then the neighbours of the best, if not all of them are; the first with the least
-    error is kept. A single one is not tried. `top` is the largest code, `zeros` holds the midpoint already. Returns
-    Σ δ² and Σ w².
+    `words` `[rows, in]` are the weights' bits: fp32, or its upper halves where `shift` is 16. `length` weights in a row
+    share a scale; `importance` `[in]` weighs their errors. `factors` are shares of the range, the largest first. Those
+    that `order` names are tried in that order, then the neighbours of the best one unless all have been tried; the
+    first of least error is kept. A single factor is used without trying. `top` is the largest code; `zeros` holds the
+    midpoint when the function is called. If `codes` has no rows, scales are found but nothing is rounded. Returns Σ δ²
+    and Σ w².
     """
     wide = -(-length // 4) * 4
     work, weights = np.zeros((wide, TILE), np.float32), np.zeros(wide, np.float32)
@@ -233,6 +220,6 @@ def round_groups(
                 for r in range(here):
                     target = codes[row + r, column : column + length]
                     for j in range(length):
-                        # Through int32, for which there is one instruction.
+                        # Converted through int32, for which the processor has an instruction.
                         target[j] = np.uint8(np.int32(work[j, r]))
     return sums[0].sum(), sums[1].sum()

@@ -1,8 +1,7 @@
 """Rounding to nearest with torch: floats, and errors weighed by inputs.
 
-It serves `solve.methods.rtn`.
-
-What methods that look at inputs fall back to, too; see `blocks.rtn_without_torch` for integer codes without inputs.
+`solve.methods.rtn` uses it, and methods that use inputs fall back to it. Integer codes without inputs are rounded by
+`blocks.rtn_without_torch`.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from qwen3_export.solve.rounding.scale_search import ROUNDED_AT_ONCE, is_one_pas
 
 
 def round_group(group: LinearGroup, search: str, pool: Workers) -> dict[str, SolvedWeight]:
-    """Search each weight's grid and round onto it, `[out, in]` by pieces of rows."""
+    """Search each weight's grid and round onto it, in pieces of rows."""
     check_inputs(group)
     for name, weight in group.weights.items():
         check_finite(name, weight)
@@ -42,10 +41,7 @@ def round_group(group: LinearGroup, search: str, pool: Workers) -> dict[str, Sol
 
 
 def _round(name: str, group: LinearGroup, search: str, unit: float, out_rows: slice) -> SolvedRows:
-    """Some rows: their grid, and their codes.
-
-    In one go where no Hessian weighs the errors.
-    """
+    """Grid and codes of some rows, in one pass unless a Hessian weighs errors."""
     scheme, part, hessian = group.schemes[name], group.weights[name][out_rows], group.hessian
     length = scheme.group_length(part.shape[1])
     if hessian is None and is_one_pass(scheme, part.shape[1], part.device.type):

@@ -23,9 +23,9 @@ _ENERGY_STRIP = 256
 
 
 def row_chunks(weight: Tensor, scheme: QuantScheme, at_once: int = ROWS_AT_ONCE) -> list[slice]:
-    """Slices of output rows, never through the rows of one scale.
+    """Slices of output rows, never through rows that share a scale.
 
-    They are the same whatever the number of threads.
+    They do not depend on the number of threads.
     """
     out_rows, together = weight.shape[0], scheme.rows_per_scale(weight.shape[0])
     step = max(at_once // together, 1) * together
@@ -34,16 +34,16 @@ def row_chunks(weight: Tensor, scheme: QuantScheme, at_once: int = ROWS_AT_ONCE)
 
 def check_finite(name: str, weight: Tensor) -> None:
     """Raise RecipeError when a weight holds NaN or infinity."""
-    # The least and the largest are NaN as soon as one weight is, and cost a tenth of asking every weight.
+    # Minimum and maximum are NaN as soon as one weight is, and take a tenth of the time of testing every weight.
     if not all(torch.isfinite(bound) for bound in torch.aminmax(weight)):
         raise not_finite(name)
 
 
 @dataclass(frozen=True)
 class SolvedRows:
-    """Some solved output rows: grid, codes, and their squared error.
+    """Some solved output rows: grid, codes in fp32 or bytes, squared error.
 
-    Codes are in fp32 or bytes; `total` is what the error is relative to.
+    `total` is the weighted sum of squared weights that the error is divided by.
     """
 
     grid: Grid
@@ -56,10 +56,7 @@ def solve_rows(
     name: str, weight: Tensor, group: LinearGroup, solve: Callable[[slice], SolvedRows], pool: Workers,
     global_scale: float = 1.0, cut: Sequence[slice] | None = None,
 ) -> SolvedWeight:  # fmt: skip
-    """Solve a weight `[out, in]` in chunks of output rows, and join them.
-
-    `cut` are the chunks.
-    """
+    """Solve a weight `[out, in]` in chunks of output rows `cut`, and join them."""
     scheme = group.schemes[name]
 
     def piece_of(out_rows: slice) -> SolvedRows:
@@ -94,7 +91,7 @@ def solve_rows(
 
 
 def _code_bytes(codes: Tensor, scheme: QuantScheme) -> Tensor:
-    """Codes as they are stored, one per byte, in this machine's memory."""
+    """Codes as numpy arrays of one byte each."""
     if codes.dtype == torch.uint8:
         return codes
     block = scheme.block_type
@@ -110,16 +107,13 @@ def _code_bytes(codes: Tensor, scheme: QuantScheme) -> Tensor:
 
 
 def _input_scale(peak: float, scheme: QuantScheme) -> float:
-    """The static scale of a linear's inputs, a bf16 number.
-
-    It is 1 where no token arrived.
-    """
+    """The static bf16 scale of a linear's inputs; 1 where no token arrived."""
     scale = torch.tensor(peak / largest_unit(scheme)).to(torch.bfloat16)
     return float(scale) if scale > 0 else 1.0
 
 
 def _to_numpy(tensor: Tensor) -> Any:
-    """With the bits unchanged; numpy knows bf16 and the float8 types through ml_dtypes."""
+    """A numpy array with the same bits; bf16 and float8 types come from ml_dtypes."""
     for name, dtype in TORCH_SCALES.items():
         if tensor.dtype == dtype and name not in ("fp16", "fp32"):
             bits = torch.int16 if tensor.element_size() == 2 else torch.uint8
@@ -129,7 +123,7 @@ def _to_numpy(tensor: Tensor) -> Any:
 
 def check_inputs(group: LinearGroup) -> None:
     """Raise RecipeError when the group's inputs hold NaN or infinity."""
-    # The sum is not finite as soon as one element is not, and costs a tenth of asking every element.
+    # The sum is not finite as soon as one element is not, and takes a tenth of the time of testing every element.
     if group.hessian is not None and not torch.isfinite(group.hessian.sum(dtype=torch.float64)):
         first = next(iter(group.weights))
         raise RecipeError(f"{first}: its inputs hold NaN or infinity", "the checkpoint is damaged, or its config wrong")
@@ -138,9 +132,8 @@ def check_inputs(group: LinearGroup) -> None:
 def quadratic_form(matrix: Tensor, hessian: Tensor | None, matmul_dtype: torch.dtype = torch.float32) -> float:
     """tr(M H Mᵀ), or tr(M Mᵀ) without inputs, summed in fp64.
 
-    M H in `matmul_dtype`, whose roundings average out.
-
-    H is symmetric: of what lies beside its diagonal blocks one half is multiplied, and counted twice.
+    M H is multiplied in `matmul_dtype`, whose rounding errors average out. H is symmetric, so only one of its halves
+    beside the diagonal blocks is multiplied, and counts twice.
     """
     if hessian is None:
         return float(matrix.square().sum(dtype=torch.float64))

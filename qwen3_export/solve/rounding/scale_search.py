@@ -1,10 +1,8 @@
 """Scale search and rounding to nearest in one pass over the weights.
 
-Integer codes on a processor take `rounding.kernels`.
-
-Arrays, not tensors: what only needs these loops runs without torch. Floats, other devices, and errors weighed by whole
-blocks of a Hessian take torch's operations in `grid`. Both try the same ranges; which of two is kept can differ
-where their errors agree to a millionth. The bound is tested.
+For integer codes on a CPU it runs the compiled loops of `rounding.kernels` on numpy arrays, so that torch is not
+needed. Floats, other devices, and errors weighed by whole blocks of a Hessian use torch in `rounding.grid`. Both try
+the same ranges; they may keep different ones only where the errors agree to a millionth. A test holds that bound.
 """
 
 from __future__ import annotations
@@ -18,12 +16,12 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import LARGEST_SCALE, SMALLEST_SCALE
 
 SEARCHES = ("absmax", "mse", "hessian")
-# Shares of the whole range that can be tried.
+# The shares of a group's whole range that can be tried.
 SHRINKS = tuple(1.0 - 0.025 * step for step in range(-2, 22))
 _WHOLE = SHRINKS.index(1.0)
-# Weights of a piece: fewer keep more threads busy.
+# Weights of a piece of work; smaller pieces keep more threads busy.
 ROUNDED_AT_ONCE = 1 << 19
-# Bits of fp32's mantissa that a scale's type lacks.
+# How many bits of fp32's mantissa a scale's type lacks.
 _DROPPED = {"bf16": 16, "fp16": 13, "fp32": 0}
 Array = NDArray[np.float32]
 RoundedGroups = tuple[Array, Array, NDArray[np.uint8], float, float]
@@ -35,21 +33,20 @@ def is_compiled(scheme: QuantScheme, device: str = "cpu") -> bool:
 
 
 def is_one_pass(scheme: QuantScheme, wide: int, device: str = "cpu") -> bool:
-    """Whether the compiled loops also round onto the grid.
+    """Whether the compiled loops can also round onto the grid.
 
-    For that, each row of `wide` weights has scales of its own, and whole groups.
+    They can where every row of `wide` weights has its own scales and only whole groups.
     """
     return is_compiled(scheme, device) and scheme.per_row and wide % scheme.group_length(wide) == 0
 
 
 def numbers_to_try(every: bool) -> list[int]:
-    """Numbers of the `SHRINKS` that all groups try, the whole range first.
+    """Indices of the `SHRINKS` that all groups try, the whole range first.
 
-    The whole range is kept where no other is better.
-
-    Every second one, as the neighbours of the best follow: a thousandth more squared error than with all of them. It
-    would be a hundredth where inputs weigh the errors, as few weights count for most of it, and nearly so with FP8,
-    whose steps grow with the values, so that neighbouring ranges have little in common: `every` one is for these.
+    Every second one is tried, and then the neighbours of the best: the squared error is a thousandth larger than with
+    all of them. With `every`, all are tried. That is for errors weighed by inputs, where few weights make most of the
+    error and the loss would be a hundredth, and for FP8, whose steps grow with the values, so that neighbouring ranges
+    have little in common.
     """
     others = range(0, len(SHRINKS), 1 if every else 2)
     return [_WHOLE, *(number for number in others if number != _WHOLE)]
@@ -61,11 +58,10 @@ def round_groups(
 ) -> RoundedGroups:  # fmt: skip
     """Scales, zeros, codes, Σ δ² and Σ w² of a weight `[rows, in]`.
 
-    Scales and zeros are fp32 `[rows, groups]`, codes uint8 `[rows, in]`.
-
-    `length` neighbours share a scale, which covers their range, or after a search the share of it with the least
-    Σ importance · δ². The weight is of any float type, bf16 the quickest, `importance` `[in]`. Without codes there
-    are no sums.
+    Scales and zeros are fp32 `[rows, groups]`, codes uint8 `[rows, in]`. `length` neighbours share a scale. It covers
+    their range, or after a search the share of that range with the least Σ importance · δ², where `importance` is
+    `[in]`. The weight may have any float type; bf16 is the fastest. Without `with_codes` the codes and sums are left
+    out.
     """
     from qwen3_export.solve.rounding import kernels
 
@@ -93,7 +89,7 @@ def _words(weight: NDArray) -> tuple[Any, int]:
 
 
 def _factors(scheme: QuantScheme) -> tuple[int, Any]:
-    """The kind of range of a scheme, and its factors for each trial."""
+    """The kind of range of a scheme, and the factors to try."""
     from qwen3_export.solve.rounding.kernels import ASYMMETRIC, SIGNED, SYMMETRIC
 
     if not scheme.symmetric:

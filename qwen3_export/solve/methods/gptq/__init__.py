@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al. 2022): round columns in turn, the rest compensates.
+"""GPTQ (Frantar et al. 2022): round column after column, later columns compensate.
 
     min over codes of tr((W − Q) H (W − Q)ᵀ),   H = XᵀX / n + λI,   λ = percdamp · mean diag H
 
@@ -6,10 +6,10 @@
     for each column j:   q_j = round(w_j)         e = (w_j − q_j) / U_jj
                          W_:,k −= e · U_jk        for all k > j
 
-With `scale_search: mse` or `absmax` scales are chosen before the solve, by the diag(H)-weighted error, and
-stay fixed; `solve` searches them group by group inside it. `act_order` visits columns by falling
-diag H; the order changes the solve, never the layout, so no `g_idx` is written. The rungs beyond the
-paper are in `gptq.target_shift` and `gptq.refine`.
+With `scale_search: mse` or `absmax` scales are chosen before the solve, by the error weighted with diag H, and stay
+fixed; with `solve` they are searched group by group during it. `act_order` visits columns by falling diag H; this
+changes the solve but not the layout, so no `g_idx` is written. Steps beyond the paper are in `gptq.target_shift`,
+`gptq.refine` and `gptq.noise_shaping`.
 """
 
 from __future__ import annotations
@@ -44,14 +44,12 @@ _MOST_DESCENT = 100
 class Options:
     """Options of the recipe.
 
-    `percdamp`: damping as a share of the mean Hessian diagonal. `act_order`: solve the columns with
-    the largest inputs first. `scale_search`: `solve`, `mse` or `absmax`. `descent`: passes of
-    coordinate descent afterwards, scales refitted between them. `target_shift`: aim at the original
-    model's outputs, not at this layer's; the original then runs beside the quantized model, on every `shift_every`th
-    calibration row: 1, 2 or 4. `fold`:
-    `none`, `awq` or `smoothquant` before the solve; see `blocks.fold`. `output_rows`: on so many rows a
-    pass back through the original measures which outputs matter, and errors are shaped along them
-    (`gptq.noise_shaping`); 0 leaves it out.
+    `percdamp`: damping as a share of the mean Hessian diagonal. `act_order`: solve the columns with the largest inputs
+    first. `scale_search`: `solve`, `mse` or `absmax`. `descent`: passes of coordinate descent after the solve, with
+    scales refitted between them. `target_shift`: aim at the original model's outputs instead of this layer's; the
+    original then runs beside the quantized model, on every `shift_every`th (1, 2 or 4) calibration sample. `fold`:
+    `none`, `awq` or `smoothquant` before the solve (`blocks.fold`). `output_rows`: number of samples on which the
+    Fisher information of outputs is measured, for noise shaping (`gptq.noise_shaping`); 0 turns it off.
     """
 
     percdamp: float = 0.01
@@ -72,26 +70,26 @@ class Options:
 
 
 def needs_inputs(_options: Options) -> bool:
-    """The Hessian is theirs."""
+    """Always true: the Hessian is made of inputs."""
     return True
 
 
 def needs_original(options: Options) -> bool:
-    """The shift compares with the original model's activations."""
+    """Whether the original runs beside: for the target shift only."""
     return options.target_shift
 
 
 def fisher_samples(options: Options) -> int:
-    """Rows of the backward pass."""
+    """Samples on which the Fisher information of outputs is measured."""
     return options.output_rows
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One Hessian and one scheme, which some linears of a group share.
+    """A Hessian and a scheme that some linears of a group share.
 
-    `factor` is the Cholesky factor in solving order; `damped` is H + λI in the columns' own order, to refit scales
-    with, where there is more than one pass of descent.
+    `factor` is the Cholesky factor in solving order. `damped` is H + λI in the columns' own order, needed to refit
+    scales when there is more than one pass of descent.
     """
 
     scheme: QuantScheme
@@ -106,15 +104,13 @@ class Problem:
 def solve(group: LinearGroup, options: Options, pool: Workers) -> dict[str, SolvedWeight]:
     """Solve all linears of the group against their common Hessian.
 
-    Error = tr(ΔHΔᵀ) / tr(WHWᵀ).
-
-    Raises RecipeError for inputs or weights that are not finite.
+    The reported error of each is tr(ΔHΔᵀ) / tr(WHWᵀ). Raises RecipeError for inputs or weights that are not finite.
     """
     if group.hessian is None:
         raise ValueError("GPTQ was called without inputs")
     check_inputs(group)
     paired = group.paired if options.target_shift else None
-    # Begun first: the shift's factors are made beside those of the problems.
+    # Started first, so that the shift's factors are computed beside those of the problems.
     shift_factors = start_shift_factors(paired, options.percdamp, pool) if paired else []
     problems = {scheme: _problem(group, scheme, options, pool) for scheme in set(group.schemes.values())}
     shift = target_shift_of(paired, shift_factors, pool) if paired and shift_factors else None
@@ -148,10 +144,7 @@ def _solve_linear(
 
 
 def _chunks(weight: Tensor, uppers: list[Tensor]) -> list[slice] | None:
-    """The chunks of rows where errors are shaped along them: whole pieces of G.
-
-    None elsewhere.
-    """
+    """With noise shaping, chunks of rows made of whole pieces of G; else None."""
     begins = [*_begins(uppers), len(weight)]
     return [slice(begins[task.start], begins[task.stop]) for task in row_tasks(len(uppers))] if uppers else None
 
@@ -162,10 +155,7 @@ def _begins(uppers: list[Tensor]) -> list[int]:
 
 
 def _solve_chunk(target: Tensor, problem: Problem, uppers: list[Tensor], out_rows: slice) -> SolvedRows:
-    """Solve some output rows.
-
-    Their errors are shaped along the rows where G is known.
-    """
+    """Solve some output rows, with noise shaping where G is known."""
     own = [u for begin, u in zip(_begins(uppers), uppers, strict=True) if out_rows.start <= begin < out_rows.stop]
     part, solve_rows_of = target[out_rows], partial(_solve_rows, problem=problem)
     grid, codes = solve_shaped(part, own, solve_rows_of) if own else solve_rows_of(part)
@@ -176,10 +166,7 @@ def _solve_chunk(target: Tensor, problem: Problem, uppers: list[Tensor], out_row
 
 
 def _solve_rows(weight: Tensor, problem: Problem) -> tuple[Grid, Tensor]:
-    """Grid and codes of some output rows.
-
-    GPTQ comes first, then passes of descent with the scales refitted between them.
-    """
+    """Grid and codes of some output rows: GPTQ, then descent and refitted scales."""
     scheme, factor, unit, options = problem.scheme, problem.factor, problem.global_scale, problem.options
     if scheme.block_type is not None:
         return solve_block_type(weight, scheme, factor, options.descent, problem.matmul_dtype)
@@ -198,10 +185,11 @@ def _solve_rows(weight: Tensor, problem: Problem) -> tuple[Grid, Tensor]:
 
 
 def round_columns(weight: Tensor, grid: Grid, factor: Factor, matmul_dtype: torch.dtype = torch.float32) -> Tensor:
-    """Codes `[out, in]` in fp32 by GPTQ's recursion, one block of columns after another.
+    """Codes `[out, in]` in fp32 by GPTQ's recursion, block of columns after block.
 
-    Algorithm 1 of Frantar et al. with static scales; `grid` has one entry per column. Columns are rows here, so
-    that the innermost work is on contiguous memory: `rest` is the part of W that is not quantized yet, transposed.
+    This is Algorithm 1 of Frantar et al. with scales that are given; `grid` has one entry per column. Everything is
+    transposed, so that the innermost loops work on contiguous memory. `rest` is the part of W that is not quantized
+    yet.
     """
     rest = weight.T[factor.order].contiguous()
     scales, zeros = grid.scales.T[factor.order], grid.zeros.T[factor.order]

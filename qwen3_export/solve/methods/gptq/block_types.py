@@ -1,12 +1,12 @@
 """GPTQ on ggml's block types: scales and mins first, then codes, then descent.
 
-    for each block of 256 columns (32 for the simple types), the one with the most mass of diag H first:
+    for each block of 256 columns (32 for the simple types), by falling sum of diag H:
         grid    the importance-weighted search of `qwen3_export.ggml`, on the weights as the solve has left them;
-                a column's importance is 1 / U_jj², what an error there costs once later columns have made up for it
-        codes   GPTQ's recursion on that grid; later blocks make up for what is left
+                a column's importance is 1 / U_jj², the cost of an error there after later columns compensate
+        codes   GPTQ's recursion on that grid; later blocks compensate the errors that are left
 
-A block's weights are `code · scale + offset`. Offsets are taken out of the weights before the columns are rounded, so
-that the loops for integers serve here too: W − O is rounded onto code · scale, and the error is the same.
+A block's weights are `code · scale + offset`. Offsets are subtracted from the weights before the columns are
+    rounded, so that the loops for integers can be used: W − O is rounded onto code · scale, with the same error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qwen3_export.solve.rounding.grid import Grid, block_grid
 
 
 def block_columns(scheme: QuantScheme) -> int:
-    """Columns that share a block, and so are solved with one grid."""
+    """Number of columns in a block, which are solved with one grid."""
     assert scheme.block_type is not None
     return scheme.block_type.block
 

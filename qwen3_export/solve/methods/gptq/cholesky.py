@@ -1,10 +1,10 @@
-"""The upper Cholesky factor of the inverse Hessian, which GPTQ's recursion runs along.
+"""The upper Cholesky factor of the inverse Hessian, which GPTQ's recursion uses.
 
     H⁻¹ = Uᵀ U      by   H = R Rᵀ, R upper triangular   (a Cholesky factor, rows and columns reversed)
                          U = R⁻¹
 
-One factorisation and a triangular inverse, whose column strips are made side by side: half of the work of
-inverting H and factorising what comes out, and one rounding less.
+One factorisation and one triangular inverse, whose strips of columns are computed in parallel, are half of the work of
+inverting H and factorising the inverse, and lose less precision.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Factor:
 
 
 def damping(diagonal: Tensor, percdamp: float) -> Tensor:
-    """What is added to each diagonal element; one where no input ever arrived."""
+    """The numbers added to the diagonal; 1 where no input ever arrived."""
     return torch.where(diagonal == 0, torch.ones_like(diagonal), percdamp * diagonal.mean())
 
 
@@ -49,17 +49,18 @@ def factorise(
     hessian: Tensor, percdamp: float, act_order: bool, name: str, order: Tensor | None = None,
     pool: Workers | None = None,
 ) -> Factor:  # fmt: skip
-    """Order the columns (unless `order` says how), damp, factorise: fp32, or fp64 when needed.
+    """Order the columns, damp and factorise the Hessian, in fp32 or if needed fp64.
 
-    A column that no input ever reached gets a unit diagonal: it is rounded and compensates nothing. Raises
-    RecipeError, with the `name` of the linear, for a Hessian that is not positive definite.
+    `order` gives the order of columns; without it `act_order` decides. A column that no input ever reached gets a unit
+    diagonal: it is rounded and compensates nothing. Raises RecipeError, with the `name` of the linear, for a Hessian
+    that is not positive definite.
     """
     diagonal = hessian.diagonal().clone()
     if order is None and act_order:
         order = diagonal.argsort(descending=True, stable=True)
     elif order is None:
         order = torch.arange(len(diagonal), device=hessian.device)
-    # Twice by rows, which lie together in memory: H is symmetric.
+    # H is symmetric, so its columns are picked as rows, which are contiguous in memory.
     ordered = _pick(_pick(hessian, order, pool).T.contiguous(), order, pool)
     ordered.diagonal().add_(damping(diagonal, percdamp)[order])
     for dtype in (torch.float32, torch.float64):
@@ -75,10 +76,7 @@ def factorise(
 
 
 def _inverse(upper: Tensor, pool: Workers | None) -> Tensor:
-    """Inverse of an upper triangular matrix in fp32.
-
-    Of each strip of columns only what is not zero is computed.
-    """
+    """Inverse of an upper triangular matrix in fp32, without computing its zeros."""
     size = len(upper)
     found = torch.zeros(size, size, device=upper.device)
 
@@ -88,13 +86,13 @@ def _inverse(upper: Tensor, pool: Workers | None) -> Tensor:
         unit[begin:].fill_diagonal_(1.0)
         found[:end, begin:end] = torch.linalg.solve_triangular(upper[:end, :end], unit, upper=True)
 
-    # The longest first, so that the processors finish together.
+    # The longest strips first, so that the threads finish at the same time.
     _each(strip, range(0, size, _STRIP)[::-1], pool)
     return found
 
 
 def _pick(matrix: Tensor, rows: Tensor, pool: Workers | None) -> Tensor:
-    """`matrix[rows]`, some rows at a time."""
+    """`matrix[rows]`, copied some rows at a time."""
     found = torch.empty_like(matrix)
 
     def part(begin: int) -> None:

@@ -1,11 +1,11 @@
 """The compiled inner loops of GPTQ for integer codes.
 
-Columns are worked on one after another, a few output rows at a time.
+They go column by column, for a few output rows at a time; everything is `[columns, rows]` in solving order. With only a
+few rows, calling torch for every column would take a hundred times as long. The loops do not hold Python's lock, so
+that pieces run in parallel.
 
-The arithmetic is that of `gptq.refine` and `solve.methods.gptq`, operation by operation in fp32: a division,
-a rounding half to even, a clamp, and multiplications whose products are rounded before they are added. What torch
-does with a call per column takes a hundred times as long at the few rows that are solved together. Everything is
-`[columns, rows]` in solving order and runs without the interpreter's lock, so that pieces run side by side.
+Every operation is the one that torch performs in `gptq.columns`, in fp32: a division, a rounding half to even, a clamp,
+and multiplications whose products are rounded before they are added.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def _load(values: Array, begin: int, wide: int, work: Array) -> None:
 
 @compiled
 def _spread(errors: Array, shares: Array, j: int, work: Array) -> None:
-    """`work[k] -= shares[j, k] · errors[j]` for all columns k behind j.
+    """`work[k] -= shares[j, k] · errors[j]` for all columns k after j.
 
-    Columns of the same four change at once, all others when the four are done, which reads and writes them a
-    quarter as often. Always a whole tile.
+    Columns of the same four are changed at once. The others are changed when the four are done, so that they are read
+    and written a quarter as often.
     """
     last = j - j % 4 + 3
     for k in range(j + 1, min(last + 1, len(work))):
@@ -73,9 +73,9 @@ def round_block(
 def search_block(
     part: Array, scales: Array, zeros: Array, upper: Array, largest: np.float32, codes: Array, errors: Array
 ) -> NDArray[np.int64]:
-    """Solve one group `[n, rows]` with every candidate of `scales` and `zeros` `[candidates, rows]`.
+    """Solve one group `[n, rows]` with every candidate scale and zero point `[candidates, rows]`.
 
-    Fills the codes and errors of each row's best, the first with the least Σ e², whose number is returned.
+    Fills `codes` and `errors` of each row's best candidate, the first with the least Σ e², and returns its number.
     """
     columns, rows = part.shape
     chosen = np.zeros(rows, np.int64)
@@ -120,12 +120,10 @@ def descend_block(
     values: Array, scales: Array, zeros: Array, block: Array, largest: np.float32,
     slopes: Array, codes: Array, steps: Array,
 ) -> None:  # fmt: skip
-    """Move each code of a block of columns `[n, rows]` to its minimiser.
+    """Set each code of a block `[n, rows]` to its minimiser, column by column.
 
-    Columns follow one after another.
-
-    `block` `[n, n]` is the block's part of H, `values` the weights as they are, `slopes` the gradient, which follows
-    the steps inside the block; fills `steps` and changes `codes`.
+    `block` `[n, n]` is the block's part of H, `values` are the present weights, and `slopes` the gradient, which is
+    updated inside the block. Fills `steps` and changes `codes`.
     """
     columns, rows = values.shape
     work, made = np.zeros((columns, TILE), np.float32), np.zeros((columns, TILE), np.float32)

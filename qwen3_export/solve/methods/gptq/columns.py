@@ -1,8 +1,8 @@
 """One block of columns: GPTQ's rounding, scale search and coordinate descent.
 
-Everything is `[columns, rows]` in solving order, so that the innermost work is on contiguous memory. Integer
-codes on a processor take the compiled loops of `gptq.column_kernels`; floats and other devices take torch's operations.
-Both do the same arithmetic; the bound on their difference is tested.
+Everything is `[columns, rows]` in solving order, so that the innermost loops work on contiguous memory. Integer codes
+on a CPU use the compiled loops of `gptq.column_kernels`; floats and other devices use torch. A test bounds the
+difference of their results.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from qwen3_export.solve.rounding.grid import round_to
 def round_block(
     rest: Tensor, scales: Tensor, zeros: Tensor, upper: Tensor, scheme: QuantScheme
 ) -> tuple[Tensor, Tensor]:
-    """GPTQ's recursion over a block `[n, rows]` against its part of U `[n, n]`.
+    """GPTQ's recursion over a block `[n, rows]` with its part of U `[n, n]`.
 
-    Codes and errors e.
+    Returns codes and errors e.
     """
     codes, errors = torch.empty_like(rest), torch.empty_like(rest)
     if _is_compiled(rest, scheme):
@@ -43,9 +43,9 @@ def round_block(
 def search_block(
     part: Tensor, scales: Tensor, zeros: Tensor, upper: Tensor, scheme: QuantScheme
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`round_block` of one group with every candidate of `scales` and `zeros` `[candidates, rows]`.
+    """`round_block` of one group with every candidate scale and zero point `[candidates, rows]`.
 
-    Codes and errors of each row's best, the first with the least Σ e², and the number of that candidate.
+    Returns codes and errors of each row's best candidate, the first with the least Σ e², and its number.
     """
     if _is_compiled(part, scheme):
         from qwen3_export.solve.methods.gptq import column_kernels
@@ -67,11 +67,10 @@ def search_block(
 def descend_block(
     values: Tensor, scales: Tensor, zeros: Tensor, block: Tensor, slopes: Tensor, codes: Tensor, scheme: QuantScheme
 ) -> Tensor:
-    """Set each code to its minimiser given all others.
+    """Set each code of a block to its minimiser given all others.
 
-    Changes `codes` `[n, rows]`, returns the steps of the values.
-
-    `block` `[n, n]` is the block's part of H, `values` the weights as they are, `slopes` their gradient.
+    `block` `[n, n]` is the block's part of H, `values` are the present weights, `slopes` their gradient. Changes
+    `codes` `[n, rows]` and returns the steps of the values.
     """
     steps = torch.empty_like(values)
     if _is_compiled(values, scheme):
@@ -92,7 +91,7 @@ def descend_block(
 def multiply(left: Tensor, right: Tensor, matmul_dtype: torch.dtype) -> Tensor:
     """`left @ right` in the given type.
 
-    Rounding errors of 16 bits are a hundredth of what 8 bits leave.
+    16 bits are precise enough: their rounding errors are a hundredth of those that 8-bit codes leave.
     """
     return left.to(matmul_dtype) @ right.to(matmul_dtype)
 

@@ -6,9 +6,9 @@
     for each batch b of rows:   Q_b = the method's own solve of W_b under H
                                 W_r −= U_brᵀ U_bb⁻ᵀ (W_b − Q_b)      for all rows r that follow
 
-This is GPTQ's recursion (Frantar et al. 2022) over output rows, around any solve over input columns;
-the objective is that of YAQA (Tseng et al. 2025). Errors end up where the model's answer does not see
-them. Pieces of rows are independent: G has no entries between them.
+This is GPTQ's recursion (Frantar et al. 2022) over output rows, around any solve over input columns; the objective is
+that of YAQA (Tseng et al. 2025). It moves errors to outputs that the model's answer depends on least. Pieces of rows
+are independent, since G has no entries between them.
 """
 
 from __future__ import annotations
@@ -23,19 +23,16 @@ from torch import Tensor
 from qwen3_export.solve.rounding.grid import Grid
 
 BATCH = 8
-# Share of the mean diagonal of G that is added to it: G is measured on few tokens.
+# Damping as a share of G's mean diagonal; G is measured on few tokens.
 DAMPING = 0.1
-# Few, so that a batch has rows of many pieces: thin operations cost as much as wide ones.
+# Few tasks, so that a batch has rows of many pieces: operations on few rows cost as much as on many.
 _TASKS = 2
 
 Solve = Callable[[Tensor], tuple[Grid, Tensor]]
 
 
 def fisher_factors(pieces: Sequence[Tensor]) -> list[Tensor]:
-    """U of each piece `[n, n]`.
-
-    The identity where the model's answer depends on none of its rows.
-    """
+    """U of each piece `[n, n]`, the identity where G is zero."""
     found = []
     for piece in pieces:
         mean = float(piece.diagonal().mean())
@@ -49,19 +46,16 @@ def fisher_factors(pieces: Sequence[Tensor]) -> list[Tensor]:
 
 
 def row_tasks(count: int) -> list[slice]:
-    """Pieces that are solved in step, in at most `_TASKS` tasks.
+    """Pieces of rows, divided among at most `_TASKS` tasks.
 
-    One batch then takes rows of all pieces of its task.
+    A task solves its pieces in step: a batch has rows of all of them.
     """
     step = math.ceil(count / _TASKS)
     return [slice(begin, min(begin + step, count)) for begin in range(0, count, step)]
 
 
 def solve_shaped(weight: Tensor, uppers: Sequence[Tensor], solve: Solve) -> tuple[Grid, Tensor]:
-    """Solve rows `[out, in]` whose pieces have the factors `uppers`.
-
-    The grid and codes of all rows.
-    """
+    """Grid and codes of rows `[out, in]` whose pieces have the factors `uppers`."""
     lengths = [len(upper) for upper in uppers]
     rest = list(torch.split(weight.clone(), lengths))
     parts: list[list[tuple[Grid, Tensor]]] = [[] for _ in rest]

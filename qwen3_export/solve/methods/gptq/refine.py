@@ -1,12 +1,12 @@
 """Scale search, coordinate descent and refit: three improvements on GPTQ's objective.
 
-The objective is tr((Q − W) H (Q − W)ᵀ), and none of them ever raises it.
+The objective is tr((Q − W) H (Q − W)ᵀ). Descent and refit never raise it.
 
-    search    try scales for a group inside the solve, keep per row the one with the least GPTQ error
+    search    try scales for a group during the solve, keep for each row the one of least GPTQ error
     descend   set each code to its exact minimiser given all others (coordinate descent), column by column
-    refit     scales of a row by least squares for its codes: a small system per row
+    refit     fit the scales of a row to its codes by least squares, a small linear system per row
 
-Everything is `[in, out]` in solving order here, so that the innermost work is on contiguous memory.
+Everything is `[in, out]` in solving order, so that the innermost loops work on contiguous memory.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from qwen3_export.solve.methods.gptq.columns import descend_block, multiply, sea
 from qwen3_export.solve.rounding.grid import Grid, range_grid, round_scale
 
 _BLOCK = 128
-# Shares of a group's range that are tried: with few codes much less than all of it can be best, with many hardly.
+# Shares of a group's range to try. With few codes a much smaller range can be best, with many codes hardly.
 _FEW = [1.06 - 0.03 * step for step in range(20)]
 _MANY = [*(1.1 - 0.03 * step for step in range(13)), 0.64, 0.54]
 _REFIT_ROWS = 128
 
 
 def group_order(hessian: Tensor, length: int) -> Tensor:
-    """Columns, whole groups together: groups by falling mass of diag H, columns inside likewise."""
+    """An order of columns: groups, and columns inside them, by falling diag H."""
     diagonal = hessian.diagonal().reshape(-1, length)
     groups = diagonal.sum(1).argsort(descending=True, stable=True)
     inside = diagonal.argsort(dim=1, descending=True, stable=True)
@@ -37,9 +37,9 @@ def search_columns(
     weight: Tensor, scheme: QuantScheme, order: Tensor, upper: Tensor, global_scale: float = 1.0,
     matmul_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Grid]:  # fmt: skip
-    """GPTQ with the scale search inside.
+    """GPTQ with the scale search inside; returns codes `[out, in]` and their grid.
 
-    `order` from `group_order`. Codes `[out, in]` and their grid.
+    `order` comes from `group_order`.
     """
     length = scheme.group_length(weight.shape[1])
     rest, codes = weight.T[order].contiguous(), torch.empty_like(weight.T)
@@ -48,7 +48,7 @@ def search_columns(
     scales, zeros = (torch.empty(groups, len(weight), device=weight.device) for _ in range(2))
     for begin in range(0, len(rest), length):
         end = begin + length
-        # All that a range depends on.
+        # The range depends on nothing else.
         ends = torch.stack(torch.aminmax(rest[begin:end], dim=0), -1).unsqueeze(1)
         tried = [values.squeeze(-1) for values in range_grid(ends, scheme, shrinks, global_scale)]
         found, errors, best = search_block(rest[begin:end], tried[0], tried[1], upper[begin:end, begin:end], scheme)
@@ -62,9 +62,9 @@ def search_columns(
 def descend(
     weight: Tensor, codes: Tensor, grid: Grid, ordered: Tensor, order: Tensor, matmul_dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """One pass of coordinate descent over all columns in `order`; new codes `[out, in]`.
+    """One pass of coordinate descent over all columns; returns codes `[out, in]`.
 
-    `ordered` is the damped Hessian in that order. The objective never rises: every step is an exact minimisation.
+    `ordered` is the damped Hessian in `order`. Every step is an exact minimisation, so the objective never rises.
     """
     full = grid.columns(weight.shape)
     scales, zeros, target, work = (m.T[order].contiguous() for m in (full.scales, full.zeros, weight, codes))
@@ -83,7 +83,7 @@ def descend(
 def refit_scales(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, global_scale: float = 1.0) -> Grid:
     """Scales that minimise the objective for these codes, rounded to storage.
 
-    Kept where they help a row.
+    A row gets them only if they lower its error.
     """
     pieces = [
         _refit_rows(weight[i : i + _REFIT_ROWS], codes[i : i + _REFIT_ROWS], _rows(grid, i), hessian, global_scale)
@@ -102,14 +102,14 @@ def _refit_rows(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, glob
     length, spread = size // groups, codes.reshape(rows, groups, -1) - grid.zeros.unsqueeze(-1)
     system, wanted = torch.empty(rows, groups, groups, device=weight.device), torch.empty_like(grid.scales)
     for group in range(groups):
-        # A group's units are zero elsewhere: only its own rows of H count.
+        # A group's codes are zero outside of it, so only its own rows of H count.
         through = spread[:, group] @ hessian[group * length : (group + 1) * length]
         wanted[:, group] = (through * weight).sum(1)
         system[:, group] = through.reshape(rows, groups, length).mul_(spread).sum(2)
     ridge = 1e-6 * system.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-20
     system = system + ridge * torch.eye(groups, device=weight.device)
     solved = torch.linalg.solve(system.double(), wanted.double()).float()
-    # A scale that would change its sign or vanish stays as it was.
+    # A scale that would change its sign or become zero is left as it is.
     usable = torch.where(solved / grid.scales > 0.25, solved, grid.scales)
     scales = round_scale(usable, grid.scheme, global_scale)
 

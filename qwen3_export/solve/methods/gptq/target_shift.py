@@ -1,18 +1,19 @@
-"""The target shift: quantize the weight that compensates the layers before.
+"""The target shift: quantize a weight that compensates errors of earlier layers.
 
-It takes the place of W, and repairs what quantizing those layers has broken.
+W′ takes the place of W as the weight to be quantized.
 
     min over W′ of ‖X W′ᵀ − X̃ Wᵀ − (R̃ − R)‖² + λ‖W′ − W‖²
     W′ = W + α (W·drift)(H + λI)⁻¹       or, for a linear that writes to the residual stream,
     W′ = W + α (target − W H)(H + λI)⁻¹     target = mean (X̃ Wᵀ + R̃ − R) xᵀ
 
-X are the inputs in the quantized model, X̃ in the original; R̃ and R, the residual streams that the output
-is added to, only for the linears that write there. Their X̃ Wᵀ + R̃ is what the original has behind them, so
-that the moments of X̃ itself, several times as large, are not needed. In aim this is GPTAQ (Li et al. 2025).
+X are the inputs in the quantized model, X̃ those in the original. R and R̃ are the residual streams that the output is
+added to, and count only for linears that write there. For these, X̃ Wᵀ + R̃ is the original's residual stream after the
+layer, so that the moments of X̃, which are several times as large, are not needed. The aim is that of GPTAQ (Li et al.
+2025).
 
-The full step fits the calibration text, so it is shortened to what held-out calibration samples confirm: their
-error is a parabola in α, and the α in [0, 1] that minimises it is taken, for each linear. The step itself
-is then made anew from all rows. With fewer than eight rows none is held out, and nothing is shifted.
+The full step overfits the calibration text, so it is shortened by a factor α in [0, 1]. The error of held-out
+calibration samples is a parabola in α, whose minimum is taken for each linear. The step itself is then computed again
+from all samples. With fewer than eight samples none is held out, and nothing is shifted.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ from qwen3_export.solve.methods.gptq.cholesky import damped
 from qwen3_export.solve.methods.gptq.columns import multiply
 
 ROWS_AT_ONCE = 512
-# α is one number for all output rows: every so many of them tell it.
+# α is one number for all output rows; it is found from every so many of them.
 CONFIRM_EVERY = 4
 _CONFIRMED = 128
 
 
 @dataclass(frozen=True)
 class _Step:
-    """The full step that some samples want, for any weight.
+    """The full step by the moments of some samples, for any weight.
 
-    `lower` is the Cholesky factor of H + λI; `direct` is drift·(H + λI)⁻¹, common to all linears with the same
-    inputs, where there is no target.
+    `lower` is the Cholesky factor of H + λI. Where there is no target, `direct` is drift · (H + λI)⁻¹, common to all
+    linears with the same inputs.
     """
 
     moments: Moments
@@ -50,13 +51,13 @@ class _Step:
     def of(self, weight: Tensor, out_rows: slice, matmul_dtype: torch.dtype) -> Tensor:
         if self.direct is not None:
             return multiply(weight[out_rows], self.direct, matmul_dtype).float()
-        # Not in 16 bits: what is missing is the small difference of two large numbers.
+        # Not in 16 bits: the result is the small difference of two large numbers.
         return _solved(_missing(weight, out_rows, self.moments, torch.float32), self.lower)
 
 
 @dataclass(frozen=True)
 class TargetShift:
-    """What all linears with the same inputs share."""
+    """The shift of all linears with the same inputs."""
 
     held_out: Moments
     fitted: _Step
@@ -84,17 +85,14 @@ class TargetShift:
 def start_shift_factors(moments: PairedMoments, percdamp: float, pool: Workers) -> list[Future[Tensor | None]]:
     """Start to factorise H + λI for a group of linears.
 
-    λ is `percdamp` times the mean diagonal. Nothing is started where no samples are held out.
+    λ is `percdamp` · mean diag H. Nothing is started where no samples are held out.
     """
     parts = (moments.fitted, moments.both) if moments.held_out.tokens else ()
     return [pool.start(partial(_factor, percdamp, part)) for part in parts]
 
 
 def target_shift_of(moments: PairedMoments, factors: list[Future[Tensor | None]], pool: Workers) -> TargetShift | None:
-    """The shift of a group whose factors were begun.
-
-    None when H is not definite.
-    """
+    """The shift of a group from its factors; None when H is not definite."""
     fitted, both = results(factors)
     if fitted is None or both is None:
         return None
@@ -125,10 +123,7 @@ def _solved(out_rows: Tensor, lower: Tensor) -> Tensor:
 
 
 def _missing(weight: Tensor, out_rows: slice, moments: Moments, matmul_dtype: torch.dtype) -> Tensor:
-    """The missing output's correlation with the inputs, `[out_rows, in]`.
-
-    It is `W·drift` or `target − W H`.
-    """
+    """Correlation of the missing output with the inputs: `W·drift` or `target − W H`."""
     if moments.target is not None:
         return moments.target[out_rows] - multiply(weight[out_rows], moments.hessian, matmul_dtype)
     assert moments.drift is not None
