@@ -1,4 +1,4 @@
-"""What a search may choose from: grids, bits, and what fits a unit.
+"""The schemes that a search may choose from.
 
 symmetric, signed, asymmetric    integers in groups of 128, 64 and 32
 gguf                             ggml's block types; embedding and head as llama.cpp's mixes have them
@@ -17,7 +17,7 @@ from qwen3_export.solve.mixed_precision.units import Unit
 
 GRIDS = ("symmetric", "signed", "asymmetric", "gguf")
 BITS = (2, 3, 4, 5, 6, 8, 16)
-# Whose options a method is searched and shipped with.
+# The shipped recipe whose options are used with each method.
 OPTIONS_OF = {"gptq": "gptq-w4a16-g32", "rtn": "rtn-w4a16-g32", "awq": "awq-w4a16-g128"}
 _GGUF_RECIPE = "gguf-q4_k_m"
 _GGUF_TYPES = ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
@@ -26,7 +26,7 @@ _GROUPS = (128, 64, 32)
 
 
 def one_of(option: str, value: object, known: Sequence[Any]) -> Any:
-    """The value, if it is known; InputError otherwise."""
+    """The value if it is a known one; InputError otherwise."""
     if value not in known:
         raise InputError(f"{option} {value}: one of {', '.join(map(str, known))} was expected")
     return value
@@ -76,7 +76,7 @@ def _usual(grids: Sequence[str]) -> tuple[int, ...]:
 def fitting(unit: Unit, tried: Sequence[QuantScheme | None]) -> list[QuantScheme | None]:
     """Candidates whose groups or blocks divide the unit's inputs.
 
-    Of 8 bits the coarsest, its error is nothing anyway.
+    Of those with 8 bits only the coarsest is kept, since their error is negligible anyway.
     """
     wide = [shape[1] for shape in unit.shapes.values()]
     found = [s for s in tried if s is None or not any(n % _length(s, n) for n in wide)]
@@ -91,13 +91,13 @@ def fitting(unit: Unit, tried: Sequence[QuantScheme | None]) -> list[QuantScheme
 
 
 def _length(scheme: QuantScheme, inputs: int) -> int:
-    """Inputs of a row that are stored together."""
+    """Number of inputs of a row that are stored together."""
     block = scheme.block_type
     return scheme.group_length(inputs) if block is None else block.block
 
 
 def probe_first(unit: Unit, found: Sequence[QuantScheme | None], target: float) -> list[QuantScheme]:
-    """The schemes to measure, that of the size nearest to the target first."""
+    """The schemes to measure, first the one whose size is nearest to the target."""
     real = [scheme for scheme in found if scheme is not None]
     return sorted(real, key=lambda scheme: abs(unit.bits(scheme) / unit.weights - target))
 

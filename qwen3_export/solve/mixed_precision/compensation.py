@@ -1,14 +1,14 @@
-"""What later linears of the block compensate is taken out of an error.
+"""Compensation of a unit's error by later linears of its block.
 
-With `target_shift` (`gptq.target_shift`) o_proj and down_proj also aim at the original's residual stream, and
-undo of an error δ in it what is a linear function of their own inputs x:
+With `target_shift` (`gptq.target_shift`) o_proj and down_proj aim at the original's residual stream. They undo the part
+of an error δ in it that is a linear function of their own inputs x:
 
     δ ← δ − B x,   B = α · mean(δ xᵀ) (mean(x xᵀ) + λI)⁻¹        x: o_proj's, then down_proj's
 
-fitted on calibration samples; α in [0, 1] is what every eighth of them, held out, confirms. On the
-reference model this foretells the KL that is left within a third; without it, the first block's
-v_proj seems six times as harmful as it is. What experts repair, each on a few tokens, is left out. An
-embedding's error is repaired by the first block, which it enters by other hidden states than the original's.
+B is fitted on calibration samples; α in [0, 1] minimises the error on every eighth sample, which is held out. On the
+reference model this predicts the remaining KL within a third. Without it the first block's v_proj seems six times as
+harmful as it is. Compensation by experts, each on a few tokens, is left out. The error of an embedding is compensated
+by the first block, whose hidden states then differ from the original's already at its entrance.
 """
 
 from __future__ import annotations
@@ -41,13 +41,11 @@ def fit_compensation(
     pool: Workers,
     entered: Callable[[int], Tensor] | None = None,
 ) -> Compensation:
-    """`{stage: B [hidden, in]}`, which later stages of a block compensate.
+    """`{stage: B [hidden, in]}` for the stages that compensate a change of `stage`.
 
-    The linears of one stage are changed.
-
-    `read(sample)` gives a calibration sample's hidden states before the block, `[1, tokens, hidden]`, and
-    `entered(sample)` those that the changed block gets, where they differ; every other of `count` samples is
-    used. Empty with fewer than eight such samples, since none is held out.
+    `read(sample)` gives a calibration sample's hidden states before the block, `[1, tokens, hidden]`; `entered(sample)`
+    gives those that the changed block gets, where they differ. Every other of `count` samples is used. The result is
+    empty if there are fewer than eight of these, since none is held out then.
     """
     found: Compensation = {}
     samples = list(range(0, count, EVERY))
@@ -75,7 +73,7 @@ def fit_compensation(
 def run_compensated(
     block: Block, changed: Block, compensation: Compensation, rope: Rope, hidden: Tensor, entered: Tensor | None = None
 ) -> tuple[dict[int, Tensor], Tensor, Tensor]:
-    """Inputs of the compensating stages, the original output, and the error left."""
+    """Inputs of the compensating stages, the original's output, and the remaining error."""
     state, inputs = block.initial_state(hidden), {}
     for stage, description in enumerate(block.stages):
         if description.writes_residual:
@@ -88,10 +86,7 @@ def run_compensated(
 
 
 def _predict(fitted: Moments, held_out: Moments) -> Tensor | None:
-    """B, shortened to the α that minimises the held-out error, a parabola.
-
-    None when that is 0.
-    """
+    """B times the α that minimises the held-out error; None when α is 0."""
     assert fitted.target is not None
     assert held_out.target is not None
     damped = fitted.hessian.clone()

@@ -27,9 +27,9 @@ def mean_divergences(
 ) -> list[float]:
     """KL(original ‖ changed) of each, nats per token.
 
-    The files hold the hidden states behind the last block, `[1, tokens, hidden]` per sample, each with the
-    head that it ends in, or None for the original's; `shape` is the number of samples and tokens. One tick
-    per sample.
+    `changed` are files of hidden states after the last block, `[1, tokens, hidden]` per sample, each with its head, or
+    None for the original's head. `shape` is the number of samples and of tokens in each. `tick` is called once per
+    sample.
     """
     norm = to_torch(checkpoint.read("model.norm.weight")).float()
     own = Table(checkpoint.read(checkpoint.head))

@@ -1,12 +1,12 @@
 """Embedding and head as units of a search.
 
-They are solved with one scheme as a whole, and with all of them in some rows.
+The whole matrix is solved with one scheme, the probe, and some of its rows with every scheme.
 
-    embedding   samples that start with it: at block 0, in files of their own
-    head        the original's samples, met by it at the end; a tied matrix does both
+    embedding   its effect is measured on samples that begin with the quantized embedding, in files of their own
+    head        its effect is measured at the end of the original's samples; a tied matrix has both effects
 
-As `quantize` does it (`blocks.embeddings`), but for the head's target shift: an embedding is rounded, a head solved
-against its inputs, a tied matrix against both uses.
+They are solved as in `quantize` (`blocks.embeddings`): an embedding is rounded, a head is solved against its inputs, a
+tied matrix against both uses. Only the head's target shift is left out.
 """
 
 from __future__ import annotations
@@ -44,10 +44,7 @@ SAMPLED_ROWS = 512
 def solve_some_rows(
     method: ModuleType | None, options: Any, pool: Workers, hessian: Tensor | None, scheme: QuantScheme, weight: Tensor
 ) -> SolvedWeight:
-    """Some rows `[n, hidden]` as the method stores them.
-
-    Rounded to nearest when it is None.
-    """
+    """Some rows `[n, hidden]` as the method stores them; without one, rounded to nearest."""
     group = LinearGroup({"": weight}, {"": scheme}, hessian)
     return (round_group(group, "mse", pool) if method is None else method.solve(group, options, pool))[""]
 
@@ -61,7 +58,7 @@ def probe_matrix(
 ) -> tuple[Table, dict[QuantScheme, float]]:
     """The matrix as the first scheme stores it, and every scheme's error.
 
-    The errors tr(ΔHΔᵀ) are taken over evenly chosen rows.
+    The errors tr(ΔHΔᵀ) are measured on evenly chosen rows.
     """
     out_rows = checkpoint.config.outer_matrices()[module][0]
     weight = checkpoint.linear(module)[:: math.ceil(out_rows / SAMPLED_ROWS)]  # type: ignore[index]  # 16-bit source
@@ -76,14 +73,17 @@ def probe_matrix(
 
 @dataclass(frozen=True)
 class EmbeddingProbe:
-    """A quantized embedding, and the calibration and measured samples that start with it."""
+    """A quantized embedding, and the samples that begin with it."""
 
     variant: Variant
     calibration: SampleFile
 
 
 def probe_embedding(study: Study, unit: Unit, stack: ExitStack) -> EmbeddingProbe:
-    """The samples with the embedding quantized, and if it is tied the head."""
+    """Quantize the embedding with its probe, and begin samples with it.
+
+    If the head is tied, it is quantized too.
+    """
     checkpoint, schemes, hessian = study.checkpoint, study.schemes[unit], None
     tied = checkpoint.config.tie_word_embeddings
     if tied and study.method.needs_inputs(study.options):
@@ -102,10 +102,7 @@ def probe_embedding(study: Study, unit: Unit, stack: ExitStack) -> EmbeddingProb
 def run_first_block(
     study: Study, block: Block, probe: EmbeddingProbe, before: SampleFile, original: SampleFile
 ) -> Variant:
-    """Run samples with a quantized embedding through block 0.
-
-    What later linears compensate is taken out.
-    """
+    """Run samples with a quantized embedding through block 0, with compensation."""
     hidden, compensation = probe.variant.hidden, Compensation()
     if study.method.needs_original(study.options):
         rope, count = rope_tables(block.config, 0, len(study.calibration[0])), len(study.calibration)
@@ -124,7 +121,7 @@ def run_first_block(
 
 
 def probe_head(study: Study, unit: Unit, before: SampleFile, original: SampleFile) -> Variant:
-    """The original's samples, which meet a quantized head; `before` are the calibration samples' states."""
+    """The original's samples with a quantized head; `before` are calibration states."""
     schemes, hessian = study.schemes[unit], None
     if study.method.needs_inputs(study.options):
         samples, length = range(len(study.calibration)), len(study.calibration[0])

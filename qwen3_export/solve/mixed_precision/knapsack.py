@@ -4,14 +4,13 @@ A multiple-choice knapsack, solved exactly.
 
     min Σ loss[u][c_u]   subject to   Σ bits[u][c_u] ≤ capacity
 
-Every unit first gets its smallest choice; what is left of the capacity is cut into cells of the
-greatest common divisor of all extra sizes. best[k] is the least loss of the units so far with at
-most k extra cells:
+Every unit first gets its smallest choice. The rest of the capacity is divided into cells, whose size is the greatest
+common divisor of all extra sizes. best[k] is the least loss of the units so far with at most k extra cells:
 
     best'[k] = min over c of best[k − extra(c)] + loss(c)
 
-Above `MOST_CELLS` cells are made larger and sizes rounded up: the budget still holds, and the
-answer is the best one up to a cell per unit.
+If there would be more than `MOST_CELLS` cells, they are made larger and sizes are rounded up to cells. The budget still
+holds, and the answer wastes at most a cell per unit.
 """
 
 from __future__ import annotations
@@ -35,11 +34,9 @@ class Choice:
 
 
 def choose(units: Sequence[Sequence[Choice]], capacity: int, most_cells: int = MOST_CELLS) -> list[int] | None:
-    """Index of the chosen `Choice` of each unit.
+    """Index of the chosen `Choice` of each unit; None when nothing fits.
 
-    None when even the smallest ones exceed `capacity` bits.
-
-    Of equal losses the first choice listed is taken.
+    Nothing fits when even the smallest choices exceed `capacity` bits. Of equal losses the first one listed is taken.
     """
     smallest = [min(choice.bits for choice in unit) for unit in units]
     room = capacity - sum(smallest)
@@ -54,7 +51,7 @@ def choose(units: Sequence[Sequence[Choice]], capacity: int, most_cells: int = M
 
 
 def _cell(extra: list[list[int]], room: int, most_cells: int) -> int:
-    """Bits per cell: exact when that gives few enough cells."""
+    """Bits per cell: exact unless there would be too many cells."""
     exact = math.gcd(*(size for unit in extra for size in unit)) or 1
     return exact if room // exact <= most_cells else -(-room // most_cells)
 

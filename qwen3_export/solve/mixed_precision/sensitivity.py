@@ -9,21 +9,21 @@ One sweep over the blocks measures all units:
 
     1. mean x xᵀ of every linear's inputs, from the calibration samples in the original model
     2. each scheme's error tr(ΔHΔᵀ), from at most `SAMPLED_ROWS` output rows of every linear
-    3. the unit solved with one scheme, the probe, in an otherwise original model, on samples of
-       which the solver knows nothing, without what a target shift will repair (`mixed_precision.compensation`);
-       from there on those samples run beside the original
+    3. the unit solved with one scheme, the probe, in an otherwise original model; from its block on, samples that the
+       solver has not seen run through that model beside the original. The part of the error that a target shift will
+       compensate is subtracted (`mixed_precision.compensation`)
 
-An embedding that is quantized starts samples of its own at block 0; a head meets the original's samples at the
-end, and a tied matrix does both (`mixed_precision.embedding_units`).
+A quantized embedding has samples of its own from block 0 on; a quantized head is applied to the original's samples
+at the end, and a tied matrix does both (`mixed_precision.embedding_units`).
 
     loss(unit, scheme) = KL(unit, probe) · tr(ΔHΔᵀ)(scheme) / tr(ΔHΔᵀ)(probe)
 
-Where the recipe folds scales (`blocks.fold`), every block is folded before its units are measured, on every
-eighth calibration sample and with the probes: the model stays the same function.
+Where the recipe folds scales (`blocks.fold`), every block is folded before its units are measured, by every eighth
+calibration sample and the probes' schemes. Folding does not change what the model computes.
 
-Two blocks are in memory; hidden states are files of samples `[1, tokens, hidden]` in fp32, of which there
-is one set per unit. Of L blocks a measured sample costs some 2·L forward passes (3.5·L if linears are not
-fused), a calibration sample one, and 4 (or 9) more where compensation is fitted.
+Two blocks are in memory. Hidden states are files of samples `[1, tokens, hidden]` in fp32, one set per unit. In a model
+of L blocks a measured sample costs some 2·L forward passes (3.5·L if linears are not fused); a calibration sample costs
+one, and 4 (or 9) more where compensation is fitted.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ from qwen3_export.solve.rounding.row_chunks import quadratic_form
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """One unit's KL as its `probe`, and every scheme's tr(ΔHΔᵀ).
+    """KL of the model with one unit stored as `probe`, nats per token.
 
-    The KL is in nats per token, with only this unit quantized.
+    `errors` has tr(ΔHΔᵀ) of every scheme.
     """
 
     unit: Unit
@@ -82,9 +82,9 @@ class Sensitivity:
 
 
 def steps(study: Study) -> int:
-    """How often `measure_sensitivities` ticks.
+    """How often `measure_sensitivities` calls `tick`.
 
-    It ticks for each unit once per block from its own on, for the original once per block, then for each sample.
+    For each unit it is once per block from its own on, for the original once per block, and at the end once per sample.
     """
     layers = study.checkpoint.config.num_layers
     return layers + sum(min(layers - unit.layer, layers) for unit in study.schemes) + len(study.held_out)
@@ -128,10 +128,7 @@ def measure_sensitivities(study: Study, tick: Callable[[], object] = lambda: Non
 
 @dataclass(frozen=True)
 class _SolvedUnit:
-    """A unit's tr(ΔHΔᵀ) by scheme, and its weights as the probe.
-
-    The weights have local names.
-    """
+    """A unit's tr(ΔHΔᵀ) by scheme, and its weights as the probe, by local name."""
 
     unit: Unit
     errors: Mapping[QuantScheme, float]
@@ -139,7 +136,7 @@ class _SolvedUnit:
 
 
 def _fold(kind: str, study: Study, block: Block, before: SampleFile) -> None:
-    """Move a block's scales as `quantize` will, with every unit stored as its probe."""
+    """Fold a block's scales as `quantize` does, with every unit stored as its probe."""
     probes = {
         n: schemes[0] for unit, schemes in study.schemes.items() if unit.layer == block.layer for n in unit.shapes
     }
@@ -154,7 +151,7 @@ def _fold(kind: str, study: Study, block: Block, before: SampleFile) -> None:
 
 
 def _start(study: Study, block: Block, before: SampleFile, chosen: Sequence[int] | None = None) -> BlockRun:
-    """A run of the calibration samples, or some, before the block."""
+    """Start a run of the calibration samples, or of some, at the block's entrance."""
     count, length = len(study.calibration), len(study.calibration[0])
     settings = RunSettings(study.pool, rope_tables(block.config, 0, length), at_once(study))
     own = SampleFile(before.path, (1, length, block.config.hidden_size))
@@ -166,7 +163,7 @@ def _solve_layer(
 ) -> tuple[list[_SolvedUnit], SampleFile]:
     """Solve the units of a block.
 
-    Also the calibration samples' hidden states after the block as it is.
+    Returns them, and the calibration samples' hidden states after the unquantized block.
     """
     solved, run = [], _start(study, block, before)
     with closing(run.states):
@@ -186,7 +183,7 @@ def _run_variant(
 ) -> Variant:
     """Run the measured samples through the block with one unit quantized.
 
-    What later linears compensate is taken out.
+    The part of the error that later linears compensate is subtracted.
     """
     config, unit, compensation = study.checkpoint.config, solved.unit, Compensation()
     changed = Block(config, unit.layer, {**block.weights, **solved.weights})
@@ -207,9 +204,9 @@ def _run_variant(
 
 
 class _Hessians:
-    """Mean x xᵀ `[in, in]` of the present stage's inputs.
+    """Hessians of the present stage's inputs: mean x xᵀ `[in, in]`.
 
-    A dense block's is kept for its other linears.
+    The one of a dense stage is kept, since all its linears share it.
     """
 
     def __init__(self, run: BlockRun) -> None:
@@ -217,7 +214,7 @@ class _Hessians:
         self._kept: Tensor | None = None
 
     def of(self, name: str) -> Tensor:
-        """That of one linear, by local name."""
+        """The Hessian of one linear's inputs, by local name."""
         if not is_expert(name) and self._kept is not None:
             return self._kept
         found = input_moments(self.run, name).hessian
@@ -252,7 +249,7 @@ def _solve(
 
 
 def _forward(study: Study, block: Block, before: SampleFile, after: SampleFile) -> None:
-    """Run the measured samples of one file through a block, into another or back."""
+    """Run one file's samples through a block, into another file or back."""
     rope = rope_tables(study.checkpoint.config, 0, len(study.held_out[0]))
     samples = range(len(study.held_out))
     study.pool.map(lambda sample: after.write(sample, block.forward(before.read(sample), rope)), samples)

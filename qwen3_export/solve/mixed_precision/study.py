@@ -1,4 +1,4 @@
-"""What a search measures, and on which samples: plain data."""
+"""What a search measures, and on which samples, as plain data."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from qwen3_export.solve.mixed_precision.units import Unit
 
 @dataclass(frozen=True)
 class Study:
-    """What is measured: `schemes` per unit, the probe first.
+    """A measurement of units: `schemes` has the candidates of each, the probe first.
 
-    Samples to solve with, samples to measure on.
+    `calibration` are token ids of the samples to solve with, `held_out` of those to measure on.
     """
 
     checkpoint: Checkpoint
@@ -40,10 +40,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Variant:
-    """The model with only one unit quantized: its errors and hidden states.
-
-    It may have a head of its own.
-    """
+    """The model with only one unit quantized: its errors, hidden states, and perhaps head."""
 
     unit: Unit
     probe: QuantScheme

@@ -3,8 +3,8 @@
     fused      q,k,v │ o │ gate,up │ down      vLLM and SGLang multiply these together
     separate   q │ k │ v │ o │ gate │ up │ down
 
-In a sparse block a unit has the linears of all experts. Where asked, the embedding is a unit before block 0
-and the head one behind the last block; of a tied model the one matrix is the first of these.
+In a sparse block a unit has the linears of all experts. If asked for, the embedding is a unit before block 0, and an
+untied head a unit after the last block.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ OUTER = -1
 
 @dataclass(frozen=True)
 class Unit:
-    """Linears of one block and stage, by local name `{name: [out, in]}`.
+    """Linears of one block and stage, or at stage `OUTER` embedding or head.
 
-    Or, at stage `OUTER`, embedding or head.
+    `shapes` are `{local name: [out, in]}`, `pattern` is the shell pattern of these names.
     """
 
     layer: int
@@ -34,7 +34,7 @@ class Unit:
 
     @property
     def match(self) -> str:
-        """The pattern of a recipe's rule."""
+        """The pattern of a recipe's rule for this unit."""
         return self.pattern if self.stage == OUTER else f"*.layers.{self.layer}.{self.pattern}"
 
     @property
@@ -49,19 +49,13 @@ class Unit:
         return sum(round(scheme.bits_per_weight(shape) * math.prod(shape)) for shape in self.shapes.values())
 
     def sharing_input(self) -> Iterator[list[str]]:
-        """Local names of the linears that read the same input.
-
-        They are all of the unit's, or those of one expert.
-        """
+        """Local names of linears that read the same input: all, or an expert's."""
         owners = dict.fromkeys(name.rpartition(".")[0] for name in self.shapes)
         yield from ([name for name in self.shapes if name.rpartition(".")[0] == owner] for owner in owners)
 
 
 def units(config: Qwen3Config, fused: bool, outer: bool = False) -> list[Unit]:
-    """All units of a model, in the order they run.
-
-    With embedding and head if `outer`.
-    """
+    """All units of a model in running order, embedding and head if `outer`."""
     ends = [Unit(-1, OUTER, EMBEDDING, {EMBEDDING: config.outer_matrices()[EMBEDDING]})]
     found = ends if outer else []
     for layer in range(config.num_layers):

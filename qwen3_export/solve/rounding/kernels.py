@@ -110,7 +110,7 @@ def _make_scales(kind: int, top: np.float32, storage: Storage, lines: Array, bit
 
 @contracted
 def _errors(work: Array, weights: Array, top: np.float32, lines: Array) -> None:
-    """Σ importance · (w / s − code + z)² · s² of every row."""
+    """Every row's Σ importance · (w / s − code + z)² · s²."""
     scale, zero, total = lines[_SCALE], lines[_ZEROS], lines[_TOTAL]
     inverse, lowest, highest = lines[_INVERSE], lines[_LOWEST], lines[_HIGHEST]
     for r in range(TILE):

@@ -6,7 +6,7 @@
         codes   GPTQ's recursion on that grid; later blocks compensate the errors that are left
 
 A block's weights are `code · scale + offset`. Offsets are subtracted from the weights before the columns are
-    rounded, so that the loops for integers can be used: W − O is rounded onto code · scale, with the same error.
+rounded, so that the loops for integers can be used: W − O is rounded onto code · scale, with the same error.
 """
 
 from __future__ import annotations
