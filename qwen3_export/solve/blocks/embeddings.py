@@ -3,18 +3,18 @@
     embedding ─▶ block 0 ─▶ … ─▶ last block ─▶ norm ─▶ head
     first: block 0 is calibrated on what is shipped      last: solved on what the quantized blocks hand on
 
-Rows of an embedding are looked up and never multiplied, so their own squared error is all there is: it
-is rounded to nearest, whatever the method. A head is solved by the recipe's method, as a linear is. The
-one matrix of a tied model is both. It is solved first, by the recipe's method, against
+Rows of an embedding are looked up and not multiplied, so only their own squared error matters: an embedding is rounded
+to nearest, whatever the method. A head is solved by the recipe's method, like any linear. The matrix of a tied model is
+both. It is solved first, by the recipe's method, against
 
     H = ½ I + ½ mean x xᵀ / mean(diag)      x: inputs of the head in the original model
 
-Both halves count: with 4 bits in groups of 32 for this matrix alone, the reference model's KL is 0.0212
-rounded to nearest, 0.0145 solved against x alone, and 0.0133 so, where the looked-up rows come out no
-worse than rounded.
+Both halves matter. With 4 bits in groups of 32 for this matrix alone, the reference model's KL is 0.0212 after rounding
+to nearest, 0.0145 when solved against x alone, and 0.0133 against this H, where the rows as looked up have no larger
+error than after rounding to nearest.
 
-A vocabulary has many rows. They are independent of each other once the Hessian is known, so they are
-read, solved and turned into codes some at a time; only the codes are ever in memory as a whole.
+A vocabulary has many rows, which are independent of each other once the Hessian is known. So they are read and solved
+some at a time, and only the codes are in memory as a whole.
 """
 
 from __future__ import annotations
@@ -45,16 +45,15 @@ from qwen3_export.solve.method import LinearGroup, SolvedWeight
 from qwen3_export.solve.rounding.nearest import round_group
 from qwen3_export.solve.rounding.row_chunks import quadratic_form
 
-# The original runs ahead with every fourth sample.
+# For a tied matrix the original runs on every fourth sample before the block loop begins.
 AHEAD_EVERY = 4
 
 
 def solve_embedding(job: Job, tick: Callable[[], object] = lambda: None) -> SolvedLinear | None:
     """Solve the embedding, which is also the head when tied.
 
-    None when it stays in 16 bits.
-
-    With calibration samples, `tick` is called once per block for a tied matrix: the original runs ahead.
+    Returns None if it stays in 16 bits. For a tied matrix with calibration samples the original runs through all blocks
+    first; `tick` is called once per block.
     """
     scheme = job.recipe.scheme_for(EMBEDDING)
     if scheme is None:
@@ -84,11 +83,9 @@ def tied_hessian(
     checkpoint: Checkpoint, samples: Sequence[NDArray], file: SampleFile, pool: Workers, device: str = "cpu",
     tick: Callable[[], object] = lambda: None,
 ) -> tuple[Tensor, int]:  # fmt: skip
-    """The H of a tied matrix, and its number of tokens.
+    """H of a tied matrix (see the module docstring), and its number of tokens.
 
-    See the module docstring for H.
-
-    The original runs once over the samples, whose hidden states are kept in `file`; one tick per block.
+    The original runs once over the samples, with hidden states in `file`; `tick` is called once per block.
     """
     config = checkpoint.config
     table, rope = Table(checkpoint.read(f"{EMBEDDING}.weight")), rope_tables(config, 0, len(samples[0]), device)
@@ -107,11 +104,9 @@ def tied_hessian(
 
 
 def solve_head(job: Job) -> SolvedLinear | None:
-    """Solve an untied head.
+    """Solve an untied head; None when it stays in 16 bits or is tied.
 
-    None when it stays in 16 bits or is the embedding.
-
-    With calibration samples, their hidden states behind the last block must be in the job's scratch folder.
+    With calibration samples, their hidden states after the last block must be in the job's scratch folder.
     """
     scheme = job.recipe.scheme_for(HEAD)
     if scheme is None or job.checkpoint.config.tie_word_embeddings:
@@ -139,7 +134,7 @@ def solve_row_chunks(
 ) -> SolvedWeight:
     """Solve a matrix `[vocab, hidden]` in pieces of rows.
 
-    The error is that of all pieces together.
+    The error that is returned is that of the whole.
     """
     rows, width = checkpoint.config.outer_matrices()[module]
     parts, error, total, step = [], 0.0, 0.0, out_rows_at_once(width)
@@ -154,9 +149,9 @@ def solve_row_chunks(
 
 
 def _inputs(job: Job) -> LinearInputs:
-    """Moments of the head's inputs behind the last block as it is now.
+    """Moments of the head's inputs after the quantized blocks.
 
-    With the original beside, in two parts.
+    They are paired where the original runs beside.
     """
     assert job.samples is not None
     length = len(job.samples.ids[0])
@@ -178,9 +173,9 @@ def _inputs(job: Job) -> LinearInputs:
 def head_moments(
     checkpoint: Checkpoint, files: Sequence[SampleFile], samples: Sequence[int], length: int, pool: Workers, device: str
 ) -> Moments:
-    """Moments of the head's inputs, which are normed hidden states.
+    """Moments of the head's inputs: hidden states after the last block and the norm.
 
-    The hidden states behind the last block are `[1, length, hidden]` per sample.
+    `files` have the hidden states before the norm, `[1, length, hidden]` per sample.
     """
     config = checkpoint.config
     sample = partial(_sample, files, {}, _final_norm(checkpoint, device), config.rms_norm_eps, device)
@@ -194,9 +189,9 @@ def _final_norm(checkpoint: Checkpoint, device: str) -> Tensor:
 def _sample(
     files: Sequence[SampleFile], places: Mapping[int, int], norm: Tensor, eps: float, device: str, sample: int
 ) -> SampleInputs:
-    """One sample's inputs of the head.
+    """One sample's inputs of the head, and their drift where the original runs beside.
 
-    With the original beside, their drift from its inputs too; its samples are at `places`.
+    `places` are the original's samples by number.
     """
     at = (sample, places.get(sample, sample))
     x, *original = (rms_norm(file.read(place)[0].to(device), norm, eps) for file, place in zip(files, at, strict=False))

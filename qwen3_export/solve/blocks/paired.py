@@ -1,13 +1,14 @@
 """Inputs of the quantized model's linears, compared with the original's on the same samples.
 
-Every eighth of the samples that run through both models is held out (`gptq.target_shift`). An expert is compared
-on the tokens that reach it in the quantized model, wherever the original sends them. The linears that read the
-layer's input are given the original's inputs of these tokens. The one that writes to the residual stream
-should answer y, its own output, and its share of `missing`, what the layer's experts together leave out:
+Every eighth of the samples that run through both models is held out (`gptq.target_shift`).
+
+An expert is compared on the tokens that reach it in the quantized model, even where the original sends them to other
+experts. For gate_proj and up_proj the original's inputs are those of the same tokens. The target of down_proj is its
+output y plus its share of `missing`, the error that the layer's experts together leave in the residual stream:
 
     y + mix / Σ mix² · missing      Σ over the token's experts
 
-If every expert answered that, nothing would be missing, and no smaller change of their answers would do.
+If every expert met its target, nothing would be missing; it is the smallest change of their outputs that achieves this.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ HELD_OUT = 8
 def add_missing_output(job: Job, runs: list[BlockRun], stage: int) -> None:
     """Add `missing` `[1, tokens, hidden]` to the quantized model's states.
 
-    This is done before experts write to the residual stream.
-
-    It is what the original, a stage ahead, has there and they will not; zeros where the original does not run.
+    This is done before experts write to the residual stream. `missing` is the original's residual stream after this
+    stage, which it has already run, less the one that the experts would leave. It is zero for samples that do not run
+    through the original.
     """
     ours, theirs = runs
     places = {sample: place for place, sample in enumerate(job.samples_of(ORIGINAL))}
@@ -49,11 +50,9 @@ def add_missing_output(job: Job, runs: list[BlockRun], stage: int) -> None:
 
 
 def linear_inputs(job: Job, name: str, runs: list[BlockRun], layer: LayerInputs) -> LinearInputs:
-    """The moments that one linear is solved against.
+    """Moments of one linear's inputs, paired where the original runs beside.
 
-    They are paired where the original runs too.
-
-    An expert that too few tokens reach gets what `layer` says, without the original.
+    An expert that too few tokens reach gets the moments of `layer`, without a comparison.
     """
     if len(runs) > 1:
         samples = [partial(_sample, job, name, some) for some in (runs, runs[:1])]
@@ -66,11 +65,10 @@ def linear_inputs(job: Job, name: str, runs: list[BlockRun], layer: LayerInputs)
 
 
 def paired_inputs(job: Job, samples: Sequence[Callable[[int], SampleInputs]], width: int) -> LinearInputs:
-    """Moments of the samples that run through both models, in two parts.
+    """Moments of `width` inputs over all samples, and over those with both models.
 
-    Those of the other samples are joined to them.
-
-    `samples` read one sample's inputs with the original beside, and alone; `width` is their number.
+    The latter are in two parts, fitted and held out. `samples` are two readers of one sample's inputs: with the
+    original beside, and without.
     """
     assert job.samples is not None
     beside, alone = samples
@@ -86,16 +84,13 @@ def paired_inputs(job: Job, samples: Sequence[Callable[[int], SampleInputs]], wi
 
 
 def split_held_out(samples: list[int]) -> tuple[list[int], list[int]]:
-    """The samples that are fitted, and every eighth, which is held out."""
+    """The samples to fit on, and every eighth, which is held out."""
     held_out = samples[HELD_OUT - 1 :: HELD_OUT]
     return [sample for sample in samples if sample not in held_out], held_out
 
 
 def _sample(job: Job, name: str, runs: list[BlockRun], sample: int) -> SampleInputs:
-    """One sample's inputs of a linear.
-
-    Where the original runs too, also their drift, or the target.
-    """
+    """One sample's inputs of a linear, with drift or target if the original runs."""
     alone, block, device = len(runs) == 1, runs[0].block, job.device
     expert, writes = is_expert(name), block.config.block(block.layer).stage_of(name).writes_residual
     more = () if alone or not writes else ("mix", "missing") if expert else ("residual",)
@@ -110,14 +105,14 @@ def _sample(job: Job, name: str, runs: list[BlockRun], sample: int) -> SampleInp
         else:
             wanted = theirs.states.read(place, ("residual",))["residual"] - state["residual"]
         return SampleInputs(x, target=wanted.reshape(-1, wanted.shape[-1]).to(device, x.dtype))
-    # The same tokens of the original: an expert's by the quantized model's choice.
+    # The original's inputs of the same tokens, which for an expert the quantized model has chosen.
     beside = {**state, **theirs.states.read(place, ("x",))}
     original = theirs.block.inputs_of(name, beside).to(device)
     return SampleInputs(x, (original.float() - x.float()).to(x.dtype))
 
 
 def _share(name: str, state: State) -> Tensor:
-    """One expert's share `[n, hidden]` of `missing`: see the module docstring."""
+    """One expert's share `[n, hidden]` of `missing`; see the module docstring."""
     chosen, mix = state["experts"] == expert_of(name), state["mix"]
     token = chosen.any(-1)
     part = mix[chosen] / mix.square().sum(-1)[token]

@@ -2,8 +2,8 @@
 
     rows of a linear, some at a time:   read ─▶ range, scale, codes (`rounding.kernels`) ─▶ their place in the result
 
-Nothing of the model runs, so that a block is no more than its codes, and no import is waited for but that of the
-compiled loops. What it makes is what `rounding.nearest` makes of the same weights.
+The model does not run, so a block takes no more memory than its codes, and only the compiled loops are imported. The
+result is the same as that of `rounding.nearest` for the same weights.
 """
 
 from __future__ import annotations
@@ -59,10 +59,7 @@ def import_loops() -> None:
 
 @dataclass(frozen=True)
 class _Linear:
-    """A linear `[out, in]` while its pieces of rows come in.
-
-    Scales and zeros are still in fp32.
-    """
+    """A linear `[out, in]` while its rows are rounded; scales in fp32."""
 
     name: str
     scheme: QuantScheme
@@ -71,7 +68,7 @@ class _Linear:
     zeros: NDArray[np.float32]
 
     def solved(self, missed: float, whole: float) -> SolvedWeight:
-        """All rows, as they go to the disk."""
+        """The finished linear, as it is written to the disk."""
         error, scheme = ratio(self.name, missed, whole), self.scheme
         zeros = None if scheme.symmetric else self.zeros.astype(np.uint8)
         scales = self.scales.astype(SCALE_TYPES[scheme.scale_dtype])
@@ -79,9 +76,9 @@ class _Linear:
 
 
 def solve_block(checkpoint: Checkpoint, recipe: Recipe, options: Any, layer: int, pool: Workers) -> SolvedBlock:
-    """Round a block's linears; raises RecipeError where a weight is no finite number.
+    """Round a block's linears; RecipeError where a weight is not finite.
 
-    `options` are those of `solve.methods.rtn`. Pieces are cut the same way whatever the number of threads.
+    `options` are those of `solve.methods.rtn`. The pieces do not depend on the number of threads.
     """
     config, prefix = checkpoint.config, block_name(layer)
     shapes = {f"{prefix}.{name}": shape for name, shape in config.linear_shapes(layer).items()}
@@ -110,11 +107,14 @@ def _pieces(shape: tuple[int, int]) -> list[slice]:
 
 
 def _round(checkpoint: Checkpoint, linear: _Linear, out_rows: slice, search: bool) -> tuple[float, float]:
-    """Read some rows and put their codes in place; Σ δ² and Σ w²."""
+    """Round some rows and put their codes in place.
+
+    Returns Σ δ² and Σ w².
+    """
     weight = checkpoint.rows(f"{linear.name}.weight", out_rows.start, out_rows.stop)
     scheme = linear.scheme
     scales, zeros, codes, missed, whole = round_groups(weight, scheme.group_length(weight.shape[1]), scheme, search)
-    # Sums of squares are not finite where a weight is not, or where it is too large for them.
+    # Sums of squares are not finite where a weight is not, or where its square is too large for fp64.
     if not np.isfinite(whole) and not np.isfinite(weight.astype(np.float32)).all():
         raise not_finite(linear.name)
     linear.codes[out_rows], linear.scales[out_rows], linear.zeros[out_rows] = codes, scales, zeros
