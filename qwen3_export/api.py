@@ -16,13 +16,15 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from qwen3_export.errors import InputError
 from qwen3_export.result import Result
 
 if TYPE_CHECKING:
     from qwen3_export.core.progress import Progress
+    from qwen3_export.ship.gguf import Options
+    from qwen3_export.ship.tensorrt.profiles import Profile
 
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
@@ -36,7 +38,7 @@ def refuse_unknown(function: str, given: Sequence[str], known: Sequence[str]) ->
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
-            raise InputError(f"{function}() takes no {name!r}", hint)
+            raise InputError(f"{function} takes no {name!r}", hint)
 
 
 def _named(function: Callable[Arguments, Answer]) -> Callable[Arguments, Answer]:
@@ -45,7 +47,7 @@ def _named(function: Callable[Arguments, Answer]) -> Callable[Arguments, Answer]
 
     @functools.wraps(function)
     def call(*values: Arguments.args, **named: Arguments.kwargs) -> Answer:
-        refuse_unknown(function.__name__, list(named), known)
+        refuse_unknown(f"{function.__name__}()", list(named), known)
         return function(*values, **named)
 
     return call
@@ -142,26 +144,54 @@ def plan(
     return Result(run(found, load_recipe(recipe), formats, settings, measure, _progress(progress)))
 
 
+@_named
 def export(
-    source: str | Path, output: str | Path, format: str, *, progress: OnProgress | None = None, **options: Any
+    source: str | Path,
+    output: str | Path,
+    format: Literal["onnx", "gguf", "tensorrt"],
+    *,
+    target: str | None = None,
+    flavor: str | None = None,
+    precision: str | None = None,
+    accuracy_level: int | None = None,
+    kv_cache: str | None = None,
+    opset: int | None = None,
+    max_shard_size: int | None = None,
+    type_name: str | None = None,
+    options: Options | None = None,
+    engine: str | None = None,
+    capabilities: Sequence[str] | None = None,
+    profile: Profile | None = None,
+    onnx_only: bool | None = None,
+    force: bool = False,
+    progress: OnProgress | None = None,
 ) -> Result:
-    """Write `source` as `onnx`, `gguf` or `tensorrt`; `options` are those of the format's exporter.
+    """Write `source` as `onnx`, `gguf` or `tensorrt`.
 
-    Returns what the command of that name prints with `--json`; raises `errors.ExportError`.
+    `target` to `max_shard_size` (bytes) are the options of `onnx`, `type_name` and `options` those of `gguf`, `engine`,
+    `precision`, `capabilities`, `profile` and `onnx_only` those of `tensorrt`. Returns what the command of that name
+    prints with `--json`; raises `errors.ExportError`.
     """
-    from qwen3_export.core.source import open_source
-
     if format not in FORMATS:
         raise InputError(f"format {format!r}: one of {', '.join(FORMATS)} was expected")
+    values = {
+        "target": target, "flavor": flavor, "precision": precision, "accuracy_level": accuracy_level,
+        "kv_cache": kv_cache, "opset": opset, "max_shard_size": max_shard_size, "type_name": type_name,
+        "options": options, "engine": engine, "capabilities": capabilities, "profile": profile,
+        "onnx_only": onnx_only,
+    }  # fmt: skip
+    given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     write = getattr(importlib.import_module(f"qwen3_export.ship.{format}"), f"export_{format}")
-    known = [name for name in inspect.signature(write).parameters if name not in ("checkpoint", "output", "progress")]
-    refuse_unknown("export", list(options), known)
+    known = [name for name in inspect.signature(write).parameters if name in values]
+    refuse_unknown(f"export to {format}", list(given), known)
     if format == "onnx":
         from qwen3_export.prove.cache import cache_cost, cache_scales
         from qwen3_export.prove.rounding import level_cost
 
-        options = {"measure": level_cost, "study_cache": (cache_scales, cache_cost), **options}
-    return Result(write(open_source(str(source)), Path(output), progress=_progress(progress), **options))
+        given |= {"measure": level_cost, "study_cache": (cache_scales, cache_cost)}
+    from qwen3_export.core.source import open_source
+
+    return Result(write(open_source(str(source)), Path(output), force=force, progress=_progress(progress), **given))
 
 
 @_named

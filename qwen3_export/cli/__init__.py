@@ -8,29 +8,30 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import os
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from qwen3_export.cli.streams import finish_streams, steady_streams
+from qwen3_export.cli.tables import plain
 from qwen3_export.core.process import STOPPING
 from qwen3_export.errors import ExportError, InputError, InputWarning
 
 _EXIT_INTERRUPTED = 130
 _EXIT_RESOURCES = 4
 _EXIT_INPUT = 2
-_GOES_ON = "finished blocks are kept: repeat the command to go on"
-_EXPORTS = "with --recipe, finished blocks are kept: repeat the command to go on; else nothing was written"
-_NOTHING = "nothing was to be written"
-_INTERRUPTED = {
-    "quantize": _GOES_ON,
-    **dict.fromkeys(("onnx", "gguf", "tensorrt"), _EXPORTS),
-    **dict.fromkeys(("run", "inspect", "plan"), _NOTHING),
-}
+_GOES_ON = "finished blocks are kept in {}: repeat the command to go on"
+_AGAIN = "nothing was written: repeat the command to start over"
+# Commands that write nothing, whatever happens.
+_READING = ("run", "inspect", "plan")
+# Where `quantize`, and an export with a recipe, keep what can be gone on with.
+_KEPT = (".partial", ".quantized.partial")
 
 
 def main() -> None:
@@ -62,7 +63,7 @@ def run(arguments: list[str]) -> int:
     except BaseException as error:
         if any(argument in ("-v", "--verbose") for argument in arguments) and not isinstance(error, SystemExit):
             traceback.print_exc()
-        return _report(error, arguments[0] if arguments else "")
+        return _report(error, arguments)
     return code if isinstance(code, int) else 0
 
 
@@ -80,7 +81,7 @@ def _told_warnings(quiet: bool) -> Iterator[None]:
                 usual(message, category, *place, **more)
             elif not quiet and str(message) not in told:
                 told.add(str(message))
-                print(f"warning: {message}", file=sys.stderr)
+                print(plain(f"warning: {message}", sys.stderr), file=sys.stderr)
 
         warnings.simplefilter("always", InputWarning)
         warnings.showwarning = show
@@ -100,7 +101,7 @@ def _check_utf8(arguments: list[str]) -> None:
             raise InputError(f"{option}{argument!a}: not valid UTF-8", "write it in UTF-8") from error
 
 
-def _report(error: BaseException, command: str = "") -> int:
+def _report(error: BaseException, arguments: Sequence[str] = ()) -> int:
     """Print `error: …` and `hint: …`, and return the exit code."""
     if isinstance(error, ExportError):
         return _say(str(error), error.hint, error.exit_code)
@@ -111,8 +112,7 @@ def _report(error: BaseException, command: str = "") -> int:
     if usage is not None:
         return _say(usage, "`qwen3-export COMMAND --help` shows the usage", _EXIT_INPUT)
     if _interrupted(error):
-        hint = _INTERRUPTED.get(command, "nothing was written: repeat the command to start over")
-        return _say("interrupted", hint, _EXIT_INTERRUPTED)
+        return _say("interrupted", _after_interrupt(arguments), _EXIT_INTERRUPTED)
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return _say("no more threads may be started", "give fewer --threads, or raise the limit", _EXIT_RESOURCES)
     if isinstance(error, MemoryError):
@@ -127,6 +127,19 @@ def _report(error: BaseException, command: str = "") -> int:
         raise error
     hint = "this is a bug of qwen3-export: please report it with the traceback, which --verbose shows"
     return _say(f"unexpected {type(error).__name__}: {error}", hint, _EXIT_INPUT)
+
+
+def _after_interrupt(arguments: Sequence[str]) -> str:
+    """What there is of an interrupted command's output, and what to do next."""
+    if arguments and arguments[0] in _READING:
+        return "nothing was to be written"
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        name, _, value = argument.partition("=")
+        output = value if name == "--output" and value else argument if before in ("-o", "--output") else ""
+        for kept in (Path(f"{output}{ending}") for ending in _KEPT if output):
+            if os.path.lexists(kept):
+                return _GOES_ON.format(kept)
+    return _AGAIN
 
 
 def _interrupted(error: BaseException) -> bool:
@@ -153,9 +166,9 @@ def _where(error: OSError) -> str:
 
 
 def _say(message: str, hint: str | None, code: int) -> int:
-    print(f"error: {message.splitlines()[0] if message else 'unknown'}", file=sys.stderr)
+    print(plain(f"error: {message.splitlines()[0] if message else 'unknown'}", sys.stderr), file=sys.stderr)
     if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+        print(plain(f"hint: {hint}", sys.stderr), file=sys.stderr)
     return code
 
 

@@ -5,15 +5,32 @@ They share output options, progress, and JSON or a table.
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
+from typer.core import TyperGroup
 
 from qwen3_export import __version__
 from qwen3_export.cli.console import Console
 
+# The order in which a newcomer needs them.
+ORDER = (
+    *("demo", "inspect", "plan", "recipes", "quantize", "calibrate", "onnx", "gguf", "tensorrt", "triton"),
+    *("reference", "tasks", "validate", "bench", "run", "compare", "gate"),
+)
+
+
+class _InOrder(TyperGroup):
+    """The commands in their order, not in that of the imports."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names of all commands."""
+        return sorted(super().list_commands(ctx), key=ORDER.index)
+
+
 app = typer.Typer(
     name="qwen3-export",
+    cls=_InOrder,
     help="Take a Qwen3 checkpoint to an edge device, and prove that it arrived intact.",
     epilog="Start with `qwen3-export demo`, which does everything on a small model that comes along.",
     no_args_is_help=True,
@@ -21,7 +38,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-recipes = typer.Typer(help="List and show recipes.", no_args_is_help=True, rich_markup_mode=None)
+recipes = typer.Typer(help="List, show and search recipes.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(recipes, name="recipes")
 
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
@@ -29,6 +46,16 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no l
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Log every step; tracebacks on errors.")]
 Source = Annotated[str, typer.Argument(help="A folder, a hub id, or `reference-model`.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Shipped recipes that begin so, for the shell's completion; it names files itself."""
+    from qwen3_export.core.recipe import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+Recipe = Annotated[str, typer.Option(help="A shipped recipe's name, or a YAML file.", autocompletion=complete_recipe)]
 
 
 def console(json: bool, quiet: bool, verbose: bool) -> Console:

@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from qwen3_export.cli.companions import describe_imatrix, describer
 from qwen3_export.cli.console import fields, size, table
+from qwen3_export.cli.show_companions import show_companion
 from qwen3_export.core.files import read_object
 from qwen3_export.core.gguf_header import GgufTensor, read_gguf_header
 from qwen3_export.core.manifest import MANIFEST, read_manifest
@@ -24,17 +26,26 @@ _OURS, _FOREIGN = "qwen3-export", "another tool"
 
 
 def is_artifact(path: Path) -> bool:
-    """Whether a path is something that `describe_artifact` knows."""
-    return path.is_file() or (path.is_dir() and is_onnx(path))
+    """Whether a path is something that `describe_artifact` knows.
+
+    Any file is, and a folder that is no checkpoint.
+    """
+    return path.is_file() or (path.is_dir() and (is_onnx(path) or describer(path) is not None))
 
 
 def describe_artifact(path: Path) -> dict[str, Any]:
-    """Types, sizes and provenance; InputError for a file that is neither ONNX nor GGUF."""
+    """Types, sizes and provenance; InputError for a file that is nothing of ours."""
+    found = describer(path)
+    if found:
+        return found(path)
     return _onnx(path) if is_onnx(path) else _gguf(path)
 
 
 def show_artifact(values: dict[str, Any]) -> None:
     """A table of types and one of tensors, layers taken together."""
+    if "types" not in values:
+        show_companion(values)
+        return
     single = {key: value for key, value in values.items() if not isinstance(value, dict | list)}
     counted = {key: values.get(key, {}) for key in ("operators", "opsets")}
     lists = {key: ", ".join(f"{a} ({b})" for a, b in items.items()) for key, items in counted.items() if items}
@@ -86,6 +97,8 @@ def _onnx(path: Path) -> dict[str, Any]:
 
 def _gguf(path: Path) -> dict[str, Any]:
     header = read_gguf_header(path)
+    if header.values.get("general.type") == "imatrix":
+        return describe_imatrix(path)
     ours = {key.removeprefix("qwen3_export."): value for key, value in header.values.items() if "qwen3_export." in key}
     return {
         "artifact": str(path),

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console
-from qwen3_export.cli.console import Console, size, table
+from qwen3_export.cli.console import Console, size, table, tell
 from qwen3_export.cli.prove import Artifacts, Report, RunDevice, Texts, Threads, find, plan_note
 from qwen3_export.core.outputs import check_output
 from qwen3_export.errors import InputError
@@ -42,7 +42,7 @@ def bench(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure prefill, decode, load time and peak memory on this device."""
+    """Measure speed, load time and peak memory on this device."""
     from qwen3_export.prove.latency import Workload, judged
     from qwen3_export.prove.latency import bench as run
     from qwen3_export.prove.report import append_summary, write_report
@@ -103,4 +103,4 @@ def _benched(result: dict[str, Any]) -> None:
         plan_note(item)
         for check in item.get("gate", {}).get("checks", ()):
             if not check["passed"]:
-                print(f"{item['artifact']}: {explain(check)}")
+                tell(f"{item['artifact']}: {explain(check)}")

@@ -10,9 +10,8 @@ import typer
 from qwen3_export.cli.app import Force, Json, Quiet, Source, Verbose, app, console
 from qwen3_export.cli.console import fields, size
 from qwen3_export.core.outputs import check_output
-from qwen3_export.core.processors import MOST_THREADS
+from qwen3_export.core.processors import MOST_THREADS, check_device_name
 from qwen3_export.core.source import open_source
-from qwen3_export.errors import InputError
 
 
 @app.command(epilog="Example: qwen3-export calibrate reference-model --output imatrix.gguf --samples 16")
@@ -32,11 +31,13 @@ def calibrate(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure an importance matrix for llama.cpp's quantizer, and for `gguf --imatrix`."""
+    """Measure an importance matrix, for `gguf --imatrix`.
+
+    It is in llama.cpp's own format, so its quantizer takes it too.
+    """
     checkpoint = open_source(source)
     check_output(output, [checkpoint.folder, calibration], force, folder=False)
-    if device not in ("cpu", "cuda"):
-        raise InputError(f"--device {device}: cpu or cuda was expected")
+    check_device_name(device)
     checkpoint.hash_ahead()
     from qwen3_export.model.workers import import_torch
 

@@ -12,7 +12,8 @@ from typing import Any
 from qwen3_export.cli.tables import plain, table
 from qwen3_export.core.progress import Progress
 
-__all__ = ["Console", "fields", "nats", "size", "table", "verdict"]
+_AT_ONCE = 0.1
+__all__ = ["Console", "fields", "nats", "size", "table", "tell", "verdict", "yaml_text"]
 
 
 class Console(Progress):
@@ -28,7 +29,9 @@ class Console(Progress):
         if not self._live:
             started = time.monotonic()
             yield lambda: None
-            self.say(f"{label}: done in {time.monotonic() - started:.1f} s")
+            seconds = time.monotonic() - started
+            # What is done at once is worth no line of a log.
+            (self.say if seconds >= _AT_ONCE else self.log)(f"{label}: done in {seconds:.1f} s")
             return
         from rich.console import Console as RichConsole
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -49,7 +52,7 @@ class Console(Progress):
     def say(self, text: str) -> None:
         """A line of progress for everyone but the quiet."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(plain(text, sys.stderr), file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         """A line about where the work stands."""
@@ -71,6 +74,18 @@ class Console(Progress):
             print(json.dumps(values, ensure_ascii=not encoding.startswith("utf")))
         else:
             lines()
+
+
+def tell(text: str) -> None:
+    """A line of the result on stdout."""
+    print(plain(text))
+
+
+def yaml_text(values: dict[str, Any]) -> str:
+    """A result as YAML, in signs that stdout has."""
+    import yaml
+
+    return plain(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100))
 
 
 def fields(values: dict[str, Any]) -> None:

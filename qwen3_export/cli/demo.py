@@ -16,10 +16,11 @@ from typing import Annotated, Any
 import typer
 
 from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console
-from qwen3_export.cli.console import Console, nats, size, table, verdict
+from qwen3_export.cli.console import Console, nats, size, table, tell, verdict
 from qwen3_export.cli.demo_rival import BUILDER, build, builder_is_there
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.manifest import write_manifest
+from qwen3_export.core.model_card import update_card
 from qwen3_export.core.outputs import staged_folder
 from qwen3_export.core.process import uninterrupted
 from qwen3_export.core.recipe import load_recipe
@@ -29,6 +30,8 @@ from qwen3_export.errors import MissingRuntimeError
 # What a healthy artifact of the embedded model stays under, nats per token.
 LIMITS = {"16 bit": 1e-3, "8 bit": 2e-3, "4 bit": 0.05, "another tool's": 0.5}
 _SAMPLES, _LENGTH, _HELD_OUT = 64, 256, 8_000
+# Bits per weight: of the decoder's linears where they are known, and in all.
+Bits = tuple[float | None, float]
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,18 @@ class Product:
     name: str
     needs: tuple[str, ...]
     limit: str
-    make: Callable[[Path], float]
+    make: Callable[[Path], Bits]
+
+
+class _Calm(Console):
+    """Keeps doubts about the machine to the report.
+
+    The demo shows what there is, it is no measurement.
+    """
+
+    def warn(self, text: str) -> None:
+        """See `Console.warn`."""
+        self.log(f"warning: {text}")
 
 
 @app.command(epilog="Example: qwen3-export demo --output demo-output")
@@ -54,9 +68,10 @@ def demo(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Quantize the embedded model, export it everywhere, validate each artifact.
+    """Do the main job on the embedded model: a first look.
 
-    Every format that this machine can write is made, and validated in its own runtime.
+    It is quantized and written in every format that this machine can write; each artifact is validated and timed in its
+    own runtime. One table at the end.
     """
     show, started = console(json, quiet, verbose), time.monotonic()
     _need_torch()
@@ -81,7 +96,7 @@ def _need_torch() -> None:
         importlib.import_module("torch")
 
 
-def _make(folder: Path, show: Console) -> tuple[dict[str, tuple[float, str]], dict[str, str]]:
+def _make(folder: Path, show: Console) -> tuple[dict[str, tuple[Bits, str]], dict[str, str]]:
     """Quantize and export.
 
     `{file name: (bits per weight, kind of limit)}` and what was left out, why.
@@ -89,7 +104,7 @@ def _make(folder: Path, show: Console) -> tuple[dict[str, tuple[float, str]], di
     quantized = {
         name: _quantize(folder, name, show) for name in ("rtn-w4a16-g128", "gptq-w4a16-g128", "edge-w4", "gguf-q4_k_m")
     }
-    made: dict[str, tuple[float, str]] = {name: (bits, "4 bit") for name, bits in quantized.items()}
+    made: dict[str, tuple[Bits, str]] = {name: (bits, "4 bit") for name, bits in quantized.items()}
     skipped = {}
     for product in _products(folder, show):
         missing = [module for module in product.needs if importlib.util.find_spec(module) is None]
@@ -101,38 +116,41 @@ def _make(folder: Path, show: Console) -> tuple[dict[str, tuple[float, str]], di
     return made, skipped
 
 
-def _quantize(folder: Path, recipe: str, show: Console) -> float:
+def _bits(result: dict[str, Any]) -> Bits:
+    return result.get("linear_bits_per_weight"), result["bits_per_weight"]
+
+
+def _quantize(folder: Path, recipe: str, show: Console) -> Bits:
     from qwen3_export.solve.job import QuantizeSettings
     from qwen3_export.solve.quantize import quantize
 
     settings = QuantizeSettings(samples=_SAMPLES, sequence_length=_LENGTH)
-    result = quantize(open_source(REFERENCE_MODEL), load_recipe(recipe), folder / recipe, settings, show)
-    return result["bits_per_weight"]
+    return _bits(quantize(open_source(REFERENCE_MODEL), load_recipe(recipe), folder / recipe, settings, show))
 
 
 def _products(folder: Path, show: Console) -> list[Product]:
-    def onnx(source: str, level: int | None = None) -> Callable[[Path], float]:
-        def make(output: Path) -> float:
+    def onnx(source: str, level: int | None = None) -> Callable[[Path], Bits]:
+        def make(output: Path) -> Bits:
             from qwen3_export.prove.rounding import level_cost
             from qwen3_export.ship.onnx import export_onnx
 
             options: dict[str, Any] = {"accuracy_level": level, "progress": show, "measure": level_cost}
-            return export_onnx(_open(folder, source), output, **options)["bits_per_weight"]
+            return _bits(export_onnx(_open(folder, source), output, **options))
 
         return make
 
-    def gguf(source: str, kind: str | None = None) -> Callable[[Path], float]:
-        def make(output: Path) -> float:
+    def gguf(source: str, kind: str | None = None) -> Callable[[Path], Bits]:
+        def make(output: Path) -> Bits:
             from qwen3_export.ship.gguf import export_gguf
 
-            return export_gguf(_open(folder, source), output, kind, progress=show)["bits_per_weight"]
+            return _bits(export_gguf(_open(folder, source), output, kind, progress=show))
 
         return make
 
-    def plan(output: Path) -> float:
+    def plan(output: Path) -> Bits:
         from qwen3_export.ship.tensorrt import export_tensorrt
 
-        return export_tensorrt(_open(folder, "gptq-w4a16-g128"), output, progress=show)["bits_per_weight"]
+        return _bits(export_tensorrt(_open(folder, "gptq-w4a16-g128"), output, progress=show))
 
     to_onnx, to_gguf = ("onnx_ir", "onnxruntime"), ("gguf", "xllamacpp")
     return [
@@ -152,17 +170,19 @@ def _open(folder: Path, source: str) -> Any:
     return open_source(source) if source == REFERENCE_MODEL else open_checkpoint(folder / source)
 
 
-def _prove(folder: Path, made: dict[str, tuple[float, str]], show: Console) -> dict[str, Any]:
+def _prove(folder: Path, made: dict[str, tuple[Bits, str]], show: Console) -> dict[str, Any]:
     """Validate and bench everything against the original; one result per artifact."""
     from qwen3_export.prove.latency import Workload, bench
     from qwen3_export.prove.validate import open_reference, validate
 
     reference = open_reference(REFERENCE_MODEL, tokens=_HELD_OUT, progress=show)
     results = []
-    for name, (bits, kind) in made.items():
+    for name, ((linears, bits), kind) in made.items():
         drift = validate([folder / name], reference, {"max_kl": LIMITS[kind]}, progress=show)["results"][0]
-        results.append({**drift, "bits_per_weight": bits})
-    speeds = bench([folder / name for name in made], Workload((128, 512), new_tokens=32, repeat=3), show)["results"]
+        update_card(folder / name, drift)
+        results.append({**drift, "bits_per_weight": bits, "linear_bits_per_weight": linears})
+    workload, calm = Workload((128, 512), new_tokens=32, repeat=3), _Calm(show.json, show.quiet, show.verbose)
+    speeds = bench([folder / name for name in made], workload, calm)["results"]
     results = [{**drift, **speed} for drift, speed in zip(results, speeds, strict=True)]
     return {"results": results, "passed": all(item["gate"]["passed"] for item in results)}
 
@@ -175,11 +195,12 @@ def _relocate(result: dict[str, Any], partial: Path, output: Path) -> dict[str, 
 
 
 def _print(result: dict[str, Any]) -> None:
-    headers = ["artifact", "runtime", "bits/weight", "size", "KL (nats)", "top-1", "ppl ratio"]
+    headers = ["artifact", "runtime", "linears", "bits/weight", "size", "KL (nats)", "top-1", "ppl ratio"]
     rows = [
         [
             Path(item["artifact"]).name,
             item["runtime"],
+            "-" if item["linear_bits_per_weight"] is None else f"{item['linear_bits_per_weight']:.2f}",
             f"{item['bits_per_weight']:.2f}",
             size(item["bytes"]),
             nats(item),
@@ -193,5 +214,5 @@ def _print(result: dict[str, Any]) -> None:
     ]
     table([*headers, "prefill tok/s", "decode tok/s", "verdict"], rows)
     for name, reason in result["skipped"].items():
-        print(f"skipped {name}: {reason}")
-    print(f"{result['seconds']:.0f} s; artifacts in {result['output']}, report: {result['output']}/report/report.html")
+        tell(f"skipped {name}: {reason}")
+    tell(f"{result['seconds']:.0f} s; artifacts in {result['output']}, report: {result['output']}/report/report.html")

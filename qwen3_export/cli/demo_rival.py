@@ -19,8 +19,11 @@ def builder_is_there() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("onnxruntime_genai", "transformers", "torch"))
 
 
-def build(output: Path) -> float:
-    """Write the builder's folder, with its defaults for a CPU; returns bits per weight."""
+def build(output: Path) -> tuple[None, float]:
+    """Write the builder's folder, with its defaults for a CPU.
+
+    Returns bits per weight: of linears alone, which is not known, and in all.
+    """
     checkpoint = open_source(REFERENCE_MODEL)
     cache = output.with_name(f".{output.name}.cache")
     command = [sys.executable, "-m", _MODULE, "-i", str(checkpoint.folder), "-o", str(output), "-c", str(cache)]
@@ -32,4 +35,4 @@ def build(output: Path) -> float:
             "uninstall onnxruntime-genai, or mend it: the demo compares with it where it is installed",
         )
     data = sum(path.stat().st_size for path in output.glob("*.onnx.data"))
-    return 8 * data / checkpoint.config.num_parameters
+    return None, 8 * data / checkpoint.config.num_parameters

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console
-from qwen3_export.cli.console import table
+from qwen3_export.cli.console import table, tell
 from qwen3_export.core.outputs import check_output
 
 Reports = Annotated[Path | None, typer.Option("--report", help="Folder for report.json, .md, .html and .xml (JUnit).")]
@@ -55,8 +55,8 @@ def _gated(result: dict[str, Any]) -> None:
     table(shown.headers, shown.rows)
     for item in result["pairs"]:
         if item["reason"]:
-            print(f"{item['artifact']}: {item['metric']} is inconclusive: {item['reason']}")
-    print(f"verdict: {result['verdict']}")
+            tell(f"{item['artifact']}: {item['metric']} is inconclusive: {item['reason']}")
+    tell(f"verdict: {result['verdict']}")
 
 
 @app.command(epilog="Example: qwen3-export compare report-q4 report-q8 --report comparison")
@@ -68,7 +68,10 @@ def compare(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Put candidates side by side: size, drift and speed, the Pareto front marked."""
+    """Put candidates side by side, the Pareto front marked.
+
+    Size, drift and speed come from reports of `validate` and `bench`.
+    """
     from qwen3_export.prove.compare import compare as run
     from qwen3_export.prove.report import append_summary, write_report
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qwen3_export.cli.app import complete_recipe
 from qwen3_export.cli.console import Console
 from qwen3_export.cli.solve import parse_bytes
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.outputs import check_output, working_folder
 from qwen3_export.core.process import uninterrupted
-from qwen3_export.core.processors import MOST_THREADS
+from qwen3_export.core.processors import MOST_THREADS, check_device_name
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
 from qwen3_export.errors import InputError
@@ -23,13 +24,16 @@ from qwen3_export.errors import InputError
 if TYPE_CHECKING:
     from qwen3_export.solve.job import QuantizeSettings
 
-RecipeOption = Annotated[str | None, typer.Option(help="Quantize a 16-bit source with this recipe first.")]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(help="Quantize a 16-bit source with this recipe first.", autocompletion=complete_recipe),
+]
 # What quantizing on the way takes; None is quantize's own default, and says that nothing was asked for.
 Calibration = Annotated[str | None, typer.Option(help="With --recipe: as for quantize (default: bundled).")]
-Samples = Annotated[int | None, typer.Option(min=1, max=1_000_000, help="With --recipe: calibration rows.")]
-SequenceLength = Annotated[int | None, typer.Option(min=16, max=1 << 20, help="With --recipe: tokens per row.")]
+Samples = Annotated[int | None, typer.Option(min=1, max=1_000_000, help="With --recipe: calibration samples.")]
+SequenceLength = Annotated[int | None, typer.Option(min=16, max=1 << 20, help="With --recipe: tokens per sample.")]
 Seed = Annotated[
-    int | None, typer.Option(min=0, max=(1 << 63) - 1, help="With --recipe: chooses the calibration rows.")
+    int | None, typer.Option(min=0, max=(1 << 63) - 1, help="With --recipe: chooses the calibration samples.")
 ]
 Memory = Annotated[str | None, typer.Option(help="With --recipe: refuse to start when more is needed, e.g. 8GiB.")]
 Device = Annotated[str | None, typer.Option(help="With --recipe: `cpu` or `cuda`.")]
@@ -64,8 +68,7 @@ class Quantizing:
                 f"--{next(iter(given)).replace('_', '-')} is about quantizing, and there is no --recipe",
                 "add --recipe NAME, or leave it away",
             )
-        if given.get("device", "cpu") not in ("cpu", "cuda"):
-            raise InputError(f"--device {given['device']}: cpu or cuda was expected")
+        check_device_name(given.get("device", "cpu"))
         if "memory" in given:
             given["memory"] = parse_bytes(given["memory"])
         from qwen3_export.solve.job import QuantizeSettings

@@ -5,14 +5,15 @@ And where its result can go.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
-from qwen3_export.cli.app import Json, Quiet, Source, Verbose, app, console
-from qwen3_export.cli.console import fields, size, table
+from qwen3_export.cli.app import Json, Quiet, Recipe, Source, Verbose, app, console
+from qwen3_export.cli.console import fields, size, table, tell
 from qwen3_export.cli.solve import parse_bytes
-from qwen3_export.core.processors import MOST_THREADS
+from qwen3_export.core.processors import MOST_THREADS, check_device_name
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
 
@@ -20,17 +21,17 @@ from qwen3_export.core.source import open_source
 @app.command(epilog="Example: qwen3-export plan reference-model --recipe gptq-w4a16-g128 --format onnx --memory 8GiB")
 def plan(
     source: Source,
-    recipe: Annotated[str, typer.Option(help="A shipped recipe's name, or a YAML file.")],
+    recipe: Recipe,
     formats: Annotated[
         list[str] | None, typer.Option("--format", help="A format that must hold the result; repeatable.")
     ] = None,
     memory: Annotated[str | None, typer.Option(help="Impossible when more is needed, e.g. 8GiB.")] = None,
     calibration: Annotated[str, typer.Option(help="As for quantize.")] = "bundled",
     samples: Annotated[
-        int | None, typer.Option(min=1, max=1_000_000, help="Calibration rows (default: the recipe's).")
+        int | None, typer.Option(min=1, max=1_000_000, help="Calibration samples (default: the recipe's).")
     ] = None,
     sequence_length: Annotated[
-        int | None, typer.Option(min=16, max=1 << 20, help="Tokens per row (default: the recipe's).")
+        int | None, typer.Option(min=16, max=1 << 20, help="Tokens per sample (default: the recipe's).")
     ] = None,
     layout: Annotated[str | None, typer.Option(help="Of the quantized folder (default: the recipe's).")] = None,
     device: Annotated[str, typer.Option(help="`cpu` or `cuda`.")] = "cpu",
@@ -46,6 +47,7 @@ def plan(
 
     It tells how large the result gets, and exits with 2 when it cannot work.
     """
+    check_device_name(device)
     chosen, checkpoint = load_recipe(recipe), open_source(source)
     limit = parse_bytes(memory) if memory else None
     from qwen3_export.preflight import plan as run
@@ -54,30 +56,38 @@ def plan(
     show = console(json, quiet, verbose)
     settings = QuantizeSettings(calibration, samples, sequence_length, 0, limit, device, threads, layout=layout)
     result = run(checkpoint, chosen, tuple(formats or ()), settings, time, show)
-    show.result(result, lambda: _planned(result))
+    show.result(result, lambda: _planned(result, formats or ()))
     if not result["possible"]:
         raise typer.Exit(2)
 
 
-def _planned(result: dict[str, Any]) -> None:
+def _planned(result: dict[str, Any], asked: Sequence[str]) -> None:
+    """What was found.
+
+    Of the formats that were asked for, if any were, and of what runs those.
+    """
     known = {
         "possible": "yes" if result["possible"] else "no",
         "peak memory": _size(result["peak_rss_bytes"]),
         "disk": _size(result["disk_bytes"]),
         "time": "-" if result["seconds"] is None else f"about {result['seconds']:.0f} s",
     }
+    from qwen3_export.preflight.runtimes import READ_BY
+
     fields(known)
     rows = [
         [name, "yes" if item["supported"] else "no", _size(item["bytes"]), item["reason"] or item.get("note") or ""]
         for name, item in result["formats"].items()
+        if not asked or name in asked
     ]
     rows += [
         [name, "yes" if item["supported"] else "no", "", item["reason"] or ""]
         for name, item in result["runtimes"].items()
+        if not asked or set(READ_BY[name]) & set(asked)
     ]
     table(["format or runtime", "works", "size", "why not"], rows)
     for reason in result["reasons"]:
-        print(f"not possible: {reason}")
+        tell(f"not possible: {reason}")
 
 
 def _size(count: int | None) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console
-from qwen3_export.cli.console import Console, fields, nats, size, table, verdict
+from qwen3_export.cli.console import Console, fields, nats, size, table, tell, verdict
 from qwen3_export.core.outputs import check_output
 from qwen3_export.core.processors import MOST_THREADS
 from qwen3_export.core.source import locate, open_source
@@ -74,7 +74,10 @@ def reference(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write the original's answers on held-out text to a portable file."""
+    """Write the original's answers to a portable file.
+
+    Held-out text, the most likely tokens at every position of it, and greedy texts: what `validate` compares with.
+    """
     from qwen3_export.prove.original import write_reference
     from qwen3_export.prove.tasks import read_tasks
     from qwen3_export.prove.validate import held_out
@@ -205,32 +208,32 @@ def _validated(result: dict[str, Any]) -> None:
         if "explain" in item:
             _explained(item)
         if "tasks" in item:
-            print(f"{item['artifact']}: {_tasks(item['tasks'])}")
+            tell(f"{item['artifact']}: {_tasks(item['tasks'])}")
         for check in item["gate"]["checks"]:
             if not check["passed"]:
-                print(f"{item['artifact']}: {explain(check)}")
+                tell(f"{item['artifact']}: {explain(check)}")
             elif doubt(check):
-                print(f"{item['artifact']}: passed, but {doubt(check)}")
+                tell(f"{item['artifact']}: passed, but {doubt(check)}")
 
 
 def plan_note(item: dict[str, Any]) -> None:
     """Why a TensorRT folder's ONNX was run in place of its plan."""
     if "plan_not_run" in item:
-        print(f"{item['artifact']}: its ONNX ran in ONNX Runtime, not its plan: {item['plan_not_run']}")
+        tell(f"{item['artifact']}: its ONNX ran in ONNX Runtime, not its plan: {item['plan_not_run']}")
 
 
 def _explained(item: dict[str, Any]) -> None:
     """Where drift comes from: blocks, then the worst linears."""
     found = item["explain"]
-    print(f"{item['artifact']}: error of the hidden state after each block, and what each block adds alone")
+    tell(f"{item['artifact']}: error of the hidden state after each block, and what each block adds alone")
     table(
         ["block", "", "error", "alone"],
         [[str(b["block"]), "", f"{b['error']:.4f}", f"{b['own_error']:.4f}"] for b in found["blocks"]],
     )
     if found["folded"]:
-        print("scales were moved between neighbours: single linears cannot be compared")
+        tell("scales were moved between neighbours: single linears cannot be compared")
     for one in found["linears"][:5]:
-        print(f"{one['name']}: relative error {one['error']:.4f}")
+        tell(f"{one['name']}: relative error {one['error']:.4f}")
 
 
 def _tasks(found: dict[str, Any]) -> str:

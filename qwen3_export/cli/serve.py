@@ -30,7 +30,10 @@ def triton(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a Triton repository that generates text: streaming, chat template, sampling, bounded queue."""
+    """Write a model repository for Triton Inference Server.
+
+    It generates text: streaming, chat template, sampling, a bounded queue.
+    """
     from qwen3_export.ship.triton import export_triton
     from qwen3_export.ship.triton.config import Serving
 

@@ -78,7 +78,10 @@ def onnx(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write an ONNX folder for onnxruntime and onnxruntime-genai; codes land unchanged."""
+    """Write an ONNX folder for onnxruntime and onnxruntime-genai.
+
+    Codes land unchanged.
+    """
     _need("onnx_ir", "onnx")
     from qwen3_export.prove.cache import cache_cost, cache_scales
     from qwen3_export.prove.rounding import level_cost
@@ -120,6 +123,9 @@ def gguf(
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Round codes again that no type holds, or another was asked for.")
     ] = False,
+    card: Annotated[
+        bool, typer.Option("--card", help="Write a model card, README.md, beside the file, or add to the one there.")
+    ] = False,
     recipe: RecipeOption = None,
     calibration: Calibration = None,
     samples: Samples = None,
@@ -141,7 +147,9 @@ def gguf(
     _need("gguf", "gguf")
     from qwen3_export.core.gguf_types import Overrides
     from qwen3_export.core.imatrix import read_imatrix
+    from qwen3_export.core.model_card import check_gguf_card, write_gguf_card
     from qwen3_export.ship.gguf import Options, check_request, export_gguf
+    from qwen3_export.ship.result import provenance
 
     chosen = Options(
         Overrides(tuple(map(_pattern, tensor_type or ())), token_embedding_type, output_type),
@@ -152,8 +160,13 @@ def gguf(
     show = console(json, quiet, verbose)
     options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume)
     check = partial(check_request, type_name=type_name, options=chosen)
+    if card:
+        check_gguf_card(output)
     with prepared(source, recipe, options, output, force, show, check, False, imatrix) as checkpoint:
         result = export_gguf(checkpoint, output, type_name, force, show, chosen)
+        if card:
+            origin = {**provenance(checkpoint), "imatrix": imatrix and imatrix.name}
+            show.note(f"model card written: {write_gguf_card(Path(result['output']), {**origin, **result})}")
     show.result(result, lambda: _exported(result))
 
 
@@ -286,8 +299,7 @@ def _exported(result: dict[str, Any]) -> None:
         {
             "output": result["output"],
             "size": size(sum(item["bytes"] for item in result["files"])),
-            "bits per weight": f"{result['bits_per_weight']:.2f} in all"
-            + ("" if linears is None else f", {linears:.2f} linears"),
+            "bits per weight": f"{result['bits_per_weight']:.2f} in all, {linears:.2f} linears",
             "exact": "every number of the source arrived unchanged"
             if worst is None
             else f"no: {len(inexact)} tensors changed, at most {worst['max_rel_error']:.1e} ({worst['name']})",

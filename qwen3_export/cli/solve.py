@@ -7,17 +7,19 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from qwen3_export.cli.app import Force, Json, Quiet, Source, Verbose, app, console, recipes
+from qwen3_export.cli.app import Force, Json, Quiet, Recipe, Source, Verbose, app, complete_recipe, console, recipes
 from qwen3_export.cli.artifacts import describe_artifact, is_artifact, show_artifact
-from qwen3_export.cli.console import fields, size, table
+from qwen3_export.cli.console import fields, size, table, yaml_text
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.outputs import check_output, staged_file
-from qwen3_export.core.processors import MOST_THREADS
+from qwen3_export.core.processors import MOST_THREADS, check_device_name
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD
 from qwen3_export.core.recipe import load_recipe, recipe_names
 from qwen3_export.core.source import open_source
 from qwen3_export.core.units import parse_size
 from qwen3_export.errors import InputError
+
+Inspected = Annotated[str, typer.Argument(help="A folder, a hub id, `reference-model`, or any file written here.")]
 
 
 def parse_bytes(text: str) -> int:
@@ -29,10 +31,11 @@ def parse_bytes(text: str) -> int:
 
 
 @app.command(epilog="Example: qwen3-export inspect reference-model")
-def inspect(source: Source, json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Show what a checkpoint or an artifact holds.
+def inspect(source: Inspected, json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """Show what a checkpoint, an artifact or another file holds.
 
-    Of a checkpoint its architecture, size, types and schemes, of an artifact its tensors, sizes and provenance.
+    Of a checkpoint its architecture, size, types and schemes, of an artifact its tensors, sizes and provenance. And
+    what is in reference files, importance matrices, reports, Triton repositories and recipes.
     """
     path = Path(source)
     if is_artifact(path):
@@ -91,7 +94,7 @@ def _stored_as(checkpoint: Checkpoint, module: str) -> str:
 )
 def quantize(
     source: Source,
-    recipe: Annotated[str, typer.Option(help="A shipped recipe's name, or a YAML file.")],
+    recipe: Recipe,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     calibration: Annotated[
         str,
@@ -103,7 +106,7 @@ def quantize(
         int | None, typer.Option(min=1, max=1_000_000, help="Calibration samples (default: the recipe's).")
     ] = None,
     sequence_length: Annotated[
-        int | None, typer.Option(min=16, max=1 << 20, help="Tokens per row (default: the recipe's).")
+        int | None, typer.Option(min=16, max=1 << 20, help="Tokens per sample (default: the recipe's).")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Chooses the calibration samples.")] = 0,
     memory: Annotated[str | None, typer.Option(help="Refuse to start when more is needed, e.g. 8GiB.")] = None,
@@ -121,12 +124,14 @@ def quantize(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Quantize a checkpoint block by block and write a quantized folder."""
+    """Quantize a checkpoint into a folder, block by block.
+
+    An interrupted run goes on where it stopped when the command is repeated.
+    """
     chosen, checkpoint = load_recipe(recipe), open_source(source)
     limit = parse_bytes(memory) if memory else None
     check_output(output, [checkpoint.folder, recipe, calibration], force)
-    if device not in ("cpu", "cuda"):
-        raise InputError(f"--device {device}: cpu or cuda was expected")
+    check_device_name(device)
     checkpoint.hash_ahead()
     from qwen3_export.solve.job import QuantizeSettings
     from qwen3_export.solve.quantize import quantize as run
@@ -168,16 +173,16 @@ def list_recipes(json: Json = False, quiet: Quiet = False, verbose: Verbose = Fa
 
 @recipes.command("show", epilog="Example: qwen3-export recipes show gptq-w4a16-g128")
 def show_recipe(
-    name: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
+    name: Annotated[
+        str, typer.Argument(help="A shipped recipe's name, or a YAML file.", autocompletion=complete_recipe)
+    ],
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Print a recipe as YAML: a start for your own."""
-    import yaml
-
     values = load_recipe(name).to_dict()
-    console(json, quiet, verbose).result(values, lambda: print(yaml.safe_dump(values, sort_keys=False), end=""))
+    console(json, quiet, verbose).result(values, lambda: print(yaml_text(values), end=""))
 
 
 @recipes.command("search", epilog="Example: qwen3-export recipes search reference-model --target-bpw 4.5")
@@ -194,7 +199,7 @@ def search_recipe(
         str, typer.Option(help="`bundled`, a .txt/.jsonl/.parquet file, or hf:DATASET.")
     ] = "bundled",
     samples: Annotated[int, typer.Option(min=1, max=1_000_000, help="Calibration samples.")] = 128,
-    sequence_length: Annotated[int, typer.Option(min=16, max=1 << 20, help="Tokens per row.")] = 512,
+    sequence_length: Annotated[int, typer.Option(min=16, max=1 << 20, help="Tokens per sample.")] = 512,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Chooses the calibration samples.")] = 0,
     measure_rows: Annotated[
         int, typer.Option(min=1, max=1_000_000, help="Further rows, that the KL is measured on.")
@@ -227,7 +232,7 @@ def search_recipe(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Find the mixed-precision recipe that loses least within a size budget."""
+    """Find the mixed-precision recipe that loses least at a size."""
     checkpoint = open_source(source)
     path = output or Path(f"{checkpoint.name}-mixed-{target_bpw:g}bpw.yaml")
     check_output(path, [checkpoint.folder, calibration], force, folder=False)

@@ -14,6 +14,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
+from typing import TextIO
 
 from rich.cells import cell_len
 
@@ -45,9 +46,12 @@ def _colours() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def plain(text: str) -> str:
-    """The text in signs that stdout's encoding has."""
-    encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
+def plain(text: str, stream: TextIO | None = None) -> str:
+    """The text in signs that a stream's encoding has.
+
+    It is stdout's if none is given.
+    """
+    encoding = (getattr(stream or sys.stdout, "encoding", None) or "utf-8").lower()
     if encoding.startswith("utf"):
         return text
     return text.translate(_ASCII).encode(encoding, "replace").decode(encoding)

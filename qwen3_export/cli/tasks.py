@@ -25,7 +25,10 @@ def tasks(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Make tasks with right answers: arithmetic, copying and JSON, for `reference` and `validate --tasks`."""
+    """Make tasks with right answers, for `validate --tasks`.
+
+    Arithmetic, copying and JSON; `reference --tasks` keeps what the original makes of them.
+    """
     from qwen3_export.prove.task_generator import generate_tasks, to_jsonl
     from qwen3_export.prove.tasks import tasks_sha256
 

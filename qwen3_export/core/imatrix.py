@@ -1,6 +1,6 @@
 """Importance matrices of llama.cpp: mean square inputs of every linear.
 
-GGUF    general.type = "imatrix" · imatrix.datasets · imatrix.chunk_count · imatrix.chunk_size
+GGUF    general.type = "imatrix" · imatrix.datasets · imatrix.chunk_count · imatrix.chunk_size · ours: qwen3_export.…
         NAME.in_sum2 [matrices, inputs] · NAME.counts [matrices, 1]     fp32; one matrix, or one per expert of a stack
 legacy  entries i32 · per entry: length i32, name, calls i32, values i32, fp32 [values] · chunks i32 · length i32, text
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from qwen3_export.errors import InputError
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _LEGACY_LIMIT = 1 << 20
+_PROVENANCE = "qwen3_export."
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Entry:
 class Imatrix:
     """A whole importance matrix.
 
-    `name` is the file's name, `datasets` what it was measured on.
+    `name` is the file's name, `datasets` what it was measured on, `provenance` what `calibrate` says of its making.
     """
 
     entries: Mapping[str, Entry]
@@ -53,6 +54,7 @@ class Imatrix:
     chunks: int = 0
     chunk_size: int = 0
     name: str = "imatrix.gguf"
+    provenance: Mapping[str, str] = field(default_factory=dict)
 
     def for_model(self, config: Qwen3Config) -> dict[str, NDArray[np.float32]]:
         """`{tensor: mean squares [matrices, inputs]}` of a model's matrices.
@@ -87,6 +89,7 @@ class Imatrix:
             "imatrix.datasets": list(self.datasets),
             "imatrix.chunk_count": self.chunks,
             "imatrix.chunk_size": self.chunk_size,
+            **{f"{_PROVENANCE}{key}": value for key, value in self.provenance.items()},
         }
         tensors: dict[str, NDArray] = {}
         for name, entry in self.entries.items():
@@ -125,7 +128,8 @@ def _read_gguf(path: Path) -> Imatrix:
     numbers = {key: int(metadata.get(f"imatrix.{key}", 0)) for key in ("chunk_count", "chunk_size")}
     listed = metadata.get("imatrix.datasets", [])
     datasets = list(map(str, listed)) if isinstance(listed, list) else [str(listed)]
-    return Imatrix(entries, datasets, numbers["chunk_count"], numbers["chunk_size"], path.name)
+    ours = {key.removeprefix(_PROVENANCE): str(text) for key, text in metadata.items() if key.startswith(_PROVENANCE)}
+    return Imatrix(entries, datasets, numbers["chunk_count"], numbers["chunk_size"], path.name, ours)
 
 
 def _read_legacy(path: Path) -> Imatrix:

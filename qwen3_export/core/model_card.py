@@ -2,18 +2,26 @@
 
 Where the artifact comes from, what was measured, how to run it: written with the manifest, from the same values.
 The measured table is put in by `validate --card`, between two comments; the rest is never touched again, so that
-its owner may add to it.
+its owner may add to it. GGUF files that lie in one folder share a card, which has a section for each.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen3_export.errors import InputError
+
 CARD = "README.md"
+_STATED = (
+    *("type", "flavor", "precision", "kv_cache", "engine", "compute_capabilities", "layout", "seed", "imatrix"),
+    *("artifact", "backend"),
+)
 _BEGIN, _END = "<!-- qwen3-export: measured -->", "<!-- qwen3-export: end of measured -->"
+_NOTHING = "Nothing yet: `qwen3-export validate {} --reference ORIGINAL --card` fills this in."
 _WHAT = {
     "quantized-checkpoint": ("a quantized Hugging Face folder", "transformers"),
     "onnx": ("an ONNX folder for ONNX Runtime and onnxruntime-genai", "onnxruntime"),
@@ -27,6 +35,12 @@ _RUN = {
             "python",
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             'model = AutoModelForCausalLM.from_pretrained(".")\ntokenizer = AutoTokenizer.from_pretrained(".")',
+        ),
+    ),
+    "ggml": (
+        (
+            "bash",
+            'qwen3-export run . --prompt "Hello"\nqwen3-export gguf . --output model.gguf   # for llama.cpp',
         ),
     ),
     "onnx": (
@@ -59,17 +73,71 @@ def card_text(kind: str, values: Mapping[str, Any]) -> str:
     what, library = _WHAT[kind]
     source = values.get("source") or {}
     name = source.get("name", "Qwen3")
-    lines = ["---", f"library_name: {library}", "---", "", f"# {name}: {what}", ""]
-    lines += ["## Where it comes from", "", "| | |", "| --- | --- |"]
-    lines += [f"| {key} | {value} |" for key, value in _provenance(values).items()]
+    lines = [*_front(library), "", f"# {name}: {what}", ""]
+    lines += ["## Where it comes from", "", *_table(_provenance(values))]
     lines += ["", "`qwen3-export.json` says the same for programs."]
     if kind != "triton":
-        lines += ["", "## What was measured", "", _BEGIN]
-        lines += ["Nothing yet: `qwen3-export validate . --reference ORIGINAL --card` fills this in.", _END]
+        lines += ["", "## What was measured", "", _BEGIN, _NOTHING.format("."), _END]
     lines += ["", "## How to run it", ""]
-    for language, text in _RUN.get(kind) or (("bash", _SERVE.format(**values)),):
+    shown = "ggml" if values.get("layout") == "ggml" else kind
+    for language, text in _RUN.get(shown) or (("bash", _SERVE.format(**values)),):
         lines += [f"```{language}", text, "```", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _front(library: str) -> list[str]:
+    return ["---", f"library_name: {library}", "pipeline_tag: text-generation", "---"]
+
+
+def _table(values: Mapping[str, str]) -> list[str]:
+    return ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in values.items())]
+
+
+def check_gguf_card(file: Path) -> Path:
+    """The card beside a GGUF file.
+
+    Raises InputError when it is somebody else's, which is not touched.
+    """
+    card = file.absolute().parent / CARD
+    if card.exists() and not _section("[^>]+").search(_read(card)):
+        raise InputError(f"{card} exists, and is no card of GGUF files", "leave --card away, or choose another folder")
+    return card
+
+
+def write_gguf_card(file: Path, values: Mapping[str, Any]) -> Path:
+    """Add or replace a GGUF file's section of the card beside it.
+
+    Gives the card's path.
+    """
+    card, name = check_gguf_card(file), file.name
+    source = (values.get("source") or {}).get("name", "Qwen3")
+    lines = [f"<!-- qwen3-export: file {name} -->", f"## {name}", "", *_table(_provenance(values)), "", _BEGIN]
+    lines += [_NOTHING.format(name), _END, "", "```bash", 'pip install "qwen3-export[llamacpp]"']
+    lines += [f'qwen3-export run {name} --prompt "Hello"', f"llama-cli --model {name}", "```", ""]
+    section = "\n".join([*lines, f"<!-- qwen3-export: end of file {name} -->"])
+    head = "\n".join([*_front("gguf"), "", f"# {source}: GGUF for llama.cpp", ""])
+    text = _read(card) if card.exists() else head
+    known = _section(re.escape(name)).search(text)
+    before, after = (text[: known.start()], text[known.end() :]) if known else (f"{text.rstrip()}\n\n", "\n")
+    _replace(card, f"{before}{section}{after}")
+    return card
+
+
+def _section(name: str) -> re.Pattern[str]:
+    return re.compile(rf"<!-- qwen3-export: file ({name}) -->.*?<!-- qwen3-export: end of file \1 -->", re.DOTALL)
+
+
+def _read(card: Path) -> str:
+    try:
+        return card.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{card}: cannot be read ({error})") from error
+
+
+def _replace(card: Path, text: str) -> None:
+    beside = card.with_name(f".{CARD}.new")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, card)
 
 
 def _provenance(values: Mapping[str, Any]) -> dict[str, str]:
@@ -90,28 +158,47 @@ def _provenance(values: Mapping[str, Any]) -> dict[str, str]:
     calibration = values.get("calibration")
     if isinstance(calibration, Mapping):
         found["calibration"] = ", ".join(f"{k} {v}" for k, v in calibration.items() if isinstance(v, str | int))
-    for key in ("flavor", "precision", "engine", "compute_capabilities", "layout", "seed", "artifact", "backend"):
+    for key in _STATED:
         if values.get(key) is not None:
-            found[key.replace("_", " ")] = str(values[key])
+            value = values[key]
+            found[key.replace("_", " ")] = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if values.get("accuracy_level") is not None:
+        found["accuracy level"] = _level(values)
     if "exact" in values:
         count = len(values.get("inexact_tensors") or ())
-        found["numbers of the source"] = "all arrived unchanged" if values["exact"] else f"{count} tensors changed"
+        changed = f"{count} tensor{'' if count == 1 else 's'} changed"
+        found["numbers of the source"] = "all arrived unchanged" if values["exact"] else changed
     return found
 
 
-def update_card(folder: Path, result: Mapping[str, Any]) -> bool:
-    """Put a validation's figures into a folder's card, if there is one."""
-    path = folder / CARD
+def _level(values: Mapping[str, Any]) -> str:
+    """What MatMulNBits does with activations, and what it costs."""
+    if values["accuracy_level"] == 0:
+        return "0, activations as they are"
+    cost = values.get("added_kl")
+    added = "" if cost is None else f", which adds a KL of {cost:.1e}"
+    return f"{values['accuracy_level']}: activations are rounded to 8 bits{added}"
+
+
+def update_card(artifact: Path, result: Mapping[str, Any]) -> bool:
+    """Put a validation's figures into a card, if there is one.
+
+    It is the folder's, or the GGUF file's section of the one beside it.
+    """
+    single = artifact.is_file()
+    path = artifact.absolute().parent / CARD if single else artifact / CARD
     if not path.is_file():
         return False
-    text = path.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not begin or not end:
+    text = _read(path)
+    section = _section(re.escape(artifact.name)).search(text) if single else None
+    if single and section is None:
         return False
-    beside = folder / f".{CARD}.new"
-    beside.write_text(f"{before}{begin}\n{measured(result)}\n{end}{after}", encoding="utf-8")
-    os.replace(beside, path)
+    begin, end = section.span() if section else (0, len(text))
+    before, opening, rest = text[begin:end].partition(_BEGIN)
+    _, closing, after = rest.partition(_END)
+    if not opening or not closing:
+        return False
+    _replace(path, f"{text[:begin]}{before}{opening}\n{measured(result)}\n{closing}{after}{text[end:]}")
     return True
 
 

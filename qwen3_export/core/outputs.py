@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qwen3_export.core.manifest import MARKER
-from qwen3_export.core.places import Inputs, checked_place, refuse_existing
+from qwen3_export.core.places import Inputs, checked_place, no_place, refuse_existing
 from qwen3_export.errors import InputError
 
 
@@ -188,6 +188,9 @@ def _make_parents(parent: Path) -> list[Path]:
         for folder in reversed(missing):
             folder.mkdir(exist_ok=True)
             made.insert(0, folder)
+    except OSError as error:
+        _remove_folders(made)
+        raise no_place(folder, error) from error
     except BaseException:
         _remove_folders(made)
         raise
@@ -205,6 +208,8 @@ def _make_folder(partial: Path) -> bool:
         partial.mkdir()
     except FileExistsError:
         return False
+    except OSError as error:
+        raise no_place(partial, error) from error
     return True
 
 

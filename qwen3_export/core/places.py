@@ -9,6 +9,7 @@ OUTPUT      what is there already               `--force` replaces folders of ou
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -87,6 +88,18 @@ def refuse_existing(place: Path, force: bool, folder: bool = True) -> None:
         raise InputError(
             f"{place} is a folder that qwen3-export did not write: it is not replaced", "remove it yourself"
         )
+
+
+def no_place(wanted: Path, error: OSError) -> BaseException:
+    """What to raise where a file or folder cannot be made.
+
+    A full disk stays what it is; everywhere else another place helps.
+    """
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    place = wanted.with_name(wanted.name.removesuffix(".partial"))
+    reason = f"{place.parent} takes no new files" if error.errno == errno.ENOENT else error.strerror
+    return InputError(f"{place} cannot be written ({reason})", "choose another place")
 
 
 def _leads_to(place: Path, mode: int) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from qwen3_export.errors import InputError
 
+DEVICES = ("cpu", "cuda")
 # llama.cpp aborts above it (GGML_MAX_N_THREADS).
 MOST_THREADS = 512
 _ROOT, _GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -72,3 +73,12 @@ def _quota_of(folder: Path) -> float | None:
     except (OSError, ValueError, ZeroDivisionError):
         return None
     return share if share > 0 else None
+
+
+def check_device_name(device: str) -> None:
+    """Raise InputError for a device that there is none of, without asking torch."""
+    if device not in DEVICES:
+        raise InputError(
+            f"--device {device}: {' or '.join(DEVICES)} was expected",
+            f"use {DEVICES[0]}, or {DEVICES[1]} for an NVIDIA GPU",
+        )

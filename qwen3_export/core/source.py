@@ -36,7 +36,7 @@ def locate(spec: str) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise InputError(f"{spec} is a file, a checkpoint folder was expected")
+        raise InputError(f"{spec} is a file, a checkpoint folder was expected", _hint_for(path))
     if _HUB_ID.fullmatch(spec) and path.suffix not in _FILES:
         return _download(spec)
     if path.suffix in _FILES:
@@ -44,6 +44,14 @@ def locate(spec: str) -> Path:
     raise InputError(
         f"{spec}: no such folder", f"give a local folder, a hub id such as Qwen/Qwen3-0.6B, or {REFERENCE_MODEL}"
     )
+
+
+def _hint_for(path: Path) -> str:
+    """What to give in place of a file."""
+    if path.suffix in (".gguf", ".onnx"):
+        return "an artifact is no source: give the checkpoint that it was made from"
+    inside = (path.parent / "config.json").is_file()
+    return f"give {path.parent}" if inside else "give the folder with config.json and the .safetensors files"
 
 
 def _download(repository: str) -> Path:

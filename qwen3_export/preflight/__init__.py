@@ -21,6 +21,7 @@ import numpy as np
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.recipe import Recipe
+from qwen3_export.core.units import binary_size
 from qwen3_export.errors import ExportError, InputError, RecipeError
 from qwen3_export.preflight.formats import FORMATS, Verdict, as_quantized, folder_of, unsupported_tensors
 from qwen3_export.preflight.runtimes import RUNTIMES
@@ -182,9 +183,9 @@ def _limits(needs: Needs, settings: QuantizeSettings) -> list[str]:
     """Reasons from this machine: `--memory`, its own memory."""
     if needs.peak_rss_bytes is None:
         return []
-    wanted = needs.peak_rss_bytes / 2**30
     if settings.memory is not None and needs.peak_rss_bytes > settings.memory:
-        return [f"about {wanted:.2f} GiB of memory are needed, --memory allows {settings.memory / 2**30:.2f} GiB"]
+        needed, allowed = binary_size(needs.peak_rss_bytes), binary_size(settings.memory)
+        return [f"about {needed} of memory are needed, --memory allows {allowed}"]
     return []
 
 

@@ -36,7 +36,7 @@ def _transformers(quantized: Checkpoint, found: Verdicts) -> str | None:
     for name, scheme in quantized.schemes.items():
         if scheme.ggml_type is not None:
             return f"{name} ({scheme.label}): transformers computes with no block type of ggml"
-    return _reads("compressed-tensors", "gptq", "awq", "fp8")(quantized, found)
+    return _reads(*_FOLDERS)(quantized, found)
 
 
 def _server(name: str) -> Rule:
@@ -49,7 +49,7 @@ def _server(name: str) -> Rule:
         for layer in range(quantized.config.num_layers):
             if reason := _one_scheme(quantized, layer):
                 return f"{reason}; {name} multiplies them as one matrix"
-        return _reads("compressed-tensors", "gptq", "awq", "fp8")(quantized, found)
+        return _reads(*_FOLDERS)(quantized, found)
 
     return rule
 
@@ -75,13 +75,22 @@ def _one_scheme(quantized: Checkpoint, layer: int) -> str | None:
     return None
 
 
+_FOLDERS = ("compressed-tensors", "gptq", "awq", "fp8")
+# The formats that each runtime reads.
+READ_BY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("transformers", "vllm", "sglang"), _FOLDERS),
+    "onnxruntime": ("onnx", "onnx-standard"),
+    "onnxruntime-genai": ("onnx",),
+    "llama.cpp": ("gguf",),
+    "tensorrt-rtx": ("tensorrt",),
+    "torch": (*_FOLDERS, "ggml"),
+}
 RUNTIMES: dict[str, Rule] = {
     "transformers": _transformers,
     "vllm": _server("vLLM"),
     "sglang": _server("SGLang"),
-    "onnxruntime": _reads("onnx", "onnx-standard"),
-    "onnxruntime-genai": _reads("onnx"),
-    "llama.cpp": _reads("gguf"),
-    "tensorrt-rtx": _reads("tensorrt"),
-    "torch": _reads("compressed-tensors", "gptq", "awq", "fp8", "ggml"),
+    **{
+        name: _reads(*READ_BY[name])
+        for name in ("onnxruntime", "onnxruntime-genai", "llama.cpp", "tensorrt-rtx", "torch")
+    },
 }

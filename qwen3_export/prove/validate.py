@@ -51,11 +51,23 @@ def open_reference(
             raise InputError(f"{spec}: a reference file brings its own text", "leave --text and --tokens away")
         if budget_tokens is not None:
             raise InputError(f"{spec}: its chats are answered already", "give --thinking-budget to `reference`")
+        _refuse_artifact(path)
         return ReferenceFile(path)
     from qwen3_export.prove.original import LiveReference
 
     checkpoint = open_source(spec)
     return LiveReference(checkpoint, held_out(checkpoint.folder, texts, tokens=tokens), progress, budget_tokens)
+
+
+def _refuse_artifact(path: Path) -> None:
+    """Raise InputError for an artifact in the place of a reference."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF" and path.suffix != ".onnx":
+            return
+    raise InputError(
+        f"{path}: an artifact; the original it is measured against was expected",
+        "give the original's folder, or a file that `qwen3-export reference` wrote of it",
+    )
 
 
 def validate(

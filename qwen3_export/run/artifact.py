@@ -33,8 +33,13 @@ def kind_of(artifact: Path) -> str:
         if is_onnx(artifact):
             return "onnx"
         with artifact.open("rb") as file:
-            if file.read(4) == b"GGUF":
-                return "gguf"
+            head = file.read(256)
+        if head.startswith(b"GGUF"):
+            if b"general.type" in head and b"imatrix" in head:
+                raise InputError(
+                    f"{artifact}: an importance matrix, no model", "`gguf --imatrix` takes it, `inspect` shows it"
+                )
+            return "gguf"
         raise InputError(
             f"{artifact}: neither a GGUF file, an ONNX file nor an artifact folder",
             "give an artifact folder, a .onnx or a .gguf file",

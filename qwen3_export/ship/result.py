@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from qwen3_export.core.architecture import is_expert
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.coverage import read_coverage
 from qwen3_export.core.manifest import manifest_text, read_manifest
+from qwen3_export.core.onnx_header import read_onnx_header
 from qwen3_export.core.progress import peak_rss_bytes
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import UnsupportedError
@@ -19,6 +21,7 @@ from qwen3_export.ship.exactness import Inexact
 
 Supports = Callable[[QuantScheme], str | None]
 # `model.onnx.data`, its later shards, the names of transformers.js, and formats of one file.
+_LINEAR = re.compile(r"layer\.\d+\..*(_proj|experts)")
 _WEIGHTS = re.compile(r"(\.onnx[._]data(_\d+)?|\.gguf|\.plan)$")
 
 
@@ -80,18 +83,34 @@ def exactness(inexact: list[Inexact]) -> dict[str, Any]:
     return {"exact": not inexact, "inexact_tensors": inexact}
 
 
+def onnx_linear_bytes(folder: Path) -> int:
+    """Bytes of the decoder's linears in an ONNX folder of ours.
+
+    Codes with their scales and zero points, or weights.
+    """
+    graph = next(path for path in (folder / "model.onnx", *sorted(folder.glob("onnx/*.onnx"))) if path.is_file())
+    return sum(tensor.bytes for tensor in read_onnx_header(graph).tensors if _LINEAR.match(tensor.name))
+
+
 def export_result(
-    output: Path, files: list[dict[str, Any]], checkpoint: Checkpoint, inexact: list[Inexact], started: float
+    output: Path,
+    files: list[dict[str, Any]],
+    checkpoint: Checkpoint,
+    inexact: list[Inexact],
+    started: float,
+    linear_bytes: int,
 ) -> dict[str, Any]:
-    """The JSON object of an export command."""
+    """The JSON object of an export command.
+
+    `linear_bytes` are what the decoder's linears take in the artifact.
+    """
     holds_weights = [item for item in files if len(files) == 1 or _WEIGHTS.search(item["path"])]
     weights = sum(item["bytes"] for item in holds_weights)
     return {
         "output": str(output),
         "files": files,
         "bits_per_weight": 8 * weights / checkpoint.config.num_parameters,
-        # Of codes that are moved; another tool's or type's rounding has bits of its own.
-        "linear_bits_per_weight": checkpoint.linear_bits_per_weight if checkpoint.is_quantized else None,
+        "linear_bits_per_weight": 8 * linear_bytes / sum(map(math.prod, checkpoint.config.all_linears().values())),
         "seconds": time.monotonic() - started,
         "peak_rss_bytes": peak_rss_bytes(),
         **exactness(inexact),

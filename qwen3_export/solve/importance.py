@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qwen3_export import __version__
 from qwen3_export.core.architecture import Stage
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.coverage import summarise, summary_of
@@ -64,7 +65,14 @@ def calibrate(
             name: Entry(total.astype(np.float32), tokens.astype(np.float32)) for name, (total, tokens) in sums.items()
         }
         dataset = source_name(settings.calibration)
-        Imatrix(entries, [dataset], len(samples.ids), length, output.name).write(partial)
+        made = {
+            "version": __version__,
+            "source.name": checkpoint.name,
+            "source.sha256": checkpoint.sha256,
+            "calibration.sha256": samples.sha256,
+            "seed": str(settings.seed),
+        }
+        Imatrix(entries, [dataset], len(samples.ids), length, output.name, made).write(partial)
     return {
         "output": str(output),
         "source_sha256": checkpoint.sha256,

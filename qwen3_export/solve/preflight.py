@@ -10,6 +10,7 @@ from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.progress import peak_rss_bytes
 from qwen3_export.core.qwen3 import Qwen3Config
 from qwen3_export.core.recipe import Recipe
+from qwen3_export.core.units import binary_size
 from qwen3_export.errors import InputError, ResourceError
 from qwen3_export.solve.chunk_sizes import (
     BACK_TOKENS,
@@ -94,7 +95,7 @@ def check_memory(
     needed = memory_needed(config, samples, original, token_floor, fisher_samples, outer, without_torch)
     if limit is not None and needed > limit:
         raise InputError(
-            f"this run needs about {needed / 2**30:.2f} GiB of memory, --memory allows {limit / 2**30:.2f} GiB",
+            f"this run needs about {binary_size(needed)} of memory, --memory allows {binary_size(limit)}",
             "allow more; one block and the work on its largest linear must fit",
         )
 
@@ -103,7 +104,7 @@ def check_peak_memory(limit: int | None) -> None:
     """Raise ResourceError when the process has taken more than `--memory`: the estimate was wrong."""
     if limit is not None and (peak := peak_rss_bytes()) > limit:
         raise ResourceError(
-            f"the run has taken {peak / 2**30:.2f} GiB of memory, --memory allows {limit / 2**30:.2f} GiB",
+            f"the run has taken {binary_size(peak)} of memory, --memory allows {binary_size(limit)}",
             "finished blocks are kept: the same command with more --memory, or without it, goes on",
         )
 
@@ -164,6 +165,6 @@ def check_disk(
     )
     if needed > free:
         raise ResourceError(
-            f"{partial.parent}: about {needed / 2**20:.1f} MiB are needed, {free / 2**20:.1f} MiB are free",
+            f"{partial.parent}: about {binary_size(needed)} are needed, {binary_size(free, up=False)} are free",
             "free some room, or write --output to another disk",
         )

@@ -12,6 +12,7 @@ from qwen3_export import __version__
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.layouts import layout
 from qwen3_export.core.outputs import check_output, partial_path, staged_folder
+from qwen3_export.core.processors import check_device_name
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.qwen3 import HEAD
 from qwen3_export.core.recipe import Recipe
@@ -116,7 +117,8 @@ def check_recipe(checkpoint: Checkpoint, recipe: Recipe, layout_name: str) -> No
 
 
 def check_device(device: str) -> None:
-    """Raise MissingRuntimeError when torch cannot use the device."""
+    """Raise InputError for an unknown device, MissingRuntimeError when torch cannot use it."""
+    check_device_name(device)
     import torch
 
     if device != "cpu" and not torch.cuda.is_available():

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,34 @@ def test_the_recipe_shown_is_a_recipe(page: Path, tmp_path: Path) -> None:
         options = ("--output", tmp_path / f"out-{number}", "--samples", "4", "--sequence-length", "128")
         outcome = call("quantize", "reference-model", "--recipe", recipe, *options)
         assert outcome.code == 0, outcome.err
+
+
+def _outputs(page: Path) -> Iterator[str]:
+    """What the commands and the Python of a page write."""
+    for command in _commands(page):
+        words = shlex.split(command)
+        for before, word in pairwise(words):
+            if before in ("--output", "-o", "--report"):
+                yield word.rstrip("/")
+        if words[:3] == ["qwen3-export", "recipes", "search"] and "--output" not in words:
+            yield f"{words[3]}-mixed-{words[words.index('--target-bpw') + 1]}bpw.yaml"
+    for block in (block for block in _blocks(page) if block.kind == "python" and block.excuse is None):
+        for node in ast.walk(ast.parse(block.text)):
+            name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+            if isinstance(node, ast.Call) and name in ("quantize", "export"):
+                place = node.args[2 if name == "quantize" else 1]
+                assert isinstance(place, ast.Constant), ast.dump(place)
+                yield str(place.value)
+
+
+def test_all_guides_can_be_walked_through_in_one_folder() -> None:
+    """Each page runs alone, as tested above; together they do when no two outputs have one name."""
+    written = {page.name: list(_outputs(page)) for page in PAGES}
+    assert {"quantized", "report", "rounded", "rounded.gguf"} <= set(written["README.md"])
+    assert "reference-model-mixed-4.5bpw.yaml" in written["mixed-precision.md"]
+    names = [name for outputs in written.values() for name in outputs]
+    assert sorted(names) == sorted(set(names)), [name for name in set(names) if names.count(name) > 1]
+    assert len({name.split("/")[0] for name in names}) == len(names)
 
 
 def test_every_link_between_pages_holds() -> None:

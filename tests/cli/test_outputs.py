@@ -91,7 +91,8 @@ def test_parent_that_is_a_file(writer: tuple[str, tuple[Any, ...]], tmp_path: Pa
 
 def test_place_that_takes_no_files(writer: tuple[str, tuple[Any, ...]]) -> None:
     _, command = writer
-    refused(call(*command, "--output", "/proc/qwen3-export-out"), 2, "/proc/")
+    outcome = call(*command, "--output", "/proc/qwen3-export-out")
+    refused(outcome, 2, "/proc/qwen3-export-out cannot be written", "hint: choose another place")
 
 
 def test_missing_parents_are_made(made: dict[str, Path], tmp_path: Path) -> None:

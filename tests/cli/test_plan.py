@@ -57,9 +57,19 @@ def test_time_is_measured_and_grows_with_the_rows(model: Path) -> None:
     assert found[0]["peak_rss_bytes"] > 100e6
 
 
+def test_the_table_has_what_was_asked_for(model: Path) -> None:
+    common = ("plan", model, "--recipe", "gptq-w4a16-g32", "--no-time")
+    everything, chosen = call(*common).out, call(*common, "--format", "onnx").out
+    for word in ("vllm", "llama.cpp", "tensorrt", "awq"):
+        assert word in everything
+        assert word not in chosen
+    assert "onnxruntime-genai" in chosen
+    assert "onnx-standard" not in chosen
+
+
 def test_impossible_memory_and_format(model: Path) -> None:
     scarce = _plan(model, "--recipe", "gptq-w4a16-g32", "--memory", "64MiB", "--no-time")
-    assert any("--memory allows 0.06 GiB" in reason for reason in scarce["reasons"])
+    assert any("--memory allows 64 MiB" in reason for reason in scarce["reasons"])
     chosen = _plan(model, "--recipe", "gptq-w3a16-g64", "--format", "onnx", "--no-time")
     assert any(reason.startswith("onnx: ") and "3" in reason for reason in chosen["reasons"])
     assert chosen["formats"]["compressed-tensors"]["supported"]

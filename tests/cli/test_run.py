@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,10 +79,21 @@ def test_a_missing_file_is_called_a_file() -> None:
     refused(call("validate", "absent.gguf", "--reference", "reference-model"), 2, "absent.gguf: no such file")
 
 
-def test_bits_per_weight_have_one_name(made: dict[str, Path], model: Path) -> None:
+def test_bits_per_weight_have_one_name(made: dict[str, Path], model: Path, tmp_path: Path) -> None:
     inspected = call("inspect", made["quantized"], "--json").json
     assert inspected["linear_bits_per_weight"] == pytest.approx(4.5)
     assert inspected["bits_per_weight"] > inspected["linear_bits_per_weight"]
     exported = json.loads((made["onnx"] / "qwen3-export.json").read_text())
     assert exported["quantized"] is not None
+    for command, source, linears in (
+        ("onnx", made["quantized"], 5),  # its scales are fp32
+        ("gguf", made["quantized"], 4.5),
+        ("gguf", model, 16),
+        ("onnx", model, 16),
+    ):
+        found = call(command, source, "--output", tmp_path / f"{command}-{linears}.gguf", "--json").json
+        assert found["linear_bits_per_weight"] == pytest.approx(linears), command
+        assert found["bits_per_weight"] > linears
+    rounded = call("gguf", model, "--type", "q4_k_m", "--output", tmp_path / "rounded.gguf")
+    assert re.search(r"bits per weight +\d+\.\d\d in all, \d\.\d\d linears", rounded.out), rounded.out
     assert call("inspect", model, "--json").json["linear_bits_per_weight"] == 16

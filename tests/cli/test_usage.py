@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.cli.helpers import call, finish, names, refused, start
+from tests.cli.helpers import Outcome, call, finish, names, refused, start
 
 WRONG: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown command": (("quantise", "x"), ("quantise",)),
@@ -33,7 +35,7 @@ def test_wrong_command_line(case: str) -> None:
 # Options of `quantize` with values that only the command itself can judge.
 OPTIONS: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
     "memory no size": (("--memory", "lots"), 2, ("--memory lots", "8GiB")),
-    "memory too small": (("--memory", "64MiB"), 2, ("--memory", "GiB")),
+    "memory too small": (("--memory", "64MiB"), 2, ("about ", "--memory allows 64 MiB")),
     "unknown device": (("--device", "tpu"), 2, ("--device tpu", "cpu or cuda")),
     "longer than the model": (("--sequence-length", "513"), 2, ("513", "512")),
     "unknown layout": (("--layout", "nobody"), 2, ("nobody", "gptq")),
@@ -45,6 +47,26 @@ def test_wrong_quantize_option(case: str, model: Path, tmp_path: Path) -> None:
     options, code, words = OPTIONS[case]
     outcome = call("quantize", model, "--recipe", "gptq-w4a16-g32", "--output", tmp_path / "out", *options)
     refused(outcome, code, *words)
+    assert names(tmp_path) == []
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = sys.modules["numba"] = None
+from qwen3_export.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan", "calibrate", "onnx"])
+def test_unknown_device_is_refused_before_torch_is_there(command: str, model: Path, tmp_path: Path) -> None:
+    recipe = () if command == "calibrate" else ("--recipe", "gptq-w4a16-g32")
+    output = () if command == "plan" else ("--output", str(tmp_path / "out"))
+    arguments = [command, str(model), *recipe, *output, "--device", "gpu"]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *arguments], capture_output=True, text=True, check=False
+    )
+    refused(Outcome(done.returncode, done.stdout, done.stderr), 2, "--device gpu: cpu or cuda was expected", "hint: ")
     assert names(tmp_path) == []
 
 
@@ -111,9 +133,11 @@ def test_wrong_kind_of_artifact(model: Path, made: dict[str, Path], tmp_path: Pa
         refused(call("run", artifact, "--prompt", "hi"), 2, artifact.name)
         refused(call("validate", artifact, "--reference", made["reference"]), 2, artifact.name)
         refused(call("bench", artifact), 2, artifact.name)
-    for source in (made["reference"], text):
-        refused(call("inspect", source), 2, source.name)
-    refused(call("validate", made["onnx"], "--reference", made["gguf"]), 2, "model.gguf")
+    refused(call("inspect", text), 2, text.name)
+    refused(call("validate", made["onnx"], "--reference", made["gguf"]), 2, "model.gguf", "an artifact", "the original")
+    graph = made["onnx"] / "model.onnx"
+    refused(call("validate", made["onnx"], "--reference", graph), 2, "model.onnx", "an artifact", "the original")
+    refused(call("gguf", made["gguf"], "--output", tmp_path / "out"), 2, "model.gguf", "no source", "the checkpoint")
     weights = model / "model.safetensors"
     refused(call("validate", made["onnx"], "--reference", weights), 2, "not a reference file")
 

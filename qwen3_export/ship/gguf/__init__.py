@@ -86,7 +86,10 @@ def export_gguf(
     encoder = Encoder(checkpoint, types, importance)
     paths = _write(checkpoint, output, plan, encoder, force, progress, options)
     files = [{"path": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in paths]
-    result = export_result(paths[0], files, checkpoint, encoder.inexact(), started)
+    linears = checkpoint.config.all_linears()
+    linear_bytes = sum(item.nbytes for item in plan if item.modules[0] in linears)
+    result = export_result(paths[0], files, checkpoint, encoder.inexact(), started, linear_bytes)
+    result["type"] = types.file_type
     if types.requantized:
         result["requantized"] = _requantized(types, encoder)
     return result

@@ -29,7 +29,7 @@ from qwen3_export.ship.onnx.decoder import build_decoder
 from qwen3_export.ship.onnx.graph import GraphBuilder
 from qwen3_export.ship.onnx.sidecars import context_length, genai_config, model_config
 from qwen3_export.ship.onnx.target import MOST_WEB_SHARDS, Files, Target, choose, files_of
-from qwen3_export.ship.result import check_schemes, exactness, export_result, provenance
+from qwen3_export.ship.result import check_schemes, exactness, export_result, onnx_linear_bytes, provenance
 
 TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 # What an accuracy level costs: gets the folder, returns values for the manifest.
@@ -79,7 +79,8 @@ def export_onnx(
         }  # fmt: skip
         write_manifest(folder, "onnx", values)
         written = file_list(folder)
-    return {**export_result(output, written, checkpoint, inexact, started), **level, **sparse}
+    result = export_result(output, written, checkpoint, inexact, started, onnx_linear_bytes(output))
+    return {**result, **level, **sparse}
 
 
 def _level(checkpoint: Checkpoint, target: Target, folder: Path, measure: Measure | None) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from qwen3_export.ship.exactness import cast_errors
 from qwen3_export.ship.onnx import TYPES, qdq, write_graph
 from qwen3_export.ship.onnx import size as onnx_size
 from qwen3_export.ship.onnx.target import DATA, MODEL, Files, choose
-from qwen3_export.ship.result import check_schemes, exactness, export_result, provenance
+from qwen3_export.ship.result import check_schemes, exactness, export_result, onnx_linear_bytes, provenance
 from qwen3_export.ship.tensorrt.capabilities import CAPABILITIES, DEFAULT, fitting, supports, too_old
 from qwen3_export.ship.tensorrt.cost import build_cost, check_memory
 from qwen3_export.ship.tensorrt.profiles import Profile, Shapes, default_profile, prefill_shapes, trtexec_line
@@ -88,7 +88,7 @@ def export_tensorrt(
             shutil.copyfile(path, folder / path.name)
         write_manifest(folder, "tensorrt", {**origin, **described, **exactness(inexact)})
         files = file_list(folder)
-    result = export_result(output, files, checkpoint, inexact, started)
+    result = export_result(output, files, checkpoint, inexact, started, onnx_linear_bytes(output))
     if built is None:
         return {**result, "trtexec": trtexec_line(output / MODEL, output / PLAN, profiles)}
     plan_bytes = next(item["bytes"] for item in files if item["path"] == PLAN)

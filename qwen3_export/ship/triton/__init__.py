@@ -39,7 +39,7 @@ REQUIREMENTS = {
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _PACKAGE = Path(__file__).resolve().parents[2]
-_SERVED = ("__init__.py", "api.py", "errors.py", "core", "text", "run")
+_SERVED = ("__init__.py", "api.py", "errors.py", "result.py", "core", "text", "run")
 
 
 @dataclass(frozen=True)

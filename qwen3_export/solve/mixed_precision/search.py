@@ -25,6 +25,7 @@ from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.core.recipe import Recipe, Rule, load_recipe
 from qwen3_export.core.scheme import GGML_TYPES, QuantScheme, scheme_of_type
+from qwen3_export.core.units import binary_size
 from qwen3_export.errors import InputError, ResourceError
 from qwen3_export.model.workers import workers
 from qwen3_export.solve.methods import load_method
@@ -254,7 +255,7 @@ def _check_disk(checkpoint: Checkpoint, count: int, calibration: list[Any], held
     needed, free = 4 * (calibrating + passing), shutil.disk_usage(scratch).free
     if needed > free:
         raise ResourceError(
-            f"{scratch}: about {needed / 2**20:.1f} MiB are needed, {free / 2**20:.1f} MiB are free",
+            f"{scratch}: about {binary_size(needed)} are needed, {binary_size(free, up=False)} are free",
             "free some room, or write --output to another disk",
         )
 
