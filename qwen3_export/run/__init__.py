@@ -1,4 +1,4 @@
 """Artifacts in their own runtimes: open, prefill, decode → fp32 logits.
 
-One file per runtime.
+There is one module per runtime.
 """

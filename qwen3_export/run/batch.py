@@ -1,11 +1,11 @@
 """Several sequences decoded together: an ONNX session whose cache has a slot for each.
 
-    slot          0        1        2     …      each a row of every cache [slots, kv_heads, capacity, head_dim]
-    length       17        5       90            positions that are filled; the attention mask says so
+    slot          0        1        2     …      a row of every cache [slots, kv_heads, capacity, head_dim]
+    length       17        5       90            number of filled positions, given by the attention mask
     step      one token of every slot in one run: the weights are read once for all
 
-`GroupQueryAttention` takes rows of different lengths where its cache is written in place. A new sequence is
-prefilled by itself and copied into the next slot; the last slot moves into the place of one that has ended.
+`GroupQueryAttention` accepts rows of different lengths if its cache is written in place. A new sequence is prefilled by
+itself and then copied into the next slot. When a sequence ends, the last slot is moved into its place.
 """
 
 from __future__ import annotations
@@ -27,10 +27,7 @@ class Batch(Protocol):
     slots: int
 
     def admit(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Begin one more sequence, whose number is the next.
-
-        Logits `[vocab]` of its next token.
-        """
+        """Begin one more sequence with the next number; logits `[vocab]` of its next token."""
 
     def step(self, tokens: list[int]) -> NDArray[np.float32]:
         """Append a token to every sequence; logits `[sequences, vocab]`."""
@@ -40,10 +37,7 @@ class Batch(Protocol):
 
 
 def batch_of(session: Session, slots: int) -> Batch:
-    """A batch over a session.
-
-    It has `slots` sequences where its runtime can, else one.
-    """
+    """A batch of `slots` sequences over a session, of one where the runtime cannot."""
     if isinstance(session, OrtSession) and session.is_ours and session.device == "cpu":
         return _OrtBatch(session, slots)
     return _Single(session)
@@ -64,7 +58,7 @@ class _Single:
         return self._session.decode(tokens[0])[None]
 
     def leave(self, number: int) -> None:
-        """The next prefill starts anew."""
+        """Does nothing: the next prefill starts a new sequence."""
 
 
 class _OrtBatch:
@@ -114,7 +108,7 @@ class _OrtBatch:
         self._lengths.pop()
 
     def _reserve(self, positions: int) -> None:
-        """Room for so many positions in every slot; what is there is kept."""
+        """Make room for so many positions in every slot, and keep the present ones."""
         if positions <= self._capacity:
             return
         self._capacity = max(positions, 2 * self._capacity, _SMALLEST_CACHE)

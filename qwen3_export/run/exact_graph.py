@@ -1,9 +1,7 @@
-"""An ONNX graph whose activations are rounded by nothing.
+"""An ONNX graph edited so that no activation is rounded.
 
-It is edited without the onnx library.
-
-An accuracy level is an attribute of each MatMulNBits, one byte behind its name: whoever wants exact products
-loads a copy of the graph, in memory, in which they are zero.
+Each MatMulNBits has an attribute `accuracy_level`, a single byte after its name. For exact products a copy of the graph
+with all levels zero is made in memory, without the onnx library.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ _LEVEL = b"\x0a\x0eaccuracy_level\x18"
 
 
 def exact_graph(path: Path) -> bytes:
-    """The graph with every accuracy level 0; its weights stay where they are."""
+    """The graph's bytes with every accuracy level 0; weights stay in their files."""
     graph = path.read_bytes()
     for level in range(1, 5):
         graph = graph.replace(_LEVEL + bytes([level]), _LEVEL + b"\0")

@@ -1,8 +1,8 @@
 """Where an ONNX artifact's graph lies, and what its sidecars say.
 
 folder/model.onnx             ours, onnxruntime-genai's builder (or what its genai_config.json names), optimum
-folder/onnx/model*.onnx       as transformers.js wants them, below the tokenizer
-folder/anything.onnx          when it is the only one; or the file itself is given
+folder/onnx/model*.onnx       as transformers.js expects them, below the tokenizer
+folder/anything.onnx          when it is the only one, or when the file itself is given
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _USUAL = ("model.onnx", "decoder_model_merged.onnx", "onnx/model.onnx", "onnx/de
 class OnnxFiles:
     """The graph, its folder, and the decoder's part of genai_config.json.
 
-    The folder holds tokenizer and configuration.
+    Tokenizer and configuration are in the folder.
     """
 
     graph: Path
@@ -33,10 +33,7 @@ class OnnxFiles:
 
 
 def is_onnx(artifact: Path) -> bool:
-    """Whether a path is an ONNX file, or a folder with one.
-
-    A folder with 16-bit or quantized tensors is none.
-    """
+    """Whether a path is an ONNX file, or a folder of one without safetensors."""
     if artifact.is_file():
         return artifact.suffix == ".onnx"
     return (artifact / "model.onnx").is_file() or (bool(_graphs(artifact)) and not any(artifact.glob("*.safetensors")))

@@ -1,6 +1,6 @@
 """Answering many chats with one artifact.
 
-Requests wait in a bounded queue, and all in progress share the decoding.
+Requests wait in a bounded queue. Those in progress are decoded together, one token of each per step.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from qwen3_export.text.tokenizer import TextModel, chat_text
 class Chat:
     """One request.
 
-    `on_text` gets the answer as it grows and may raise to end it; `on_end` gets the result.
-
-    The result is `{text, prompt_tokens, new_tokens, stop}`. `on_error` gets what went wrong instead, once.
+    `on_text` is called with the answer as it grows, and may raise an exception to end it. At the end either `on_end` is
+    called with the result, `{text, prompt_tokens, new_tokens, stop}`, or `on_error` with the error.
     """
 
     messages: list[dict[str, Any]]
@@ -52,7 +51,10 @@ class _Running:
         self._shown, self.tokens = Shown(tokenizer, chat.on_text), list[int]()
 
     def take(self, logits: NDArray[np.float32]) -> bool:
-        """Choose the next token; whether the answer goes on. Raises what `on_text` raises."""
+        """Choose the next token; returns whether the answer goes on.
+
+        Raises what `on_text` raises.
+        """
         token = choose(logits, self.chat.sampling, self._random)
         if token in self._stops:
             self._end("end")
@@ -73,7 +75,7 @@ class _Running:
 class Server:
     """One thread that answers chats.
 
-    Up to `slots` run at the same time, up to `waiting` stand in the queue.
+    Up to `slots` are answered at the same time, up to `waiting` wait in the queue.
     """
 
     def __init__(self, session: Session, tokenizer: TextModel, name: str, slots: int, waiting: int) -> None:
@@ -85,11 +87,11 @@ class Server:
         self._thread.start()
 
     def submit(self, chat: Chat) -> None:
-        """Queue a chat; raises `queue.Full` when as many as may wait already do."""
+        """Queue a chat; raises `queue.Full` when the queue is full."""
         self._queue.put_nowait(chat)
 
     def close(self) -> None:
-        """Answer what is queued, then end."""
+        """Answer all queued chats, then end the thread."""
         self._queue.put(None)
         self._thread.join()
 
@@ -109,7 +111,7 @@ class Server:
 
     def _begin(self, chat: Chat) -> None:
         try:
-            chat.on_text("")  # a client that is gone already costs nothing
+            chat.on_text("")  # the client is gone already
             running = _Running(chat, self._tokenizer, self._session, self._name)
             logits = self._batch.admit(running.ids)
         except Exception as error:  # one request must not end the others
@@ -125,7 +127,7 @@ class Server:
             for number in reversed(range(len(self._running))):
                 self._drop(number).chat.on_error(error)
             return
-        # From the last to the first: the one that takes the number of one that ended had its turn already.
+        # From the last to the first: when one ends, the sequence that takes its number has already had its turn.
         for number in reversed(range(len(self._running))):
             self._take(number, logits[number])
 
@@ -137,7 +139,7 @@ class Server:
             self._drop(number).chat.on_error(error)
 
     def _drop(self, number: int) -> _Running:
-        """End a sequence; the last one takes its number, as in the batch."""
+        """Drop a sequence; the last one takes its number, as in the batch."""
         self._batch.leave(number)
         gone, last = self._running[number], self._running.pop()
         if gone is not last:

@@ -1,6 +1,4 @@
-"""What the inputs and outputs of a decoder ONNX are.
-
-Whoever exported it, and whatever it calls them.
+"""The inputs and outputs of a decoder ONNX, whatever tool exported it.
 
     token ids   [batch, new]                       int64 or int32
     mask        [batch, past + new]                optional
@@ -8,8 +6,9 @@ Whoever exported it, and whatever it calls them.
     past        [batch, heads, past, head_dim]     one or two a layer; each has its present among the outputs
     logits      [batch, new, vocab]
 
-Names are those of our folders, of onnxruntime-genai's builder (also as its `genai_config.json` states them) and of
-optimum; else a tensor's place is told by type, rank and axis names. Raises InputError when a model is no such decoder.
+Known names are those of our folders, of onnxruntime-genai's builder (also as stated in `genai_config.json`) and of
+optimum. A tensor with any other name is recognised by its type, rank and axis names. Raises InputError when a model is
+not such a decoder.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _TYPES: dict[str, Any] = {
 _CACHE_TYPES = ("tensor(float)", "tensor(float16)", "tensor(int8)", "tensor(uint8)", "tensor(bfloat16)")
 _IDS, _MASK, _POSITIONS = re.compile(r"input_?ids|^(ids|tokens|input)$"), re.compile("mask"), re.compile("position")
 _LENGTH_AXIS = re.compile("seq|past|len|total|kv")
-# Words in front of layer and kind, which past and present have each their own of.
+# Prefixes of past and present tensors, before layer and kind.
 _PREFIX = re.compile(r"past_key_values?|present_key_values?|past|present|updated|new|cache|outputs?|inputs?")
 
 
@@ -52,9 +51,9 @@ class Described(Protocol):
 
 @dataclass(frozen=True)
 class Cache:
-    """One past and its present.
+    """A past input and its present output.
 
-    `shape` is that of an empty one, `axis` the axis that grows.
+    `shape` is the shape of an empty one, `axis` the axis that grows.
     """
 
     past: str
@@ -68,7 +67,7 @@ class Cache:
 class Signature:
     """Names and types of a decoder's inputs and outputs.
 
-    `others` are inputs whose value follows from lengths.
+    `others` are inputs whose values follow from lengths alone.
     """
 
     ids: tuple[str, Any]
@@ -80,10 +79,7 @@ class Signature:
     others: tuple[tuple[str, Any, int], ...] = ()
 
     def feeds(self, ids: NDArray, past: int) -> dict[str, NDArray]:
-        """Every input but the caches, for new `ids` of one sequence.
-
-        `past` other tokens came before them.
-        """
+        """Every input but the caches, for new `ids` of one sequence after `past` tokens."""
         total = past + len(ids)
         values = {self.ids[0]: ids.astype(self.ids[1])[None]}
         if self.mask:
@@ -96,7 +92,7 @@ class Signature:
 
 
 def _value(name: str, past: int, total: int) -> NDArray:
-    """What an input means whose name says it; see `_OTHERS`."""
+    """The value of one of `_OTHERS`."""
     kind = next(kind for pattern, kind in _OTHERS if re.search(pattern, name))
     numbers = {"past": past, "total": total, "last": total - 1, "all": 0, "cached": past > 0}
     return np.arange(past, total) if kind == "range" else np.array([numbers[kind]])
@@ -117,7 +113,7 @@ _OTHERS = (
 def read_signature(
     where: Path, inputs: Sequence[Described], outputs: Sequence[Described], config: Mapping[str, Any]
 ) -> Signature:
-    """Tell inputs and outputs apart.
+    """Find out what each input and output is.
 
     `config` is the decoder's part of a genai_config.json, or empty.
     """
@@ -191,14 +187,14 @@ def _logits(where: Path, outputs: Sequence[Described], stated: object) -> Descri
 
 
 def _place(name: str) -> tuple[str, str]:
-    """Layer number and kind (`k`, `v` or none) that a cache's name tells."""
+    """Layer number and kind (`k`, `v` or none) in a cache's name."""
     rest = _PREFIX.sub("", name.lower())
     kind = re.search(r"(?<![a-z])(k|v|key|value)s?(?![a-z])", rest)
     return ".".join(re.findall(r"\d+", rest)), kind[1][0] if kind else ""
 
 
 def _pairs(where: Path, pasts: Sequence[Described], outputs: Sequence[Described]) -> list[tuple[Described, Described]]:
-    """Each past with its present: by what the names tell, else in their order."""
+    """Each past with its present: matched by names, else by order."""
     presents = [item for item in outputs if len(item.shape) >= 4 and item.type in _CACHE_TYPES]
     places = {_place(item.name): item for item in presents}
     if len(places) == len(presents) and {_place(item.name) for item in pasts} == set(places):
@@ -216,7 +212,7 @@ def _pairs(where: Path, pasts: Sequence[Described], outputs: Sequence[Described]
 def _cache(where: Path, past: Described, present: str, config: Mapping[str, Any]) -> Cache:
     """The empty cache: one sequence, no positions.
 
-    What is symbolic besides must be stated by `config`.
+    The sizes of other symbolic axes must be stated by `config`.
     """
     if past.type not in _TYPES:
         raise MissingRuntimeError(f"{where}: a {past.type} cache cannot be fed to ONNX Runtime on this device")

@@ -1,9 +1,7 @@
-"""A limit on Qwen3's thoughts.
+"""A limit on the length of Qwen3's thoughts, as its model cards describe it.
 
-After so many tokens the thought is ended for the model.
-
-As Qwen3's model cards describe it: the first `tokens` tokens are the model's own; when they hold neither the end of
-the thought nor of the answer, a sentence that ends the thought follows, and the model goes on from there.
+The first tokens of an answer are the model's own, up to the limit. If neither the thought nor the answer has ended by
+then, a sentence that ends the thought is inserted, and the model goes on from there.
 """
 
 from __future__ import annotations
@@ -22,10 +20,7 @@ CUT = (
 
 @dataclass(frozen=True)
 class ThinkingBudget:
-    """Tokens that a thought may have, and the ids that end it.
-
-    One id is put in as its end; others end it early.
-    """
+    """Number of tokens that a thought may have, and the ids that end it."""
 
     tokens: int
     end: int
@@ -33,9 +28,9 @@ class ThinkingBudget:
 
 
 def thinking_budget(tokenizer: TextModel, tokens: int | None) -> ThinkingBudget | None:
-    """The budget in a model's own tokens, None for None.
+    """The budget with a model's own token ids; None for None.
 
-    Raises InputError for a model that does not think.
+    Raises InputError when the model has no thoughts.
     """
     if tokens is None:
         return None
@@ -46,10 +41,7 @@ def thinking_budget(tokenizer: TextModel, tokens: int | None) -> ThinkingBudget 
 
 
 class Thought:
-    """One thought in progress.
-
-    It says what follows: the model's own choice, or the end that is put in.
-    """
+    """One thought in progress."""
 
     def __init__(self, budget: ThinkingBudget | None) -> None:
         self._budget, self._count = budget, 0
@@ -58,7 +50,7 @@ class Thought:
         self.was_cut = False
 
     def follow(self, chosen: int, stops: frozenset[int] | set[int] = frozenset()) -> int:
-        """The next token, where the model would choose `chosen`."""
+        """The next token: `chosen` by the model, or one of the inserted end."""
         if self._queue:
             return self._queue.pop(0)
         if self._ended or self._budget is None:

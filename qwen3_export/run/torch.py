@@ -1,6 +1,6 @@
-"""A Hugging Face folder in torch.
+"""A Hugging Face folder, 16-bit or quantized, in our own torch forward pass.
 
-It is in 16 bits or quantized by us, dequantized to fp32, and run by our own forward pass.
+Quantized matrices are dequantized to fp32.
 """
 
 from __future__ import annotations
@@ -58,4 +58,4 @@ class TorchSession:
         return self._decoder.logits(self._decoder.hidden([ids], [self._caches])[0]).numpy()
 
     def close(self) -> None:
-        """Nothing is held outside of this object."""
+        """Does nothing: all memory belongs to this object."""

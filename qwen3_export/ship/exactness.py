@@ -1,4 +1,4 @@
-"""Which numbers an export could not carry over unchanged, and by how much."""
+"""Numbers that an export could not store unchanged, and their largest errors."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def max_relative_error(original: NDArray, stored: NDArray) -> float:
 
 
 def refuse_overflow(name: str, error: float, kind: str) -> None:
-    """Raise UnsupportedError when a tensor's error is not finite.
-
-    No runtime gives numbers for such a file.
-    """
+    """Raise UnsupportedError when a tensor overflows in the type it would be stored in."""
     if not math.isfinite(error):
         raise UnsupportedError(f"{name}: its values overflow in {kind}", "bf16 has the range of fp32: use that")
 
 
 def cast_errors(checkpoint: Checkpoint, precision: str) -> list[Inexact]:
-    """Unquantized tensors, and scales, that `precision` cannot hold exactly; UnsupportedError on overflow."""
+    """Unquantized tensors and scales that `precision` cannot hold exactly, with errors.
+
+    Raises UnsupportedError on overflow.
+    """
     wanted, errors = _TYPES[precision], []
     for name in checkpoint.files:
         entry = checkpoint.entry(name)

@@ -1,4 +1,4 @@
-"""What every export shares: check, provenance, and result."""
+"""Checks, provenance and results that all exports share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_schemes(
 ) -> None:
     """Raise UnsupportedError for the first tensor that a target cannot hold.
 
-    Experts may have rules of their own.
+    `supports_experts` is the rule for experts, where it is another one.
     """
     reasons: dict[tuple[QuantScheme, bool], str | None] = {}
     for name, scheme in checkpoint.schemes.items():
@@ -52,7 +52,7 @@ def check_schemes(
 
 
 def not_integer(scheme: QuantScheme) -> str | None:
-    """Why an export of integer weights cannot hold a scheme, or None."""
+    """Why an export for integer weights cannot hold a scheme; None if it can."""
     if scheme.ggml_type is not None:
         return f"{scheme.ggml_type} is a block type of ggml, which llama.cpp alone runs; `qwen3-export gguf` writes it"
     if scheme.type == "float":
@@ -63,7 +63,7 @@ def not_integer(scheme: QuantScheme) -> str | None:
 
 
 def provenance(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Where an artifact comes from, for its manifest."""
+    """The origin of an artifact, for its manifest."""
     manifest = read_manifest(checkpoint.folder)
     if source := manifest.get("source"):
         manifest_text(checkpoint.folder, manifest, "source", "sha256")
@@ -79,7 +79,7 @@ def provenance(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def exactness(inexact: list[Inexact]) -> dict[str, Any]:
-    """The contract's `exact` and `inexact_tensors`."""
+    """The fields `exact` and `inexact_tensors` of a result."""
     return {"exact": not inexact, "inexact_tensors": inexact}
 
 

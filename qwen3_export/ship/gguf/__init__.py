@@ -1,15 +1,14 @@
 """GGUF files for llama.cpp.
 
-16-bit weights are written as its converter writes them, or rounded; codes are moved bit for bit.
+16-bit weights are written as llama.cpp's converter writes them, or rounded; codes are moved bit for bit.
 
-    types      which type every matrix gets: llama.cpp's mixes, or the one that holds the codes
-    encode     a matrix as data of a type, by pieces of rows
+    types      the type of every matrix: by llama.cpp's mixes, or the one that holds the codes
+    encode     a matrix as data of a type, in pieces of rows
     write      header, metadata and data of a file or its shards
     metadata   the model's numbers, its tokenizer and its chat template
 
-Experts of a layer are one tensor, whose data are written one expert after the other. A quantized embedding is
-`token_embd`, a head of its own `output`; without one llama.cpp multiplies by `token_embd`, so a tied matrix is stored
-once.
+The experts of a layer form one tensor, whose data are written expert after expert. The embedding is `token_embd`, an
+untied head `output`. Without `output` llama.cpp uses `token_embd` for both, so a tied matrix is stored once.
 """
 
 from __future__ import annotations
@@ -54,10 +53,10 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What may be asked for beside the type.
+    """Options of an export beside the type.
 
-    `importance` weighs the errors of rounding; `split_max_bytes` cuts the file into shards; `allow_requantize` lets
-    codes be rounded again that no type holds, or that another type was asked for.
+    `importance` weighs the errors of rounding. `split_max_bytes` divides the file into shards. `allow_requantize`
+    permits to round codes again, if no type holds them or another type is asked for.
     """
 
     overrides: Overrides = field(default_factory=Overrides)
@@ -96,7 +95,7 @@ def export_gguf(
 
 
 def _checked(checkpoint: Checkpoint, type_name: str | None, options: Options) -> tuple[Types, list[Planned]]:
-    """Types and tensors of the file; raises what `check_request` raises."""
+    """Types and tensors of the file; raises the errors of `check_request`."""
     check_architecture(checkpoint.config)
     weighed = options.importance is not None
     types = choose_types(checkpoint, type_name, options.overrides, weighed, options.allow_requantize)
@@ -105,11 +104,10 @@ def _checked(checkpoint: Checkpoint, type_name: str | None, options: Options) ->
 
 
 def check_request(checkpoint: Checkpoint, type_name: str | None = None, options: Options | None = None) -> None:
-    """Everything that can be known before the long work.
+    """Check everything that can be known before the long work.
 
-    A recipe's target is checked by it too, before quantizing.
-
-    Raises InputError for an unknown type, UnsupportedError for the first tensor that does not fit.
+    An export with a recipe is checked with it before the recipe runs. Raises InputError for an unknown type,
+    UnsupportedError for the first tensor that does not fit.
     """
     options = options or Options()
     _checked(checkpoint, type_name, options)
@@ -118,10 +116,7 @@ def check_request(checkpoint: Checkpoint, type_name: str | None = None, options:
 
 
 def planned_bytes(checkpoint: Checkpoint, type_name: str | None = None) -> int:
-    """Size of the file that an export would write.
-
-    It is known from shapes alone: header and tensors.
-    """
+    """Size in bytes of the file that an export would write, from shapes alone."""
     types, plan = _checked(checkpoint, type_name, Options())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "header.gguf"
@@ -134,13 +129,13 @@ def planned_bytes(checkpoint: Checkpoint, type_name: str | None = None) -> int:
 
 
 def _rounds(checkpoint: Checkpoint, types: Types) -> bool:
-    """Whether any matrix is rounded to nearest here."""
+    """Whether the export rounds any matrix."""
     plain = (module for module in types.modules if module not in checkpoint.schemes)
     return any(types.modules[module] not in PLAIN for module in (*plain, *types.requantized))
 
 
 def _requantized(types: Types, encoder: Encoder) -> list[dict[str, Any]]:
-    """What was rounded again, tensor by tensor."""
+    """The tensors whose codes were rounded again, with types and errors."""
     errors = {item["name"]: item["max_rel_error"] for item in encoder.inexact()}
     return [
         {
@@ -154,9 +149,9 @@ def _requantized(types: Types, encoder: Encoder) -> list[dict[str, Any]]:
 
 
 def _tell_unweighed(plan: list[Planned], types: Types, importance: Mapping[str, NDArray], progress: Progress) -> None:
-    """Warn of matrices that are rounded and that the importance matrix says nothing of.
+    """Warn of rounded matrices that the importance matrix lacks.
 
-    Embeddings never are in it.
+    An embedding is never in it, so there is no warning for it.
     """
     missing = [
         item.name
@@ -189,7 +184,7 @@ def _plan(checkpoint: Checkpoint, types: Types) -> Iterator[Planned]:
 
 
 def _float(checkpoint: Checkpoint, module: str, name: str) -> Planned:
-    """Norms and the router, which are fp32 always."""
+    """A norm or a router, always in fp32."""
     return Planned(f"{name}.weight", checkpoint.entry(f"{module}.weight").shape, "f32", (module,))
 
 
@@ -219,7 +214,7 @@ def _experts(config: Qwen3Config, types: Types, layer: int) -> Iterator[Planned]
 def _check_stacks(config: Qwen3Config, types: Types) -> None:
     """Raise UnsupportedError where a matrix cannot have its type.
 
-    Experts of one stack may not have several types, and a row must fit its type.
+    All experts of a stack must have one type, and the type's blocks must divide the rows.
     """
     for layer in config.sparse_layers:
         for _, modules in _stacks(config, layer):
@@ -268,10 +263,7 @@ def _write(
 
 
 def _describe(writer: gguf.GGUFWriter, checkpoint: Checkpoint, types: Types, options: Options) -> None:
-    """All metadata of the file.
-
-    They are the converter's keys, where the codes come from, and what weighed the errors.
-    """
+    """Add all metadata: the converter's keys, the origin of the codes, the importance matrix."""
     add_metadata(writer, checkpoint, FILE_TYPES[types.file_type].number)
     if options.importance is not None:
         writer.add_string("quantize.imatrix.file", options.importance.name)

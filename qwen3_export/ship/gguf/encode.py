@@ -1,8 +1,6 @@
-"""A matrix as data of a ggml type, in chunks of rows.
+"""A matrix as data of a ggml type: copied, rounded, or its codes moved.
 
-It is copied, rounded to nearest, or its codes are moved.
-
-Pieces are made by several threads and come in their order, a few ahead of the writer, so that memory is bounded by
+Several threads make pieces of rows, a few ahead of the writer, which gets them in order. So memory is bounded by the
 pieces, or by the codes of one matrix.
 """
 
@@ -31,30 +29,27 @@ from qwen3_export.ship.gguf.types import Types, widened
 
 _ELEMENTS_AT_ONCE, _ROWS = 1 << 20, 32
 _FLOATS: dict[str, np.dtype] = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
-# `{name: (largest change, largest value)}` of what an encoding could not carry over.
+# `{name: (largest change, largest value)}` of numbers that could not be stored unchanged.
 Changes = dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Bytes of some rows, and what changed on the way."""
+    """Bytes of some rows, and the changes of numbers that were not stored exactly."""
 
     data: NDArray
     changes: Changes
 
 
 class Encoder:
-    """Turns matrices of a checkpoint into data; what changed is gathered in `changes`."""
+    """Turns matrices of a checkpoint into data, and collects what changed."""
 
     def __init__(self, checkpoint: Checkpoint, types: Types, importance: Mapping[str, NDArray]) -> None:
         self.checkpoint, self.types, self.importance = checkpoint, types, importance
         self.changes: Changes = {}
 
     def tasks(self, module: str, name: str) -> Iterator[Callable[[], Encoded]]:
-        """Pieces of work that make a matrix's data of the type `name`.
-
-        Their results follow one after the other.
-        """
+        """Pieces of work whose results make up a matrix's data of type `name`."""
         if module in self.checkpoint.schemes:
             tensor = self.checkpoint.linear(module)
             assert isinstance(tensor, QuantizedTensor)
@@ -85,10 +80,7 @@ class Encoder:
         return encode(f"{module}.weight", dequantize(part), name, self._weights(module))
 
     def _weights(self, module: str) -> NDArray | None:
-        """The importance of a matrix's inputs, of an expert its own.
-
-        None when there is none.
-        """
+        """The importance `[in]` of a matrix's inputs, an expert's own; None when unknown."""
         if not self.importance or not module.startswith(("model.layers.", "lm_head", "model.embed")):
             return None
         if module.endswith(("norm", f".{ROUTER}")):
@@ -109,7 +101,7 @@ class Encoder:
             self.changes[name] = max(before[0], change), max(before[1], largest)
 
     def inexact(self) -> list[Inexact]:
-        """What could not be carried over, tensor by tensor."""
+        """The tensors that could not be stored exactly, with their largest errors."""
         return [
             {"name": name, "max_rel_error": change / largest if largest else change}
             for name, (change, largest) in self.changes.items()
@@ -118,17 +110,14 @@ class Encoder:
 
 
 def _cut(shape: tuple[int, ...]) -> list[slice]:
-    """Pieces of rows of a tensor, which may have one axis."""
+    """Pieces of rows of a tensor; a tensor with one axis is one piece."""
     width = shape[1] if len(shape) > 1 else 1
     step = max(_ELEMENTS_AT_ONCE // width // _ROWS, 1) * _ROWS
     return [slice(begin, min(begin + step, shape[0])) for begin in range(0, shape[0], step)]
 
 
 def encode(tensor: str, weight: NDArray, name: str, importance: NDArray | None) -> Encoded:
-    """16- or 32-bit weights as data of a type.
-
-    See `ggml.round_rows` for what is rounded.
-    """
+    """16- or 32-bit weights as data of a type, rounded by `ggml.round_rows` where needed."""
     if name == "bf16":
         return _encode_bf16(tensor, weight)
     if name in _FLOATS:
@@ -177,7 +166,7 @@ def repack(tensor: QuantizedTensor) -> Encoded:
 
 
 def widen(tensor: QuantizedTensor) -> QuantizedTensor:
-    """Integers of 2 or 3 bits as those of 4 that mean the same."""
+    """2- or 3-bit codes as 4-bit codes with the same meaning."""
     scheme = replace(tensor.scheme, num_bits=4)
     moved = (
         tensor.codes if tensor.zeros is not None else tensor.codes + np.uint8(scheme.midpoint - tensor.scheme.midpoint)
@@ -193,10 +182,7 @@ def _half_change(name: str, values: NDArray[np.float32]) -> Changes:
 
 
 def in_order(tasks: Iterable[Callable[[], Encoded]], threads: int | None = None) -> Iterator[Encoded]:
-    """Results of pieces of work, in their order.
-
-    All processors make them, a few ahead of whoever takes them.
-    """
+    """Results of pieces of work in order, computed by threads a few ahead."""
     count = threads or len(os.sched_getaffinity(0))
     waiting: deque[Future[Encoded]] = deque()
     with ThreadPoolExecutor(count) as pool:

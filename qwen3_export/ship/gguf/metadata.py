@@ -23,14 +23,14 @@ from qwen3_export.errors import CheckpointError, UnsupportedError
 
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 _ROLES = ("bos", "eos", "pad")
-# Tokens that llama.cpp ends an answer at by their text, and the keys for others beside eos.
+# Tokens that llama.cpp recognises by their text as ends of an answer, and the keys for further ones beside eos.
 _ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|eom_id|>", "<EOT>", "_<EOT>")
 _MORE_ENDS = ("eot", "eom")
 ARCHITECTURES = {"qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
 
 
 def check_architecture(config: Qwen3Config) -> None:
-    """Raise UnsupportedError for what llama.cpp's loader cannot express."""
+    """Raise UnsupportedError for an architecture that llama.cpp cannot load."""
     everywhere = len(config.sparse_layers) == config.num_layers and config.norm_topk_prob
     if config.model_type == "qwen3_moe" and not everywhere:
         raise UnsupportedError(
@@ -46,7 +46,7 @@ def check_architecture(config: Qwen3Config) -> None:
 
 
 def add_metadata(writer: gguf.GGUFWriter, checkpoint: Checkpoint, file_type: int) -> None:
-    """Write all keys but our own."""
+    """Add all keys that llama.cpp's converter writes."""
     config = checkpoint.config
     writer.add_type("model")
     _general(writer, checkpoint)
@@ -71,7 +71,7 @@ def add_metadata(writer: gguf.GGUFWriter, checkpoint: Checkpoint, file_type: int
 
 
 def size_label(config: Qwen3Config) -> str:
-    """`8.0M`, or `8x4.8M` for experts: how llama.cpp's tools call a model's size."""
+    """A model's size in llama.cpp's notation: `8.0M`, or `8x4.8M` with experts."""
     if not config.num_experts:
         return _rounded(config.num_parameters)
     expert = 3 * config.hidden_size * config.moe_intermediate_size * len(config.sparse_layers)
@@ -85,15 +85,15 @@ def _rounded(count: int) -> str:
 
 
 def _general(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
-    """Sampling defaults, name and origin, as gguf-py reads them.
+    """Sampling defaults, name and origin, as gguf-py finds them.
 
-    It reads `generation_config.json`, the folder's name and the front matter of its README.md.
+    Its sources are `generation_config.json`, the folder's name and the front matter of README.md.
     """
     with tempfile.TemporaryDirectory() as place:
         copied = _plain_texts(checkpoint.folder, Path(place))
         try:
             found = gguf.Metadata.load(None, copied, None, checkpoint.config.num_parameters)
-        except Exception as error:  # heuristics over a stranger's YAML raise whatever they meet
+        except Exception as error:  # gguf-py's heuristics over other people's YAML can raise anything
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"{checkpoint.folder}: README.md has broken front matter ({first})") from error
     _check_sampling(checkpoint, vars(found))
@@ -103,7 +103,7 @@ def _general(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
 
 
 def _check_sampling(checkpoint: Checkpoint, values: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for a sampling default that has no place in 32 bits."""
+    """Raise CheckpointError for a sampling default that does not fit into 32 bits."""
     for key, value in values.items():
         most = 2**31 if isinstance(value, int) else 3e38
         if key.startswith("sampling_") and isinstance(value, int | float) and not -most <= value < most:
@@ -115,9 +115,9 @@ def _check_sampling(checkpoint: Checkpoint, values: Mapping[str, Any]) -> None:
 
 
 def _plain_texts(folder: Path, place: Path) -> Path:
-    """The texts that gguf-py reads, in a folder of the same name.
+    """Copies of the texts that gguf-py reads, in a folder of the same name.
 
-    It knows neither byte-order marks nor UTF-16.
+    The copies are plain UTF-8, since gguf-py knows neither byte-order marks nor UTF-16.
     """
     folder = folder.absolute()
     copied = place / folder.parent.name / folder.name
@@ -137,7 +137,7 @@ def _rope(writer: gguf.GGUFWriter, rope: Rope) -> None:
         writer.add_rope_scaling_orig_ctx_len(rope.original_max_position)
         usual = 0.1 * math.log(rope.factor) + 1.0
         if not math.isclose(rope.attention_factor, usual):
-            # llama.cpp multiplies its own factor in; its converter's `yarn_attn_factor` is never read.
+            # llama.cpp applies its own factor; it never reads the key `yarn_attn_factor` that its converter writes.
             writer.add_rope_scaling_attn_factors(rope.attention_factor / usual)
     writer.add_rope_freq_base(rope.theta)
 
@@ -170,7 +170,7 @@ def _tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
 
 
 def _check_tokenizer(path: Path, model: Any, added: Any, size: int) -> None:
-    """Raise CheckpointError when `tokenizer.json` is not what the reading below takes for granted."""
+    """Raise CheckpointError when `tokenizer.json` has an unexpected form."""
     parts = {"vocab": dict, "merges": list}
     whole = isinstance(model, dict) and all(isinstance(model.get(key), kind) for key, kind in parts.items())
     listed = isinstance(added, list) and all(
@@ -186,9 +186,8 @@ def _check_tokenizer(path: Path, model: Any, added: Any, size: int) -> None:
 def _stop_roles(tokens: list[str], found: Mapping[str, int], stops: list[int]) -> dict[str, int]:
     """Roles for tokens that end an answer.
 
-    They are those that llama.cpp would not recognise by their text.
-
-    Without any eos it would take token 11. Raises UnsupportedError when there are more than it has places for.
+    Tokens that llama.cpp recognises by their text need none. Without an eos, llama.cpp would use token 11. Raises
+    UnsupportedError when there are more such tokens than roles.
     """
     roles = {"eos": stops[0]} if stops and "eos" not in found else {}
     known = {found.get("eos"), roles.get("eos")}
@@ -203,7 +202,7 @@ def _stop_roles(tokens: list[str], found: Mapping[str, int], stops: list[int]) -
 
 
 def _special_ids(ids: Mapping[str, int], tokenizer: dict[str, Any], model: Mapping[str, Any]) -> dict[str, int]:
-    """Ids by role: the tokenizer's settings first, then what only `config.json` names."""
+    """Ids by role, from the tokenizer's settings, then from `config.json`."""
     found: dict[str, int] = {}
     for role in _ROLES:
         token = tokenizer.get(f"{role}_token")
@@ -222,7 +221,7 @@ def _vocabulary(
 ) -> tuple[list[str], list[int]]:
     """Tokens and types by id.
 
-    Ids without a token, which Qwen's tables have, become unused padding.
+    Qwen's embedding tables have more rows than there are tokens; these ids become unused padding.
     """
     tokens, types = [f"[PAD{i}]" for i in range(size)], [int(gguf.TokenType.UNUSED)] * size
     for token, index in vocab.items():

@@ -1,6 +1,4 @@
-"""The ggml type of every matrix of a file.
-
-It follows from the scheme of its codes.
+"""The ggml type of every matrix, by the scheme of its codes.
 
     scheme of a matrix                          ggml type
     int4 symmetric, group a multiple of 32      q4_0        exact
@@ -9,7 +7,7 @@ It follows from the scheme of its codes.
     int4 asymmetric, group a multiple of 32     q4_1        its fp16 minimum near-lossless
     mxfp4, and every block type of ggml         the same    exact
 
-What none of them holds is rounded onto the nearest type only when it was asked for.
+Codes that no type holds are rounded onto another type only if the user permits it.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.errors import UnsupportedError
 from qwen3_export.ggml import import_loops, round_rows
 
-# Types to requantize to, smallest first, and the relative error that is small enough.
+# Types to round codes to again, smallest first, and the relative error that is small enough.
 _CANDIDATES = ("q4_0", "q4_1", "q4_k", "q5_0", "q5_k", "q6_k", "q8_0")
 _CLOSE = 0.01
 _SAMPLE_ROWS = 64
@@ -47,9 +45,9 @@ class Requantized:
 
 @dataclass(frozen=True)
 class Types:
-    """The file's name of type, and the type of every matrix.
+    """The name of the file's type, and the type of every matrix.
 
-    `rounded` are the codes that are rounded again.
+    `rounded` are the matrices whose codes are rounded again.
     """
 
     file_type: str
@@ -58,7 +56,7 @@ class Types:
 
     @property
     def rounds(self) -> bool:
-        """Whether any matrix is rounded onto a type of ggml here."""
+        """Whether the export rounds any matrix."""
         return any(name not in PLAIN for name in self.modules.values())
 
 
@@ -79,10 +77,7 @@ def type_for(scheme: QuantScheme) -> str | None:
 
 
 def widened(scheme: QuantScheme) -> str | None:
-    """The 4-bit type that holds smaller integers with bits to spare.
-
-    None when there is none.
-    """
+    """The 4-bit type that holds 2- or 3-bit codes; None when there is none."""
     if scheme.type != "int" or scheme.activations or scheme.num_bits > 3 or scheme.strategy != "group":
         return None
     if scheme.group_size is None or scheme.group_size % pack.GGML_BLOCK:
@@ -91,7 +86,7 @@ def widened(scheme: QuantScheme) -> str | None:
 
 
 def supports(scheme: QuantScheme) -> str | None:
-    """Why no ggml type holds a scheme's codes, or None when one does."""
+    """None when a ggml type holds a scheme's codes, else why none does."""
     if type_for(scheme) is not None:
         return None
     if scheme.activations:
@@ -109,12 +104,11 @@ def supports(scheme: QuantScheme) -> str | None:
 def choose_types(
     checkpoint: Checkpoint, type_name: str | None, overrides: Overrides, weighed: bool, allow_requantize: bool
 ) -> Types:
-    """Types of a file.
+    """The types of a file.
 
-    Raises UnsupportedError when codes do not fit and may not be rounded again.
-
-    Without a name a 16-bit source becomes bf16, and codes keep the type that holds them; what is 16-bit beside
-    codes stays so unless `overrides` say otherwise.
+    Without `type_name` a 16-bit source becomes bf16, and codes get the type that holds them; 16-bit matrices beside
+    codes stay in 16 bits unless `overrides` ask for a type. Raises UnsupportedError when codes do not fit and may not
+    be rounded again.
     """
     name = None if type_name is None else file_type(type_name)
     if not checkpoint.schemes:
@@ -133,7 +127,7 @@ def choose_types(
 
 
 def _asked(checkpoint: Checkpoint, overrides: Overrides) -> dict[str, str]:
-    """`{module: type}` of what patterns and roles ask for."""
+    """`{module: type}` of the matrices that a pattern or role decides."""
     config = checkpoint.config
     types = module_types(config, "f16", overrides=overrides)
     return {
@@ -150,10 +144,7 @@ def _is_asked(module: str, overrides: Overrides, tied: bool) -> bool:
 
 
 def _settle(checkpoint: Checkpoint, called: str, wanted: Mapping[str, str], allow: bool) -> Types:
-    """The type of every matrix.
-
-    Codes keep theirs unless another is wanted, or none holds them.
-    """
+    """The type of every matrix: codes keep theirs unless another is wanted or needed."""
     chosen, again, nearest = dict[str, str](), dict[str, Requantized](), dict[QuantScheme, str]()
     for module, shape in checkpoint.config.all_matrices().items():
         scheme = checkpoint.schemes.get(module)
@@ -182,7 +173,7 @@ def _that_fits(name: str, inputs: int) -> str:
 
 
 def _unsupported(checkpoint: Checkpoint, module: str, scheme: QuantScheme) -> UnsupportedError:
-    """What a tensor that no type holds would become, and at what cost."""
+    """The error for a tensor that no type holds, with the nearest type."""
     reason = supports(scheme) or "its groups are not consecutive inputs (g_idx, from desc_act)"
     name, error = nearest_type(checkpoint, module)
     shape = checkpoint.config.all_matrices()[module]
@@ -198,11 +189,9 @@ def _unsupported(checkpoint: Checkpoint, module: str, scheme: QuantScheme) -> Un
 
 
 def nearest_type(checkpoint: Checkpoint, module: str) -> tuple[str, float]:
-    """The smallest type within 1 % of a tensor's values, and its error.
+    """The smallest type within 1 % of a tensor, else q8_0, and its error.
 
-    It is q8_0 if none is.
-
-    Measured on some of the tensor's rows: the root of Σ δ² / Σ w². Integers of 2 and 3 bits fit into 4 as they are.
+    The error is the root of Σ δ² / Σ w², measured on some rows. 2- and 3-bit codes fit into 4-bit types without error.
     """
     name = widened(checkpoint.schemes[module])
     if name is not None and module not in checkpoint.reordered:
@@ -221,10 +210,7 @@ def nearest_type(checkpoint: Checkpoint, module: str) -> tuple[str, float]:
 
 
 def _sample(checkpoint: Checkpoint, module: str) -> NDArray[np.float32]:
-    """Some rows of a matrix in fp32.
-
-    They are of its codes, or of the 16-bit weights where codes are yet to come.
-    """
+    """Some rows of a matrix in fp32: dequantized codes, or weights not yet quantized."""
     plain = f"{module}.weight"
     if plain in checkpoint.files and checkpoint.entry(plain).dtype.itemsize > 1:
         return checkpoint.rows(plain, 0, min(_SAMPLE_ROWS, checkpoint.entry(plain).shape[0])).astype(np.float32)
@@ -248,7 +234,7 @@ def _refuse_other_type(checkpoint: Checkpoint, name: str) -> None:
 
 
 def _is_mix(checkpoint: Checkpoint, held: Mapping[str, str], name: str) -> bool:
-    """Whether types are those of a mix, with or without an importance matrix."""
+    """Whether the types are those of a mix, with or without an importance matrix."""
     for weighed in (True, False):
         types = module_types(checkpoint.config, name, weighed)
         if all(types[module] == found for module, found in held.items()):
@@ -257,10 +243,7 @@ def _is_mix(checkpoint: Checkpoint, held: Mapping[str, str], name: str) -> bool:
 
 
 def _called(checkpoint: Checkpoint, held: Mapping[str, str]) -> str:
-    """What a file of codes is called after.
-
-    It is the mix that they are, or the most common type of its linears.
-    """
+    """The name of a file of codes: its mix, else its most common type."""
     inner = {module: found for module, found in held.items() if module not in (EMBEDDING, HEAD)} or dict(held)
     if not inner:
         return "q8_0"

@@ -2,8 +2,8 @@
 
     header · metadata · names, shapes and types of the tensors · padding · data of each tensor, padded to 32 bytes
 
-Shards are called NAME-00001-of-0000N.gguf. Each says which one it is; the metadata is in the first alone. llama.cpp
-opens the first and finds the others.
+Shards are called NAME-00001-of-0000N.gguf. Each has its number in its header; the other metadata is in the first one
+only. llama.cpp opens the first and finds the others.
 """
 
 from __future__ import annotations
@@ -29,10 +29,7 @@ from qwen3_export.errors import ResourceError
 
 @dataclass(frozen=True)
 class Planned:
-    """One tensor of the file: name, numpy shape, type, and its matrices.
-
-    Their data follow one after another.
-    """
+    """One tensor of the file: name, numpy shape, type, and its matrices in order."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,10 +44,7 @@ class Planned:
 
 
 def split(plan: Sequence[Planned], limit: int | None) -> list[list[Planned]]:
-    """Tensors in shards of at most `limit` bytes of data.
-
-    A larger tensor has a shard of its own.
-    """
+    """Tensors in shards of at most `limit` bytes; larger tensors alone."""
     if limit is None:
         return [list(plan)]
     shards: list[list[Planned]] = [[]]
@@ -65,7 +59,7 @@ def split(plan: Sequence[Planned], limit: int | None) -> list[list[Planned]]:
 
 
 def shard_paths(output: Path, count: int) -> list[Path]:
-    """Where the shards of an output are; the output itself when there is one."""
+    """Paths of an output's shards; the output itself if there is only one."""
     if count == 1:
         return [output]
     stem = output.name.removesuffix(".gguf")
@@ -74,9 +68,9 @@ def shard_paths(output: Path, count: int) -> list[Path]:
 
 @contextmanager
 def staged_files(paths: Sequence[Path], force: bool, inputs: Sequence[Path]) -> Iterator[list[Path]]:
-    """Partial files for several outputs.
+    """Partial files for several outputs, renamed when all are done.
 
-    They appear when all are done, the first one last.
+    The first one is renamed last, since llama.cpp opens the others through it.
     """
     for path in paths:
         refuse_existing(path.absolute(), force, folder=False)
@@ -92,7 +86,7 @@ def write_header(
     try:
         describe(writer)
         for item in plan:
-            # Not through `add_tensor_info`, which wants a type that this release of gguf-py knows.
+            # Not through `add_tensor_info`, which refuses types that this release of gguf-py does not know.
             kind: Any = GGML_NUMBERS[item.type]
             writer.tensors[-1][item.name] = TensorInfo(item.shape, kind, item.nbytes)
         writer.write_header_to_file()
@@ -119,7 +113,7 @@ def write_shard(
                 _pad(file)
                 done()
     except OSError as error:
-        if error.errno is None:  # numpy's writer tells how much it wrote, and not why
+        if error.errno is None:  # numpy's error says how much was written, but not why writing failed
             raise ResourceError(f"{path.parent}: the disk is full ({error})", "free some room") from error
         raise
 

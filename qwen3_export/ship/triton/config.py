@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qwen3_export.errors import InputError
 
-# What a client sends; names and types follow Triton's vllm backend, so that clients can serve both.
+# A client's inputs; names and types are those of Triton's vllm backend, so that one client can use both.
 INPUTS = (
     ("text_input", "TYPE_STRING", False),
     ("messages", "TYPE_STRING", True),
@@ -21,10 +21,7 @@ _MOST_INSTANCES, _MOST_SEQUENCES, _LONGEST_QUEUE = 64, 1024, 100_000
 
 @dataclass(frozen=True)
 class Serving:
-    """How requests are served.
-
-    It gives copies of the model, threads of each, and how many requests may wait.
-    """
+    """Settings of serving: copies of the model, their threads, length of the queue."""
 
     instances: int = 1
     threads: int | None = None
@@ -32,7 +29,7 @@ class Serving:
     queue: int = 64
 
     def __post_init__(self) -> None:
-        """Raise InputError for numbers that cannot be."""
+        """Raise InputError for numbers out of range."""
         bounds = (
             ("instances", self.instances, _MOST_INSTANCES),
             ("sequences", self.sequences, _MOST_SEQUENCES),
@@ -48,9 +45,9 @@ class Serving:
 def python_config(name: str, artifact: str, serving: Serving, device: str | None = None) -> str:
     """For the python backend: streaming, continuous batching, a bounded queue.
 
-    Sequences join and leave a batch at every token, inside the backend (`run.serving`). Triton's own batcher, which
-    waits for requests of one shape and gives them back together, stays off: `max_batch_size: 0`. A request that
-    finds the queue full is refused at once. With a `device` the instances are the first GPU's.
+    Sequences join and leave a batch at every token, inside the backend (`run.serving`). Triton's own batcher is turned
+    off with `max_batch_size: 0`, since it waits for requests of one shape and returns them together. When the queue is
+    full, a request is refused at once. With a `device` the instances run on the first GPU.
     """
     lines = [f'name: "{name}"', 'backend: "python"', "max_batch_size: 0"]
     lines += ["model_transaction_policy { decoupled: true }"]

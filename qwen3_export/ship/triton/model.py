@@ -2,7 +2,7 @@
 
 This file is copied into a repository beside a copy of the package, and runs inside Triton's Python stub.
 
-    text_input           a user's message, or, with `messages`, ignored
+    text_input           a user's message; ignored if there are `messages`
     messages             JSON: a whole chat in the form of the chat template, instead of text_input
     sampling_parameters  JSON: max_tokens, temperature, top_p, seed
     stream               true: one response for each piece of text; false: one response with all of it
