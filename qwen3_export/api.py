@@ -90,9 +90,10 @@ def quantize(
     resume: bool = True,
     force: bool = False,
     layout: str | None = None,
+    scratch: str | Path | None = None,
     progress: OnProgress | None = None,
 ) -> Result:
-    """Quantize `source` into the folder `output`; `memory` is a limit in bytes.
+    """Quantize `source` into the folder `output`; `memory` is a limit in bytes, `scratch` a folder for activations.
 
     Returns what `qwen3-export quantize --json` prints; raises `errors.ExportError`.
     """
@@ -112,6 +113,7 @@ def quantize(
         resume=resume,
         force=force,
         layout=layout,
+        scratch=None if scratch is None else Path(scratch),
     )
     return Result(run(open_source(str(source)), load_recipe(recipe), Path(output), settings, _progress(progress)))
 

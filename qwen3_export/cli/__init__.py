@@ -20,6 +20,7 @@ from typing import Any
 
 from qwen3_export.cli.streams import finish_streams, steady_streams
 from qwen3_export.cli.tables import plain
+from qwen3_export.core.disk import disk_of
 from qwen3_export.core.process import STOPPING
 from qwen3_export.errors import ExportError, InputError, InputWarning
 
@@ -119,8 +120,7 @@ def _report(error: BaseException, arguments: Sequence[str] = ()) -> int:
         return _say("out of memory", "close other programs, or use a machine with more", _EXIT_RESOURCES)
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = "free some room and repeat the command: a quantize run goes on where it stopped"
-            return _say(f"the disk is full{_where(error)}", hint, _EXIT_RESOURCES)
+            return _say(f"the disk is full{_where(error)}{_on(error)}", _full_disk_hint(command), _EXIT_RESOURCES)
         if error.errno is not None:
             return _say(f"{error.strerror}{_where(error)}", None, _EXIT_INPUT)
     if isinstance(error, SystemExit):
@@ -163,6 +163,18 @@ def _where(error: OSError) -> str:
     # Of a copy the second name is the one that is being written.
     name = error.filename2 or error.filename
     return f": {name}" if name else ""
+
+
+def _on(error: OSError) -> str:
+    """The file system that an error's file lies on."""
+    name = error.filename2 or error.filename
+    return f" (on {disk_of(Path(name))})" if isinstance(name, str) else ""
+
+
+def _full_disk_hint(command: str) -> str:
+    hint = "free some room and repeat the command: a quantize run goes on where it stopped"
+    spills = command in ("quantize", "calibrate", "onnx", "gguf", "tensorrt")
+    return f"{hint}, also with its activations on another disk (--scratch DIR)" if spills else hint
 
 
 def _say(message: str, hint: str | None, code: int) -> int:

@@ -5,6 +5,7 @@ They share output options, progress, and JSON or a table.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
@@ -45,6 +46,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON objec
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no log lines.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Log every step; tracebacks on errors.")]
 Source = Annotated[str, typer.Argument(help="A folder, a hub id, or `reference-model`.")]
+Scratch = Annotated[
+    Path | None, typer.Option(help="Folder for activations, on another disk than the output (default: beside it).")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qwen3_export.cli.app import Force, Json, Quiet, Source, Verbose, app, console
+from qwen3_export.cli.app import Force, Json, Quiet, Scratch, Source, Verbose, app, console
 from qwen3_export.cli.console import fields, size
 from qwen3_export.core.outputs import check_output
 from qwen3_export.core.processors import MOST_THREADS, check_device_name
@@ -26,6 +26,7 @@ def calibrate(
     threads: Annotated[
         int | None, typer.Option(min=1, max=MOST_THREADS, help="Default: all. Never changes the bytes.")
     ] = None,
+    scratch: Scratch = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -47,7 +48,7 @@ def calibrate(
 
     show = console(json, quiet, verbose)
     settings = QuantizeSettings(
-        calibration, samples, sequence_length, seed, device=device, threads=threads, force=force
+        calibration, samples, sequence_length, seed, device=device, threads=threads, force=force, scratch=scratch
     )
     result = run(checkpoint, output, settings, show)
     show.result(result, lambda: _calibrated(result))

@@ -14,11 +14,12 @@ from qwen3_export.cli.app import complete_recipe
 from qwen3_export.cli.console import Console
 from qwen3_export.cli.solve import parse_bytes
 from qwen3_export.core.checkpoint import Checkpoint
-from qwen3_export.core.outputs import check_output, working_folder
+from qwen3_export.core.outputs import check_output
 from qwen3_export.core.process import uninterrupted
 from qwen3_export.core.processors import MOST_THREADS, check_device_name
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
+from qwen3_export.core.working_folders import working_folder
 from qwen3_export.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="With
 Resume = Annotated[
     bool | None, typer.Option("--resume/--no-resume", help="With --recipe: go on with an interrupted run.")
 ]
+ScratchOption = Annotated[
+    Path | None, typer.Option("--scratch", help="With --recipe: folder for activations, on another disk.")
+]
 Check = Callable[[Checkpoint], object]
 
 
@@ -56,6 +60,7 @@ class Quantizing:
     device: str | None = None
     threads: int | None = None
     resume: bool | None = None
+    scratch: Path | None = None
 
     def settings(self, recipe: str | None) -> QuantizeSettings:
         """How to quantize.

@@ -21,6 +21,7 @@ from qwen3_export.cli.on_the_way import (
     RecipeOption,
     Resume,
     Samples,
+    ScratchOption,
     Seed,
     SequenceLength,
     Threads,
@@ -73,6 +74,7 @@ def onnx(
     device: Device = None,
     threads: Threads = None,
     resume: Resume = None,
+    scratch: ScratchOption = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -88,7 +90,7 @@ def onnx(
     from qwen3_export.ship.onnx import check_request, export_onnx
 
     show, shard_bytes = console(json, quiet, verbose), _shard_bytes(max_shard_size)
-    options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume)
+    options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume, scratch)
     choice: dict[str, Any] = {
         "flavor": flavor, "precision": precision, "accuracy_level": accuracy_level, "target": target,
         "kv_cache": kv_cache, "opset": opset,
@@ -135,6 +137,7 @@ def gguf(
     device: Device = None,
     threads: Threads = None,
     resume: Resume = None,
+    scratch: ScratchOption = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -158,7 +161,7 @@ def gguf(
         allow_requantize,
     )
     show = console(json, quiet, verbose)
-    options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume)
+    options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume, scratch)
     check = partial(check_request, type_name=type_name, options=chosen)
     if card:
         check_gguf_card(output)
@@ -212,6 +215,7 @@ def tensorrt(
     device: Device = None,
     threads: Threads = None,
     resume: Resume = None,
+    scratch: ScratchOption = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -223,7 +227,7 @@ def tensorrt(
     from qwen3_export.ship.tensorrt.profiles import default_profile
 
     show, capabilities = console(json, quiet, verbose), tuple(sm) if sm else None
-    options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume)
+    options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume, scratch)
 
     def check(checkpoint: Checkpoint) -> None:
         profile = default_profile(checkpoint.config, max_prompt, max_context)

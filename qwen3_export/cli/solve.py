@@ -7,7 +7,19 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from qwen3_export.cli.app import Force, Json, Quiet, Recipe, Source, Verbose, app, complete_recipe, console, recipes
+from qwen3_export.cli.app import (
+    Force,
+    Json,
+    Quiet,
+    Recipe,
+    Scratch,
+    Source,
+    Verbose,
+    app,
+    complete_recipe,
+    console,
+    recipes,
+)
 from qwen3_export.cli.artifacts import describe_artifact, is_artifact, show_artifact
 from qwen3_export.cli.console import fields, size, table, yaml_text
 from qwen3_export.core.checkpoint import Checkpoint
@@ -17,6 +29,7 @@ from qwen3_export.core.qwen3 import EMBEDDING, HEAD
 from qwen3_export.core.recipe import load_recipe, recipe_names
 from qwen3_export.core.source import open_source
 from qwen3_export.core.units import parse_size
+from qwen3_export.core.working_folders import scratch_folder
 from qwen3_export.errors import InputError
 
 Inspected = Annotated[str, typer.Argument(help="A folder, a hub id, `reference-model`, or any file written here.")]
@@ -118,6 +131,7 @@ def quantize(
         str | None,
         typer.Option(help="`compressed-tensors`, `gptq`, `awq` or `fp8` (default: the recipe's)."),
     ] = None,
+    scratch: Scratch = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")] = True,
     force: Force = False,
     json: Json = False,
@@ -138,7 +152,7 @@ def quantize(
 
     show = console(json, quiet, verbose)
     settings = QuantizeSettings(
-        calibration, samples, sequence_length, seed, limit, device, threads, resume, force, layout
+        calibration, samples, sequence_length, seed, limit, device, threads, resume, force, layout, scratch
     )
     result = run(checkpoint, chosen, output, settings, show)
     show.result(result, lambda: _quantized(result))
@@ -227,6 +241,7 @@ def search_recipe(
     threads: Annotated[
         int | None, typer.Option(min=1, max=MOST_THREADS, help="Default: all. Never changes the recipe.")
     ] = None,
+    scratch: Scratch = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -257,8 +272,9 @@ def search_recipe(
         embeddings,
         fold,
     )
-    with staged_file(path, force, [checkpoint.folder, calibration]) as partial:
-        found = search(checkpoint, settings, partial.parent, show)
+    inputs: list[str | Path | None] = [checkpoint.folder, calibration]
+    with staged_file(path, force, inputs) as partial, scratch_folder(scratch, path, inputs) as spilled:
+        found = search(checkpoint, settings, spilled or partial.parent, show)
         partial.write_text(to_yaml(found.recipe), encoding="utf-8")
     values = outcome(found, settings, path)
     show.result(values, lambda: _searched(values, embeddings))

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from qwen3_export.core.disk import naming
 from qwen3_export.core.manifest import MARKER
 from qwen3_export.core.places import Inputs, checked_place, no_place, refuse_existing
 from qwen3_export.errors import InputError
@@ -39,7 +40,7 @@ def check_output(output: Path, inputs: Inputs = (), force: bool = False, folder:
     `inputs` are all files and folders that the command reads. The place is tried out: it is reserved and given back.
     """
     place = checked_place(output, inputs, force, folder)
-    with _reserved(place) as reservation:
+    with reserved(place) as reservation:
         reservation.undo()
 
 
@@ -53,7 +54,7 @@ def staged_folder(
     as it stands. Raises InputError when the output exists, touches one of `inputs`, or is written by another run.
     """
     place = checked_place(output, inputs, force)
-    with _reserved(place) as reservation:
+    with reserved(place) as reservation:
         refuse_existing(place, force)
         if resumable is None:
             clear_partial(reservation.partial)
@@ -72,7 +73,7 @@ def staged_folder(
 def staged_file(output: Path, force: bool = False, inputs: Inputs = ()) -> Iterator[Path]:
     """As `staged_folder`, for a single file: yields `OUTPUT.partial/NAME`."""
     place = checked_place(output, inputs, force, folder=False)
-    with _reserved(place) as reservation:
+    with reserved(place) as reservation:
         refuse_existing(place, force, folder=False)
         clear_partial(reservation.partial)
         file = reservation.partial / place.name
@@ -87,24 +88,6 @@ def staged_file(output: Path, force: bool = False, inputs: Inputs = ()) -> Itera
     _flush(place.parent)
 
 
-@contextmanager
-def working_folder(output: Path, name: str, inputs: Inputs = ()) -> Iterator[Path]:
-    """Yield `OUTPUT.NAME.partial/`, locked, for what is needed on the way; removed at the end.
-
-    An error leaves in it what an unfinished run of ours in there can be resumed from. What a killed run
-    left is found in it by the next one.
-    """
-    place = checked_place(output, inputs, force=True, folder=not output.is_file())
-    with _reserved(place.with_name(f"{place.name}.{name}")) as reservation:
-        try:
-            yield reservation.partial
-        except BaseException:
-            if not any(reservation.partial.glob("*.partial/state/progress.json")):
-                reservation.undo(everything=True)
-            raise
-        reservation.remove()
-
-
 def clear_partial(partial: Path) -> None:
     """Empty a reserved partial folder."""
     for path in partial.iterdir():
@@ -115,12 +98,13 @@ def clear_partial(partial: Path) -> None:
 def write_atomic(path: Path, text: str) -> None:
     """Replace a small text file in one step."""
     beside = path.with_name(path.name + ".new")
-    beside.write_text(text, encoding="utf-8")
-    _flush(beside)
-    beside.replace(path)
+    with naming(beside):
+        beside.write_text(text, encoding="utf-8")
+        _flush(beside)
+        beside.replace(path)
 
 
-class _Reservation:
+class Reservation:
     """A locked partial folder, and the parents that were made for it."""
 
     def __init__(self, partial: Path, parents: list[Path]) -> None:
@@ -149,7 +133,7 @@ def _has_content(partial: Path) -> bool:
 
 
 @contextmanager
-def _reserved(place: Path) -> Iterator[_Reservation]:
+def reserved(place: Path) -> Iterator[Reservation]:
     """Make or take over `PLACE.partial/`, and hold its lock.
 
     The lock dies with the process, however that ends.
@@ -162,7 +146,7 @@ def _reserved(place: Path) -> Iterator[_Reservation]:
             _lock(descriptor, partial, place)
             _claim(descriptor, partial)
             _finish_replacing(place)
-            yield _Reservation(partial, parents)
+            yield Reservation(partial, parents)
         except BaseException:
             if made and not _has_content(partial):
                 shutil.rmtree(partial, ignore_errors=True)
@@ -300,6 +284,7 @@ def _move_into_place(partial: Path, place: Path) -> None:
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

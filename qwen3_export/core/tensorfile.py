@@ -25,6 +25,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_export.core.disk import naming
 from qwen3_export.core.files import open_regular
 from qwen3_export.core.finite import all_finite
 from qwen3_export.errors import CheckpointError
@@ -175,8 +176,12 @@ class TensorFileWriter:
     def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None) -> None:
         self._specs = dict(specs)
         self._pending: Iterator[str] = iter(self._specs)
-        self._file = path.open("wb")
-        self._file.write(_header(self._specs, metadata or {"format": "pt"}))
+        self._path, self._file = path, path.open("wb")
+        self._append(_header(self._specs, metadata or {"format": "pt"}))
+
+    def _append(self, data: bytes | memoryview) -> None:
+        with naming(self._path):
+            self._file.write(data)
 
     def write(self, name: str, array: NDArray) -> None:
         """Append the next tensor; its name, type and shape must be the announced ones."""
@@ -184,7 +189,7 @@ class TensorFileWriter:
         dtype, shape = self._specs.get(name, (None, None))
         if name != expected or array.dtype != dtype or array.shape != shape:
             raise ValueError(f"{name} {array.dtype} {array.shape} written, {expected} {dtype} {shape} announced")
-        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self._append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     @contextmanager
     def pieces(self, name: str) -> Iterator[Callable[[NDArray], None]]:
@@ -200,7 +205,7 @@ class TensorFileWriter:
         def write(piece: NDArray) -> None:
             if piece.dtype != dtype or piece.shape[1:] != shape[1:]:
                 raise ValueError(f"{name}: a piece is {piece.dtype} {piece.shape}, {dtype} {shape} was announced")
-            self._file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+            self._append(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
 
         yield write
         if self._file.tell() - begin != math.prod(shape) * dtype.itemsize:
@@ -220,14 +225,14 @@ class TensorFileWriter:
                 if file.readinto(piece) < len(piece):
                     raise CheckpointError(f"{source.path}: tensor {name}: the file became shorter while it was read")
                 source.check_finite(name, np.frombuffer(piece, entry.dtype))
-                self._file.write(piece)
+                self._append(piece)
                 left -= len(piece)
 
     def __enter__(self) -> TensorFileWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        with self._file:
+        with naming(self._path), self._file:
             if kind is None:
                 if (missing := next(self._pending, None)) is not None:
                     raise ValueError(f"{missing} was announced and never written")

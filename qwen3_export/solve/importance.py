@@ -21,12 +21,14 @@ from qwen3_export import __version__
 from qwen3_export.core.architecture import Stage
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.coverage import summarise, summary_of
+from qwen3_export.core.disk import check_room
 from qwen3_export.core.gguf_types import gguf_name
 from qwen3_export.core.imatrix import Entry, Imatrix
-from qwen3_export.core.outputs import staged_file, working_folder
+from qwen3_export.core.outputs import staged_file
 from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.core.qwen3 import EMBEDDING, block_name
 from qwen3_export.core.recipe import Recipe
+from qwen3_export.core.working_folders import scratch_folder, working_folder
 from qwen3_export.model.block import Block, State
 from qwen3_export.model.decoder import load_block, rope_tables
 from qwen3_export.model.table import Table
@@ -57,8 +59,12 @@ def calibrate(
     inputs = (checkpoint.folder, settings.calibration)
     count, length = settings.samples or 128, settings.sequence_length or 512
     sized = replace(settings, samples=count, sequence_length=length)
-    with staged_file(output, settings.force, inputs) as partial, working_folder(output, "states", inputs) as scratch:
+    beside, own = working_folder(output, "states", inputs), scratch_folder(settings.scratch, output, inputs)
+    with staged_file(output, settings.force, inputs) as partial, beside as states, own as spilled:
+        scratch = spilled or states
         samples = calibration_of(checkpoint, Recipe("calibrate", "rtn", ()), sized, progress)
+        hint = "free some room, or give a --scratch on another disk"
+        check_room({scratch: 4 * samples.tokens * checkpoint.config.hidden_size}, {scratch: hint})
         with workers(settings.threads, fast=True) as pool:
             sums = _run(checkpoint, samples, settings.device, pool, scratch, progress)
         entries = {

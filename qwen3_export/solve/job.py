@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QuantizeSettings:
-    """How to run; only `calibration`, `samples`, `sequence_length` and `seed` can change the bytes."""
+    """How to run; only `calibration`, `samples`, `sequence_length` and `seed` can change the bytes.
+
+    `scratch` is a folder for activations, on another disk than the output; None keeps them beside it.
+    """
 
     calibration: str = "bundled"
     samples: int | None = None
@@ -39,6 +42,7 @@ class QuantizeSettings:
     resume: bool = True
     force: bool = False
     layout: str | None = None
+    scratch: Path | None = None
 
     def size(self, recipe: Recipe) -> tuple[int, int]:
         """Calibration samples that are asked for, and tokens in each."""

@@ -20,6 +20,7 @@ from qwen3_export.solve.job import Job, QuantizeSettings, SolvedBlock, SolvedLin
 from qwen3_export.solve.output_folder import QuantizedFolder
 from qwen3_export.solve.preflight import check_peak_memory
 from qwen3_export.solve.record import record_linears
+from qwen3_export.solve.scratch import check_activations
 
 
 def _with_fisher(job: Job, seed: int, resumed: int, progress: Progress) -> Job:
@@ -50,6 +51,8 @@ def run_blocks(
         from qwen3_export.solve.calibration.activations import SpareFiles
 
         job = replace(job, spare_files=SpareFiles(target.scratch / "shelf"))
+    if 0 < resumed < layers:
+        check_activations(job, resumed)
     if resumed:
         progress.note(f"resuming at block {min(resumed + 1, layers)} of {layers}")
     with ThreadPoolExecutor(1) as writer:

@@ -4,7 +4,7 @@
                    model-0000K-of-000NN.safetensors   block K - 2, written when it is solved
                    model-000NN-of-000NN.safetensors   a quantized head, written last
                    state/progress.json                what the run is, which blocks are done
-                   state/hidden-0007.samples          hidden states before block 7
+                   state/quantized-0007.samples       hidden states before block 7, unless `--scratch` has them
 
 Finishing drops `state/`, adds configuration, index, sidecars and manifest; one rename makes OUTPUT.
 """
@@ -31,6 +31,7 @@ from qwen3_export.core.shards import INDEX
 from qwen3_export.core.tensorfile import Spec, TensorFile, TensorFileWriter
 from qwen3_export.errors import CheckpointError, ExportError, InputError, StateError
 from qwen3_export.solve.job import SolvedBlock, SolvedLinear
+from qwen3_export.solve.scratch import bring_activations, drop_activations
 
 STATE, PROGRESS = "state", "progress.json"
 _OVER = "--no-resume starts over"
@@ -57,8 +58,8 @@ def read_progress(path: Path) -> dict[str, Any]:
         saved = json.loads(path.read_bytes())
         if not isinstance(saved, dict):
             raise ValueError("no object")
-        saved = {"outer": {}, **saved}
-        for key, kind in {"identity": dict, "blocks": list, "outer": dict}.items():
+        saved = {"outer": {}, "scratch": "", **saved}
+        for key, kind in {"identity": dict, "blocks": list, "outer": dict, "scratch": str}.items():
             if not isinstance(saved.get(key), kind):
                 raise ValueError(f"no {key}")
         for block in saved["blocks"]:
@@ -78,7 +79,8 @@ def read_progress(path: Path) -> dict[str, Any]:
 class QuantizedFolder:
     """`OUTPUT.partial/` of one run; `identity` is everything that decides its bytes beside the checkpoint.
 
-    `head_apart`: the head is quantized by itself, and so has a shard of its own.
+    `head_apart`: the head is quantized by itself, and so has a shard of its own. `activations` is the folder on
+    another disk that holds the activations.
     """
 
     folder: Path
@@ -86,18 +88,24 @@ class QuantizedFolder:
     layout: str
     identity: Mapping[str, Any]
     head_apart: bool = False
+    activations: Path | None = None
+
+    @property
+    def state(self) -> Path:
+        """Where progress is kept until the run is done."""
+        return self.folder / STATE
 
     @property
     def scratch(self) -> Path:
-        """Where progress and activations are kept until the run is done."""
-        return self.folder / STATE
+        """Where activations are kept until the run is done."""
+        return self.activations or self.state
 
     def resume(self) -> dict[str, Any]:
         """Results of an earlier run's finished blocks, embedding and head.
 
         Raises InputError when that run was another.
         """
-        path = self.scratch / PROGRESS
+        path = self.state / PROGRESS
         if not os.path.lexists(path):
             self._clear()
             return {"blocks": [], "outer": {}}
@@ -109,7 +117,10 @@ class QuantizedFolder:
                     "repeat that run's arguments to finish it, or --no-resume to start over",
                 )
         self._check_shards(path, saved)
-        return {"blocks": list(saved["blocks"]), "outer": dict(saved["outer"])}
+        found = {"blocks": list(saved["blocks"]), "outer": dict(saved["outer"])}
+        if bring_activations(Path(saved["scratch"] or self.state), self.scratch, self.state):
+            self.save_progress(found)
+        return found
 
     def _check_shards(self, path: Path, saved: Mapping[str, Any]) -> None:
         """Raise StateError where a finished shard is missing or not whole."""
@@ -130,8 +141,11 @@ class QuantizedFolder:
         self._clear()
 
     def _clear(self) -> None:
+        drop_activations(self.state / PROGRESS)
         clear_partial(self.folder)
-        self.scratch.mkdir()
+        self.state.mkdir()
+        if self.activations is not None:
+            clear_partial(self.activations)
 
     def shard(self, layer: int) -> Path:
         """File of one block.
@@ -203,7 +217,8 @@ class QuantizedFolder:
     def save_progress(self, found: Mapping[str, Any]) -> None:
         """Record what is finished, after its files are on the disk."""
         # Without indents, which cost a hundred times as much: it is written anew for every block.
-        write_atomic(self.scratch / PROGRESS, json.dumps({"identity": self._identity(), **found}))
+        place = {} if self.activations is None else {"scratch": str(self.activations.absolute())}
+        write_atomic(self.state / PROGRESS, json.dumps({"identity": self._identity(), **place, **found}))
 
     def finish(self, recipe: Recipe, manifest: Mapping[str, Any], schemes: Mapping[str, QuantScheme]) -> None:
         """Add configuration, index, sidecars and manifest, and drop the working state."""
@@ -217,7 +232,7 @@ class QuantizedFolder:
             shutil.copyfile(path, self.folder / path.name)
             sidecars[path.name] = sha256_file(path)
         write_manifest(self.folder, "quantized-checkpoint", {**manifest, "sidecars": sidecars})
-        shutil.rmtree(self.scratch)
+        shutil.rmtree(self.state)
 
 
 def write_index(folder: Path, shards: list[Path]) -> None:

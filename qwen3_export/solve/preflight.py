@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 
 from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.disk import check_room
 from qwen3_export.core.progress import peak_rss_bytes
 from qwen3_export.core.qwen3 import Qwen3Config
 from qwen3_export.core.recipe import Recipe
@@ -112,10 +112,12 @@ def check_peak_memory(limit: int | None) -> None:
 def disk_needed(
     checkpoint: Checkpoint, recipe: Recipe, samples: Samples | None, original: bool = False, fisher_samples: int = 0
 ) -> int:
-    """Estimated bytes in OUTPUT.partial at its fullest.
+    """Estimated bytes of a run's files at their fullest: the artifact's and the activations'."""
+    return artifact_bytes(checkpoint, recipe) + activation_bytes(checkpoint, recipe, samples, original, fisher_samples)
 
-    They are the artifact's, and the activations' of both models.
-    """
+
+def artifact_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """Estimated bytes of the quantized folder."""
     config = checkpoint.config
     total = sum(entry.end - entry.begin for entry in checkpoint.stored_entries())
     total += sum(path.stat().st_size for path in checkpoint.sidecars())
@@ -123,6 +125,14 @@ def disk_needed(
         if scheme := recipe.scheme_for(name):
             entry = checkpoint.entry(f"{name}.weight")
             total += int(math.prod(shape) * scheme.bits_per_weight(shape) / 8) - (entry.end - entry.begin)
+    return total
+
+
+def activation_bytes(
+    checkpoint: Checkpoint, recipe: Recipe, samples: Samples | None, original: bool = False, fisher_samples: int = 0
+) -> int:
+    """Estimated bytes of both models' activations at their fullest; they lie in OUTPUT.partial or in `--scratch`."""
+    config, total = checkpoint.config, 0
     if samples is not None:
         # Hidden states before, inside and after a block, and the inputs of its four stages, which lie side by side.
         inner = max(_kept_inputs(config, layer) for layer in range(config.num_layers))
@@ -156,15 +166,19 @@ def check_disk(
     original: bool,
     partial: Path,
     fisher_samples: int = 0,
+    scratch: Path | None = None,
 ) -> None:
-    """Raise ResourceError when the file system has too little room for the run."""
-    present = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-    needed, free = (
-        disk_needed(checkpoint, recipe, samples, original, fisher_samples) - present,
-        shutil.disk_usage(partial).free,
-    )
-    if needed > free:
-        raise ResourceError(
-            f"{partial.parent}: about {binary_size(needed)} are needed, {binary_size(free, up=False)} are free",
-            "free some room, or write --output to another disk",
-        )
+    """Raise ResourceError when a file system has too little room for the run.
+
+    `scratch` is the folder of the activations where they have one of their own.
+    """
+    own = artifact_bytes(checkpoint, recipe)
+    spilled = activation_bytes(checkpoint, recipe, samples, original, fisher_samples)
+    hints = {partial: "free some room, or write --output to another disk"}
+    if scratch is None:
+        if spilled:
+            hints[partial] += f"; {binary_size(spilled)} of it are activations, for which --scratch names another"
+        check_room({partial: own + spilled}, hints)
+        return
+    hints[scratch] = "free some room, or give a --scratch on another disk"
+    check_room({partial: own, scratch: spilled}, hints)

@@ -17,6 +17,7 @@ from qwen3_export.core.progress import Progress
 from qwen3_export.core.qwen3 import HEAD
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.core.working_folders import scratch_folder
 from qwen3_export.errors import InputError, MissingRuntimeError, RecipeError
 from qwen3_export.model.workers import fast_matmul, import_torch, workers, workers_without_torch
 from qwen3_export.solve.blocks import rtn_without_torch
@@ -24,7 +25,7 @@ from qwen3_export.solve.job import Job, QuantizeSettings
 from qwen3_export.solve.loop import run_blocks
 from qwen3_export.solve.method import fold_of
 from qwen3_export.solve.methods import load_method
-from qwen3_export.solve.output_folder import STATE, QuantizedFolder, resumable
+from qwen3_export.solve.output_folder import PROGRESS, STATE, QuantizedFolder, resumable
 from qwen3_export.solve.preflight import check_disk, check_memory
 from qwen3_export.solve.record import manifest_of, report_experts, result_of
 from qwen3_export.text.documents import load_documents
@@ -77,13 +78,15 @@ def quantize(
     pools = workers_without_torch(settings.threads) if without_torch else workers(settings.threads, fast=True)
     state = partial_path(output) / STATE
     staged = staged_folder(output, settings.force, inputs, lambda error: resumable(state, error))
-    with staged as partial, pools as pool:
+    # Entered before the output: what is wrong with it leaves an unfinished run as it is.
+    spilled = scratch_folder(settings.scratch, output, inputs, lambda _: (state / PROGRESS).is_file())
+    with spilled as activations, staged as partial, pools as pool:
         config = checkpoint.config
         head_apart = not config.tie_word_embeddings and recipe.scheme_for(HEAD) is not None
-        target = QuantizedFolder(partial, checkpoint, settings.layout, identity, head_apart)
+        target = QuantizedFolder(partial, checkpoint, settings.layout, identity, head_apart, activations)
         if not settings.resume:
             target.start_over()
-        check_disk(checkpoint, recipe, samples, original, partial, fisher_samples)
+        check_disk(checkpoint, recipe, samples, original, partial, fisher_samples, activations)
         job = Job(
             checkpoint,
             recipe,

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qwen3_export.core.disk import naming
 from qwen3_export.errors import StateError
 from qwen3_export.model.block import State
 from qwen3_export.model.table import Table
@@ -55,9 +56,10 @@ class SampleFile:
         """Replace one sample's tensor."""
         data = _bytes(tensor.contiguous().cpu())
         offset = sample * self._bytes
-        while len(data):
-            written = os.pwrite(self._descriptor, data, offset)
-            data, offset = data[written:], offset + written
+        with naming(self.path):
+            while len(data):
+                written = os.pwrite(self._descriptor, data, offset)
+                data, offset = data[written:], offset + written
         if self._early:
             self._flush()
 
@@ -77,7 +79,8 @@ class SampleFile:
         The system reports a failure only once, to whoever flushes next.
         """
         if self._flushing is not None:
-            self._flushing.result()
+            with naming(self.path):
+                self._flushing.result()
 
     def keep_as(self, path: Path) -> None:
         """Flush to the disk and move to its lasting name.
@@ -85,7 +88,8 @@ class SampleFile:
         From then on only its owner deletes it.
         """
         self._flushed()
-        os.fsync(self._descriptor)
+        with naming(self.path):
+            os.fsync(self._descriptor)
         self.path.rename(path)
         self.path, self.lasting = path, True
 

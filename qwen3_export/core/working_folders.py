@@ -1,0 +1,74 @@
+"""Folders for what is needed on the way: reserved like outputs, removed at the end, found again after a kill.
+
+OUTPUT.quantized.partial/                  the quantized copy that an export with a recipe is made from
+SCRATCH/OUTPUT-1a2b3c4d.activations.partial/   activations on a disk of their own; the digits tell outputs apart
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qwen3_export.core.manifest import MARKER
+from qwen3_export.core.outputs import partial_path, reserved
+from qwen3_export.core.places import Inputs, checked_place
+from qwen3_export.errors import InputError
+
+
+@contextmanager
+def working_folder(
+    output: Path, name: str, inputs: Inputs = (), kept: Callable[[BaseException], bool] | None = None
+) -> Iterator[Path]:
+    """Yield `OUTPUT.NAME.partial/`, locked, for what is needed on the way; removed at the end.
+
+    `kept` says of an error whether the folder stays for the next run; by default it does where an unfinished run
+    of ours in there can be resumed. What a killed run left is found in it by the next one.
+    """
+    place = checked_place(output, inputs, force=True, folder=not output.is_file())
+    with reserved(place.with_name(f"{place.name}.{name}")) as reservation:
+        try:
+            yield reservation.partial
+        except BaseException as error:
+            unfinished = any(reservation.partial.glob("*.partial/state/progress.json"))
+            reservation.undo(everything=not (unfinished if kept is None else kept(error)))
+            raise
+        reservation.undo(everything=True)
+
+
+@contextmanager
+def scratch_folder(
+    scratch: Path | None, output: Path, inputs: Inputs = (), kept: Callable[[BaseException], bool] = lambda _: False
+) -> Iterator[Path | None]:
+    """Yield the folder in `scratch` that belongs to one output, as `working_folder` does; None without a scratch.
+
+    Raises InputError where it would lie in the output, or touch one of `inputs`.
+    """
+    if scratch is None:
+        yield None
+        return
+    place, written = _place(scratch, output), output.absolute()
+    if {written, partial_path(written)} & {place, *place.parents}:
+        raise InputError(f"--scratch {scratch} lies inside the output {output}", "choose a folder beside it")
+    with working_folder(place, "activations", inputs, kept) as folder:
+        yield folder
+
+
+def _place(scratch: Path, output: Path) -> Path:
+    digits = hashlib.sha256(str(output.absolute()).encode()).hexdigest()[:8]
+    return scratch.absolute() / f"{output.name}-{digits}"
+
+
+@contextmanager
+def left_behind(folder: Path) -> Iterator[Path | None]:
+    """Yield a working folder that an earlier run of ours left, locked; it is removed when the block ends well.
+
+    None where there is no such folder.
+    """
+    if folder.is_symlink() or not (folder / MARKER).is_file() or folder.suffix != ".partial":
+        yield None
+        return
+    with reserved(folder.with_suffix("")) as reservation:
+        yield reservation.partial
+        reservation.remove()
