@@ -26,7 +26,8 @@ def report(records: Sequence[Record]) -> str:
 
 def _runs(records: Sequence[Record]) -> list[str]:
     header = [
-        "model", "what", "layers", "rows", "wall s", "CPU s", "peak GB", "plan", "scratch GB", "written GB", "wall, plan",
+        "model", "what", "layers", "rows", "wall s", "CPU s", "peak GB", "plan", "scratch GB", "written GB",
+        "plan's wall",
         "experts: fewest tokens, below the floor",
     ]  # fmt: skip
     rows = []

@@ -15,7 +15,7 @@ rotary embedding and router are fp32 always.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from qwen3_export.core.architecture import ATTENTION, ROUTER, SWIGLU, Stage, expert_of, is_expert
 from qwen3_export.core.qwen3 import Qwen3Config
 from qwen3_export.model.attention import causal_attention
+from qwen3_export.model.streamed import StreamedWeights
 
 if TYPE_CHECKING:
     from qwen3_export.model.integer_linear import IntegerLinear
@@ -62,7 +63,7 @@ class Block:
 
     config: Qwen3Config
     layer: int
-    weights: dict[str, Tensor] = field(repr=False)
+    weights: MutableMapping[str, Tensor] = field(repr=False)
     matmul_dtype: torch.dtype | None = None
     rounders: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict, repr=False)
     outputs: dict[str, Tensor] | None = field(default=None, repr=False)
@@ -74,6 +75,10 @@ class Block:
         """The stages of this block, in the order they run."""
         return self.config.block(self.layer).stages
 
+    def stage_of(self, name: str) -> Stage:
+        """The stage that reads a linear's input, by local name."""
+        return self.config.block(self.layer).stage_of(name)
+
     def linear(self, name: str, x: Tensor) -> Tensor:
         """`x @ weight.T`, the inputs rounded first where the linear's scheme says so."""
         y = self.integer_linears[name].product(x) if name in self.integer_linears else self._plain(name, x)
@@ -83,16 +88,28 @@ class Block:
 
     def _plain(self, name: str, x: Tensor) -> Tensor:
         rounder = self.rounders.get(name)
-        weight = self.weights[name] if self.matmul_dtype is None else self.weights[name].to(self.matmul_dtype)
+        weight = self._running(name)
         x = (x if rounder is None else rounder(x)).to(weight.dtype)
         return _product(x, weight) if is_expert(name) else F.linear(x, weight)
+
+    def _running(self, name: str) -> Tensor:
+        """A weight in the type of the products."""
+        if self.matmul_dtype is None:
+            return self.weights[name]
+        if isinstance(self.weights, StreamedWeights):
+            return self.weights.running(name, self.matmul_dtype)
+        return self.weights[name].to(self.matmul_dtype)
 
     def running(self, matmul_dtype: torch.dtype) -> Block:
         """A copy whose linears are stored as they multiply: `matmul_dtype` or integers."""
         linears = self.config.linear_shapes(self.layer)
-        weights = {
-            name: weight.to(matmul_dtype) if name in linears else weight for name, weight in self.weights.items()
-        }
+        weights: MutableMapping[str, Tensor]
+        if isinstance(self.weights, StreamedWeights):
+            weights = self.weights.in_type(matmul_dtype, linears)
+        else:
+            weights = {
+                name: weight.to(matmul_dtype) if name in linears else weight for name, weight in self.weights.items()
+            }
         own = replace(
             self,
             weights=weights,
@@ -146,7 +163,9 @@ class Block:
         if not now.writes_residual:
             return {**state, "x": outputs}
         if now.routed:
-            outputs = (outputs * state["mix"].unsqueeze(-1)).sum(-2)
+            # One sample at a time: all chosen experts' outputs in fp32 are large.
+            mixed = [(out * mix.unsqueeze(-1)).sum(-2) for out, mix in zip(outputs, state["mix"], strict=True)]
+            outputs = torch.stack(mixed)
         residual = state["residual"] + outputs
         if not later:
             return {"residual": residual}

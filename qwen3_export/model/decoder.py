@@ -5,6 +5,7 @@ One block is in memory at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -12,11 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qwen3_export.core.architecture import is_expert
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.qwen3 import Qwen3Config, block_name
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.model.activations import rounder
 from qwen3_export.model.block import Block, KVCache, rms_norm
+from qwen3_export.model.streamed import StreamedWeights
 from qwen3_export.model.table import open_tables, to_torch
 from qwen3_export.model.workers import Workers
 
@@ -26,20 +29,31 @@ Rope = tuple[Tensor, Tensor]
 Caches = list[KVCache]
 
 
-def load_block(checkpoint: Checkpoint, layer: int, device: str = "cpu") -> Block:
-    """Read one block and dequantize its linears, in fp32."""
+def load_block(checkpoint: Checkpoint, layer: int, device: str = "cpu", streamed: bool = False) -> Block:
+    """Read one block and dequantize its linears, in fp32.
+
+    `streamed`: experts of a 16-bit checkpoint are read when they are needed (`model.streamed`).
+    """
     config, prefix = checkpoint.config, block_name(layer)
     weights = {
         name: to_torch(checkpoint.read(f"{prefix}.{name}.weight")).float().to(device)
         for name in config.other_shapes(layer)
     }
     block = Block(config, layer, weights)
-    for name in config.linear_shapes(layer):
+    later: dict[str, int] = {}
+    for name, shape in config.linear_shapes(layer).items():
+        if streamed and is_expert(name):
+            later[name] = math.prod(shape)
+            continue
         stored = checkpoint.linear(f"{prefix}.{name}")
         if isinstance(stored, QuantizedTensor):
             put_quantized(block, name, stored, device)
         else:
             weights[name] = to_torch(stored).float().to(device)
+    if later:
+        block.weights = StreamedWeights(
+            weights, later, lambda name: to_torch(checkpoint.read(f"{prefix}.{name}.weight")).float()
+        )
     return block
 
 
@@ -57,11 +71,14 @@ def put_quantized(
             block.integer_linears[name] = codes
             del block.weights[name]
             return
+    if tensor.scheme.activations:
+        block.rounders[name] = rounder(tensor.scheme, tensor.input_scale)
+    if isinstance(block.weights, StreamedWeights) and block.weights.is_streamed(name):
+        block.weights.put(name, tensor)
+        return
     weight = torch.from_numpy(dequantize(tensor)).to(device, block.matmul_dtype)
     same = in_place and block.weights[name].dtype == weight.dtype
     block.weights[name] = block.weights[name].copy_(weight) if same else weight
-    if tensor.scheme.activations:
-        block.rounders[name] = rounder(tensor.scheme, tensor.input_scale)
 
 
 def rope_tables(config: Qwen3Config, begin: int, end: int, device: str = "cpu") -> Rope:

@@ -14,6 +14,7 @@ import pytest
 
 from qwen3_export.core.manifest import MARKER
 from qwen3_export.solve import loop
+from qwen3_export.solve.calibration.activations import SampleFile, SpareFiles
 from tests.cli.helpers import call, fill, finished_blocks, hashes, names, refused
 
 SHORT = ("--samples", "8", "--sequence-length", "64", "--threads", "1")
@@ -123,7 +124,10 @@ def test_full_scratch_disk_ends_cleanly_and_the_run_goes_on(
     after_blocks: Callable[..., None],
     disk: Callable[..., Path],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Files that are written over take no new room, and so never meet a full disk.
+    monkeypatch.setattr(SpareFiles, "put", lambda _, path: path.unlink())
     spilled, out = disk(16 << 20), tmp_path / "out"
     command = ("quantize", deep_model, *OPTIONS, "--output", out, "--scratch", spilled)
     after_blocks(2, lambda: fill(spilled / "filler"))
@@ -166,6 +170,7 @@ def test_what_lies_in_a_scratch_folder_is_respected(
     for place in (deep_model, out, out / "inside"):
         message = "the input" if place == deep_model else "lies inside the output"
         refused(call(*again[:-1], place), 2, message)
+    after_blocks(LAYERS + 1, stop)
     assert call(*again, "--no-resume").code == 0
     assert names(spilled) == ["notes.txt"]
 
@@ -186,8 +191,6 @@ def test_starting_over_removes_what_the_earlier_run_left_elsewhere(
 def test_other_commands_spill_there_too(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spilled, seen = tmp_path / "scratch", set[str]()
     spilled.mkdir()
-    from qwen3_export.solve.calibration.activations import SampleFile
-
     write: Any = SampleFile.write
 
     def spy(self: SampleFile, sample: int, tensor: Any) -> None:

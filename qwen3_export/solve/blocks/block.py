@@ -34,7 +34,7 @@ from qwen3_export.solve.blocks.fold import apply_folds, choose_folds
 from qwen3_export.solve.blocks.forward import BlockRun, RunSettings, layer_inputs, run_stage, start_run
 from qwen3_export.solve.blocks.paired import add_missing_output, linear_inputs
 from qwen3_export.solve.calibration.activations import write_embeddings
-from qwen3_export.solve.calibration.experts import LayerInputs, LinearInputs, count_tokens
+from qwen3_export.solve.calibration.experts import LayerInputs, LinearInputs
 from qwen3_export.solve.calibration.moments import Moments
 from qwen3_export.solve.chunk_sizes import FOLD_EVERY
 from qwen3_export.solve.job import QUANTIZED, Job, SolvedBlock, SolvedLinear
@@ -74,7 +74,7 @@ def solve_block(job: Job, layer: int) -> SolvedBlock:
     experts = config.num_experts if config.is_sparse(layer) else 0
     if job.samples is None:
         return SolvedBlock(_solve_alone(job, layer), {}, [0] * experts)
-    block = load_block(job.checkpoint, layer, job.device)
+    block = load_block(job.checkpoint, layer, job.device, streamed=job.device == "cpu")
     rope = rope_tables(config, 0, len(job.samples.ids[0]), job.device)
     settings = RunSettings(
         job.pool,
@@ -114,7 +114,7 @@ def _solve_stages(job: Job, runs: list[BlockRun]) -> tuple[dict[str, SolvedLinea
     counts: list[int] = []
     for number, stage in enumerate(runs[0].block.stages):
         if stage.routed and not counts:
-            counts = count_tokens(runs[0].states, stage.experts, job.pool)
+            counts = runs[0].routing.counts
         # Where a linear writes to the residual stream, what it should leave there is the original's.
         ahead = runs[1:] if stage.writes_residual else []
         for run in ahead:

@@ -19,7 +19,7 @@ nothing is lost. The router stays in 16 bits: before it, s is a power of two, wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,7 @@ from torch import Tensor
 from qwen3_export.core.architecture import ROUTER
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.block import Block
+from qwen3_export.model.streamed import change
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.calibration.moments import Moments
 from qwen3_export.solve.rounding.grid import find_grid, round_to, shared_global_scale
@@ -137,7 +138,7 @@ def search_scales(
     if not quantized or moments.tokens == 0:
         return None
     if kind == "smoothquant":
-        scales = _smooth(site, [block.weights[name] for name in linears], moments)
+        scales = _smooth(site, (block.weights[name] for name in linears), moments)
     else:
         tried = {name: block.weights[name] for name in linears[: 2 * _EXPERTS_TRIED]}
         scales = _awq(site, tried, moments, schemes, pool)
@@ -204,7 +205,7 @@ def _error(weight: Tensor, spread: Tensor, hessian: Tensor, scheme: QuantScheme)
     return float(((delta @ hessian) * delta).double().sum())
 
 
-def _smooth(site: FoldSite, weights: list[Tensor], moments: Moments) -> Tensor | None:
+def _smooth(site: FoldSite, weights: Iterable[Tensor], moments: Moments) -> Tensor | None:
     if not site.is_norm or moments.peak is None:
         return None
     largest = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
@@ -226,8 +227,9 @@ def apply_fold(block: Block, site: FoldSite, scales: Tensor, stored_as: np.dtype
 
     Returns a norm's new weight as it is stored (`stored_as`), None for a linear source.
     """
-    source, kept_as = block.weights[site.source], None
+    kept_as = None
     if site.is_norm:
+        source = block.weights[site.source]
         _, divided = _store(source / scales, stored_as)
         # What was really divided; a channel that the norm silences, or 16 bits cannot hold, keeps its scale.
         kept = (divided == 0) | ~torch.isfinite(divided)
@@ -235,9 +237,10 @@ def apply_fold(block: Block, site: FoldSite, scales: Tensor, stored_as: np.dtype
         scales = torch.where(kept, 1.0, source / divided)
         block.weights[site.source] = divided
     else:
-        block.weights[site.source] = source / scales[:, None]
+        change(block.weights, site.source, lambda weight: weight / scales[:, None])
+    columns = scales[site.index]
     for name in site.targets:
-        block.weights[name] = block.weights[name] * scales[site.index]
+        change(block.weights, name, lambda weight: weight * columns)
     return kept_as
 
 

@@ -11,15 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
+from torch import Tensor
+
+from qwen3_export.core.architecture import expert_of, is_expert
 from qwen3_export.model.block import Block, State
 from qwen3_export.model.decoder import Rope
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.calibration.activations import BlockStates, SampleFile, SpareFiles
 from qwen3_export.solve.calibration.experts import LayerInputs
 from qwen3_export.solve.calibration.moments import Moments, SampleInputs, collect_moments
+from qwen3_export.solve.calibration.routing import Routing, expert_inputs, routing_of
+from qwen3_export.solve.chunk_sizes import ROUTED_TOKENS, TOKENS_AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,17 @@ class BlockRun:
     block: Block
     states: BlockStates
     settings: RunSettings
+
+    @cached_property
+    def routing(self) -> Routing:
+        """Where the router sends the tokens; not to be asked for by the pool's own threads before it is known."""
+        experts = max(stage.experts for stage in self.block.stages)
+        return routing_of(self.states, experts, self.settings.pool)
+
+    @property
+    def routed_at_once(self) -> int:
+        """Samples that go through experts together: each of these is read, or dequantized, for all of them once."""
+        return max(1, ROUTED_TOKENS // self.settings.rope[0].shape[0])
 
 
 def start_run(
@@ -85,11 +101,13 @@ def run_stage(run: BlockRun, stage: int) -> None:
     last = stage == len(run.block.stages) - 1
     # Stages that do not write to the residual stream need not read it.
     idle = () if run.block.stages[stage].writes_residual else ("residual",)
-    run.states.advance(step, run.settings.pool, idle, ("residual",) if last and run.settings.durable else ())
+    lasting = ("residual",) if last and run.settings.durable else ()
+    at_once = run.routed_at_once if run.block.stages[stage].routed else 1
+    run.states.advance(step, run.settings.pool, idle, lasting, at_once)
 
 
 def advance_sample(run: BlockRun, stage: int, _sample: int, state: State) -> State:
-    """One sample's state behind a stage, in this machine's memory."""
+    """The state of one sample, or of several, behind a stage, in this machine's memory."""
     moved = {name: tensor.to(run.settings.device) for name, tensor in state.items()}
     after = run.block.advance(stage, moved, run.settings.rope)
     # An untouched field must stay the same object, so that it is not written to the disk again.
@@ -101,12 +119,19 @@ def input_moments(run: BlockRun, name: str) -> Moments:
 
     They are taken over all samples; names are local.
     """
+    routing = run.routing if is_expert(name) else None
 
     def read(sample: int) -> SampleInputs:
-        state = run.states.read(sample, ("x", "experts"))
-        return SampleInputs(run.block.inputs_of(name, state).to(run.settings.device))
+        return SampleInputs(linear_input(run, routing, name, sample).to(run.settings.device))
 
     return collect(run, name, read, range(run.states.num_samples))
+
+
+def linear_input(run: BlockRun, routing: Routing | None, name: str, sample: int) -> Tensor:
+    """The vectors `[n, in]` of one sample that reach a linear; `routing` where it is an expert's."""
+    if routing is None:
+        return run.block.inputs_of(name, run.states.read(sample, ("x",)))
+    return expert_inputs(run.states, routing, run.block.stage_of(name), name, sample)
 
 
 def collect(run: BlockRun, name: str, read: Callable[[int], SampleInputs], samples: Sequence[int]) -> Moments:
@@ -114,10 +139,16 @@ def collect(run: BlockRun, name: str, read: Callable[[int], SampleInputs], sampl
 
     They are as wide as the inputs of the linear `name`.
     """
-    use = run.settings
+    use, at_once = run.settings, samples_at_once(run, name)
     return collect_moments(
-        read, samples, use.samples_at_once, run.block.width(name), use.device, use.pool, use.magnitudes, use.int_matmul
+        read, samples, at_once, run.block.width(name), use.device, use.pool, use.magnitudes, use.int_matmul
     )
+
+
+def samples_at_once(run: BlockRun, name: str) -> int:
+    """Samples whose inputs of one linear are in memory together: more where few of their tokens reach it."""
+    usual = run.settings.samples_at_once
+    return run.routing.at_once(expert_of(name), usual, TOKENS_AT_ONCE) if is_expert(name) else usual
 
 
 def layer_inputs(run: BlockRun, token_floor: int, fallback: str) -> LayerInputs:

@@ -21,7 +21,13 @@ from torch import Tensor
 
 from qwen3_export.core.architecture import expert_of, is_expert
 from qwen3_export.model.block import State
-from qwen3_export.solve.blocks.forward import BlockRun, advance_sample, input_moments
+from qwen3_export.solve.blocks.forward import (
+    BlockRun,
+    advance_sample,
+    input_moments,
+    linear_input,
+    samples_at_once,
+)
 from qwen3_export.solve.calibration.experts import LayerInputs, LinearInputs
 from qwen3_export.solve.calibration.moments import PairedMoments, SampleInputs, collect_moments_of_parts
 from qwen3_export.solve.job import ORIGINAL, QUANTIZED, Job
@@ -39,14 +45,16 @@ def add_missing_output(job: Job, runs: list[BlockRun], stage: int) -> None:
     ours, theirs = runs
     places = {sample: place for place, sample in enumerate(job.samples_of(ORIGINAL))}
 
-    def step(sample: int, state: State) -> State:
-        if sample not in places:
-            return {**state, "missing": torch.zeros_like(state["residual"])}
-        found = advance_sample(ours, stage, sample, state)["residual"].cpu()
-        wanted = theirs.states.read(places[sample], ("residual",))["residual"]
-        return {**state, "missing": wanted - found}
+    def step(first: int, state: State) -> State:
+        missing = torch.zeros_like(state["residual"])
+        beside = [row for row in range(len(missing)) if first + row in places]
+        if beside:
+            found = advance_sample(ours, stage, first, {name: tensor[beside] for name, tensor in state.items()})
+            wanted = [theirs.states.read(places[first + row], ("residual",))["residual"] for row in beside]
+            missing[beside] = torch.cat(wanted) - found["residual"].cpu()
+        return {**state, "missing": missing}
 
-    ours.states.advance(step, job.pool)
+    ours.states.advance(step, job.pool, at_once=ours.routed_at_once)
 
 
 def linear_inputs(job: Job, name: str, runs: list[BlockRun], layer: LayerInputs) -> LinearInputs:
@@ -54,21 +62,23 @@ def linear_inputs(job: Job, name: str, runs: list[BlockRun], layer: LayerInputs)
 
     An expert that too few tokens reach gets the moments of `layer`, without a comparison.
     """
-    if len(runs) > 1:
+    starved = is_expert(name) and runs[0].routing.counts[expert_of(name)] < job.token_floor
+    if len(runs) > 1 and not starved:
         samples = [partial(_sample, job, name, some) for some in (runs, runs[:1])]
-        found = paired_inputs(job, samples, runs[0].block.width(name))
-        return layer.inputs(name) if is_expert(name) and found.tokens < job.token_floor else found
+        return paired_inputs(job, samples, runs[0].block.width(name), samples_at_once(runs[0], name))
     if is_expert(name):
         return layer.inputs(name)
     moments = input_moments(runs[0], name)
     return LinearInputs(moments, moments.tokens)
 
 
-def paired_inputs(job: Job, samples: Sequence[Callable[[int], SampleInputs]], width: int) -> LinearInputs:
+def paired_inputs(
+    job: Job, samples: Sequence[Callable[[int], SampleInputs]], width: int, at_once: int | None = None
+) -> LinearInputs:
     """Moments of `width` inputs over all samples, and over those with both models.
 
     The latter are in two parts, fitted and held out. `samples` are two readers of one sample's inputs: with the
-    original beside, and without.
+    original beside, and without. `at_once` samples are in memory together.
     """
     assert job.samples is not None
     beside, alone = samples
@@ -76,7 +86,7 @@ def paired_inputs(job: Job, samples: Sequence[Callable[[int], SampleInputs]], wi
     others = sorted({*job.samples_of(QUANTIZED)} - {*fitted, *held_out})
     parts = [(beside, fitted), (beside, held_out), *([(alone, others)] if others else [])]
     found = collect_moments_of_parts(
-        parts, job.samples_at_once, width, job.device, job.pool, job.needs_magnitudes, job.int_matmul
+        parts, at_once or job.samples_at_once, width, job.device, job.pool, job.needs_magnitudes, job.int_matmul
     )
     both = found[0].join(found[1])
     joined = both.join(found[2]) if others else both
@@ -90,30 +100,36 @@ def split_held_out(samples: list[int]) -> tuple[list[int], list[int]]:
 
 
 def _sample(job: Job, name: str, runs: list[BlockRun], sample: int) -> SampleInputs:
-    """One sample's inputs of a linear, with drift or target if the original runs."""
-    alone, block, device = len(runs) == 1, runs[0].block, job.device
-    expert, writes = is_expert(name), block.config.block(block.layer).stage_of(name).writes_residual
-    more = () if alone or not writes else ("mix", "missing") if expert else ("residual",)
-    state = runs[0].states.read(sample, ("x", "experts", *more))
-    x = block.inputs_of(name, state).to(device)
-    if alone:
+    """One sample's inputs of a linear.
+
+    Where the original runs too, also their drift, or the target.
+    """
+    ours, block, device = runs[0], runs[0].block, job.device
+    routing = ours.routing if is_expert(name) else None
+    x = linear_input(ours, routing, name, sample).to(device)
+    if len(runs) == 1:
         return SampleInputs(x)
     theirs, place = runs[1], job.samples_of(ORIGINAL).index(sample)
-    if writes:
-        if expert:
-            wanted = block.linear(name, x) + _share(name, state).to(device)
+    if block.stage_of(name).writes_residual:
+        if routing is not None:
+            choices = routing.choices(sample, expert_of(name))
+            mix, missing = (ours.states.rows(field, sample, choices // routing.each) for field in ("mix", "missing"))
+            wanted = block.linear(name, x) + _share(mix, missing, choices % routing.each).to(device)
         else:
-            wanted = theirs.states.read(place, ("residual",))["residual"] - state["residual"]
+            residual = ours.states.read(sample, ("residual",))["residual"]
+            wanted = theirs.states.read(place, ("residual",))["residual"] - residual
         return SampleInputs(x, target=wanted.reshape(-1, wanted.shape[-1]).to(device, x.dtype))
-    # The original's inputs of the same tokens, which for an expert the quantized model has chosen.
-    beside = {**state, **theirs.states.read(place, ("x",))}
-    original = theirs.block.inputs_of(name, beside).to(device)
-    return SampleInputs(x, (original.float() - x.float()).to(x.dtype))
+    # The same tokens of the original: an expert's by the quantized model's choice.
+    if routing is None:
+        original = linear_input(theirs, None, name, place)
+    else:
+        original = theirs.states.rows("x", place, routing.tokens(sample, expert_of(name)))
+    return SampleInputs(x, (original.to(device).float() - x.float()).to(x.dtype))
 
 
-def _share(name: str, state: State) -> Tensor:
-    """One expert's share `[n, hidden]` of `missing`; see the module docstring."""
-    chosen, mix = state["experts"] == expert_of(name), state["mix"]
-    token = chosen.any(-1)
-    part = mix[chosen] / mix.square().sum(-1)[token]
-    return state["missing"][token] * part[:, None]
+def _share(mix: Tensor, missing: Tensor, choice: Tensor) -> Tensor:
+    """One expert's share `[n, hidden]` of `missing` `[n, hidden]`: see the module docstring.
+
+    `mix` `[n, k]` are the weights of its tokens' experts, of which it is number `choice` `[n]`.
+    """
+    return missing * (mix.gather(1, choice[:, None]) / mix.square().sum(-1, keepdim=True))

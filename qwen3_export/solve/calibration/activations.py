@@ -8,6 +8,7 @@ a killed run needs to go on is already in a file.
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import shutil
 import threading
@@ -45,15 +46,29 @@ class SampleFile:
         self._bytes = math.prod(shape) * dtype.itemsize
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
 
-    def read(self, sample: int) -> Tensor:
-        """One sample's tensor."""
-        found = torch.empty(self._shape, dtype=self._dtype)
-        if os.preadv(self._descriptor, [_bytes(found)], sample * self._bytes) != self._bytes:
+    def read(self, sample: int, count: int = 1) -> Tensor:
+        """One sample's tensor, or those of several, one below the other."""
+        found = torch.empty((count * self._shape[0], *self._shape[1:]), dtype=self._dtype)
+        if os.preadv(self._descriptor, [_bytes(found)], sample * self._bytes) != count * self._bytes:
             raise StateError(f"{self.path}: sample {sample} is not there", "--no-resume starts over")
         return found
 
+    def rows(self, sample: int, chosen: Tensor) -> Tensor:
+        """Some rows `[n, last axis]` of one sample's tensor, its other axes taken as one; the rest is not read."""
+        begin = sample * self._bytes
+        before = begin % mmap.ALLOCATIONGRANULARITY
+        if os.fstat(self._descriptor).st_size < begin + self._bytes:
+            raise StateError(f"{self.path}: sample {sample} is not there", "--no-resume starts over")
+        size = before + self._bytes
+        with mmap.mmap(self._descriptor, size, access=mmap.ACCESS_COPY, offset=begin - before) as mapped:
+            whole = torch.frombuffer(mapped, dtype=self._dtype, count=math.prod(self._shape), offset=before)
+            found = whole.view(-1, self._shape[-1]).index_select(0, chosen)
+            # What looks into the mapping must be gone before it is.
+            del whole
+        return found
+
     def write(self, sample: int, tensor: Tensor) -> None:
-        """Replace one sample's tensor."""
+        """Replace one sample's tensor, or those of several from that one on."""
         data = _bytes(tensor.contiguous().cpu())
         offset = sample * self._bytes
         with naming(self.path):
@@ -61,12 +76,12 @@ class SampleFile:
                 written = os.pwrite(self._descriptor, data, offset)
                 data, offset = data[written:], offset + written
         if self._early:
-            self._flush()
+            self._flush(tensor.nbytes)
 
-    def _flush(self) -> None:
+    def _flush(self, size: int) -> None:
         """Start to flush where enough has been written since it was last begun."""
         with self._lock:
-            self._waiting += self._bytes
+            self._waiting += size
             if self._waiting < _EARLY or not (self._flushing is None or self._flushing.done()):
                 return
             self._flushed()
@@ -169,15 +184,20 @@ class BlockStates:
         self._files: dict[str, SampleFile] = dict(files or {})
         self._generation = 0
 
-    def read(self, sample: int, fields: Collection[str] | None = None) -> State:
-        """State of one sample, batch axis included; all of its fields or some."""
-        return {name: file.read(sample) for name, file in self._files.items() if fields is None or name in fields}
+    def read(self, sample: int, fields: Collection[str] | None = None, count: int = 1) -> State:
+        """State of one sample, or of several, batch axis included; all of its fields or some."""
+        some = self._files if fields is None else [name for name in self._files if name in fields]
+        return {name: self._files[name].read(sample, count) for name in some}
+
+    def rows(self, name: str, sample: int, chosen: Tensor) -> Tensor:
+        """Some rows of one field of one sample; see `SampleFile.rows`."""
+        return self._files[name].rows(sample, chosen)
 
     def advance(
         self, step: Callable[[int, State], State], pool: Workers,
-        idle: Collection[str] = (), lasting: Collection[str] = (),
+        idle: Collection[str] = (), lasting: Collection[str] = (), at_once: int = 1,
     ) -> None:  # fmt: skip
-        """Replace every state by `step(sample, state)`.
+        """Replace every state by `step(sample, state)`, or `at_once` of them, from that sample on.
 
         Unchanged fields are not written again, and those that are `idle` not even read. Those that are `lasting`
         will be kept as they then are.
@@ -187,19 +207,20 @@ class BlockStates:
         lock, names = threading.Lock(), {name for name in idle if name in self._files}
 
         def one(sample: int) -> None:
-            before = self.read(sample, [name for name in self._files if name not in idle])
+            count = min(at_once, self.num_samples - sample)
+            before = self.read(sample, [name for name in self._files if name not in idle], count)
             after = step(sample, before)
             for name, tensor in after.items():
                 if tensor is before.get(name):
                     continue
                 with lock:
                     if name not in fresh:
-                        fresh[name] = self._new(name, tensor, name in lasting)
+                        fresh[name] = self._new(name, tensor[: len(tensor) // count], name in lasting)
                 fresh[name].write(sample, tensor)
             names.update(after)
 
         try:
-            pool.map(one, range(self.num_samples))
+            pool.map(one, range(0, self.num_samples, at_once))
         finally:
             kept = {name: file for name, file in self._files.items() if name in names and name not in fresh}
             for file in set(self._files.values()) - set(kept.values()):

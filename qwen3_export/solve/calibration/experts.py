@@ -109,16 +109,3 @@ class LayerInputs:
             return self.block.norm(norm, residual.to(self.device))
 
         return torch.cat(self.pool.map(some, torch.unique(chosen // length).tolist()))
-
-
-def count_tokens(states: BlockStates, experts: int, pool: Workers) -> list[int]:
-    """Number of tokens that the router sends to each expert, over all samples.
-
-    The states must be at a routed stage.
-    """
-
-    def one(sample: int) -> Tensor:
-        return torch.bincount(states.read(sample, ("experts",))["experts"].flatten(), minlength=experts)
-
-    counts = pool.map(one, range(states.num_samples))
-    return torch.stack(counts).sum(0).tolist()
