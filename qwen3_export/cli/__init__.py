@@ -120,7 +120,7 @@ def _report(error: BaseException, arguments: Sequence[str] = ()) -> int:
         return _say("out of memory", "close other programs, or use a machine with more", _EXIT_RESOURCES)
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _say(f"the disk is full{_where(error)}{_on(error)}", _full_disk_hint(command), _EXIT_RESOURCES)
+            return _say(f"the disk is full{_where(error)}{_on(error)}", _full_disk_hint(arguments), _EXIT_RESOURCES)
         if error.errno is not None:
             return _say(f"{error.strerror}{_where(error)}", None, _EXIT_INPUT)
     if isinstance(error, SystemExit):
@@ -171,9 +171,9 @@ def _on(error: OSError) -> str:
     return f" (on {disk_of(Path(name))})" if isinstance(name, str) else ""
 
 
-def _full_disk_hint(command: str) -> str:
+def _full_disk_hint(arguments: Sequence[str]) -> str:
     hint = "free some room and repeat the command: a quantize run goes on where it stopped"
-    spills = command in ("quantize", "calibrate", "onnx", "gguf", "tensorrt")
+    spills = arguments[:1] and arguments[0] in ("quantize", "calibrate", "onnx", "gguf", "tensorrt")
     return f"{hint}, also with its activations on another disk (--scratch DIR)" if spills else hint
 
 

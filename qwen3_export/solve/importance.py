@@ -37,6 +37,7 @@ from qwen3_export.solve.blocks.forward import BlockRun, RunSettings, run_stage, 
 from qwen3_export.solve.calibration.activations import SampleFile, SpareFiles, write_embeddings
 from qwen3_export.solve.chunk_sizes import samples_at_once
 from qwen3_export.solve.job import QuantizeSettings
+from qwen3_export.solve.preflight import state_bytes
 from qwen3_export.solve.quantize import calibration_of, check_device
 from qwen3_export.text.documents import source_name
 from qwen3_export.text.samples import Samples
@@ -64,7 +65,7 @@ def calibrate(
         scratch = spilled or states
         samples = calibration_of(checkpoint, Recipe("calibrate", "rtn", ()), sized, progress)
         hint = "free some room, or give a --scratch on another disk"
-        check_room({scratch: 4 * samples.tokens * checkpoint.config.hidden_size}, {scratch: hint})
+        check_room({scratch: state_bytes(checkpoint.config, samples.tokens)}, {scratch: hint})
         with workers(settings.threads, fast=True) as pool:
             sums = _run(checkpoint, samples, settings.device, pool, scratch, progress)
         entries = {

@@ -134,12 +134,9 @@ def activation_bytes(
     """Estimated bytes of both models' activations at their fullest; they lie in OUTPUT.partial or in `--scratch`."""
     config, total = checkpoint.config, 0
     if samples is not None:
-        # Hidden states before, inside and after a block, and the inputs of its four stages, which lie side by side.
-        inner = max(_kept_inputs(config, layer) for layer in range(config.num_layers))
-        per_token = 4 * config.hidden_size + inner + 3 * config.experts_per_token
         # A fold is searched on some samples, whose files lie beside those of the block loop.
         passes = 1 + original + (1 / FOLD_EVERY if fold_of(load_method(recipe)[1]) != "none" else 0)
-        total += int(4 * samples.tokens * per_token * passes)
+        total += int(state_bytes(config, samples.tokens) * passes)
         if original and config.sparse_layers:
             # What experts leave of the original's residual stream.
             total += 4 * samples.tokens * config.hidden_size
@@ -148,6 +145,15 @@ def activation_bytes(
             kept = sum(min(OUTPUT_PIECE, shape[0]) * shape[0] for shape in config.linear_shapes(0).values())
             total += 4 * (config.num_layers * kept + tokens * config.hidden_size * (config.num_layers + 2))
     return total
+
+
+def state_bytes(config: Qwen3Config, tokens: int) -> int:
+    """Estimated bytes of one model's activations at their fullest.
+
+    Hidden states before, inside and after a block, and the inputs of its four stages, which lie side by side.
+    """
+    inner = max(_kept_inputs(config, layer) for layer in range(config.num_layers))
+    return 4 * tokens * (4 * config.hidden_size + inner + 3 * config.experts_per_token)
 
 
 def _kept_inputs(config: Qwen3Config, layer: int) -> int:

@@ -135,7 +135,7 @@ def test_full_scratch_disk_ends_cleanly_and_the_run_goes_on(
     done = finished_blocks(out)
     assert 2 <= done < LAYERS
     after_blocks(LAYERS + 1, stop)
-    refused(call(*command), 4, f"{spilled}: about", "MiB are needed", "--scratch on another disk")
+    refused(call(*command), 4, f"{spilled}: about", "are needed", "--scratch on another disk")
     assert finished_blocks(out) == done
     (spilled / "filler").unlink()
     assert call(*command, "--json").json["resumed_blocks"] == done
@@ -147,7 +147,7 @@ def test_room_on_both_disks_is_checked_before_the_start(deep_model: Path, disk: 
     small, large = disk(64 << 10), disk(16 << 20)
     for output, scratch in ((small, large), (large, small)):
         outcome = call("quantize", deep_model, *OPTIONS, "--output", output / "out", "--scratch", scratch)
-        refused(outcome, 4, f"{small}: about", "MiB are needed")
+        refused(outcome, 4, f"{small}: about", "are needed")
         assert names(small) == names(large) == []
 
 
