@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
-from qwen3_export.model.workers import Workers, workers
+from qwen3_export.model.workers import Workers
 from qwen3_export.solve.method import LinearGroup, SolvedWeight
 from qwen3_export.solve.methods import gptq, rtn
 from qwen3_export.solve.rounding.grid import Grid, find_grid
@@ -27,12 +26,6 @@ OPTIONS = st.fixed_dictionaries(
         "descent": st.integers(0, 2),
     }
 )
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Workers]:
-    with workers(2) as found:
-        yield found
 
 
 @st.composite

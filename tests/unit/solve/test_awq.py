@@ -13,7 +13,7 @@ from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.decoder import load_block
-from qwen3_export.model.workers import Workers, workers
+from qwen3_export.model.workers import Workers
 from qwen3_export.solve.blocks.fold import fold_sites, search_scales
 from qwen3_export.solve.calibration.moments import SampleInputs, collect_moments
 from qwen3_export.solve.job import QuantizeSettings
@@ -27,12 +27,6 @@ from tests.reference.models import our_logits, random_rows
 from tests.unit.solve.outliers import with_outliers
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-
-
-@pytest.fixture(scope="module")
-def pool() -> Workers:
-    with workers(2) as found:
-        yield found
 
 
 @torch.no_grad()

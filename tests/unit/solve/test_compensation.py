@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
 import torch
 
 from qwen3_export.core.qwen3 import Qwen3Config, parse_config
 from qwen3_export.model.block import Block
 from qwen3_export.model.decoder import rope_tables
-from qwen3_export.model.workers import Workers, workers
+from qwen3_export.model.workers import Workers
 from qwen3_export.solve.mixed_precision.compensation import fit_compensation, run_compensated
 from tests.conftest import tiny_config, tiny_moe_config
 
 TOKENS, ROWS = 24, 32
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Workers]:
-    with workers(2) as pool:
-        yield pool
 
 
 def random_block(values: dict[str, object], seed: int = 0) -> Block:

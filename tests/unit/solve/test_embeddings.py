@@ -3,7 +3,6 @@ whatever happens to the run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,14 @@ from qwen3_export.model.table import Table
 from qwen3_export.solve import chunk_sizes as cuts
 from qwen3_export.solve.blocks import embeddings as head
 from qwen3_export.solve.job import QuantizeSettings
-from qwen3_export.solve.method import LinearGroup
-from qwen3_export.solve.methods import gptq
 from qwen3_export.solve.preflight import disk_needed, memory_needed
 from qwen3_export.solve.quantize import quantize
 from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.conftest import copy_tokenizer, random_tensors, tiny_config, write_checkpoint
-from tests.unit.solve.test_loop import ALL_RUNGS, LENGTH, SAMPLES, Interrupted
+from tests.unit.solve.support import Interrupted, spied
+from tests.unit.solve.test_loop import ALL_RUNGS, LENGTH, SAMPLES
 
 W4, W8 = {"num_bits": 4, "group_size": 16}, {"num_bits": 8, "group_size": 32}
 BOTH = ((EMBEDDING, W8), (HEAD, W4))
@@ -80,21 +78,6 @@ def codes(checkpoint: Checkpoint, module: str) -> QuantizedTensor:
 def second_moment(rows: list[torch.Tensor]) -> np.ndarray:
     x = torch.cat(rows).double()
     return (x.T @ x / len(x)).numpy()
-
-
-def spied(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> dict[str, LinearGroup]:
-    """The groups that GPTQ saw, by module name."""
-    groups: dict[str, LinearGroup] = {}
-    plain = gptq.solve
-
-    def spy(group: LinearGroup, options: Any, pool: Any) -> Any:
-        groups.update(dict.fromkeys(group.weights, group))
-        return plain(group, options, pool)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(gptq, "solve", spy)
-        run()
-    return groups
 
 
 def close(found: Any, wanted: np.ndarray) -> None:

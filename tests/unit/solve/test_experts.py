@@ -29,15 +29,13 @@ from qwen3_export.solve.blocks import fold
 from qwen3_export.solve.blocks import forward as walk
 from qwen3_export.solve.calibration import experts as experts_module
 from qwen3_export.solve.job import QuantizeSettings
-from qwen3_export.solve.method import LinearGroup
-from qwen3_export.solve.methods import gptq
 from qwen3_export.solve.preflight import memory_needed
 from qwen3_export.solve.quantize import quantize
 from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import Samples, calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.conftest import copy_tokenizer, random_tensors, tiny_moe_config, write_checkpoint
-from tests.unit.solve.test_loop import Interrupted, hashes, inputs_of_linears
+from tests.unit.solve.support import Interrupted, hashes, inputs_of_linears, spied
 
 SAMPLES, LENGTH, EXPERTS, NEVER = 11, 48, 4, 2
 # 528 tokens on three experts: at least one of them gets fewer.
@@ -152,17 +150,11 @@ def test_an_expert_below_the_floor_shares_the_layers_inputs_in_proportion(
     monkeypatch: pytest.MonkeyPatch,
     exact_products: None,
 ) -> None:
-    groups: dict[str, LinearGroup] = {}
-    plain = gptq.solve
-
-    def spy(group: LinearGroup, options: Any, pool: Any) -> Any:
-        groups.update(dict.fromkeys(group.weights, group))
-        return plain(group, options, pool)
-
-    monkeypatch.setattr(gptq, "solve", spy)
     # Fewer than the calibration has, so that a part of the tokens stands for all at down_proj.
     monkeypatch.setattr(experts_module, "SAMPLE_TOKENS", 200)
-    checkpoint, manifest = run(recipe())
+    found: list[tuple[Checkpoint, dict[str, Any]]] = []
+    groups = spied(monkeypatch, lambda: found.append(run(recipe())))
+    checkpoint, manifest = found[0]
     monkeypatch.undo()
     inputs = inputs_of_linears(checkpoint.folder, list(samples_of(source, settings).ids), monkeypatch)
     counts = manifest["experts"]["tokens_per_expert"]

@@ -18,8 +18,7 @@ from qwen3_export.solve.blocks.paired import _share
 from qwen3_export.solve.method import LinearGroup
 from qwen3_export.solve.quantize import quantize
 from tests.conftest import copy_tokenizer, write_checkpoint
-from tests.unit.solve.test_embeddings import spied
-from tests.unit.solve.test_loop import CONFIGS, inputs_of_linears
+from tests.unit.solve.support import CONFIGS, inputs_of_linears, spied
 from tests.unit.solve.test_paired import BESIDE, HELD_OUT, LENGTH, SETTINGS, close, parts_of, samples_of, shifted
 
 EVERY = 2

@@ -11,7 +11,7 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import E2M1, QuantizedTensor, dequantize
 from qwen3_export.errors import RecipeError
 from qwen3_export.model.activations import round_e4m3, rounder
-from qwen3_export.model.workers import Workers, workers
+from qwen3_export.model.workers import Workers
 from qwen3_export.solve.method import LinearGroup
 from qwen3_export.solve.methods.rtn import Options, solve
 from qwen3_export.solve.rounding.grid import find_grid, round_to
@@ -28,12 +28,6 @@ SCHEMES = {
     "int8": QuantScheme(num_bits=8, strategy="channel"),
     "int4 signed": QuantScheme(num_bits=4, group_size=32, signed_scales=True),
 }
-
-
-@pytest.fixture(scope="module")
-def pool() -> Workers:
-    with workers(2) as found:
-        yield found
 
 
 def numbers() -> torch.Tensor:

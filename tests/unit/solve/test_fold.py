@@ -15,7 +15,7 @@ from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.activations import rounder
 from qwen3_export.model.decoder import load_block, rope_tables
-from qwen3_export.model.workers import Workers, workers
+from qwen3_export.model.workers import Workers
 from qwen3_export.solve.blocks.fold import FoldSite, apply_fold, fold_sites, search_scales
 from qwen3_export.solve.calibration.moments import SampleInputs, collect_moments
 from qwen3_export.solve.rounding.grid import find_grid, round_to
@@ -29,12 +29,6 @@ MODELS = {
     "one value head": tiny_config(num_attention_heads=4, num_key_value_heads=1),
     "moe": tiny_moe_config(),
 }
-
-
-@pytest.fixture(scope="module")
-def pool() -> Workers:
-    with workers(2) as found:
-        yield found
 
 
 @pytest.fixture(params=MODELS.values(), ids=MODELS)

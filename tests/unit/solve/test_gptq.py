@@ -7,7 +7,6 @@ A rounding decision may differ only where fp64 stands closer than 1e-4 to the mi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -24,12 +23,6 @@ from qwen3_export.solve.rounding.grid import Grid, find_grid
 
 TIE = 1e-4
 by_order = pytest.mark.parametrize("act_order", [True, False])
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Workers]:
-    with workers(2) as pool:
-        yield pool
 
 
 class Problem(NamedTuple):

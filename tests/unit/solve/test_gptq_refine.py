@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qwen3_export.core.scheme import QuantScheme
-from qwen3_export.model.workers import Workers, workers
+from qwen3_export.model.workers import Workers
 from qwen3_export.solve.method import LinearGroup
 from qwen3_export.solve.methods.gptq import Factor, Options, factorise, round_columns, solve
 from qwen3_export.solve.methods.gptq.refine import descend, group_order, refit_scales, search_columns
@@ -15,12 +15,6 @@ from qwen3_export.solve.rounding.grid import Grid, find_grid
 
 SCHEME = QuantScheme(num_bits=4, group_size=32)
 OUT, IN, TOKENS = 24, 96, 400
-
-
-@pytest.fixture(scope="module")
-def pool() -> Workers:
-    with workers(2) as found:
-        yield found
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product
 
 import ml_dtypes
@@ -13,7 +12,7 @@ import torch
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import LARGEST_SCALE, SMALLEST_SCALE, dequantize
 from qwen3_export.errors import RecipeError
-from qwen3_export.model.workers import Workers, workers
+from qwen3_export.model.workers import Workers
 from qwen3_export.solve.method import LinearGroup, SolvedWeight
 from qwen3_export.solve.methods import rtn
 from qwen3_export.solve.rounding.grid import Grid, find_grid
@@ -26,12 +25,6 @@ by_label = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.
 by_search = pytest.mark.parametrize("search", ["absmax", "mse"])
 STORAGE = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}
 SHRINKS = [1.0, *(1.0 - 0.025 * step for step in range(-2, 22))]
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Workers]:
-    with workers(2) as pool:
-        yield pool
 
 
 def heavy_tailed(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,33 +17,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
-from qwen3_export.core.architecture import ROUTER, Stage
 from qwen3_export.core.checkpoint import open_checkpoint
-from qwen3_export.core.manifest import read_manifest, sha256_file
+from qwen3_export.core.manifest import read_manifest
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.errors import CheckpointError, InputError
-from qwen3_export.model import block as block_module
-from qwen3_export.model.decoder import load_block, rope_tables, to_torch
 from qwen3_export.model.workers import workers
 from qwen3_export.solve import chunk_sizes
 from qwen3_export.solve.job import QuantizeSettings
-from qwen3_export.solve.method import LinearGroup
-from qwen3_export.solve.methods import gptq
 from qwen3_export.solve.quantize import quantize
 from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
-from tests.conftest import copy_tokenizer, tiny_config, tiny_moe_config, write_checkpoint
+from tests.conftest import copy_tokenizer, write_checkpoint
+from tests.unit.solve.support import CONFIGS, Interrupted, hashes, inputs_of_linears, spied
 
-CONFIGS = {
-    "dense": tiny_config(vocab_size=8192),
-    "moe": tiny_moe_config(vocab_size=8192, num_experts=4, mlp_only_layers=[1], norm_topk_prob=False),
-}
 # Every rung of the solver beyond the paper.
 ALL_RUNGS = {"scale_search": "solve", "descent": 2, "target_shift": True}
 SAMPLES, LENGTH = 11, 48
@@ -67,11 +56,6 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     words = " ".join(f"{i} times {i} is {i * i}, and the {i}th row ends." for i in range(400))
     (folder.parent / "calibration.txt").write_text(words)
     return folder
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    assert not folder.with_name(f"{folder.name}.partial").exists()
-    return {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
 
 
 @pytest.fixture(scope="module")
@@ -104,33 +88,6 @@ def run(source: Path, tmp_path: Path, settings: QuantizeSettings) -> Callable[..
     return quantized
 
 
-def inputs_of_linears(folder: Path, rows: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
-    """Inputs `[n, in]` of every linear and router of a quantized model, from a plain forward pass in fp32."""
-    checkpoint, seen = open_checkpoint(folder), defaultdict(list)
-
-    def spy(block: block_module.Block, name: str, x: torch.Tensor) -> torch.Tensor:
-        seen[f"{block_name(block.layer)}.{name}"].append(x.reshape(-1, x.shape[-1]))
-        rounded = block.rounders[name](x) if name in block.rounders else x
-        return F.linear(rounded, block.weights[name])
-
-    plain = block_module.Block._route
-
-    def route(block: block_module.Block, stage: Stage, state: block_module.State) -> block_module.State:
-        if block.config.is_sparse(block.layer):
-            seen[f"{block_name(block.layer)}.{ROUTER}"].append(state["x"].reshape(-1, state["x"].shape[-1]))
-        return plain(block, stage, state)
-
-    monkeypatch.setattr(block_module.Block, "linear", spy)
-    monkeypatch.setattr(block_module.Block, "_route", route)
-    embedding = to_torch(checkpoint.read("model.embed_tokens.weight")).float()
-    rope, states = rope_tables(checkpoint.config, 0, LENGTH), [embedding[torch.from_numpy(ids)][None] for ids in rows]
-    for layer in range(checkpoint.config.num_layers):
-        block = load_block(checkpoint, layer)
-        states = [block.forward(state, rope) for state in states]
-    monkeypatch.undo()
-    return {name: torch.cat(parts) for name, parts in seen.items()}
-
-
 def test_every_linear_is_solved_against_the_inputs_it_will_get(
     source: Path,
     tmp_path: Path,
@@ -139,17 +96,9 @@ def test_every_linear_is_solved_against_the_inputs_it_will_get(
     monkeypatch: pytest.MonkeyPatch,
     exact_products: None,
 ) -> None:
-    groups: dict[str, LinearGroup] = {}
-    plain = gptq.solve
-
-    def spy(group: LinearGroup, options: Any, pool: Any) -> Any:
-        groups.update(dict.fromkeys(group.weights, group))
-        return plain(group, options, pool)
-
-    monkeypatch.setattr(gptq, "solve", spy)
-    # 11 rows in pieces of 4: the last piece is a short one.
+    # 11 samples in pieces of 4: the last piece is a short one.
     monkeypatch.setattr(chunk_sizes, "TOKENS_AT_ONCE", 4 * LENGTH + 1)
-    run("out", recipe())
+    groups = spied(monkeypatch, lambda: run("out", recipe()))
     monkeypatch.undo()
 
     documents = load_documents(settings.calibration)
@@ -249,22 +198,6 @@ def test_what_should_change_the_bytes_changes_those_of_every_block(
     shards = [name for name in wanted if name.startswith("model-0000")]
     # The first shard holds what is never quantized; the others hold a block each.
     assert [found[shard] == wanted[shard] for shard in shards] == [True, False, False]
-
-
-class Interrupted(Progress):
-    """Stops the run, as Ctrl-C does, when `blocks` blocks are done."""
-
-    def __init__(self, blocks: int) -> None:
-        self.left = blocks
-
-    @contextmanager
-    def bar(self, label: str, total: int) -> Iterator[Callable[[], None]]:
-        def tick() -> None:
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-
-        yield tick
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(

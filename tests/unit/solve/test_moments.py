@@ -30,12 +30,6 @@ as_bytes = pytest.mark.parametrize(("dtype", "int_matmul"), ROUNDED)
 every_kind = pytest.mark.parametrize(("dtype", "int_matmul"), [pytest.param(torch.float32, False, id="fp32"), *ROUNDED])
 
 
-@pytest.fixture(scope="module")
-def pool() -> Workers:
-    with workers(2) as found:
-        yield found
-
-
 class Tokens:
     """Inputs of all rows `[n, size]`, the original's distance from them, and wanted answers `[n, out]`."""
 

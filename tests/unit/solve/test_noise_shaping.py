@@ -13,7 +13,7 @@ from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.block import Block, rms_norm
 from qwen3_export.model.decoder import load_block, rope_tables, to_torch
-from qwen3_export.model.workers import Workers, workers
+from qwen3_export.model.workers import Workers
 from qwen3_export.solve.calibration import fisher
 from qwen3_export.solve.calibration.fisher import measure_fisher, pieces_of
 from qwen3_export.solve.job import QuantizeSettings
@@ -24,12 +24,6 @@ from qwen3_export.text.samples import Samples
 from tests.conftest import copy_tokenizer, tiny_config, tiny_moe_config, write_checkpoint
 
 SCHEME = QuantScheme(num_bits=3, group_size=16)
-
-
-@pytest.fixture(scope="module")
-def pool() -> Workers:
-    with workers(2) as found:
-        yield found
 
 
 def rows(count: int = 3, length: int = 20) -> Samples:

@@ -9,7 +9,6 @@ each direction of the factorisation, as long as no code is clamped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product
 
 import numpy as np
@@ -18,19 +17,13 @@ import torch
 
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import dequantize
-from qwen3_export.model.workers import Workers, workers
+from qwen3_export.model.workers import Workers
 from qwen3_export.solve.method import LinearGroup
 from qwen3_export.solve.methods import gptq
 from qwen3_export.solve.methods.gptq.refine import descend
 from qwen3_export.solve.rounding.grid import Grid, find_grid
 
 ROWS, PERCDAMP = 48, 0.01
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Workers]:
-    with workers(2) as found:
-        yield found
 
 
 def problem(columns: int, seed: int, correlation: float = 0.8) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,8 +25,8 @@ from qwen3_export.text.samples import Samples, calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.conftest import copy_tokenizer, write_checkpoint
 from tests.unit.processors import needs_avx2
-from tests.unit.solve.test_embeddings import spied
-from tests.unit.solve.test_loop import CONFIGS, Interrupted, hashes, inputs_of_linears, recipe
+from tests.unit.solve.support import CONFIGS, Interrupted, hashes, inputs_of_linears, spied
+from tests.unit.solve.test_loop import recipe
 
 # Of 19 rows every second is one of 9, the last but one of which is held out.
 SAMPLES, LENGTH = 19, 48

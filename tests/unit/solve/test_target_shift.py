@@ -30,12 +30,6 @@ FORMS = {"drift": False, "target": True}
 every_form = pytest.mark.parametrize("writes", FORMS.values(), ids=FORMS)
 
 
-@pytest.fixture(scope="module")
-def pool() -> Workers:
-    with workers(2) as found:
-        yield found
-
-
 class Case(NamedTuple):
     """Inputs in the quantized model and in the original, R̃ − R, and a weight."""
 
