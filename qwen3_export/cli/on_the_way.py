@@ -98,8 +98,8 @@ def prepared(
     The copy lies beside the output and is removed afterwards.
 
     `check` is the export's own check, made before anything is quantized; `folder` says what the export writes,
-    `reads` what it reads beside the source. An interrupted run's finished blocks are kept in
-    `OUTPUT.quantized.partial/`, from which the same command goes on.
+    `reads` what it reads beside the source. An interrupted run's finished blocks, or the whole copy when the export
+    itself was stopped, are kept in `OUTPUT.quantized.partial/`, from which the same command goes on.
     """
     checkpoint = open_source(source)
     inputs = [checkpoint.folder, recipe, options.calibration, reads]
@@ -117,6 +117,5 @@ def prepared(
     check_target(checkpoint, chosen, settings, check)
     with working_folder(output, "quantized", inputs) as working:
         quantized = working / checkpoint.name
-        # What a killed export left finished is made anew.
-        quantize(checkpoint, chosen, quantized, replace(settings, force=True), show)
+        quantize(checkpoint, chosen, quantized, replace(settings, force=True, reuse=settings.resume), show)
         yield open_source(str(quantized))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qwen3_export.core.manifest import MARKER
+from qwen3_export.core.manifest import MANIFEST, MARKER
 from qwen3_export.core.outputs import partial_path, reserved
 from qwen3_export.core.places import Inputs, checked_place
 from qwen3_export.errors import InputError
@@ -24,7 +24,8 @@ def working_folder(
     """Yield `OUTPUT.NAME.partial/`, locked, for what is needed on the way; removed at the end.
 
     `kept` says of an error whether the folder stays for the next run; by default it does where an unfinished run
-    of ours in there can be resumed. What a killed run left is found in it by the next one.
+    of ours in there can be resumed, and where one is finished unless the input was refused. What a killed run left is
+    found in it by the next one.
     """
     place = checked_place(output, inputs, force=True, folder=not output.is_file())
     with reserved(place.with_name(f"{place.name}.{name}")) as reservation:
@@ -32,7 +33,8 @@ def working_folder(
             yield reservation.partial
         except BaseException as error:
             unfinished = any(reservation.partial.glob("*.partial/state/progress.json"))
-            reservation.undo(everything=not (unfinished if kept is None else kept(error)))
+            finished = any(reservation.partial.glob(f"*/{MANIFEST}")) and not isinstance(error, InputError)
+            reservation.undo(everything=not (unfinished or finished if kept is None else kept(error)))
             raise
         reservation.undo(everything=True)
 

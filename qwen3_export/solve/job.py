@@ -30,6 +30,7 @@ class QuantizeSettings:
     """How to run; only `calibration`, `samples`, `sequence_length` and `seed` can change the bytes.
 
     `scratch` is a folder for activations, on another disk than the output; None keeps them beside it.
+    `reuse`: a finished output of the very same run is taken as it is.
     """
 
     calibration: str = "bundled"
@@ -43,6 +44,7 @@ class QuantizeSettings:
     force: bool = False
     layout: str | None = None
     scratch: Path | None = None
+    reuse: bool = False
 
     def size(self, recipe: Recipe) -> tuple[int, int]:
         """Calibration samples that are asked for, and tokens in each."""

@@ -27,7 +27,7 @@ from qwen3_export.solve.method import fold_of
 from qwen3_export.solve.methods import load_method
 from qwen3_export.solve.output_folder import PROGRESS, STATE, QuantizedFolder, resumable
 from qwen3_export.solve.preflight import check_disk, check_memory
-from qwen3_export.solve.record import manifest_of, report_experts, result_of
+from qwen3_export.solve.record import finished_run, manifest_of, report_experts, result_of
 from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import Samples, calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
@@ -66,6 +66,9 @@ def quantize(
     check_memory(
         checkpoint.config, samples, original, settings.memory, token_floor, fisher_samples, outer, without_torch
     )
+    if settings.reuse and (done := finished_run(output, checkpoint, recipe, samples, settings)):
+        progress.note("everything is quantized already")
+        return result_of(output, done, checkpoint.config.num_layers, time.monotonic() - started)
     identity = {
         "recipe": recipe.sha256,
         "calibration": samples.sha256 if samples else None,

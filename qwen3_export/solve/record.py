@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from qwen3_export import __version__
 from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
 from qwen3_export.core.coverage import summarise, summary_of
+from qwen3_export.core.manifest import MANIFEST, read_manifest, to_json
 from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, block_name
 from qwen3_export.core.recipe import Recipe
@@ -89,6 +91,25 @@ def manifest_of(
         "experts": _experts(recipe, checkpoint.config.expert_width, found["blocks"]),
         "tensors": _tensors(found),
     }
+
+
+def finished_run(
+    output: Path, checkpoint: Checkpoint, recipe: Recipe, samples: Samples | None, settings: QuantizeSettings
+) -> dict[str, Any] | None:
+    """The manifest of a finished output that this very run would write, else None."""
+    if not (output / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(output)
+    wanted = {
+        "source": {"name": checkpoint.name, "sha256": checkpoint.sha256},
+        "recipe": recipe.to_dict(),
+        "calibration": None if samples is None else _calibration_record(recipe, samples, settings),
+        "seed": settings.seed,
+        "layout": settings.layout,
+        "qwen3_export": __version__,
+    }
+    # As JSON gives them back, which knows no tuples.
+    return manifest if all(manifest.get(key) == value for key, value in json.loads(to_json(wanted)).items()) else None
 
 
 def _policy(scheme: QuantScheme | None) -> str:

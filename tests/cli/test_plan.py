@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qwen3_export.core.source import open_source
+from qwen3_export.errors import InputError, ResourceError
 from qwen3_export.preflight.timing import narrowed, work_of
 from tests.cli.helpers import call, hashes, names, refused, start, wait_for, write_text_model
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
@@ -166,3 +168,34 @@ def test_interrupted_export_goes_on_from_its_blocks(deep_model: Path, tmp_path: 
     assert names(tmp_path) == [output.name]
     assert call(*command, tmp_path / "at-once.gguf").code == 0
     assert hashes(output) == hashes(tmp_path / "at-once.gguf")
+
+
+def test_an_export_that_was_stopped_after_quantizing_does_not_quantize_again(
+    deep_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("gguf", deep_model, "--recipe", "gptq-w4a16-g32", *SHORT, "--output")
+    output, state = tmp_path / "model.gguf", tmp_path / "model.gguf.quantized.partial"
+
+    def fail(error: Exception) -> Callable[..., None]:
+        def write(*_: object, **__: object) -> None:
+            raise error
+
+        return write
+
+    with monkeypatch.context() as broken:
+        broken.setattr("qwen3_export.ship.gguf.write_shard", fail(ResourceError("the disk is full", "make room")))
+        assert call(*command, output).code == 4
+    assert names(tmp_path) == [state.name]
+    with monkeypatch.context() as idle:
+        idle.setattr("qwen3_export.solve.quantize.run_blocks", None)
+        outcome = call(*command, output)
+        assert outcome.code == 0
+        assert "quantized already" in outcome.err
+    assert names(tmp_path) == [output.name]
+    assert call(*command, tmp_path / "at-once.gguf").code == 0
+    assert hashes(output) == hashes(tmp_path / "at-once.gguf")
+    # What is refused would be refused again.
+    with monkeypatch.context() as refusing:
+        refusing.setattr("qwen3_export.ship.gguf.write_shard", fail(InputError("no", "none")))
+        assert call(*command, tmp_path / "refused.gguf").code == 2
+    assert names(tmp_path) == ["at-once.gguf", output.name]
