@@ -90,7 +90,7 @@ def _check(
         pytest.fail(_message(error), pytrace=False)
     failed = [explain(item) for item in result["gate"]["checks"] if not item["passed"]]
     if failed:
-        pytest.fail("\n".join(f"{artifact}: {line}" for line in failed), pytrace=False)
+        pytest.fail("\n".join(f"{artifact.name}: {line}" for line in failed), pytrace=False)
     return dict(result)
 
 

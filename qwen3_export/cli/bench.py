@@ -80,14 +80,15 @@ def _latency_limits(gate: Path, show: Console) -> dict[str, float]:
 
 def _benched(result: dict[str, Any]) -> None:
     from qwen3_export.prove.gate import explain
+    from qwen3_export.prove.report.tables import named
 
     rows = []
-    for item in result["results"]:
+    for name, item in named(result):
         for index, prefill in enumerate(item["prefill"]):
             decode = item["decode"]
             rows.append(
                 [
-                    Path(item["artifact"]).name if index == 0 else "",
+                    name if index == 0 else "",
                     item["runtime"] if index == 0 else "",
                     str(prefill["prompt_tokens"]),
                     f"{prefill['tokens_per_second']:.0f}",
@@ -99,8 +100,8 @@ def _benched(result: dict[str, Any]) -> None:
             )
     headers = ["artifact", "runtime", "prompt", "prefill tok/s", "decode tok/s", "p99 ms/tok", "load s", "peak memory"]
     table(headers, rows)
-    for item in result["results"]:
-        plan_note(item)
+    for name, item in named(result):
+        plan_note(name, item)
         for check in item.get("gate", {}).get("checks", ()):
             if not check["passed"]:
-                tell(f"{item['artifact']}: {explain(check)}")
+                tell(f"{name}: {explain(check)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,13 +95,11 @@ def fields(values: dict[str, Any]) -> None:
         print(plain(f"{name:<{width}}  {value}"))
 
 
-def nats(item: dict[str, Any]) -> str:
-    """Mean KL of a validation result.
+def nats(item: Mapping[str, Any]) -> str:
+    """Mean KL of a validation result: `≥` before a lower bound, `≈` before an estimate."""
+    from qwen3_export.prove.report.numbers import marked_kl
 
-    `≥` marks the lower bound that a top-k reference gives.
-    """
-    # Adding zero after rounding turns the -0.0 of an exact artifact into 0.0.
-    return f"{'≥ ' if item['kl_is_lower_bound'] else ''}{round(item['kl_mean'], 5) + 0.0:.5f}"
+    return marked_kl(item, 5)
 
 
 def size(count: float) -> str:
@@ -113,7 +111,7 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def verdict(item: dict[str, Any]) -> str:
+def verdict(item: Mapping[str, Any]) -> str:
     """`pass`, `FAIL`, or `-` when nothing was asked."""
     if not item["gate"]["checks"]:
         return "-"

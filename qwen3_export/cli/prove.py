@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -166,20 +167,31 @@ def validate(
 
         show.note(f"model cards written: {', '.join(write_measured(result)) or 'none, no artifact has one'}")
     append_summary(result, "Validation")
-    if truth.is_lower_bound and "max_kl" in limits:
-        show.say("note: the reference keeps the likeliest tokens only: KL is a lower bound, a pass of max_kl is weak")
+    if note := _kl_note(result, truth.is_lower_bound and "max_kl" in limits):
+        show.say(f"note: {note}")
     show.result(result, lambda: _validated(result))
     if not result["passed"]:
         raise typer.Exit(1)
 
 
+def _kl_note(result: dict[str, Any], weak: bool) -> str | None:
+    """What to know of a KL that is not exact."""
+    if weak:
+        return "the reference keeps the likeliest tokens only: KL is a lower bound, a pass of max_kl is weak"
+    if not all(item["kl_estimate"] for item in result["results"]):
+        return None
+    worst = max(item["kl_estimate"]["stderr"] for item in result["results"])
+    return f"KL is estimated from the tokens that the reference file keeps, give or take {worst:.1g} nats"
+
+
 def _validated(result: dict[str, Any]) -> None:
     from qwen3_export.prove.gate import doubt, explain
     from qwen3_export.prove.report.numbers import span
+    from qwen3_export.prove.report.tables import named
 
     rows = [
         [
-            Path(item["artifact"]).name,
+            name,
             item["runtime"],
             str(item["tokens"]),
             nats(item),
@@ -189,7 +201,7 @@ def _validated(result: dict[str, Any]) -> None:
             f"{item['generation']['loops']}/{item['generation']['loops_reference']}",
             verdict(item),
         ]
-        for item in result["results"]
+        for name, item in named(result)
     ]
     headers = [
         "artifact",
@@ -203,29 +215,28 @@ def _validated(result: dict[str, Any]) -> None:
         "verdict",
     ]
     table(headers, rows)
-    for item in result["results"]:
-        plan_note(item)
+    for name, item in named(result):
+        plan_note(name, item)
         if "explain" in item:
-            _explained(item)
+            _explained(name, item["explain"])
         if "tasks" in item:
-            tell(f"{item['artifact']}: {_tasks(item['tasks'])}")
+            tell(f"{name}: {_tasks(item['tasks'])}")
         for check in item["gate"]["checks"]:
             if not check["passed"]:
-                tell(f"{item['artifact']}: {explain(check)}")
+                tell(f"{name}: {explain(check)}")
             elif doubt(check):
-                tell(f"{item['artifact']}: passed, but {doubt(check)}")
+                tell(f"{name}: passed, but {doubt(check)}")
 
 
-def plan_note(item: dict[str, Any]) -> None:
+def plan_note(artifact: str, item: Mapping[str, Any]) -> None:
     """Why a TensorRT folder's ONNX was run in place of its plan."""
     if "plan_not_run" in item:
-        tell(f"{item['artifact']}: its ONNX ran in ONNX Runtime, not its plan: {item['plan_not_run']}")
+        tell(f"{artifact}: its ONNX ran in ONNX Runtime, not its plan: {item['plan_not_run']}")
 
 
-def _explained(item: dict[str, Any]) -> None:
+def _explained(artifact: str, found: Mapping[str, Any]) -> None:
     """Where drift comes from: blocks, then the worst linears."""
-    found = item["explain"]
-    tell(f"{item['artifact']}: error of the hidden state after each block, and what each block adds alone")
+    tell(f"{artifact}: error of the hidden state after each block, and what each block adds alone")
     table(
         ["block", "", "error", "alone"],
         [[str(b["block"]), "", f"{b['error']:.4f}", f"{b['own_error']:.4f}"] for b in found["blocks"]],

@@ -22,7 +22,9 @@ from rich.cells import cell_len
 KEPT = frozenset(("artifact", "recipe", "format or runtime", "KL (nats)", "verdict", "works", "metric", "delta"))
 _TEXT = frozenset(("artifact", "runtime", "what it does", "why not", "recipe", "tensor", "metric"))
 _GAP, _NARROWEST = 2, 12
-_ASCII = str.maketrans({"─": "-", "…": "...", "≥": ">=", "→": "->", "−": "-", "×": "x", "±": "+-", "–": "-", "—": "-"})
+_ASCII = str.maketrans(
+    {"─": "-", "…": "...", "≥": ">=", "≈": "~", "→": "->", "−": "-", "×": "x", "±": "+-", "–": "-", "—": "-"}
+)
 _COLOURS = {"pass": "32", "yes": "32", "better": "32", "same": "32", "FAIL": "1;31", "no": "31", "worse": "1;31"}
 
 

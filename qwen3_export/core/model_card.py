@@ -205,7 +205,7 @@ def update_card(artifact: Path, result: Mapping[str, Any]) -> bool:
 def measured(result: Mapping[str, Any]) -> str:
     """The measured table of one validation result."""
     low, high = result["kl_ci95"]
-    bound = "at least " if result.get("kl_is_lower_bound") else ""
+    bound = "at least " if result.get("kl_is_lower_bound") else "about " if result.get("kl_estimate") else ""
     rows = [
         ("runtime", f"{result['runtime']} {result['runtime_version']}, {result['device']}"),
         ("KL(original ‖ this), nats per token", f"{bound}{result['kl_mean']:.5f} (95 % {low:.5f} to {high:.5f})"),

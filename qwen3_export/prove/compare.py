@@ -27,31 +27,41 @@ def compare(paths: Sequence[Path]) -> dict[str, Any]:
     drift was measured against different originals or texts, which no table may put side by side.
     """
     reports = [read_report(path) for path in paths]
-    merged: dict[str, dict[str, Any]] = {}
+    merged: list[dict[str, Any]] = []
     for name, report in zip(unique_names([str(path) for path in paths]), reports, strict=True):
         for item in report["results"]:
             _merge(merged, name, item)
-    _refuse_unlike(list(merged.values()))
-    candidates = [_candidate(artifact, item) for artifact, item in merged.items()]
-    for item, short in zip(candidates, unique_names([c["artifact"] for c in candidates]), strict=True):
-        item["name"] = short
+    _refuse_unlike(merged)
+    candidates = [_candidate(item) for item in merged]
+    for item, name in zip(candidates, _names(candidates), strict=True):
+        item["name"] = name
     for item in candidates:
         item["pareto"] = _comparable(item) and not any(_dominates(other, item) for other in candidates)
     return {"candidates": candidates, "notes": _notes(reports)}
 
 
-def _merge(merged: dict[str, dict[str, Any]], report: str, item: Mapping[str, Any]) -> None:
+def _merge(merged: list[dict[str, Any]], report: str, item: Mapping[str, Any]) -> None:
     """Add a result.
 
     One that measures what the artifact has already becomes a candidate of its own.
     """
-    key = item["artifact"]
-    known = merged.get(key)
-    measured = [field for field in ("kl_mean", "decode") if field in item]
-    if known is not None and any(field in known for field in measured):
-        key = f"{report}/{key}"
-        known = None
-    merged[key] = {**(known or {}), **item, "report": f"{known['report']}, {report}" if known else report}
+    measured = {field for field in ("kl_mean", "decode") if field in item}
+    for known in merged:
+        if known["artifact"] == item["artifact"] and not measured & set(known):
+            known |= {**item, "report": f"{known['report']}, {report}"}
+            return
+    merged.append({**item, "report": report})
+
+
+def _names(candidates: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Short names; an artifact that stands in several candidates has the report's name behind its own."""
+    artifacts = [item["artifact"] for item in candidates]
+    short = dict(zip(dict.fromkeys(artifacts), unique_names(list(dict.fromkeys(artifacts))), strict=True))
+    full = [
+        f"{short[item['artifact']]} ({item['report']})" if artifacts.count(item["artifact"]) > 1 else short[artifact]
+        for artifact, item in zip(artifacts, candidates, strict=True)
+    ]
+    return unique_names(full) if len(set(full)) < len(full) else full
 
 
 def _refuse_unlike(items: Sequence[Mapping[str, Any]]) -> None:
@@ -65,9 +75,9 @@ def _refuse_unlike(items: Sequence[Mapping[str, Any]]) -> None:
                 )
 
 
-def _candidate(artifact: str, item: Mapping[str, Any]) -> dict[str, Any]:
+def _candidate(item: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "artifact": artifact,
+        "artifact": item["artifact"],
         "report": item["report"],
         "runtime": item["runtime"],
         "bytes": item.get("bytes"),

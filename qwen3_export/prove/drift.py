@@ -5,7 +5,8 @@
     perplexity              = exp(−mean log-probability of the text's next token)
 
 Against a top-k reference the tokens outside the k are taken as one: by the data-processing
-inequality that KL is a lower bound of the full one.
+inequality that KL is a lower bound of the full one. Where the reference has drawn some of these tokens,
+they estimate the rest without bias (`prove.tail`), and the bound stands beside the estimate.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from qwen3_export.errors import InputError
 from qwen3_export.prove.generation import MODES, chat_generation, generation
 from qwen3_export.prove.reference import Reference, Truth, log_softmax
 from qwen3_export.prove.statistics import SampleDrift, histogram, intervals, row_sums, statistics
+from qwen3_export.prove.tail import tail_divergence
 from qwen3_export.run.session import Session
 
 # The original is sure of a token that it gives at least this probability.
@@ -35,18 +37,22 @@ def sample_drift(truth: Truth, logits: NDArray[np.float32], ids: NDArray[np.int3
     q = log_softmax(logits[:-1])
     following = ids[1:, None].astype(np.int64)
     top = q.argmax(-1)
+    bound, variance = None, None
     if truth.ids is None:
         kl = (np.exp(truth.logprobs) * (truth.logprobs - q)).sum(-1, dtype=np.float64)
         same = truth.logprobs.argmax(-1) == top
     else:
-        kl = _partial_kl(truth, q)
+        kl, bound, variance = _partial_kl(truth, q)
         same = truth.ids[:, 0] == top
-    artifact = np.take_along_axis(q, following, 1)[:, 0]
+    artifact = np.take_along_axis(q, following, 1)[:, 0].astype(np.float64)
     sure = truth.logprobs.max(-1) >= np.log(SURE)
-    return SampleDrift(kl, same, truth.next_logprob.astype(np.float64), artifact.astype(np.float64), sure)
+    return SampleDrift(kl, same, truth.next_logprob.astype(np.float64), artifact, sure, bound, variance)
 
 
-def _partial_kl(truth: Truth, q: NDArray[np.float32]) -> NDArray[np.float64]:
+def _partial_kl(
+    truth: Truth, q: NDArray[np.float32]
+) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, NDArray[np.float64] | None]:
+    """KL of every position, and where it is an estimate the bound below it and its sampling variance."""
     assert truth.ids is not None
     assert truth.tail is not None
     q_top = np.take_along_axis(q, truth.ids.astype(np.int64), 1)
@@ -55,7 +61,12 @@ def _partial_kl(truth: Truth, q: NDArray[np.float32]) -> NDArray[np.float64]:
     np.put_along_axis(rest, truth.ids.astype(np.int64), 0.0, 1)
     q_tail = np.log(np.maximum(rest.sum(-1), 1e-30))
     tail = truth.tail.astype(np.float64)
-    return inside + np.exp(tail) * (tail - q_tail)
+    bound = inside + np.exp(tail) * (tail - q_tail)
+    if truth.drawn_ids is None or truth.drawn_logprobs is None:
+        return bound, None, None
+    q_drawn = np.take_along_axis(q, truth.drawn_ids.astype(np.int64), 1)
+    more, variance = tail_divergence(truth.drawn_logprobs, q_drawn, tail, q_tail)
+    return bound + more, bound, variance
 
 
 def measure(session: Session, reference: Reference, label: str, progress: Progress | None = None) -> dict[str, Any]:
@@ -72,7 +83,7 @@ def measure(session: Session, reference: Reference, label: str, progress: Progre
                 raise InputError(f"{label}: its logits hold NaN or infinity on held-out sample {row}")
             drifts.append(sample_drift(reference.truth(row), logits, ids))
             tick()
-    result = {**_summary(drifts), "kl_is_lower_bound": reference.is_lower_bound}
+    result = {**_summary(drifts), "kl_is_lower_bound": reference.is_lower_bound, "kl_estimate": _estimate(drifts)}
     result["domains"] = {
         domain: _domain([d for d, found in zip(drifts, samples.domains, strict=True) if found == domain])
         for domain in sorted(set(samples.domains))
@@ -92,6 +103,20 @@ def _generation(session: Session, reference: Reference, label: str, progress: Pr
     with progress.bar(f"texts of {label}", count) as tick:
         plain = generation(session, reference.continuations, tick)
         return {**plain, **(chat_generation(session, chats, tick) if chats else {})}
+
+
+def _estimate(drifts: Sequence[SampleDrift]) -> dict[str, float] | None:
+    """How good an estimated KL is, None where it is no estimate: `{lower_bound, stderr}`.
+
+    The bound holds for certain; the standard error is that of drawing tokens, not that of choosing the text.
+    """
+    bounds = [d.kl_bound for d in drifts if d.kl_bound is not None]
+    variances = [d.kl_variance for d in drifts if d.kl_variance is not None]
+    if len(bounds) < len(drifts):
+        return None
+    total = np.concatenate(variances).sum()
+    positions = sum(map(len, bounds))
+    return {"lower_bound": float(np.concatenate(bounds).mean()), "stderr": float(np.sqrt(total) / positions)}
 
 
 def flips(drifts: Sequence[SampleDrift]) -> dict[str, Any]:

@@ -78,8 +78,12 @@ def explain(check: Mapping[str, Any]) -> str:
         what = "say how many tokens its experts were calibrated on" if experts else "have this value"
         return f"{name}: the artifact does not {what}"
     ci95 = check.get("ci95")
-    outside = f" (95 %: {ci95[0]:.6g} … {ci95[1]:.6g})" if ci95 else ""
-    return f"{name} is {number(value)}{outside}, the limit is {number(check['limit'])}{_doubt(check)}"
+    outside = f" (95 %: {short(ci95[0])} … {short(ci95[1])})" if ci95 else ""
+    limit = limit_named(name)
+    found, wanted = distinct(value, check["limit"])
+    if limit and limit.kind == "bytes":
+        found, wanted = f"{int(value):,} bytes", f"{int(check['limit']):,} bytes"
+    return f"{name} is {found}{outside}, the limit is {wanted}{_doubt(check)}"
 
 
 def _doubt(check: Mapping[str, Any]) -> str:
@@ -97,7 +101,26 @@ def doubt(check: Mapping[str, Any]) -> str | None:
 
 
 def number(value: float) -> str:
-    """A number for people, whole where it is whole, never `-0`."""
-    if isinstance(value, int) or (float(value).is_integer() and abs(value) >= 1000):
+    """A number for machines and tables: six significant digits, whole where it is whole, never `-0`."""
+    return significant(value, 6)
+
+
+def short(value: float) -> str:
+    """A number for people: four significant digits, whole where it is whole, never `-0`."""
+    return significant(value, 4)
+
+
+def distinct(value: float, other: float) -> tuple[str, str]:
+    """Two numbers for people, in as many digits more as it takes to see that they differ."""
+    for digits in range(4, 17):
+        texts = significant(value, digits), significant(other, digits)
+        if texts[0] != texts[1] or value == other:
+            break
+    return texts
+
+
+def significant(value: float, digits: int) -> str:
+    """So many significant digits, whole where it is whole, never `-0`."""
+    if float(value).is_integer() and abs(value) < 1e15:
         return f"{int(value)}"
-    return f"{value + 0.0:.6g}" if value else "0"
+    return f"{value:.{digits}g}"

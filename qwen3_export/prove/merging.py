@@ -22,7 +22,7 @@ from qwen3_export.prove.reference import ReferenceFile
 from qwen3_export.text.samples import Samples
 
 # What must be the same in all of them.
-_SAME = ("source_sha256", "vocab_size", "top_k")
+_SAME = ("source_sha256", "vocab_size", "top_k", "format")
 _PIECE = 256
 
 

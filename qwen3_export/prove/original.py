@@ -249,17 +249,18 @@ def _head(live: LiveReference, domains: list[str]) -> dict[str, NDArray]:
 def _write_answers(
     writer: TensorFileWriter, live: LiveReference, top_k: int, positions: int, progress: Progress
 ) -> None:
-    samples = range(len(live.samples.ids))
-    with progress.bar("answers", len(samples)) as tick:
+    samples = live.samples
+    rows = range(len(samples.ids))
+    with progress.bar("answers", len(rows)) as tick:
         if top_k == 0:
             with writer.pieces("logits") as write:
-                for row in samples:
+                for row in rows:
                     write(live.logits(row)[:-1])
                     tick()
             return
         parts: Mapping[str, list[NDArray]] = {name: [] for name in answer_specs(positions, top_k, live.vocab_size)}
-        for row in samples:
-            for name, array in top_of(live.truth(row), top_k).items():
+        for row in rows:
+            for name, array in top_of(live.truth(row), top_k, samples.ids[row]).items():
                 parts[name].append(array)
             tick()
     for name, arrays in parts.items():

@@ -8,11 +8,13 @@ One safetensors file (P scored positions, the last of each row excepted; k most 
     row_domains   int32 [rows]        into metadata["domains"]
     top_ids       int32 [P, k]        most likely first          top_logprobs fp32 [P, k]
     tail_logprob  fp32  [P]           of all other tokens together
+    tail_ids      int32 [P, s]        some of these, drawn at random (`prove.tail`; version 1 has none)
+    tail_logprobs fp32  [P, s]
     next_logprob  fp32  [P]           of the token that follows in the text
     prompt_lengths int32 [g], prompts int32 [sum], continuations int32 [g, n]   greedy text
 
 Chats and their answers stand in the metadata, as JSON (`generation.Chats`). With `top_k` 0, `logits` fp32 [P, vocab]
-takes the place of the three in the middle.
+takes the place of those in the middle.
 """
 
 from __future__ import annotations
@@ -32,10 +34,12 @@ from qwen3_export.core.tensorfile import Spec, TensorFile
 from qwen3_export.errors import CheckpointError, InputError
 from qwen3_export.prove.generation import Chats
 from qwen3_export.prove.sidecars import Sidecars, parse_sidecars
+from qwen3_export.prove.tail import draw_tail, tail_count
 from qwen3_export.prove.tasks import Task, tasks_sha256
 from qwen3_export.text.samples import Samples
 
-FORMAT = "qwen3-export reference 1"
+FORMAT = "qwen3-export reference 2"
+_READ = (FORMAT, "qwen3-export reference 1")
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,16 @@ class Truth:
     """The original's distributions over the next token, at the scored positions of one row.
 
     Either full: `logprobs` `[T, vocab]` and `ids` None; or partial: `logprobs` `[T, k]` of the
-    tokens `ids` `[T, k]`, most likely first, and `tail` `[T]`, the log-probability of all others.
+    tokens `ids` `[T, k]`, most likely first, and `tail` `[T]`, the log-probability of all others. `drawn_ids` and
+    `drawn_logprobs` `[T, s]` are some of these.
     """
 
     logprobs: NDArray[np.float32]
     next_logprob: NDArray[np.float32]
     ids: NDArray[np.int32] | None = None
     tail: NDArray[np.float32] | None = None
+    drawn_ids: NDArray[np.int32] | None = None
+    drawn_logprobs: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,10 +98,17 @@ class ReferenceFile:
     def __init__(self, path: Path) -> None:
         self._file = TensorFile(path)
         metadata = self._file.metadata
-        if metadata.get("format") != FORMAT:
+        found = metadata.get("format", "")
+        if found.startswith("qwen3-export reference ") and found not in _READ:
+            raise CheckpointError(
+                f"{path}: {found!r} was written by a later version, this one reads up to {FORMAT!r}",
+                "update qwen3-export here",
+            )
+        if found not in _READ:
             raise CheckpointError(
                 f"{path}: not a reference file of qwen3-export", "`qwen3-export reference` writes one"
             )
+        drawn = found == FORMAT
         try:
             domains = json.loads(metadata["domains"])
             self.vocab_size, self.source_sha256 = int(metadata["vocab_size"]), metadata["source_sha256"]
@@ -111,8 +125,8 @@ class ReferenceFile:
             chats = json.loads(metadata.get("chats", "null"))
             self.chats = None if chats is None else Chats.from_dict(chats, self.vocab_size)
             self._tasks = json.loads(metadata.get("tasks", "null"))
-            self._check_answers(int(metadata["top_k"]))
-            self.is_lower_bound = "logits" not in self._answers
+            self._check_answers(int(metadata["top_k"]), drawn)
+            self.is_lower_bound = not {"logits", "tail_ids"} & set(self._answers)
         except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path}: damaged reference file ({error})") from error
 
@@ -130,8 +144,8 @@ class ReferenceFile:
             raise ValueError(f"{lengths_name} do not cut {name} into rows")
         return np.split(flat, np.cumsum(lengths)[:-1])
 
-    def _check_answers(self, top_k: int) -> None:
-        self._answers = answer_specs(sum(len(ids) - 1 for ids in self.samples.ids), top_k, self.vocab_size)
+    def _check_answers(self, top_k: int, drawn: bool) -> None:
+        self._answers = answer_specs(sum(len(ids) - 1 for ids in self.samples.ids), top_k, self.vocab_size, drawn)
         for name, (dtype, shape) in self._answers.items():
             found = self._file.entries[name]
             if (found.dtype, found.shape) != (dtype, shape):
@@ -160,27 +174,46 @@ class ReferenceFile:
         begin, end = (int(i) for i in self._starts[row : row + 2])
         following = self.samples.ids[row][1:]
         answers = {name: self._file.rows(name, begin, end) for name in self._answers}
-        if not self.is_lower_bound:
+        if "logits" in answers:
             logprobs = log_softmax(answers["logits"])
             return Truth(logprobs, _pick(logprobs, following))
-        ids = answers["top_ids"]
-        if ids.min(initial=0) < 0 or ids.max(initial=0) >= self.vocab_size:
-            raise CheckpointError(f"{self._file.path}: row {row} names a token beyond the vocabulary")
-        return Truth(answers["top_logprobs"], answers["next_logprob"], ids, answers["tail_logprob"])
+        for ids in (answers["top_ids"], answers.get("tail_ids")):
+            if ids is not None and (ids.min(initial=0) < 0 or ids.max(initial=0) >= self.vocab_size):
+                raise CheckpointError(f"{self._file.path}: row {row} names a token beyond the vocabulary")
+        return partial_truth(answers)
 
 
-def answer_specs(positions: int, top_k: int, vocab: int) -> dict[str, Spec]:
-    """`{tensor name: (dtype, shape)}` of the answers; `top_k` 0 stands for all logits."""
+def partial_truth(answers: Mapping[str, NDArray]) -> Truth:
+    """The truth that a file's tensors hold, by their names."""
+    return Truth(
+        answers["top_logprobs"],
+        answers["next_logprob"],
+        answers["top_ids"],
+        answers["tail_logprob"],
+        answers.get("tail_ids"),
+        answers.get("tail_logprobs"),
+    )
+
+
+def answer_specs(positions: int, top_k: int, vocab: int, drawn: bool = True) -> dict[str, Spec]:
+    """`{tensor name: (dtype, shape)}` of the answers; `top_k` 0 stands for all logits.
+
+    `drawn`: whether some tokens of the tail are kept too, as from version 2 on.
+    """
     single, index = np.dtype(np.float32), np.dtype(np.int32)
     if top_k == 0:
         return {"logits": (single, (positions, vocab))}
     k = min(top_k, vocab)
-    return {
+    specs: dict[str, Spec] = {
         "top_ids": (index, (positions, k)),
         "top_logprobs": (single, (positions, k)),
         "tail_logprob": (single, (positions,)),
         "next_logprob": (single, (positions,)),
     }
+    count = tail_count(k, vocab) if drawn else 0
+    if count:
+        specs |= {"tail_ids": (index, (positions, count)), "tail_logprobs": (single, (positions, count))}
+    return specs
 
 
 def _pick(logprobs: NDArray[np.float32], ids: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -196,8 +229,11 @@ def full_truth(logits: NDArray[np.float32], ids: NDArray[np.int32]) -> Truth:
     return Truth(logprobs, _pick(logprobs, ids[1:]))
 
 
-def top_of(truth: Truth, k: int) -> dict[str, NDArray]:
-    """The partial form of a full truth, by the names of the file's tensors."""
+def top_of(truth: Truth, k: int, row: NDArray[np.int32] | None = None) -> dict[str, NDArray]:
+    """The partial form of a full truth, by the names of the file's tensors.
+
+    The token ids of its `row` seed the draws from the tail; without them there are none.
+    """
     k = min(k, truth.logprobs.shape[1])
     chosen = np.argpartition(-truth.logprobs, k - 1, axis=1)[:, :k]
     values = np.take_along_axis(truth.logprobs, chosen, 1)
@@ -206,12 +242,16 @@ def top_of(truth: Truth, k: int) -> dict[str, NDArray]:
     rest = np.exp(truth.logprobs.astype(np.float64))
     np.put_along_axis(rest, ids, 0.0, 1)
     tail = np.log(np.maximum(rest.sum(-1), 1e-30)).astype(np.float32)
-    return {
+    parts = {
         "top_ids": ids.astype(np.int32),
         "top_logprobs": top,
         "tail_logprob": tail,
         "next_logprob": truth.next_logprob,
     }
+    count = tail_count(k, truth.logprobs.shape[1])
+    if row is not None and count:
+        parts["tail_ids"], parts["tail_logprobs"] = draw_tail(truth.logprobs, parts["top_ids"], row, count)
+    return parts
 
 
 def file_metadata(values: Mapping[str, Any], domains: list[str]) -> dict[str, str]:

@@ -41,7 +41,7 @@ class SampleDrift:
     """Drift of one sample at each scored position.
 
     KL, agreement of the top token, both log-probabilities of the next token, and whether the original is sure of
-    its top token (`drift.SURE`).
+    its top token (`drift.SURE`). Where KL is an estimate: the bound below it, and its sampling variance.
     """
 
     kl: NDArray[np.float64]
@@ -49,6 +49,8 @@ class SampleDrift:
     reference_logprob: NDArray[np.float64]
     artifact_logprob: NDArray[np.float64]
     sure: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
+    kl_bound: NDArray[np.float64] | None = None
+    kl_variance: NDArray[np.float64] | None = None
 
 
 def resampled(counts: NDArray, *sums: NDArray) -> tuple[NDArray[np.float64], ...]:
@@ -159,12 +161,16 @@ def _perplexity(ours: NDArray[np.float64], base: NDArray[np.float64]) -> dict[st
     ratio = mean - base_mean
     ratio_error = float(np.sqrt(max(error**2 + base_error**2 - 2 * covariance, 0.0)))
     spread = error * base_error
+    ppl, base_ppl = float(np.exp(mean)), float(np.exp(base_mean))
+    together = ppl * base_ppl * covariance
+    difference_error = float(np.sqrt(max((ppl * error) ** 2 + (base_ppl * base_error) ** 2 - 2 * together, 0.0)))
     return {
         "logprob_correlation": covariance / spread if spread else None,
         "log_ppl_ratio": {"mean": ratio, "stderr": ratio_error},
         "ppl_ratio": {"mean": float(np.exp(ratio)), "stderr": float(np.exp(ratio)) * ratio_error},
-        "ppl_artifact": {"mean": float(np.exp(mean)), "stderr": float(np.exp(mean)) * error},
-        "ppl_reference": {"mean": float(np.exp(base_mean)), "stderr": float(np.exp(base_mean)) * base_error},
+        "ppl_difference": {"mean": ppl - base_ppl, "stderr": difference_error},
+        "ppl_artifact": {"mean": ppl, "stderr": ppl * error},
+        "ppl_reference": {"mean": base_ppl, "stderr": base_ppl * base_error},
     }
 
 

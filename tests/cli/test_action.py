@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from tests.cli.helpers import COMMAND
+from tests.cli.shell_steps import ROOT, load, run_step
 
-ROOT = Path(__file__).resolve().parents[2]
-ACTION: dict[str, Any] = yaml.safe_load((ROOT / "action.yml").read_text())
-WORKFLOW: dict[str, Any] = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+ACTION: dict[str, Any] = load("action.yml")
+WORKFLOW: dict[str, Any] = load(".github/workflows/ci.yml")
 
 
 def runs(step: dict[str, Any], inputs: dict[str, str]) -> bool:
@@ -36,13 +32,6 @@ def act(folder: Path, **given: str) -> subprocess.CompletedProcess[str]:
     inputs = {name: str(item.get("default", "")) for name, item in ACTION["inputs"].items()} | {"extras": ""} | given
     required = [name for name, item in ACTION["inputs"].items() if item.get("required")]
     assert not [name for name in required if name not in given]
-    tools = folder / "tools"
-    tools.mkdir(exist_ok=True)
-    (tools / "qwen3-export").write_text(f'#!/bin/sh\nexec {sys.executable} -c "{COMMAND[2]}" "$@"\n')
-    (tools / "qwen3-export").chmod(0o755)
-    summary = folder / "summary.md"
-    base = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "GITHUB_STEP_SUMMARY": str(summary)}
-    base |= {"PYTHONPATH": str(ROOT)}
     done: subprocess.CompletedProcess[str] | None = None
     for step in ACTION["runs"]["steps"]:
         if "run" not in step or not runs(step, inputs):
@@ -51,8 +40,7 @@ def act(folder: Path, **given: str) -> subprocess.CompletedProcess[str]:
             name: re.sub(r"\$\{\{ inputs\.(\w+) \}\}", lambda match: inputs[match[1]], value)
             for name, value in step["env"].items()
         }
-        command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]]
-        done = subprocess.run(command, cwd=folder, env=base | env, capture_output=True, text=True, check=False)
+        done = run_step(step["run"], folder, **env)
         if done.returncode:
             return done
     assert done is not None

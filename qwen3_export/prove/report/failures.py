@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qwen3_export.prove.gate import doubt, explain, number
+from qwen3_export.prove.gate import distinct, doubt, explain, short
 from qwen3_export.prove.report.numbers import bytes_text, span
 from qwen3_export.prove.report.tables import named
 
@@ -23,11 +23,12 @@ def failures(result: Mapping[str, Any]) -> list[str]:
             elif doubt(check):
                 doubtful.append(f"{name}: passed, but {doubt(check)}")
     for item in result.get("pairs", ()):
-        text = f"{item['artifact']}: {item['metric']} {number(item['baseline'])} → {number(item['value'])}"
+        before, after = distinct(item["baseline"], item["value"])
+        text = f"{item['artifact']}: {item['metric']} {before} → {after}"
         if item["verdict"] == "worse":
-            failed.append(f"{text}, worse by more than {number(item['allowed'])} (change {span(item['ci95'])})")
+            failed.append(f"{text}, worse by more than {short(item['allowed'])} (change {span(item['ci95'])})")
         elif item["verdict"] == "inconclusive":
-            reason = item["reason"] or f"change {span(item['ci95'])}, allowed {number(item['allowed'])}"
+            reason = item["reason"] or f"change {span(item['ci95'])}, allowed {short(item['allowed'])}"
             doubtful.append(f"{text}, inconclusive: {reason}")
     warnings = [f"{name}: {text}" for name, item in named(result) for text in item.get("warnings") or ()]
     return failed + doubtful + warnings

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 def fixed(value: float, digits: int) -> str:
     """So many digits after the point, never `-0`."""
     return f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def marked_kl(item: Mapping[str, Any], digits: int) -> str:
+    """Mean KL of a validation result: `≥` before a lower bound, `≈` before an estimate."""
+    mark = "≥ " if item.get("kl_is_lower_bound") else "≈ " if item.get("kl_estimate") else ""
+    return mark + fixed(item["kl_mean"], digits)
 
 
 def signed(value: float, digits: int = 6) -> str:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from qwen3_export.prove.gate import number
+from qwen3_export.prove.gate import distinct, short
 from qwen3_export.prove.limits import limit_named
 from qwen3_export.prove.naming import unique_names
 from qwen3_export.prove.report.generation import explanations, tasks, texts
-from qwen3_export.prove.report.numbers import bytes_text, fixed, percent, signed, span
+from qwen3_export.prove.report.numbers import bytes_text, fixed, marked_kl, percent, signed, span
 from qwen3_export.prove.report.table import Table
 
 
@@ -58,7 +58,7 @@ def _drift_row(name: str, item: Mapping[str, Any]) -> list[str]:
         name,
         f"{item['runtime']} {item['runtime_version']}",
         bytes_text(item["bytes"]),
-        f"{'≥ ' if item.get('kl_is_lower_bound') else ''}{fixed(item['kl_mean'], 6)}",
+        marked_kl(item, 6),
         span(item["kl_ci95"]),
         fixed(item["kl_p99"], 5),
         fixed(item["top1_agreement"], 4),
@@ -70,8 +70,10 @@ def _drift_row(name: str, item: Mapping[str, Any]) -> list[str]:
 def _check_row(name: str, check: Mapping[str, Any]) -> list[str]:
     doubtful = "" if check.get("conclusive", True) else " (inconclusive)"
     size = _is_size(check["name"])
-    value = "-" if check["value"] is None else bytes_text(check["value"]) if size else number(check["value"])
-    limit = bytes_text(check["limit"]) if size else number(check["limit"])
+    write = bytes_text if size else short
+    value, limit = "-" if check["value"] is None else write(check["value"]), write(check["limit"])
+    if value == limit and check["value"] != check["limit"]:
+        value, limit = distinct(check["value"], check["limit"])
     return [
         name,
         check["name"],
@@ -152,6 +154,7 @@ def _details(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Table]
     full = [(name, found) for name, found in with_statistics if "mean" in found["kl"]]
     if not full:
         return
+    estimates = {name: item["kl_estimate"] for name, item in drifts if item.get("kl_estimate")}
     lines: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
         ("KL mean", lambda s: _with_error(s["kl"], 6)),
         *((f"KL {label}", partial(_quantile, "kl", key)) for key, label in _QUANTILES.items()),
@@ -161,9 +164,15 @@ def _details(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Table]
         ("same top token", lambda s: f"{_with_error(s['same_top'], 3, 100)} %"),
         ("ppl ratio", lambda s: _with_error(s["ppl_ratio"], 6)),
         ("ln ppl ratio", lambda s: _with_error(s["log_ppl_ratio"], 6)),
+        ("ppl difference", lambda s: _with_error(s["ppl_difference"], 4)),
         ("correlation of log-probabilities", lambda s: percent(s["logprob_correlation"])),
     ]
     rows = [[label, *(show(found) for _, found in full)] for label, show in lines]
+    if estimates:
+        # Behind the mean: what the drawing of tokens leaves open, and what is certain.
+        for label, key in (("KL at least", "lower_bound"), ("KL, error of the estimate", "stderr")):
+            cells = [fixed(estimates[name][key], 6) if name in estimates else "exact" for name, _ in full]
+            rows.insert(1, [label, *cells])
     yield Table("Statistics (± as llama-perplexity prints it)", ["statistic", *(name for name, _ in full)], rows)
 
 
@@ -193,8 +202,8 @@ def pairs_table(result: Mapping[str, Any]) -> Table:
         [
             item["artifact"],
             item["metric"],
-            number(item["baseline"]),
-            number(item["value"]),
+            short(item["baseline"]),
+            short(item["value"]),
             _change(item["delta"], item["metric"]),
             f"{_change(item['ci95'][0], item['metric'])} … {_change(item['ci95'][1], item['metric'])}",
             _change(item["allowed"], item["metric"]).removeprefix("+"),

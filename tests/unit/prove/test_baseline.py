@@ -355,7 +355,7 @@ def test_drift_and_latency_of_an_artifact_become_one_candidate(tmp_path: Path) -
     assert (one["bytes"], one["tokens_per_second"], one["report"]) == (1000, 100.0, "drift, pace")
     assert "different processors" in found["notes"][0]
     again = compare([write(tmp_path / "a", drift), write(tmp_path / "b", drift)])
-    assert [c["name"] for c in again["candidates"]] == ["m.gguf", "b/m.gguf"]
+    assert [c["name"] for c in again["candidates"]] == ["m.gguf (a)", "m.gguf (b)"]
 
 
 def test_drift_from_different_originals_is_not_put_side_by_side(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_text_domains_and_continuations_are_read_back_exactly(
     assert file.samples.sha256 == rows.sha256
     assert file.samples.domains == rows.domains
     assert (file.vocab_size, file.source_sha256) == (VOCAB, checkpoint.sha256)
-    assert file.is_lower_bound is (top_k > 0)
+    assert file.is_lower_bound is (top_k >= VOCAB)
     np.testing.assert_array_equal(file.continuations.tokens, live.continuations.tokens)
     for found, wanted in zip(file.continuations.prompts, live.continuations.prompts, strict=True):
         np.testing.assert_array_equal(found, wanted)
@@ -225,7 +225,13 @@ def test_a_top_token_beyond_the_vocabulary_is_refused(tmp_path: Path, written: C
         ReferenceFile(tmp_path / "broken.safetensors").truth(0)
 
 
-@pytest.mark.parametrize("metadata", [{}, {"format": "pt"}, {"format": "qwen3-export reference 2"}])
+def test_a_file_of_a_later_version_is_refused_as_such(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "later", [("x", np.ones(3, np.float32))], {"format": "qwen3-export reference 3"})
+    with pytest.raises(CheckpointError, match="written by a later version"):
+        ReferenceFile(tmp_path / "later")
+
+
+@pytest.mark.parametrize("metadata", [{}, {"format": "pt"}])
 def test_another_kind_of_file_is_refused_with_a_hint(tmp_path: Path, metadata: dict[str, str]) -> None:
     write_tensors(tmp_path / "other.safetensors", [("x", np.ones(3, np.float32))], metadata or {"a": "b"})
     with pytest.raises(CheckpointError, match="not a reference file of qwen3-export") as caught:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,14 @@ import pytest
 
 from qwen3_export.cli import prove as commands
 from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.tensorfile import TensorFile, write_tensors
 from qwen3_export.errors import InputError
 from qwen3_export.prove.drift import sample_drift
 from qwen3_export.prove.merging import merge_references
 from qwen3_export.prove.original import write_reference
-from qwen3_export.prove.reference import ReferenceFile, Truth, answer_specs, full_truth, top_of
+from qwen3_export.prove.reference import ReferenceFile, Truth, answer_specs, full_truth, partial_truth, top_of
+from qwen3_export.prove.statistics import SampleDrift
+from qwen3_export.prove.tail import TAIL_SAMPLES
 from qwen3_export.prove.validate import held_out
 from qwen3_export.run.artifact import open_session
 from qwen3_export.text.documents import load_documents, split_domain
@@ -32,23 +37,71 @@ def test_thirty_two_blocks_at_the_real_vocabulary_stay_under_20_mb() -> None:
     assert answers + tokens + 200_000 < 20e6
 
 
-def test_the_bound_is_tight_and_grows_with_k(reference_folder: Path, quantized) -> None:
-    rows = held_out(reference_folder, tokens=1500)
+@pytest.fixture(scope="module")
+def answers(reference_folder: Path, quantized: Callable[[str], Path]) -> list[tuple[np.ndarray, Truth, np.ndarray]]:
+    """Rows of held-out text, the original's full answers, and the logits of a 4-bit artifact."""
+    rows = held_out(reference_folder, tokens=1500).ids
     original, artifact = open_session(reference_folder), open_session(quantized("rtn-w4a16-g128"))
-    full, bounds = [], {k: [] for k in (16, 64, SHIPPED)}
-    for ids in rows.ids:
-        truth, logits = full_truth(original.prefill(ids), ids), artifact.prefill(ids)
-        full.append(sample_drift(truth, logits, ids).kl)
-        for k, found in bounds.items():
-            top = top_of(truth, k)
-            partial = Truth(top["top_logprobs"], top["next_logprob"], top["top_ids"], top["tail_logprob"])
-            found.append(sample_drift(partial, logits, ids).kl)
-    whole = np.concatenate(full)
-    shares = [float(np.concatenate(found).mean() / whole.mean()) for found in bounds.values()]
-    assert all((np.concatenate(found) <= whole + 1e-5).all() for found in bounds.values())
-    assert shares == sorted(shares)
+    return [(ids, full_truth(original.prefill(ids), ids), artifact.prefill(ids)) for ids in rows]
+
+
+def measured(answers: list[tuple[np.ndarray, Truth, np.ndarray]], k: int) -> SampleDrift:
+    """KL, its bound and its variance at every position, from what a file of `k` tokens keeps."""
+    found = [sample_drift(partial_truth(top_of(truth, k, ids)), logits, ids) for ids, truth, logits in answers]
+    parts = [(drift.kl, drift.kl_bound, drift.kl_variance) for drift in found]
+    kl, bound, variance = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return replace(found[0], kl=kl, kl_bound=bound, kl_variance=variance)
+
+
+def test_what_a_file_keeps_gives_the_full_kl_and_a_bound_that_grows_with_k(answers) -> None:
+    whole = np.concatenate([sample_drift(truth, logits, ids).kl for ids, truth, logits in answers])
+    drifts = {k: measured(answers, k) for k in (16, 64, SHIPPED)}
+    for drift in drifts.values():
+        assert (drift.kl_bound <= whole + 1e-5).all()
+        assert (drift.kl_bound <= drift.kl + 1e-9).all()
+        error = np.sqrt(drift.kl_variance.sum()) / len(whole)
+        assert abs(drift.kl.mean() - whole.mean()) < 4 * error
     # The embedded model is small and unsure: a fifth of its probability lies beyond 64 tokens.
+    shares = [drift.kl_bound.mean() / whole.mean() for drift in drifts.values()]
+    assert shares == sorted(shares)
     assert shares[-1] > 0.85
+    shipped = drifts[SHIPPED]
+    assert shipped.kl.mean() == pytest.approx(whole.mean(), rel=0.01)
+    assert np.sqrt(shipped.kl_variance.sum()) / whole.sum() < 0.005
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.02, 0.5, 4.0])
+def test_the_estimate_has_no_bias_whatever_the_drift(noise: float) -> None:
+    random = np.random.default_rng(3)
+    original = 2.5 * random.standard_normal((40, 600), np.float32)
+    artifact = original + noise * random.standard_normal(original.shape, np.float32)
+    whole = sample_drift(full_truth(original, np.zeros(40, np.int32)), artifact, np.zeros(40, np.int32)).kl.mean()
+    # The row's tokens seed the draws: many rows of one distribution are many draws.
+    rows = [np.full(40, seed, np.int32) for seed in range(60)]
+    drifts = [measured([(ids, full_truth(original, ids), artifact)], 20) for ids in rows]
+    means = np.array([drift.kl.mean() for drift in drifts])
+    assert abs(means.mean() - whole) < 4 * means.std() / np.sqrt(len(means)) + 1e-7
+    claimed = np.mean([np.sqrt(drift.kl_variance.sum()) / 39 for drift in drifts])
+    assert means.std() <= 1.2 * claimed + 1e-7
+
+
+def test_files_of_the_first_version_are_read_and_give_their_bound(
+    parts: tuple[Checkpoint, list[Path], Path], tmp_path: Path
+) -> None:
+    _, paths, together = parts
+    file = TensorFile(together)
+    kept = {name: file.read(name) for name in file.entries if name not in ("tail_ids", "tail_logprobs")}
+    old = tmp_path / "old.safetensors"
+    write_tensors(old, kept.items(), {**file.metadata, "format": "qwen3-export reference 1"})
+    first, second = ReferenceFile(old), ReferenceFile(together)
+    assert (first.is_lower_bound, second.is_lower_bound) == (True, False)
+    ids = first.samples.ids[0]
+    logits = np.random.default_rng(0).standard_normal((len(ids), 320)).astype(np.float32)
+    bound, estimate = (sample_drift(reference.truth(0), logits, ids) for reference in (first, second))
+    assert np.array_equal(bound.kl, estimate.kl_bound)
+    assert bound.kl_bound is None
+    with pytest.raises(InputError, match="format"):
+        merge_references([old, paths[0]], tmp_path / "mixed.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +131,8 @@ def test_merged_references_are_one_reference(parts: tuple[Checkpoint, list[Path]
         a, b = merged.truth(row), whole.truth(row)
         assert np.array_equal(a.ids, b.ids)
         assert np.array_equal(a.logprobs, b.logprobs)
+        assert np.array_equal(a.drawn_ids, b.drawn_ids)
+        assert a.drawn_ids.shape == (len(whole.samples.ids[row]) - 1, TAIL_SAMPLES)
     assert len(merged.continuations.prompts) == 3
 
 

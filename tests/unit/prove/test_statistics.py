@@ -73,6 +73,8 @@ class LlamaPerplexity:
         both = sum(a * b for a, b in zip(self.nll, self.base, strict=True)) / count
         covariance = (both - nll[0] * base[0]) / (count - 1)
         ratio, ratio_error = nll[0] - base[0], math.sqrt(nll[1] ** 2 + base[1] ** 2 - 2 * covariance)
+        ppl, base_ppl = math.exp(nll[0]), math.exp(base[0])
+        spread = (ppl * nll[1]) ** 2 + (base_ppl * base[1]) ** 2 - 2 * ppl * base_ppl * covariance
         square = self.mean_and_uncertainty([v * v for v in self.change])
         same = sum(self.same) / count
         lines = {
@@ -85,6 +87,8 @@ class LlamaPerplexity:
             "log_ppl_ratio.stderr": ratio_error,
             "ppl_ratio.mean": math.exp(ratio),
             "ppl_ratio.stderr": math.exp(ratio) * ratio_error,
+            "ppl_difference.mean": ppl - base_ppl,
+            "ppl_difference.stderr": math.sqrt(spread),
             "probability_change.rms": math.sqrt(square[0]),
             "probability_change.rms_stderr": 0.5 / math.sqrt(square[0]) * square[1],
             "same_top.mean": same,

@@ -1,0 +1,41 @@
+"""Shell steps of a pipeline, run as a runner runs them: in a fresh folder, with `qwen3-export` on the path."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.cli.helpers import COMMAND
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(path: str) -> dict[str, Any]:
+    """A YAML file of this repository; `on`, which YAML 1.1 takes for true, has its name again."""
+    values: dict[Any, Any] = yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
+    return {"on" if key is True else key: value for key, value in values.items()}
+
+
+def summary_of(folder: Path) -> Path:
+    """The file that a step may add its summary to."""
+    return folder / "summary.md"
+
+
+def run_step(script: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run one step's script with the shell that GitHub uses; `qwen3-export` is this checkout's."""
+    tools = folder / "tools"
+    tools.mkdir(exist_ok=True)
+    (tools / "qwen3-export").write_text(f'#!/bin/sh\nexec {sys.executable} -c "{COMMAND[2]}" "$@"\n')
+    (tools / "qwen3-export").chmod(0o755)
+    github = {"CI": "true", "GITHUB_WORKSPACE": str(folder), "GITHUB_STEP_SUMMARY": str(summary_of(folder))}
+    github |= {name: str(folder / name.lower()) for name in ("GITHUB_OUTPUT", "GITHUB_ENV", "GITHUB_PATH")}
+    shared = {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script]
+    environment: Mapping[str, str] = {**os.environ, **shared, **github, **variables}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
