@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -38,4 +39,11 @@ def run_step(script: str, folder: Path, **variables: str) -> subprocess.Complete
     shared = {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script]
     environment: Mapping[str, str] = {**os.environ, **shared, **github, **variables}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, preexec_fn=_one_core
+    )
+
+
+def _one_core() -> None:
+    """Beside other work, threads that wait for each other take many times as long."""
+    os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})
