@@ -1,105 +1,110 @@
 """`python -m benchmarks.export`: time and memory of writing an ONNX folder, ours and onnxruntime-genai's builder's.
 
     fp32   16-bit model → fp32 activations
-    int4   ours: a quantized folder's codes; the builder's: the 16-bit model, rounded on the way
+    int4   ours: a quantized folder's codes, what level 4 costs measured; the builder's: the 16-bit model, rounded on
+           the way, nothing measured
 
-Each run is a process of its own; the tools take turns. Seconds are of the processor, which other work does not
-stretch, and of the wall; memory is the largest resident size. Two exports of ours must be equal byte for byte.
+Each run is a process of its own. The tools take turns, and what one left to be written to the disk is written before
+the next begins. Seconds are of the processor, which other work does not stretch, and of the wall; memory is the largest
+resident size. Two exports of ours must be equal byte for byte.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import shutil
 import statistics
 import sys
-import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 
+from benchmarks.quality.process import Cost, run
+from benchmarks.quality.report import table
 from benchmarks.quality.venvs import cache_folder
 from benchmarks.runtime import machine, models
-from qwen3_export.cli.console import table
+from qwen3_export.core.manifest import sha256_file
+from qwen3_export.prove.meters import MachineLoad
+
+TOOLS, KINDS, MINUTES = ("ours", "builder"), ("fp32", "int4"), 10
+HEADERS = ["export", "wall s", "processor s", "peak MB", "of the builder's wall, processor", "two exports"]
+# What each tool's exports of a kind took, turn by turn, and the hashes of what they wrote.
+Costs = Mapping[tuple[str, str], list[tuple[Cost, str]]]
 
 
-@dataclass
-class Cost:
-    """What the runs of one tool took."""
-
-    wall: list[float] = field(default_factory=list)
-    processor: list[float] = field(default_factory=list)
-    peak: list[int] = field(default_factory=list)
-    digests: set[str] = field(default_factory=set)
-
-
-def measured(command: list[str], cost: Cost) -> None:
-    """Run a command to its end and add what it took."""
-    started = time.perf_counter()
-    silent = [(os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_WRONLY, 0) for stream in (1, 2)]
-    child = os.posix_spawn(command[0], command, os.environ, file_actions=silent)
-    _, status, usage = os.wait4(child, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)}: ended with status {os.waitstatus_to_exitcode(status)}")
-    cost.wall.append(time.perf_counter() - started)
-    cost.processor.append(usage.ru_utime + usage.ru_stime)
-    cost.peak.append(usage.ru_maxrss * 1024)
+def command(tool: str, source: Path, output: Path, kind: str) -> list[str | Path]:
+    """How a tool is asked for an export."""
+    if tool == "ours":
+        code = "from qwen3_export.cli import main; main()"
+        return [sys.executable, "-c", code, "onnx", source, "--output", output, "--force", "--quiet"]
+    options: list[str | Path] = ["-i", source, "-o", output, "-p", kind, "-e", "cpu", "-c", output.with_name("cache")]
+    return [sys.executable, "-m", "onnxruntime_genai.models.builder", *options]
 
 
 def digest(folder: Path) -> str:
     """Of the graph and its data."""
-    found = hashlib.sha256()
-    for path in sorted(folder.glob("model.onnx*")):
-        found.update(path.read_bytes())
-    return found.hexdigest()
+    return " ".join(sha256_file(path) for path in sorted(folder.glob("model.onnx*")))
 
 
-def ours(source: Path, output: Path) -> list[str]:
-    code = "from qwen3_export.cli import main; main()"
-    return [sys.executable, "-c", code, "onnx", str(source), "--output", str(output), "--force", "--quiet"]
-
-
-def builder(source: Path, output: Path, kind: str) -> list[str]:
-    options = ["-i", source, "-o", output, "-p", kind, "-e", "cpu", "-c", output.with_name("cache")]
-    return [sys.executable, "-m", "onnxruntime_genai.models.builder", *map(str, options)]
-
-
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.export", description=__doc__)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--kinds", nargs="+", default=["fp32", "int4"], choices=["fp32", "int4"])
-    given = parser.parse_args()
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
+    parser.add_argument("--make-only", action="store_true", help="make the sources, measure nothing")
+    parser.add_argument("--output", type=Path, help="write the table into this Markdown file, too")
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = arguments()
     base = cache_folder() / "runtime" / f"{given.layers}-{given.vocabulary}"
-    source = models.checkpoint(base / "model", given.layers, given.vocabulary)
-    sources = {"fp32": source, "int4": models.rounded(base, source, "int4") if "int4" in given.kinds else source}
-    costs = {(tool, kind): Cost() for kind in given.kinds for tool in ("ours", "builder")}
-    output = base / "export"
+    model = models.checkpoint(base / "model", given.layers, given.vocabulary)
+    sources = {"fp32": model, "int4": models.rounded(base, model, "edge-w4") if "int4" in given.kinds else model}
+    if given.make_only:
+        return
     if found := machine.warning():
         print(f"warning: {found}", file=sys.stderr)
-    for _ in range(given.turns):
-        for (tool, kind), cost in costs.items():
-            shutil.rmtree(output, ignore_errors=True)
-            command = ours(sources[kind], output) if tool == "ours" else builder(source, output, kind)
-            measured(command, cost)
-            cost.digests.add(digest(output))
-    shutil.rmtree(output, ignore_errors=True)
-    headers = ["export", "wall s", "processor s", "peak MB", "the builder's wall, processor", "bytes"]
-    table(headers, [_row(tool, kind, costs) for tool, kind in costs])
+    costs: Costs = {(tool, kind): [] for kind in given.kinds for tool in TOOLS}
+    load = MachineLoad()
+    take_turns(costs, sources, model, base / "export", given)
+    others, lines = load.others() or 0.0, [_row(*key, costs) for key in costs]
+    text = (
+        f"`python -m benchmarks.export`: the shape of Qwen3-0.6B, {given.layers} layers, {given.vocabulary} tokens, "
+        f"medians of {given.turns} turns, ratios turn by turn. {machine.describe(('onnxruntime-genai',))} Other work "
+        f"took {others:.2f} processors meanwhile.\n\n{table(HEADERS, lines)}"
+    )
+    print(text)
+    if given.output:
+        given.output.write_text(f"# ONNX export: time and memory\n\n{text}\n", encoding="utf-8")
 
 
-def _row(tool: str, kind: str, costs: dict[tuple[str, str], Cost]) -> list[str]:
-    cost, rival = costs[tool, kind], costs["builder", kind]
-    ratios = [
-        statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
-        for mine, theirs in ((cost.wall, rival.wall), (cost.processor, rival.processor))
-    ]
+def take_turns(costs: Costs, sources: Mapping[str, Path], model: Path, base: Path, given: argparse.Namespace) -> None:
+    """Every tool exports every kind, turn by turn."""
+    for turn in range(given.turns):
+        for (tool, kind), found in costs.items():
+            shutil.rmtree(base, ignore_errors=True)
+            base.mkdir()
+            os.sync()
+            asked = command(tool, sources[kind] if tool == "ours" else model, base / "output", kind)
+            cost = run(asked, base, given.threads, 60 * MINUTES, PYTHONPATH=str(Path(__file__).resolve().parents[2]))
+            found.append((cost, digest(base / "output")))
+            print(f"turn {turn + 1}, {tool} {kind}: {cost.wall_s:.1f} s", file=sys.stderr)
+    shutil.rmtree(base, ignore_errors=True)
+
+
+def _row(tool: str, kind: str, costs: Costs) -> list[str]:
+    mine, theirs = costs[tool, kind], costs["builder", kind]
+    pairs = [(own, rival) for (own, _), (rival, _) in zip(mine, theirs, strict=True)]
+    wall = statistics.median(rival.wall_s / own.wall_s for own, rival in pairs)
+    processor = statistics.median(rival.cpu_s / own.cpu_s for own, rival in pairs)
     return [
-        f"{tool} {kind}", f"{statistics.median(cost.wall):.1f}", f"{statistics.median(cost.processor):.1f}",
-        f"{max(cost.peak) / 1e6:.0f}", "" if tool == "builder" else " ".join(f"{ratio:.1f} ×" for ratio in ratios),
-        "equal" if len(cost.digests) == 1 else "differ",
+        f"{tool} {kind}", f"{statistics.median(own.wall_s for own, _ in pairs):.1f}",
+        f"{statistics.median(own.cpu_s for own, _ in pairs):.1f}", f"{max(own.peak_rss for own, _ in pairs) / 1e6:.0f}",
+        "" if tool == "builder" else f"{wall:.1f} ×, {processor:.1f} × less",
+        "equal" if len({digest for _, digest in mine}) == 1 else "differ",
     ]  # fmt: skip
 
 

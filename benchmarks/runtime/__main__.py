@@ -1,8 +1,10 @@
 """`python -m benchmarks.runtime`: prefill and decode of one model, runtime by runtime, in turn.
 
 Every runner answers the same prompt in each turn, so that what the machine does besides falls on all of them; medians
-are printed, with their ratio to onnxruntime-genai's builder's model in the same session, the bytes that a token
-reads, and the share of the memory bandwidth that this is.
+are printed, with their ratio to a rival's in the same turns (onnxruntime-genai's builder's model, or the same folder
+with a plain cache), the bytes that a token reads, and the share of the memory bandwidth that this is. Quantized caches
+are timed a second time behind a longer prompt. Artifacts are made once, before the first turn: `--make-only` stops
+there.
 """
 
 from __future__ import annotations
@@ -10,142 +12,150 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.quality.report import table
 from benchmarks.quality.venvs import cache_folder
 from benchmarks.runtime import machine, models
-from qwen3_export.cli.console import table
-from qwen3_export.run.artifact import artifact_bytes, open_session
-from qwen3_export.run.session import RuntimeOptions
+from benchmarks.runtime.runners import GENAI, Runner, in_genai, in_session
+from qwen3_export.prove.meters import MachineLoad
 
-KINDS = {"ours": models.ours, "builder": models.builder, "llama.cpp": models.llama}
-RUNS = (
-    ("ours", "int4"), ("builder", "int4"), ("ours", "int8"), ("builder", "int8"),
-    ("llama.cpp", "q4_0"), ("llama.cpp", "q4_k_m"),
-)  # fmt: skip
-
-
-@dataclass
-class Runner:
-    """One artifact in one runtime, and the seconds of its turns."""
-
-    name: str
-    runtime: str
-    bytes: int
-    turn: Callable[[np.ndarray, int], tuple[float, float]]
-    prefill: list[float] = field(default_factory=list)
-    token: list[float] = field(default_factory=list)
-
-
-def in_session(name: str, artifact: Path, threads: int) -> Runner:
-    """The artifact in our own session."""
-    session = open_session(artifact, RuntimeOptions(threads=threads, context=2048))
-
-    def turn(prompt: np.ndarray, new: int) -> tuple[float, float]:
-        started = time.perf_counter()
-        token = int(session.prefill(prompt)[-1].argmax())
-        prefill, seconds = time.perf_counter() - started, []
-        for _ in range(new):
-            started = time.perf_counter()
-            token = int(session.decode(token).argmax())
-            seconds.append(time.perf_counter() - started)
-        return prefill, statistics.median(seconds)
-
-    return Runner(name, session.runtime, weights(artifact), turn)
+MAKERS = {"ours": models.ours, "builder": models.builder, "llama.cpp": models.llama}
+# Tool and kind → whose time its own is compared with, in the same runtime.
+RUNS = {
+    "ours edge-w4": "builder int4",
+    "ours edge-w4-head8": "builder int4",
+    "ours edge-w4 kv-int8": "ours edge-w4",
+    "ours edge-w4 kv-int4": "ours edge-w4",
+    "builder int4": None,
+    "ours edge-w8": "builder int8",
+    "ours int8-dynamic": "builder int8",
+    "builder int8": None,
+    "llama.cpp q4_0": None,
+    "llama.cpp q4_k_m": None,
+}
+CACHES = ("ours edge-w4", "ours edge-w4 kv-int8", "ours edge-w4 kv-int4")
+HEADERS = [
+    "artifact", "runtime", "MB a token", "prefill tok/s", "decode tok/s", "decode beside", "prefill beside",
+    "of the bandwidth",
+]  # fmt: skip
 
 
-def in_genai(name: str, folder: Path) -> Runner:
-    """The folder in onnxruntime-genai."""
-    import onnxruntime_genai
+@dataclass(frozen=True)
+class Round:
+    """One prompt's length and the runners that answered it."""
 
-    model = onnxruntime_genai.Model(str(folder))
-
-    def turn(prompt: np.ndarray, new: int) -> tuple[float, float]:
-        parameters = onnxruntime_genai.GeneratorParams(model)
-        length = len(prompt) + new + 1
-        parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
-        generator, seconds = onnxruntime_genai.Generator(model, parameters), []
-        started = time.perf_counter()
-        generator.append_tokens(prompt)
-        generator.generate_next_token()
-        prefill = time.perf_counter() - started
-        for _ in range(new):
-            started = time.perf_counter()
-            generator.generate_next_token()
-            seconds.append(time.perf_counter() - started)
-        return prefill, statistics.median(seconds)
-
-    return Runner(name, "onnxruntime-genai", weights(folder), turn)
-
-
-def weights(artifact: Path) -> int:
-    """Bytes that a decoded token reads: all weights, since embedding and head are one matrix."""
-    return (
-        sum(path.stat().st_size for path in artifact.glob("*.data*")) if artifact.is_dir() else artifact_bytes(artifact)
-    )
+    prompt: int
+    runners: Sequence[Runner]
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.runtime", description=__doc__)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--vocabulary", type=int, default=151_936)
-    parser.add_argument("--only", nargs="*", help="for example ours:int4 builder:int4 llama.cpp:q4_0")
+    parser.add_argument("--only", nargs="*", choices=RUNS, metavar="RUN", help=f"some of: {', '.join(RUNS)}")
     parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--long-prompt", type=int, default=1024, help="for quantized caches; 0 leaves it out")
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--genai", action="store_true", help="ONNX folders in onnxruntime-genai, too")
+    parser.add_argument("--no-genai", action="store_true", help="our own session alone")
+    parser.add_argument("--make-only", action="store_true", help="make what is missing, measure nothing")
+    parser.add_argument("--output", type=Path, help="write the tables into this Markdown file, too")
     return parser.parse_args()
+
+
+def artifacts(given: argparse.Namespace) -> dict[str, Path]:
+    """Every artifact, made when it is missing."""
+    base = cache_folder() / "runtime" / f"{given.layers}-{given.vocabulary}"
+    source = models.checkpoint(base / "model", given.layers, given.vocabulary)
+    found = {}
+    for name in given.only or RUNS:
+        tool, _, kind = name.partition(" ")
+        found[name] = MAKERS[tool](base, source, kind)
+        print(f"{name}: {found[name]}", file=sys.stderr)
+    return found
+
+
+def take_turns(runners: Sequence[Runner], length: int, new: int, turns: int) -> Round:
+    """All runners answer the same prompt, turn by turn; the first turn warms up."""
+    prompt = np.random.default_rng(0).integers(0, 8000, length).astype(np.int32)
+    for turn in range(turns + 1):
+        for runner in runners:
+            runner.turn(prompt, new)
+        print(f"prompt of {length}: turn {turn} of {turns}", file=sys.stderr)
+    for runner in runners:
+        runner.forget_first()
+    return Round(length, runners)
 
 
 def main() -> None:
     given = arguments()
-    base = cache_folder() / "runtime" / f"{given.layers}-{given.vocabulary}"
-    source = models.checkpoint(base / "model", given.layers, given.vocabulary)
-    runners = []
-    for tool, kind in RUNS:
-        if given.only and f"{tool}:{kind}" not in given.only:
-            continue
-        artifact = KINDS[tool](base, source, kind)
-        runners.append(in_session(f"{tool} {kind}", artifact, given.threads))
-        if given.genai and artifact.is_dir():
-            runners.append(in_genai(f"{tool} {kind}", artifact))
-    if found := machine.warning():
-        print(f"warning: {found}", file=sys.stderr)
+    made = artifacts(given)
+    if given.make_only:
+        return
+    if warning := machine.warning():
+        print(f"warning: {warning}", file=sys.stderr)
     bandwidth = machine.read_bandwidth(given.threads)
-    prompt = np.random.default_rng(0).integers(0, 8000, given.prompt).astype(np.int32)
-    for turn in range(given.turns + 1):
-        for runner in runners:
-            prefill, token = runner.turn(prompt, given.new)
-            if turn:
-                runner.prefill.append(prefill)
-                runner.token.append(token)
-    print(f"{given.threads} threads read {bandwidth / 1e9:.1f} GB/s; {given.layers} layers, {given.vocabulary} tokens")
-    table(_HEADERS, [_row(runner, runners, given.prompt, bandwidth) for runner in runners])
+    runners = []
+    for name, artifact in made.items():
+        runners.append(in_session(name, artifact, given.threads))
+        if artifact.is_dir() and not given.no_genai:
+            runners.append(in_genai(name, artifact, given.threads))
+    load = MachineLoad()
+    rounds = [take_turns(runners, given.prompt, given.new, given.turns)]
+    again = [runner for runner in runners if runner.name in CACHES and runner.runtime != GENAI]
+    if given.long_prompt and len(again) > 1:
+        fresh = [Runner(runner.name, runner.runtime, runner.bytes, runner.answer) for runner in again]
+        rounds.append(take_turns(fresh, given.long_prompt, given.new, 3))
+    text = report(given, rounds, bandwidth, load.others())
+    print(text)
+    if given.output:
+        given.output.write_text(f"# Decode and prefill, ONNX and GGUF\n\n{text}\n", encoding="utf-8")
 
 
-_HEADERS = [
-    "artifact", "runtime", "MB a token", "prefill tok/s", "decode tok/s", "beside the builder's", "of the bandwidth",
-]  # fmt: skip
+def report(given: argparse.Namespace, rounds: Sequence[Round], bandwidth: float, others: float | None) -> str:
+    """What was measured, as Markdown."""
+    lines = [
+        f"`python -m benchmarks.runtime`: the shape of Qwen3-0.6B, {given.layers} layers, {given.vocabulary} tokens, "
+        f"random weights, {given.threads} threads; medians of {given.turns} turns.",
+        machine.describe(),
+        f"{given.threads} threads read {bandwidth / 1e9:.1f} GB/s from memory; other work took "
+        f"{0.0 if others is None else others:.2f} processors while this was measured.",
+    ]
+    if others is not None and others > machine.QUIET:
+        lines.append("**Warning: other work ran; the figures are too low.**")
+    for item in rounds:
+        lines += [f"Prompt of {item.prompt} tokens, then {given.new} new ones:", table(HEADERS, rows(item, bandwidth))]
+    return "\n\n".join(lines)
 
 
-def _row(runner: Runner, runners: list[Runner], prompt: int, bandwidth: float) -> list[str]:
-    token, kind = statistics.median(runner.token), runner.name.split()[1]
-    rival = next((r for r in runners if (r.name, r.runtime) == (f"builder {kind}", runner.runtime)), None)
-    ratio = (
-        ""
-        if rival is None
-        else f"{statistics.median(b / a for a, b in zip(runner.token, rival.token, strict=True)):.2f} ×"
-    )
+def rows(item: Round, bandwidth: float) -> list[list[str]]:
+    """One row a runner."""
+    return [_row(runner, item, bandwidth) for runner in item.runners]
+
+
+def _row(runner: Runner, item: Round, bandwidth: float) -> list[str]:
+    token, rival_name = statistics.median(runner.token), RUNS[runner.name]
+    rival = next((r for r in item.runners if (r.name, r.runtime) == (rival_name, runner.runtime)), None)
     return [
-        runner.name, runner.runtime, f"{runner.bytes / 1e6:.0f}", f"{prompt / statistics.median(runner.prefill):.0f}",
-        f"{1 / token:.1f}", ratio, f"{runner.bytes / token / bandwidth:.2f}",
+        runner.name, runner.runtime, f"{runner.bytes / 1e6:.0f}",
+        f"{item.prompt / statistics.median(runner.prefill):.0f}", f"{1 / token:.1f}",
+        _beside(runner.token, rival and rival.token, rival_name),
+        _beside(runner.prefill, rival and rival.prefill, rival_name),
+        f"{runner.bytes / token / bandwidth:.2f}",
     ]  # fmt: skip
+
+
+def _beside(own: Sequence[float], rival: Sequence[float] | None, name: str | None) -> str:
+    """How many times as fast as the rival, turn by turn."""
+    if rival is None:
+        return ""
+    return f"{statistics.median(theirs / mine for mine, theirs in zip(own, rival, strict=True)):.2f} × {name}"
 
 
 if __name__ == "__main__":

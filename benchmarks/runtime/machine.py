@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 
 _BYTES, _TURNS = 256 << 20, 5
 # Above this share of all processors a measurement says little.
-_QUIET = 0.1
+QUIET = 0.1
+
+
+def describe(packages: tuple[str, ...] = ("onnxruntime", "onnxruntime-genai", "xllamacpp")) -> str:
+    """One line: date, processor, and the versions of what was measured."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor"
+    )
+    instructions = next((line.split() for line in lines if line.startswith("flags")), [])
+    known = [name for name in ("avx2", "avx512_vnni", "amx_int8") if name in instructions]
+    versions = []
+    for name in packages:
+        try:
+            versions.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    processor = f"{model} ({', '.join(known)}), {len(os.sched_getaffinity(0))} processors"
+    return f"{time.strftime('%Y-%m-%d')}; {processor}; {', '.join(versions)}."
 
 
 def read_bandwidth(threads: int) -> float:
@@ -41,4 +61,4 @@ def busy_share(seconds: float = 1.0) -> float:
 def warning() -> str | None:
     """A line about other work on this machine, or None when it is quiet."""
     share = busy_share()
-    return f"other work uses {share:.0%} of this machine: the figures are too low" if share > _QUIET else None
+    return f"other work uses {share:.0%} of this machine: the figures are too low" if share > QUIET else None

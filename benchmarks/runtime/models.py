@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -17,16 +18,30 @@ import numpy as np
 from benchmarks.quality.sidecars import copy_sidecars
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, parse_config
-from qwen3_export.core.recipe import Recipe, Rule
+from qwen3_export.core.recipe import Recipe, Rule, load_recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensorfile import write_tensors
+from qwen3_export.prove.cache import cache_cost, cache_scales
 from qwen3_export.ship.gguf import export_gguf
 from qwen3_export.ship.onnx import export_onnx
 from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.quantize import quantize
 
-# Name → bits of the codes.
-BITS = {"int4": 4, "int8": 8}
+_W8 = QuantScheme(8, group_size=32)
+
+
+def _recipe(name: str) -> Recipe:
+    """Schemes of a shipped recipe, or of the variants below; all of them rounded, which decides no speed."""
+    changes = {"edge-w4-head8": ("edge-w4", _W8), "int8-dynamic": ("int8-dynamic", _W8)}
+    base, outer = changes.get(name, (name, None))
+    rules = load_recipe(base).rules
+    if outer is not None:
+        rules = (Rule(EMBEDDING, outer), Rule(HEAD, outer), *rules)
+    return Recipe(name, "rtn", tuple(Rule(rule.match, _plain(rule.scheme)) for rule in rules))
+
+
+def _plain(scheme: QuantScheme | None) -> QuantScheme | None:
+    return None if scheme is None else replace(scheme, signed_scales=False)
 
 
 def checkpoint(folder: Path, layers: int, vocabulary: int) -> Path:
@@ -53,20 +68,20 @@ def checkpoint(folder: Path, layers: int, vocabulary: int) -> Path:
 
 
 def ours(base: Path, source: Path, kind: str) -> Path:
-    """Our ONNX folder: all matrices in groups of 32, rounded, as fast as edge-w4's and edge-w8's."""
-    output = base / f"ours-{kind}"
+    """Our ONNX folder. `kind` is a recipe of ours, with ` kv-int8` or ` kv-int4` behind it for such a cache."""
+    name, _, cache = kind.partition(" kv-")
+    output = base / f"ours-{kind.replace(' ', '-')}"
     if not output.is_dir():
-        export_onnx(open_checkpoint(rounded(base, source, kind)), output)
+        quantized = open_checkpoint(rounded(base, source, name))
+        export_onnx(quantized, output, kv_cache=cache or "fp32", study_cache=(cache_scales, cache_cost))
     return output
 
 
-def rounded(base: Path, source: Path, kind: str) -> Path:
-    """The model with every matrix rounded to groups of 32, as a quantized folder."""
-    output = base / f"quantized-{kind}"
+def rounded(base: Path, source: Path, name: str) -> Path:
+    """The model with a recipe's schemes, every matrix rounded, as a quantized folder."""
+    output = base / f"quantized-{name}"
     if not output.is_dir():
-        scheme = QuantScheme(BITS[kind], group_size=32)
-        recipe = Recipe(kind, "rtn", tuple(Rule(match, scheme) for match in (EMBEDDING, HEAD, "*")))
-        quantize(open_checkpoint(source), recipe, output, QuantizeSettings())
+        quantize(open_checkpoint(source), _recipe(name), output, QuantizeSettings())
     return output
 
 
@@ -81,11 +96,11 @@ def builder(base: Path, source: Path, kind: str) -> Path:
 
 
 def llama(base: Path, source: Path, kind: str) -> Path:
-    """A GGUF file: q4_0 holds our own codes, other types are rounded as llama.cpp's mixes say."""
+    """A GGUF file: q4_0 holds edge-w4's own codes, other types are rounded as llama.cpp's mixes say."""
     output = base / f"{kind}.gguf"
     if not output.is_file():
         codes = kind == "q4_0"
         export_gguf(
-            open_checkpoint(rounded(base, source, "int4") if codes else source), output, None if codes else kind
+            open_checkpoint(rounded(base, source, "edge-w4") if codes else source), output, None if codes else kind
         )
     return output

@@ -104,10 +104,15 @@ def manifest_text(folder: Path, manifest: Mapping[str, Any], *keys: str) -> str:
     return value
 
 
-def file_list(folder: Path) -> list[dict[str, Any]]:
-    """`[{path, bytes, sha256}]` of every file below a folder, sorted by path."""
-    return [
-        {"path": str(path.relative_to(folder)), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MARKER
-    ]
+def file_list(folder: Path, digests: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """`[{path, bytes, sha256}]` of every file below a folder, sorted by path.
+
+    `digests` are hashes that are known already, by path.
+    """
+    found, known = [], digests or {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MARKER:
+            name = str(path.relative_to(folder))
+            digest = known.get(name) or sha256_file(path)
+            found.append({"path": name, "bytes": path.stat().st_size, "sha256": digest})
+    return found

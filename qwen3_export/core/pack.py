@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 GGML_BLOCK = 32
+# Bytes' worth of codes at once: they stay in a core's cache from one step to the next.
+_CACHED = 1 << 15
 
 
 def pack_int32(codes: NDArray[np.uint8], num_bits: int) -> NDArray[np.int32]:
@@ -83,24 +85,39 @@ def pack_bytes(codes: NDArray[np.uint8], num_bits: int) -> NDArray[np.uint8]:
     padding = -codes.shape[-1] % per_byte
     if padding:
         codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)])
+    codes = np.ascontiguousarray(codes)
     if per_byte == 1:
-        return np.ascontiguousarray(codes)
+        return codes
     # The codes of a byte are one word; each is shifted to its place, and the conversion to a byte cuts off the rest.
-    words = np.ascontiguousarray(codes).view(f"<u{per_byte}")
-    packed = words.copy()
-    for i in range(1, per_byte):
-        packed |= words >> np.array(i * (8 - num_bits), words.dtype)
-    return packed.astype(np.uint8)
+    words = codes.reshape(-1).view(f"<u{per_byte}")
+    packed = np.empty(words.size, np.uint8)
+    for begin in range(0, words.size, _CACHED):
+        piece = words[begin : begin + _CACHED]
+        moved = piece >> piece.dtype.type(8 - num_bits)
+        moved |= piece
+        for i in range(2, per_byte):
+            moved |= piece >> piece.dtype.type(i * (8 - num_bits))
+        np.copyto(packed[begin : begin + _CACHED], moved, casting="unsafe")
+    return packed.reshape(*codes.shape[:-1], codes.shape[-1] // per_byte)
 
 
 def unpack_bytes(packed: NDArray[np.uint8], num_bits: int) -> NDArray[np.uint8]:
     """Inverse of `pack_bytes` (padding codes included)."""
-    per_byte = 8 // num_bits
-    mask = np.uint8((1 << num_bits) - 1)
-    codes = np.empty((*packed.shape[:-1], packed.shape[-1] * per_byte), np.uint8)
-    for i in range(per_byte):
-        codes[..., i::per_byte] = (packed >> np.uint8(i * num_bits)) & mask
-    return codes
+    per_byte, flat = 8 // num_bits, np.ascontiguousarray(packed).reshape(-1)
+    if per_byte == 1:
+        return flat.reshape(packed.shape).copy()
+    # A byte as one word of its codes: each moved up to its place, then cut out.
+    words = np.empty(flat.size, f"<u{per_byte}")
+    mask = sum(((1 << num_bits) - 1) << (8 * i) for i in range(per_byte))
+    for begin in range(0, flat.size, _CACHED):
+        piece = flat[begin : begin + _CACHED].astype(words.dtype)
+        spread = words[begin : begin + _CACHED]
+        np.left_shift(piece, words.dtype.type(8 - num_bits), out=spread)
+        for i in range(2, per_byte):
+            spread |= piece << words.dtype.type(i * (8 - num_bits))
+        spread |= piece
+        spread &= words.dtype.type(mask)
+    return words.view(np.uint8).reshape(*packed.shape[:-1], packed.shape[-1] * per_byte)
 
 
 def pack_q4_0(codes: NDArray[np.uint8], scales: NDArray) -> NDArray[np.uint8]:

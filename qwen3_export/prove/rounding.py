@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qwen3_export.errors import ExportError
 from qwen3_export.prove.reference import log_softmax
@@ -19,8 +20,11 @@ from qwen3_export.run.artifact import open_session, tokenizer_of
 from qwen3_export.run.session import RuntimeOptions
 from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import calibration_samples
+from qwen3_export.text.tokenizer import TextModel
 
 _SAMPLES, _LENGTH = 8, 32
+# Samples that are one prompt together, since every prompt reads all weights, and logits that are compared at once.
+_TOGETHER, _POSITIONS = 4, 16
 
 
 def level_cost(folder: Path) -> dict[str, Any]:
@@ -35,16 +39,28 @@ def level_cost(folder: Path) -> dict[str, Any]:
 def _added_kl(folder: Path) -> tuple[float, int]:
     exact = open_session(folder, RuntimeOptions(exact=True))
     try:
-        rows = calibration_samples(
-            tokenizer_of(folder, exact), load_documents("bundled"), _SAMPLES, _LENGTH, seed=0
-        ).ids
-        truth = [exact.prefill(ids) for ids in rows]
+        prompts = _prompts(tokenizer_of(folder, exact), exact.context)
+        truth = [exact.prefill(ids) for ids in prompts]
     finally:
         exact.close()
     rounded = open_session(folder)
     try:
-        pairs = [(log_softmax(p), log_softmax(rounded.prefill(ids))) for p, ids in zip(truth, rows, strict=True)]
+        per_token = [_divergence(p, rounded.prefill(ids)) for p, ids in zip(truth, prompts, strict=True)]
     finally:
         rounded.close()
-    per_token = np.concatenate([(np.exp(p) * (p - q)).sum(-1, dtype=np.float64) for p, q in pairs])
-    return max(float(per_token.mean()), 0.0), len(per_token)
+    return max(float(np.concatenate(per_token).mean()), 0.0), sum(map(len, per_token))
+
+
+def _prompts(tokenizer: TextModel, context: int) -> list[NDArray[np.int32]]:
+    rows = calibration_samples(tokenizer, load_documents("bundled"), _SAMPLES, _LENGTH, seed=0).ids
+    together = max(1, min(_TOGETHER, context // _LENGTH))
+    return [np.concatenate(rows[begin : begin + together]) for begin in range(0, len(rows), together)]
+
+
+def _divergence(truth: NDArray[np.float32], found: NDArray[np.float32]) -> NDArray[np.float64]:
+    """KL(truth ‖ found) of each position, from logits `[positions, vocab]`."""
+    parts = []
+    for begin in range(0, len(truth), _POSITIONS):
+        p, q = (log_softmax(logits[begin : begin + _POSITIONS]) for logits in (truth, found))
+        parts.append((np.exp(p) * (p - q)).sum(-1, dtype=np.float64))
+    return np.concatenate(parts)

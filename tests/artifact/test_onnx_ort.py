@@ -3,6 +3,7 @@ ONNX Runtime equal those of our torch forward pass on the same codes."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -173,6 +174,8 @@ def test_data_in_several_files(
     # The embedding alone is larger than a file may be; it has one of its own.
     assert sorted(sizes.values())[-2] <= 2_500_000 < max(sizes.values())
     assert result["bits_per_weight"] == pytest.approx(exported.result["bits_per_weight"], rel=0.01)
+    for item in result["files"]:
+        assert item["sha256"] == hashlib.sha256((folder / item["path"]).read_bytes()).hexdigest()
     assert largest_difference(logits(folder, rows), torch_logits("gptq-w4a16-g128")) < SAME
 
 

@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.source import open_source
 from qwen3_export.errors import InputError, UnsupportedError
 from qwen3_export.run.artifact import open_session
 from qwen3_export.run.session import RuntimeOptions
 from qwen3_export.ship.onnx import export_onnx
+from qwen3_export.ship.onnx.experts import LOOP, QMOE
 from qwen3_export.text.tokenizer import ModelTokenizer
-from tests.artifact.support import THREADS
+from tests.artifact.support import THREADS, round_to_nearest, tiny_with_tokenizer
+from tests.conftest import tiny_moe_config
 
 VERSION, NEW = "4.3.2", 12
 PROMPTS = ["The quick brown fox", "def add(a, b):\n    ", "长城是", "Once"]
@@ -62,6 +65,24 @@ def check(folder: Path, tokenizer: ModelTokenizer, prompt: str, found: list[int]
     session.close()
     assert len(logits) == count
     assert (logits.max(-1) - logits[np.arange(count), found[:count]] < TIE).all()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "operator"),
+    [(QuantScheme(4, group_size=32), QMOE), (QuantScheme(4, group_size=32, symmetric=False), LOOP)],
+)
+def test_experts(
+    node_modules: Path, reference_folder: Path, tmp_path: Path, scheme: QuantScheme, operator: str
+) -> None:
+    source = tiny_with_tokenizer(tmp_path / "source", reference_folder, tiny_moe_config(moe_intermediate_size=64))
+    checkpoint = round_to_nearest(source, tmp_path / "quantized", ("*", scheme))
+    result = export_onnx(checkpoint, tmp_path / "model", target="web")
+    assert [item["operator"] for item in result["expert_layers"]] == [operator]
+    command = ["node", "greedy.mjs", str(tmp_path / "model"), json.dumps(PROMPTS), str(NEW)]
+    answer = subprocess.run(command, cwd=node_modules, capture_output=True, text=True, check=True, timeout=120)
+    tokenizer = ModelTokenizer(tmp_path / "model")
+    for prompt, found in zip(PROMPTS, json.loads(answer.stdout)["alone"], strict=True):
+        check(tmp_path / "model", tokenizer, prompt, found)
 
 
 def test_greedy_text_is_our_sessions(node_modules: Path, folder: Path) -> None:

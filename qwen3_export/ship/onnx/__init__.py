@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.growing_hash import GrowingHash
 from qwen3_export.core.manifest import file_list, to_json, write_manifest
 from qwen3_export.core.outputs import staged_folder
 from qwen3_export.core.progress import Progress
@@ -66,19 +67,20 @@ def export_onnx(
     """
     started, progress = time.monotonic(), progress or Progress()
     aim = check_request(checkpoint, flavor, precision, accuracy_level, target, max_shard_size, kv_cache, opset)
+    checkpoint.hash_ahead()
     files, inexact = files_of(aim, checkpoint), cast_errors(checkpoint, aim.precision)
     with staged_folder(output, force, inputs=[checkpoint.folder]) as folder:
         cache = _calibrated(checkpoint, folder, aim, kv_cache, study_cache, progress)
-        shards, sparse = write_graph(checkpoint, folder, aim, files, progress, cache)
-        _check_shards(aim, shards)
-        _write_sidecars(checkpoint, folder, aim, files, shards, cache)
+        hashes, sparse = write_graph(checkpoint, folder, aim, files, progress, cache)
+        _check_shards(aim, len(hashes))
+        _write_sidecars(checkpoint, folder, aim, files, len(hashes), cache)
         level = {**_cost_of(cache, folder, study_cache, kv_cache), **_level(checkpoint, aim, folder, measure)}
         values = {
             "target": aim.name, "flavor": aim.flavor, "precision": aim.precision,
             **level, **_described(cache), **provenance(checkpoint), **exactness(inexact), **sparse,
         }  # fmt: skip
         write_manifest(folder, "onnx", values)
-        written = file_list(folder)
+        written = file_list(folder, {name: found.result() for name, found in hashes.items()})
     result = export_result(output, written, checkpoint, inexact, started, onnx_linear_bytes(output))
     return {**result, **level, **sparse}
 
@@ -161,8 +163,8 @@ def _calibrated(
     assert study is not None, "whoever asks for a quantized cache says how its scales are found"
     plain, files = folder / _PLAIN, files_of(aim, checkpoint)
     plain.mkdir()
-    shards, _ = write_graph(checkpoint, plain, aim, files, progress)
-    _write_sidecars(checkpoint, plain, aim, files, shards)
+    hashes, _ = write_graph(checkpoint, plain, aim, files, progress)
+    _write_sidecars(checkpoint, plain, aim, files, len(hashes))
     return QuantizedCache(bits, study[0](plain, bits))
 
 
@@ -189,16 +191,16 @@ def write_graph(
     files: Files,
     progress: Progress,
     cache: QuantizedCache | None = None,
-) -> tuple[int, dict[str, Any]]:
+) -> tuple[Mapping[str, GrowingHash], dict[str, Any]]:
     """Write the graph and its data.
 
-    Returns the number of data files, and which operators the experts became.
+    Returns the data files' hashes by name, and which operators the experts became.
     """
     dtype, is_ort = TYPES[target.precision], target.flavor == "ort"
     opset = target.opset or (ort_ops.OPSET if is_ort else standard_ops.OPSET)
     with GraphBuilder(folder, opset, files) as graph:
         ops = (
-            ort_ops.OrtOps(graph, dtype, target.accuracy_level, cache)
+            ort_ops.OrtOps(graph, dtype, target.accuracy_level, cache, target.kernels)
             if is_ort
             else standard_ops.StandardOps(graph, dtype, target.accuracy_level, target.flavor == "tensorrt", opset)
         )
@@ -206,7 +208,7 @@ def write_graph(
         context = str(context_length(checkpoint.config))
         graph.save({"qwen3_export.flavor": target.flavor, "qwen3_export.context": context})
     sparse = {"expert_layers": _expert_layers(ops, checkpoint, progress)} if checkpoint.config.sparse_layers else {}
-    return graph.shards, sparse
+    return graph.hashes, sparse
 
 
 def _expert_layers(

@@ -19,6 +19,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qwen3_export.core.contiguous import contiguous
+from qwen3_export.core.growing_hash import GrowingHash
 from qwen3_export.ship.onnx.target import Files
 
 CONTRIB = "com.microsoft"
@@ -31,7 +33,7 @@ _DEFAULT_FILES = Files()
 class GraphBuilder:
     """Collects inputs, nodes and outputs.
 
-    `save` writes the model beside its data files, whose number is `shards`.
+    `save` writes the model beside its data files; `hashes` are theirs by name, computed while they grow.
     """
 
     def __init__(self, folder: Path, opset: int, files: Files = _DEFAULT_FILES) -> None:
@@ -43,7 +45,7 @@ class GraphBuilder:
         self._nodes: list[ir.Node] = []
         self._initializers: dict[str, ir.Value] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
-        self.shards = 0
+        self.hashes: dict[str, GrowingHash] = {}
         self._data = self._next_shard()
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
@@ -79,16 +81,29 @@ class GraphBuilder:
         self._make_room(dtype.bitwidth * math.prod(shape) // 8)
         offset = self._data.tell()
         for part in parts:
-            self._data.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+            self._data.write(contiguous(part).reshape(-1).view(np.uint8).data)
         length = self._data.tell() - offset
+        self._announce()
         place = ir.Shape(shape)
         data = Path(self._data.name).name
         tensor = ir.ExternalTensor(data, offset, length, dtype, shape=place, name=name, base_dir=self._place)
         return self._register(name, tensor)
 
     def _next_shard(self) -> BinaryIO:
-        self.shards += 1
-        return (self.folder / self._files.shard(self.shards - 1)).open("wb")
+        name = self._files.shard(len(self.hashes))
+        file = (self.folder / name).open("wb")
+        self.hashes[name] = GrowingHash(self.folder / name)
+        return file
+
+    def _announce(self) -> None:
+        """Let the written data be hashed."""
+        self._data.flush()
+        next(reversed(self.hashes.values())).wrote(self._data.tell())
+
+    def _close_shard(self) -> None:
+        if not self._data.closed:
+            self._data.close()
+            next(reversed(self.hashes.values())).finish()
 
     def _make_room(self, length: int) -> None:
         """Go to the next page of the data file.
@@ -98,7 +113,7 @@ class GraphBuilder:
         self._data.write(b"\0" * (-self._data.tell() % ALIGNMENT))
         limit = self._files.shard_bytes
         if limit is not None and self._data.tell() and self._data.tell() + length > limit:
-            self._data.close()
+            self._close_shard()
             self._data = self._next_shard()
 
     def constant(self, value: Any, dtype: Any = np.int64) -> ir.Value:
@@ -167,7 +182,7 @@ class GraphBuilder:
 
     def save(self, metadata: dict[str, str]) -> None:
         """Write the model; its weights are on the disk already."""
-        self._data.flush()
+        self._close_shard()
         graph = ir.Graph(
             self.inputs,
             self.outputs,
@@ -184,7 +199,7 @@ class GraphBuilder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._data.close()
+        self._close_shard()
 
 
 class Body:

@@ -16,7 +16,7 @@ Operator definitions: ONNX Runtime, docs/ContribOperators.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from qwen3_export.core import pack
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
 from qwen3_export.core.scheme import QuantScheme
-from qwen3_export.core.tensor import QuantizedTensor, join_rows
+from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.ship.onnx import qmoe, routed, w8a8
 from qwen3_export.ship.onnx.cache import FloatCache, QuantizedCache
 from qwen3_export.ship.onnx.experts import SparseLayer
@@ -57,13 +57,19 @@ class OrtOps:
     """`ship.onnx.decoder.Flavor` for plain ONNX Runtime and onnxruntime-genai.
 
     `accuracy_level` of `MatMulNBits`: 0 multiplies with activations as they are, 4 with activations rounded to
-    int8. Level 0 with other than 4 bits expands the whole matrix at every call.
+    int8. Level 0 with other than 4 bits expands the whole matrix at every call. `provider`: whose QMoE experts are for.
     """
 
     def __init__(
-        self, graph: GraphBuilder, dtype: ir.DataType, accuracy_level: int, cache: QuantizedCache | None = None
+        self,
+        graph: GraphBuilder,
+        dtype: ir.DataType,
+        accuracy_level: int,
+        cache: QuantizedCache | None = None,
+        provider: str = "cpu",
     ) -> None:
         self.graph, self.dtype, self.accuracy_level, self._cache = graph, dtype, accuracy_level, cache
+        self._provider = provider
         self._numpy = dtype.numpy()
 
     def prepare(self, config: Qwen3Config) -> None:
@@ -110,7 +116,7 @@ class OrtOps:
 
     def _looked_up(self, table: QuantizedTensor) -> ir.Value:
         scheme, width = table.scheme, table.shape[1]
-        codes, *rest = self._stored(table, EMBEDDING)
+        codes, *rest = self._stored([table], EMBEDDING)
         flat = self.graph.constant([table.shape[0], width * scheme.num_bits // 8])
         rows = self.graph.op("Reshape", [codes, flat], "embedding.codes")
         return self.graph.op(
@@ -148,8 +154,8 @@ class OrtOps:
         if isinstance(weight, QuantizedTensor) and w8a8.fits(weight.scheme):
             return w8a8.linear(self.graph, x, weight, self.dtype, name)
         if isinstance(weight, QuantizedTensor):
-            return self._quantized(x, weight, self._stored(weight, name), name)
-        stored = self.graph.float_weight(f"{name}.weight", np.ascontiguousarray(weight.T), self.dtype)
+            return self._quantized(x, [weight], self._stored([weight], name), name)
+        stored = self.graph.float_weight(f"{name}.weight", weight.T, self.dtype)
         matrix = self.graph.as_type(stored, stored.dtype, self.dtype, f"{name}.cast")
         return self.graph.op("MatMul", [x, matrix], name)
 
@@ -165,33 +171,42 @@ class OrtOps:
         tensors = [w for w in found if isinstance(w, QuantizedTensor) and not w8a8.fits(w.scheme)]
         if len(tensors) < len(found) or len({tensor.scheme for tensor in tensors}) > 1:
             return [self.linear(x, weight, own) for own, weight in weights.items()]
-        joined = join_rows(tensors)
-        product = self._quantized(x, joined, self._stored(joined, name), name)
+        product = self._quantized(x, tensors, self._stored(tensors, name), name)
         sizes = self.graph.constant([tensor.shape[0] for tensor in tensors])
         return self.graph.ops("Split", [product, sizes], f"{name}.split", list(weights), axis=-1)
 
-    def _stored(self, weight: QuantizedTensor, name: str) -> list[ir.Value]:
-        """Codes, scales and, if asymmetric, zero points."""
-        (out_features, in_features), scheme = weight.shape, weight.scheme
-        groups = scheme.num_groups(in_features)
-        blocks = pack.pack_bytes(weight.codes, scheme.num_bits).reshape(out_features, groups, -1)
+    def _stored(self, weights: Sequence[QuantizedTensor], name: str) -> list[ir.Value]:
+        """Codes, scales and, if asymmetric, zero points of matrices of one scheme, one below the other."""
+        scheme, in_features = weights[0].scheme, weights[0].shape[1]
+        rows, groups = sum(weight.shape[0] for weight in weights), scheme.num_groups(in_features)
+
+        def stored(part: str, parts: Iterable[NDArray], dtype: ir.DataType, width: int) -> ir.Value:
+            shape = [rows, groups, width] if part == "codes" else [rows, width]
+            return self.graph.weight_parts(f"{name}.{part}", parts, dtype, shape)
+
+        bits, length = scheme.num_bits, scheme.group_length(in_features)
+        codes = (pack.pack_bytes(weight.codes, bits) for weight in weights)
+        scales = (weight.scales.astype(self._numpy) for weight in weights)
         values = [
-            self.graph.weight(f"{name}.codes", blocks),
-            self.graph.weight(f"{name}.scales", weight.scales.astype(self._numpy)),
+            stored("codes", codes, ir.DataType.UINT8, length * bits // 8),
+            stored("scales", scales, self.dtype, groups),
         ]
-        if weight.zeros is not None:
-            values.append(self.graph.weight(f"{name}.zeros", pack.pack_bytes(weight.zeros, scheme.num_bits)))
+        if not scheme.symmetric:
+            zeros = (pack.pack_bytes(weight.zeros, bits) for weight in weights if weight.zeros is not None)
+            values.append(stored("zeros", zeros, ir.DataType.UINT8, -(-groups * bits // 8)))
         return values
 
-    def _quantized(self, x: ir.Value, weight: QuantizedTensor, stored: list[ir.Value], name: str) -> ir.Value:
-        (out_features, in_features), scheme = weight.shape, weight.scheme
+    def _quantized(
+        self, x: ir.Value, weights: Sequence[QuantizedTensor], stored: list[ir.Value], name: str
+    ) -> ir.Value:
+        scheme, in_features = weights[0].scheme, weights[0].shape[1]
         return self.graph.op(
             "MatMulNBits",
             [x, *stored],
             name,
             CONTRIB,
             K=in_features,
-            N=out_features,
+            N=sum(weight.shape[0] for weight in weights),
             bits=scheme.num_bits,
             block_size=scheme.group_length(in_features),
             accuracy_level=self.accuracy_level,
@@ -246,11 +261,13 @@ class OrtOps:
         """
         if self.not_fused(layer):
             return routed.experts(self.graph, x, layer, self.dtype)
-        return qmoe.experts(self.graph, x, layer, self.accuracy_level, self.dtype)
+        return qmoe.experts(self.graph, x, layer, self.accuracy_level, self.dtype, self._provider)
 
     def not_fused(self, layer: SparseLayer) -> str | None:
         """Why a layer's experts are no QMoE, or None when they are."""
-        return qmoe.cannot_hold(layer, self.accuracy_level)
+        if self._provider == "cuda" and self.dtype == _FLOAT:
+            return "QMoE on CUDA has 16-bit activations"
+        return qmoe.cannot_hold(layer, self.accuracy_level, self._provider)
 
     def head(self, x: ir.Value, table: QuantizedTensor | NDArray | None) -> ir.Value:
         """Logits; a tied head multiplies by the one stored embedding table."""
@@ -260,7 +277,7 @@ class OrtOps:
             logits = w8a8.linear(self.graph, x, weight, self.dtype, "head")
             return self.graph.as_type(logits, self.dtype, ir.DataType.FLOAT, "head.fp32")
         if isinstance(weight, QuantizedTensor):
-            logits = self._quantized(x, weight, self._stored(weight, name), "head")
+            logits = self._quantized(x, [weight], self._stored([weight], name), "head")
             return self.graph.as_type(logits, self.dtype, ir.DataType.FLOAT, "head.fp32")
         stored = self._table if weight is None else self.graph.float_weight(f"{HEAD}.weight", weight, self.dtype)
         matrix = self.graph.as_type(stored, stored.dtype, self.dtype, "head.cast")

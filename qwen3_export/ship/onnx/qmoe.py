@@ -25,32 +25,70 @@ from qwen3_export.ship.onnx.graph import CONTRIB, GraphBuilder
 
 _BLOCKS = (16, 32, 64, 128, 256)
 _INT8_ACTIVATIONS = 4
+# CUDA's kernels read inputs in tiles of this many, and take groups of these sizes.
+_CUDA_TILE, _CUDA_BLOCKS = 64, (32, 64, 128)
 
 
-def cannot_hold(layer: SparseLayer, level: int) -> str | None:
-    """Why QMoE does not compute experts as `level` promises, or None."""
+def cannot_hold(layer: SparseLayer, level: int, provider: str = "cpu") -> str | None:
+    """Why a provider's QMoE does not compute experts as `level` promises, or None.
+
+    `provider` is cpu, cuda or webgpu. What the last two refuse was read in ONNX Runtime's kernels.
+    """
     schemes = set(layer.schemes.values())
     if None in schemes:
         return "QMoE has no 16-bit experts"
     if len(schemes) > 1:
-        return "QMoE on a CPU wants gate, up and down of one scheme"
+        return "QMoE wants gate, up and down of one scheme"
     scheme = schemes.pop()
     assert scheme is not None
+    if provider != "cpu" and (reason := _ON_A_GPU[provider](layer, scheme)):
+        return reason
     if scheme.strategy == "channel":
         return None if scheme.num_bits in (4, 8) else "QMoE has no 2-bit codes with one scale per channel"
     if scheme.group_size not in _BLOCKS:
         return f"QMoE needs a group_size that is a power of two from 16 to 256, not {scheme.group_size}"
-    if level != _INT8_ACTIVATIONS and _rounds(scheme):
+    if provider == "cpu" and level != _INT8_ACTIVATIONS and _rounds(scheme):
         return f"QMoE rounds activations to int8 beside {scheme.num_bits}-bit groups of {scheme.group_size}"
     return None
 
 
 def _rounds(scheme: QuantScheme) -> bool:
-    """Whether the kernel has no exact way, at any accuracy level."""
+    """Whether the CPU's kernel has no exact way, at any accuracy level."""
     return scheme.num_bits == 8 or (scheme.num_bits == 2 and scheme.group_size != _BLOCKS[0])
 
 
-def experts(graph: GraphBuilder, x: ir.Value, layer: SparseLayer, level: int, dtype: ir.DataType) -> ir.Value:
+def _cuda(layer: SparseLayer, scheme: QuantScheme) -> str | None:
+    """CUDA: 4 and 8 bits, whole tiles of inputs, zero points in groups alone."""
+    config = layer.checkpoint.config
+    widths = (config.hidden_size, config.moe_intermediate_size)
+    if scheme.num_bits not in (4, 8):
+        return f"QMoE on CUDA has 4 and 8 bits, not {scheme.num_bits}"
+    if any(width % _CUDA_TILE for width in widths):
+        return f"QMoE on CUDA needs widths divisible by {_CUDA_TILE}, not {' and '.join(map(str, widths))}"
+    if scheme.strategy == "channel":
+        return None if scheme.symmetric else "QMoE on CUDA has zero points in groups alone"
+    if scheme.group_size not in _CUDA_BLOCKS:
+        return f"QMoE on CUDA has groups of {', '.join(map(str, _CUDA_BLOCKS))}, not {scheme.group_size}"
+    return None
+
+
+def _webgpu(layer: SparseLayer, scheme: QuantScheme) -> str | None:
+    """A browser: 4 and 8 bits without zero points, weights of experts that it computes itself."""
+    if scheme.num_bits not in (4, 8):
+        return f"QMoE in a browser has 4 and 8 bits, not {scheme.num_bits}"
+    if not scheme.symmetric:
+        return "QMoE in a browser has no zero points"
+    if not layer.checkpoint.config.norm_topk_prob:
+        return "QMoE in a browser weighs experts by the softmax over the chosen ones alone (norm_topk_prob)"
+    return None
+
+
+_ON_A_GPU = {"cuda": _cuda, "webgpu": _webgpu}
+
+
+def experts(
+    graph: GraphBuilder, x: ir.Value, layer: SparseLayer, level: int, dtype: ir.DataType, provider: str = "cpu"
+) -> ir.Value:
     """The sum of the chosen experts' outputs, in the shape of `x`.
 
     `x` is `[batch, sequence, hidden]`.
@@ -78,11 +116,20 @@ def experts(graph: GraphBuilder, x: ir.Value, layer: SparseLayer, level: int, dt
         swiglu_fusion=1,
         normalize_routing_weights=int(config.norm_topk_prob),
         expert_weight_bits=scheme.num_bits,
-        accuracy_level=level,
-        # The codes as they are: without it CUDA expects a layout of its own.
-        weights_prepacked=0,
+        **_newer_attributes(level, provider),
         **grain,
     )
+
+
+def _newer_attributes(level: int, provider: str) -> dict[str, int]:
+    """Attributes that ONNX Runtime knows since 1.31, where they say anything.
+
+    An older one, such as that of transformers.js, does not load a graph with them.
+    """
+    if provider == "cuda":
+        # The codes as they are: without it CUDA expects a layout of its own.
+        return {"weights_prepacked": 0}
+    return {"accuracy_level": level} if provider == "cpu" and level else {}
 
 
 def router_scores(graph: GraphBuilder, x: ir.Value, layer: SparseLayer, dtype: ir.DataType) -> ir.Value:

@@ -150,7 +150,7 @@ class StandardOps:
                 return rounded_products.product(self.graph, x, weight, self._matrix(weight, name), self.dtype, name)
             x = self._rounded_inputs(x, weight, name)
             return self.graph.op("MatMul", [x, self._matrix(weight, name)], name)
-        stored = self.graph.float_weight(f"{name}.weight", np.ascontiguousarray(weight.T), self.dtype)
+        stored = self.graph.float_weight(f"{name}.weight", weight.T, self.dtype)
         return self.graph.op("MatMul", [x, self.graph.as_type(stored, stored.dtype, self.dtype, f"{name}.cast")], name)
 
     def _matrix(self, weight: QuantizedTensor, name: str) -> ir.Value:

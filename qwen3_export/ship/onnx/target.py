@@ -45,6 +45,11 @@ class Target:
     opset: int | None = None
 
     @property
+    def kernels(self) -> str:
+        """Whose kernels run the graph: cpu, cuda or webgpu."""
+        return "webgpu" if self.is_web else self.provider or "cpu"
+
+    @property
     def is_web(self) -> bool:
         """Whether files are named and described as transformers.js wants them."""
         return self.name == "web"
