@@ -22,7 +22,7 @@ from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import calibration_samples
 from qwen3_export.text.tokenizer import TextModel
 
-_SAMPLES, _LENGTH = 8, 32
+_SAMPLES, _LENGTH = 8, 16
 # Samples that are one prompt together, since every prompt reads all weights, and logits that are compared at once.
 _TOGETHER, _POSITIONS = 4, 16
 
@@ -37,17 +37,18 @@ def level_cost(folder: Path) -> dict[str, Any]:
 
 
 def _added_kl(folder: Path) -> tuple[float, int]:
-    exact = open_session(folder, RuntimeOptions(exact=True))
-    try:
-        prompts = _prompts(tokenizer_of(folder, exact), exact.context)
-        truth = [exact.prefill(ids) for ids in prompts]
-    finally:
-        exact.close()
+    # The rounded one first: it takes more memory, and then nothing has to be remembered beside it.
     rounded = open_session(folder)
     try:
-        per_token = [_divergence(p, rounded.prefill(ids)) for p, ids in zip(truth, prompts, strict=True)]
+        prompts = _prompts(tokenizer_of(folder, rounded), rounded.context)
+        found = [rounded.prefill(ids) for ids in prompts]
     finally:
         rounded.close()
+    exact = open_session(folder, RuntimeOptions(exact=True))
+    try:
+        per_token = [_divergence(exact.prefill(ids), q) for ids, q in zip(prompts, found, strict=True)]
+    finally:
+        exact.close()
     return max(float(np.concatenate(per_token).mean()), 0.0), sum(map(len, per_token))
 
 

@@ -102,6 +102,7 @@ class GraphBuilder:
 
     def _close_shard(self) -> None:
         if not self._data.closed:
+            self._announce()
             self._data.close()
             next(reversed(self.hashes.values())).finish()
 
