@@ -23,7 +23,14 @@ from qwen3_export.core.progress import Progress
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.units import binary_size
 from qwen3_export.errors import ExportError, InputError, RecipeError
-from qwen3_export.preflight.formats import FORMATS, Verdict, as_quantized, folder_of, unsupported_tensors
+from qwen3_export.preflight.formats import (
+    FORMATS,
+    Verdict,
+    as_quantized,
+    folder_of,
+    formats_with,
+    unsupported_tensors,
+)
 from qwen3_export.preflight.runtimes import RUNTIMES
 from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.text.samples import Samples
@@ -65,7 +72,8 @@ def plan(
     fits = not reasons
     folder = folder_of(settings.layout or recipe.layout)
     quantized = as_quantized(checkpoint, recipe)
-    found = {name: check(quantized) if fits else Verdict(reasons[0]) for name, check in FORMATS.items()}
+    checks = formats_with(settings.layout or recipe.layout)
+    found = {name: check(quantized) if fits else Verdict(reasons[0]) for name, check in checks.items()}
     if fits and (reason := found[folder].reason):
         reasons.append(reason)
     reasons += [f"{name}: {found[name].reason}" for name in formats if found[name].reason and name != folder]

@@ -159,6 +159,12 @@ FORMATS: dict[str, Callable[[Checkpoint], Verdict]] = {
 }
 
 
+def formats_with(layout_name: str) -> dict[str, Callable[[Checkpoint], Verdict]]:
+    """`FORMATS`, and the folder in a layout that is not among them."""
+    name = folder_of(layout_name)
+    return FORMATS if name in FORMATS else {**FORMATS, name: _folder(layout_name)}
+
+
 def unsupported_tensors(quantized: Checkpoint) -> list[dict[str, Any]]:
     """The tensors that formats cannot hold, scheme by scheme.
 

@@ -31,6 +31,14 @@ def _bytes(path: Path) -> int:
     return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
 
 
+def test_a_layout_that_is_only_read_is_a_reason(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("name: mine\nmethod: rtn\nlayout: modelopt\nrules: [{match: '*', scheme: {num_bits: 4}}]\n")
+    planned = _plan("reference-model", "--recipe", recipe, "--no-time")
+    assert not planned["possible"]
+    assert "never written" in planned["reasons"][0]
+
+
 def test_sizes_are_those_of_the_artifacts(tmp_path: Path) -> None:
     source, recipe = "reference-model", ("--recipe", "rtn-w4a16-g128")
     planned = _plan(source, *recipe, "--no-time")

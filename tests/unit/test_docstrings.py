@@ -94,6 +94,13 @@ def test_commands_in_backticks_exist() -> None:
     assert said <= known
 
 
+def test_files_that_contributing_names_exist() -> None:
+    said = QUOTED.findall((ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    paths = {quoted for quoted in said if re.fullmatch(r"[\w./-]*(/|\.py)", quoted) and "NAME" not in quoted}
+    assert len(paths) > 20
+    assert not [path for path in paths if not (ROOT / path).exists() and not (ROOT.parent / path).exists()]
+
+
 def test_a_name_that_does_not_exist_is_found() -> None:
     assert exists("solve.blocks.fold")
     assert exists("calibration.moments.Moments")
