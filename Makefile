@@ -13,7 +13,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or later is needed (set PYTHON=…)"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) -e '.[solve,onnx,gguf,tensorrt,dev]'
+	$(PIP) -e '.[solve,onnx,gguf,tensorrt,cluster,dev]'
 	touch $(STAMP)
 
 # What loads GPTQ and AWQ folders in the tests. A part of it is compiled; where that fails its tests are skipped,

@@ -91,10 +91,13 @@ def quantize(
     force: bool = False,
     layout: str | None = None,
     scratch: str | Path | None = None,
+    cluster: str | None = None,
     progress: OnProgress | None = None,
 ) -> Result:
-    """Quantize `source` into the folder `output`; `memory` is a limit in bytes, `scratch` a folder for activations.
+    """Quantize `source` into the folder `output`.
 
+    `memory` is a limit in bytes, `scratch` a folder for activations. `cluster` is `local`, `local:N` or a Ray cluster's
+    HOST:PORT, whose nodes share the work.
     Returns what `qwen3-export quantize --json` prints; raises `errors.ExportError`.
     """
     from qwen3_export.core.recipe import load_recipe
@@ -114,6 +117,7 @@ def quantize(
         force=force,
         layout=layout,
         scratch=None if scratch is None else Path(scratch),
+        cluster=cluster,
     )
     return Result(run(open_source(str(source)), load_recipe(recipe), Path(output), settings, _progress(progress)))
 

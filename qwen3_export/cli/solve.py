@@ -103,7 +103,7 @@ def _stored_as(checkpoint: Checkpoint, module: str) -> str:
 
 @app.command(
     epilog="Example: qwen3-export quantize reference-model --recipe gptq-w4a16-g128 --output quantized "
-    "--samples 32 --sequence-length 256"
+    "--samples 32 --sequence-length 256. On all nodes of a Ray cluster: … --cluster 10.0.0.1:6379"
 )
 def quantize(
     source: Source,
@@ -132,6 +132,12 @@ def quantize(
         typer.Option(help="`compressed-tensors`, `gptq`, `awq` or `fp8` (default: the recipe's)."),
     ] = None,
     scratch: Scratch = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            help="Share the work by Ray: HOST:PORT, or local[:N] for N workers here. Never changes the bytes."
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")] = True,
     force: Force = False,
     json: Json = False,
@@ -152,7 +158,18 @@ def quantize(
 
     show = console(json, quiet, verbose)
     settings = QuantizeSettings(
-        calibration, samples, sequence_length, seed, limit, device, threads, resume, force, layout, scratch
+        calibration,
+        samples,
+        sequence_length,
+        seed,
+        limit,
+        device,
+        threads,
+        resume,
+        force,
+        layout,
+        scratch,
+        cluster=cluster,
     )
     result = run(checkpoint, chosen, output, settings, show)
     show.result(result, lambda: _quantized(result))
@@ -172,6 +189,7 @@ def _quantized(result: dict[str, Any]) -> None:
             "time": f"{result['seconds']:.1f} s",
             "peak memory": size(result["peak_rss_bytes"]),
             "resumed blocks": result["resumed_blocks"],
+            **({"workers": len(result["workers"])} if "workers" in result else {}),
         }
     )
 

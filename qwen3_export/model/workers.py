@@ -6,7 +6,7 @@ on one thread, and whole pieces of work, cut the same way on every machine, run 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+# What one piece of shared work leaves: tensors, arrays, and values that JSON holds.
+Parts = Mapping[str, Any]
 
 
 class Workers:
@@ -31,7 +33,7 @@ class Workers:
     """
 
     def __init__(self, pool: ThreadPoolExecutor, matmul_dtype: Any = None, int_matmul: bool = False) -> None:
-        self._pool = pool
+        self._pool = self.threads = pool
         self.matmul_dtype: torch.dtype = matmul_dtype
         self.int_matmul = int_matmul
 
@@ -48,6 +50,38 @@ class Workers:
         It must not wait for the pool itself.
         """
         return self._pool.submit(function)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes have a part in `share`."""
+        return False
+
+    def share(
+        self, label: str, items: Sequence[Item], work: Callable[[Sequence[Item]], None],
+        give: Callable[[Item], Parts], take: Callable[[Item, Parts], None], evenly: bool = False,
+    ) -> None:  # fmt: skip
+        """Have `work` done on all items: here, or by workers on a cluster.
+
+        Items are cut by constants. `give` says what the work on an item has left, `take` puts in place what another
+        process gave. `evenly`: an equal share at once, where each call of `work` costs something of its own.
+        """
+        work(items)
+
+    def share_map(self, label: str, function: Callable[[Item], Any], items: Sequence[Item]) -> list[Any]:
+        """As `map`, on a cluster too.
+
+        The results are tensors, numbers, or tuples of numbers.
+        """
+        found: dict[int, Any] = {}
+
+        def work(places: Sequence[int]) -> None:
+            found.update(zip(places, self.map(function, [items[place] for place in places]), strict=True))
+
+        def take(place: int, parts: Parts) -> None:
+            found[place] = parts["result"]
+
+        self.share(label, range(len(items)), work, lambda place: {"result": found[place]}, take)
+        return [found[place] for place in range(len(items))]
 
 
 def results(futures: list[Future[Result]]) -> list[Result]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -45,6 +46,7 @@ class QuantizeSettings:
     layout: str | None = None
     scratch: Path | None = None
     reuse: bool = False
+    cluster: str | None = None
 
     def size(self, recipe: Recipe) -> tuple[int, int]:
         """Calibration samples that are asked for, and tokens in each."""
@@ -59,7 +61,8 @@ QUANTIZED, ORIGINAL = "quantized", "original"
 class Job:
     """What the block loop needs to know.
 
-    `without_torch`: nothing of the model runs, see `blocks.rtn_without_torch`.
+    `without_torch`: nothing of the model runs, see `blocks.rtn_without_torch`. `apart` is added to the names of folders
+    of samples' states, where workers of several blocks might meet.
     """
 
     checkpoint: Checkpoint
@@ -73,10 +76,18 @@ class Job:
     fisher: FisherInformation | None = None
     spare_files: SpareFiles | None = None
     without_torch: bool = False
+    apart: str = ""
 
     def hidden_path(self, layer: int, model: str = QUANTIZED) -> Path:
         """Path of a model's hidden states before block `layer`."""
         return self.scratch / f"{model}-{layer:04d}.samples"
+
+    def states_folder(self, model: str, kind: str = "") -> Path:
+        """Folder of a model's states on their way through a block.
+
+        `kind` is given for another run than the main one.
+        """
+        return self.scratch / f"{kind or model}-states{self.apart}"
 
     @property
     def matmul_dtype(self) -> torch.dtype:
@@ -159,6 +170,27 @@ class Job:
 
 
 @dataclass(frozen=True)
+class LinearRecord:
+    """What is said of a quantized linear, without its codes."""
+
+    scheme: QuantScheme
+    error: float
+    tokens: int
+    fallback: str | None = None
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """What is said of a solved block.
+
+    It is what is said of its linears, and how many tokens each expert saw.
+    """
+
+    linears: Mapping[str, LinearRecord]
+    expert_tokens: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
 class SolvedLinear:
     """One quantized linear with what the manifest says about it.
 
@@ -168,6 +200,11 @@ class SolvedLinear:
     solved: SolvedWeight
     tokens: int
     fallback: str | None = None
+
+    @property
+    def record(self) -> LinearRecord:
+        """What is said of it."""
+        return LinearRecord(self.solved.tensor.scheme, self.solved.error, self.tokens, self.fallback)
 
 
 @dataclass(frozen=True)
@@ -181,3 +218,8 @@ class SolvedBlock:
     linears: dict[str, SolvedLinear]
     replaced: dict[str, NDArray] = field(default_factory=dict)
     expert_tokens: list[int] = field(default_factory=list)
+
+    @property
+    def record(self) -> BlockRecord:
+        """What is said of it."""
+        return BlockRecord({name: linear.record for name, linear in self.linears.items()}, self.expert_tokens)

@@ -7,6 +7,7 @@ What runs the model is imported where it is needed: rounding to nearest does wit
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -15,8 +16,8 @@ from qwen3_export.core.process import trim_heap
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD
 from qwen3_export.core.recipe import Recipe
-from qwen3_export.solve.blocks import rtn_without_torch
-from qwen3_export.solve.job import Job, QuantizeSettings, SolvedBlock, SolvedLinear
+from qwen3_export.solve.executor import PIECES, Executor, Local
+from qwen3_export.solve.job import Job, QuantizeSettings, SolvedLinear
 from qwen3_export.solve.output_folder import QuantizedFolder
 from qwen3_export.solve.preflight import check_peak_memory
 from qwen3_export.solve.record import record_linears
@@ -39,20 +40,24 @@ def _with_fisher(job: Job, seed: int, resumed: int, progress: Progress) -> Job:
 
 
 def run_blocks(
-    job: Job, target: QuantizedFolder, settings: QuantizeSettings, progress: Progress
+    job: Job, target: QuantizedFolder, settings: QuantizeSettings, progress: Progress, executor: Executor | None = None
 ) -> tuple[dict[str, Any], int]:
     """Solve what is not done yet.
 
-    Returns the results of blocks, embedding and head, and how many blocks were there.
+    Returns the results of blocks, embedding and head, and how many blocks were there. `executor` None: in this process.
     """
     found = target.resume()
     blocks, resumed, layers = found["blocks"], len(found["blocks"]), job.checkpoint.config.num_layers
-    if job.samples is not None:
+    if executor is None:
+        # What workers of a cluster have left of an unfinished block is of no use to this process.
+        shutil.rmtree(target.scratch / PIECES, ignore_errors=True)
+    if job.samples is not None and executor is None:
         from qwen3_export.solve.calibration.activations import SpareFiles
 
         job = replace(job, spare_files=SpareFiles(target.scratch / "shelf"))
     if 0 < resumed < layers:
         check_activations(job, resumed)
+    executor = executor or Local()
     if resumed:
         progress.note(f"resuming at block {min(resumed + 1, layers)} of {layers}")
     with ThreadPoolExecutor(1) as writer:
@@ -61,13 +66,13 @@ def run_blocks(
         with progress.bar(f"quantize {job.checkpoint.name} ({job.recipe.name})", layers + target.head_apart) as tick:
             for layer in range(layers):
                 if layer >= resumed:
-                    solved = _solve_block(job, layer)
+                    solved = executor.solve(job, layer)
                     if written is not None:
                         written.result()
                     linears = record_linears(job.recipe, solved.linears, progress)
-                    blocks.append({"linears": linears, "expert_tokens": solved.expert_tokens})
+                    blocks.append({"linears": linears, "expert_tokens": list(solved.expert_tokens)})
                     done = {**found, "blocks": list(blocks)}
-                    written = writer.submit(_keep_block, job, target, layer, solved, done)
+                    written = writer.submit(_keep_block, job, target, layer, done, executor)
                     if job.samples is not None:
                         # Hidden states before and after a block would be on the disk together for too long.
                         written.result()
@@ -80,14 +85,6 @@ def run_blocks(
                 check_peak_memory(settings.memory)
                 tick()
     return found, resumed
-
-
-def _solve_block(job: Job, layer: int) -> SolvedBlock:
-    if job.without_torch:
-        return rtn_without_torch.solve_block(job.checkpoint, job.recipe, job.options, layer, job.pool)
-    from qwen3_export.solve.blocks.block import solve_block
-
-    return solve_block(job, layer)
 
 
 def _start(
@@ -126,16 +123,17 @@ def _finish_head(job: Job, target: QuantizedFolder, found: dict[str, Any], progr
 
 
 def _outer_result(recipe: Recipe, linear: SolvedLinear | None, progress: Progress) -> dict[str, Any]:
-    return {} if linear is None else record_linears(recipe, {linear.solved.tensor.name: linear}, progress)
+    return {} if linear is None else record_linears(recipe, {linear.solved.tensor.name: linear.record}, progress)
 
 
-def _keep_block(job: Job, target: QuantizedFolder, layer: int, solved: SolvedBlock, done: dict[str, Any]) -> None:
+def _keep_block(job: Job, target: QuantizedFolder, layer: int, done: dict[str, Any], executor: Executor) -> None:
     """Bring a block to the disk, then count it as done.
 
     While that lasts, the next one may be solved.
     """
-    target.write_block(layer, solved)
+    executor.write(job, target, layer)
     target.save_progress(done)
+    executor.written(layer)
     if job.samples is not None:
         from qwen3_export.solve.blocks.block import drop_hidden
 

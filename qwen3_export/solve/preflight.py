@@ -90,14 +90,18 @@ def check_memory(
     fisher_samples: int = 0,
     outer: bool = False,
     without_torch: bool = False,
-) -> None:
-    """Raise InputError when the run needs more than `--memory`."""
+) -> int:
+    """Raise InputError when the run needs more than `--memory`.
+
+    Gives what it needs in bytes.
+    """
     needed = memory_needed(config, samples, original, token_floor, fisher_samples, outer, without_torch)
     if limit is not None and needed > limit:
         raise InputError(
             f"this run needs about {binary_size(needed)} of memory, --memory allows {binary_size(limit)}",
             "allow more; one block and the work on its largest linear must fit",
         )
+    return needed
 
 
 def check_peak_memory(limit: int | None) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen3_export import __version__
+from qwen3_export.cluster.session import check_cluster
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.layouts import layout
 from qwen3_export.core.outputs import check_output, partial_path, staged_folder
@@ -32,6 +35,9 @@ from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import Samples, calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 
+if TYPE_CHECKING:
+    from qwen3_export.solve.cluster import Cluster
+
 # Methods that know ggml's block types.
 _BLOCK_METHODS = ("rtn", "gptq")
 
@@ -45,6 +51,8 @@ def quantize(
     that was stopped goes on from its last finished block and ends with the same bytes.
     """
     progress, started, recipe = progress or Progress(), time.monotonic(), recipe.for_model(checkpoint.config)
+    if settings.cluster is not None:
+        check_cluster(settings.cluster)
     checkpoint.hash_ahead()
     inputs = (checkpoint.folder, settings.calibration)
     check_output(output, inputs, settings.force)
@@ -63,7 +71,7 @@ def quantize(
     token_floor = recipe.experts.token_floor(checkpoint.config.expert_width)
     fisher_samples = method.fisher_samples(options)
     outer = any(recipe.scheme_for(module) for module in checkpoint.config.outer_matrices())
-    check_memory(
+    needed = check_memory(
         checkpoint.config, samples, original, settings.memory, token_floor, fisher_samples, outer, without_torch
     )
     if settings.reuse and (done := finished_run(output, checkpoint, recipe, samples, settings)):
@@ -101,14 +109,37 @@ def quantize(
             settings.device,
             without_torch=without_torch,
         )
-        found, resumed = run_blocks(job, target, settings, progress)
+        with _executor(job, target, settings, needed, progress) as executor:
+            found, resumed = run_blocks(job, target, settings, progress, executor)
+            workers_found = None if executor is None else executor.summary()
         libraries = ["numba"] if without_torch else ["torch", "numba"]
         manifest = manifest_of(checkpoint, recipe, samples, settings, found, libraries)
         schemes = {name: QuantScheme.from_dict(item["scheme"]) for name, item in manifest["tensors"].items()}
         target.finish(recipe, manifest, schemes)
         if samples is not None:
             report_experts(manifest["experts"], progress)
-    return result_of(output, manifest, resumed, time.monotonic() - started)
+    result = result_of(output, manifest, resumed, time.monotonic() - started)
+    return result if workers_found is None else {**result, "workers": workers_found}
+
+
+@contextmanager
+def _executor(
+    job: Job, target: QuantizedFolder, settings: QuantizeSettings, needed: int, progress: Progress
+) -> Iterator[Cluster | None]:
+    """Workers on a cluster where they are asked for; None for this process."""
+    if settings.cluster is None:
+        yield None
+        return
+    from qwen3_export.solve.cluster import Run, open_cluster
+
+    # What an earlier run left is checked, or cleared away, before anybody works on it.
+    target.resume()
+    folder, layout_name = target.folder.absolute(), target.layout
+    source, samples, apart = job.checkpoint.folder.absolute(), job.samples, target.head_apart
+    scratch = target.scratch.absolute()
+    run = Run(source, job.recipe, samples, settings, folder, scratch, layout_name, apart, job.without_torch)
+    with open_cluster(settings.cluster, run, needed, job.checkpoint, progress) as cluster:
+        yield cluster
 
 
 def check_recipe(checkpoint: Checkpoint, recipe: Recipe, layout_name: str) -> None:

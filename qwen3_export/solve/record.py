@@ -17,7 +17,7 @@ from qwen3_export.core.qwen3 import EMBEDDING, HEAD, block_name
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import RecipeError
-from qwen3_export.solve.job import QuantizeSettings, SolvedLinear
+from qwen3_export.solve.job import LinearRecord, QuantizeSettings
 from qwen3_export.text.documents import source_name
 from qwen3_export.text.samples import Samples
 
@@ -25,33 +25,33 @@ from qwen3_export.text.samples import Samples
 _LOST = 0.5
 
 
-def record_linears(recipe: Recipe, linears: Mapping[str, SolvedLinear], progress: Progress) -> dict[str, Any]:
+def record_linears(recipe: Recipe, linears: Mapping[str, LinearRecord], progress: Progress) -> dict[str, Any]:
     """One entry per linear for the manifest, and a line in the log.
 
     Raises RecipeError when a matrix is lost.
     """
     result: dict[str, Any] = {}
     for name, linear in linears.items():
-        scheme = linear.solved.tensor.scheme
+        scheme = linear.scheme
         _refuse_lost(name, linear)
         method = "rtn" if linear.fallback == "rtn" else recipe.method
         result[name] = {
             "method": method,
             "scheme": scheme.to_dict(),
-            "error": linear.solved.error,
+            "error": linear.error,
             "tokens": linear.tokens,
         }
         if linear.fallback == "share":
             result[name]["calibrated_on"] = "shared"
-        progress.log(f"{name}  {method} {scheme.label}  error {linear.solved.error:.3e}  {linear.tokens} tokens")
+        progress.log(f"{name}  {method} {scheme.label}  error {linear.error:.3e}  {linear.tokens} tokens")
     return result
 
 
-def _refuse_lost(name: str, linear: SolvedLinear) -> None:
+def _refuse_lost(name: str, linear: LinearRecord) -> None:
     """Raise RecipeError when a matrix's error exceeds what its codes keep."""
-    if linear.solved.error > _LOST:
+    if linear.error > _LOST:
         raise RecipeError(
-            f"{name}: as {linear.solved.tensor.scheme.label} it loses {linear.solved.error:.0%} of its outputs' power "
+            f"{name}: as {linear.scheme.label} it loses {linear.error:.0%} of its outputs' power "
             f"(at most {_LOST:.0%} is written)",
             f"its weights are too small for the scales, or too uneven: leave it in 16 bits by a first rule "
             f"{{match: {name}, scheme: none}}, or give it more bits or smaller groups",

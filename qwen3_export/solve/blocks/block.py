@@ -15,10 +15,11 @@ number of threads or the memory, so the bytes depend on neither.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 from numpy.typing import NDArray
 from torch import Tensor
@@ -30,14 +31,16 @@ from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.model.block import Block
 from qwen3_export.model.decoder import load_block, put_quantized, rope_tables
 from qwen3_export.model.table import Table, to_torch
+from qwen3_export.model.workers import Parts, Workers
 from qwen3_export.solve.blocks.fold import apply_folds, choose_folds
 from qwen3_export.solve.blocks.forward import BlockRun, RunSettings, layer_inputs, run_stage, start_run
 from qwen3_export.solve.blocks.paired import add_missing_output, linear_inputs
-from qwen3_export.solve.calibration.activations import write_embeddings
+from qwen3_export.solve.calibration.activations import SampleFile, write_embeddings
 from qwen3_export.solve.calibration.experts import LayerInputs, LinearInputs
 from qwen3_export.solve.calibration.moments import Moments
 from qwen3_export.solve.chunk_sizes import FOLD_EVERY
 from qwen3_export.solve.job import QUANTIZED, Job, SolvedBlock, SolvedLinear
+from qwen3_export.solve.linear_parts import linears_from, parts_of
 from qwen3_export.solve.method import LinearGroup
 from qwen3_export.solve.rounding.nearest import round_group
 
@@ -61,7 +64,9 @@ def drop_hidden(job: Job, layer: int) -> None:
     """The hidden states before a block that is done are no longer needed."""
     for model in job.models:
         path = job.hidden_path(layer, model)
-        if job.spare_files is not None and path.exists():
+        if job.spare_files is None:
+            path.unlink(missing_ok=True)
+        elif path.exists():
             job.spare_files.put(path)
 
 
@@ -95,17 +100,28 @@ def solve_block(job: Job, layer: int) -> SolvedBlock:
         for run, model in zip(runs, job.models, strict=True):
             # Closed at once: a file that is deleted while it is open keeps its room on the disk.
             with closing(run.states.take("residual")) as hidden:
-                hidden.keep_as(job.hidden_path(layer + 1, model))
+                _keep(hidden, job.hidden_path(layer + 1, model), job.pool)
     finally:
         for run in runs:
             run.states.close()
     return SolvedBlock(results, replaced, counts)
 
 
+def _keep(hidden: SampleFile, path: Path, pool: Workers) -> None:
+    """Give hidden states their lasting name: once, where workers share a block."""
+
+    def rename(_: Sequence[Path]) -> None:
+        if not (pool.is_shared and path.exists()):
+            hidden.keep_as(path)
+
+    pool.share("keep", [path], rename, lambda _: {}, lambda *_: None)
+
+
 def _start(job: Job, settings: RunSettings, block: Block, model: str, chosen: Sequence[int] | None = None) -> BlockRun:
     """A run of one model's samples, or some of them, before the block."""
     before = job.hidden_file(job.hidden_path(block.layer, model))
-    return start_run(settings, block, before, job.scratch / f"{model}-states", len(job.samples_of(model)), chosen)
+    folder = job.states_folder(model, "" if chosen is None else "fold")
+    return start_run(settings, block, before, folder, len(job.samples_of(model)), chosen)
 
 
 def _solve_stages(job: Job, runs: list[BlockRun]) -> tuple[dict[str, SolvedLinear], list[int]]:
@@ -154,15 +170,31 @@ def _solve_stage(job: Job, stage: Stage, runs: list[BlockRun]) -> dict[str, Solv
     results: dict[str, SolvedLinear] = {}
     block, schemes = runs[0].block, job.schemes(runs[0].block.layer)
     layer = layer_inputs(runs[0], job.token_floor, job.recipe.experts.fallback)
-    for names in stage.groups:
-        wanted = [name for name in names if name in schemes]
-        if wanted:
-            inputs = linear_inputs(job, wanted[0], runs, layer)
-            results.update(_solve_linears(job, block, wanted, inputs))
+    groups = [wanted for names in stage.groups if (wanted := [name for name in names if name in schemes])]
+
+    def solve(some: Sequence[int]) -> None:
+        for place in some:
+            inputs = linear_inputs(job, groups[place][0], runs, layer)
+            results.update(_solve_linears(job, block, groups[place], inputs))
+
+    def take(place: int, parts: Parts) -> None:
+        found = linears_from(parts)
+        _put(job, block, found)
+        results.update(found)
+
+    def give(place: int) -> Parts:
+        return parts_of({name: results[name] for n in groups[place] if (name := f"{block_name(block.layer)}.{n}")})
+
+    # Experts are solved side by side, anything else in pieces: the work below is shared itself.
+    if stage.routed:
+        job.pool.share("experts", range(len(groups)), solve, give, take)
+    else:
+        solve(range(len(groups)))
     for name in stage.names:
         if name not in schemes:
             block.weights[name] = block.weights[name].to(job.matmul_dtype)
-    return results
+    ordered = (f"{block_name(block.layer)}.{name}" for group in groups for name in group)
+    return {name: results[name] for name in ordered}
 
 
 def _solve_alone(job: Job, layer: int) -> dict[str, SolvedLinear]:
@@ -202,10 +234,17 @@ def _solve_linears(job: Job, block: Block, names: list[str], inputs: LinearInput
         solved = round_group(replace(group, hessian=None), "mse", job.pool)
     else:
         solved = job.method.solve(group, job.options, job.pool)
-    for name, result in solved.items():
+    found = {name: SolvedLinear(result, inputs.tokens, inputs.fallback) for name, result in solved.items()}
+    _put(job, block, found)
+    return found
+
+
+def _put(job: Job, block: Block, linears: Mapping[str, SolvedLinear]) -> None:
+    """Make a block compute as the quantized linears do."""
+    prefix = f"{block_name(block.layer)}."
+    for name, linear in linears.items():
         # In its place, so that freed weights do not leave holes in memory that the codes then break up.
-        put_quantized(block, name.removeprefix(f"{prefix}."), result.tensor, job.device, len(job.models) == 1)
-    return {name: SolvedLinear(result, inputs.tokens, inputs.fallback) for name, result in solved.items()}
+        put_quantized(block, name.removeprefix(prefix), linear.solved.tensor, job.device, len(job.models) == 1)
 
 
 def _outputs(job: Job, block: Block, weights: dict[str, Tensor]) -> dict[str, list[Tensor]]:

@@ -169,7 +169,7 @@ def _awq(
         spread = scales[site.index]
         return sum(_error(weight, spread, hessian, schemes[name]) for name, weight in tried.items())
 
-    errors = pool.map(error, candidates)
+    errors = pool.share_map("fold", error, candidates)
     best = min(range(len(errors)), key=errors.__getitem__)
     return candidates[best] if errors[best] < errors[0] * (1 - _LEAST_GAIN) else None
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from qwen3_export.core.architecture import expert_of, is_expert
 from qwen3_export.model.block import Block, State
 from qwen3_export.model.decoder import Rope
-from qwen3_export.model.workers import Workers
+from qwen3_export.model.workers import Parts, Workers
 from qwen3_export.solve.calibration.activations import BlockStates, SampleFile, SpareFiles
 from qwen3_export.solve.calibration.experts import LayerInputs
 from qwen3_export.solve.calibration.moments import Moments, SampleInputs, collect_moments
@@ -57,8 +57,19 @@ class BlockRun:
     @cached_property
     def routing(self) -> Routing:
         """Where the router sends the tokens; not to be asked for by the pool's own threads before it is known."""
-        experts = max(stage.experts for stage in self.block.stages)
-        return routing_of(self.states, experts, self.settings.pool)
+        experts, found = max(stage.experts for stage in self.block.stages), list[Routing]()
+
+        def find(_: Sequence[str]) -> None:
+            found.append(routing_of(self.states, experts, self.settings.pool))
+
+        def give(_: str) -> Parts:
+            return {"order": found[0].order, "ends": found[0].ends, "each": found[0].each}
+
+        def take(_: str, parts: Parts) -> None:
+            found.append(Routing(parts["order"], parts["ends"], parts["each"]))
+
+        self.settings.pool.share("routing", ["all"], find, give, take)
+        return found[0]
 
     @property
     def routed_at_once(self) -> int:

@@ -12,7 +12,7 @@ import mmap
 import os
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 
@@ -24,10 +24,12 @@ from qwen3_export.core.disk import naming
 from qwen3_export.errors import StateError
 from qwen3_export.model.block import State
 from qwen3_export.model.table import Table
-from qwen3_export.model.workers import Workers
+from qwen3_export.model.workers import Parts, Workers
 
 # Of a file that is to last, so many bytes are brought to the disk as soon as they are there.
 _EARLY = 64 << 20
+# Samples that a worker of a cluster is given together.
+_TOGETHER = 4
 
 
 class SampleFile:
@@ -45,6 +47,14 @@ class SampleFile:
         self._flushing: Future[None] | None = None
         self._bytes = math.prod(shape) * dtype.itemsize
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+
+    @property
+    def form(self) -> tuple[list[int], str]:
+        """Shape and type of a sample's tensor.
+
+        Another process that opens the same file must know them.
+        """
+        return list(self._shape), str(self._dtype).removeprefix("torch.")
 
     def read(self, sample: int, count: int = 1) -> Tensor:
         """One sample's tensor, or those of several, one below the other."""
@@ -108,6 +118,19 @@ class SampleFile:
         self.path.rename(path)
         self.path, self.lasting = path, True
 
+    def open_again(self) -> None:
+        """See what other machines have written.
+
+        A network file system shows it to whoever opens a file.
+        """
+        self._flushed()
+        try:
+            fresh = os.open(self.path, os.O_RDWR)
+        except FileNotFoundError:
+            return  # Another worker is further on already, and has moved it.
+        os.close(self._descriptor)
+        self._descriptor = fresh
+
     def close(self, remove: bool = False) -> None:
         """Close the file, and delete it when it is no longer needed."""
         if self._flushing is not None:
@@ -124,6 +147,10 @@ def write_embeddings(file: SampleFile, table: Table, samples: Iterable[NDArray])
     """
     for place, ids in enumerate(samples):
         file.write(place, table.rows(ids)[None])
+
+
+def _each(pool: Workers, function: Callable[[int], None], pieces: Sequence[range]) -> None:
+    pool.map(function, [sample for piece in pieces for sample in piece])
 
 
 def _flush_into(done: Future[None], descriptor: int) -> None:
@@ -182,7 +209,7 @@ class BlockStates:
     ) -> None:
         self._folder, self.num_samples, self._spare = folder, samples, spare_files
         self._files: dict[str, SampleFile] = dict(files or {})
-        self._generation = 0
+        self._generation, self._is_shared = 0, False
 
     def read(self, sample: int, fields: Collection[str] | None = None, count: int = 1) -> State:
         """State of one sample, or of several, batch axis included; all of its fields or some."""
@@ -203,6 +230,7 @@ class BlockStates:
         will be kept as they then are.
         """
         self._generation += 1
+        self._is_shared, is_done = pool.is_shared, False
         fresh: dict[str, SampleFile] = {}
         lock, names = threading.Lock(), {name for name in idle if name in self._files}
 
@@ -219,12 +247,28 @@ class BlockStates:
                 fresh[name].write(sample, tensor)
             names.update(after)
 
+        def give(samples: range) -> Parts:
+            """What `take` needs to know of samples that are on the disk."""
+            return {"names": sorted(names), "fresh": {name: file.form for name, file in fresh.items()}}
+
+        def take(samples: range, parts: Parts) -> None:
+            names.update(parts["names"])
+            for name, (shape, dtype) in parts["fresh"].items():
+                if name not in fresh:
+                    like = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+                    fresh[name] = self._new(name, like, name in lasting)
+
+        size, count = at_once * max(1, _TOGETHER // at_once), self.num_samples
+        pieces = [range(begin, min(begin + size, count), at_once) for begin in range(0, count, size)]
         try:
-            pool.map(one, range(0, self.num_samples, at_once))
+            pool.share("advance", pieces, lambda some: _each(pool, one, some), give, take)
+            for file in fresh.values() if pool.is_shared else ():
+                file.open_again()
+            is_done = True
         finally:
             kept = {name: file for name, file in self._files.items() if name in names and name not in fresh}
             for file in set(self._files.values()) - set(kept.values()):
-                self._drop(file)
+                self._drop(file, is_done or not self._is_shared)
             self._files = {**kept, **fresh}
 
     def _new(self, name: str, like: Tensor, lasting: bool) -> SampleFile:
@@ -233,8 +277,8 @@ class BlockStates:
             self._spare.find(path, self.num_samples * like.numel() * like.element_size())
         return SampleFile(path, tuple(like.shape), like.dtype, lasting)
 
-    def _drop(self, file: SampleFile) -> None:
-        file.close(remove=self._spare is None)
+    def _drop(self, file: SampleFile, remove: bool = True) -> None:
+        file.close(remove=remove and self._spare is None)
         if self._spare is not None and not file.lasting:
             self._spare.put(file.path)
 
@@ -247,5 +291,6 @@ class BlockStates:
     def close(self) -> None:
         """Delete all files."""
         for file in self._files.values():
-            self._drop(file)
+            # Workers who share the files may need them yet: whoever gave them the work removes the folder.
+            self._drop(file, not self._is_shared)
         self._files = {}

@@ -38,6 +38,8 @@ from qwen3_export.text.samples import Samples
 # Rows of the head that are multiplied at a time; fewer where they are converted first, so that they stay in a cache.
 _HEAD_ROWS = 16384
 _CONVERTED_ROWS = 1024
+# The folder of a finished measurement.
+_DONE = "outputs"
 
 
 def pieces_of(out_rows: int) -> list[slice]:
@@ -61,6 +63,11 @@ class FisherInformation:
         if f"{name}.0" not in file.entries:
             return None
         return [torch.from_numpy(file.read(f"{name}.{i}")) for i in range(len(pieces_of(out_rows)))]
+
+
+def found_fisher(scratch: Path) -> FisherInformation:
+    """The finished measurement of a run."""
+    return FisherInformation(scratch / _DONE)
 
 
 @dataclass(frozen=True)
@@ -99,9 +106,9 @@ def measure_fisher(
 
     The measurement of an earlier run in the same `scratch` is taken over. `tick` is called twice per block.
     """
-    done, working = scratch / "outputs", scratch / "outputs.new"
+    done, working = scratch / _DONE, scratch / f"{_DONE}.new"
     if done.is_dir():
-        return FisherInformation(done)
+        return found_fisher(scratch)
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir()
     chosen = np.linspace(0, len(samples.ids) - 1, min(count, len(samples.ids))).astype(int)

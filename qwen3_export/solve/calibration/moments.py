@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3_export.model.workers import Workers, results
+from qwen3_export.model.workers import Parts, Workers, results
 from qwen3_export.solve.calibration.gram_int8 import Bytes, add_products, as_bytes
 
 _STRIP = 256
@@ -111,18 +111,55 @@ def collect_moments_of_parts(
         for begin in range(0, len(indices), at_once)
     ]
 
+    def add(pairs: Sequence[tuple[slice, ...]]) -> None:
+        # The longest first, so that the processors finish together.
+        strips = sorted((strip for pair in pairs for strip in pair), key=lambda strip: -strip.stop)
+        _add_all(cuts, found, strips, pool)
+
+    def give(pair: tuple[slice, ...]) -> Parts:
+        return {f"{i}.{strip.start}": sums.give(strip) for i, sums in enumerate(found) for strip in pair}
+
+    def take(pair: tuple[slice, ...], given: Parts) -> None:
+        for i, sums in enumerate(found):
+            for strip in pair:
+                sums.take(strip, given[f"{i}.{strip.start}"])
+
+    pool.share("moments", _pairs(width), add, give, take, evenly=True)
+    return [sums.means() for sums in found]
+
+
+def _pairs(width: int) -> list[tuple[slice, ...]]:
+    """All column strips, a long one with a short one.
+
+    A pair costs as much as any other.
+    """
+    strips = [slice(i, min(i + _STRIP, width)) for i in range(0, width, _STRIP)]
+    half = len(strips) // 2
+    pairs = [(strips[i], strips[-1 - i]) for i in range(half)]
+    return [*pairs, (strips[half],)] if len(strips) % 2 else [*pairs]
+
+
+def _add_all(
+    cuts: Sequence[tuple[_Sums, Callable[[int], SampleInputs], Sequence[int]]], found: Sequence[_Sums],
+    strips: Sequence[slice], pool: Workers,
+) -> None:  # fmt: skip
+    """Sum up some column strips over all samples."""
+
     def ask(number: int) -> list[Future[SampleInputs]]:
         return [pool.start(partial(cuts[number][1], index)) for index in cuts[number][2]] if number < len(cuts) else []
 
+    for sums in found:
+        sums.begin()
     coming, adding = ask(0), list[Future[None]]()
     for number, (sums, _, _) in enumerate(cuts):
         # The next samples are requested first, so that all processors have work while these are joined.
         batch, coming = results(coming), ask(number + 1)
         joined = sums.join(batch)
         results(adding)
-        adding = sums.start(joined)
+        adding = sums.start(joined, strips)
     results(adding)
-    return [sums.means() for sums in found]
+    for sums in found:
+        sums.end(strips)
 
 
 @dataclass(frozen=True)
@@ -180,12 +217,17 @@ class _Sums:
     def __init__(self, width: int, device: str, pool: Workers, magnitudes: bool, int_matmul: bool) -> None:
         self.int_matmul = int_matmul
         self.width, self.device, self.pool, self.magnitudes, self.tokens = width, device, pool, magnitudes, 0
-        # The longest first, so that the processors finish together.
-        self.strips = [slice(i, min(i + _STRIP, width)) for i in range(0, width, _STRIP)][::-1]
         self.hessian = torch.zeros(width, width, device=device)
         self.sum_abs, self.peak = (torch.zeros(width, device=device) for _ in range(2))
         self.others = dict[str, Tensor]()
         self.common = _Common()
+
+    def begin(self) -> None:
+        """Count from the first sample.
+
+        Sums of strips that were added up before are kept.
+        """
+        self.tokens, self.common = 0, _Common()
 
     def join(self, batch: list[SampleInputs]) -> _Joined:
         """Join a few more samples in one matrix, and count their tokens."""
@@ -195,8 +237,7 @@ class _Sums:
         added = sum(map(len, parts))
         self.tokens += added
         for name, values in left.items():
-            if name not in self.others:
-                self.others[name] = torch.zeros(values[0].shape[1], self.width, device=self.device)
+            self._other(name, values[0].shape[1])
         if (parts[0].dtype == torch.float32 and not self.int_matmul) or added < _TOKENS:
             x = torch.cat(parts)
             return _Joined(
@@ -212,9 +253,34 @@ class _Sums:
         self.common.add(rounded, [len(part) for part in parts], others)
         return _Joined(rounded, others, magnitudes, full)
 
-    def start(self, more: _Joined) -> list[Future[None]]:
-        """Start to add joined samples, strip by strip; earlier ones must be finished."""
-        return [self.pool.start(partial(self._strip, more, columns)) for columns in self.strips]
+    def _other(self, name: str, rows: int) -> Tensor:
+        """The sums of drift or target `[rows, in]`."""
+        if name not in self.others:
+            self.others[name] = torch.zeros(rows, self.width, device=self.device)
+        return self.others[name]
+
+    def start(self, more: _Joined, strips: Sequence[slice]) -> list[Future[None]]:
+        """Add what was joined, strip by strip; what was added before must be finished."""
+        return [self.pool.start(partial(self._strip, more, columns)) for columns in strips]
+
+    def end(self, strips: Sequence[slice]) -> None:
+        """Add what the last centers contribute."""
+        self.pool.map(partial(self.common.contribute, self.hessian, self.others), strips)
+
+    def give(self, columns: slice) -> Parts:
+        """The sums of one strip, for another process."""
+        others = {name: total[:, columns] for name, total in self.others.items()}
+        sizes = {"sum_abs": self.sum_abs[columns], "peak": self.peak[columns]} if self.magnitudes else {}
+        return {"tokens": self.tokens, "hessian": self.hessian[: columns.stop, columns], "others": others, **sizes}
+
+    def take(self, columns: slice, given: Parts) -> None:
+        """Sums of one strip from another process."""
+        self.tokens = given["tokens"]
+        self.hessian[: columns.stop, columns] = given["hessian"].to(self.device)
+        for name, total in given["others"].items():
+            self._other(name, len(total))[:, columns] = total.to(self.device)
+        if self.magnitudes:
+            self.sum_abs[columns], self.peak[columns] = (given[key].to(self.device) for key in ("sum_abs", "peak"))
 
     def _strip(self, more: _Joined, columns: slice) -> None:
         _add(self.hessian, more.x, more.x, slice(0, columns.stop), columns)
@@ -231,7 +297,8 @@ class _Sums:
     def means(self) -> Moments:
         """The sums over the tokens, divided by their number."""
         count = max(self.tokens, 1)
-        self.pool.map(partial(self._finish, count), self.strips)
+        strips = [strip for pair in _pairs(self.width) for strip in pair]
+        self.pool.map(partial(self._finish, count), sorted(strips, key=lambda strip: -strip.stop))
         mean_abs, peak = (self.sum_abs / count, self.peak) if self.magnitudes else (None, None)
         drift, target = self.others.get("drift"), self.others.get("target")
         return Moments(self.tokens, self.hessian, drift, target, mean_abs, peak)
@@ -241,7 +308,6 @@ class _Sums:
 
         H was summed above the diagonal only; its mirror image is filled in here.
         """
-        self.common.contribute(self.hessian, self.others, columns)
         self.hessian[: columns.stop, columns].div_(count)
         for total in self.others.values():
             total[:, columns].div_(count)

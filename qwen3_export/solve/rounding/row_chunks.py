@@ -14,7 +14,7 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import E2M1, SCALE_TYPES, QuantizedTensor
 from qwen3_export.errors import RecipeError
 from qwen3_export.model.activations import largest_unit
-from qwen3_export.model.workers import Workers
+from qwen3_export.model.workers import Parts, Workers
 from qwen3_export.solve.method import LinearGroup, SolvedWeight, not_finite, ratio
 from qwen3_export.solve.rounding.grid import TORCH_SCALES, Grid
 
@@ -63,7 +63,7 @@ def solve_rows(
         solved = solve(out_rows)
         return replace(solved, codes=_code_bytes(solved.codes, scheme))
 
-    pieces = pool.map(piece_of, cut or row_chunks(weight, scheme))
+    pieces = _solve_all(piece_of, cut or row_chunks(weight, scheme), scheme, pool)
     codes = torch.cat([piece.codes for piece in pieces]).numpy()
     error = ratio(name, sum(piece.error for piece in pieces), sum(piece.total for piece in pieces))
     if scheme.block_type is not None:
@@ -88,6 +88,28 @@ def solve_rows(
         input_scale=_input_scale(group.input_peak, scheme) if static else None,
     )
     return SolvedWeight(tensor, error)
+
+
+def _solve_all(
+    solve: Callable[[slice], SolvedRows], cut: Sequence[slice], scheme: QuantScheme, pool: Workers
+) -> list[SolvedRows]:
+    """All chunks in their order, on a cluster some of them by other workers."""
+    found: dict[int, SolvedRows] = {}
+
+    def work(places: Sequence[int]) -> None:
+        found.update(zip(places, pool.map(solve, [cut[place] for place in places]), strict=True))
+
+    def give(place: int) -> Parts:
+        rows, grid = found[place], found[place].grid
+        numbers = {"error": rows.error, "total": rows.total}
+        return {"codes": rows.codes, "scales": grid.scales, "zeros": grid.zeros, "fields": dict(grid.fields), **numbers}
+
+    def take(place: int, parts: Parts) -> None:
+        grid = Grid(scheme, parts["scales"], parts["zeros"], parts["fields"])
+        found[place] = SolvedRows(grid, parts["codes"], parts["error"], parts["total"])
+
+    pool.share("rows", range(len(cut)), work, give, take)
+    return [found[place] for place in range(len(cut))]
 
 
 def _code_bytes(codes: Tensor, scheme: QuantScheme) -> Tensor:

@@ -67,10 +67,11 @@ class TargetShift:
         """The weight `[out, in]` to quantize in place of `weight`."""
         some = range(0, len(weight), CONFIRM_EVERY)
         cuts = [some[i : i + _CONFIRMED] for i in range(0, len(some), _CONFIRMED)]
-        parts = pool.map(partial(self._confirm, weight, pool.matmul_dtype), cuts)
+        parts = pool.share_map("confirm", partial(self._confirm, weight, pool.matmul_dtype), cuts)
         confirmed, curvature = (sum(part[i] for part in parts) for i in range(2))
         alpha = min(max(confirmed / curvature, 0.0), 1.0) if curvature > 0 else 0.0
-        steps = pool.map(partial(self.both.of, weight, matmul_dtype=pool.matmul_dtype), _pieces(weight))
+        step = partial(self.both.of, weight, matmul_dtype=pool.matmul_dtype)
+        steps = pool.share_map("shift", step, _pieces(weight))
         return weight + alpha * torch.cat(steps)
 
     def _confirm(self, weight: Tensor, matmul_dtype: torch.dtype, out_rows: range) -> tuple[float, float]:
@@ -108,7 +109,7 @@ def _step(moments: Moments, lower: Tensor, pool: Workers) -> _Step:
     drift = moments.drift
     if drift is None:
         return _Step(moments, lower, None)
-    parts = pool.map(lambda out_rows: _solved(drift[out_rows], lower), _pieces(drift))
+    parts = pool.share_map("drift", lambda out_rows: _solved(drift[out_rows], lower), _pieces(drift))
     return _Step(moments, lower, torch.cat(parts))
 
 

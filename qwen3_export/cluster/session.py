@@ -1,0 +1,232 @@
+"""Ray: nodes, objects placed on them, questions and answers.
+
+Nothing is sent to Ray's makers, no dashboard is opened, and Ray's own output is left in its log files. What travels is
+small: its store of objects has 100 MB on a node that is started here, and nothing is ever spilled to a disk.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwen3_export.core.process import uncollected, uninterrupted
+from qwen3_export.errors import InputError, MissingRuntimeError, ResourceError
+
+STORE_BYTES = 100 << 20
+# Seconds to find out whether somebody listens, and for a process to end.
+_CONNECT_SECONDS, _END_SECONDS = 5, 10
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Nobody but the run's own limit decides here how much memory it may take.
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_enable_metrics_collection": "0",
+}
+
+
+class LostWorkerError(Exception):
+    """The process or the node of a worker is gone."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster: its name, and what it offers."""
+
+    id: str
+    name: str
+    cpus: float
+    gpus: float
+    memory: int
+    labels: frozenset[str] = field(default_factory=frozenset)
+
+
+@dataclass(frozen=True)
+class Handle:
+    """An object in a process of its own."""
+
+    actor: Any
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Ask for something; the answer is fetched with `Session.answers`."""
+        return getattr(self.actor, method).remote(*arguments)
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """Ask for something and wait; LostWorkerError when the process is gone."""
+        return _get(self.call(method, *arguments))
+
+
+def check_cluster(address: str) -> None:
+    """Raise MissingRuntimeError without ray, InputError for what is no address."""
+    from importlib.util import find_spec
+
+    if find_spec("ray") is None:
+        raise MissingRuntimeError("--cluster needs ray", "pip install 'qwen3-export[cluster]'")
+    if local_workers(address) is None and address != "auto":
+        _parsed(address)
+
+
+def local_workers(address: str) -> int | None:
+    """N of `local:N`, 0 of `local`; None for the address of a running cluster.
+
+    Raises InputError for neither.
+    """
+    word, _, count = address.partition(":")
+    if word != "local":
+        return None
+    if count and not (count.isdecimal() and 1 <= int(count) <= 512):
+        raise InputError(f"--cluster {address}: local, local:N with N from 1 to 512, or HOST:PORT was expected")
+    return int(count) if count else 0
+
+
+class Session:
+    """A connection to a cluster; made by `open_session`."""
+
+    def nodes(self) -> list[Node]:
+        """All nodes that are alive, by name."""
+        import ray
+
+        found = []
+        for item in ray.nodes():
+            if item["Alive"]:
+                offers = item["Resources"]
+                own = ("CPU", "GPU", "memory", "object_store_memory")
+                labels = frozenset(
+                    n for n in offers if n not in own and not n.startswith(("node:", "accelerator_type:"))
+                )
+                name = f"{item['NodeManagerHostname']} ({item['NodeManagerAddress']}, {item['NodeID'][:8]})"
+                amounts = (offers.get("CPU", 0.0), offers.get("GPU", 0.0), int(offers.get("memory", 0)))
+                found.append(Node(item["NodeID"], name, *amounts, labels))
+        return sorted(found, key=lambda node: node.name)
+
+    def place(
+        self, kind: type, arguments: Sequence[Any], node: Node | None = None, cpus: float = 0, gpus: float = 0,
+        memory: int = 0, together: int = 1,
+    ) -> Handle:  # fmt: skip
+        """An object of class `kind` in a process of its own.
+
+        It is on the given node; `together` calls of it run at a time.
+        """
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        where: Any = "DEFAULT" if node is None else NodeAffinitySchedulingStrategy(node.id, soft=False)
+        asked = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory or None, "max_restarts": 0}
+        options = {**asked, "scheduling_strategy": where, "max_concurrency": together}
+        return Handle(ray.remote(kind).options(**options).remote(*arguments))
+
+    def answers(self, calls: Sequence[Any], seconds: float | None = None) -> list[Any]:
+        """Those of some calls that have an answer; waits for one at least."""
+        import ray
+
+        ready, _ = ray.wait(list(calls), num_returns=1, timeout=seconds)
+        return list(ready)
+
+    def answer(self, call: Any, seconds: float | None = None) -> Any:
+        """What a call has found.
+
+        Raises LostWorkerError when the process is gone, ResourceError when it takes too long.
+        """
+        return _get(call, seconds)
+
+    def end(self, handles: Sequence[Handle]) -> None:
+        """End objects' processes, and wait until they are gone: they may write no more."""
+        import ray
+
+        for handle in handles:
+            ray.kill(handle.actor, no_restart=True)
+        for handle in handles:
+            with suppress(LostWorkerError, ResourceError, MissingRuntimeError):
+                _get(handle.actor.__ray_ready__.remote(), _END_SECONDS)
+
+
+def _get(call: Any, seconds: float | None = None) -> Any:
+    import ray
+    from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RaySystemError
+
+    try:
+        return ray.get(call, timeout=seconds)
+    except GetTimeoutError as error:
+        raise ResourceError(
+            f"a worker on the cluster has not answered for {seconds:.0f} s",
+            "ray status shows what its nodes are busy with; what is finished is kept",
+        ) from error
+    except ActorDiedError as error:
+        if "creation task" in str(error) or "__init__" in str(error):
+            raise MissingRuntimeError(
+                f"a node cannot start a worker: {str(error).strip().splitlines()[-1]}",
+                "install the same version of qwen3-export, with the extra `cluster`, on every node",
+            ) from error
+        raise LostWorkerError(str(error)) from error
+    except (RayActorError, RaySystemError) as error:
+        raise LostWorkerError(str(error)) from error
+
+
+@contextmanager
+def open_session(address: str, workers: int = 1, gpus: int = 0) -> Iterator[Session]:
+    """Attach to a cluster, or for `local` start one here of `workers` processors.
+
+    Raises MissingRuntimeError without ray, or where no cluster answers.
+    """
+    check_cluster(address)
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    is_local = local_workers(address) is not None
+    if not is_local:
+        _check_reachable(address)
+    # Short: a socket's path may have 107 characters.
+    folder = tempfile.mkdtemp(prefix="q3e-") if is_local else None
+    with uninterrupted(), uncollected():
+        import ray
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL, "configure_logging": True}
+    try:
+        with uninterrupted():
+            if is_local:
+                ray.init(
+                    address="local", num_cpus=workers, num_gpus=gpus, include_dashboard=False,
+                    object_store_memory=STORE_BYTES, _temp_dir=folder, _node_ip_address="127.0.0.1",
+                    _system_config={"automatic_object_spilling_enabled": False}, **quiet,
+                )  # fmt: skip
+            else:
+                ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, OSError, ValueError) as error:
+        raise MissingRuntimeError(
+            f"--cluster {address}: {str(error).strip().splitlines()[0]}",
+            "run on a node of the cluster (ray start --address=HOST:PORT), with the same versions of Python and ray",
+        ) from error
+    try:
+        yield Session()
+    finally:
+        ray.shutdown()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _parsed(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        raise InputError(f"--cluster {address}: local, local:N, auto or HOST:PORT was expected")
+    return host, int(port)
+
+
+def _check_reachable(address: str) -> None:
+    """Raise MissingRuntimeError where nobody listens: Ray itself would try for a minute."""
+    if address == "auto":
+        return
+    host, port = _parsed(address)
+    try:
+        socket.create_connection((host, port), _CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise MissingRuntimeError(
+            f"--cluster {address}: no Ray cluster answers there ({error})",
+            "start one: ray start --head on one machine, ray start --address=HOST:PORT on the others",
+        ) from error

@@ -1,0 +1,191 @@
+"""A worker of `quantize --cluster`: it solves blocks together with the others.
+
+It is a plain class: `cluster.session` puts one on every node. What it knows it reads from the shared path, what it
+finds it leaves there; only records and the board's short messages travel otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from qwen3_export.cluster.session import Handle
+from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
+from qwen3_export.core.process import end_with_parent, trim_heap
+from qwen3_export.core.processors import thread_count
+from qwen3_export.core.progress import peak_rss_bytes
+from qwen3_export.core.recipe import Recipe
+from qwen3_export.errors import ExportError
+from qwen3_export.solve.executor import PIECES, solve_block
+from qwen3_export.solve.job import BlockRecord, Job, QuantizeSettings, SolvedBlock
+from qwen3_export.solve.methods import load_method
+from qwen3_export.solve.output_folder import QuantizedFolder
+from qwen3_export.text.samples import Samples
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a worker must know of the run; paths are those of every node."""
+
+    source: Path
+    recipe: Recipe
+    samples: Samples | None
+    settings: QuantizeSettings
+    partial: Path
+    scratch: Path
+    layout: str
+    head_apart: bool
+    without_torch: bool
+    threads: int = 1
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """What tells two folders apart without reading all of them."""
+    shards = sorted({file.path for file in checkpoint.files.values()})
+    lines = [f"{path.name} {path.stat().st_size}\n" for path in shards]
+    configuration = (checkpoint.folder / "config.json").read_bytes()
+    return hashlib.sha256(configuration + "".join(lines).encode()).hexdigest()
+
+
+def arithmetic(device: str, without_torch: bool) -> dict[str, str]:
+    """What decides the bytes of a machine's products.
+
+    Rounding to nearest alone gives the same bytes on all processors.
+    """
+    known = {"qwen3-export": metadata.version("qwen3-export"), "numba": metadata.version("numba")}
+    if without_torch:
+        return known
+    import torch
+
+    from qwen3_export.model.workers import fast_matmul
+
+    known["torch"] = str(torch.__version__).split("+")[0]
+    if device != "cpu":
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+        return {
+            **known,
+            "device": name,
+            "capability": str(torch.cuda.is_available() and torch.cuda.get_device_capability()),
+        }
+    return {**known, "products": fast_matmul(), "vectors": str(torch.backends.cpu.get_cpu_capability())}
+
+
+def boot_id() -> str:
+    """Changes with every start of the machine.
+
+    What was not flushed before is gone.
+    """
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+class Member:
+    """See the module docstring; `number` is its name to the board."""
+
+    def __init__(self, run: Run, number: int, board: Handle) -> None:
+        end_with_parent()
+        self._run, self._number, self._board = run, number, board
+        self._stack = ExitStack()
+        self._job: Job | None = None
+        self._solved: dict[int, SolvedBlock] = {}
+
+    def look(self, token: str) -> dict[str, Any]:
+        """What this node is, and whether it sees source and output."""
+        run = self._run
+        found: dict[str, Any] = {
+            "host": socket.gethostname(),
+            "boot": boot_id(),
+            "process": os.getpid(),
+            "arithmetic": arithmetic(run.settings.device, run.without_torch),
+        }
+        try:
+            found["source"] = fingerprint(open_checkpoint(run.source))
+        except (ExportError, OSError) as error:
+            found["source"] = str(error)
+        try:
+            for folder in {run.partial, run.scratch}:
+                (folder / token).read_text()
+                (folder / f"{token}.{self._number}").write_text(token)
+        except OSError as error:
+            found["output"] = str(error)
+        return found
+
+    def solve(self, layer: int, fisher: bool) -> BlockRecord | tuple[str, str, str | None]:
+        """Solve a block together with the other workers.
+
+        An expected error comes as class, text and hint.
+        """
+        try:
+            job = self._opened(fisher)
+            job.pool.begin(self._run.scratch / PIECES / f"{layer:04d}")  # type: ignore[attr-defined]
+            self._solved = {}
+            trim_heap()
+            self._solved = {layer: solve_block(replace(job, apart=f"-{layer:04d}"), layer)}
+        except ExportError as error:
+            return type(error).__name__, str(error), error.hint
+        return self._solved[layer].record
+
+    def write(self, layer: int) -> None:
+        """Write the shard of the block that was just solved."""
+        self._target().write_block(layer, self._solved.pop(layer))
+
+    def solve_alone(self, layer: int) -> BlockRecord | tuple[str, str, str | None]:
+        """Solve and write a block that does not depend on any other."""
+        try:
+            job = self._opened(False)
+            solved = solve_block(job, layer)
+            self._target().write_block(layer, solved)
+        except ExportError as error:
+            return type(error).__name__, str(error), error.hint
+        trim_heap()
+        return solved.record
+
+    def peak(self) -> int:
+        """Largest resident memory of this process so far, in bytes."""
+        return peak_rss_bytes()
+
+    def _target(self) -> QuantizedFolder:
+        run = self._run
+        return QuantizedFolder(run.partial, self._opened(False).checkpoint, run.layout, {}, run.head_apart)
+
+    def _opened(self, fisher: bool) -> Job:
+        """The job as this process does it.
+
+        It is made once, and again when the outputs' importance becomes known.
+        """
+        if self._job is None:
+            run = self._run
+            method, options = load_method(run.recipe)
+            pool = self._stack.enter_context(self._workers())
+            self._job = Job(
+                open_checkpoint(run.source), run.recipe, method, options, run.samples, pool,
+                run.scratch, run.settings.device, without_torch=run.without_torch,
+            )  # fmt: skip
+        if fisher and self._job.fisher is None:
+            from qwen3_export.solve.calibration.fisher import found_fisher
+
+            self._job = replace(self._job, fisher=found_fisher(self._job.scratch))
+        return self._job
+
+    def _workers(self) -> Any:
+        from qwen3_export.model.workers import workers, workers_without_torch
+        from qwen3_export.solve.cluster.shared_workers import shared
+
+        threads = min(self._run.threads, thread_count())
+        if self._run.without_torch:
+            return workers_without_torch(threads)
+        more = partial(self._more, threads)
+        return shared(workers(threads, fast=True), more)
+
+    def _more(self, threads: int, key: str, count: int, done: Any, evenly: bool) -> list[int]:
+        found: list[int] = self._board.ask("more", key, count, self._number, list(done), evenly, threads)
+        return found

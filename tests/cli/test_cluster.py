@@ -1,0 +1,176 @@
+"""`--cluster` on real Ray nodes and in real processes: same bytes, whoever is killed and whenever."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qwen3_export.core.outputs import partial_path
+from tests.cli.helpers import COMMAND, call, finish, hashes, names, refused, start, write_text_model
+from tests.conftest import tiny_moe_config
+
+pytestmark = pytest.mark.xdist_group("ray")
+OPTIONS = ("--recipe", "gptq-w4a16-g32", "--samples", "12", "--sequence-length", "64")
+# Workers and drivers that are killed in turn.
+KILLS = 10
+
+
+class Nodes:
+    """Ray nodes of one processor each on this machine; `grow` starts more."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster  # noqa: TID251  (nodes, not work)
+
+        self._cluster, self.count = Cluster(), 0
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.address)
+
+    def grow(self, count: int) -> None:
+        while self.count < count:
+            self._cluster.add_node(num_cpus=1, include_dashboard=False, object_store_memory=80 << 20)
+            self.count += 1
+
+    def close(self) -> None:
+        self._cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")
+        found = Nodes()
+        try:
+            found.grow(1)
+            yield found
+        finally:
+            found.close()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    sizes = {"num_hidden_layers": 4, "hidden_size": 288, "intermediate_size": 544}
+    moe = tiny_moe_config(**sizes, num_experts=6, moe_intermediate_size=64)
+    return {
+        "dense": write_text_model(folder / "dense", **sizes),
+        "moe": write_text_model(folder / "moe", **{**moe, "vocab_size": 8192, "max_position_embeddings": 512}),
+    }
+
+
+@pytest.fixture(scope="module")
+def wanted(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """Hashes of every file of runs in one process."""
+    folder = tmp_path_factory.mktemp("wanted")
+    for name, model in models.items():
+        assert call("quantize", model, *OPTIONS, "--output", folder / name).code == 0
+    return {name: hashes(folder / name) for name in models}
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_any_number_of_nodes_gives_the_bytes_of_one_process(
+    count: int, nodes: Nodes, models: dict[str, Path], wanted: dict[str, dict[str, str]], tmp_path: Path
+) -> None:
+    nodes.grow(count)
+    for name, model in models.items():
+        outcome = call("quantize", model, *OPTIONS, "--output", tmp_path / name, "--cluster", nodes.address, "--json")
+        assert len(outcome.json["workers"]) == count
+        assert len({worker["node"] for worker in outcome.json["workers"]}) == count
+        assert hashes(tmp_path / name) == wanted[name]
+    assert names(tmp_path) == ["dense", "moe"]
+
+
+def _processes(log: str) -> list[int]:
+    return [int(number) for number in re.findall(r"^worker \d+ on .*, process (\d+)$", log, re.MULTILINE)]
+
+
+def _kill_a_worker(log: Path, moment: float, random_source: random.Random, driver: subprocess.Popen[bytes]) -> bool:
+    """Wait until there are workers, then for a while, and kill one that is alive; False when the run was faster."""
+    while len(found := _processes(log.read_text())) < 2:
+        if driver.poll() is not None:
+            return False
+        time.sleep(0.05)
+    time.sleep(moment)
+    alive = [number for number in found if Path(f"/proc/{number}").exists()]
+    if driver.poll() is not None or not alive:
+        return False
+    os.kill(random_source.choice(alive), signal.SIGKILL)
+    return True
+
+
+def test_killed_workers_and_drivers_change_no_byte(
+    nodes: Nodes, models: dict[str, Path], wanted: dict[str, dict[str, str]], tmp_path: Path
+) -> None:
+    nodes.grow(2)
+    chosen, out, killed = random.Random(7), tmp_path / "out", 0
+    command = [*COMMAND, "quantize", str(models["dense"]), *OPTIONS, "--output", str(out), "--cluster", nodes.address]
+    while killed < KILLS:
+        log = tmp_path / f"log-{killed}"
+        with log.open("wb") as file:
+            driver = subprocess.Popen([*command, "-v"], stdout=file, stderr=file)
+        try:
+            killed += _kill_a_worker(log, chosen.uniform(0, 1.5), chosen, driver)
+            time.sleep(chosen.uniform(0, 4))
+            killed += driver.poll() is None
+        finally:
+            driver.kill()
+            code = driver.wait()
+        assert code in (0, -signal.SIGKILL), log.read_text()
+        if code == 0:
+            assert hashes(out) == wanted["dense"]
+            shutil.rmtree(out)
+    assert call(*command[len(COMMAND) :]).code == 0
+    assert hashes(out) == wanted["dense"]
+    assert not partial_path(out).exists()
+
+
+def test_workers_started_here_are_quiet_and_leave_nothing(
+    models: dict[str, Path], wanted: dict[str, dict[str, str]], tmp_path: Path
+) -> None:
+    """With no network but the machine's own: nobody can be called."""
+    options = (*OPTIONS, "--output", tmp_path / "out", "--cluster", "local:2", "--json")
+    scratch = tmp_path / "tmp"
+    scratch.mkdir()
+    process = start("quantize", models["moe"], *options, env={"TMPDIR": str(scratch)})
+    outcome = finish(process)
+    assert len(outcome.json["workers"]) == 2
+    assert "ray" not in outcome.err.lower().replace("array", "")
+    assert hashes(tmp_path / "out") == wanted["moe"]
+    assert names(scratch) == []
+
+
+@pytest.mark.parametrize(
+    ("address", "code", "words"),
+    [
+        ("local:0", 2, "--cluster local:0"),
+        ("local:many", 2, "--cluster local:many"),
+        ("somewhere", 2, "HOST:PORT was expected"),
+        ("ray://host:1", 2, "HOST:PORT was expected"),
+        ("127.0.0.1:1", 3, "no Ray cluster answers there"),
+    ],
+)
+def test_addresses_that_are_none_are_refused(
+    address: str, code: int, words: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    outcome = call("quantize", models["dense"], *OPTIONS, "--output", tmp_path / "out", "--cluster", address)
+    refused(outcome, code, words)
+    assert names(tmp_path) == []
+
+
+def test_without_ray_the_line_that_installs_it_is_given(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    outcome = call("quantize", models["dense"], *OPTIONS, "--output", tmp_path / "out", "--cluster", "local")
+    refused(outcome, 3, "--cluster needs ray", "pip install 'qwen3-export[cluster]'")
