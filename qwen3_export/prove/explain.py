@@ -1,11 +1,11 @@
 """Where drift comes from: two models run block by block beside each other.
 
-    hidden states   ‖h' − h‖ / ‖h‖ after every block, each model on its own states: what has added up
-    own             the same where the artifact's block is given the original's states: what the block itself adds
-    linears         ‖x (W' − W)ᵀ‖ / ‖x Wᵀ‖ on the original's inputs x; experts likewise, with their tokens
-    channels        which channels of the hidden state hold the largest share of the error after a block
+    hidden states   ‖h' − h‖ / ‖h‖ after every block, each model on its own states: the error so far
+    own             the same, with the original's states as the block's input: the error that this block adds
+    linears         ‖x (W' − W)ᵀ‖ / ‖x Wᵀ‖ on the original's inputs x; for experts on their own tokens
+    channels        the channels of the hidden state with the largest shares of the error after a block
 
-Both models are read one block at a time, in torch. Errors are relative, of sums over all tokens.
+Both models are read one block at a time, in torch. Errors are ratios of sums over all tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TOKENS, _WORST_LINEARS, _WORST_CHANNELS = 4096, 20, 5
 
 @dataclass
 class _Sums:
-    """Squared errors and squared sizes, by name, added up over samples."""
+    """Sums of squared errors and squared sizes over samples, by name."""
 
     error: dict[str, float] = field(default_factory=dict)
     size: dict[str, float] = field(default_factory=dict)
@@ -109,7 +109,7 @@ def _embedded(checkpoint: Checkpoint, samples: Samples) -> list[Tensor]:
 
 
 def _is_folded(original: Checkpoint, artifact: Checkpoint) -> bool:
-    """Whether scales were moved between neighbours, so that single linears cannot be compared."""
+    """Whether scales were folded into neighbours, so that single linears cannot be compared."""
     for layer in range(original.config.num_layers):
         for name in original.config.other_shapes(layer):
             tensor = f"{block_name(layer)}.{name}.weight"
@@ -119,7 +119,7 @@ def _is_folded(original: Checkpoint, artifact: Checkpoint) -> bool:
 
 
 def _add_linears(sums: _Sums, block: Block, other: Block, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> None:
-    """Every linear of both blocks on the inputs that it has in the original."""
+    """Compare every linear of both blocks on the original's inputs."""
     state = block.initial_state(hidden)
     for number, stage in enumerate(block.stages):
         for linear in block.config.linear_shapes(block.layer):

@@ -1,11 +1,9 @@
-"""Greedy text beside the original's.
-
-How long does it agree, does it loop, and does it stop where it should?
+"""Greedy text compared with the original's: agreement, loops, and where it stops.
 
     plain         the first tokens of some held-out rows go on                     `generation`
     chats         questions through the chat template, with and without thinking   `chat_generation`
 
-Texts are compared token by token; a text that ended is compared up to its stop token, that one included.
+Texts are compared token by token. A text that ended is compared up to and including its stop token.
 """
 
 from __future__ import annotations
@@ -28,11 +26,9 @@ MODES = {"thinking": True, "no_thinking": False}
 
 @dataclass(frozen=True)
 class Chats:
-    """The original's answers to some questions.
+    """The original's answers to some questions: ids of prompts and answers, per mode.
 
-    There are the prompts' ids and those of the answers, per mode.
-
-    An answer ends with a token of `stops`, or after `new_tokens` of them. `budget` limits the thoughts.
+    An answer ends with a token of `stops`, or after `new_tokens` tokens. `budget` limits the thoughts.
     """
 
     prompts: Mapping[str, tuple[tuple[int, ...], ...]]
@@ -47,9 +43,9 @@ class Chats:
 
     @classmethod
     def from_dict(cls, values: Any, vocab_size: int) -> Chats:
-        """Its inverse.
+        """The inverse of `to_dict`.
 
-        ValueError, KeyError or TypeError when the values are no chats of such a vocabulary.
+        Raises ValueError, KeyError or TypeError when the values are not chats, or have ids beyond the vocabulary.
         """
         budget = values["budget"]
         texts = {
@@ -76,7 +72,7 @@ def _ids(values: Any, vocab_size: int, shortest: int = 1) -> tuple[int, ...]:
 
 
 def ended(tokens: Sequence[int], stops: Sequence[int]) -> tuple[int, ...]:
-    """The tokens up to the first stop token, that one included."""
+    """The tokens up to and including the first stop token."""
     for place, token in enumerate(tokens):
         if token in stops:
             return tuple(tokens[: place + 1])
@@ -84,9 +80,9 @@ def ended(tokens: Sequence[int], stops: Sequence[int]) -> tuple[int, ...]:
 
 
 def generation(session: Session, text: Continuations, tick: Callable[[], object] = lambda: None) -> dict[str, Any]:
-    """Plain greedy text beside the original's.
+    """Plain greedy text compared with the original's.
 
-    Share of equal tokens, length of the common beginning, and how many texts loop.
+    The result has the share of equal tokens, the length of the common beginning, and the number of texts that loop.
     """
     ours = []
     for prompt in text.prompts:
@@ -96,9 +92,9 @@ def generation(session: Session, text: Continuations, tick: Callable[[], object]
 
 
 def chat_generation(session: Session, chats: Chats, tick: Callable[[], object] = lambda: None) -> dict[str, Any]:
-    """Answers with and without thinking, beside the original's.
+    """Answers with and without thinking, compared with the original's.
 
-    As `generation`, and whether they stop as the original's do.
+    The result is that of `generation`, and says whether answers stop as the original's do.
     """
     found = {}
     for mode in MODES:
@@ -131,7 +127,7 @@ def answer_ids(session: Session, prompt: Sequence[int], chats: Chats, mode: str)
 
 def _compared(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> dict[str, Any]:
     pairs = list(zip(ours, theirs, strict=True))
-    # A text that ends early agrees in nothing that follows.
+    # After an early end nothing agrees.
     equal = [sum(a == b for a, b in zip(x, y, strict=False)) for x, y in pairs]
     whole = [max(len(x), len(y)) for x, y in pairs]
     lengths = [_common(x, y) for x, y in pairs]

@@ -10,7 +10,7 @@ from qwen3_export.errors import InputError
 from qwen3_export.prove.pair import pair
 from qwen3_export.prove.tolerance import Tolerance
 
-# 95 % of a normal distribution lie within this many standard deviations, and 95 % below the second.
+# 95 % of a normal distribution lie within so many standard deviations of its mean; 95 % lie below the second number.
 _TWO_SIDED, _ONE_SIDED = 1.96, 1.645
 
 
@@ -21,11 +21,9 @@ def latency_pairs(
     strict: bool,
     machines: Sequence[str | None],
 ) -> Iterator[dict[str, Any]]:
-    """Medians and 95th percentiles of prefill and decode, and peak memory.
+    """Pairs of medians and 95th percentiles of prefill and decode, and of peak memory.
 
-    Nothing where none was measured.
-
-    Figures from two kinds of processor are shown, and stay inconclusive.
+    The list is empty where no latency was measured. Figures from two kinds of processor are inconclusive.
     """
     if "decode" in old and "decode" not in new:
         raise InputError(f"{new['artifact']}: the baseline has its latency, the report has not", "run bench as well")
@@ -58,7 +56,7 @@ def _refuse_unlike(new: Mapping[str, Any], old: Mapping[str, Any]) -> None:
 
 
 def _times(new: Mapping[str, Any], old: Mapping[str, Any]) -> Iterator[tuple[str, float, float, float]]:
-    """`(metric, value, baseline, scatter)` in seconds; the scatter is that of both together."""
+    """`(metric, value, baseline, scatter)` in seconds; the scatter combines both reports."""
     for ours, theirs in zip(new["prefill"], old["prefill"], strict=True):
         scatter = hypot(*(_deviation(item, item["seconds_p50"], item["seconds_p95"]) for item in (ours, theirs)))
         for name in ("p50", "p95"):
@@ -71,6 +69,6 @@ def _times(new: Mapping[str, Any], old: Mapping[str, Any]) -> Iterator[tuple[str
 
 
 def _deviation(item: Mapping[str, Any], median: float, p95: float) -> float:
-    """Standard deviation of single measurements: the recorded one, or what the percentiles say."""
+    """Standard deviation of single measurements, recorded or derived from the percentiles."""
     recorded = item.get("scatter")
     return float(recorded) * median if recorded is not None else (p95 - median) / _ONE_SIDED

@@ -1,12 +1,12 @@
-"""What a gate file may ask for, and the refusal of what cannot be.
+"""The limits that a gate file may set, and the refusal of impossible ones.
 
     max_kl: 0.02                     of a whole artifact
     max_bytes: 9MB
     domains: {math: {max_kl: 0.02}}  of one domain of the text
-    thinking: {max_extra_loops: 0}   of the greedy texts in thinking mode, and `no_thinking` likewise
-    max_peak_memory: 500MiB          of its latency, which is then measured as well
+    thinking: {max_extra_loops: 0}   of the greedy texts in thinking mode; also `no_thinking`
+    max_peak_memory: 500MiB          of a latency run
 
-A limit travels under its dotted name: `domains.math.max_kl`.
+A limit has a dotted name, such as `domains.math.max_kl`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from qwen3_export.errors import InputError
 
 @dataclass(frozen=True)
 class Limit:
-    """One limit: its value's place, its good side, and its unit.
+    """One limit: where its value is, its good side, its unit.
 
-    `kind`: `share` (0 to 1), `amount` (0 or more), `positive`, `bytes`. `interval`: the field with the
-    95 % interval of the value, where there is one.
+    `kind` is `share` (0 to 1), `amount` (0 or more), `positive` or `bytes`. `interval` is the field with the value's 95
+    % interval, where there is one.
     """
 
     path: str
@@ -70,12 +70,12 @@ _MODES = ("thinking", "no_thinking")
 
 
 def limit_named(name: str) -> Limit | None:
-    """What a dotted name stands for; None when there is no such limit."""
+    """The limit of a dotted name; None when there is no such limit."""
     section, *rest = name.split(".")
     if not rest:
         return LIMITS.get(name)
     inner = _DRIFT if section == "domains" and len(rest) > 1 else _TEXTS if section in _MODES else {}
-    # The name of a domain may hold dots itself.
+    # The name of a domain may contain dots itself.
     limit, where = inner.get(rest[-1]), ".".join(rest[:-1])
     if limit is None or (section in _MODES and where):
         return None
@@ -115,7 +115,7 @@ def _known() -> str:
 def parse_limit(name: str, value: object, where: str = "") -> float:
     """The number of a limit.
 
-    Raises InputError when it is unknown, no number, or can never be met or missed.
+    Raises InputError when the limit is unknown, is not a number, or when every result or none would meet it.
     """
     limit = limit_named(name)
     number = parse_number(value, size=limit is not None and limit.kind == "bytes")
@@ -131,9 +131,9 @@ def parse_limit(name: str, value: object, where: str = "") -> float:
 
 
 def parse_number(value: object, size: bool) -> object:
-    """A text as the number it stands for.
+    """A text as a number, with `size` also as a size such as 9MB.
 
-    It is a size where one is meant; YAML leaves `1e-3` a text.
+    Numbers can be texts even in YAML, which takes `1e-3` for one.
     """
     if not isinstance(value, str):
         return value
@@ -145,10 +145,7 @@ def parse_number(value: object, size: bool) -> object:
 
 
 def _impossible(limit: Limit, number: float) -> tuple[str, str | None] | None:
-    """Why no result could ever be on both sides of a limit.
-
-    The reason says what may have been meant.
-    """
+    """Why every result or none would meet a limit, else None."""
     if not math.isfinite(number):
         return "a finite number was expected", None
     if limit.kind == "share" and not 0 <= number <= 1:
@@ -162,10 +159,10 @@ def _impossible(limit: Limit, number: float) -> tuple[str, str | None] | None:
 
 
 def refuse_unmeasurable(limits: Mapping[str, float], domains: tuple[str, ...], measured: Mapping[str, bool]) -> None:
-    """Raise InputError for a limit on what will not be measured.
+    """Raise InputError for a limit on a value that will not be measured.
 
-    `domains`: those of the reference's text. `measured`: whether `tasks`, `sidecars`, `thinking` and
-    `no_thinking` will be there; what is not named will be.
+    `domains` are those of the reference's text. `measured` says whether `tasks`, `sidecars`, `thinking` and
+    `no_thinking` will be measured; values that it does not name will be.
     """
     known = sorted(set(domains))
     for name in limits:
@@ -182,7 +179,7 @@ def refuse_unmeasurable(limits: Mapping[str, float], domains: tuple[str, ...], m
 
 
 def refuse_without_experts(limits: Mapping[str, float], artifact: Path, experts: Mapping[str, Any] | None) -> None:
-    """Raise InputError when a limit is on experts and the artifact's model has none."""
+    """Raise InputError for a limit on experts if the artifact's model has none."""
     for name in limits:
         limit = limit_named(name)
         if limit and limit.path.startswith("experts.") and experts is None:

@@ -1,8 +1,6 @@
-"""What a figure of latency is held against.
+"""What latency is judged by: other work on the machine, memory bandwidth, energy.
 
-Other work on the machine, its memory's bandwidth, its energy.
-
-busy share    /proc/stat before and after, less what this process and its children took
+other work    /proc/stat before and after, less the time of this process and its children
 bandwidth     a large array read by as many threads as the runtime has
 energy        /sys/class/powercap/intel-rapl:N (a counter per socket; Intel and AMD)
               /sys/…/hwmonN of an INA3221 (a Jetson's rails: volts and amperes, sampled)
@@ -24,7 +22,7 @@ import numpy as np
 
 _ARRAY_BYTES, _READS = 128 << 20, 4
 _EVERY = 0.05
-# Others' work from this share of a processor on is worth a warning.
+# From this share of a processor on, work of other processes is worth a warning.
 NOTICEABLE = 0.1
 
 
@@ -36,7 +34,7 @@ class _Moment:
 
 
 class MachineLoad:
-    """How much of the processors other work took since this was made."""
+    """Measures how much of the processors other processes take, from its creation on."""
 
     def __init__(self, stat: Path = Path("/proc/stat")) -> None:
         self._stat = stat
@@ -48,17 +46,14 @@ class MachineLoad:
         except OSError:
             first = []
         ticks = [int(value) for value in first]
-        # user nice system idle iowait irq softirq steal: all but idle and iowait is work, stolen time included.
+        # Columns: user nice system idle iowait irq softirq steal. All but idle and iowait is work, stolen time too.
         busy = (sum(ticks) - sum(ticks[3:5])) / os.sysconf("SC_CLK_TCK") if len(ticks) > 4 else float("nan")
         times = os.times()
         own = times.user + times.system + times.children_user + times.children_system
         return _Moment(time.monotonic(), busy, own)
 
     def others(self) -> float | None:
-        """Processors that other work kept busy on average.
-
-        None where the system does not tell.
-        """
+        """Mean number of processors busy with other work; None where unknown."""
         begin, end = self._begin, self._now()
         wall = max(end.wall - begin.wall, 1e-9)
         found = ((end.busy - begin.busy) - (end.own - begin.own)) / wall
@@ -66,9 +61,9 @@ class MachineLoad:
 
 
 def memory_bandwidth(threads: int) -> float:
-    """Bytes per second that this many threads read from memory.
+    """Bytes per second that so many threads read from memory.
 
-    It is the best of some passes over a large array.
+    It is the best of several passes over a large array.
     """
     pieces = [np.ones(_ARRAY_BYTES // 8 // threads, np.int64) for _ in range(threads)]
     total, best = sum(piece.nbytes for piece in pieces), 0.0
@@ -93,7 +88,7 @@ class EnergyMeter(Protocol):
 
 
 def energy_meter(system: Path = Path("/sys")) -> EnergyMeter | None:
-    """The platform's meter, None where there is none or it may not be read."""
+    """The platform's energy meter; None where there is none or it cannot be read."""
     sockets = [path for path in sorted(system.glob("class/powercap/intel-rapl:*")) if path.name.count(":") == 1]
     if sockets and all(_reads(path / "energy_uj") for path in sockets):
         return _Rapl(sockets)
@@ -124,17 +119,14 @@ class _Rapl:
     def stop(self) -> float:
         total = 0
         for socket, begin, end in zip(self._sockets, self._begin, self._counts(), strict=True):
-            # The counter starts anew at the end of its range.
+            # The counter starts at zero again at the end of its range.
             around = int((socket / "max_energy_range_uj").read_text()) if end < begin else 0
             total += end - begin + around
         return total * 1e-6
 
 
 def _is_input(label: Path) -> bool:
-    """Whether a rail is a board's supply.
-
-    The rails behind it would be counted twice.
-    """
+    """Whether a rail supplies the whole board; other rails would be counted twice."""
     try:
         return label.read_text().strip().upper() in ("VDD_IN", "POM_5V_IN", "VIN_SYS_5V0")
     except OSError:

@@ -8,10 +8,7 @@ from pathlib import PurePath
 
 
 def unique_names(artifacts: Sequence[str]) -> list[str]:
-    """The last parts of each path that tell it from the others.
-
-    Equal paths are numbered.
-    """
+    """The last parts of each path that distinguish it; equal paths are numbered."""
     parts = [PurePath(artifact).parts or (artifact,) for artifact in artifacts]
     names = [_shortest(index, parts) for index in range(len(parts))]
     seen: Counter[str] = Counter()

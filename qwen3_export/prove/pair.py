@@ -21,8 +21,8 @@ def pair(
 ) -> dict[str, Any]:
     """`{metric, baseline, value, delta, ci95, allowed, verdict, reason}`, in the metric's own unit.
 
-    `interval`: 95 % of the difference, None for what is known exactly. `doubt`: why the verdict must
-    stay inconclusive all the same.
+    `interval` is the 95 % interval of the difference, None when the difference is exact. `doubt` is a reason why the
+    verdict must be inconclusive in any case.
     """
     delta, allowed = value - baseline, tolerance.allowed(baseline)
     low, high = interval if interval is not None else (delta, delta)
@@ -42,10 +42,7 @@ def pair(
 
 
 def judge(delta: float, low: float, high: float, allowed: float, strict: bool) -> str:
-    """The verdict on a difference of which more is worse, with its interval.
-
-    See `prove.baseline`.
-    """
+    """The verdict on a difference with its interval; larger is worse (see `prove.baseline`)."""
     if low > allowed:
         return "worse"
     if -allowed <= low and high <= allowed:

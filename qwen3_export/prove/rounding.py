@@ -1,4 +1,4 @@
-"""What rounded activations cost an ONNX folder.
+"""The drift of an ONNX folder that comes from rounded activations alone.
 
 It is KL(exact ‖ as it runs) on calibration samples.
 
@@ -23,7 +23,7 @@ from qwen3_export.text.samples import calibration_samples
 from qwen3_export.text.tokenizer import TextModel
 
 _SAMPLES, _LENGTH = 8, 16
-# Samples that are one prompt together, since every prompt reads all weights, and logits that are compared at once.
+# Samples that are joined into one prompt, since every prompt reads all weights; logits that are compared at once.
 _TOGETHER, _POSITIONS = 4, 16
 
 
@@ -37,7 +37,7 @@ def level_cost(folder: Path) -> dict[str, Any]:
 
 
 def _added_kl(folder: Path) -> tuple[float, int]:
-    # The rounded one first: it takes more memory, and then nothing has to be remembered beside it.
+    # The rounded one runs first: it takes more memory, so nothing should be held beside it.
     rounded = open_session(folder)
     try:
         prompts = _prompts(tokenizer_of(folder, rounded), rounded.context)

@@ -1,11 +1,9 @@
-"""What travels beside the weights.
-
-Does the artifact still speak and stop as the original does?
+"""Comparison of chat template, stop tokens and sampling settings with the original's.
 
     chat template       rendered on some chats, with and without thinking, and compared as text
     generation config   stop tokens and sampling settings, compared by their values
 
-A GGUF file keeps both in its header: the settings that llama.cpp knows are compared there.
+A GGUF file has both in its header; of its settings those that llama.cpp knows are compared.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ _CHATS: tuple[list[dict[str, Any]], ...] = (
         {"role": "user", "content": "And 3 + 3?"},
     ],
 )
-# Not a setting of generation: which library wrote the file.
+# Not a setting: the version of the library that wrote the file.
 _NOT_SETTINGS = ("transformers_version", "_from_model_config")
 _GGUF_SETTINGS = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 
@@ -59,10 +57,7 @@ def read_sidecars(folder: Path) -> Sidecars:
 
 
 def parse_sidecars(text: str | None) -> Sidecars | None:
-    """The sidecars in a reference file's header.
-
-    None in files that were written without them.
-    """
+    """The sidecars in a reference file's header; None in files without them."""
     if text is None:
         return None
     values = json.loads(text)
@@ -70,9 +65,10 @@ def parse_sidecars(text: str | None) -> Sidecars | None:
 
 
 def compare_sidecars(artifact: Path, session: Session, original: Sidecars | None) -> dict[str, Any]:
-    """`{chat_template, generation_config, changed}`: `same`, `differs`, `missing` or `unknown`, and how many changed.
+    """`{chat_template, generation_config, changed}` of an artifact.
 
-    `changed` is None where the reference does not know the original's sidecars.
+    The first two are `same`, `differs`, `missing` or `unknown`; `changed` is the number of those that are not the same,
+    None where the reference does not know the original's sidecars.
     """
     if original is None:
         return {"chat_template": "unknown", "generation_config": "unknown", "changed": None}
@@ -106,7 +102,7 @@ def _compare_templates(original: str | None, found: str | None) -> str:
 
 
 def _rendered(template: str) -> list[str]:
-    """The chats in every mode; how a template fails is a rendering too."""
+    """Some chats rendered in every mode; the error if the template fails."""
     texts = []
     for chat in _CHATS:
         for thinking in (True, False):

@@ -1,4 +1,4 @@
-"""Heat strips: one cell per layer, the darker the larger its error."""
+"""Heat strips: one cell per layer, darker for a larger error."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _strip(y: float, what: str, layers: Layers, largest: float, left: float = 0.
 
 
 def _labels(y: float, layers: Layers, left: float = 0.0) -> list[str]:
-    """The layers' numbers, as many as there is room for."""
+    """Numbers of layers, as many as there is room for."""
     width = (WIDTH - _RIGHT - left) / len(layers)
     step = max(1, int(26 / width) + 1) if width <= 26 else 1
     return [

@@ -1,6 +1,6 @@
 """report.html: one file that needs no network and no script.
 
-Light, dark and legible on paper.
+It has a light, a dark and a print style.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _top(result: Mapping[str, Any], title: str) -> Iterator[str]:
 
 
 def _class(verdict: str) -> str:
-    """The style of a verdict, whatever stands behind it in brackets."""
+    """The style of a verdict, without any remark in brackets."""
     word = verdict.split(" ")[0]
     return "good" if word in _GOOD else "bad" if word in _BAD else "doubt" if word == "inconclusive" else ""
 
