@@ -96,7 +96,7 @@ def fields(values: dict[str, Any]) -> None:
 
 
 def nats(item: Mapping[str, Any]) -> str:
-    """Mean KL of a validation result: `≥` before a lower bound, `≈` before an estimate."""
+    """Mean KL of a validation result, as `marked_kl` writes it."""
     from qwen3_export.prove.report.numbers import marked_kl
 
     return marked_kl(item, 5)

@@ -1,4 +1,4 @@
-"""Disks: which one a path lies on, how much room is there, and errors that say where."""
+"""A path's disk, its free space, and errors that name it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from qwen3_export.errors import ResourceError
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an OSError inside the block name the file: writing and flushing by descriptor do not."""
+    """Let an OSError inside the block name the file.
+
+    Writing and flushing by descriptor raise errors without a name.
+    """
     try:
         yield
     except OSError as error:
@@ -24,7 +27,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def disk_of(path: Path) -> Path:
-    """The mount point of the file system that a path lies on; the path itself may be gone."""
+    """The mount point of a path's file system; the path itself may be missing."""
     place = path.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -40,10 +43,10 @@ def stored_bytes(folder: Path) -> int:
 
 
 def check_room(needed: Mapping[Path, int], hints: Mapping[Path, str]) -> None:
-    """Raise ResourceError where a disk has too little room for what its folders will hold.
+    """Raise ResourceError when a disk has too little space for its folders.
 
-    `needed` are bytes by folder, the fullest that each gets, what lies there already included; folders on one file
-    system share its room. `hints` say by folder what to do.
+    `needed` are the most bytes that each folder will hold, present files included. Folders on one file system share its
+    space. `hints` are the remedies by folder.
     """
     for disk in {os.stat(folder).st_dev for folder in needed}:
         folders = [folder for folder in needed if os.stat(folder).st_dev == disk]

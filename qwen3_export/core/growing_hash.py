@@ -3,8 +3,8 @@
     writer   ───────── write ──────── write ─────▶ end
     hash        ─ read, digest, to the disk ─ read, digest, to the disk ─▶
 
-A thread reads what has been written from the page cache, a step behind, and has it written to the disk: when the last
-byte is there, hash and flush are nearly done.
+A thread follows the writer: it reads new bytes from the page cache and flushes them to the disk. When the last byte is
+written, hash and flush are almost done.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FLUSHED = 64 << 20
 
 
 class GrowingHash:
-    """The hash of `path`, which exists already and only grows."""
+    """The hash of the existing file `path`, which only grows."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._written, self._complete = path, 0, False
@@ -30,19 +30,22 @@ class GrowingHash:
         self._digest = beside(self._follow)
 
     def wrote(self, end: int) -> None:
-        """The file's bytes up to `end` will not change any more."""
+        """Tell that the file's bytes up to `end` will not change any more."""
         with self._changed:
             self._written = end
             self._changed.notify()
 
     def finish(self) -> None:
-        """Nothing more is written."""
+        """Tell that nothing more will be written."""
         with self._changed:
             self._complete = True
             self._changed.notify()
 
     def result(self) -> str:
-        """Hex digest of the whole file; call `finish` first. Raises what went wrong on the way."""
+        """Hex digest of the whole file; call `finish` first.
+
+        Raises the error of a failed read or flush.
+        """
         return self._digest.result()
 
     def _follow(self) -> str:
@@ -59,7 +62,7 @@ class GrowingHash:
         return digest.hexdigest()
 
     def _available(self, position: int) -> int:
-        """The end of what is written, once that lies behind `position`; 0 when nothing more will come."""
+        """Wait for bytes beyond `position`; their end, 0 when no more will come."""
         with self._changed:
             self._changed.wait_for(lambda: self._written > position or self._complete)
             return self._written if self._written > position else 0

@@ -1,4 +1,4 @@
-"""Folders for what is needed on the way: reserved like outputs, removed at the end, found again after a kill.
+"""Folders for intermediate files: reserved like outputs, removed at the end.
 
 OUTPUT.quantized.partial/                  the quantized copy that an export with a recipe is made from
 SCRATCH/OUTPUT-1a2b3c4d.activations.partial/   activations on a disk of their own; the digits tell outputs apart
@@ -21,11 +21,11 @@ from qwen3_export.errors import InputError
 def working_folder(
     output: Path, name: str, inputs: Inputs = (), kept: Callable[[BaseException], bool] | None = None
 ) -> Iterator[Path]:
-    """Yield `OUTPUT.NAME.partial/`, locked, for what is needed on the way; removed at the end.
+    """Yield `OUTPUT.NAME.partial/`, locked, for intermediate files; removed at the end.
 
-    `kept` says of an error whether the folder stays for the next run; by default it does where an unfinished run
-    of ours in there can be resumed, and where one is finished unless the input was refused. What a killed run left is
-    found in it by the next one.
+    The next run finds in it what a killed run has left. `kept` decides after an error whether the folder stays; by
+    default it stays when an unfinished run in it can be resumed, or when a run in it is finished and the input was not
+    refused.
     """
     place = checked_place(output, inputs, force=True, folder=not output.is_file())
     with reserved(place.with_name(f"{place.name}.{name}")) as reservation:
@@ -43,7 +43,7 @@ def working_folder(
 def scratch_folder(
     scratch: Path | None, output: Path, inputs: Inputs = (), kept: Callable[[BaseException], bool] = lambda _: False
 ) -> Iterator[Path | None]:
-    """Yield the folder in `scratch` that belongs to one output, as `working_folder` does; None without a scratch.
+    """Yield an output's folder in `scratch`, as `working_folder` does; None without one.
 
     Raises InputError where it would lie in the output, or touch one of `inputs`.
     """
@@ -64,9 +64,9 @@ def _place(scratch: Path, output: Path) -> Path:
 
 @contextmanager
 def left_behind(folder: Path) -> Iterator[Path | None]:
-    """Yield a working folder that an earlier run of ours left, locked; it is removed when the block ends well.
+    """Yield a working folder of an earlier run, locked; None when there is none.
 
-    None where there is no such folder.
+    It is removed when the block ends without an error.
     """
     if folder.is_symlink() or not (folder / MARKER).is_file() or folder.suffix != ".partial":
         yield None

@@ -1,10 +1,12 @@
-"""Weights of a block that are read when they are needed: a layer of experts may be larger than memory.
+"""Weights of a block that are read from the checkpoint when they are needed.
 
-    as stored    read from the checkpoint, in fp32, what folds did to them done again
-    codes        what has been solved, dequantized
-    running      either of them in the type of the products; kept while there is room, the oldest go first
+A layer of experts may be larger than memory. Its weights have three forms:
 
-Everything else of the block is in memory as it is. All three give the numbers that a block in memory has.
+    as stored    read from the checkpoint in fp32, with folds applied again
+    codes        solved weights, dequantized
+    running      either of these in the type of the products; kept while there is room, the oldest dropped first
+
+The rest of the block is in memory. The numbers are the same as in a block that is in memory as a whole.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ from torch import Tensor
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
 
 Change = Callable[[Tensor], Tensor]
-# Running weights of a layer that fit in here are all kept; of larger layers so much is.
+# So many bytes of running weights are kept.
 RESIDENT_BYTES, WINDOW_BYTES = 1536 << 20, 512 << 20
 
 
 class StreamedWeights(MutableMapping[str, Tensor]):
-    """Weights by local name; `streamed` ones are read by `read`, a function that gives them in fp32.
+    """Weights by local name, some of which are read when needed.
 
-    `sizes` are their numbers of weights. Safe to read from several threads.
+    `read` gives a weight of `streamed` in fp32; `sizes` are their numbers of weights. Several threads may read at once.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class StreamedWeights(MutableMapping[str, Tensor]):
         return made
 
     def change(self, name: str, change: Change) -> None:
-        """Do something to a weight, now or whenever it is read."""
+        """Change a weight, now or whenever it is read."""
         if name in self._resident:
             self._resident[name] = change(self._resident[name])
         else:
@@ -82,20 +84,20 @@ class StreamedWeights(MutableMapping[str, Tensor]):
             self._forget(name)
 
     def put(self, name: str, tensor: QuantizedTensor) -> None:
-        """Codes in the place of a weight."""
+        """Replace a weight by codes."""
         self._resident.pop(name, None)
         self._codes[name] = tensor
         self._forget(name)
 
     def in_type(self, dtype: torch.dtype, linears: Iterable[str]) -> StreamedWeights:
-        """The same weights as they are now, `linears` in the type of the products."""
+        """A copy of the present weights with `linears` in the type of the products."""
         chosen = set(linears)
         resident = {n: weight.to(dtype) if n in chosen else weight for n, weight in self._resident.items()}
         sizes = {name: self._sizes[name] for name in self._streamed}
         return StreamedWeights(resident, sizes, self._read, dtype, self._changes)
 
     def is_streamed(self, name: str) -> bool:
-        """Whether it is not in memory as it is."""
+        """Whether a weight is read when needed."""
         return name not in self._resident
 
     def _forget(self, name: str) -> None:
@@ -123,7 +125,7 @@ class StreamedWeights(MutableMapping[str, Tensor]):
 
 
 def change(weights: MutableMapping[str, Tensor], name: str, made: Change) -> None:
-    """Do something to one weight of a block."""
+    """Change one weight of a block."""
     if isinstance(weights, StreamedWeights):
         weights.change(name, made)
     else:

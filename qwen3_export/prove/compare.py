@@ -54,7 +54,7 @@ def _merge(merged: list[dict[str, Any]], report: str, item: Mapping[str, Any]) -
 
 
 def _names(candidates: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Short names; an artifact that stands in several candidates has the report's name behind its own."""
+    """Short names, with the report's name for an artifact in several candidates."""
     artifacts = [item["artifact"] for item in candidates]
     short = dict(zip(dict.fromkeys(artifacts), unique_names(list(dict.fromkeys(artifacts))), strict=True))
     full = [

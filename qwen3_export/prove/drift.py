@@ -52,7 +52,7 @@ def sample_drift(truth: Truth, logits: NDArray[np.float32], ids: NDArray[np.int3
 def _partial_kl(
     truth: Truth, q: NDArray[np.float32]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, NDArray[np.float64] | None]:
-    """KL of every position, and where it is an estimate the bound below it and its sampling variance."""
+    """KL of every position; for an estimate also its bound and variance."""
     assert truth.ids is not None
     assert truth.tail is not None
     q_top = np.take_along_axis(q, truth.ids.astype(np.int64), 1)

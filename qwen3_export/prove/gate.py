@@ -101,7 +101,7 @@ def doubt(check: Mapping[str, Any]) -> str | None:
 
 
 def number(value: float) -> str:
-    """A number for machines and tables: six significant digits, whole where it is whole, never `-0`."""
+    """A number for machines and tables, to six significant digits, never `-0`."""
     return significant(value, 6)
 
 
@@ -111,7 +111,7 @@ def short(value: float) -> str:
 
 
 def distinct(value: float, other: float) -> tuple[str, str]:
-    """Two numbers for people, in as many digits more as it takes to see that they differ."""
+    """Two numbers for people, with enough digits to see that they differ."""
     for digits in range(4, 17):
         texts = significant(value, digits), significant(other, digits)
         if texts[0] != texts[1] or value == other:

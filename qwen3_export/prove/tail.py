@@ -1,6 +1,6 @@
-"""The tokens beyond the k likeliest: a few of them, drawn at random, tell the KL that a bound leaves out.
+"""KL of the tail, all tokens but the k likeliest, from random draws.
 
-With m and n the mass that original and artifact give to the tail, p and q their distributions inside of it,
+m and n are the probabilities that original and artifact give to the tail, p and q their distributions inside of it:
 
     KL = Σ top + m log(m / n)  +  m · KL(p ‖ q)
          the proven bound         unknown to a top-k reference
@@ -25,14 +25,16 @@ _LEAST_MASS = 1e-12
 
 
 def tail_count(top_k: int, vocab: int) -> int:
-    """How many tokens a file of `top_k` likeliest ones draws per position: none where these are all."""
+    """Number of tokens drawn per position; 0 when the top k are all."""
     return TAIL_SAMPLES if 0 < top_k < vocab else 0
 
 
 def draw_tail(
     logprobs: NDArray[np.float32], top_ids: NDArray[np.int32], ids: NDArray[np.int32], count: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Tokens of every position's tail, drawn by their probability, and their log-probabilities: both `[T, count]`.
+    """Draw tokens of every position's tail by probability.
+
+    Returns the tokens and their log-probabilities, both `[T, count]`.
 
     `logprobs` `[T, vocab]`, `top_ids` `[T, k]` are not drawn. The row's token `ids` seed the draws, so a row's are the
     same in every file.
@@ -51,7 +53,7 @@ def draw_tail(
 def tail_divergence(
     drawn_p: NDArray[np.float32], drawn_q: NDArray[np.float32], tail_p: NDArray[np.float64], tail_q: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """What the tail's tokens add to the bound `[T]`, and the sampling variance of it `[T]`, in nats.
+    """KL that the tail adds to the bound `[T]`, and its sampling variance `[T]`.
 
     `drawn_p`, `drawn_q` `[T, S]`: both models' log-probabilities of the drawn tokens; `tail_p`, `tail_q` `[T]`: of
     the whole tail.

@@ -135,7 +135,10 @@ def artifact_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
 def activation_bytes(
     checkpoint: Checkpoint, recipe: Recipe, samples: Samples | None, original: bool = False, fisher_samples: int = 0
 ) -> int:
-    """Estimated bytes of both models' activations at their fullest; they lie in OUTPUT.partial or in `--scratch`."""
+    """Estimated bytes of both models' activations at their fullest.
+
+    They lie in OUTPUT.partial or in `--scratch`.
+    """
     config, total = checkpoint.config, 0
     if samples is not None:
         # A fold is searched on some samples, whose files lie beside those of the block loop.

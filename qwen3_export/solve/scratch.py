@@ -1,9 +1,9 @@
-"""Activations on a disk of their own (`--scratch`): where they lie, and how a resumed run comes by them.
+"""Activations on a disk of their own (`--scratch`).
 
     SCRATCH/OUTPUT-1a2b3c4d.activations.partial/   hidden states between blocks, states inside one, measured outputs
 
-An unfinished run's progress names this folder. A run that goes on with another scratch folder, or with none, takes
-along what outlasts a block and removes the rest. What cannot be found there is an error, not made anew.
+The progress of an unfinished run names this folder. If the run goes on with another scratch folder, or with none, the
+files that outlast a block are moved and the rest is removed. Missing files are an error; they are not computed again.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _ENDING = ".activations.partial"
 
 
 def bring_activations(before: Path, now: Path, state: Path) -> bool:
-    """Move what outlasts a block from the folder of an earlier run to that of this one.
+    """Move an earlier run's files that outlast a block to this run's folder.
 
-    Returns whether they are two. `state` is the run's own folder, which lies in its output. Nothing is removed before
-    all of it is copied.
+    Returns whether the folders differ. `state` is the run's own folder in its output. Nothing is removed before
+    everything is copied.
     """
     if before in (now, now.absolute()):
         return False

@@ -12,7 +12,7 @@ def fixed(value: float, digits: int) -> str:
 
 
 def marked_kl(item: Mapping[str, Any], digits: int) -> str:
-    """Mean KL of a validation result: `≥` before a lower bound, `≈` before an estimate."""
+    """Mean KL: `≥` before a lower bound, `≈` before an estimate."""
     mark = "≥ " if item.get("kl_is_lower_bound") else "≈ " if item.get("kl_estimate") else ""
     return mark + fixed(item["kl_mean"], digits)
 

@@ -176,7 +176,7 @@ class OrtOps:
         return self.graph.ops("Split", [product, sizes], f"{name}.split", list(weights), axis=-1)
 
     def _stored(self, weights: Sequence[QuantizedTensor], name: str) -> list[ir.Value]:
-        """Codes, scales and, if asymmetric, zero points of matrices of one scheme, one below the other."""
+        """Codes, scales and zero points of matrices of one scheme, stacked."""
         scheme, in_features = weights[0].scheme, weights[0].shape[1]
         rows, groups = sum(weight.shape[0] for weight in weights), scheme.num_groups(in_features)
 

@@ -73,7 +73,7 @@ def _cuda(layer: SparseLayer, scheme: QuantScheme) -> str | None:
 
 
 def _webgpu(layer: SparseLayer, scheme: QuantScheme) -> str | None:
-    """A browser: 4 and 8 bits without zero points, weights of experts that it computes itself."""
+    """Why ONNX Runtime's WebGPU operator cannot hold a layer, or None."""
     if scheme.num_bits not in (4, 8):
         return f"QMoE in a browser has 4 and 8 bits, not {scheme.num_bits}"
     if not scheme.symmetric:

@@ -56,7 +56,10 @@ class BlockRun:
 
     @cached_property
     def routing(self) -> Routing:
-        """Where the router sends the tokens; not to be asked for by the pool's own threads before it is known."""
+        """Where the router sends the tokens.
+
+        It is computed by the pool, so the pool's own threads may not be the first to ask for it.
+        """
         experts, found = max(stage.experts for stage in self.block.stages), list[Routing]()
 
         def find(_: Sequence[str]) -> None:
@@ -73,7 +76,10 @@ class BlockRun:
 
     @property
     def routed_at_once(self) -> int:
-        """Samples that go through experts together: each of these is read, or dequantized, for all of them once."""
+        """Samples that pass through experts together.
+
+        Each expert is read or dequantized once for all of them.
+        """
         return max(1, ROUTED_TOKENS // self.settings.rope[0].shape[0])
 
 
@@ -118,7 +124,7 @@ def run_stage(run: BlockRun, stage: int) -> None:
 
 
 def advance_sample(run: BlockRun, stage: int, _sample: int, state: State) -> State:
-    """The state of one sample, or of several, behind a stage, in this machine's memory."""
+    """The state of one or several samples after a stage, on the CPU."""
     moved = {name: tensor.to(run.settings.device) for name, tensor in state.items()}
     after = run.block.advance(stage, moved, run.settings.rope)
     # An untouched field must stay the same object, so that it is not written to the disk again.
@@ -139,7 +145,10 @@ def input_moments(run: BlockRun, name: str) -> Moments:
 
 
 def linear_input(run: BlockRun, routing: Routing | None, name: str, sample: int) -> Tensor:
-    """The vectors `[n, in]` of one sample that reach a linear; `routing` where it is an expert's."""
+    """The vectors `[n, in]` of one sample that reach a linear.
+
+    `routing` is needed for an expert's linear.
+    """
     if routing is None:
         return run.block.inputs_of(name, run.states.read(sample, ("x",)))
     return expert_inputs(run.states, routing, run.block.stage_of(name), name, sample)
@@ -157,7 +166,10 @@ def collect(run: BlockRun, name: str, read: Callable[[int], SampleInputs], sampl
 
 
 def samples_at_once(run: BlockRun, name: str) -> int:
-    """Samples whose inputs of one linear are in memory together: more where few of their tokens reach it."""
+    """Samples whose inputs of one linear are in memory together.
+
+    There are more for an expert that few of their tokens reach.
+    """
     usual = run.settings.samples_at_once
     return run.routing.at_once(expert_of(name), usual, TOKENS_AT_ONCE) if is_expert(name) else usual
 

@@ -64,7 +64,10 @@ class SampleFile:
         return found
 
     def rows(self, sample: int, chosen: Tensor) -> Tensor:
-        """Some rows `[n, last axis]` of one sample's tensor, its other axes taken as one; the rest is not read."""
+        """Some rows `[n, last axis]` of one sample's tensor; the rest is not read.
+
+        All axes but the last are taken as one.
+        """
         begin = sample * self._bytes
         before = begin % mmap.ALLOCATIONGRANULARITY
         if os.fstat(self._descriptor).st_size < begin + self._bytes:
@@ -212,7 +215,7 @@ class BlockStates:
         self._generation, self._is_shared = 0, False
 
     def read(self, sample: int, fields: Collection[str] | None = None, count: int = 1) -> State:
-        """State of one sample, or of several, batch axis included; all of its fields or some."""
+        """State of one or several samples, batch axis included; all fields or some."""
         some = self._files if fields is None else [name for name in self._files if name in fields]
         return {name: self._files[name].read(sample, count) for name in some}
 
@@ -224,7 +227,9 @@ class BlockStates:
         self, step: Callable[[int, State], State], pool: Workers,
         idle: Collection[str] = (), lasting: Collection[str] = (), at_once: int = 1,
     ) -> None:  # fmt: skip
-        """Replace every state by `step(sample, state)`, or `at_once` of them, from that sample on.
+        """Replace every state by `step(sample, state)`.
+
+        With `at_once`, `step` gets so many states, from that sample on.
 
         Unchanged fields are not written again, and those that are `idle` not even read. Those that are `lasting`
         will be kept as they then are.

@@ -1,4 +1,4 @@
-"""Which tokens of every sample the router of a layer sends where, so that one expert's inputs can be read alone."""
+"""The router's choices for every sample, to read one expert's inputs alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Routing:
         return self.choices(sample, expert) // self.each
 
     def at_once(self, expert: int, usual: int, tokens: int) -> int:
-        """Samples that bring about so many `tokens` to one expert, at least the `usual` number of them."""
+        """Samples that have about `tokens` tokens for one expert, at least `usual`."""
         count, samples = self.counts[expert], len(self.ends)
         return usual if count == 0 else min(max(usual, tokens * samples // count), samples)
 
@@ -60,7 +60,7 @@ def routing_of(states: BlockStates, experts: int, pool: Workers) -> Routing:
 
 
 def expert_inputs(states: BlockStates, routing: Routing, stage: Stage, name: str, sample: int) -> Tensor:
-    """The vectors `[n, in]` of one sample that reach an expert's linear, as `Block.inputs_of` gives them."""
+    """The inputs `[n, in]` of an expert's linear in one sample, as `Block.inputs_of`."""
     expert = expert_of(name)
     rows = routing.tokens(sample, expert) if stage.norm else routing.choices(sample, expert)
     return states.rows("x", sample, rows)
