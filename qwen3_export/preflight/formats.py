@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qwen3_export.core.checkpoint import Checkpoint
@@ -28,17 +28,20 @@ _MANIFEST_BYTES, _TENSOR_BYTES, _INDEX_BYTES = 4 << 10, 460, 110
 class Verdict:
     """One format's answer.
 
-    It says why it cannot hold the result (None: it can), the bytes it takes, and what to know.
+    It says why it cannot hold the result (None: it can), the bytes it takes, and what to know. `build` is what a
+    further step takes: `{peak_rss_bytes, seconds}`.
     """
 
     reason: str | None = None
     bytes: int | None = None
     note: str | None = None
+    build: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The contract's `{supported, reason, bytes}`; `note` where there is one."""
+        """The contract's `{supported, reason, bytes}`; `note` and `build` where there are any."""
         values = {"supported": self.reason is None, "reason": self.reason, "bytes": self.bytes}
-        return values if self.note is None else {**values, "note": self.note}
+        more = {"note": self.note, "build": self.build}
+        return {**values, **{key: value for key, value in more.items() if value is not None}}
 
 
 def as_quantized(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
@@ -131,7 +134,7 @@ def _gguf(quantized: Checkpoint) -> Verdict:
 
 
 def _tensorrt(quantized: Checkpoint) -> Verdict:
-    from qwen3_export.ship.tensorrt import check_request, planned_bytes
+    from qwen3_export.ship.tensorrt import check_request, planned_bytes, planned_cost
     from qwen3_export.ship.tensorrt.capabilities import DEFAULT, fitting
 
     hint = ""
@@ -139,11 +142,13 @@ def _tensorrt(quantized: Checkpoint) -> Verdict:
         capabilities = check_request(quantized, "rtx", None, "fp16")
     except MissingRuntimeError as error:
         capabilities, hint = fitting(quantized.schemes.values(), DEFAULT), f"; to build it here: {error.hint}"
+    cost = planned_cost(quantized)
     note = (
-        f"a plan runs on the compute capabilities it is built for ({', '.join(capabilities)} unless --sm says "
+        f"building it takes about {cost.peak_rss_bytes / 1e9:.1f} GB of memory and {cost.seconds:.0f} s; it runs on "
+        f"the compute capabilities it is built for ({', '.join(capabilities)} unless --sm says "
         f"otherwise), with the same TensorRT-RTX version, and is built anew for others{hint}"
     )
-    return Verdict(None, planned_bytes(quantized), note)
+    return Verdict(None, planned_bytes(quantized), note, asdict(cost))
 
 
 FORMATS: dict[str, Callable[[Checkpoint], Verdict]] = {

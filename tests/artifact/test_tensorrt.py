@@ -24,7 +24,8 @@ from qwen3_export.errors import ExportError, InputError, MissingRuntimeError, Re
 from qwen3_export.run.artifact import open_session
 from qwen3_export.run.session import RuntimeOptions
 from qwen3_export.ship import tensorrt
-from qwen3_export.ship.tensorrt import check_header, cost, export_tensorrt
+from qwen3_export.ship.tensorrt import cost, export_tensorrt, plan_file
+from qwen3_export.ship.tensorrt.plan_file import check_header
 from qwen3_export.ship.tensorrt.profiles import Profile, default_profile
 from tests.artifact.support import Exported, largest_difference, load_graph, logits, round_to_nearest
 from tests.artifact.test_onnx_standard import check_codes
@@ -81,7 +82,16 @@ def test_the_plan_stores_the_onnx_weights_and_no_more(folder: Callable, name: st
     """A matrix that the builder dequantized, or an embedding stored twice, would show here."""
     exported = folder(name)
     ratio = header(exported.path / "model.plan")["weights"] / onnx_weight_bytes(exported.path)
-    assert ratio == pytest.approx(1, abs=0.02)
+    # A second profile lays one matrix of this small model out anew.
+    assert ratio == pytest.approx(1, abs=0.02 if name == "original" else 0.08)
+
+
+def test_what_building_took_is_what_was_predicted(folder: Callable) -> None:
+    built = folder("gptq-w4a16-g128").result["build"]
+    assert built["peak_rss_bytes"] == pytest.approx(built["predicted"]["peak_rss_bytes"], rel=0.15)
+    assert 0 < built["predicted"]["seconds"] < 10
+    assert built["seconds"] > 0
+    assert built["profiles"] == 2
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -95,7 +105,7 @@ def test_engine_json(folder: Callable, name: str) -> None:
         "compute_capabilities": ["8.9", "12.0"],
         "precision": "fp16",
         "profile": {"max_prompt": 128, "max_context": 512},
-        "profiles": 1,
+        "profiles": 1 if name == "original" else 2,
         "source_sha256": open_source("reference-model").sha256,
     }
     listed = {item["path"]: item["bytes"] for item in exported.result["files"]}
@@ -313,7 +323,7 @@ def test_builder_that_fails(
     match: str,
 ) -> None:
     answer = subprocess.CompletedProcess([], code, out, err)
-    monkeypatch.setattr(tensorrt.subprocess, "run", lambda *_, **__: answer)
+    monkeypatch.setattr(plan_file.subprocess, "run", lambda *_, **__: answer)
     refused(open_checkpoint(make_checkpoint()), tmp_path, error, match)
 
 

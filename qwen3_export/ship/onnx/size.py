@@ -40,6 +40,13 @@ def weight_bytes(checkpoint: Checkpoint, precision: str) -> int:
     return total
 
 
+def quantized_bytes(checkpoint: Checkpoint, precision: str) -> int:
+    """Bytes of the data file that are codes, scales and zero points."""
+    shapes = checkpoint.config.all_matrices()
+    parts = (_quantized(scheme, shapes[name], _BYTES[precision]) for name, scheme in checkpoint.schemes.items())
+    return sum(_on_pages(part) for each in parts for part in each)
+
+
 def _on_pages(count: int) -> int:
     return -(-count // ALIGNMENT) * ALIGNMENT
 

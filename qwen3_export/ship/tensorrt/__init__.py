@@ -4,17 +4,13 @@
     model.plan                     for the compute capabilities named in engine.json, and no others
     engine.json                    engine, version, capabilities, shape profile, hash of the source
 
-TensorRT-RTX compiles without a GPU; its kernels are specialised on the device. Building happens in
-a child process: the compiler writes to stderr on its own, and a crash must not take us with it.
+TensorRT-RTX compiles without a GPU; its kernels are specialised on the device.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -25,24 +21,33 @@ from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.manifest import file_list, to_json, write_manifest
 from qwen3_export.core.outputs import staged_folder
 from qwen3_export.core.progress import Progress
+from qwen3_export.core.qwen3 import block_name
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
-from qwen3_export.errors import InputError, MissingRuntimeError, ResourceError, UnsupportedError
+from qwen3_export.errors import InputError, MissingRuntimeError, UnsupportedError
 from qwen3_export.ship.exactness import cast_errors
 from qwen3_export.ship.onnx import TYPES, qdq, write_graph
 from qwen3_export.ship.onnx import size as onnx_size
-from qwen3_export.ship.onnx.target import DATA, MODEL, Files, choose
+from qwen3_export.ship.onnx.target import MODEL, Files, choose
 from qwen3_export.ship.result import check_schemes, exactness, export_result, onnx_linear_bytes, provenance
 from qwen3_export.ship.tensorrt.capabilities import CAPABILITIES, DEFAULT, fitting, supports, too_old
-from qwen3_export.ship.tensorrt.cost import build_cost, check_memory
-from qwen3_export.ship.tensorrt.profiles import Profile, Shapes, default_profile, prefill_shapes, trtexec_line
+from qwen3_export.ship.tensorrt.cost import BuildCost, build_cost, check_memory
+from qwen3_export.ship.tensorrt.plan_file import MODULES, PLAN, build_plan
+from qwen3_export.ship.tensorrt.profiles import (
+    Profile,
+    Shapes,
+    decode_shapes,
+    default_profile,
+    prefill_shapes,
+    trtexec_line,
+)
 
-PLAN, ENGINE = "model.plan", "engine.json"
-MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
+ENGINE = "engine.json"
 INSTALL = {"rtx": "pip install 'qwen3-export[tensorrt]'", "trt": "pip install tensorrt (on a machine with its GPU)"}
-# A plan may store constants of its own, and rounds sizes up; expanded 4-bit weights would quadruple.
-_EXPANDED, _SLACK_BYTES = 1.02, 64 << 10
 # A plan's own part beside the weights, in all and per block (measured with 1.7; the capabilities add nothing to it).
 _ENGINE_BYTES, _BLOCK_BYTES, _QUANTIZED_BLOCK_BYTES = 1_120_000, 753_000, 1_020_000
+# A second profile's kernels, per block.
+_SECOND_PROFILE_BYTES = 800_000
 
 
 def export_tensorrt(
@@ -72,7 +77,7 @@ def export_tensorrt(
     with staged_folder(output, force, inputs=[checkpoint.folder]) as folder:
         target = replace(choose("standard", precision=precision), flavor="tensorrt")
         write_graph(checkpoint, folder, target, Files(), progress)
-        built = None if onnx_only else _built(folder, engine, capabilities, profiles, progress)
+        built = None if onnx_only else build_plan(folder, engine, capabilities, profiles, progress)
         origin = provenance(checkpoint)
         described = {
             "engine": engine,
@@ -80,7 +85,7 @@ def export_tensorrt(
             "compute_capabilities": _named(engine, capabilities, built),
             "precision": precision,
             "profile": asdict(profile),
-            "profiles": len(profiles),
+            "profiles": built["profiles"] if built else len(profiles),
             "source_sha256": origin["source"]["sha256"],
         }
         (folder / ENGINE).write_text(to_json(described), encoding="utf-8")
@@ -94,13 +99,29 @@ def export_tensorrt(
     plan_bytes = next(item["bytes"] for item in files if item["path"] == PLAN)
     result["bits_per_weight"] = 8 * plan_bytes / checkpoint.config.num_parameters
     result["peak_rss_bytes"] = max(result["peak_rss_bytes"], built["peak_rss_bytes"])
-    result["build"] = {key: built[key] for key in ("seconds", "peak_rss_bytes", "predicted")}
+    predicted = asdict(planned_cost(checkpoint, precision))
+    result["build"] = {**{key: built[key] for key in ("seconds", "peak_rss_bytes", "profiles")}, "predicted": predicted}
     return result
 
 
 def profiles_of(checkpoint: Checkpoint, profile: Profile) -> list[Shapes]:
-    """The optimization profiles of a model's plan; see `ship.tensorrt.profiles`."""
-    return [prefill_shapes(checkpoint.config, profile)]
+    """The optimization profiles of a model's plan; see `ship.tensorrt.profiles`.
+
+    Of integer matrices a second one stores nothing again, of others it stores them a second time (measured with 1.7).
+    """
+    shapes = [prefill_shapes(checkpoint.config, profile)]
+    linears = [checkpoint.schemes.get(name) for name in checkpoint.config.all_linears()]
+    if all(scheme is not None and scheme.type == "int" for scheme in linears):
+        shapes.append(decode_shapes(checkpoint.config, profile))
+    return shapes
+
+
+def planned_cost(checkpoint: Checkpoint, precision: str = "fp16") -> BuildCost:
+    """Memory and time that building the plan will take, from shapes alone."""
+    quantized = onnx_size.quantized_bytes(checkpoint, precision)
+    plain = onnx_size.weight_bytes(checkpoint, precision) - quantized
+    profiles = profiles_of(checkpoint, default_profile(checkpoint.config))
+    return build_cost(plain, quantized, len(profiles))
 
 
 def _named(engine: str, capabilities: Sequence[str], built: dict[str, Any] | None) -> list[str]:
@@ -111,28 +132,6 @@ def _named(engine: str, capabilities: Sequence[str], built: dict[str, Any] | Non
     if engine == "rtx":
         return list(capabilities)
     return [str(built["capability"])] if built and built.get("capability") else []
-
-
-def _built(
-    folder: Path,
-    engine: str,
-    capabilities: Sequence[str],
-    profiles: Sequence[Shapes],
-    progress: Progress,
-) -> dict[str, Any]:
-    """Build the plan and check what came out.
-
-    What was predicted stands beside what it took.
-    """
-    started = time.monotonic()
-    with progress.bar("build plan", 1) as tick:
-        built = _build(folder, engine, capabilities, profiles)
-        tick()
-    if engine == "rtx":
-        check_header(folder / PLAN, built["version"], capabilities)
-        check_weights(folder)
-    predicted = build_cost((folder / DATA).stat().st_size)
-    return {**built, "seconds": time.monotonic() - started, "predicted": asdict(predicted)}
 
 
 def scale_errors(checkpoint: Checkpoint, precision: str) -> list[dict[str, Any]]:
@@ -178,12 +177,31 @@ def check_request(
             "`qwen3-export onnx` and `gguf` export it",
         )
     check_schemes(checkpoint, supports, "TensorRT")
+    _check_siblings(checkpoint)
     if reason := too_old(checkpoint.schemes.values(), precision, capabilities):
         raise UnsupportedError(reason, "name later capabilities with --sm, or quantize with another recipe")
     if not onnx_only:
         _check_builder(checkpoint, engine, profile or default_profile(checkpoint.config))
-        check_memory(onnx_size.weight_bytes(checkpoint, precision))
+        check_memory(planned_cost(checkpoint, precision))
     return tuple(capabilities)
+
+
+def _check_siblings(checkpoint: Checkpoint) -> None:
+    """Refuse 8-bit groups in two linears that read one input: TensorRT joins them, and stores them twice."""
+    for layer in range(checkpoint.config.num_layers):
+        for stage in checkpoint.config.block(layer).stages:
+            names = [f"{block_name(layer)}.{name}" for name in stage.names]
+            found = [name for name in names if _in_8_bit_groups(checkpoint.schemes.get(name))]
+            if len(found) > 1:
+                raise UnsupportedError(
+                    f"{found[0]} and {found[1]} are 8-bit integers in groups: TensorRT joins what reads one input, and "
+                    "stores these twice",
+                    "use strategy: channel for 8 bits, or 4 bits in groups",
+                )
+
+
+def _in_8_bit_groups(scheme: QuantScheme | None) -> bool:
+    return scheme is not None and (scheme.type, scheme.num_bits, scheme.strategy) == ("int", 8, "group")
 
 
 def _check_builder(checkpoint: Checkpoint, engine: str, profile: Profile) -> None:
@@ -206,61 +224,6 @@ def planned_bytes(checkpoint: Checkpoint, precision: str = "fp16") -> int:
     It is known from shapes alone: the ONNX, and a plan with the same weights.
     """
     block = _QUANTIZED_BLOCK_BYTES if checkpoint.schemes else _BLOCK_BYTES
+    block += _SECOND_PROFILE_BYTES * (len(profiles_of(checkpoint, default_profile(checkpoint.config))) - 1)
     plan = onnx_size.weight_bytes(checkpoint, precision) + _ENGINE_BYTES + block * checkpoint.config.num_layers
     return onnx_size.planned_bytes(checkpoint, precision) + plan
-
-
-def _build(folder: Path, engine: str, capabilities: Sequence[str], profiles: Sequence[Shapes]) -> dict[str, Any]:
-    """Run `ship.tensorrt.build` in a process of its own."""
-    request = {
-        "module": MODULES[engine],
-        "onnx": str(folder / MODEL),
-        "plan": str(folder / PLAN),
-        "capabilities": list(capabilities) if engine == "rtx" else [],
-        "profiles": profiles,
-    }
-    command = [sys.executable, "-m", "qwen3_export.ship.tensorrt.build", json.dumps(request)]
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
-    if child.returncode == -9:
-        raise ResourceError("the TensorRT builder was killed: it needs about four times the ONNX in memory")
-    try:
-        answer = json.loads(child.stdout.splitlines()[-1])
-    except (ValueError, IndexError):
-        reason = (child.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UnsupportedError(f"the TensorRT builder failed ({reason})") from None
-    if "error" in answer:
-        if answer["kind"] == "resource":
-            raise ResourceError(answer["error"], "free some room, or use a machine with more of it")
-        raise UnsupportedError(f"TensorRT: {answer['error']}")
-    return answer
-
-
-def check_header(path: Path, version: str, capabilities: Sequence[str]) -> None:
-    """Compare a TensorRT-RTX plan's header with what was asked for; UnsupportedError when it differs."""
-    with path.open("rb") as file:
-        header = file.read(64)
-    size = int.from_bytes(header[16:24], "little")
-    found = ".".join(str(number) for number in header[24:28])
-    mask = int.from_bytes(header[32:40], "little")
-    wanted = sum(CAPABILITIES[name] for name in set(capabilities))
-    if header[:4] != b"vtrt" or size != path.stat().st_size or found != version or mask != wanted:
-        raise UnsupportedError(
-            f"{path.name}: header says {size} bytes, version {found}, capabilities {mask:#x}; "
-            f"{path.stat().st_size} bytes, version {version}, capabilities {wanted:#x} were expected"
-        )
-
-
-def check_weights(folder: Path) -> None:
-    """Raise UnsupportedError when the plan has expanded its codes.
-
-    It then holds clearly more weight bytes than its ONNX.
-    """
-    with (folder / PLAN).open("rb") as file:
-        file.seek(56)
-        stored = int.from_bytes(file.read(8), "little")
-    given = (folder / DATA).stat().st_size
-    if stored > _EXPANDED * given + _SLACK_BYTES:
-        raise UnsupportedError(
-            f"the plan has {stored} bytes of weights, its ONNX {given}: TensorRT expanded quantized weights",
-            "choose a group_size of 32, 64 or 128 that is smaller than the matrices, or strategy: channel",
-        )

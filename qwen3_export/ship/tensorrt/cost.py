@@ -1,8 +1,8 @@
 """What building a plan takes: memory and time.
 
-Both are predicted from the size of its ONNX.
-
-Measured with TensorRT-RTX 1.7, from the reference model to the shape of Qwen3-0.6B; see docs/nvidia.md.
+Both are predicted from the size of its ONNX: bytes of codes and scales, which the compiler works on once for each
+profile, and bytes that stay in 16 bits. Measured with TensorRT-RTX 1.7, processor seconds on one core of a Xeon; the
+figures stand in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from qwen3_export.core.memory import available_bytes
 from qwen3_export.errors import ResourceError
 
-# The library itself, and bytes held for each byte of weights; seconds to start, and for each GB.
-_BASE_BYTES, _FACTOR = 600 << 20, 3.6
-_BASE_SECONDS, _SECONDS_PER_BYTE = 4.0, 6e-9
+# Peak memory: the library, bytes held for each in 16 bits, and for each quantized one, without and per profile.
+_BASE_BYTES, _PLAIN, _QUANTIZED, _PER_PROFILE = 430 << 20, 2.0, 3.45, 0.72
+# Seconds: to start, for a byte in 16 bits, for a quantized byte per profile.
+_BASE_SECONDS, _PLAIN_SECONDS, _QUANTIZED_SECONDS = 1.2, 2.3e-9, 34e-9
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,16 @@ class BuildCost:
     seconds: float
 
 
-def build_cost(weight_bytes: int) -> BuildCost:
-    """The cost of a plan whose ONNX has so many bytes of weights."""
-    return BuildCost(int(_BASE_BYTES + _FACTOR * weight_bytes), _BASE_SECONDS + _SECONDS_PER_BYTE * weight_bytes)
+def build_cost(plain: int, quantized: int, profiles: int) -> BuildCost:
+    """The cost of a plan with so many bytes in 16 bits, quantized bytes, and profiles."""
+    held = _PLAIN * plain + (_QUANTIZED + _PER_PROFILE * profiles) * quantized
+    seconds = _PLAIN_SECONDS * plain + _QUANTIZED_SECONDS * quantized * profiles
+    return BuildCost(int(_BASE_BYTES + held), _BASE_SECONDS + seconds)
 
 
-def check_memory(weight_bytes: int) -> None:
+def check_memory(cost: BuildCost) -> None:
     """Raise ResourceError when the machine has less memory left than the builder takes."""
-    needed, left = build_cost(weight_bytes).peak_rss_bytes, available_bytes()
+    needed, left = cost.peak_rss_bytes, available_bytes()
     if left is not None and needed > left:
         raise ResourceError(
             f"building the plan takes about {needed / 2**30:.2f} GiB of memory, {left / 2**30:.2f} GiB are left",

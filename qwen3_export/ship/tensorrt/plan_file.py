@@ -1,0 +1,123 @@
+"""The plan in its file: built in a child process, read back, checked.
+
+    0   4s   magic, "vtrt"             of TensorRT-RTX 1.7; other engines' headers are their own
+    16  u64  size of the file
+    24  4*u8 version
+    32  u64  compute capabilities, one bit each
+    56  u64  bytes of weights
+
+The compiler writes to stderr on its own, and a crash must not take us with it: so it has a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen3_export.core.cuda import Gpu
+from qwen3_export.core.progress import Progress
+from qwen3_export.errors import ResourceError, UnsupportedError
+from qwen3_export.ship.onnx.target import DATA, MODEL
+from qwen3_export.ship.tensorrt.capabilities import CAPABILITIES
+from qwen3_export.ship.tensorrt.profiles import Shapes
+
+PLAN = "model.plan"
+MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
+# A plan may store constants of its own, and rounds sizes up; expanded 4-bit weights would quadruple. What a second
+# profile may add: small models' matrices that are laid out anew.
+_EXPANDED, _SLACK_BYTES, _SECOND_PROFILE = 1.02, 64 << 10, 1.10
+
+
+def build_plan(
+    folder: Path, engine: str, capabilities: Sequence[str], profiles: Sequence[Shapes], progress: Progress
+) -> dict[str, Any]:
+    """Build the plan of a folder's ONNX and check what came out.
+
+    A second profile stays where it stores no weights again, else the plan is built anew with the first alone; the
+    answer's `profiles` says which. `{version, warnings, peak_rss_bytes, seconds, profiles, capability}`.
+    """
+    started = time.monotonic()
+    with progress.bar("build plan", 1) as tick:
+        built = _build(folder, engine, capabilities, profiles)
+        if engine == "rtx" and len(profiles) > 1 and stored_share(folder) > _SECOND_PROFILE:
+            progress.log("two profiles store weights twice: one is built")
+            profiles = profiles[:1]
+            built = _build(folder, engine, capabilities, profiles)
+        tick()
+    if engine == "rtx":
+        check_header(folder / PLAN, built["version"], capabilities)
+        check_weights(folder, _SECOND_PROFILE if len(profiles) > 1 else _EXPANDED)
+    capability = _here() if engine == "trt" else None
+    return {**built, "seconds": time.monotonic() - started, "profiles": len(profiles), "capability": capability}
+
+
+def _here() -> str:
+    """The compute capability of this machine's GPU, which classic TensorRT builds for."""
+    gpu = Gpu()
+    gpu.close()
+    return gpu.capability
+
+
+def _build(folder: Path, engine: str, capabilities: Sequence[str], profiles: Sequence[Shapes]) -> dict[str, Any]:
+    """Run `ship.tensorrt.build` in a process of its own."""
+    request = {
+        "module": MODULES[engine],
+        "onnx": str(folder / MODEL),
+        "plan": str(folder / PLAN),
+        "capabilities": list(capabilities) if engine == "rtx" else [],
+        "profiles": profiles,
+    }
+    command = [sys.executable, "-m", "qwen3_export.ship.tensorrt.build", json.dumps(request)]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    if child.returncode == -9:
+        raise ResourceError("the TensorRT builder was killed: it needs about four times the ONNX in memory")
+    try:
+        answer = json.loads(child.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        reason = (child.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UnsupportedError(f"the TensorRT builder failed ({reason})") from None
+    if "error" in answer:
+        if answer["kind"] == "resource":
+            raise ResourceError(answer["error"], "free some room, or use a machine with more of it")
+        raise UnsupportedError(f"TensorRT: {answer['error']}")
+    return answer
+
+
+def check_header(path: Path, version: str, capabilities: Sequence[str]) -> None:
+    """Compare a TensorRT-RTX plan's header with what was asked for; UnsupportedError when it differs."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    size = int.from_bytes(header[16:24], "little")
+    found = ".".join(str(number) for number in header[24:28])
+    mask = int.from_bytes(header[32:40], "little")
+    wanted = sum(CAPABILITIES[name] for name in set(capabilities))
+    if header[:4] != b"vtrt" or size != path.stat().st_size or found != version or mask != wanted:
+        raise UnsupportedError(
+            f"{path.name}: header says {size} bytes, version {found}, capabilities {mask:#x}; "
+            f"{path.stat().st_size} bytes, version {version}, capabilities {wanted:#x} were expected"
+        )
+
+
+def stored_share(folder: Path) -> float:
+    """The plan's bytes of weights, relative to its ONNX's."""
+    with (folder / PLAN).open("rb") as file:
+        file.seek(56)
+        stored = int.from_bytes(file.read(8), "little")
+    return max(0, stored - _SLACK_BYTES) / (folder / DATA).stat().st_size
+
+
+def check_weights(folder: Path, most: float = _EXPANDED) -> None:
+    """Raise UnsupportedError when the plan has expanded its codes.
+
+    It then holds clearly more weight bytes than its ONNX.
+    """
+    if (share := stored_share(folder)) > most:
+        raise UnsupportedError(
+            f"the plan has {share:.2f} times its ONNX's bytes of weights: TensorRT expanded quantized weights",
+            "choose a group_size of 32, 64 or 128 that is smaller than the matrices, or strategy: channel",
+        )
