@@ -11,15 +11,17 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or later is needed (set PYTHON=…)"; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) -e '.[solve,onnx,gguf,tensorrt,cluster,dev]'
-	touch $(STAMP)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or later is needed (set PYTHON=…)"; exit 2; }
+	@echo "installing everything into .venv: a few minutes, some gigabytes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) -e '.[solve,onnx,gguf,tensorrt,cluster,dev]'
+	@touch $(STAMP)
 
 # What loads GPTQ and AWQ folders in the tests. A part of it is compiled; where that fails its tests are skipped,
 # which CI does not allow. The build looks for torch, so it is done in this environment.
 $(JUDGE): $(STAMP)
-	{ $(PIP) --no-deps defuser device-smi logbar pypcre threadpoolctl tokenicer pillow setuptools wheel \
+	@echo "installing GPTQModel, which tests compare with"
+	@{ $(PIP) --no-deps defuser device-smi logbar pypcre threadpoolctl tokenicer pillow setuptools wheel \
 	&& $(PIP) --no-deps --no-build-isolation gptqmodel && touch $(JUDGE); } \
 	|| echo "warning: GPTQModel was not installed, its tests are skipped" >&2
 
