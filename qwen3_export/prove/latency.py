@@ -28,6 +28,7 @@ from qwen3_export.errors import ExportError, InputError
 from qwen3_export.prove.environment import environment
 from qwen3_export.prove.gate import check
 from qwen3_export.prove.meters import NOTICEABLE, EnergyMeter, MachineLoad, energy_meter, memory_bandwidth
+from qwen3_export.prove.naming import unique_names
 from qwen3_export.run.artifact import artifact_coverage, of_a_plan, open_session, tokenizer_of
 from qwen3_export.run.session import RuntimeOptions, Session
 from qwen3_export.text.documents import document_ids, load_documents
@@ -56,12 +57,12 @@ def bench(artifacts: Sequence[Path], workload: Workload, progress: Progress | No
     results = []
     progress = progress or Progress()
     with progress.bar("bench", len(artifacts)) as tick:
-        for artifact in artifacts:
+        for artifact, name in zip(artifacts, unique_names([str(path) for path in artifacts]), strict=True):
             found = {**_in_child(artifact, workload), "load_average": list(os.getloadavg())}
             found["bandwidth"] = _bandwidth(artifact, found, sparse=found.pop("sparse"))
             found["warnings"] = _warnings(found)
             for text in found["warnings"]:
-                progress.warn(f"{artifact}: {text}")
+                progress.warn(f"{name}: {text}")
             results.append(found)
             tick()
     return {"results": results, "passed": True, "environment": environment()}

@@ -11,11 +11,19 @@ from qwen3_export.prove.report.tables import named
 
 
 def failures(result: Mapping[str, Any]) -> list[str]:
-    """Every failed check and worse pair in words.
+    """Every failed check and worse pair in words."""
+    return _told(result)[0]
 
-    What is not conclusive or doubtful follows.
-    """
-    failed, doubtful = [], []
+
+def remarks(result: Mapping[str, Any]) -> list[str]:
+    """What passed but is not conclusive, and what makes figures doubtful."""
+    warnings = [f"{name}: {text}" for name, item in named(result) for text in item.get("warnings") or ()]
+    return _told(result)[1] + warnings
+
+
+def _told(result: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What failed, and what is not conclusive."""
+    failed, doubtful = list[str](), list[str]()
     for name, item in named(result):
         for check in item.get("gate", {}).get("checks", ()):
             if not check["passed"]:
@@ -30,8 +38,7 @@ def failures(result: Mapping[str, Any]) -> list[str]:
         elif item["verdict"] == "inconclusive":
             reason = item["reason"] or f"change {span(item['ci95'])}, allowed {short(item['allowed'])}"
             doubtful.append(f"{text}, inconclusive: {reason}")
-    warnings = [f"{name}: {text}" for name, item in named(result) for text in item.get("warnings") or ()]
-    return failed + doubtful + warnings
+    return failed, doubtful
 
 
 def environment_lines(result: Mapping[str, Any]) -> list[tuple[str, str]]:

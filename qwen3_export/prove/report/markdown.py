@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qwen3_export.prove.report.failures import environment_lines, failures
+from qwen3_export.prove.report.failures import environment_lines, failures, remarks
 from qwen3_export.prove.report.tables import tables, verdict_of
 
 
@@ -15,8 +15,8 @@ def markdown(result: Mapping[str, Any], title: str) -> str:
     verdict = verdict_of(result)
     if verdict != "-":
         lines += [f"**{verdict}**", ""]
-    failed = failures(result)
-    lines += [f"- {_escape(text)}" for text in failed] + ([""] if failed else [])
+    told = failures(result) + remarks(result)
+    lines += [f"- {_escape(text)}" for text in told] + ([""] if told else [])
     for index, table in enumerate(tables(result)):
         # The first table needs no heading of its own: the title says what it is.
         lines += [f"## {_escape(table.title)}", ""] if index else []

@@ -5,22 +5,27 @@ It has a light, a dark and a print style.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from qwen3_export.prove.report.charts import charts
-from qwen3_export.prove.report.failures import environment_lines, failures
+from qwen3_export.prove.report.failures import environment_lines, failures, remarks
 from qwen3_export.prove.report.style import STYLE
 from qwen3_export.prove.report.svg import Chart
 from qwen3_export.prove.report.table import Table
 from qwen3_export.prove.report.tables import tables, verdict_of
 
 _GOOD, _BAD = ("pass", "same", "better"), ("FAIL", "worse")
+# Tables that come before the pictures, and columns of words.
+_LEADING = ("Against the baseline", "Candidates", "Drift", "Checks")
+_WORDS = frozenset(("runtime", "check", "metric", "report", "texts", "task", "linear", "kind"))
 
 
 def page(result: Mapping[str, Any], title: str) -> str:
-    """Verdict and failed checks on top, then pictures, tables and the environment."""
+    """Verdict and failed checks on top, then what was asked, pictures, all other tables and the environment."""
+    found = list(tables(result))
+    leading = [table for table in found if table.title in _LEADING]
     return "\n".join(
         (
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -31,8 +36,11 @@ def page(result: Mapping[str, Any], title: str) -> str:
             '<link rel="icon" href="data:,">',
             f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>",
             *_top(result, title),
+            *(_table(table) for table in leading),
+            '<div class="charts">',
             *(_figure(chart) for chart in charts(result)),
-            *(_table(table) for table in tables(result)),
+            "</div>",
+            *(_table(table) for table in found if table not in leading),
             *_environment(result),
             "</main>\n</body>\n</html>\n",
         )
@@ -46,9 +54,9 @@ def _top(result: Mapping[str, Any], title: str) -> Iterator[str]:
         yield '<p class="verdict none">no limits were given</p>'
     elif verdict != "-":
         yield f'<p class="verdict {_class(verdict)}">{escape(verdict)}</p>'
-    found = failures(result)
-    if found:
-        yield '<ul class="failures">' + "".join(f"<li>{escape(text)}</li>" for text in found) + "</ul>"
+    for kind, found in (("failures", failures(result)), ("remarks", remarks(result))):
+        if found:
+            yield f'<ul class="{kind}">' + "".join(f"<li>{escape(text)}</li>" for text in found) + "</ul>"
 
 
 def _class(verdict: str) -> str:
@@ -59,27 +67,34 @@ def _class(verdict: str) -> str:
 
 def _figure(chart: Chart) -> str:
     return (
-        f"<section><h2>{escape(chart.title)}</h2><figure>{chart.svg}"
+        f'<section><h2>{escape(chart.title)}</h2><figure><div class="wide">{chart.svg}</div>'
         f"<figcaption>{escape(chart.caption)}</figcaption></figure></section>"
     )
 
 
 def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{escape(header)}</th>' for header in table.headers)
-    body = "".join("<tr>" + "".join(_cells(row)) + "</tr>" for row in table.rows)
+    words = [header in _WORDS for header in table.headers]
+    head = "".join(
+        f'<th scope="col"{_kind("words" if word else "")}>{escape(header)}</th>'
+        for header, word in zip(table.headers, words, strict=True)
+    )
+    body = "".join("<tr>" + "".join(_cells(row, words)) + "</tr>" for row in table.rows)
     return (
         f'<section><h2>{escape(table.title)}</h2><div class="wide"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div></section>"
     )
 
 
-def _cells(row: Any) -> Iterator[str]:
-    for index, cell in enumerate(row):
+def _cells(row: Sequence[str], words: Sequence[bool]) -> Iterator[str]:
+    for index, (cell, word) in enumerate(zip(row, words, strict=True)):
         if index == 0:
             yield f'<th scope="row">{escape(cell)}</th>'
         else:
-            kind = _class(cell)
-            yield f'<td class="{kind}">{escape(cell)}</td>' if kind else f"<td>{escape(cell)}</td>"
+            yield f"<td{_kind('words' if word else _class(cell))}>{escape(cell)}</td>"
+
+
+def _kind(name: str) -> str:
+    return f' class="{name}"' if name else ""
 
 
 def _environment(result: Mapping[str, Any]) -> Iterator[str]:

@@ -16,14 +16,20 @@ h1 { font-size: 1.6rem; margin: 0 0 .6rem; } h2 { font-size: 1.1rem; margin: 2re
   font-weight: 700; font-size: 1.1rem; }
 .verdict.none { font-weight: 400; color: var(--soft); }
 .good { color: var(--good); } .bad { color: var(--bad); font-weight: 700; } .doubt { color: var(--doubt); }
-.failures { padding-left: 1.2rem; } .wide { overflow-x: auto; }
+.failures, .remarks { padding-left: 1.2rem; } .failures { color: var(--bad); }
+.remarks { color: var(--soft); }
+.wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th, td { padding: .3rem .8rem .3rem 0; text-align: right; border-bottom: 1px solid var(--rule); }
-th:first-child, td:first-child { text-align: left; } thead th { color: var(--soft); font-weight: 600; }
+th:first-child, td:first-child, .words { text-align: left; } thead th { color: var(--soft); font-weight: 600; }
+td.good, td.bad, td.doubt { position: sticky; right: 0; background: var(--paper); }
 tbody th { font-weight: 600; } tbody tr:hover { background: var(--band); }
-figure { margin: 0; max-width: 46rem; } figcaption { color: var(--soft); font-size: .9rem; }
-svg { width: 100%; height: auto; } svg text { fill: var(--ink); font-size: 12px; } svg text.small { fill: var(--soft);
-  font-size: 11px; } .axis { stroke: var(--ink); } .grid { stroke: var(--rule); } .whisker { stroke: var(--ink); }
+.charts { display: grid; gap: 0 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
+.charts section { min-width: 0; } figure { margin: 0; max-width: 46rem; }
+figcaption { color: var(--soft); font-size: .9rem; }
+svg { width: 100%; min-width: 30rem; height: auto; }
+svg text { fill: var(--ink); font-size: 14px; } svg text.small { fill: var(--soft);
+  font-size: 13px; } .axis { stroke: var(--ink); } .grid { stroke: var(--rule); } .whisker { stroke: var(--ink); }
 .line { fill: none; stroke-width: 2; } .heat { fill: var(--heat); }
 .ring { fill: none; stroke: var(--ink); stroke-width: 2; }
 .front { fill: none; stroke: var(--soft); stroke-width: 1.5; stroke-dasharray: 5 4; }
@@ -38,6 +44,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
   --good: #0d5a2d; --bad: #9b1413; --doubt: #6b4500; --heat: #9b1413; --c0: #0b5c9c; --c1: #a34900; --c2: #0e6439;
   --c3: #872676; --c4: #665500; --c5: #3c48b0; --c6: #8f1f3b; --c7: #3a4f58; }
   body { font-size: 10pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  main { max-width: none; padding: 0; } section { break-inside: avoid; } .wide { overflow: visible; }
+  main { max-width: none; padding: 0; } .charts { display: block; } svg { min-width: 0; }
+  section { break-inside: avoid; } .wide { overflow: visible; }
   table { font-size: 8pt; white-space: normal; } th, td { padding-right: .4rem; } }
 """

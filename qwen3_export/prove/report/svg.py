@@ -75,7 +75,7 @@ def legend(names: Sequence[str], y: float) -> tuple[list[str], float]:
     """
     shapes, x = list[str](), 0.0
     for index, name in enumerate(names):
-        width = 30 + 7.2 * len(name)
+        width = 30 + 8.4 * len(name)
         if x and x + width > WIDTH:
             x, y = 0.0, y + 20
         shapes += [box(x, y - 9, 12, 10, f"fill {color(index)}", name), text(x + 18, y, name)]

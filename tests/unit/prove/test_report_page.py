@@ -119,9 +119,9 @@ def test_the_verdict_and_what_failed_come_first() -> None:
     start = words.index("FAIL")
     assert words[start + 1].startswith("b/model.gguf: max_kl is ")
     assert re.fullmatch(r"b/model\.gguf: min_top1 is 0\.9 \(95 %: 0\.8.*\), the limit is 0\.95", words[start + 2])
-    wanted = ["Drift by domain", "Histogram of KL", "Where drift comes from"]
+    wanted = ["Drift", "Checks", "Drift by domain", "Histogram of KL", "Where drift comes from"]
     wanted += [f"{name}/model.gguf: rounding error by layer" for name in "ab"]
-    wanted += ["Prefill", "Decode", "Drift", "Checks"]
+    wanted += ["Prefill", "Decode"]
     assert read.headings[1 : 1 + len(wanted)] == wanted
     assert "Statistics (± as llama-perplexity prints it)" in read.headings
     assert {"Generated texts", "Tasks", "Flips of the top token where the original is sure"} <= set(read.headings)
