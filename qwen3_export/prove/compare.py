@@ -9,7 +9,7 @@ not measured neither helps nor hurts: two candidates are compared in what both h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from qwen3_export.errors import InputError
@@ -54,12 +54,16 @@ def _merge(merged: list[dict[str, Any]], report: str, item: Mapping[str, Any]) -
 
 
 def _names(candidates: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Short names, with the report's name for an artifact in several candidates."""
-    artifacts = [item["artifact"] for item in candidates]
-    short = dict(zip(dict.fromkeys(artifacts), unique_names(list(dict.fromkeys(artifacts))), strict=True))
+    """Short names, with the report's name for an artifact in several reports.
+
+    The way up in a path says where a report was made, not what it measured.
+    """
+    paths = [str(PurePath(*(part for part in PurePath(c["artifact"]).parts if part != ".."))) for c in candidates]
+    distinct = list(dict.fromkeys(paths))
+    short = dict(zip(distinct, unique_names(distinct), strict=True))
     full = [
-        f"{short[item['artifact']]} ({item['report']})" if artifacts.count(item["artifact"]) > 1 else short[artifact]
-        for artifact, item in zip(artifacts, candidates, strict=True)
+        f"{short[path]} ({item['report']})" if paths.count(path) > 1 else short[path]
+        for path, item in zip(paths, candidates, strict=True)
     ]
     return unique_names(full) if len(set(full)) < len(full) else full
 

@@ -1,4 +1,4 @@
-"""Heat strips: one cell per layer, darker for a larger error."""
+"""Heat strips: one cell per layer, stronger in color for a larger error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def hidden_state_strips(drifts: Named) -> Iterator[Chart]:
     for name, layers in traced:
         shapes += [text(0, y, name), *_strip(y + 6, "layer", layers, largest), *_labels(y + 46, layers)]
         y += 68
-    caption = f"Relative error of the hidden state after each layer; the darkest cell is {short(largest)}."
+    caption = f"Relative error of the hidden state after each layer; the strongest cell is {short(largest)}."
     yield Chart("Where drift comes from", picture(y - 14, shapes, "Error of the hidden state by layer"), caption)
 
 
@@ -49,7 +49,9 @@ def rounding_strips(drifts: Named) -> Iterator[Chart]:
             shapes += [text(_LEFT - 8, y + 16, kind, "end"), *_strip(y, kind, cells, largest, _LEFT)]
             y += 24
         shapes += _labels(y + 12, [(layer, 0.0) for layer in next(iter(found.values()))], _LEFT)
-        caption = f"Relative error of each linear's outputs on calibration text; the darkest cell is {short(largest)}."
+        caption = (
+            f"Relative error of each linear's outputs on calibration text; the strongest cell is {short(largest)}."
+        )
         yield Chart(f"{name}: rounding error by layer", picture(y + 18, shapes, "Rounding error by layer"), caption)
 
 

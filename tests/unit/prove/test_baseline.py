@@ -356,6 +356,9 @@ def test_drift_and_latency_of_an_artifact_become_one_candidate(tmp_path: Path) -
     assert "different processors" in found["notes"][0]
     again = compare([write(tmp_path / "a", drift), write(tmp_path / "b", drift)])
     assert [c["name"] for c in again["candidates"]] == ["m.gguf (a)", "m.gguf (b)"]
+    elsewhere = report(result(drifts(), "../m.gguf"))
+    again = compare([write(tmp_path / "c", drift), write(tmp_path / "d", elsewhere)])
+    assert [c["name"] for c in again["candidates"]] == ["m.gguf (c)", "m.gguf (d)"]
 
 
 def test_drift_from_different_originals_is_not_put_side_by_side(tmp_path: Path) -> None:
