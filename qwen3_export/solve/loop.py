@@ -61,8 +61,8 @@ def run_blocks(
     if resumed:
         progress.note(f"resuming at block {min(resumed + 1, layers)} of {layers}")
     with ThreadPoolExecutor(1) as writer:
-        written = None if blocks else _start(job, target, found, writer, progress)
         job = _with_fisher(job, settings.seed, resumed, progress)
+        written = None if blocks else _start(job, target, found, writer, progress)
         with progress.bar(f"quantize {job.checkpoint.name} ({job.recipe.name})", layers + target.head_apart) as tick:
             for layer in range(layers):
                 if layer >= resumed:

@@ -40,6 +40,8 @@ _HEAD_ROWS = 16384
 _CONVERTED_ROWS = 1024
 # The folder of a finished measurement.
 _DONE = "outputs"
+# G of looked-up rows, in that folder.
+_EMBEDDING = "embedding.safetensors"
 
 
 def pieces_of(out_rows: int) -> list[slice]:
@@ -63,6 +65,18 @@ class FisherInformation:
         if f"{name}.0" not in file.entries:
             return None
         return [torch.from_numpy(file.read(f"{name}.{i}")) for i in range(len(pieces_of(out_rows)))]
+
+    def of_rows(self) -> Tensor:
+        """G `[hidden, hidden]` of a looked-up row: an error e of it costs ½ eᵀ G e for each such token."""
+        return torch.from_numpy(TensorFile(self.folder / _EMBEDDING).read("rows"))
+
+    def head_share(self) -> float:
+        """Mean of 1 − Σ p²: an error e of the head's row costs ½ share · (e·x)² for each token that is foretold."""
+        return float(TensorFile(self.folder / _EMBEDDING).read("head")[0])
+
+    def tokens(self) -> int:
+        """Number of tokens that were measured."""
+        return int(TensorFile(self.folder / _EMBEDDING).read("tokens")[0])
 
 
 def found_fisher(scratch: Path) -> FisherInformation:
@@ -115,10 +129,11 @@ def measure_fisher(
     work = FisherPass(checkpoint, [samples.ids[i] for i in chosen], seed, pool, working, device)
     rope = rope_tables(checkpoint.config, 0, len(work.ids[0]), device)
     _forward(work, rope, tick)
-    _loss_gradient(work)
+    spread = _loss_gradient(work)
     for layer in reversed(range(checkpoint.config.num_layers)):
         _backward(work, work.block(layer), rope)
         tick()
+    _write_embedding(work, spread)
     for path in working.glob("*.samples"):
         path.unlink()
     working.rename(done)
@@ -141,30 +156,35 @@ def _forward(work: FisherPass, rope: Rope, tick: Callable[[], object]) -> None:
     file.close()
 
 
-def _loss_gradient(work: FisherPass) -> None:
-    """Write the gradient at the last hidden state of every sample."""
+def _loss_gradient(work: FisherPass) -> float:
+    """Write the gradient at the last hidden state of every sample.
+
+    Returns the mean of 1 − Σ p² over all tokens: how much a logit's error weighs, where it is foretold.
+    """
     config = work.checkpoint.config
     norm = to_torch(work.checkpoint.read("model.norm.weight")).float().to(work.device)
     head = to_torch(work.checkpoint.read(work.checkpoint.head))
     hidden, gradient = work.file(str(config.num_layers)), work.file("gradient")
 
-    def one(sample: int) -> None:
+    def one(sample: int) -> float:
         generator = torch.Generator().manual_seed((work.seed << 32) + sample)
         with torch.enable_grad():
             last = hidden.read(sample).to(work.device).requires_grad_()
             normed = rms_norm(last[0], norm, config.rms_norm_eps)
         parts = torch.split(normed.detach(), TOP_TOKENS)
-        slopes = torch.cat([_slope(part, head, generator, work.matmul_dtype) for part in parts])
-        (found,) = torch.autograd.grad(normed, last, slopes)
+        slopes, spreads = zip(*(_slope(part, head, generator, work.matmul_dtype) for part in parts), strict=True)
+        (found,) = torch.autograd.grad(normed, last, torch.cat(slopes))
         gradient.write(sample, found)
+        return sum(spreads) / len(normed)
 
-    work.pool.map(one, range(len(work.ids)))
+    found = work.pool.map(one, range(len(work.ids)))
     hidden.close()
     gradient.close()
+    return sum(found) / len(found)
 
 
-def _slope(normed: Tensor, head: Tensor, generator: torch.Generator, matmul_dtype: torch.dtype) -> Tensor:
-    """∂(−log p(label)) / ∂normed = (p − label) · head, for tokens `[n, hidden]`."""
+def _slope(normed: Tensor, head: Tensor, generator: torch.Generator, matmul_dtype: torch.dtype) -> tuple[Tensor, float]:
+    """∂(−log p(label)) / ∂normed of a few tokens `[n, hidden]`: (p − label) times the head; and their Σ (1 − Σ p²)."""
     size = _HEAD_ROWS if head.dtype == matmul_dtype else _CONVERTED_ROWS
     cuts = [slice(i, i + size) for i in range(0, len(head), size)]
 
@@ -176,13 +196,31 @@ def _slope(normed: Tensor, head: Tensor, generator: torch.Generator, matmul_dtyp
         logits[:, rows] = inputs @ piece(rows).T
     delta = logits.softmax(-1)
     del logits
+    spread = float((1 - delta.square().sum(-1)).sum())
     labels = draw(delta, generator)
     delta.scatter_add_(1, labels, -torch.ones_like(labels, dtype=delta.dtype))
     delta = delta.to(matmul_dtype)
     found = torch.zeros_like(normed)
     for rows in cuts:
         found += delta[:, rows] @ piece(rows)
-    return found
+    return found, spread
+
+
+def _write_embedding(work: FisherPass, spread: float) -> None:
+    """Write what `of_rows` and `head_share` read, from the gradients at the first hidden state."""
+    gradient = work.file("gradient")
+    parts = work.pool.map(lambda sample: gradient.read(sample)[0], range(len(work.ids)))
+    gradient.close()
+    tokens = sum(map(len, parts))
+    total = torch.stack([part.T @ part for part in parts]).sum(0) / tokens
+    arrays = {"rows": total.numpy(), "head": np.array([spread], np.float32), "tokens": np.array([tokens], np.int64)}
+    _write(work.folder / _EMBEDDING, arrays)
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with TensorFileWriter(path, {name: (array.dtype, array.shape) for name, array in arrays.items()}) as writer:
+        for name, array in arrays.items():
+            writer.write(name, array)
 
 
 def draw(shares: Tensor, generator: torch.Generator) -> Tensor:
@@ -229,8 +267,4 @@ def _backward(work: FisherPass, block: Block, rope: Rope) -> None:
     gradient.close()
     (work.folder / f"{block.layer}.samples").unlink()
     arrays = {f"{name}.{i}": total.cpu().numpy() for (name, i), total in totals.items()}
-    with TensorFileWriter(
-        work.folder / f"{block.layer:04d}.safetensors", {name: (a.dtype, a.shape) for name, a in arrays.items()}
-    ) as writer:
-        for name, array in arrays.items():
-            writer.write(name, array)
+    _write(work.folder / f"{block.layer:04d}.safetensors", arrays)

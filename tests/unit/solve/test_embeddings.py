@@ -133,6 +133,36 @@ def test_a_tied_matrix_is_solved_for_both_of_its_uses(
     np.testing.assert_allclose(logits.T, dequantize(codes(made, EMBEDDING)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("tied", TIES.values(), ids=TIES)
+def test_looked_up_rows_are_solved_for_what_their_errors_cost(
+    sources: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    """Where a pass back through the original measured it: G is compared with autograd's in test_noise_shaping."""
+    source = open_checkpoint(sources[tied])
+    chosen = recipe((EMBEDDING, W4), output_rows=4)
+    read: dict[str, Any] = {}
+
+    def run() -> None:
+        monkeypatch.setattr(head, "_of_rows", spy_rows)
+        quantize(source, chosen, tmp_path / "out", SETTINGS)
+
+    rows_of = head._of_rows
+
+    def spy_rows(found: Any, device: str) -> torch.Tensor:
+        read.update(rows=found.of_rows().double(), share=found.head_share(), tokens=found.tokens())
+        return rows_of(found, device)
+
+    group = spied(monkeypatch, run)[EMBEDDING]
+    even = np.eye(64) * float(read["rows"].diagonal().mean())
+    wanted = 0.9 * read["rows"].numpy() + 0.1 * even
+    if tied:
+        wanted = wanted + read["share"] * second_moment(Decoder(source).hidden(calibration(sources[tied])[::4]))
+    else:
+        assert group.tokens == read["tokens"] == 4 * LENGTH
+    close(group.hessian, wanted)
+    assert read_manifest(tmp_path / "out")["tensors"][EMBEDDING]["method"] == "gptq"
+
+
 def test_an_embedding_is_rounded_to_the_nearest_of_its_grid(sources: dict[bool, Path], tmp_path: Path) -> None:
     quantize(open_checkpoint(sources[False]), recipe((EMBEDDING, W4)), tmp_path / "out", SETTINGS)
     weight = open_checkpoint(sources[False]).read(f"{EMBEDDING}.weight").astype(np.float64)
