@@ -147,30 +147,15 @@ def _trial(
     checkpoint: Checkpoint, recipe: Recipe, samples: Samples | None, settings: QuantizeSettings, folder: Path
 ) -> float:
     """Seconds of the block loop."""
-    from qwen3_export.model.workers import workers, workers_without_torch
-    from qwen3_export.solve.blocks import rtn_without_torch
-    from qwen3_export.solve.job import Job
     from qwen3_export.solve.loop import run_blocks
-    from qwen3_export.solve.methods import load_method
     from qwen3_export.solve.output_folder import QuantizedFolder
+    from qwen3_export.solve.setup import has_head_apart, new_job, open_pool, runs_without_torch
 
-    method, options = load_method(recipe)
-    without_torch = settings.device == "cpu" and rtn_without_torch.serves(checkpoint, recipe)
-    head_apart = not checkpoint.config.tie_word_embeddings and recipe.scheme_for(HEAD) is not None
     folder.mkdir()
-    target = QuantizedFolder(folder, checkpoint, settings.layout or recipe.layout, {}, head_apart)
-    with workers_without_torch(settings.threads) if without_torch else workers(settings.threads, fast=True) as pool:
-        job = Job(
-            checkpoint,
-            recipe,
-            method,
-            options,
-            samples,
-            pool,
-            target.scratch,
-            settings.device,
-            without_torch=without_torch,
-        )
+    layout, head_apart = settings.layout or recipe.layout, has_head_apart(checkpoint, recipe)
+    target = QuantizedFolder(folder, checkpoint, layout, {}, head_apart)
+    with open_pool(settings, runs_without_torch(checkpoint, recipe, settings)) as pool:
+        job = new_job(checkpoint, recipe, samples, settings, pool, target.scratch)
         started = time.perf_counter()
         run_blocks(job, target, replace(settings, memory=None), Progress())
         return time.perf_counter() - started

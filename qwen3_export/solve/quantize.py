@@ -17,12 +17,11 @@ from qwen3_export.core.layouts import layout
 from qwen3_export.core.outputs import check_output, partial_path, staged_folder
 from qwen3_export.core.processors import check_device_name
 from qwen3_export.core.progress import Progress
-from qwen3_export.core.qwen3 import HEAD
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.working_folders import scratch_folder
 from qwen3_export.errors import InputError, MissingRuntimeError, RecipeError
-from qwen3_export.model.workers import fast_matmul, import_torch, workers, workers_without_torch
+from qwen3_export.model.workers import fast_matmul, import_torch
 from qwen3_export.solve.blocks import rtn_without_torch
 from qwen3_export.solve.job import Job, QuantizeSettings
 from qwen3_export.solve.loop import run_blocks
@@ -31,6 +30,7 @@ from qwen3_export.solve.methods import load_method
 from qwen3_export.solve.output_folder import PROGRESS, STATE, QuantizedFolder, resumable
 from qwen3_export.solve.preflight import check_disk, check_memory
 from qwen3_export.solve.record import finished_run, manifest_of, report_experts, result_of
+from qwen3_export.solve.setup import has_head_apart, new_job, open_pool, runs_without_torch
 from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import Samples, calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
@@ -59,17 +59,12 @@ def quantize(
     settings = replace(settings, layout=settings.layout or recipe.layout)
     assert settings.layout is not None
     check_recipe(checkpoint, recipe, settings.layout)
-    without_torch = settings.device == "cpu" and rtn_without_torch.serves(checkpoint, recipe)
-    if without_torch:
-        rtn_without_torch.import_loops()
-    else:
-        import_torch()
-        check_device(settings.device)
+    without_torch = runs_without_torch(checkpoint, recipe, settings)
+    _import_libraries(without_torch, settings.device)
     method, options = load_method(recipe)
     samples = calibration_of(checkpoint, recipe, settings, progress) if needs_inputs(recipe, method, options) else None
-    original = method.needs_original(options)
+    original, fisher_samples = method.needs_original(options), method.fisher_samples(options)
     token_floor = recipe.experts.token_floor(checkpoint.config.expert_width)
-    fisher_samples = method.fisher_samples(options)
     outer = any(recipe.scheme_for(module) for module in checkpoint.config.outer_matrices())
     needed = check_memory(
         checkpoint.config, samples, original, settings.memory, token_floor, fisher_samples, outer, without_torch
@@ -77,38 +72,17 @@ def quantize(
     if settings.reuse and (done := finished_run(output, checkpoint, recipe, samples, settings)):
         progress.note("everything is quantized already")
         return result_of(output, done, checkpoint.config.num_layers, time.monotonic() - started)
-    identity = {
-        "recipe": recipe.sha256,
-        "calibration": samples.sha256 if samples else None,
-        "seed": settings.seed,
-        "layout": settings.layout,
-        "version": __version__,
-        # A run does not go on where its rows would be rounded in another way.
-        "matmul": fast_matmul() if samples is not None and settings.device == "cpu" else "fp32",
-    }
-    pools = workers_without_torch(settings.threads) if without_torch else workers(settings.threads, fast=True)
+    identity, head_apart = _identity(recipe, samples, settings), has_head_apart(checkpoint, recipe)
     state = partial_path(output) / STATE
     staged = staged_folder(output, settings.force, inputs, lambda error: resumable(state, error))
     # Entered before the output: what is wrong with it leaves an unfinished run as it is.
     spilled = scratch_folder(settings.scratch, output, inputs, lambda _: (state / PROGRESS).is_file())
-    with spilled as activations, staged as partial, pools as pool:
-        config = checkpoint.config
-        head_apart = not config.tie_word_embeddings and recipe.scheme_for(HEAD) is not None
+    with spilled as activations, staged as partial, open_pool(settings, without_torch) as pool:
         target = QuantizedFolder(partial, checkpoint, settings.layout, identity, head_apart, activations)
         if not settings.resume:
             target.start_over()
         check_disk(checkpoint, recipe, samples, original, partial, fisher_samples, activations)
-        job = Job(
-            checkpoint,
-            recipe,
-            method,
-            options,
-            samples,
-            pool,
-            target.scratch,
-            settings.device,
-            without_torch=without_torch,
-        )
+        job = new_job(checkpoint, recipe, samples, settings, pool, target.scratch)
         with _executor(job, target, settings, needed, progress) as executor:
             found, resumed = run_blocks(job, target, settings, progress, executor)
             workers_found = None if executor is None else executor.summary()
@@ -120,6 +94,31 @@ def quantize(
             report_experts(manifest["experts"], progress)
     result = result_of(output, manifest, resumed, time.monotonic() - started)
     return result if workers_found is None else {**result, "workers": workers_found}
+
+
+def _import_libraries(without_torch: bool, device: str) -> None:
+    """Import what the run needs; MissingRuntimeError where it is not installed."""
+    if without_torch:
+        rtn_without_torch.import_loops()
+    else:
+        import_torch()
+        check_device(device)
+
+
+def _identity(recipe: Recipe, samples: Samples | None, settings: QuantizeSettings) -> dict[str, Any]:
+    """Everything that decides the bytes beside the checkpoint.
+
+    A stopped run goes on only if it is equal.
+    """
+    return {
+        "recipe": recipe.sha256,
+        "calibration": samples.sha256 if samples else None,
+        "seed": settings.seed,
+        "layout": settings.layout,
+        "version": __version__,
+        # Calibration samples are rounded in the arithmetic of the processor.
+        "matmul": fast_matmul() if samples is not None and settings.device == "cpu" else "fp32",
+    }
 
 
 @contextmanager
