@@ -9,6 +9,8 @@ from __future__ import annotations
 TOKENS_AT_ONCE = 4096
 # Tokens that go through a layer's experts together.
 ROUTED_TOKENS = 8192
+# A linear with more inputs is solved with one factor in memory at a time, where else two are made side by side.
+WIDE = 8192
 # Tokens that stand for all of a layer at an expert's down_proj, unless the floor is higher.
 SAMPLE_TOKENS = 1024
 # A fold is searched on every eighth sample.

@@ -12,21 +12,11 @@ from qwen3_export.core.qwen3 import Qwen3Config
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.units import binary_size
 from qwen3_export.errors import InputError, ResourceError
-from qwen3_export.solve.chunk_sizes import (
-    BACK_TOKENS,
-    FOLD_EVERY,
-    OUTPUT_PIECE,
-    SAMPLE_TOKENS,
-    TOKENS_AT_ONCE,
-    TOP_TOKENS,
-    out_rows_at_once,
-)
+from qwen3_export.solve.chunk_sizes import FOLD_EVERY, OUTPUT_PIECE
+from qwen3_export.solve.memory import memory_parts
 from qwen3_export.solve.method import fold_of
 from qwen3_export.solve.methods import load_method
 from qwen3_export.text.samples import Samples
-
-# Python, torch, and what the allocator keeps of freed pieces; measured on Linux with torch 2.13. And without torch.
-_BASE_BYTES, _PLAIN_BASE_BYTES = 700 << 20, 320 << 20
 
 
 def memory_needed(
@@ -38,47 +28,8 @@ def memory_needed(
     outer: bool = False,
     without_torch: bool = False,
 ) -> int:
-    """Estimated peak memory in bytes.
-
-    It is one block in fp32 with its codes, and the largest linear's work on top.
-
-    `original`: the original model runs beside the quantized one, with a block and moments of its own.
-    `token_floor`: tokens below which an expert is lent its layer's; see `calibration.experts`. The number of experts
-    counts in the block alone: one expert's moments are in memory at a time. `fisher_samples`: samples of the pass
-    back through the model, which keeps every linear's output and slope of a few samples. `outer`: embedding
-    or head are quantized, whose codes are in memory as a whole and everything else by pieces of rows.
-    `without_torch`: nothing of the model runs (`blocks.rtn_without_torch`).
-    """
-    layers = range(config.num_layers)
-    block = max(sum(math.prod(shape) for shape in config.linear_shapes(layer).values()) for layer in layers)
-    if without_torch:
-        # The codes of one block, of another that is being written, and scales, zeros and packed codes.
-        return 4 * block + _PLAIN_BASE_BYTES
-    shapes = [shape for layer in layers for shape in set(config.linear_shapes(layer).values())]
-    largest, widest = max(math.prod(shape) for shape in shapes), max(shape[1] for shape in shapes)
-    # Weight, codes, scales and zeros per column, rest: about five matrices while one linear is solved.
-    # Thousands of small pieces leave holes in memory, measured as a third of what is alive.
-    total = (7 if config.sparse_layers else 5) * block + 4 * 5 * largest
-    if samples is not None:
-        # Moments of two sets of samples and their mean; damped, permuted and inverse Hessian, its factor.
-        squares = 14 if original else 8
-        total += 4 * (squares * widest * widest + 3 * TOKENS_AT_ONCE * widest)
-        total += 4 * block if original else 0
-        if config.sparse_layers:
-            # The layer's common moments, and the tokens that are passed through one expert.
-            lent = min(max(token_floor, SAMPLE_TOKENS), samples.tokens)
-            total += 4 * (config.expert_width**2 + lent * (config.hidden_size + 3 * config.moe_intermediate_size))
-        total += 2 * config.vocab_size * config.hidden_size
-        if fisher_samples:
-            # Beside it no moments are alive, but what either leaves behind is not given back at once.
-            per_token = sum(shape[0] for shape in config.linear_shapes(0).values())
-            total += 4 * (2 * BACK_TOKENS * per_token + 2 * TOP_TOKENS * config.vocab_size)
-    if outer:
-        # No block is in memory beside them. Codes, their pieces until they are joined, and packed ones; a piece's work.
-        piece = out_rows_at_once(config.hidden_size) * config.hidden_size
-        squares = 0 if samples is None else (14 if original else 8) * config.hidden_size**2
-        total = max(total, 3 * config.vocab_size * config.hidden_size + 4 * (6 * piece + squares))
-    return total + _BASE_BYTES
+    """Estimated peak memory in bytes; see `solve.memory`."""
+    return memory_parts(config, samples, original, token_floor, fisher_samples, outer, without_torch).peak
 
 
 def check_memory(

@@ -30,6 +30,7 @@ from qwen3_export.solve.blocks.forward import (
 )
 from qwen3_export.solve.calibration.experts import LayerInputs, LinearInputs
 from qwen3_export.solve.calibration.moments import PairedMoments, SampleInputs, collect_moments_of_parts
+from qwen3_export.solve.chunk_sizes import WIDE
 from qwen3_export.solve.job import ORIGINAL, QUANTIZED, Job
 
 HELD_OUT = 8
@@ -90,7 +91,7 @@ def paired_inputs(
     )
     both = found[0].join(found[1])
     joined = both.join(found[2]) if others else both
-    return LinearInputs(joined, joined.tokens, PairedMoments(found[0], found[1], both))
+    return LinearInputs(joined, joined.tokens, PairedMoments(found[0], found[1], None if width > WIDE else both))
 
 
 def split_held_out(samples: list[int]) -> tuple[list[int], list[int]]:

@@ -71,16 +71,24 @@ class Moments:
         return Moments(self.tokens + other.tokens, hessian, drift, target, mean_abs, peak)
 
 
-@dataclass(frozen=True)
+@dataclass
 class PairedMoments:
     """Moments of the samples that run through both models.
 
-    `fitted` are most of them, `held_out` every eighth, `both` all together.
+    `fitted` are most of them, `held_out` every eighth, `both` all together; None where they are joined when needed.
     """
 
     fitted: Moments
     held_out: Moments
-    both: Moments
+    both: Moments | None = None
+
+    def joined(self) -> Moments:
+        """Those of all samples together."""
+        return self.fitted.join(self.held_out) if self.both is None else self.both
+
+    def give_up(self) -> None:
+        """Let go of all moments, which are the largest matrices of a wide linear."""
+        del self.fitted, self.held_out, self.both
 
 
 def collect_moments(

@@ -153,3 +153,23 @@ def test_the_number_of_threads_changes_no_bit(writes: bool) -> None:
         with workers(threads) as pool:
             found.append(shift_of(compared(fitted, held_out, writes), pool).target(fitted.weight, pool))
     assert torch.equal(*found)
+
+
+@every_form
+def test_a_wide_linear_has_the_same_codes_and_gives_its_moments_up(
+    pool: Workers, writes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted, held_out = case_of(12, noise=2.0), case_of(13, noise=2.0)
+    found = []
+    for wide in (IN, IN - 1):
+        monkeypatch.setattr(gptq, "WIDE", wide)
+        moments = compared(fitted, held_out, writes)
+        moments.both = moments.both if wide == IN else None
+        group = LinearGroup(
+            {"linear": fitted.weight}, {"linear": QuantScheme(4, group_size=32)}, fitted.moments(writes).hessian,
+            TOKENS, moments,
+        )  # fmt: skip
+        solved = gptq.solve(group, gptq.Options(target_shift=True), pool)["linear"]
+        found.append((solved.tensor.codes.tobytes(), solved.tensor.scales.tobytes(), solved.error))
+        assert hasattr(moments, "held_out") == (wide == IN)
+    assert found[0] == found[1]

@@ -24,13 +24,14 @@ from torch import Tensor
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import RecipeError
 from qwen3_export.model.workers import Workers
+from qwen3_export.solve.chunk_sizes import WIDE
 from qwen3_export.solve.method import FOLDS, LinearGroup, SolvedWeight, check_choice
 from qwen3_export.solve.methods.gptq.block_types import block_columns, solve_block_type
 from qwen3_export.solve.methods.gptq.cholesky import Factor, damped, factorise
 from qwen3_export.solve.methods.gptq.columns import multiply, round_block
 from qwen3_export.solve.methods.gptq.noise_shaping import fisher_factors, row_tasks, solve_shaped
 from qwen3_export.solve.methods.gptq.refine import descend, group_order, refit_scales, search_columns
-from qwen3_export.solve.methods.gptq.target_shift import TargetShift, start_shift_factors, target_shift_of
+from qwen3_export.solve.methods.gptq.target_shift import start_shift_factors, target_shift_of, targets_in_turn
 from qwen3_export.solve.rounding.grid import Grid, find_grid, shared_global_scale
 from qwen3_export.solve.rounding.row_chunks import SolvedRows, check_finite, check_inputs, quadratic_form, solve_rows
 
@@ -109,12 +110,25 @@ def solve(group: LinearGroup, options: Options, pool: Workers) -> dict[str, Solv
     if group.hessian is None:
         raise ValueError("GPTQ was called without inputs")
     check_inputs(group)
+    for name, weight in group.weights.items():
+        check_finite(name, weight)
     paired = group.paired if options.target_shift else None
+    if paired and len(group.hessian) > WIDE:
+        targets = targets_in_turn(paired, group.weights, options.percdamp, pool)
+        problems = {scheme: _problem(group, scheme, options, pool) for scheme in set(group.schemes.values())}
+        return {
+            name: _solve_linear(group, name, problems[group.schemes[name]], targets.pop(name, weight), pool)
+            for name, weight in group.weights.items()
+        }
     # Started first, so that the shift's factors are computed beside those of the problems.
     shift_factors = start_shift_factors(paired, options.percdamp, pool) if paired else []
     problems = {scheme: _problem(group, scheme, options, pool) for scheme in set(group.schemes.values())}
     shift = target_shift_of(paired, shift_factors, pool) if paired and shift_factors else None
-    return {name: _solve_linear(group, name, problems[group.schemes[name]], shift, pool) for name in group.weights}
+    solved = {}
+    for name, weight in group.weights.items():
+        target = weight if shift is None else shift.target(weight, pool)
+        solved[name] = _solve_linear(group, name, problems[group.schemes[name]], target, pool)
+    return solved
 
 
 def _problem(group: LinearGroup, scheme: QuantScheme, options: Options, pool: Workers) -> Problem:
@@ -131,13 +145,9 @@ def _problem(group: LinearGroup, scheme: QuantScheme, options: Options, pool: Wo
     return Problem(scheme, hessian, factor, to_refit, options, pool.matmul_dtype, unit)
 
 
-def _solve_linear(
-    group: LinearGroup, name: str, problem: Problem, shift: TargetShift | None, pool: Workers
-) -> SolvedWeight:
-    """Solve one linear in chunks of output rows, which are independent."""
+def _solve_linear(group: LinearGroup, name: str, problem: Problem, target: Tensor, pool: Workers) -> SolvedWeight:
+    """Solve one linear, which is to come close to `target`, in chunks of output rows, which are independent."""
     weight = group.weights[name]
-    check_finite(name, weight)
-    target = weight if shift is None else shift.target(weight, pool)
     uppers = fisher_factors(group.fisher.get(name, [])) if problem.scheme.per_row else []
     solve_chunk = partial(_solve_chunk, target, problem, uppers)
     return solve_rows(name, weight, group, solve_chunk, pool, problem.global_scale, _chunks(weight, uppers))

@@ -18,6 +18,7 @@ from all samples. With fewer than eight samples none is held out, and nothing is
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -65,14 +66,15 @@ class TargetShift:
 
     def target(self, weight: Tensor, pool: Workers) -> Tensor:
         """The weight `[out, in]` to quantize in place of `weight`."""
+        return _shifted(weight, self.share(weight, pool), self.both, pool)
+
+    def share(self, weight: Tensor, pool: Workers) -> float:
+        """α of one weight `[out, in]`, from the fitted and the held-out samples."""
         some = range(0, len(weight), CONFIRM_EVERY)
         cuts = [some[i : i + _CONFIRMED] for i in range(0, len(some), _CONFIRMED)]
         parts = pool.share_map("confirm", partial(self._confirm, weight, pool.matmul_dtype), cuts)
         confirmed, curvature = (sum(part[i] for part in parts) for i in range(2))
-        alpha = min(max(confirmed / curvature, 0.0), 1.0) if curvature > 0 else 0.0
-        step = partial(self.both.of, weight, matmul_dtype=pool.matmul_dtype)
-        steps = pool.share_map("shift", step, _pieces(weight))
-        return weight + alpha * torch.cat(steps)
+        return min(max(confirmed / curvature, 0.0), 1.0) if curvature > 0 else 0.0
 
     def _confirm(self, weight: Tensor, matmul_dtype: torch.dtype, out_rows: range) -> tuple[float, float]:
         """Slope and curvature of the held-out error along the fitted step."""
@@ -88,7 +90,7 @@ def start_shift_factors(moments: PairedMoments, percdamp: float, pool: Workers) 
 
     λ is `percdamp` · mean diag H. Nothing is started where no samples are held out.
     """
-    parts = (moments.fitted, moments.both) if moments.held_out.tokens else ()
+    parts = (moments.fitted, moments.joined()) if moments.held_out.tokens else ()
     return [pool.start(partial(_factor, percdamp, part)) for part in parts]
 
 
@@ -97,7 +99,35 @@ def target_shift_of(moments: PairedMoments, factors: list[Future[Tensor | None]]
     fitted, both = results(factors)
     if fitted is None or both is None:
         return None
-    return TargetShift(moments.held_out, _step(moments.fitted, fitted, pool), _step(moments.both, both, pool))
+    return TargetShift(moments.held_out, _step(moments.fitted, fitted, pool), _step(moments.joined(), both, pool))
+
+
+def targets_in_turn(
+    moments: PairedMoments, weights: Mapping[str, Tensor], percdamp: float, pool: Workers
+) -> dict[str, Tensor]:
+    """As `TargetShift.target` of all weights, with one factor in memory at a time; `moments` are given up.
+
+    Empty where nothing is shifted.
+    """
+    lower = _factor(percdamp, moments.fitted) if moments.held_out.tokens else None
+    if lower is None:
+        return {}
+    fitted = _step(moments.fitted, lower, pool)
+    shift = TargetShift(moments.held_out, fitted, fitted)
+    shares = {name: shift.share(weight, pool) for name, weight in weights.items()}
+    del shift, fitted, lower
+    both = moments.joined()
+    moments.give_up()
+    lower = _factor(percdamp, both)
+    if lower is None:
+        return {}
+    step = _step(both, lower, pool)
+    return {name: _shifted(weight, shares[name], step, pool) for name, weight in weights.items()}
+
+
+def _shifted(weight: Tensor, share: float, step: _Step, pool: Workers) -> Tensor:
+    steps = pool.share_map("shift", partial(step.of, weight, matmul_dtype=pool.matmul_dtype), _pieces(weight))
+    return weight + share * torch.cat(steps)
 
 
 def _factor(percdamp: float, moments: Moments) -> Tensor | None:

@@ -1,0 +1,138 @@
+"""How much memory a quantization run takes, from the widths of the model alone; the number of layers does not count.
+
+    always      Python, torch, and what the allocator keeps
+    block       the largest layer: linears in fp32 and as codes; experts as codes, for they are read when needed
+    running     experts in the type of the products, for each model that runs; see `model.streamed`
+    linear      moments and factors of the widest input, and the work on the largest linear
+    routed      samples that go through a layer's experts together
+    embedding   the table that the first hidden states are taken from
+
+A run takes what is always there and the largest of its moments: the embedding; a linear outside the experts; an expert,
+or samples on their way through all of them, beside what runs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from qwen3_export.core.architecture import is_expert
+from qwen3_export.core.processors import thread_count
+from qwen3_export.core.qwen3 import Qwen3Config
+from qwen3_export.model.streamed import RESIDENT_BYTES, WINDOW_BYTES
+from qwen3_export.solve.chunk_sizes import (
+    BACK_TOKENS,
+    ROUTED_TOKENS,
+    SAMPLE_TOKENS,
+    TOKENS_AT_ONCE,
+    TOP_TOKENS,
+    WIDE,
+    out_rows_at_once,
+)
+from qwen3_export.solve.rounding.row_chunks import ROWS_AT_ONCE
+from qwen3_export.text.samples import Samples
+
+# Measured on Linux with torch 2.13; and without torch.
+_BASE_BYTES, _PLAIN_BASE_BYTES = 700 << 20, 320 << 20
+# Square matrices of a linear's inputs that are alive together: four moments, and factors; without the original beside;
+# and where one factor is made at a time.
+_SQUARES, _SQUARES_ALONE, _SQUARES_WIDE = 9, 6, 5
+_PIECES = 8
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The parts of a run's memory in bytes; see the module docstring."""
+
+    always: int
+    block: int = 0
+    running: int = 0
+    linear: int = 0
+    expert: int = 0
+    routed: int = 0
+    embedding: int = 0
+    outer: int = 0
+
+    @property
+    def peak(self) -> int:
+        """The most that is alive at one time."""
+        experts = self.running + max(self.expert, self.routed)
+        return self.always + max(self.block + max(self.linear, experts), self.embedding, self.outer)
+
+
+def memory_parts(
+    config: Qwen3Config, samples: Samples | None, original: bool = False, token_floor: int = 0,
+    fisher_samples: int = 0, outer: bool = False, without_torch: bool = False,
+) -> Memory:  # fmt: skip
+    """Estimated memory of a run.
+
+    `original`: the original model runs beside the quantized one. `token_floor`: tokens below which an expert is
+    lent its layer's moments. `fisher_samples`: samples of the pass back through the model, which keeps every linear's
+    output and slope of a few samples. `outer`: embedding or head are quantized. `without_torch`: nothing of the
+    model runs.
+    """
+    shapes = max((config.linear_shapes(layer) for layer in range(config.num_layers)), key=_weights)
+    if without_torch:
+        # The codes of one block, and of another that is being written.
+        return Memory(_PLAIN_BASE_BYTES, 2 * _weights(shapes))
+    own = {name: shape for name, shape in shapes.items() if samples is None or not is_expert(name)}
+    experts = {name: shape for name, shape in shapes.items() if name not in own}
+    block = (7 if original else 5) * _weights(own) + _weights(experts)
+    running = 2 * _weights(experts)
+    running = (running if running <= RESIDENT_BYTES else WINDOW_BYTES) * (1 + original)
+    return Memory(
+        _BASE_BYTES, block, running, _linear(list(own.values()), samples is not None, original),
+        _linear(list(experts.values()), True, original) + _lent(config, samples, token_floor) if experts else 0,
+        _routed(config) if experts else 0,
+        _passes(config, fisher_samples) if samples is not None else 0,
+        _outer(config, samples, original) if outer else 0,
+    )  # fmt: skip
+
+
+def _weights(shapes: dict[str, tuple[int, int]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _linear(shapes: list[tuple[int, int]], with_inputs: bool, original: bool) -> int:
+    """The most that one of these linears takes while it is solved."""
+    return max(_one(out_rows, width, with_inputs, original) for out_rows, width in set(shapes))
+
+
+def _one(out_rows: int, width: int, with_inputs: bool, original: bool) -> int:
+    # What is to be met and codes, whole; some rows of it with scales, zeros and what is left, in every thread.
+    total = 6 * out_rows * width + 4 * _PIECES * thread_count() * min(ROWS_AT_ONCE, out_rows) * width
+    if with_inputs:
+        squares = (_SQUARES_WIDE if width > WIDE else _SQUARES) if original else _SQUARES_ALONE
+        targets = 3 * out_rows * width if original and out_rows < width else 0
+        total += 4 * (squares * width * width + targets + 3 * TOKENS_AT_ONCE * width)
+    return total
+
+
+def _lent(config: Qwen3Config, samples: Samples | None, token_floor: int) -> int:
+    """The layer's common moments, and the tokens that are passed through one expert."""
+    assert samples is not None
+    lent = min(max(token_floor, SAMPLE_TOKENS), samples.tokens)
+    return 4 * (config.expert_width**2 + lent * (config.hidden_size + 3 * config.moe_intermediate_size))
+
+
+def _routed(config: Qwen3Config) -> int:
+    """Inputs and outputs of the chosen experts in 16 bits, residual streams and what is missing of them."""
+    chosen = 2 * config.experts_per_token * (config.moe_intermediate_size + config.hidden_size)
+    return thread_count() * ROUTED_TOKENS * (chosen + 14 * config.hidden_size)
+
+
+def _passes(config: Qwen3Config, fisher_samples: int) -> int:
+    """The embedding as it is stored, and outputs and slopes of the pass back."""
+    table = 2 * config.vocab_size * config.hidden_size
+    if not fisher_samples:
+        return table
+    per_token = sum(shape[0] for shape in config.linear_shapes(0).values())
+    weights = _weights(config.linear_shapes(0))
+    return table + 4 * (2 * BACK_TOKENS * per_token + 2 * TOP_TOKENS * config.vocab_size) + 6 * weights
+
+
+def _outer(config: Qwen3Config, samples: Samples | None, original: bool) -> int:
+    """Codes of the table, their pieces until they are joined, packed ones; and the work on a piece of rows."""
+    piece = out_rows_at_once(config.hidden_size) * config.hidden_size
+    squares = 0 if samples is None else (14 if original else 8) * config.hidden_size**2
+    return 3 * config.vocab_size * config.hidden_size + 4 * (6 * piece + squares)
