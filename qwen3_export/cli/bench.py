@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,19 @@ import typer
 
 from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console
 from qwen3_export.cli.console import Console, size, table, tell
-from qwen3_export.cli.prove import Artifacts, Report, RunDevice, Texts, Threads, find, plan_note
+from qwen3_export.cli.prove import (
+    Artifacts,
+    ClusterOption,
+    Nodes,
+    Report,
+    RunDevice,
+    Texts,
+    Threads,
+    check_nodes,
+    everywhere,
+    find_all,
+    plan_note,
+)
 from qwen3_export.core.outputs import check_output
 from qwen3_export.errors import InputError
 
@@ -36,6 +49,8 @@ def bench(
     repeat: Annotated[int, typer.Option(min=1, max=10_000, help="Timed runs after one warm-up.")] = 5,
     gate: Annotated[Path | None, typer.Option(help="YAML or JSON file of limits; those on latency apply.")] = None,
     text: Texts = None,
+    cluster: ClusterOption = None,
+    node: Nodes = None,
     report: Report = None,
     force: Force = False,
     json: Json = False,
@@ -50,10 +65,17 @@ def bench(
     show = console(json, quiet, verbose)
     workload = Workload(_counts(prompt_tokens), new_tokens, repeat, threads, tuple(text or ()), device)
     limits = _latency_limits(gate, show) if gate else {}
-    paths = [find(artifact, device) for artifact in artifacts]
+    check_nodes(cluster, node)
+    paths = find_all(artifacts, device, False, cluster)
     if report:
         check_output(report, [*paths, gate, *workload.texts], force)
-    result = judged(run(paths, workload, show), limits)
+    if cluster is None:
+        result = judged(run(paths, workload, show), limits)
+    else:
+        from qwen3_export.prove.lab import LatencyRequest, measure_on_nodes
+
+        request = LatencyRequest(replace(workload, texts=tuple(map(everywhere, workload.texts))), limits)
+        result = measure_on_nodes(cluster, node or (), paths, request, show)
     if report:
         write_report(report, result, force, title="Latency")
     append_summary(result, "Latency")

@@ -28,6 +28,14 @@ ThinkingBudget = Annotated[
     typer.Option(min=1, max=1 << 20, help="Chats: end a thought after so many tokens, as Qwen3 describes it."),
 ]
 Tasks = Annotated[Path | None, typer.Option(help="JSONL file of tasks with answers; see `qwen3-export tasks`.")]
+ClusterOption = Annotated[
+    str | None,
+    typer.Option("--cluster", help="Measure on nodes of a Ray cluster: HOST:PORT, or local[:N]."),
+]
+Nodes = Annotated[
+    list[str] | None,
+    typer.Option("--node", help="With --cluster: on a node that offers this resource, such as jetson; repeatable."),
+]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=MOST_THREADS, help="Threads of the runtime (default: all that may be used).")
 ]
@@ -38,6 +46,30 @@ RunDevice = Annotated[
         help="cpu; cuda, rtx: ONNX Runtime's providers; plan: TensorRT (default: a plan where it can run, else cpu).",
     ),
 ]
+
+
+def find_all(artifacts: list[str], device: str | None, exact: bool, cluster: str | None) -> list[Path]:
+    """The artifacts' paths; what runs here is checked, what runs on other nodes is checked there."""
+    if cluster is None:
+        return [find(artifact, device, exact) for artifact in artifacts]
+    return [path if (path := Path(artifact)).exists() else locate(artifact) for artifact in artifacts]
+
+
+def everywhere(text: str) -> str:
+    """A text's FILE or DOMAIN=FILE as other nodes find it, whose working folder is another."""
+    domain, file = split_domain(text)
+    place = str(Path(file).absolute()) if Path(file).exists() else file
+    return f"{domain}={place}" if domain else place
+
+
+def check_nodes(cluster: str | None, nodes: list[str] | None) -> None:
+    """Raise what is wrong with `--cluster` and `--node`, before the work."""
+    if cluster is not None:
+        from qwen3_export.cluster.session import check_cluster
+
+        check_cluster(cluster)
+    elif nodes:
+        raise InputError(f"--node {nodes[0]}: nodes are those of a cluster", "give --cluster HOST:PORT too")
 
 
 def find(artifact: str, device: str | None = None, exact: bool = False) -> Path:
@@ -130,6 +162,8 @@ def validate(
     explain: Annotated[
         bool, typer.Option("--explain", help="Trace drift to blocks, linears, experts and channels of a folder.")
     ] = False,
+    cluster: ClusterOption = None,
+    node: Nodes = None,
     report: Report = None,
     card: Annotated[bool, typer.Option("--card", help="Write the figures into each folder's model card.")] = False,
     force: Force = False,
@@ -154,12 +188,24 @@ def validate(
     limits.update({name: parse_limit(name, value) for name, value in given.items() if value is not None})
     if on not in CHOICES:
         raise InputError(f"--on {on}: mean or upper was expected")
-    paths, asked = [find(artifact, device, exact) for artifact in artifacts], read_tasks(tasks) if tasks else ()
+    check_nodes(cluster, node)
+    paths = find_all(artifacts, device, exact, cluster)
+    asked = read_tasks(tasks) if tasks else ()
     if report:
         check_output(report, [*paths, reference, gate, tasks, *(split_domain(item)[1] for item in text or ())], force)
     truth = open_reference(reference, text or (), tokens, show, thinking_budget)
     options = RuntimeOptions(threads=threads, exact=exact, device=device)
-    result = run(paths, truth, limits, options, show, on, asked, explain)
+    if cluster is None:
+        result = run(paths, truth, limits, options, show, on, asked, explain)
+    else:
+        from qwen3_export.prove.lab import DriftRequest, measure_on_nodes
+
+        place = Path(reference) if Path(reference).is_file() else locate(reference)
+        texts = tuple(everywhere(item) for item in text or ())
+        request = DriftRequest(
+            str(place.absolute()), texts, tokens, thinking_budget, limits, options, on, asked, explain
+        )
+        result = measure_on_nodes(cluster, node or (), paths, request, show)
     if report:
         write_report(report, result, force)
     if card:

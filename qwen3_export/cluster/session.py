@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ from qwen3_export.errors import InputError, MissingRuntimeError, ResourceError
 STORE_BYTES = 100 << 20
 # Seconds to find out whether somebody listens, and for a process to end.
 _CONNECT_SECONDS, _END_SECONDS = 5, 10
+_LONGEST_PLACE = 24
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -110,7 +111,7 @@ class Session:
 
     def place(
         self, kind: type, arguments: Sequence[Any], node: Node | None = None, cpus: float = 0, gpus: float = 0,
-        memory: int = 0, together: int = 1,
+        memory: int = 0, together: int = 1, resources: Mapping[str, float] | None = None,
     ) -> Handle:  # fmt: skip
         """An object of class `kind` in a process of its own.
 
@@ -120,8 +121,8 @@ class Session:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         where: Any = "DEFAULT" if node is None else NodeAffinitySchedulingStrategy(node.id, soft=False)
-        asked = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory or None, "max_restarts": 0}
-        options = {**asked, "scheduling_strategy": where, "max_concurrency": together}
+        asked = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory or None, "resources": dict(resources or {})}
+        options = {**asked, "max_restarts": 0, "scheduling_strategy": where, "max_concurrency": together}
         return Handle(ray.remote(kind).options(**options).remote(*arguments))
 
     def answers(self, calls: Sequence[Any], seconds: float | None = None) -> list[Any]:
@@ -183,8 +184,10 @@ def open_session(address: str, workers: int = 1, gpus: int = 0) -> Iterator[Sess
     is_local = local_workers(address) is not None
     if not is_local:
         _check_reachable(address)
-    # Short: a socket's path may have 107 characters.
-    folder = tempfile.mkdtemp(prefix="q3e-") if is_local else None
+    usual = tempfile.gettempdir()
+    # Short: a socket's path may have 107 characters, of which Ray's own names take 80.
+    place = usual if len(usual) <= _LONGEST_PLACE else "/tmp"
+    folder = tempfile.mkdtemp(prefix="q3e-", dir=place) if is_local else None
     with uninterrupted(), uncollected():
         import ray
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL, "configure_logging": True}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qwen3_export import __version__
 from qwen3_export.cluster.session import check_cluster
 from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.disk import check_room, stored_bytes
 from qwen3_export.core.layouts import layout
 from qwen3_export.core.outputs import check_output, partial_path, staged_folder
 from qwen3_export.core.processors import check_device_name
@@ -130,12 +131,16 @@ def _executor(
         yield None
         return
     from qwen3_export.solve.cluster import Run, open_cluster
+    from qwen3_export.solve.cluster.room import pieces_bytes
 
     # What an earlier run left is checked, or cleared away, before anybody works on it.
     target.resume()
     folder, layout_name = target.folder.absolute(), target.layout
     source, samples, apart = job.checkpoint.folder.absolute(), job.samples, target.head_apart
     scratch = target.scratch.absolute()
+    if samples is not None:
+        pieces = {scratch: stored_bytes(scratch) + pieces_bytes(job.checkpoint.config, len(job.models) > 1)}
+        check_room(pieces, {scratch: "the pieces of one block must fit: free some room, or give another --scratch"})
     run = Run(source, job.recipe, samples, settings, folder, scratch, layout_name, apart, job.without_torch)
     with open_cluster(settings.cluster, run, needed, job.checkpoint, progress) as cluster:
         yield cluster

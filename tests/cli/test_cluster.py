@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,8 +38,10 @@ class Nodes:
         return str(self._cluster.address)
 
     def grow(self, count: int) -> None:
+        """Every node offers something that no other has: `device-0`, `device-1`, …"""
         while self.count < count:
-            self._cluster.add_node(num_cpus=1, include_dashboard=False, object_store_memory=80 << 20)
+            offers = {f"device-{self.count}": 1}
+            self._cluster.add_node(num_cpus=1, resources=offers, include_dashboard=False, object_store_memory=80 << 20)
             self.count += 1
 
     def close(self) -> None:
@@ -61,7 +64,7 @@ def nodes() -> Iterator[Nodes]:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    sizes = {"num_hidden_layers": 4, "hidden_size": 288, "intermediate_size": 544}
+    sizes = {"num_hidden_layers": 3, "hidden_size": 288, "intermediate_size": 544}
     moe = tiny_moe_config(**sizes, num_experts=6, moe_intermediate_size=64)
     return {
         "dense": write_text_model(folder / "dense", **sizes),
@@ -138,16 +141,14 @@ def test_killed_workers_and_drivers_change_no_byte(
 def test_workers_started_here_are_quiet_and_leave_nothing(
     models: dict[str, Path], wanted: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
-    """With no network but the machine's own: nobody can be called."""
     options = (*OPTIONS, "--output", tmp_path / "out", "--cluster", "local:2", "--json")
-    scratch = tmp_path / "tmp"
-    scratch.mkdir()
-    process = start("quantize", models["moe"], *options, env={"TMPDIR": str(scratch)})
-    outcome = finish(process)
+    scratch = Path(tempfile.mkdtemp(dir="/tmp", prefix="q"))
+    outcome = finish(start("quantize", models["moe"], *options, env={"TMPDIR": str(scratch)}))
     assert len(outcome.json["workers"]) == 2
     assert "ray" not in outcome.err.lower().replace("array", "")
     assert hashes(tmp_path / "out") == wanted["moe"]
     assert names(scratch) == []
+    scratch.rmdir()
 
 
 @pytest.mark.parametrize(
@@ -174,3 +175,34 @@ def test_without_ray_the_line_that_installs_it_is_given(
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     outcome = call("quantize", models["dense"], *OPTIONS, "--output", tmp_path / "out", "--cluster", "local")
     refused(outcome, 3, "--cluster needs ray", "pip install 'qwen3-export[cluster]'")
+
+
+def test_artifacts_are_measured_on_the_nodes_that_are_named(
+    nodes: Nodes, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One task per artifact and label, one report, and the figures of a run here."""
+    nodes.grow(2)
+    monkeypatch.chdir(made["gguf"].parent)
+    labels = ("--cluster", nodes.address, "--node", "device-0", "--node", "device-1")
+    asked = ("validate", made["gguf"].name, made["onnx"].name, "--reference", made["reference"].name, "--json")
+    here = call(*asked).json["results"]
+    found = call(*asked, *labels, "--max-kl", "9", "--report", tmp_path / "report").json
+    assert [item["node"]["label"] for item in found["results"]] == ["device-0"] * 2 + ["device-1"] * 2
+    assert [item["kl_mean"] for item in found["results"]] == [item["kl_mean"] for item in here] * 2
+    assert found["passed"]
+    text = (tmp_path / "report" / "report.md").read_text()
+    for name in (made["gguf"].name, made["onnx"].name):
+        for label in ("device-0", "device-1"):
+            assert f"{name} on {label}" in text
+
+    options = ("--prompt-tokens", "16", "--new-tokens", "2", "--repeat", "1", "--json")
+    timed = call("bench", made["gguf"].name, *options, *labels[:4])
+    assert [item["node"]["label"] for item in timed.json["results"]] == ["device-0"]
+    assert call("validate", made["gguf"].name, *asked[3:], *labels[:4], "--max-kl", "0").code == 1
+
+
+def test_what_no_node_offers_is_refused_by_name(nodes: Nodes, made: dict[str, Path], tmp_path: Path) -> None:
+    asked = ("validate", made["gguf"], "--reference", made["reference"])
+    refused(call(*asked, "--cluster", nodes.address, "--node", "jetson"), 2, "--node jetson", "there are device-0")
+    refused(call(*asked, "--node", "jetson"), 2, "--node jetson", "--cluster")
+    refused(call("bench", made["gguf"], "--cluster", "127.0.0.1:1"), 3, "no Ray cluster answers there")

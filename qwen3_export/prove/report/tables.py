@@ -17,7 +17,13 @@ from qwen3_export.prove.report.table import Table
 def named(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """`(unique short name, result)` of every artifact."""
     results = result.get("results", [])
-    return list(zip(unique_names([item["artifact"] for item in results]), results, strict=True))
+    paths = [item["artifact"] for item in results]
+    if any("node" in item for item in results):
+        # The same artifact on several nodes: numbers would not tell them apart.
+        short = dict(zip(distinct := list(dict.fromkeys(paths)), unique_names(distinct), strict=True))
+        nodes = [item["node"]["label"] or item["node"]["name"] for item in results]
+        paths = [f"{short[path]} on {node}" for path, node in zip(paths, nodes, strict=True)]
+    return list(zip(unique_names(paths), results, strict=True))
 
 
 def verdict_of(result: Mapping[str, Any]) -> str:

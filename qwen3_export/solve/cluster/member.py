@@ -6,11 +6,13 @@ finds it leaves there; only records and the board's short messages travel otherw
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import socket
+import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -88,6 +90,16 @@ def boot_id() -> str:
         return ""
 
 
+def _expected(error: ExportError | OSError, folder: Path) -> tuple[str, str, str | None]:
+    """Class, text and hint of an error that can be expected; raises any other."""
+    if isinstance(error, ExportError):
+        return type(error).__name__, str(error), error.hint
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        raise error
+    text = f"{error.filename or folder}: {os.strerror(error.errno)}"
+    return "ResourceError", text, "free some room: what is finished is kept, the same command goes on"
+
+
 class Member:
     """See the module docstring; `number` is its name to the board."""
 
@@ -97,6 +109,7 @@ class Member:
         self._stack = ExitStack()
         self._job: Job | None = None
         self._solved: dict[int, SolvedBlock] = {}
+        self._seconds = 0.0
 
     def look(self, token: str) -> dict[str, Any]:
         """What this node is, and whether it sees source and output."""
@@ -129,9 +142,11 @@ class Member:
             job.pool.begin(self._run.scratch / PIECES / f"{layer:04d}")  # type: ignore[attr-defined]
             self._solved = {}
             trim_heap()
+            started = time.monotonic()
             self._solved = {layer: solve_block(replace(job, apart=f"-{layer:04d}"), layer)}
-        except ExportError as error:
-            return type(error).__name__, str(error), error.hint
+        except (ExportError, OSError) as error:
+            return _expected(error, self._run.scratch)
+        self._seconds += time.monotonic() - started
         return self._solved[layer].record
 
     def write(self, layer: int) -> None:
@@ -141,17 +156,20 @@ class Member:
     def solve_alone(self, layer: int) -> BlockRecord | tuple[str, str, str | None]:
         """Solve and write a block that does not depend on any other."""
         try:
-            job = self._opened(False)
+            started, job = time.monotonic(), self._opened(False)
             solved = solve_block(job, layer)
             self._target().write_block(layer, solved)
-        except ExportError as error:
-            return type(error).__name__, str(error), error.hint
+        except (ExportError, OSError) as error:
+            return _expected(error, self._run.partial)
         trim_heap()
+        self._seconds += time.monotonic() - started
         return solved.record
 
-    def peak(self) -> int:
-        """Largest resident memory of this process so far, in bytes."""
-        return peak_rss_bytes()
+    def account(self) -> dict[str, Any]:
+        """Memory, seconds and bytes of this process so far."""
+        spent = getattr(self._job.pool, "spent", {}) if self._job else {}
+        shared = {label: asdict(item) for label, item in spent.items()}
+        return {"peak_rss_bytes": peak_rss_bytes(), "seconds": self._seconds, "shared": shared}
 
     def _target(self) -> QuantizedFolder:
         run = self._run

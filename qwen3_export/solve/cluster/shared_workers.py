@@ -9,8 +9,10 @@ whose file exists is not done again: that is how a worker catches up that was lo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +24,26 @@ Item = TypeVar("Item")
 More = Callable[[str, int, Sequence[int], bool], list[int]]
 
 
+@dataclass
+class Spent:
+    """Seconds and bytes of one kind of shared work, in this process."""
+
+    working: float = 0.0
+    waiting: float = 0.0
+    giving: float = 0.0
+    taking: float = 0.0
+    bytes_given: int = 0
+    bytes_taken: int = 0
+    pieces: int = 0
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the seconds of the block."""
+        started = time.monotonic()
+        yield
+        setattr(self, what, getattr(self, what) + time.monotonic() - started)
+
+
 class SharedWorkers(Workers):
     """See the module docstring.
 
@@ -31,6 +53,7 @@ class SharedWorkers(Workers):
     def __init__(self, pool: Workers, more: More) -> None:
         super().__init__(pool.threads, pool.matmul_dtype, pool.int_matmul)
         self._more, self._folder, self._number, self._inside = more, Path(), 0, True
+        self.spent: dict[str, Spent] = {}
 
     def begin(self, folder: Path) -> None:
         """From now on, share work by way of files in `folder`."""
@@ -52,19 +75,27 @@ class SharedWorkers(Workers):
         key, self._number = f"{self._number:05d}-{label}", self._number + 1
         files = [self._folder / f"{key}-{place}.part" for place in range(len(items))]
         mine, report = set[int](), [place for place, file in enumerate(files) if file.exists()]
-        while given := self._more(key, len(items), report, evenly):
+        spent = self.spent.setdefault(label, Spent())
+        with spent.timed("waiting"):
+            given = self._more(key, len(items), report, evenly)
+        while given:
             self._inside = True
             try:
-                work([items[place] for place in given])
+                with spent.timed("working"):
+                    work([items[place] for place in given])
             finally:
                 self._inside = False
-            for place in given:
-                write_parts(files[place], give(items[place]))
+            with spent.timed("giving"):
+                spent.bytes_given += sum(write_parts(files[place], give(items[place])) for place in given)
             mine.update(given)
-            report = given
-        for place, file in enumerate(files):
-            if place not in mine:
-                take(items[place], read_parts(file))
+            with spent.timed("waiting"):
+                given = self._more(key, len(items), given, evenly)
+        with spent.timed("taking"):
+            for place, file in enumerate(files):
+                if place not in mine:
+                    take(items[place], read_parts(file))
+                    spent.bytes_taken += file.stat().st_size
+        spent.pieces += len(mine)
 
 
 @contextmanager

@@ -1,0 +1,192 @@
+"""Two Ray nodes beside one: time, overhead, and what would bound the largest models on up to 64 nodes.
+
+    python -m benchmarks.scale.cluster [--rows 64] [--quick]
+
+    namespace a, core 0   10.77.0.1   head, driver, one worker       ┐ veth
+    namespace b, core 1   10.77.0.2   one worker                     ┘
+
+Needs root (network namespaces, iproute2) and a quiet machine of two cores. `--quick` tries it out on few short rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.runtime.machine import describe
+from benchmarks.scale.models import make_slice
+
+RESULT = Path(__file__).parents[1] / "results" / "2026-11-cluster.md"
+NARROW = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 8192}
+SLICES: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("8B", {**NARROW, "intermediate_size": 3072}),
+    "moe": ("30B-A3B", {**NARROW, "num_key_value_heads": 4, "moe_intermediate_size": 384, "num_experts": 32}),
+}
+LAYERS, LENGTH, RECIPE = 2, 512, "gptq-w4a16-g128"
+COMMAND = [sys.executable, "-c", "from qwen3_export.cli import main; main()"]
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+HEAD, PORT = "10.77.0.1", 6391
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0", "OMP_NUM_THREADS": "1"}
+
+
+def sh(*command: object, check: bool = True) -> None:
+    """Run a command, its output only shown when it fails."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env={**os.environ, **QUIET})
+    if check and done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+
+
+def inside(node: int) -> list[str]:
+    """What a command begins with that runs on one of the two nodes."""
+    return ["ip", "netns", "exec", f"q3e-{'ab'[node]}", "taskset", "-c", str(node)]
+
+
+@contextmanager
+def namespaces() -> Iterator[None]:
+    """Two network namespaces that see each other and nothing else."""
+    try:
+        for node in range(2):
+            sh("ip", "netns", "add", f"q3e-{'ab'[node]}")
+        sh("ip", "link", "add", "q3e-a", "netns", "q3e-a", "type", "veth", "peer", "name", "q3e-b", "netns", "q3e-b")
+        for node in range(2):
+            own = ["ip", "-n", f"q3e-{'ab'[node]}"]
+            sh(*own, "address", "add", f"10.77.0.{node + 1}/24", "dev", f"q3e-{'ab'[node]}")
+            sh(*own, "link", "set", f"q3e-{'ab'[node]}", "up")
+            sh(*own, "link", "set", "lo", "up")
+        yield
+    finally:
+        for node in range(2):
+            sh("ip", "netns", "delete", f"q3e-{'ab'[node]}", check=False)
+
+
+@contextmanager
+def ray_nodes(count: int) -> Iterator[None]:
+    """A Ray cluster of one or two nodes, each in its namespace on its core."""
+    folder = tempfile.mkdtemp(prefix="q3r-")
+    common = ["--num-cpus=1", f"--object-store-memory={100 << 20}", "--disable-usage-stats"]
+    processes = []
+    try:
+        for node in range(count):
+            address = [f"--port={PORT}", "--head", "--include-dashboard=false", f"--temp-dir={folder}"]
+            address = address if node == 0 else [f"--address={HEAD}:{PORT}"]
+            command = [
+                *inside(node),
+                *RAY,
+                "start",
+                *address,
+                f"--node-ip-address=10.77.0.{node + 1}",
+                *common,
+                "--block",
+            ]
+            processes.append(subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **QUIET},
+                start_new_session=True,
+            ))  # fmt: skip
+            time.sleep(12)
+        yield
+    finally:
+        for process in processes[::-1]:
+            os.killpg(process.pid, 15)
+            process.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def quantize(source: Path, output: Path, rows: int, *more: str) -> dict[str, Any]:
+    """The result of one run on core 0, with the seconds of the whole command."""
+    shutil.rmtree(output, ignore_errors=True)
+    options = ["--recipe", RECIPE, "--samples", str(rows), "--sequence-length", str(LENGTH), "--threads", "1"]
+    command = [*inside(0), *COMMAND, "quantize", str(source), "--output", str(output), *options, "--json", "-q", *more]
+    started = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **QUIET})
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return {**json.loads(done.stdout), "wall": time.monotonic() - started}
+
+
+def same(first: Path, second: Path) -> bool:
+    """Whether two folders hold the same bytes."""
+    return subprocess.run(["diff", "-r", str(first), str(second)], capture_output=True).returncode == 0
+
+
+def measure(folder: Path, rows: int) -> dict[str, dict[str, Any]]:
+    """Each slice without Ray, on one node and on two."""
+    found: dict[str, dict[str, Any]] = {}
+    address = ["--cluster", f"{HEAD}:{PORT}"]
+    sources = {name: make_slice(folder / name, base, LAYERS, **more) for name, (base, more) in SLICES.items()}
+    with namespaces():
+        for name, source in sources.items():
+            found[name] = {"none": quantize(source, folder / f"{name}-0", rows)}
+        for count in (1, 2):
+            with ray_nodes(count):
+                for name, source in sources.items():
+                    output = folder / f"{name}-{count}"
+                    found[name][str(count)] = quantize(source, output, rows, *address)
+                    assert len(found[name][str(count)]["workers"]) == count
+                    assert same(folder / f"{name}-0", output), f"{name}: other bytes on {count} nodes"
+                    shutil.rmtree(output)
+    return found
+
+
+def report(found: dict[str, dict[str, Any]], rows: int) -> str:
+    """The results file."""
+    from benchmarks.scale.cluster_model import curve
+
+    lines = [
+        "# One run on many machines",
+        "",
+        f"Measured {describe(('ray', 'torch'))}; `python -m benchmarks.scale.cluster --rows {rows}`.",
+        "",
+        f"Two Ray nodes in two network namespaces, one core each; {RECIPE}, {rows} × {LENGTH} tokens, {LAYERS} layers",
+        "of width 1,024 (dense: 3,072 inner; moe: 32 experts of 384, 8 active). Seconds are the whole command's;",
+        "the nodes were running before. The bytes are the same in all runs.",
+        "",
+        "| model | no Ray, one core | one node | overhead | two nodes | two / one |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, runs in found.items():
+        none, one, two = (runs[key]["wall"] for key in ("none", "1", "2"))
+        lines.append(f"| {name} | {none:.1f} | {one:.1f} | {one / none - 1:+.1%} | {two:.1f} | {two / one:.2f} |")
+    lines += [
+        "",
+        "Targets: overhead at most 10 %, two nodes at most 0.60 × one.",
+        "",
+        "## Where a worker's time goes",
+        "",
+    ]
+    lines += ["| run | work | pieces | working s | waiting | writing | reading | MB written | MB read |"]
+    lines += ["| --- " * 9 + "|"]
+    for name, runs in found.items():
+        for key in ("1", "2"):
+            for label, item in runs[key]["workers"][0]["shared"].items():
+                times = " | ".join(f"{item[part]:.1f}" for part in ("working", "waiting", "giving", "taking"))
+                megabytes = f"{item['bytes_given'] / 1e6:.0f} | {item['bytes_taken'] / 1e6:.0f}"
+                lines.append(f"| {name}, {key} nodes | {label} | {item['pieces']} | {times} | {megabytes} |")
+    return "\n".join([*lines, "", *curve(found, rows * LENGTH, LAYERS)]) + "\n"
+
+
+def main() -> None:
+    """Measure, print and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--quick", action="store_true", help="8 rows; nothing is written")
+    given = parser.parse_args()
+    rows = 8 if given.quick else given.rows
+    with tempfile.TemporaryDirectory(prefix="q3e-bench-") as folder:
+        text = report(measure(Path(folder), rows), rows)
+    print(text)
+    if not given.quick:
+        RESULT.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

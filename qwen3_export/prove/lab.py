@@ -1,0 +1,134 @@
+"""A lab of devices: artifacts proved and timed on nodes of a Ray cluster.
+
+    one task per artifact and label ─▶ a node that offers the label as a resource ─▶ one report of all
+
+A label's amount on a node says how many tasks it takes at a time: with `ray start --resources='{"jetson": 1}'` nothing
+disturbs a measurement. Artifacts and reference lie where every node sees them alike.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen3_export import errors
+from qwen3_export.cluster.session import Handle, LostWorkerError, Session, local_workers, open_session
+from qwen3_export.core.process import end_with_parent
+from qwen3_export.core.processors import thread_count
+from qwen3_export.core.progress import Progress
+from qwen3_export.errors import ExportError, InputError, ResourceError
+from qwen3_export.prove.environment import environment
+from qwen3_export.prove.latency import Workload, bench, judged
+from qwen3_export.prove.tasks import Task
+from qwen3_export.prove.validate import open_reference, validate
+from qwen3_export.run.session import RuntimeOptions
+
+
+@dataclass(frozen=True)
+class DriftRequest:
+    """What `validate` is asked for on a node; see `prove.validate`."""
+
+    reference: str
+    texts: tuple[str, ...]
+    tokens: int | None
+    thinking_budget: int | None
+    limits: Mapping[str, float]
+    options: RuntimeOptions
+    on: str
+    tasks: Sequence[Task]
+    explained: bool
+
+    def measure(self, artifact: Path) -> dict[str, Any]:
+        """One artifact's drift in this process."""
+        reference = open_reference(self.reference, self.texts, self.tokens, None, self.thinking_budget)
+        return validate([artifact], reference, self.limits, self.options, None, self.on, self.tasks, self.explained)
+
+
+@dataclass(frozen=True)
+class LatencyRequest:
+    """What `bench` is asked for on a node; `limits` are those on latency."""
+
+    workload: Workload
+    limits: Mapping[str, float]
+
+    def measure(self, artifact: Path) -> dict[str, Any]:
+        """One artifact's latency on this machine."""
+        return judged(bench([artifact], self.workload), self.limits)
+
+
+class Device:
+    """What works on a node: it measures one artifact."""
+
+    def __init__(self) -> None:
+        end_with_parent()
+
+    def measure(self, artifact: Path, request: DriftRequest | LatencyRequest) -> Any:
+        """The node's name, and a result or the class, text and hint of an error."""
+        name = socket.gethostname()
+        try:
+            if not artifact.exists():
+                raise InputError(f"{artifact} is not there", "put artifacts on a path that every node sees alike")
+            return name, request.measure(artifact)
+        except ExportError as error:
+            return name, (type(error).__name__, str(error), error.hint)
+
+
+def measure_on_nodes(
+    address: str, labels: Sequence[str], artifacts: Sequence[Path], request: DriftRequest | LatencyRequest,
+    progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """`{results, passed, environment}` of every artifact on a node of every label; without labels on any node.
+
+    Each result says its `node` and the `environment` there. Raises InputError for a label that no node offers, and
+    the error of a task with the name of its node.
+    """
+    tasks = [(artifact.absolute(), label) for label in (labels or [""]) for artifact in artifacts]
+    with open_session(address, local_workers(address) or thread_count()) as session:
+        _check_labels(session, labels)
+        placed = {_start(session, label): (artifact, label) for artifact, label in tasks}
+        calls = {device.call("measure", task[0], request): device for device, task in placed.items()}
+        found: dict[tuple[Path, str], dict[str, Any]] = {}
+        with progress.bar("measure on nodes", len(tasks)) as tick:
+            while len(found) < len(tasks):
+                for call in session.answers(list(calls)):
+                    device = calls.pop(call)
+                    found[placed[device]] = _answer(session, call, *placed[device])
+                    session.end([device])
+                    tick()
+    results = [found[task] for task in tasks]
+    passed = all(item.get("gate", {}).get("passed", True) for item in results)
+    return {"results": results, "passed": passed, "environment": environment()}
+
+
+def _check_labels(session: Session, labels: Sequence[str]) -> None:
+    offered = sorted({label for node in session.nodes() for label in node.labels})
+    for label in labels:
+        if label not in offered:
+            raise InputError(
+                f"--node {label}: no node of the cluster offers that"
+                + (f"; there are {', '.join(offered)}" if offered else ""),
+                f"on the device: ray start --address=HOST:PORT --resources='{{\"{label}\": 1}}'",
+            )
+
+
+def _start(session: Session, label: str) -> Handle:
+    return session.place(Device, (), resources={label: 1.0}) if label else session.place(Device, (), cpus=1)
+
+
+def _answer(session: Session, call: Any, artifact: Path, label: str) -> dict[str, Any]:
+    """A task's one result, with its node."""
+    try:
+        name, answer = session.answer(call)
+    except LostWorkerError as error:
+        raise ResourceError(
+            f"{artifact}: the node that measured it was lost" + (f" ({label})" if label else ""),
+            "ray status shows which nodes are there",
+        ) from error
+    if isinstance(answer, tuple):
+        kind, text, hint = answer
+        raise getattr(errors, kind, ExportError)(f"{label or name}: {text}", hint)
+    (result,) = answer["results"]
+    return {**result, "node": {"name": name, "label": label or None}, "environment": answer["environment"]}
