@@ -7,7 +7,7 @@ Nothing is written.
     runtimes    what each runtime takes of a recipe's schemes
     timing      the recipe itself on a block of random numbers, timed on this machine
 
-It stands above solving and shipping, which never meet elsewhere, and below the command line alone.
+This package may import both solving and shipping, which never import each other.
 """
 
 from __future__ import annotations
@@ -56,12 +56,10 @@ def plan(
     measure: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """What a recipe needs, and where its result can go.
+    """What a recipe needs and where its result can go, as `--json` prints it.
 
-    The fields are the contract's, and `tensors` and `estimate` beside.
-
-    `formats` must all work, else it is impossible; without them one format is enough. `measure` times the recipe on
-    random numbers. Never raises for what cannot work: that is what `possible` and `reasons` say.
+    All `formats` must work; without any, one format is enough. `measure` times the recipe on random numbers. A recipe
+    that cannot work raises no error: `possible` and `reasons` say so.
     """
     settings, progress = settings or QuantizeSettings(), progress or Progress()
     unknown = [name for name in formats if name not in FORMATS]
@@ -101,7 +99,7 @@ def _runtime(reason: str | None) -> dict[str, Any]:
 
 
 class _collecting:  # noqa: N801  (used as a statement)
-    """What is wrong inside the block becomes one more reason."""
+    """Adds an error inside the block to the reasons."""
 
     def __init__(self, reasons: list[str]) -> None:
         self._reasons = reasons
@@ -116,10 +114,7 @@ class _collecting:  # noqa: N801  (used as a statement)
 
 
 def _recipe_reasons(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
-    """Why the recipe cannot be solved on this model.
-
-    The rules come first, then every tensor that does not divide.
-    """
+    """Why the recipe cannot be solved on this model, rule by rule."""
     reasons: list[str] = []
     if checkpoint.is_quantized:
         return [f"{checkpoint.name} is quantized already: give the 16-bit original"]
@@ -144,9 +139,9 @@ def _recipe_reasons(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
 def _needs(
     checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSettings, measure: bool, progress: Progress
 ) -> Needs:
-    """Memory and disk from the model's numbers, time from a trial on this machine.
+    """Memory and disk by calculation, time by a trial on this machine.
 
-    Raises what the run would raise.
+    Raises the errors that the run would raise.
     """
     from qwen3_export.model.workers import import_torch
     from qwen3_export.solve.blocks import rtn_without_torch
@@ -175,10 +170,7 @@ def _needs(
 
 
 def planned_samples(checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSettings, progress: Progress) -> Samples:
-    """The calibration samples of the run.
-
-    There are as many zeros as are asked for where their text is not at hand yet.
-    """
+    """The calibration samples of the run; zeros where the text is not available yet."""
     from qwen3_export.solve.quantize import calibration_of
 
     count, length = settings.size(recipe)
@@ -200,9 +192,7 @@ def _limits(needs: Needs, settings: QuantizeSettings) -> list[str]:
 def check_target(
     checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSettings, check: Callable[[Checkpoint], object]
 ) -> None:
-    """Check recipe, model and target before an export quantizes.
-
-    Raises what is wrong.
+    """Check recipe, model and target before an export quantizes; raises the first error.
 
     `check` is the export's own check of a quantized checkpoint and of its options.
     """

@@ -1,9 +1,7 @@
-"""What every format would make of a recipe's result.
+"""Whether each format can hold a recipe's result, and how large it would be.
 
-Each says whether it can hold each tensor, and how large it gets.
-
-All that is asked of a format is its own check and its own arithmetic, on a checkpoint that has the recipe's schemes
-and the original's shapes: no weight is read.
+Every format's own check and size calculation are used, on a checkpoint with the recipe's schemes and the original's
+shapes. No weight is read.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import ExportError, InputError, MissingRuntimeError
 
-# Manifest: what it says about each quantized tensor, and about everything else.
+# Bytes of the manifest: for each quantized tensor, and for everything else.
 _MANIFEST_BYTES, _TENSOR_BYTES, _INDEX_BYTES = 4 << 10, 460, 110
 
 
@@ -45,10 +43,7 @@ class Verdict:
 
 
 def as_quantized(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
-    """The checkpoint as it will be described when the recipe is done.
-
-    Schemes are there, codes are not.
-    """
+    """The checkpoint with a recipe's schemes, but without codes."""
     matrices = checkpoint.config.all_matrices()
     schemes = {name: scheme for name in matrices if (scheme := recipe.scheme_for(name))}
     return replace(checkpoint, schemes=schemes, quantization={}, reordered=frozenset())
@@ -60,7 +55,7 @@ def folder_of(layout_name: str) -> str:
 
 
 def _folder(name: str) -> Callable[[Checkpoint], Verdict]:
-    """Check and size of a Hugging Face folder in one layout."""
+    """The check of a Hugging Face folder in one layout, with its size."""
 
     def check(quantized: Checkpoint) -> Verdict:
         chosen, shapes = layout(name), quantized.config.all_matrices()
@@ -99,10 +94,7 @@ def _sidecars(checkpoint: Checkpoint) -> int:
 
 
 def _asked(module: str, extra: str, check: Callable[[Checkpoint], Verdict]) -> Callable[[Checkpoint], Verdict]:
-    """A check by the format's own library.
-
-    What it raises becomes a reason.
-    """
+    """A check that needs the library `module`; its errors become reasons."""
 
     def answer(quantized: Checkpoint) -> Verdict:
         if importlib.util.find_spec(module) is None:
@@ -171,9 +163,9 @@ def formats_with(layout_name: str) -> dict[str, Callable[[Checkpoint], Verdict]]
 
 
 def unsupported_tensors(quantized: Checkpoint) -> list[dict[str, Any]]:
-    """The tensors that formats cannot hold, scheme by scheme.
+    """The schemes that some format cannot hold.
 
-    Each scheme has their number, one of their names, and which formats cannot hold them, why.
+    Each has the number of its tensors, one of their names, and the reasons by format.
     """
     found = []
     for scheme in dict.fromkeys(quantized.schemes.values()):

@@ -1,4 +1,4 @@
-"""What every runtime takes: a format, and rules of its own.
+"""What every runtime can run: a format, and rules of its own.
 
     transformers, vllm, sglang      the quantized folder
     onnxruntime, onnxruntime-genai  the ONNX folder
@@ -23,7 +23,7 @@ Rule = Callable[[Checkpoint, Verdicts], str | None]
 
 
 def _reads(*formats: str) -> Rule:
-    """A runtime without rules of its own: one of these formats must work."""
+    """The rule of a runtime that runs everything that one of these formats holds."""
 
     def rule(_quantized: Checkpoint, found: Verdicts) -> str | None:
         reasons = [f"{name}: {found[name].reason}" for name in formats]
@@ -55,7 +55,7 @@ def _server(name: str) -> Rule:
 
 
 def _kernel(scheme: QuantScheme) -> str | None:
-    """Why the weight-only and 8-bit kernels of a server do not take a scheme."""
+    """Why a server's weight-only and 8-bit kernels cannot run a scheme; else None."""
     if scheme.ggml_type is not None:
         return f"does not read {scheme.ggml_type}"
     if scheme.type == "int" and scheme.num_bits not in (4, 8):

@@ -1,12 +1,12 @@
-"""How long will it take here?
+"""An estimate of a recipe's time on this machine, from trials on random numbers.
 
-The recipe itself is timed on one block of random numbers.
+The recipe runs on one block with few and with more samples, which gives two numbers:
 
-    trial(few samples), trial(more samples)  ─▶  seconds = at rest + per token · tokens      of the trial's block
-    of the model's blocks: at rest grows with the work of solving, per token with the work of running
+    seconds of the trial's block = at rest + per token · tokens
 
-A block wider than `_WIDEST` is narrowed first; the work is counted for both, and the seconds are scaled. Embedding
-and head, where the recipe quantizes them, are timed on some of their rows.
+For the model's blocks, `at rest` is scaled with the work of solving, `per token` with the work of running. A block
+wider than `_WIDEST` is narrowed for the trial. Embedding and head, if the recipe quantizes them, are timed on some of
+their rows.
 """
 
 from __future__ import annotations
@@ -38,19 +38,16 @@ _LENGTH, _FEW, _MORE = 256, 4, 16
 
 @dataclass(frozen=True)
 class Work:
-    """What one block costs, at rest and per token.
-
-    Only ratios of these numbers mean something.
-    """
+    """Work on one block, at rest and per token; only ratios matter."""
 
     at_rest: float
     per_token: float
 
 
 def work_of(config: Qwen3Config, layer: int, with_inputs: bool) -> Work:
-    """Multiplications of solving a block, and of running one token through it.
+    """Multiplications for solving a block, and for running one token through it.
 
-    Counting its moments is included.
+    The sums of its moments are included.
     """
     shapes = config.linear_shapes(layer)
     at_rest = sum(out_rows * width * (width if with_inputs else 1) for out_rows, width in shapes.values())
@@ -66,10 +63,7 @@ def work_of(config: Qwen3Config, layer: int, with_inputs: bool) -> Work:
 
 
 def narrowed(raw: Mapping[str, Any], config: Qwen3Config) -> dict[str, Any]:
-    """The `config.json` of a one-block model that a trial can afford.
-
-    The block is of the same kind.
-    """
+    """The `config.json` of a small model with one block of the same kind."""
     heads = max(1, min(config.num_heads, _WIDEST // config.head_dim))
     kv_heads = max(1, heads * config.num_kv_heads // config.num_heads)
     while heads % kv_heads:

@@ -1,4 +1,4 @@
-"""What the block loop needs to know, and what it finds: plain data."""
+"""Settings, job and results of a quantization run, as plain data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QuantizeSettings:
-    """How to run; only `calibration`, `samples`, `sequence_length` and `seed` can change the bytes.
+    """Settings of a run.
+
+    Only `calibration`, `samples`, `sequence_length` and `seed` can change the codes.
 
     `scratch` is a folder for activations, on another disk than the output; None keeps them beside it.
     `reuse`: a finished output of the very same run is taken as it is.
@@ -49,7 +51,7 @@ class QuantizeSettings:
     cluster: str | None = None
 
     def size(self, recipe: Recipe) -> tuple[int, int]:
-        """Calibration samples that are asked for, and tokens in each."""
+        """Number of calibration samples, and of tokens in each."""
         samples = self.samples or recipe.calibration.get("samples", 128)
         return samples, self.sequence_length or recipe.calibration.get("sequence_length", 512)
 
@@ -59,10 +61,10 @@ QUANTIZED, ORIGINAL = "quantized", "original"
 
 @dataclass(frozen=True)
 class Job:
-    """What the block loop needs to know.
+    """Everything that the block loop works with.
 
-    `without_torch`: nothing of the model runs, see `blocks.rtn_without_torch`. `apart` is added to the names of folders
-    of samples' states, where workers of several blocks might meet.
+    `without_torch`: the model does not run (`blocks.rtn_without_torch`). `apart` is added to the names of folders with
+    samples' states, so that workers on different blocks do not share one.
     """
 
     checkpoint: Checkpoint
@@ -83,17 +85,14 @@ class Job:
         return self.scratch / f"{model}-{layer:04d}.samples"
 
     def states_folder(self, model: str, kind: str = "") -> Path:
-        """Folder of a model's states on their way through a block.
-
-        `kind` is given for another run than the main one.
-        """
+        """Folder of a model's states inside a block; `kind` names a side run."""
         return self.scratch / f"{kind or model}-states{self.apart}"
 
     @property
     def matmul_dtype(self) -> torch.dtype:
         """The type in which calibration samples are multiplied.
 
-        It is the pool's, but fp32 where inputs are rounded too, so that no other rounding is mistaken for theirs.
+        It is the pool's, but fp32 where schemes round inputs, so that only that rounding is measured.
         """
         import torch
 
@@ -118,10 +117,7 @@ class Job:
 
     @property
     def needs_magnitudes(self) -> bool:
-        """Whether mean |x| and max |x| are needed.
-
-        Folds need them, and input scales that are fixed in advance.
-        """
+        """Whether mean |x| and max |x| are needed: for folds and static input scales."""
         return self.fold != "none" or "static-tensor" in self._activations
 
     @property
@@ -130,10 +126,7 @@ class Job:
         return fold_of(self.options)
 
     def schemes(self, layer: int) -> dict[str, QuantScheme]:
-        """Schemes of a block's linears by local name.
-
-        What stays in 16 bits is absent.
-        """
+        """Schemes of a block's quantized linears by local name."""
         names = self.checkpoint.config.linear_shapes(layer)
         found = {name: self.recipe.scheme_for(f"{block_name(layer)}.{name}") for name in names}
         return {name: scheme for name, scheme in found.items() if scheme is not None}
@@ -146,7 +139,7 @@ class Job:
     def samples_of(self, model: str) -> list[int]:
         """Numbers of the samples that run through one of the models.
 
-        The original may be given only some.
+        With `shift_every` only some run through the original.
         """
         assert self.samples is not None
         every = getattr(self.options, "shift_every", 1) if model == ORIGINAL else 1
@@ -154,10 +147,7 @@ class Job:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The models that run.
-
-        They are the quantized one, and the original beside it if the method asks.
-        """
+        """The models that run: the quantized one, perhaps the original beside it."""
         beside = self.method.needs_original(self.options) and self.samples_of(ORIGINAL)
         return (QUANTIZED, ORIGINAL) if beside else (QUANTIZED,)
 
@@ -171,7 +161,7 @@ class Job:
 
 @dataclass(frozen=True)
 class LinearRecord:
-    """What is said of a quantized linear, without its codes."""
+    """The record of a quantized linear: everything but its codes."""
 
     scheme: QuantScheme
     error: float
@@ -181,10 +171,7 @@ class LinearRecord:
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """What is said of a solved block.
-
-    It is what is said of its linears, and how many tokens each expert saw.
-    """
+    """Records of a solved block's linears, and the number of tokens of each expert."""
 
     linears: Mapping[str, LinearRecord]
     expert_tokens: Sequence[int] = ()
@@ -192,9 +179,9 @@ class BlockRecord:
 
 @dataclass(frozen=True)
 class SolvedLinear:
-    """One quantized linear with what the manifest says about it.
+    """One quantized linear, with the facts that the manifest records.
 
-    `fallback` is that of a starved expert.
+    `fallback` is the rule that was applied to an expert with too few tokens.
     """
 
     solved: SolvedWeight
@@ -209,10 +196,10 @@ class SolvedLinear:
 
 @dataclass(frozen=True)
 class SolvedBlock:
-    """What the solve of one block leaves.
+    """The result of solving one block.
 
-    It has the quantized linears, norms and router `{tensor name: array}` where a fold changed them, and how many
-    tokens each expert of a sparse layer saw.
+    `linears` are the quantized linears, `replaced` the norms and router that a fold changed, `{tensor name: array}`,
+    and `expert_tokens` the number of tokens of each expert in a sparse layer.
     """
 
     linears: dict[str, SolvedLinear]

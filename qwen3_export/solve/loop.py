@@ -1,8 +1,7 @@
 """The steps of a quantization run: embedding, blocks, head.
 
-Each is on the disk before it counts.
-
-What runs the model is imported where it is needed: rounding to nearest does without torch (`blocks.rtn_without_torch`).
+Every step's files are on the disk before it counts as done. Modules that run the model are imported only where they are
+needed, since rounding to nearest does without torch (`blocks.rtn_without_torch`).
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from qwen3_export.solve.scratch import check_activations
 
 
 def _with_fisher(job: Job, seed: int, resumed: int, progress: Progress) -> Job:
-    """The job with the outputs' Fisher information, if its method asks.
+    """The job with the outputs' Fisher information, if its method needs it.
 
-    It is measured, or found from an earlier run.
+    It is measured, or taken over from an earlier run.
     """
     count, layers = job.method.fisher_samples(job.options), job.checkpoint.config.num_layers
     if not count or job.samples is None or resumed == layers:
@@ -42,14 +41,14 @@ def _with_fisher(job: Job, seed: int, resumed: int, progress: Progress) -> Job:
 def run_blocks(
     job: Job, target: QuantizedFolder, settings: QuantizeSettings, progress: Progress, executor: Executor | None = None
 ) -> tuple[dict[str, Any], int]:
-    """Solve what is not done yet.
+    """Solve all steps that are not done yet, by `executor` or in this process.
 
-    Returns the results of blocks, embedding and head, and how many blocks were there. `executor` None: in this process.
+    Returns the records of blocks, embedding and head, and the number of blocks that were done before.
     """
     found = target.resume()
     blocks, resumed, layers = found["blocks"], len(found["blocks"]), job.checkpoint.config.num_layers
     if executor is None:
-        # What workers of a cluster have left of an unfinished block is of no use to this process.
+        # This process cannot use the pieces that workers of a cluster have left of an unfinished block.
         shutil.rmtree(target.scratch / PIECES, ignore_errors=True)
     if job.samples is not None and executor is None:
         from qwen3_export.solve.calibration.activations import SpareFiles
@@ -74,7 +73,8 @@ def run_blocks(
                     done = {**found, "blocks": list(blocks)}
                     written = writer.submit(_keep_block, job, target, layer, done, executor)
                     if job.samples is not None:
-                        # Hidden states before and after a block would be on the disk together for too long.
+                        # Not in parallel: hidden states before and after a block would be on the disk together for too
+                        # long.
                         written.result()
                     check_peak_memory(settings.memory)
                 tick()
@@ -90,9 +90,9 @@ def run_blocks(
 def _start(
     job: Job, target: QuantizedFolder, found: dict[str, Any], writer: ThreadPoolExecutor, progress: Progress
 ) -> Future[None]:
-    """Quantize the embedding if asked, and leave the samples' hidden states before block 0.
+    """Quantize the embedding if asked, and write the hidden states before block 0.
 
-    The shard is being written.
+    The first shard is still being written when the function returns.
     """
     embedding = None
     if job.recipe.scheme_for(EMBEDDING) is not None:
@@ -110,7 +110,7 @@ def _start(
 
 
 def _finish_head(job: Job, target: QuantizedFolder, found: dict[str, Any], progress: Progress) -> None:
-    """The last step where the head is quantized by itself."""
+    """Quantize an untied head, as the last step."""
     if HEAD in found["outer"]:
         return
     from qwen3_export.solve.blocks.embeddings import solve_head
@@ -127,9 +127,9 @@ def _outer_result(recipe: Recipe, linear: SolvedLinear | None, progress: Progres
 
 
 def _keep_block(job: Job, target: QuantizedFolder, layer: int, done: dict[str, Any], executor: Executor) -> None:
-    """Bring a block to the disk, then count it as done.
+    """Write a block to the disk, then record it as done.
 
-    While that lasts, the next one may be solved.
+    Meanwhile the next block may be solved.
     """
     executor.write(job, target, layer)
     target.save_progress(done)
@@ -138,5 +138,5 @@ def _keep_block(job: Job, target: QuantizedFolder, layer: int, done: dict[str, A
         from qwen3_export.solve.blocks.block import drop_hidden
 
         drop_hidden(job, layer)
-        # Moments and states of all sizes leave holes; rounding alone reuses the same few pieces.
+        # Moments and states of many sizes leave holes in the heap; rounding alone uses the same few sizes again.
         trim_heap()

@@ -1,4 +1,6 @@
-"""How much memory a quantization run takes, from the widths of the model alone; the number of layers does not count.
+"""The memory that a quantization run takes, from the model's widths.
+
+The number of layers does not matter, since one block is in memory at a time.
 
     always      Python, torch, and what the allocator keeps
     block       the largest layer: linears in fp32 and as codes; experts as codes, for they are read when needed
@@ -7,8 +9,8 @@
     routed      samples that go through a layer's experts together
     embedding   the table that the first hidden states are taken from
 
-A run takes what is always there and the largest of its moments: the embedding; a linear outside the experts; an expert,
-or samples on their way through all of them, beside what runs.
+The peak is the part that is always there plus the largest of these phases: the embedding; a linear outside the experts;
+an expert, or samples on their way through all experts, beside the running weights.
 """
 
 from __future__ import annotations
@@ -116,7 +118,7 @@ def _lent(config: Qwen3Config, samples: Samples | None, token_floor: int) -> int
 
 
 def _routed(config: Qwen3Config) -> int:
-    """Inputs and outputs of the chosen experts in 16 bits, residual streams and what is missing of them."""
+    """Inputs and outputs of the chosen experts, residual streams, and `missing`."""
     chosen = 2 * config.experts_per_token * (config.moe_intermediate_size + config.hidden_size)
     return thread_count() * ROUTED_TOKENS * (chosen + 14 * config.hidden_size)
 
@@ -132,7 +134,7 @@ def _passes(config: Qwen3Config, fisher_samples: int) -> int:
 
 
 def _outer(config: Qwen3Config, samples: Samples | None, original: bool) -> int:
-    """Codes of the table, their pieces until they are joined, packed ones; and the work on a piece of rows."""
+    """Codes of the table, in pieces, joined and packed, and the work on a piece."""
     piece = out_rows_at_once(config.hidden_size) * config.hidden_size
     squares = 0 if samples is None else (14 if original else 8) * config.hidden_size**2
     return 3 * config.vocab_size * config.hidden_size + 4 * (6 * piece + squares)

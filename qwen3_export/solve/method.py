@@ -1,4 +1,4 @@
-"""What a quantization method is. One file of `solve/methods` each, found by its name.
+"""The interface of quantization methods, the modules of `solve/methods`.
 
 A method module defines
 
@@ -6,12 +6,11 @@ A method module defines
     needs_inputs(options) -> bool       whether it looks at the linears' inputs
     needs_original(options) -> bool     whether the original model must run beside the quantized one
     fisher_samples(options) -> int      samples on which the outputs' importance is measured (`calibration.fisher`)
-    solve(group, options, pool) -> {local name: Solved}
+    solve(group, options, pool) -> {module name: SolvedWeight}
 
-A group holds the linears that read the same input (q, k, v; o; gate, up; down): what a method sees
-at once. It is a stage of a block, not a whole block as it runs: later stages of the block are
-calibrated on what the earlier ones have become. An option called `fold` asks the block loop to move
-scales between neighbours first (`blocks.fold`).
+    A group holds linears that read the same input (q, k, v; o; gate, up; down). A method sees one group at a time and
+    not a whole block, because later groups of a block are calibrated on the quantized earlier ones. An option called
+    `fold` asks the block loop to move scales between neighbours first (`blocks.fold`).
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
     from qwen3_export.solve.calibration.moments import PairedMoments
 
-# What an option called `fold` may be; see `blocks.fold`.
+# Values of an option called `fold`; see `blocks.fold`.
 FOLDS = ("none", "awq", "smoothquant")
 
 
@@ -38,11 +37,11 @@ FOLDS = ("none", "awq", "smoothquant")
 class LinearGroup:
     """Linears of one stage that share their input.
 
-    `weights` `[out, in]` by module name, in fp32, or as they are stored where there are no inputs;
-    `hessian` `[in, in]` is the mean of x xᵀ over the `tokens` calibration vectors that reached them,
-    None for a method that needs no inputs. `paired` are the moments of samples that the
-    original ran beside; `input_peak` is the largest |x|, from which a static
-    input scale is made; `fisher` are the pieces of G by name (`calibration.fisher`), where they were measured.
+    `weights` are `[out, in]` by module name, in fp32, or in their stored type for methods without inputs. `hessian`
+    `[in, in]` is the mean of x xᵀ over the `tokens` calibration vectors that reached the linears, None for methods
+    without inputs. `paired` are moments of the samples that also run through the original. `input_peak` is the largest
+    |x|, which gives static input scales. `fisher` are the pieces of G by module name (`calibration.fisher`), if they
+    were measured.
     """
 
     weights: Mapping[str, Tensor]
@@ -56,17 +55,14 @@ class LinearGroup:
 
 @dataclass(frozen=True)
 class SolvedWeight:
-    """Codes of one linear, and its relative error.
-
-    The error is weighted by the inputs where they are known.
-    """
+    """Codes of one linear, and its relative error, weighted by the inputs where known."""
 
     tensor: QuantizedTensor
     error: float
 
 
 def fold_of(options: Any) -> str:
-    """What a method's options move between neighbours before the solve: one of `FOLDS`."""
+    """Which scales a method's options fold before the solve: one of `FOLDS`."""
     return getattr(options, "fold", "none")
 
 
@@ -77,7 +73,7 @@ def check_choice(key: str, value: str | int, choices: tuple[str | int, ...]) -> 
 
 
 def not_finite(name: str) -> RecipeError:
-    """What is raised when a weight is no finite number."""
+    """The error for a weight that is NaN or infinite."""
     return RecipeError(f"{name}: the weight holds NaN or infinity", "the checkpoint is damaged: compare its hash")
 
 

@@ -39,11 +39,9 @@ _SAID = {"matmul": "kind of processor", "version": "version of qwen3-export"}
 
 
 def resumable(state: Path, error: BaseException) -> bool:
-    """Whether a stopped run can go on.
+    """Whether a stopped run can go on: blocks are done, and it may succeed.
 
-    It can when blocks are done, and the next attempt need not end as this one did.
-
-    An input that is refused is refused again; what is wrong with the state itself is left for the user to decide.
+    After an error of the input the next run would fail too. A damaged state is kept, so that the user can decide.
     """
     if isinstance(error, StateError):
         return True
@@ -79,8 +77,8 @@ def read_progress(path: Path) -> dict[str, Any]:
 class QuantizedFolder:
     """`OUTPUT.partial/` of one run; `identity` is everything that decides its bytes beside the checkpoint.
 
-    `head_apart`: the head is quantized by itself, and so has a shard of its own. `activations` is the folder on
-    another disk that holds the activations.
+    With `head_apart` the head is quantized by itself and has a shard of its own. `activations` is a folder for
+    activations on another disk.
     """
 
     folder: Path
@@ -148,18 +146,15 @@ class QuantizedFolder:
             clear_partial(self.activations)
 
     def shard(self, layer: int) -> Path:
-        """File of one block.
+        """Name of a block's shard.
 
-        Layer -1 is what lies outside the blocks, the last one a quantized head.
+        Layer -1 stands for the tensors outside of the blocks, the layer after the last block for a quantized head.
         """
         total = self.checkpoint.config.num_layers + 1 + self.head_apart
         return self.folder / f"model-{layer + 2:05d}-of-{total:05d}.safetensors"
 
     def write_outer(self, embedding: SolvedLinear | None = None) -> None:
-        """Write embedding, final norm and an untied head.
-
-        They are copied byte for byte, but for what is quantized.
-        """
+        """Write embedding, final norm and an untied head, byte for byte unless quantized."""
         specs: dict[str, Spec] = {}
         linears = {} if embedding is None else {EMBEDDING: embedding}
         for name in self.checkpoint.config.outer_shapes():
@@ -180,9 +175,9 @@ class QuantizedFolder:
         return found
 
     def write_block(self, layer: int, solved: SolvedBlock) -> None:
-        """Write a block's shard, its solved linears packed.
+        """Write a block's shard with its solved linears packed.
 
-        Everything else is copied byte for byte, but for what a fold has changed.
+        All other tensors are copied byte for byte, unless a fold has changed them.
         """
         linears = solved.linears
         prefix, config = block_name(layer), self.checkpoint.config
@@ -216,7 +211,7 @@ class QuantizedFolder:
 
     def save_progress(self, found: Mapping[str, Any]) -> None:
         """Record what is finished, after its files are on the disk."""
-        # Without indents, which cost a hundred times as much: it is written anew for every block.
+        # Without indentation, which takes a hundred times as long: the file is written again for every block.
         place = {} if self.activations is None else {"scratch": str(self.activations.absolute())}
         write_atomic(self.state / PROGRESS, json.dumps({"identity": self._identity(), **place, **found}))
 
@@ -244,10 +239,10 @@ def write_index(folder: Path, shards: list[Path]) -> None:
 
 
 def readable_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration as both transformers 4 and 5 read it.
+    """A configuration that both transformers 4 and 5 read correctly.
 
-    transformers 4 falls back to rope_theta 10000 without a word when it finds only `rope_parameters`,
-    and to 128 experts when it finds only `num_local_experts`.
+    transformers 4 silently takes rope_theta 10000 when there is only `rope_parameters`, and 128 experts when there is
+    only `num_local_experts`.
     """
     config = dict(raw)
     rope = config.get("rope_parameters")

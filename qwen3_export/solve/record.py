@@ -21,14 +21,14 @@ from qwen3_export.solve.job import LinearRecord, QuantizeSettings
 from qwen3_export.text.documents import source_name
 from qwen3_export.text.samples import Samples
 
-# The relative squared error above which a matrix counts as lost.
+# With a larger relative squared error a matrix is useless.
 _LOST = 0.5
 
 
 def record_linears(recipe: Recipe, linears: Mapping[str, LinearRecord], progress: Progress) -> dict[str, Any]:
     """One entry per linear for the manifest, and a line in the log.
 
-    Raises RecipeError when a matrix is lost.
+    Raises RecipeError when a matrix's error is so large that its codes are useless.
     """
     result: dict[str, Any] = {}
     for name, linear in linears.items():
@@ -48,7 +48,7 @@ def record_linears(recipe: Recipe, linears: Mapping[str, LinearRecord], progress
 
 
 def _refuse_lost(name: str, linear: LinearRecord) -> None:
-    """Raise RecipeError when a matrix's error exceeds what its codes keep."""
+    """Raise RecipeError when a matrix's error is so large that its codes are useless."""
     if linear.error > _LOST:
         raise RecipeError(
             f"{name}: as {linear.scheme.label} it loses {linear.error:.0%} of its outputs' power "
@@ -69,9 +69,9 @@ def manifest_of(
     checkpoint: Checkpoint, recipe: Recipe, samples: Samples | None, settings: QuantizeSettings,
     found: Mapping[str, Any], libraries: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """Everything that the folder says of how it came about.
+    """The manifest of a finished folder.
 
-    `found` are the results of blocks, embedding and head, `libraries` what they were computed with.
+    `found` are the records of blocks, embedding and head; `libraries` are those they were computed with.
     """
     return {
         "source": {"name": checkpoint.name, "sha256": checkpoint.sha256},
@@ -117,10 +117,7 @@ def _policy(scheme: QuantScheme | None) -> str:
 
 
 def _calibration_record(recipe: Recipe, samples: Samples, settings: QuantizeSettings) -> dict[str, Any]:
-    """What the model was calibrated on.
-
-    A file by its name alone, so that no path of this machine leaves it.
-    """
+    """The record of the calibration text; a file without its path."""
     count, length = settings.size(recipe)
     return {
         "source": source_name(settings.calibration),
@@ -147,7 +144,7 @@ def _experts(recipe: Recipe, width: int, blocks: list[dict[str, Any]]) -> dict[s
 
 
 def report_experts(experts: Mapping[str, Any] | None, progress: Progress) -> None:
-    """Tell how well calibration reached the experts, and warn where it hardly did."""
+    """Log how many tokens reached the experts, and warn where they were too few."""
     if experts is None:
         return
     total = sum(map(len, experts["tokens_per_expert"].values()))

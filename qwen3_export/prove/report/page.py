@@ -23,7 +23,7 @@ _WORDS = frozenset(("runtime", "check", "metric", "report", "texts", "task", "li
 
 
 def page(result: Mapping[str, Any], title: str) -> str:
-    """Verdict and failed checks on top, then what was asked, pictures, all other tables and the environment."""
+    """The whole page: verdict, failed checks, settings, pictures, tables, environment."""
     found = list(tables(result))
     leading = [table for table in found if table.title in _LEADING]
     return "\n".join(

@@ -187,7 +187,10 @@ def check_request(
 
 
 def _check_siblings(checkpoint: Checkpoint) -> None:
-    """Refuse 8-bit groups in two linears that read one input: TensorRT joins them, and stores them twice."""
+    """Refuse 8-bit groups in two linears that read one input.
+
+    TensorRT fuses such linears and stores their weights twice.
+    """
     for layer in range(checkpoint.config.num_layers):
         for stage in checkpoint.config.block(layer).stages:
             names = [f"{block_name(layer)}.{name}" for name in stage.names]

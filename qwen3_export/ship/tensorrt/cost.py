@@ -1,4 +1,4 @@
-"""What building a plan takes: memory and time.
+"""Memory and time that building a plan takes.
 
 Both are predicted from the size of its ONNX: bytes of codes and scales, which the compiler works on once for each
 profile, and bytes that stay in 16 bits. Measured with TensorRT-RTX 1.7, processor seconds on one core of a Xeon; the
@@ -27,7 +27,7 @@ class BuildCost:
 
 
 def build_cost(plain: int, quantized: int, profiles: int) -> BuildCost:
-    """The cost of a plan with so many bytes in 16 bits, quantized bytes, and profiles."""
+    """The cost of a plan with `plain` bytes in 16 bits and `quantized` bytes."""
     held = _PLAIN * plain + (_QUANTIZED + _PER_PROFILE * profiles) * quantized
     seconds = _PLAIN_SECONDS * plain + _QUANTIZED_SECONDS * quantized * profiles
     return BuildCost(int(_BASE_BYTES + held), _BASE_SECONDS + seconds)

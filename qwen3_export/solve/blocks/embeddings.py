@@ -83,7 +83,7 @@ def solve_embedding(job: Job, tick: Callable[[], object] = lambda: None) -> Solv
 
 
 def _of_rows(fisher: FisherInformation, device: str) -> Tensor:
-    """G `[hidden, hidden]` of looked-up rows, a tenth of it spread evenly over all channels."""
+    """G `[hidden, hidden]` of looked-up rows, a tenth spread evenly over channels."""
     found = fisher.of_rows().to(device)
     return torch.lerp(found, torch.eye(len(found), device=device) * found.diagonal().mean(), _EVEN)
 

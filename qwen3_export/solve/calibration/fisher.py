@@ -67,11 +67,17 @@ class FisherInformation:
         return [torch.from_numpy(file.read(f"{name}.{i}")) for i in range(len(pieces_of(out_rows)))]
 
     def of_rows(self) -> Tensor:
-        """G `[hidden, hidden]` of a looked-up row: an error e of it costs ½ eᵀ G e for each such token."""
+        """G `[hidden, hidden]` of a looked-up row.
+
+        An error e of the row costs ½ eᵀ G e for each token that looks it up.
+        """
         return torch.from_numpy(TensorFile(self.folder / _EMBEDDING).read("rows"))
 
     def head_share(self) -> float:
-        """Mean of 1 − Σ p²: an error e of the head's row costs ½ share · (e·x)² for each token that is foretold."""
+        """The mean of 1 − Σ p² over all tokens.
+
+        An error e of a row of the head costs ½ · mean · (e·x)² for each token that the row predicts.
+        """
         return float(TensorFile(self.folder / _EMBEDDING).read("head")[0])
 
     def tokens(self) -> int:
@@ -184,7 +190,10 @@ def _loss_gradient(work: FisherPass) -> float:
 
 
 def _slope(normed: Tensor, head: Tensor, generator: torch.Generator, matmul_dtype: torch.dtype) -> tuple[Tensor, float]:
-    """∂(−log p(label)) / ∂normed of a few tokens `[n, hidden]`: (p − label) times the head; and their Σ (1 − Σ p²)."""
+    """∂(−log p(label)) / ∂normed = (p − label) · head, for tokens `[n, hidden]`.
+
+    Also returns Σ (1 − Σ p²) over these tokens.
+    """
     size = _HEAD_ROWS if head.dtype == matmul_dtype else _CONVERTED_ROWS
     cuts = [slice(i, i + size) for i in range(0, len(head), size)]
 

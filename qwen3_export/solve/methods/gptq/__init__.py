@@ -146,7 +146,7 @@ def _problem(group: LinearGroup, scheme: QuantScheme, options: Options, pool: Wo
 
 
 def _solve_linear(group: LinearGroup, name: str, problem: Problem, target: Tensor, pool: Workers) -> SolvedWeight:
-    """Solve one linear, which is to come close to `target`, in chunks of output rows, which are independent."""
+    """Solve one linear for `target`, in independent chunks of output rows."""
     weight = group.weights[name]
     uppers = fisher_factors(group.fisher.get(name, [])) if problem.scheme.per_row else []
     solve_chunk = partial(_solve_chunk, target, problem, uppers)

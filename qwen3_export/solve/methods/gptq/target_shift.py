@@ -105,9 +105,9 @@ def target_shift_of(moments: PairedMoments, factors: list[Future[Tensor | None]]
 def targets_in_turn(
     moments: PairedMoments, weights: Mapping[str, Tensor], percdamp: float, pool: Workers
 ) -> dict[str, Tensor]:
-    """As `TargetShift.target` of all weights, with one factor in memory at a time; `moments` are given up.
+    """`TargetShift.target` of all weights, with one factor in memory at a time.
 
-    Empty where nothing is shifted.
+    The memory of `moments` is released. The result is empty where nothing is shifted.
     """
     lower = _factor(percdamp, moments.fitted) if moments.held_out.tokens else None
     if lower is None:
