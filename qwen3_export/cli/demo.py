@@ -195,13 +195,13 @@ def _relocate(result: dict[str, Any], partial: Path, output: Path) -> dict[str, 
 
 
 def _print(result: dict[str, Any]) -> None:
-    headers = ["artifact", "runtime", "linears", "bits/weight", "size", "KL (nats)", "top-1", "ppl ratio"]
+    headers = ["artifact", "runtime", "bits/weight", "of linears", "size", "KL (nats)", "top-1", "ppl ratio"]
     rows = [
         [
             Path(item["artifact"]).name,
             item["runtime"],
-            "-" if item["linear_bits_per_weight"] is None else f"{item['linear_bits_per_weight']:.2f}",
             f"{item['bits_per_weight']:.2f}",
+            "-" if item["linear_bits_per_weight"] is None else f"{item['linear_bits_per_weight']:.2f}",
             size(item["bytes"]),
             nats(item),
             f"{100 * item['top1_agreement']:.1f} %",

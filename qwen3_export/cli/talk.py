@@ -18,7 +18,7 @@ from qwen3_export.errors import InputError
 
 @app.command(epilog='Example: qwen3-export run model-onnx --prompt "What does ocean mean?" --max-new-tokens 32')
 def run(
-    artifact: Annotated[str, typer.Argument(help="ONNX or Hugging Face folder, or .gguf file.")],
+    artifact: Annotated[str, typer.Argument(help="ONNX, TensorRT or Hugging Face folder, or .gguf file.")],
     prompt: Annotated[str | None, typer.Option(help="What the user says; `-` reads it from stdin.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A text file that says it.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="A conversation: one line, one answer; an empty line ends.")] = (
@@ -47,7 +47,12 @@ def run(
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, thinking_budget)
     on_text, on_answer = (None, _nothing) if json else (_stream, lambda found: _spoken(show, found))
     path, options = find(artifact, device), RuntimeOptions(threads=threads, device=device)
-    found = converse(path, messages, questions, thinking, sampling, options, on_text, on_answer, show)
+    try:
+        found = converse(path, messages, questions, thinking, sampling, options, on_text, on_answer, show)
+    except KeyboardInterrupt:
+        if not json:
+            print()  # the text ends where it is
+        raise
     if not found:
         raise InputError("nothing was said in the conversation", "one line of stdin is one question")
     show.result({**found[-1], "turns": found} if chat else found[0], _nothing)
