@@ -15,6 +15,7 @@ import signal
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -66,13 +67,17 @@ MEASURES = ("wall_s", "cpu_s", "peak_rss")
 
 def checkpoint(layers: int) -> Path:
     """A model of the full shape with `layers` layers and random bf16 weights, one tensor in memory at a time."""
-    folder = cache_folder() / "checkpoints" / f"qwen3-0.6b-shape-{layers}"
+    return random_checkpoint(f"qwen3-0.6b-shape-{layers}", {**SHAPE, "num_hidden_layers": layers})
+
+
+def random_checkpoint(name: str, values: dict[str, Any]) -> Path:
+    """A cached folder with random bf16 weights for a config.json and the reference model's tokenizer."""
+    folder = cache_folder() / "checkpoints" / name
     if folder.is_dir():
         return folder
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    values = {**SHAPE, "num_hidden_layers": layers}
     (partial / "config.json").write_text(json.dumps(values, indent=1))
     shapes, random = parse_config(values, "config").tensor_shapes(), np.random.default_rng(0)
     bf16 = np.dtype(ml_dtypes.bfloat16)
@@ -81,8 +86,8 @@ def checkpoint(layers: int) -> Path:
     ) as writer:
         for name, shape in shapes.items():
             writer.write(name, weights(random, shape).astype(bf16))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(locate("reference-model") / name, partial / name)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(locate("reference-model") / file, partial / file)
     partial.rename(folder)
     return folder
 

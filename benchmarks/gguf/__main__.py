@@ -1,25 +1,25 @@
-"""`python -m benchmarks.gguf`: file type × size × KL × top-1 × tokens per second, in llama.cpp itself.
+"""`python -m benchmarks.gguf`: file type × size × KL × top-1, in llama.cpp itself.
 
-KL(original ‖ file) in nats per token and top-1 agreement over held-out text, the original run by transformers; decoding
-speed of greedy tokens after a short prompt. One process measures all files, in turn.
+KL(original ‖ file) in nats per token and top-1 agreement over held-out text, the original run by transformers. Of a
+solved folder also the KL in torch, its codes dequantized and its inputs as they are: what llama.cpp adds is its own
+rounding. One process measures all files, in turn. `benchmarks.gguf.speed` and `.cost` add to the same results.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.gguf.files import WAYS, Bench, wanted
+from benchmarks.gguf.files import SOLVED, WAYS, Bench, wanted
+from benchmarks.gguf.report import add, quality
 from benchmarks.quality.checkpoints import MAKERS, make
-from benchmarks.quality.report import table
 from benchmarks.quality.venvs import cache_folder
 from qwen3_export.core.gguf_types import FILE_TYPES
 from qwen3_export.run.artifact import open_session
@@ -27,8 +27,6 @@ from qwen3_export.run.session import RuntimeOptions, Session
 from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import heldout_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
-
-PROMPT, NEW = 32, 32
 
 
 def heldout(source: Path, length: int, count: int | None) -> list[np.ndarray]:
@@ -61,67 +59,37 @@ def measure(session: Session, samples: list[np.ndarray], wanted: np.ndarray) -> 
     return {"kl": float(np.concatenate(kl).mean()), "kl_error": error, "top1": float(np.concatenate(same).mean())}
 
 
-def speed(session: Session, ids: np.ndarray) -> float:
-    """Tokens per second of decoding, the median of single tokens."""
-    token, seconds = int(session.prefill(ids[:PROMPT])[-1].argmax()), []
-    for _ in range(NEW):
-        begin = time.perf_counter()
-        token = int(session.decode(token).argmax())
-        seconds.append(time.perf_counter() - begin)
-    return 1 / statistics.median(seconds)
-
-
-def collect(given: argparse.Namespace) -> list[dict[str, Any]]:
+def collect(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every file of every checkpoint."""
-    found = []
     for name in given.checkpoints:
         source, folder = make(name), cache_folder() / "gguf" / name
         folder.mkdir(parents=True, exist_ok=True)
         samples = heldout(source, given.sequence_length, given.heldout)
         answers = truth(source, samples, folder / f"truth-{given.sequence_length}-{len(samples)}.npy")
         bench = Bench(source, folder, given.samples, given.sequence_length)
+        run = {"samples": given.samples, "sequence_length": given.sequence_length, "positions": len(answers)}
         for type_name, way in wanted(given.types, given.ways):
             path = bench.make(way, type_name)
             if path is None:
                 continue
-            session = open_session(path, RuntimeOptions(threads=given.threads))
-            row = {"checkpoint": name, "type": type_name, "way": way, "bytes": path.stat().st_size}
-            row |= measure(session, samples, answers)
-            row["tokens_per_second"] = speed(session, samples[0]) if given.speed else None
-            session.close()
+            row = {"checkpoint": name, "type": type_name, "way": way, "bytes": path.stat().st_size, **run}
+            row |= measured(path, samples, answers, given.threads)
+            if way == SOLVED:
+                row["kl_torch"] = measured(bench.solved(type_name), samples, answers, given.threads)["kl"]
             path.unlink()
-            found.append(row)
             print(f"{name}  {type_name}  {way}: KL {row['kl']:.5f}", file=sys.stderr, flush=True)
+            yield row
         if not given.keep:
             shutil.rmtree(folder, ignore_errors=True)
-    return found
 
 
-def markdown(found: list[dict[str, Any]]) -> str:
-    """One table per checkpoint; KL also relative to llama.cpp's file of the type, with a matrix where there is one."""
-    parts = []
-    for name in dict.fromkeys(row["checkpoint"] for row in found):
-        rows = [row for row in found if row["checkpoint"] == name]
-        theirs = {row["type"]: row["kl"] for row in rows if row["way"] == "llama.cpp"}
-        theirs |= {row["type"]: row["kl"] for row in rows if row["way"] == "llama.cpp imatrix"}
-        lines = [_line(row, theirs.get(row["type"])) for row in rows]
-        header = ["type", "made by", "MB", "KL", "± ", "× llama.cpp's best", "top-1", "tokens/s"]
-        parts.append(f"## {name}\n\n{table(header, lines)}\n")
-    return "\n".join(parts)
-
-
-def _line(row: dict[str, Any], best: float | None) -> list[str]:
-    rate = row["tokens_per_second"]
-    return [
-        row["type"],
-        row["way"],
-        f"{row['bytes'] / 1e6:.2f}",
-        f"{row['kl']:.5f}",
-        f"{row['kl_error']:.5f}",
-        "-" if best is None else f"{row['kl'] / best:.2f}",
-        f"{row['top1']:.1%}",
-        "-" if rate is None else f"{rate:.0f}",
-    ]
+def measured(artifact: Path, samples: list[np.ndarray], answers: np.ndarray, threads: int) -> dict[str, float]:
+    """KL and top-1 of a file in llama.cpp, or of a folder in torch."""
+    session = open_session(artifact, RuntimeOptions(threads=threads))
+    try:
+        return measure(session, samples, answers)
+    finally:
+        session.close()
 
 
 def main() -> None:
@@ -134,18 +102,17 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--heldout", type=int, help="held-out samples (default: all)")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--speed", action="store_true", help="measure decoding too; wants an idle machine")
     parser.add_argument(
         "--keep", action="store_true", help="keep the 16-bit file, the matrix and the original's answers"
     )
-    parser.add_argument("--output", type=Path, help="folder for results.json and results.md")
+    parser.add_argument("--output", type=Path, help="JSON file that the rows are added to; FILE.md is written anew")
     given = parser.parse_args()
-    found = collect(given)
-    print(markdown(found))
-    if given.output:
-        given.output.mkdir(parents=True, exist_ok=True)
-        (given.output / "results.json").write_text(json.dumps(found, indent=1) + "\n")
-        (given.output / "results.md").write_text(markdown(found))
+    found = []
+    for row in collect(given):
+        found.append(row)
+        if given.output:
+            add(given.output, "quality", [row])
+    print(quality(found))
 
 
 if __name__ == "__main__":

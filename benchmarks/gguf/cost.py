@@ -1,4 +1,7 @@
-"""`python -m benchmarks.gguf.cost`: time and memory of writing GGUF files at the full Qwen3-0.6B shape.
+"""`python -m benchmarks.gguf.cost`: time and memory of writing GGUF files, dense and with experts.
+
+    dense          the full shape of Qwen3-0.6B
+    experts        one layer as wide as Qwen3-30B-A3B, 128 experts, embedding and head apart
 
     bf16, q8_0     convert_hf_to_gguf.py           beside `gguf --type bf16`, `--type q8_0`
     q4_k_m         converter, then llama-quantize  beside `gguf --type q4_k_m`
@@ -20,9 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.cost.__main__ import FULL, checkpoint
+from benchmarks.cost.__main__ import FULL, checkpoint, random_checkpoint
+from benchmarks.experts.__main__ import WIDTHS
+from benchmarks.gguf.report import Row, add
+from benchmarks.gguf.report import cost as cost_table
 from benchmarks.quality.process import Cost, run
-from benchmarks.quality.report import table
 from benchmarks.quality.venvs import cache_folder
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.gguf_types import gguf_name
@@ -80,26 +85,42 @@ def jobs(source: Path, folder: Path) -> dict[str, tuple[list[str | Path], str]]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=FULL)
-    given = parser.parse_args()
-    source, folder = checkpoint(given.layers), cache_folder() / "gguf-cost"
+def measure(model: str, source: Path, repeat: int, threads: int) -> list[Row]:
+    """Medians of CPU and wall seconds of each job, and the largest peak."""
+    folder, costs = cache_folder() / "gguf-cost", dict[str, list[Cost]]()
     folder.mkdir(parents=True, exist_ok=True)
-    costs: dict[str, list[Cost]] = {}
-    for _ in range(given.repeat):
+    for _ in range(repeat):
         for name, (command, path) in jobs(source, folder).items():
-            cost = run(command, folder, given.threads, 900, PYTHONPATH=path)
+            cost = run(command, folder, threads, 900, PYTHONPATH=path)
             costs.setdefault(name, []).append(cost)
             print(f"{name}: {cost}", file=sys.stderr, flush=True)
-    lines = []
+    shutil.rmtree(folder)
+    rows = []
     for name, many in costs.items():
         cpu, wall = (statistics.median(getattr(cost, key) for cost in many) for key in ("cpu_s", "wall_s"))
-        lines.append([name, f"{cpu:.1f}", f"{wall:.1f}", f"{max(cost.peak_rss for cost in many) / 1e6:.0f}"])
-    print(table(["job", "CPU s", "wall s", "peak MB"], lines))
-    shutil.rmtree(folder)
+        peak = max(cost.peak_rss for cost in many)
+        rows.append({"model": model, "job": name, "cpu_s": cpu, "wall_s": wall, "peak_rss": peak})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=("dense", "experts"), default=["dense", "experts"])
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=FULL, help="layers of the dense model")
+    parser.add_argument("--output", type=Path, help="JSON file that the rows are added to; FILE.md is written anew")
+    given = parser.parse_args()
+    rows = []
+    if "dense" in given.models:
+        name = f"shape of Qwen3-0.6B, {given.layers} layers"
+        rows += measure(name, checkpoint(given.layers), given.repeat, given.threads)
+    if "experts" in given.models:
+        source = random_checkpoint("qwen3-30b-a3b-width-1", {**WIDTHS, "num_hidden_layers": 1})
+        rows += measure("width of Qwen3-30B-A3B, 1 layer", source, given.repeat, given.threads)
+    if given.output:
+        add(given.output, "cost", rows)
+    print(cost_table(rows))
 
 
 if __name__ == "__main__":

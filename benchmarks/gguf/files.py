@@ -28,7 +28,8 @@ from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.quantize import quantize
 from tests.reference import llama_quantize
 
-WAYS = ("ours", "ours imatrix", "ours solved", "llama.cpp", "llama.cpp imatrix")
+SOLVED = "ours solved"
+WAYS = ("llama.cpp", "llama.cpp imatrix", "ours", "ours imatrix", SOLVED)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Bench:
     def make(self, way: str, type_name: str) -> Path | None:
         """Write one file; None where there is no recipe for it."""
         path = self.folder / f"{type_name}-{way.replace(' ', '-')}.gguf"
-        if way == "ours solved":
+        if way == SOLVED:
             return self._solved(path, type_name)
         weighed = way.endswith("imatrix")
         if way.startswith("ours"):
@@ -79,11 +80,15 @@ class Bench:
         llama_quantize.quantize(self.plain, path, FILE_TYPES[type_name].number, means)
         return path
 
+    def solved(self, type_name: str) -> Path:
+        """The folder that the type's recipe writes."""
+        return self.folder / f"gguf-{type_name}" / self.source.name
+
     def _solved(self, path: Path, type_name: str) -> Path | None:
         recipe = f"gguf-{type_name}"
         if recipe not in recipe_names():
             return None
-        folder = self.folder / recipe / self.source.name
+        folder = self.solved(type_name)
         shutil.rmtree(folder, ignore_errors=True)
         quantize(self.checkpoint, load_recipe(recipe), folder, self.settings)
         export_gguf(open_checkpoint(folder), path, force=True)
