@@ -34,6 +34,10 @@ from qwen3_export.text.samples import Samples
 
 _WIDEST, _WIDEST_INNER, _EXPERTS, _VOCABULARY = 1024, 3072, 8, 2048
 _LENGTH, _FEW, _MORE = 256, 4, 16
+# Work on every weight that does not grow with the width, in columns that cost as much: candidates that are searched.
+_SEARCHED = 1200
+# Python, torch and compiled loops until they are ready; bytes a second of reading, hashing and writing what stays.
+_START_SECONDS, _BYTES_PER_SECOND = 4.0, 1e9
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def work_of(config: Qwen3Config, layer: int, with_inputs: bool) -> Work:
     The sums of its moments are included.
     """
     shapes = config.linear_shapes(layer)
-    at_rest = sum(out_rows * width * (width if with_inputs else 1) for out_rows, width in shapes.values())
+    at_rest = sum(out_rows * width * (_SEARCHED + width if with_inputs else 1) for out_rows, width in shapes.values())
     share = config.experts_per_token / config.num_experts if config.is_sparse(layer) else 1.0
     firsts = {group[0] for stage in config.block(layer).stages for group in stage.groups}
     per_token = 0.0
@@ -83,7 +87,8 @@ def narrowed(raw: Mapping[str, Any], config: Qwen3Config) -> dict[str, Any]:
         experts = min(config.num_experts, _EXPERTS)
         spelled = "num_local_experts" if raw.get("num_local_experts") is not None else "num_experts"
         changes[spelled] = experts
-        changes["num_experts_per_tok"] = min(config.experts_per_token, experts)
+        # As large a share of them as in the model.
+        changes["num_experts_per_tok"] = max(1, round(config.experts_per_token * experts / config.num_experts))
     return {**raw, **changes}
 
 
@@ -97,13 +102,14 @@ def estimate_seconds(
         folder = Path(name)
         small = _write_block(folder / "block", narrowed(checkpoint.raw_config, config))
         few, more = (_random_samples(small, count) if samples else None for count in (_FEW, _MORE))
-        _trial(small, inner, few, settings, folder / "warm")
+        of_few, of_more = (_as_starved(inner, checkpoint, samples, small, trial) for trial in (few, more))
+        _trial(small, of_few, few, settings, folder / "warm")
         tick()
-        at_few = _trial(small, inner, few, settings, folder / "few")
+        at_few = _trial(small, of_few, few, settings, folder / "few")
         tick()
         per_token = 0.0
         if few is not None and more is not None:
-            at_more = _trial(small, inner, more, settings, folder / "more")
+            at_more = _trial(small, of_more, more, settings, folder / "more")
             per_token = max(0.0, (at_more - at_few) / (more.tokens - few.tokens))
         tick()
         for_outer = _trial(small, recipe, few, settings, folder / "outer") - at_few if outer else 0.0
@@ -111,11 +117,26 @@ def estimate_seconds(
     at_rest = max(0.0, at_few - per_token * (few.tokens if few else 0))
     done = work_of(small.config, 0, samples is not None)
     total = max(0.0, for_outer) * config.vocab_size / small.config.vocab_size
+    total += _START_SECONDS + sum(entry.end - entry.begin for entry in checkpoint.stored_entries()) / _BYTES_PER_SECOND
     for layer in range(config.num_layers):
         work = work_of(config, layer, samples is not None)
         total += at_rest * work.at_rest / done.at_rest
         total += per_token * (samples.tokens if samples else 0) * work.per_token / done.per_token
     return total
+
+
+def _as_starved(
+    recipe: Recipe, checkpoint: Checkpoint, samples: Samples | None, small: Checkpoint, trial: Samples | None
+) -> Recipe:
+    """The recipe with a floor that as many of the trial's experts miss as of the model's: they are solved otherwise."""
+    config = checkpoint.config
+    if samples is None or trial is None or not config.sparse_layers:
+        return recipe
+    each, own = (
+        rows.tokens * c.experts_per_token / c.num_experts for rows, c in ((samples, config), (trial, small.config))
+    )
+    floor = recipe.experts.token_floor(config.expert_width)
+    return replace(recipe, experts=replace(recipe.experts, min_tokens=round(floor * own / each)))
 
 
 def _write_block(folder: Path, raw: dict[str, Any]) -> Checkpoint:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from qwen3_export.core.recipe import ExpertRule, load_recipe
 from qwen3_export.core.source import open_source
 from qwen3_export.errors import InputError, ResourceError
-from qwen3_export.preflight.timing import narrowed, work_of
+from qwen3_export.preflight.timing import _SEARCHED, _as_starved, narrowed, work_of
+from qwen3_export.text.samples import Samples
 from tests.cli.helpers import call, hashes, names, refused, start, wait_for, write_text_model
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
 
@@ -129,6 +133,29 @@ def test_trial_block_is_narrow_and_of_the_same_kind(tmp_path: Path) -> None:
     one = work_of(dense.config, 0, with_inputs=True)
     assert one.at_rest > work_of(dense.config, 0, with_inputs=False).at_rest
     assert one.per_token > 0
+
+
+def test_as_many_experts_of_the_trial_miss_the_floor_as_of_the_model(tmp_path: Path) -> None:
+    """Experts get 4096 of 65,536 tokens each, and 512 of a trial's 4096: the floor is an eighth of the model's."""
+    large, small = (
+        open_source(str(write_checkpoint(tmp_path / name, tiny_moe_config(num_experts=experts, num_experts_per_tok=k))))
+        for name, experts, k in (("large", 64, 4), ("small", 8, 1))
+    )
+    rows, trial = (Samples((np.zeros(512, np.int32),) * count, ("a",) * count) for count in (128, 8))
+    recipe = replace(load_recipe("gptq-w4a16-g128"), experts=ExpertRule(min_tokens=4096))
+    assert _as_starved(recipe, large, rows, small, trial).experts.min_tokens == 512
+    assert narrowed(large.raw_config, large.config)["num_experts_per_tok"] == 1
+    assert _as_starved(recipe, large, None, small, None) is recipe
+
+
+def test_work_on_a_weight_grows_with_its_width_and_with_what_is_searched(tmp_path: Path) -> None:
+    narrow, wide = (
+        open_source(str(write_checkpoint(tmp_path / str(width), tiny_config(hidden_size=width)))).config
+        for width in (64, 128)
+    )
+    shapes = narrow.linear_shapes(0).values()
+    assert work_of(narrow, 0, True).at_rest == sum(rows * width * (width + _SEARCHED) for rows, width in shapes)
+    assert 1 < work_of(wide, 0, True).at_rest / work_of(narrow, 0, True).at_rest < 4
 
 
 @pytest.mark.parametrize(
