@@ -49,14 +49,14 @@ RunDevice = Annotated[
 
 
 def find_all(artifacts: list[str], device: str | None, exact: bool, cluster: str | None) -> list[Path]:
-    """The artifacts' paths; what runs here is checked, what runs on other nodes is checked there."""
+    """The artifacts' paths, checked here unless they run on other nodes."""
     if cluster is None:
         return [find(artifact, device, exact) for artifact in artifacts]
     return [path if (path := Path(artifact)).exists() else locate(artifact) for artifact in artifacts]
 
 
 def everywhere(text: str) -> str:
-    """A text's FILE or DOMAIN=FILE as other nodes find it, whose working folder is another."""
+    """A text's FILE or DOMAIN=FILE with an absolute path, for other nodes."""
     domain, file = split_domain(text)
     place = str(Path(file).absolute()) if Path(file).exists() else file
     return f"{domain}={place}" if domain else place

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.ggml.tiles import HUGE, ONE, TILE, ZERO, add_errors, half, load, store_codes, super_scale
+from qwen3_export.ggml.tiles import HUGE, ONE, ZERO, add_errors, half, store_codes, super_scale
 from qwen3_export.model.compiled import Array, compiled, contracted
+from qwen3_export.model.tiles import TILE, load
 
 # The state of a tile's rows, one line per quantity: range, sums of the present attempt, the best fit so far.
 _LOW, _RANGE, _INVERSE, _START, _WQ, _WQQ, _WXQ, _WX, _WXX, _SCALE, _MIN, _ERROR, _BEST = range(13)

@@ -35,8 +35,9 @@ from qwen3_export.ggml.scale_fit import (
     try_end,
     try_integer,
 )
-from qwen3_export.ggml.tiles import ONE, TILE, ZERO, add_errors, half, load, store_codes, super_scale
+from qwen3_export.ggml.tiles import ONE, ZERO, add_errors, half, store_codes, super_scale
 from qwen3_export.model.compiled import Array, compiled, contracted
+from qwen3_export.model.tiles import TILE, load
 
 # The table: the nearest number of every interval, its code, and `fine`.
 Book = tuple[Array, NDArray[np.uint8], np.float32]

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from qwen3_export.ggml.tiles import HUGE, ONE, TILE, ZERO
+from qwen3_export.ggml.tiles import HUGE, ONE, ZERO
 from qwen3_export.model.compiled import Array, compiled
+from qwen3_export.model.tiles import TILE
 
 PEAK, INVERSE, WXV, WVV, SCALE, BEST, ERROR, CODE = range(8)
 LINES = CODE + 1

@@ -1,19 +1,15 @@
-"""Tiles of weights, and the operations on them that all families share.
+"""Operations on tiles that all families of types share.
 
-A tile holds 32 or 256 columns of some rows, `[columns, rows]`, so that every step is one operation on all rows at once.
+A tile (`model.tiles`) has 32 or 256 columns.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.model.compiled import Array, compiled
 
-# Rows of a tile: few enough for a group's columns to stay in the nearest cache.
-TILE = 32
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 # More than any error.
 HUGE = np.float32(3e38)
@@ -22,18 +18,6 @@ _SPLIT, _TINY, _STEP = np.float32(8193.0), np.float32(2.0**-14), np.float32(2.0*
 _LARGEST_HALF = np.float32(65504.0)
 # The search for a super scale moves the largest integer scale by so much up or down.
 _STRETCHES = np.arange(-6, 7, dtype=np.float32) * np.float32(0.15)
-
-
-@compiled
-def load(words: Any, shift: int, row: int, column: int, length: int, bits: NDArray[np.uint32]) -> None:
-    """Read `length` columns of some rows into a tile.
-
-    Rows beyond the last one repeat it.
-    """
-    for r in range(TILE):
-        source = words[min(row + r, len(words) - 1), column : column + length]
-        for j in range(length):
-            bits[j, r] = np.uint32(source[j]) << shift
 
 
 @compiled

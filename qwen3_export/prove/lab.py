@@ -66,7 +66,7 @@ class Device:
         end_with_parent()
 
     def measure(self, artifact: Path, request: DriftRequest | LatencyRequest) -> Any:
-        """The node's name, and a result or the class, text and hint of an error."""
+        """The node's name, and a result or an error's class, text and hint."""
         name = socket.gethostname()
         try:
             if not artifact.exists():
@@ -80,7 +80,9 @@ def measure_on_nodes(
     address: str, labels: Sequence[str], artifacts: Sequence[Path], request: DriftRequest | LatencyRequest,
     progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
-    """`{results, passed, environment}` of every artifact on a node of every label; without labels on any node.
+    """`{results, passed, environment}` of every artifact on a node of every label.
+
+    Without labels each artifact runs on any node.
 
     Each result says its `node` and the `environment` there. Raises InputError for a label that no node offers, and
     the error of a task with the name of its node.

@@ -1,4 +1,4 @@
-"""How much room the pieces of one block take on the disk that workers share."""
+"""The space that the pieces of one block take on the shared disk."""
 
 from __future__ import annotations
 

@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.model.compiled import ROUNDER, Array, compiled, contracted
+from qwen3_export.model.tiles import TILE, load
 
-# Rows of a tile: few enough for a block's columns to stay in the nearest cache.
-TILE = 32
 SYMMETRIC, SIGNED, ASYMMETRIC = 0, 1, 2
 _SIGN = np.uint32(1 << 31)
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
@@ -42,18 +41,6 @@ def code_of(value: np.float32, scale: np.float32, zero: np.float32, largest: np.
     code = ((value / scale) + ROUNDER) - ROUNDER + zero
     code = code if code > _ZERO else _ZERO
     return code if code < largest else largest
-
-
-@compiled
-def _load(words: Any, shift: int, row: int, column: int, length: int, bits: Bits) -> None:
-    """Read a group of some rows into a tile.
-
-    Rows beyond the last one repeat it.
-    """
-    for r in range(TILE):
-        source = words[min(row + r, len(words) - 1), column : column + length]
-        for j in range(length):
-            bits[j, r] = np.uint32(source[j]) << shift
 
 
 @compiled
@@ -209,7 +196,7 @@ def round_groups(
         here = min(TILE, len(words) - row)
         for group in range(scales.shape[1]):
             column = group * length
-            _load(words, shift, row, column, length, bits)
+            load(words, shift, row, column, length, bits)
             weights[:length] = importance[column : column + length]
             _bounds(work, lines[_LOW], lines[_HIGH])
             _search(work, weights, kind, factors, order, top, storage, lines)

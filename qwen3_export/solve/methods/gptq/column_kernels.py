@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.model.compiled import Array, compiled
-from qwen3_export.solve.rounding.kernels import TILE, code_of
+from qwen3_export.model.tiles import TILE
+from qwen3_export.solve.rounding.kernels import code_of
 
 _ZERO = np.float32(0.0)
 
