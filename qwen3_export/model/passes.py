@@ -39,7 +39,7 @@ def _cut(bits: Any, numbers: Numbers) -> None:
 
 
 @reassociated
-def _energy(row: Array) -> np.float32:
+def _sum_of_squares(row: Array) -> np.float32:
     total = np.float32(0.0)
     for i in range(len(row)):
         total += row[i] * row[i]
@@ -51,7 +51,7 @@ def _norm(values: Array, weight: Array, eps: np.float32, made: Array) -> None:
     """RMSNorm of every row."""
     wide = values.shape[1]
     for t in range(len(values)):
-        scale = _ONE / np.sqrt(_energy(values[t]) / np.float32(wide) + eps)
+        scale = _ONE / np.sqrt(_sum_of_squares(values[t]) / np.float32(wide) + eps)
         for i in range(wide):
             made[t, i] = values[t, i] * scale * weight[i]
 
@@ -68,7 +68,7 @@ def _turn(
     for t in range(tokens):
         for h in range(heads):
             expand(numbers[t, h], row_bits)
-            scale = _ONE / np.sqrt(_energy(row) / np.float32(wide) + eps)
+            scale = _ONE / np.sqrt(_sum_of_squares(row) / np.float32(wide) + eps)
             for i in range(wide):
                 row[i] = row[i] * scale * weight[i]
             for i in range(half):

@@ -128,7 +128,10 @@ def estimate_seconds(
 def _as_starved(
     recipe: Recipe, checkpoint: Checkpoint, samples: Samples | None, small: Checkpoint, trial: Samples | None
 ) -> Recipe:
-    """The recipe with a floor that as many of the trial's experts miss as of the model's: they are solved otherwise."""
+    """The recipe with a floor that the same share of the trial's experts misses.
+
+    Experts below the floor are solved in another way, which takes another time.
+    """
     config = checkpoint.config
     if samples is None or trial is None or not config.sparse_layers:
         return recipe

@@ -53,7 +53,7 @@ def run_blocks(
     if job.samples is not None and executor is None:
         from qwen3_export.solve.calibration.activations import SpareFiles
 
-        job = replace(job, spare_files=SpareFiles(target.scratch / "shelf"))
+        job = replace(job, spare_files=SpareFiles(target.scratch / "spare"))
     if 0 < resumed < layers:
         check_activations(job, resumed)
     executor = executor or Local()

@@ -1,12 +1,13 @@
 """Keys and values between calls of GroupQueryAttention.
 
-They are kept as they are, or as int8 or int4 codes.
+They are kept in the type of activations, or as int8 or int4 codes.
 
     int8    int8  [batch, kv_heads, positions, head_dim]         code = round(value / scale)
     int4    uint8 [batch, kv_heads, positions, head_dim / 2]     two codes a byte
 
 A quantized cache has one scale per channel of each key/value head, fp32 `[kv_heads, 1, head_dim]`, found on calibration
-rows; the operator rounds what comes in and multiplies by the codes. Operator: ONNX Runtime, docs/ContribOperators.md.
+samples. The operator rounds new keys and values, and multiplies with the codes (ONNX Runtime,
+docs/ContribOperators.md).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class FloatCache:
         return head_dim
 
     def inputs(self, graph: GraphBuilder, layer: int) -> list[ir.Value | None]:
-        """What the operator gets besides."""
+        """Further inputs of the operator."""
         return []
 
 
@@ -59,7 +60,7 @@ class QuantizedCache:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """What the operator is told about the codes."""
+        """The operator's attributes for the codes."""
         return {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": self.bits}
 
     def width(self, head_dim: int) -> int:
@@ -67,6 +68,6 @@ class QuantizedCache:
         return head_dim * self.bits // 8
 
     def inputs(self, graph: GraphBuilder, layer: int) -> list[ir.Value | None]:
-        """The scales of one layer, behind the inputs that Qwen3 leaves out."""
+        """The scales of one layer, after the optional inputs that Qwen3 does not use."""
         names = (f"layer.{layer}.attention.{kind}_scale" for kind in ("key", "value"))
         return [None] * _ABSENT + [graph.weight(n, s) for n, s in zip(names, self.scales[layer], strict=True)]

@@ -1,4 +1,4 @@
-"""The Qwen3 decoder as a graph, independent of the operators that a runtime wants.
+"""The Qwen3 decoder as a graph, independent of a runtime's operators.
 
     input_ids ─ embedding ─▶ h ─ [ norm ─ q,k,v ─ head norm ─ rope ─ attention ─ o ─ + h
                                    norm ─ gate,up ─ silu·up ─ down, or experts ─ + h ] × layers ─ norm ─ head ─▶ logits
@@ -24,7 +24,10 @@ from qwen3_export.ship.onnx.graph import GraphBuilder
 
 
 class Flavor(Protocol):
-    """How one family of runtimes wants the decoder's parts; `dtype` is that of activations."""
+    """The decoder's parts in the operators of one family of runtimes.
+
+    `dtype` is the type of activations.
+    """
 
     graph: GraphBuilder
     dtype: ir.DataType
@@ -45,10 +48,7 @@ class Flavor(Protocol):
         """`x @ weight.T` for a weight `[out, in]`."""
 
     def linears(self, x: ir.Value, weights: Mapping[str, QuantizedTensor | NDArray], name: str) -> Sequence[ir.Value]:
-        """Several linears of the same inputs, by name.
-
-        As one product called `name` where that is faster.
-        """
+        """Linears of the same inputs by name, as one product where faster."""
 
     def attention(
         self, qkv: tuple[ir.Value, ir.Value, ir.Value], norms: tuple[NDArray, NDArray], layer: int
@@ -80,7 +80,7 @@ def build_decoder(flavor: Flavor, checkpoint: Checkpoint, progress: Progress) ->
     table = None if config.tie_word_embeddings else checkpoint.linear(HEAD)
     logits = flavor.head(x, table)
     graph.output(logits, "logits", ir.DataType.FLOAT, ["batch_size", "sequence_length", config.vocab_size])
-    # `logits` is made last and announced first, as every consumer expects.
+    # `logits` is computed last but declared as the first output, as every consumer expects.
     graph.outputs.insert(0, graph.outputs.pop())
 
 
@@ -89,7 +89,7 @@ def _block(
 ) -> tuple[ir.Value, ir.Value]:
     """One decoder block.
 
-    Returns the residual stream and the MLP's output still to be added to it.
+    Returns the residual stream, and the MLP's output that is still to be added to it.
     """
     prefix, short = block_name(layer), f"layer.{layer}"
 

@@ -1,13 +1,11 @@
-"""A sparse layer's experts on their way into an ONNX graph.
+"""A sparse layer's experts for an ONNX graph, read one by one.
 
-They are read one at a time, and stacked along a first axis.
+router    [experts, hidden]                        fp32 scores, in every flavor
+codes     [experts, out, in · bits / 8]            one input for all experts of a layer
+scales    [experts, out, groups]                   and zero points
 
-    router    [experts, hidden]                        fp32 scores, in every flavor
-    codes     [experts, out, in · bits / 8]            one operator's input for all experts of a layer
-    scales    [experts, out, groups]                   zeros likewise
-
-`ship.onnx.qmoe` writes them as ONNX Runtime's fused operator, `ship.onnx.routed` as a loop of plain operators
-over the experts that the tokens chose.
+`ship.onnx.qmoe` writes them as ONNX Runtime's fused operator. `ship.onnx.routed` writes a loop in ai.onnx operators
+over the experts that the router chose.
 """
 
 from __future__ import annotations
@@ -34,17 +32,14 @@ Weights = QuantizedTensor | NDArray
 
 @dataclass(frozen=True)
 class SparseLayer:
-    """The experts of one layer of a checkpoint.
-
-    Nothing is read before it is asked for.
-    """
+    """The experts of one layer of a checkpoint, read when asked for."""
 
     checkpoint: Checkpoint
     layer: int
 
     @property
     def name(self) -> str:
-        """What the layer's nodes are called after."""
+        """The prefix of the names of the layer's nodes."""
         return f"layer.{self.layer}.experts"
 
     @property
@@ -88,7 +83,7 @@ class SparseLayer:
         return f"{block_name(self.layer)}.{stage.prefixes[expert]}.{part}"
 
     def read(self, *parts: str) -> Iterator[list[Weights]]:
-        """These matrices of each expert, one expert at a time."""
+        """Some matrices of each expert, one expert at a time."""
         for expert in range(self.checkpoint.config.num_experts):
             yield [self.checkpoint.linear(self.module(expert, part)) for part in parts]
 
@@ -96,7 +91,7 @@ class SparseLayer:
 def supports(scheme: QuantScheme) -> str | None:
     """Why no graph can hold experts in a scheme, or None.
 
-    What QMoE cannot hold, plain operators can.
+    Schemes that QMoE cannot hold are written in ai.onnx operators.
     """
     if reason := not_integer(scheme):
         return reason
@@ -108,7 +103,7 @@ def supports(scheme: QuantScheme) -> str | None:
 
 
 def sparse_layers(checkpoint: Checkpoint) -> list[SparseLayer]:
-    """The checkpoint's layers of experts, checked: UnsupportedError names the first expert that differs."""
+    """The checkpoint's sparse layers; UnsupportedError names an expert that differs."""
     layers = [SparseLayer(checkpoint, layer) for layer in checkpoint.config.sparse_layers]
     for layer in layers:
         _ = layer.schemes
@@ -116,9 +111,9 @@ def sparse_layers(checkpoint: Checkpoint) -> list[SparseLayer]:
 
 
 def expressions(layers: Sequence[SparseLayer], reason_of: Callable[[SparseLayer], str | None]) -> list[dict[str, Any]]:
-    """Which layers became which operator, and why, for manifest and result.
+    """The operator of each sparse layer, for manifest and result.
 
-    A reason is given where the operator is not the fused one.
+    Where it is not the fused one, the reason is given.
     """
     groups: dict[str | None, list[int]] = {}
     for layer in layers:

@@ -1,6 +1,6 @@
 """RMSNormalization, RotaryEmbedding and Attention of opset 23, written in operators of opset 21.
 
-For runtimes that know no newer ones. The meaning is that of the ONNX specification's function bodies.
+They are for runtimes without newer operators, and compute what the ONNX specification's function bodies say.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _FLOAT = ir.DataType.FLOAT
 def rms_norm(
     graph: GraphBuilder, x: ir.Value, scale: ir.Value, epsilon: float, dtype: ir.DataType, name: str
 ) -> ir.Value:
-    """RMSNorm over the last axis, the quotient in fp32.
+    """RMSNorm over the last axis, `x / sqrt(mean(x²) + epsilon) · scale`.
 
-    It is `x / sqrt(mean(x²) + epsilon) · scale`.
+    The quotient is in fp32.
     """
     op, constant = graph.op, graph.constant
     wide = graph.as_type(x, dtype, _FLOAT, f"{name}.fp32")
@@ -29,9 +29,9 @@ def rms_norm(
 
 
 def rotate(graph: GraphBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, name: str) -> ir.Value:
-    """Halves of the last axis of `[batch, heads, sequence, d]` turned as pairs.
+    """Rotary embedding of `[batch, heads, sequence, d]`, pairs (i, i + d/2).
 
-    Tables `[batch, sequence, d/2]`.
+    `cos` and `sin` are `[batch, sequence, d/2]`.
     """
     op, heads = graph.op, graph.constant([1])
     first, second = graph.ops("Split", [x], name, [f"{name}.first", f"{name}.second"], axis=-1, num_outputs=2)
@@ -54,7 +54,7 @@ def attend(
     """Grouped-query attention `[batch, heads, sequence, d]`; `mask` bool `[batch, 1, sequence, total]`."""
     op, constant, (count, shared) = graph.op, graph.constant, heads
     q, k, v = qkv
-    # Query heads of one key/value head side by side on an axis of their own, which k and v are spread along.
+    # The query heads of one key/value head have an axis of their own, along which k and v are broadcast.
     grouped = op("Reshape", [q, constant([0, shared, count // shared, -1, head_dim])], f"{name}.q.groups")
     k, v = (op("Unsqueeze", [value, constant([2])], f"{name}.{part}.groups") for value, part in ((k, "k"), (v, "v")))
     turned = op("Transpose", [k], f"{name}.k.turned", perm=[0, 1, 2, 4, 3])
@@ -68,5 +68,5 @@ def attend(
 
 
 def _lowest(dtype: ir.DataType) -> float:
-    """A finite number that a softmax turns into nothing."""
+    """A finite number that becomes zero in a softmax."""
     return -6e4 if dtype == ir.DataType.FLOAT16 else -1e30

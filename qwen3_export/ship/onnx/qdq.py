@@ -72,7 +72,7 @@ def dequantized(graph: GraphBuilder, weight: QuantizedTensor, dtype: ir.DataType
 
 
 def _layout(scheme: QuantScheme, in_features: int) -> dict[str, Any]:
-    """Which axis the scales of `[in, out]` codes run along."""
+    """The axis of `[in, out]` codes along which scales vary."""
     if scheme.strategy == "tensor":
         return {}
     if scheme.strategy == "channel":
@@ -99,10 +99,7 @@ def _scales(graph: GraphBuilder, weight: QuantizedTensor, dtype: ir.DataType, na
 def static_inputs(
     graph: GraphBuilder, x: ir.Value, weight: QuantizedTensor | NDArray, dtype: ir.DataType, name: str
 ) -> ir.Value:
-    """Inputs rounded by a static scheme's one scale, as a Q/DQ pair.
-
-    Others as they are.
-    """
+    """Inputs of a static scheme as a Q/DQ pair with its scale; others unchanged."""
     if not isinstance(weight, QuantizedTensor) or weight.input_scale is None:
         return x
     kind = ir.DataType.INT8 if weight.scheme.type == "int" else ir.DataType.FLOAT8E4M3FN
@@ -135,9 +132,9 @@ def rounded_inputs(graph: GraphBuilder, x: ir.Value, weight: QuantizedTensor | N
 
 
 def dynamic_scale(graph: GraphBuilder, x: ir.Value, weight: QuantizedTensor, name: str) -> ir.Value:
-    """The scale of the last axis, from its largest number.
+    """The dynamic scale of the last axis.
 
-    It brings that number to the end of the type's range.
+    It brings the largest number to the end of the type's range.
     """
     size = graph.op("Abs", [x], f"{name}.input.abs")
     largest = graph.op("ReduceMax", [size, graph.constant([-1])], f"{name}.input.max", keepdims=1)
@@ -158,9 +155,7 @@ def _in_units(graph: GraphBuilder, x: ir.Value, scale: ir.Value, scheme: QuantSc
 
 
 def inexact_scales(weight: QuantizedTensor, dtype: ir.DataType) -> float:
-    """Largest relative error of the scales that a runtime multiplies by.
-
-    0 where all are exact.
+    """Largest relative error of the scales that a runtime multiplies by, 0 if exact.
 
     NVFP4's are the product of two numbers: the quotient by the global scale is rounded to `dtype`. MXFP's powers of
     two may lie outside of its range.

@@ -1,6 +1,4 @@
-"""Experts in ai.onnx operators alone.
-
-They are a loop over the experts that the call's tokens chose.
+"""Experts in ai.onnx operators: a loop over the experts that the router chose.
 
     scores ─ Softmax ─ TopK ─▶ which experts, which weights       [tokens, k]
     Unique ─▶ the experts that were chosen at all

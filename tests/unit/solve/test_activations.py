@@ -106,41 +106,41 @@ def write(path: Path, size: int, byte: bytes = b"a") -> Path:
 
 
 def test_a_file_that_was_put_is_found_again_by_its_size(tmp_path: Path) -> None:
-    shelf, found = SpareFiles(tmp_path / "shelf"), tmp_path / "found"
-    shelf.put(write(tmp_path / "large", 800, b"l"))
-    shelf.put(write(tmp_path / "small", 300, b"s"))
-    shelf.put(write(tmp_path / "second", 300, b"t"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["shelf"]
-    shelf.find(found, 500)
+    spare, found = SpareFiles(tmp_path / "spare"), tmp_path / "found"
+    spare.put(write(tmp_path / "large", 800, b"l"))
+    spare.put(write(tmp_path / "small", 300, b"s"))
+    spare.put(write(tmp_path / "second", 300, b"t"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["spare"]
+    spare.find(found, 500)
     assert not found.exists()
-    shelf.find(found, 800)
+    spare.find(found, 800)
     assert found.read_bytes() == b"l" * 800
     for _ in range(2):
-        shelf.find(found, 300)
+        spare.find(found, 300)
         assert found.read_bytes() in (b"s" * 300, b"t" * 300)
     found.unlink()
     for size in (300, 800):
-        shelf.find(found, size)
+        spare.find(found, size)
         assert not found.exists(), "what was taken is no longer there"
-    assert not list((tmp_path / "shelf").iterdir())
+    assert not list((tmp_path / "spare").iterdir())
 
 
-def test_a_new_run_empties_the_shelf(tmp_path: Path) -> None:
-    before = SpareFiles(tmp_path / "shelf")
+def test_a_new_run_empties_the_spare(tmp_path: Path) -> None:
+    before = SpareFiles(tmp_path / "spare")
     before.put(write(tmp_path / "left", 300))
-    after = SpareFiles(tmp_path / "shelf")
-    assert not list((tmp_path / "shelf").iterdir())
+    after = SpareFiles(tmp_path / "spare")
+    assert not list((tmp_path / "spare").iterdir())
     after.find(tmp_path / "found", 300)
     assert not (tmp_path / "found").exists()
 
 
-def test_states_write_over_the_files_on_the_shelf(tmp_path: Path) -> None:
+def test_states_write_over_the_files_on_the_spare(tmp_path: Path) -> None:
     folder = tmp_path / "states"
     folder.mkdir()
-    shelf = SpareFiles(tmp_path / "shelf")
+    spare = SpareFiles(tmp_path / "spare")
     with workers(2) as pool:
         for turn in range(3):
-            states = BlockStates(folder, 4, spare_files=shelf)
+            states = BlockStates(folder, 4, spare_files=spare)
             states.advance(lambda row, _, turn=turn: {"x": torch.full((3,), float(row + turn))}, pool)
             states.advance(lambda _, state: {"x": state["x"] * 2, "n": torch.ones(5)}, pool)
             assert [states.read(row)["x"].tolist() for row in range(4)] == [
@@ -149,18 +149,18 @@ def test_states_write_over_the_files_on_the_shelf(tmp_path: Path) -> None:
             states.close()
             assert not list(folder.iterdir())
             # Two of x at a time and one of n, however often.
-            sizes = sorted(path.stat().st_size for path in (tmp_path / "shelf").iterdir())
+            sizes = sorted(path.stat().st_size for path in (tmp_path / "spare").iterdir())
             assert sizes == [4 * 3 * 4] * 2 + [4 * 5 * 4]
 
 
-def test_a_file_that_is_another_s_is_not_put_on_the_shelf(tmp_path: Path) -> None:
+def test_a_file_that_is_another_s_is_not_put_on_the_spare(tmp_path: Path) -> None:
     folder = tmp_path / "states"
     folder.mkdir()
-    shelf, before = SpareFiles(tmp_path / "shelf"), SampleFile(tmp_path / "hidden.samples", (3,))
+    spare, before = SpareFiles(tmp_path / "spare"), SampleFile(tmp_path / "hidden.samples", (3,))
     for row in range(2):
         before.write(row, torch.full((3,), float(row)))
     before.lasting = True
-    states = BlockStates(folder, 2, {"residual": before}, shelf)
+    states = BlockStates(folder, 2, {"residual": before}, spare)
     with workers(1) as pool:
         states.advance(lambda _, state: {"residual": state["residual"] + 1}, pool)
     kept = states.take("residual")
@@ -170,4 +170,4 @@ def test_a_file_that_is_another_s_is_not_put_on_the_shelf(tmp_path: Path) -> Non
     again = SampleFile(tmp_path / "hidden.samples", (3,))
     assert torch.equal(again.read(1), torch.ones(3))
     again.close()
-    assert not list((tmp_path / "shelf").iterdir())
+    assert not list((tmp_path / "spare").iterdir())
