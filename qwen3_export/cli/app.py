@@ -49,6 +49,10 @@ Source = Annotated[str, typer.Argument(help="A folder, a hub id, or `reference-m
 Scratch = Annotated[
     Path | None, typer.Option(help="Folder for activations, on another disk than the output (default: beside it).")
 ]
+Cluster = Annotated[
+    str | None,
+    typer.Option(help="Share the work by Ray: HOST:PORT, or local[:N] for N workers here. Never changes the result."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from qwen3_export.cli.app import (
+    Cluster,
     Force,
     Json,
     Quiet,
@@ -132,12 +133,7 @@ def quantize(
         typer.Option(help="`compressed-tensors`, `gptq`, `awq` or `fp8` (default: the recipe's)."),
     ] = None,
     scratch: Scratch = None,
-    cluster: Annotated[
-        str | None,
-        typer.Option(
-            help="Share the work by Ray: HOST:PORT, or local[:N] for N workers here. Never changes the bytes."
-        ),
-    ] = None,
+    cluster: Cluster = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run.")] = True,
     force: Force = False,
     json: Json = False,
@@ -260,6 +256,7 @@ def search_recipe(
         int | None, typer.Option(min=1, max=MOST_THREADS, help="Default: all. Never changes the recipe.")
     ] = None,
     scratch: Scratch = None,
+    cluster: Cluster = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -289,6 +286,7 @@ def search_recipe(
         threads,
         embeddings,
         fold,
+        cluster,
     )
     inputs: list[str | Path | None] = [checkpoint.folder, calibration]
     with staged_file(path, force, inputs) as partial, scratch_folder(scratch, path, inputs) as spilled:

@@ -67,6 +67,9 @@ class Workers:
         """
         work(items)
 
+    def meet(self) -> None:
+        """Wait until all processes that share work have come here."""
+
     def share_map(self, label: str, function: Callable[[Item], Any], items: Sequence[Item]) -> list[Any]:
         """As `map`, on a cluster too.
 

@@ -37,7 +37,7 @@ from qwen3_export.model.decoder import load_block, rope_tables
 from qwen3_export.model.table import Table, to_torch
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.blocks.paired import paired_inputs
-from qwen3_export.solve.calibration.activations import SampleFile, write_embeddings
+from qwen3_export.solve.calibration.activations import SampleFile, share_samples, write_embeddings
 from qwen3_export.solve.calibration.experts import LinearInputs
 from qwen3_export.solve.calibration.fisher import FisherInformation
 from qwen3_export.solve.calibration.moments import Moments, SampleInputs, collect_moments
@@ -102,14 +102,14 @@ def tied_hessian(
     """
     config = checkpoint.config
     table, rope = Table(checkpoint.read(f"{EMBEDDING}.weight")), rope_tables(config, 0, len(samples[0]), device)
-    write_embeddings(file, table, samples)
+    write_embeddings(file, table, samples, pool)
     for layer in range(config.num_layers):
         block = load_block(checkpoint, layer, device)
 
         def step(sample: int, block: Block = block) -> None:
             file.write(sample, block.forward(file.read(sample).to(device), rope))
 
-        pool.map(step, range(len(samples)))
+        share_samples(pool, "ahead", step, len(samples), file)
         tick()
     moments = head_moments(checkpoint, [file], range(len(samples)), len(samples[0]), pool, device)
     if fisher is not None:

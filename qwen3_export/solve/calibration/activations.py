@@ -12,7 +12,7 @@ import mmap
 import os
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 
@@ -143,17 +143,37 @@ class SampleFile:
             self.path.unlink(missing_ok=True)
 
 
-def write_embeddings(file: SampleFile, table: Table, samples: Iterable[NDArray]) -> None:
+def write_embeddings(
+    file: SampleFile, table: Table, samples: Sequence[NDArray], pool: Workers | None = None
+) -> None:  # fmt: skip
     """Write the hidden states before block 0.
 
-    They are `[1, tokens, hidden]` in fp32 for each sample of token ids `[tokens]`.
+    They are `[1, tokens, hidden]` in fp32 for each sample of token ids `[tokens]`. `pool` is given where workers may
+    share the file.
     """
-    for place, ids in enumerate(samples):
-        file.write(place, table.rows(ids)[None])
+
+    def write(sample: int) -> None:
+        file.write(sample, table.rows(samples[sample])[None])
+
+    if pool is not None:
+        share_samples(pool, "embed", write, len(samples), file)
+        return
+    for sample in range(len(samples)):
+        write(sample)
 
 
 def _each(pool: Workers, function: Callable[[int], None], pieces: Sequence[range]) -> None:
     pool.map(function, [sample for piece in pieces for sample in piece])
+
+
+def share_samples(
+    pool: Workers, label: str, function: Callable[[int], None], count: int, file: SampleFile
+) -> None:  # fmt: skip
+    """Call `function` once for each of `count` samples; what it leaves is in `file`, which all workers see."""
+    pieces = [range(begin, min(begin + _TOGETHER, count)) for begin in range(0, count, _TOGETHER)]
+    pool.share(label, pieces, lambda some: _each(pool, function, some), lambda _: {}, lambda *_: None)
+    if pool.is_shared:
+        file.open_again()
 
 
 def _flush_into(done: Future[None], descriptor: int) -> None:

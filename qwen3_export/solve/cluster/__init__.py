@@ -26,7 +26,7 @@ from qwen3_export.core.processors import MOST_THREADS, thread_count
 from qwen3_export.core.progress import Progress
 from qwen3_export.errors import InputError, ResourceError
 from qwen3_export.solve.cluster.executor import MACHINES, Cluster, fits
-from qwen3_export.solve.cluster.member import Run, arithmetic, fingerprint
+from qwen3_export.solve.cluster.member import Run, SearchRequest, arithmetic, fingerprint
 from qwen3_export.solve.executor import PIECES
 
 _SHARED = "put the source and --output on a path that all nodes see alike, such as NFS"
@@ -126,4 +126,4 @@ def _forget_after_restart(seen: list[dict[str, Any]], run: Run) -> dict[str, str
     return {**(before or {}), **now}
 
 
-__all__ = ["Cluster", "Run", "open_cluster"]
+__all__ = ["Cluster", "Run", "SearchRequest", "open_cluster"]

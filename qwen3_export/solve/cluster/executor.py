@@ -15,7 +15,7 @@ from qwen3_export.cluster.session import Handle, LostWorkerError, Node, Session
 from qwen3_export.core.outputs import write_atomic
 from qwen3_export.core.progress import Progress
 from qwen3_export.errors import ExportError, MissingRuntimeError, ResourceError
-from qwen3_export.solve.cluster.member import Member, Run
+from qwen3_export.solve.cluster.member import Member, Run, SearchRequest
 from qwen3_export.solve.executor import PIECES
 from qwen3_export.solve.job import BlockRecord, Job
 from qwen3_export.solve.output_folder import QuantizedFolder
@@ -79,6 +79,26 @@ class Cluster:
         shutil.rmtree(scratch / PIECES / f"{layer:04d}", ignore_errors=True)
         for folder in scratch.glob(f"*-states-{layer:04d}"):
             shutil.rmtree(folder, ignore_errors=True)
+
+    def search(self, request: SearchRequest) -> list[Any]:
+        """The sensitivities of all units; raises ResourceError when a worker is lost, as nothing of it is kept."""
+        (self.run.scratch / PIECES).mkdir(exist_ok=True)
+        self._ask_board("begin", len(self.workers))
+        calls = {worker.handle.call("search", request): worker for worker in self.workers}
+        answer: Any = []
+        while calls:
+            for call in self.session.answers(list(calls)):
+                worker = calls.pop(call)
+                try:
+                    answer = self.session.answer(call)
+                except LostWorkerError as error:
+                    raise ResourceError(
+                        f"{worker.node.name}: the worker there was lost", "a search begins anew: repeat the command"
+                    ) from error
+                if isinstance(answer, tuple):
+                    kind, text, hint = answer
+                    raise getattr(errors, kind, ExportError)(text, hint)
+        return list(answer)
 
     def _solve_together(self, job: Job, layer: int) -> BlockRecord:
         """One block by all workers: each comes to its end."""

@@ -11,6 +11,7 @@ import hashlib
 import os
 import socket
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,12 +19,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from qwen3_export.cluster.session import Handle
 from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
 from qwen3_export.core.process import end_with_parent, trim_heap
 from qwen3_export.core.processors import thread_count
 from qwen3_export.core.progress import peak_rss_bytes
 from qwen3_export.core.recipe import Recipe
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import ExportError
 from qwen3_export.solve.executor import PIECES, solve_block
 from qwen3_export.solve.job import BlockRecord, Job, QuantizeSettings, SolvedBlock
@@ -46,6 +50,15 @@ class Run:
     head_apart: bool
     without_torch: bool
     threads: int = 1
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """What `recipes search` measures; see `mixed_precision.study`."""
+
+    schemes: Mapping[Any, Sequence[QuantScheme]]
+    calibration: Sequence[NDArray]
+    held_out: Sequence[NDArray]
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -183,7 +196,7 @@ class Member:
         if self._job is None:
             run = self._run
             method, options = load_method(run.recipe)
-            pool = self._stack.enter_context(self._workers())
+            pool = self._stack.enter_context(self._workers(fast=True))
             self._job = Job(
                 open_checkpoint(run.source), run.recipe, method, options, run.samples, pool,
                 run.scratch, run.settings.device, without_torch=run.without_torch,
@@ -194,7 +207,22 @@ class Member:
             self._job = replace(self._job, fisher=found_fisher(self._job.scratch))
         return self._job
 
-    def _workers(self) -> Any:
+    def search(self, request: SearchRequest) -> Any:
+        """Measure all units together with the other workers; gives what each has found."""
+        from qwen3_export.solve.mixed_precision.sensitivity import measure_sensitivities
+        from qwen3_export.solve.mixed_precision.study import Study
+
+        method, options = load_method(self._run.recipe)
+        checkpoint, scratch = open_checkpoint(self._run.source), self._run.scratch
+        try:
+            with self._workers(fast=False) as pool:
+                pool.begin(scratch / PIECES)
+                parts = (request.schemes, request.calibration, request.held_out)
+                return measure_sensitivities(Study(checkpoint, method, options, *parts, pool, scratch))
+        except (ExportError, OSError) as error:
+            return _expected(error, scratch)
+
+    def _workers(self, fast: bool) -> Any:
         from qwen3_export.model.workers import workers, workers_without_torch
         from qwen3_export.solve.cluster.shared_workers import shared
 
@@ -202,7 +230,10 @@ class Member:
         if self._run.without_torch:
             return workers_without_torch(threads)
         more = partial(self._more, threads)
-        return shared(workers(threads, fast=True), more)
+        return shared(workers(threads, fast=fast), more, self._meet)
+
+    def _meet(self, key: str) -> None:
+        self._board.ask("meet", key, self._number)
 
     def _more(self, threads: int, key: str, count: int, done: Any, evenly: bool) -> list[int]:
         found: list[int] = self._board.ask("more", key, count, self._number, list(done), evenly, threads)

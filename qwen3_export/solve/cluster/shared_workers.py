@@ -50,9 +50,9 @@ class SharedWorkers(Workers):
     Until `begin` is called, and inside a piece of shared work, all is done here.
     """
 
-    def __init__(self, pool: Workers, more: More) -> None:
+    def __init__(self, pool: Workers, more: More, meet: Callable[[str], None]) -> None:
         super().__init__(pool.threads, pool.matmul_dtype, pool.int_matmul)
-        self._more, self._folder, self._number, self._inside = more, Path(), 0, True
+        self._more, self._meet, self._folder, self._number, self._inside = more, meet, Path(), 0, True
         self.spent: dict[str, Spent] = {}
 
     def begin(self, folder: Path) -> None:
@@ -63,6 +63,12 @@ class SharedWorkers(Workers):
     def is_shared(self) -> bool:
         """See `Workers`."""
         return not self._inside
+
+    def meet(self) -> None:
+        """See `Workers`."""
+        if not self._inside:
+            self._number += 1
+            self._meet(f"{self._number:05d}")
 
     def share(
         self, label: str, items: Sequence[Item], work: Callable[[Sequence[Item]], None],
@@ -99,7 +105,7 @@ class SharedWorkers(Workers):
 
 
 @contextmanager
-def shared(pool: AbstractContextManager[Workers], more: More) -> Iterator[SharedWorkers]:
+def shared(pool: AbstractContextManager[Workers], more: More, meet: Callable[[str], None]) -> Iterator[SharedWorkers]:
     """The same threads, sharing their work."""
     with pool as own:
-        yield SharedWorkers(own, more)
+        yield SharedWorkers(own, more, meet)

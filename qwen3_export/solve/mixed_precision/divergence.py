@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen3_export.core.checkpoint import Checkpoint
@@ -40,7 +39,7 @@ def mean_divergences(
         hidden = rms_norm(file.read(sample)[0, piece], norm, checkpoint.config.rms_norm_eps)
         return head.logits(hidden).log_softmax(-1)
 
-    def one_sample(sample: int) -> NDArray[np.float64]:
+    def one_sample(sample: int) -> list[float]:
         total = np.zeros(len(changed))
         for piece in pieces:
             expected = log_probabilities(original, own, sample, piece)
@@ -49,7 +48,7 @@ def mean_divergences(
                 found = log_probabilities(file, head or own, sample, piece)
                 total[number] += float((chances * (expected - found)).double().sum())
         tick()
-        return total
+        return total.tolist()
 
-    sums = np.sum(pool.map(one_sample, range(count)), axis=0)
+    sums = np.sum(pool.share_map("divergence", one_sample, range(count)), axis=0)
     return [max(float(value), 0.0) / (count * length) for value in sums]

@@ -30,7 +30,7 @@ from qwen3_export.model.decoder import rope_tables
 from qwen3_export.model.table import Table, to_torch
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.blocks.embeddings import AHEAD_EVERY, head_moments, solve_row_chunks, tied_hessian
-from qwen3_export.solve.calibration.activations import SampleFile
+from qwen3_export.solve.calibration.activations import SampleFile, share_samples
 from qwen3_export.solve.method import LinearGroup, SolvedWeight
 from qwen3_export.solve.mixed_precision.compensation import Compensation, fit_compensation, run_compensated
 from qwen3_export.solve.mixed_precision.study import Study, Variant, at_once, embed_file, hidden_file
@@ -89,7 +89,7 @@ def probe_embedding(study: Study, unit: Unit, stack: ExitStack) -> EmbeddingProb
     if tied and study.method.needs_inputs(study.options):
         file = hidden_file(study, "ahead", len(study.calibration[0]), stack)
         hessian, _ = tied_hessian(checkpoint, study.calibration[::AHEAD_EVERY], file, study.pool)
-        file.path.unlink()
+        file.path.unlink(missing_ok=True)
     solve = partial(solve_some_rows, study.method if tied else None, study.options, study.pool, hessian)
     table, errors = probe_matrix(checkpoint, unit.pattern, schemes, solve, hessian)
     calibration, held_out = (
@@ -109,14 +109,14 @@ def run_first_block(
         compensation = fit_compensation(
             block, block, OUTER, rope, before.read, count, at_once(study), study.pool, probe.calibration.read
         )
-    probe.calibration.path.unlink()
+    probe.calibration.path.unlink(missing_ok=True)
     rope = rope_tables(block.config, 0, len(study.held_out[0]))
 
     def one(sample: int) -> None:
         _, output, error = run_compensated(block, block, compensation, rope, original.read(sample), hidden.read(sample))
         hidden.write(sample, output + error)
 
-    study.pool.map(one, range(len(study.held_out)))
+    share_samples(study.pool, "first block", one, len(study.held_out), hidden)
     return probe.variant
 
 

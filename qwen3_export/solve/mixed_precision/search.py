@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from qwen3_export.cluster.session import check_cluster
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.core.recipe import Recipe, Rule, load_recipe
@@ -28,6 +29,7 @@ from qwen3_export.core.scheme import GGML_TYPES, QuantScheme, scheme_of_type
 from qwen3_export.core.units import binary_size
 from qwen3_export.errors import InputError, ResourceError
 from qwen3_export.model.workers import workers
+from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.methods import load_method
 from qwen3_export.solve.mixed_precision.candidates import (
     fitting,
@@ -42,6 +44,7 @@ from qwen3_export.solve.mixed_precision.knapsack import Choice, choose
 from qwen3_export.solve.mixed_precision.sensitivity import Sensitivity, measure_sensitivities, steps
 from qwen3_export.solve.mixed_precision.study import Study
 from qwen3_export.solve.mixed_precision.units import OUTER, Unit, units
+from qwen3_export.solve.preflight import memory_needed
 from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import Samples, calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
@@ -77,6 +80,7 @@ class SearchSettings:
     threads: int | None = None
     embeddings: bool = False
     fold: str | None = None
+    cluster: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,8 @@ def search(
     Raises ResourceError when `scratch` has too little room.
     """
     progress, started = progress or Progress(), time.monotonic()
+    if settings.cluster is not None:
+        check_cluster(settings.cluster)
     if checkpoint.is_quantized:
         raise InputError(f"{checkpoint.folder} is quantized already", "give the 16-bit original")
     base = _base(settings)
@@ -137,13 +143,35 @@ def search(
     with tempfile.TemporaryDirectory(prefix=".search-", dir=scratch) as folder, workers(settings.threads) as pool:
         probed = {unit: probe_first(unit, found, settings.target_bpw) for unit, found in options_of.items()}
         study = Study(checkpoint, method, options, probed, calibration, held_out, pool, Path(folder))
-        with progress.bar(f"search {checkpoint.name}", steps(study)) as tick:
-            measured = measure_sensitivities(study, tick)
+        if settings.cluster is not None:
+            measured = _on_nodes(study, base, settings, settings.cluster, progress)
+        else:
+            with progress.bar(f"search {checkpoint.name}", steps(study)) as tick:
+                measured = measure_sensitivities(study, tick)
     chosen = _choose(measured, options_of, capacity)
     for sensitivity, scheme in chosen:
         label = scheme.label if scheme else "16 bits"
         progress.log(f"{sensitivity.unit.match}  KL {sensitivity.kl:.2e} at {sensitivity.probe.label}  → {label}")
     return SearchResult(_recipe(checkpoint, settings, base, chosen), tuple(chosen), time.monotonic() - started)
+
+
+def _on_nodes(
+    study: Study, base: Recipe, settings: SearchSettings, address: str, progress: Progress
+) -> list[Sensitivity]:
+    """The same by workers on a cluster, which share the work on every block."""
+    from qwen3_export.solve.cluster import Run, SearchRequest, open_cluster
+
+    samples = Samples(tuple(study.calibration), ("",) * len(study.calibration))
+    original = study.method.needs_original(study.options)
+    needed = memory_needed(study.checkpoint.config, samples, original, outer=settings.embeddings)
+    folder, source = study.scratch.absolute(), study.checkpoint.folder.absolute()
+    run = Run(source, base, None, QuantizeSettings(threads=settings.threads), folder, folder, base.layout, False, False)
+    request = SearchRequest(study.schemes, study.calibration, study.held_out)
+    with progress.bar(f"search {study.checkpoint.name} on a cluster", 1) as tick:
+        with open_cluster(address, run, needed, study.checkpoint, progress) as cluster:
+            found = cluster.search(request)
+        tick()
+    return found
 
 
 def outcome(found: SearchResult, settings: SearchSettings, output: Path) -> dict[str, Any]:

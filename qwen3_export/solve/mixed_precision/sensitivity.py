@@ -29,6 +29,7 @@ one, and 4 (or 9) more where compensation is fitted.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ from qwen3_export.model.block import Block
 from qwen3_export.model.decoder import load_block, rope_tables
 from qwen3_export.solve.blocks.fold import FoldSite, apply_folds, choose_folds
 from qwen3_export.solve.blocks.forward import BlockRun, RunSettings, input_moments, run_stage, start_run
-from qwen3_export.solve.calibration.activations import SampleFile
+from qwen3_export.solve.calibration.activations import SampleFile, share_samples
 from qwen3_export.solve.chunk_sizes import FOLD_EVERY
 from qwen3_export.solve.method import LinearGroup, fold_of
 from qwen3_export.solve.mixed_precision.compensation import Compensation, fit_compensation, run_compensated
@@ -116,7 +117,12 @@ def measure_sensitivities(study: Study, tick: Callable[[], object] = lambda: Non
             for file in [*passing, original]:
                 _forward(study, block, file, file)
                 tick()
-            before.path.unlink()
+            # Where workers share the files, the slowest may still be about to open them.
+            study.pool.meet()
+            before.path.unlink(missing_ok=True)
+            for kind in ("states", "fold"):
+                if study.pool.is_shared:
+                    shutil.rmtree(study.scratch / f"{kind}-{layer - 1}", ignore_errors=True)
             before = after
         if last := ends.get(HEAD):
             found.append(probe_head(study, last, before, original))
@@ -154,8 +160,9 @@ def _start(study: Study, block: Block, before: SampleFile, chosen: Sequence[int]
     """Start a run of the calibration samples, or of some, at the block's entrance."""
     count, length = len(study.calibration), len(study.calibration[0])
     settings = RunSettings(study.pool, rope_tables(block.config, 0, length), at_once(study))
+    kind = "states" if chosen is None else "fold"
     own = SampleFile(before.path, (1, length, block.config.hidden_size))
-    return start_run(settings, block, own, study.scratch / f"states-{block.layer}", count, chosen)
+    return start_run(settings, block, own, study.scratch / f"{kind}-{block.layer}", count, chosen)
 
 
 def _solve_layer(
@@ -199,7 +206,7 @@ def _run_variant(
         _, output, error = run_compensated(block, changed, compensation, rope, original.read(sample))
         hidden.write(sample, output + error)
 
-    study.pool.map(one, range(len(study.held_out)))
+    share_samples(study.pool, "variant", one, len(study.held_out), hidden)
     return Variant(unit, study.schemes[unit][0], solved.errors, hidden)
 
 
@@ -251,5 +258,8 @@ def _solve(
 def _forward(study: Study, block: Block, before: SampleFile, after: SampleFile) -> None:
     """Run one file's samples through a block, into another file or back."""
     rope = rope_tables(study.checkpoint.config, 0, len(study.held_out[0]))
-    samples = range(len(study.held_out))
-    study.pool.map(lambda sample: after.write(sample, block.forward(before.read(sample), rope)), samples)
+
+    def step(sample: int) -> None:
+        after.write(sample, block.forward(before.read(sample), rope))
+
+    share_samples(study.pool, "forward", step, len(study.held_out), after)

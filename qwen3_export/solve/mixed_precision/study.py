@@ -62,7 +62,7 @@ def embed_file(
     """Embeddings of some token samples of one length; `table` None is the original's."""
     table = table or Table(study.checkpoint.read(f"{EMBEDDING}.weight"))
     file = hidden_file(study, name, len(samples[0]), stack)
-    write_embeddings(file, table, samples)
+    write_embeddings(file, table, samples, study.pool)
     return file
 
 

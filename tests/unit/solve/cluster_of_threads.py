@@ -112,5 +112,6 @@ def threads_for_nodes(nodes: int, deaths: Sequence[int] = ()) -> Iterator[Thread
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qwen3_export.solve.cluster.open_session", open_session)
         patch.setattr("qwen3_export.solve.cluster.member.end_with_parent", lambda: None)
-        patch.setattr("qwen3_export.solve.quantize.check_cluster", lambda _: None)
+        for module in ("quantize", "mixed_precision.search"):
+            patch.setattr(f"qwen3_export.solve.{module}.check_cluster", lambda _: None)
         yield session

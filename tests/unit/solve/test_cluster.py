@@ -19,6 +19,7 @@ from qwen3_export.core.recipe import Recipe
 from qwen3_export.errors import CheckpointError, InputError, ResourceError, StateError
 from qwen3_export.solve.cluster.part_files import read_parts, write_parts
 from qwen3_export.solve.job import QuantizeSettings
+from qwen3_export.solve.mixed_precision.search import SearchSettings, search
 from qwen3_export.solve.quantize import quantize
 from tests.conftest import copy_tokenizer, tiny_config, tiny_moe_config, write_checkpoint
 from tests.unit.solve.cluster_of_threads import threads_for_nodes
@@ -164,6 +165,25 @@ def test_nodes_that_are_not_alike_are_refused_by_name(
         run(source, "paper", tmp_path / "out", cluster="host:1")
     assert "node 1" in str(caught.value)
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("more", [{}, {"embeddings": True, "method": "rtn"}], ids=["linears", "embeddings too"])
+def test_a_search_finds_the_same_on_many_nodes(source: Path, more: dict[str, Any], tmp_path: Path) -> None:
+    settings = SearchSettings(4.5 if not more else 5.5, samples=16, sequence_length=32, measure=3, threads=1, **more)
+    checkpoint = open_checkpoint(source)
+    alone = search(checkpoint, settings, tmp_path)
+    with threads_for_nodes(3):
+        shared = search(checkpoint, replace(settings, cluster="host:1"), tmp_path)
+    assert shared.recipe == alone.recipe
+    assert [unit.kl for unit, _ in shared.units] == [unit.kl for unit, _ in alone.units]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_search_ends_where_a_worker_is_lost(source: Path, tmp_path: Path) -> None:
+    settings = SearchSettings(4.5, samples=16, sequence_length=32, measure=3, threads=1, cluster="host:1")
+    with threads_for_nodes(2, [20]), pytest.raises(ResourceError, match=r"node \d: the worker there was lost"):
+        search(open_checkpoint(source), settings, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_parts_are_read_back_bit_for_bit(tmp_path: Path) -> None:
