@@ -28,7 +28,7 @@ from tests.unit.solve.cluster_of_threads import threads_for_nodes
 SIZES = {"vocab_size": 8192, "hidden_size": 288, "intermediate_size": 544}
 CONFIGS = {
     "dense": tiny_config(**SIZES),
-    "moe": tiny_moe_config(**SIZES, num_experts=5, moe_intermediate_size=48, mlp_only_layers=[1]),
+    "moe": tiny_moe_config(**SIZES, num_experts=5, moe_intermediate_size=64, mlp_only_layers=[1]),
 }
 SCHEME = {"num_bits": 4, "group_size": 16}
 RECIPES: Mapping[str, dict[str, Any]] = {
