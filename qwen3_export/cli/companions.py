@@ -72,10 +72,11 @@ def _of_bytes(path: Path) -> Callable[[Path], dict[str, Any]] | None:
 
 
 def _reference(path: Path) -> dict[str, Any]:
-    from qwen3_export.prove.reference import FORMAT, ReferenceFile
+    from qwen3_export.prove.reference import ReferenceFile
 
-    metadata = TensorFile(path).metadata
-    if metadata.get("format") != FORMAT:
+    file = TensorFile(path)
+    metadata, drawn = file.metadata, file.entries.get("tail_ids")
+    if not metadata.get("format", "").startswith("qwen3-export reference"):
         raise InputError(f"{path}: one file of a checkpoint, no reference file", "give the checkpoint's folder")
     found = ReferenceFile(path)
     domains: dict[str, int] = {}
@@ -96,6 +97,7 @@ def _reference(path: Path) -> dict[str, Any]:
         "domains": domains,
         "text_sha256": found.samples.sha256,
         "top_k": int(metadata["top_k"]),
+        "drawn": drawn.shape[1] if drawn else 0,
         "kl_is_lower_bound": found.is_lower_bound,
         "texts": len(found.continuations.prompts),
         "chats": 0 if chats is None else sum(len(rows) for rows in chats.answers.values()),

@@ -16,8 +16,11 @@ def show_companion(values: dict[str, Any]) -> None:
 
 
 def _show_reference(values: dict[str, Any]) -> None:
-    kept = "all logits" if values["top_k"] == 0 else f"the {values['top_k']} likeliest tokens of every position"
-    bound = " (KL is a lower bound)" if values["kl_is_lower_bound"] else " (KL is exact)"
+    kept, judged = "all logits", "full"
+    if values["top_k"]:
+        kept = f"the {values['top_k']} likeliest tokens of every position"
+        kept += f" and {values['drawn']} others, drawn" if values["drawn"] else ""
+        judged = "a lower bound" if values["kl_is_lower_bound"] else "estimated"
     budget = f", thoughts of {values['thinking_budget']} tokens" if values["thinking_budget"] else ""
     fields(
         {
@@ -27,7 +30,7 @@ def _show_reference(values: dict[str, Any]) -> None:
             "vocabulary": f"{values['vocab_size']} tokens",
             "text": f"{values['rows']} rows, {values['tokens']} tokens",
             "positions": f"{values['positions']} scored",
-            "keeps": kept + bound,
+            "keeps": f"{kept} (KL is {judged})",
             "greedy texts": f"{values['texts']} plain, {values['chats']} chats{budget}",
             "chat template": "kept, to compare" if values["sidecars"] else "none",
             **({"tasks": f"{values['tasks']}, {values['tasks_right']} right"} if values["tasks"] else {}),

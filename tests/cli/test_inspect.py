@@ -46,18 +46,26 @@ def test_a_reference_file(made: dict[str, Path], model: Path) -> None:
     check_schema(text, "inspect")
     values, found = json.loads(text), ReferenceFile(made["reference"])
     with safe_open(made["reference"], "np") as file:
-        top, metadata = file.get_tensor("top_ids"), file.metadata()
+        top, drawn, metadata = file.get_tensor("top_ids"), file.get_tensor("tail_ids"), file.metadata()
     assert (values["kind"], values["source"]) == ("reference", model.name)
     assert values["source_sha256"] == metadata["source_sha256"] == open_source(str(model)).sha256
     assert (values["positions"], values["top_k"]) == top.shape
+    assert (values["positions"], values["drawn"]) == drawn.shape
     assert (values["vocab_size"], values["bytes"]) == (8192, made["reference"].stat().st_size)
     rows = Counter[str]()
     for ids, domain in zip(found.samples.ids, found.samples.domains, strict=True):
         rows[domain] += len(ids) - 1
     assert (values["domains"], values["rows"]) == (dict(rows), len(found.samples.ids))
-    assert values["kl_is_lower_bound"] is True
+    assert values["kl_is_lower_bound"] == found.is_lower_bound
     shown = call("inspect", made["reference"]).out
-    for word in ("reference file", model.name, "the 256 likeliest tokens", "lower bound", *rows):
+    for word in (
+        "reference file",
+        model.name,
+        "the 256 likeliest tokens",
+        f"{drawn.shape[1]} others, drawn",
+        "KL is estimated",
+        *rows,
+    ):
         assert word in shown
 
 
@@ -70,8 +78,7 @@ def test_a_reference_file_with_all_logits_and_tasks(model: Path, tmp_path: Path)
     assert (values["top_k"], values["kl_is_lower_bound"], values["tasks"]) == (0, False, 3)
     assert values["thinking_budget"] == 4
     shown = call("inspect", path).out
-    assert "all logits" in shown
-    assert "lower bound" not in shown
+    assert "all logits (KL is full)" in shown
     assert "3, " in shown
 
 
