@@ -1,10 +1,11 @@
 """`python -m benchmarks.scale`: slices of large models quantized and exported, beside what `plan` says beforehand.
 
-    python -m benchmarks.scale --model 30B-A3B --recipe rtn gptq-w4a16-g128 --layers 1 2 4 --export gguf onnx
+    python -m benchmarks.scale                 everything, smallest first: hours
+    python -m benchmarks.scale --model 30B-A3B --recipe gptq-w4a16-g128 --layers 1 2 4 --export gguf onnx
 
 Slices have a model's exact widths and vocabulary and random weights; they are made and removed on the way. Every
-command is a process of its own. What was measured is kept in a JSON file beside the table, so that a table can be
-filled run by run; `--table` only writes it again.
+command is a process of its own. What was measured is kept in a JSON file beside the table as soon as it is there, so
+that a table can be filled run by run; `--table` only writes it again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,40 @@ from benchmarks.scale.models import MODELS, make_slice
 from benchmarks.scale.report import report
 
 RESULTS = Path(__file__).parent.parent / "results" / "2026-11-scale.json"
+RTN, GPTQ = "rtn-w4a16-g128", "gptq-w4a16-g128"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Runs of one slice: recipes in turn, and the exports of the last one's folder."""
+
+    model: str
+    layers: int
+    recipes: tuple[str, ...]
+    samples: int = 128
+    export: tuple[str, ...] = ()
+
+
+# Smallest first. The widest take fewer rows: their time is the solve's, and the memory does not depend on them.
+ALL = (
+    Wanted("30B-A3B", 1, (RTN, GPTQ)),
+    Wanted("30B-A3B", 2, (RTN, GPTQ), export=("gguf", "onnx")),
+    Wanted("8B", 1, (RTN, GPTQ)),
+    Wanted("30B-A3B", 12, (RTN,), export=("gguf", "onnx")),
+    Wanted("14B", 1, (RTN, GPTQ), 32),
+    Wanted("235B-A22B", 1, (RTN, GPTQ), 32),
+    Wanted("30B-A3B", 4, (GPTQ,)),
+    Wanted("32B", 1, (RTN, GPTQ), 32),
+    Wanted("Coder-480B-A35B", 1, (RTN, GPTQ), 16),
+)
 
 
 def parse() -> argparse.Namespace:
     """Options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", nargs="*", default=[], choices=list(MODELS))
-    parser.add_argument("--recipe", nargs="*", default=["rtn-w4a16-g128", "gptq-w4a16-g128"])
-    parser.add_argument("--layers", nargs="*", type=int, default=[1, 2, 4])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), help="one model, not all that is in the list")
+    parser.add_argument("--recipe", nargs="*", default=[RTN, GPTQ])
+    parser.add_argument("--layers", nargs="*", type=int, default=[1])
     parser.add_argument("--export", nargs="*", default=[], choices=["gguf", "onnx"], help="of the last recipe's folder")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=512)
@@ -45,24 +73,46 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def wanted(given: argparse.Namespace) -> Iterator[Wanted]:
+    """What is to be run."""
+    if given.table:
+        return
+    if given.model is None:
+        yield from ALL
+        return
+    for layers in given.layers:
+        yield Wanted(given.model, layers, tuple(given.recipe), given.samples, tuple(given.export))
+
+
 def main() -> None:
     given = parse()
-    kept: list[dict[str, Any]] = json.loads(given.results.read_text()) if given.results.exists() else []
     base = Path(tempfile.mkdtemp(dir=given.folder))
     try:
-        for model in () if given.table else given.model:
-            for layers in given.layers:
-                changes = {} if given.experts is None else {"num_experts": given.experts}
-                source = make_slice(base / "source", model, layers, **changes)
-                for record in runs(given, model, layers, source, base):
+        for item in wanted(given):
+            changes = {} if given.experts is None else {"num_experts": given.experts}
+            source = make_slice(base / "source", item.model, item.layers, **changes)
+            try:
+                for record in runs(given, item, source, base):
                     print(json.dumps(record), file=sys.stderr, flush=True)
                     if given.experts is None:
-                        kept = [old for old in kept if key(old) != key(record)] + [record]
-                        given.results.write_text(json.dumps(kept, indent=1) + "\n")
-                shutil.rmtree(source)
+                        keep(given.results, record)
+            except RuntimeError as error:
+                print(f"{item}: {error}", file=sys.stderr, flush=True)
+            shutil.rmtree(base)
+            base.mkdir()
     finally:
         shutil.rmtree(base)
-    given.results.with_suffix(".md").write_text(report(kept))
+    keep(given.results)
+
+
+def keep(results: Path, *records: dict[str, Any]) -> None:
+    """Add to what was measured, in the place of what is older, and write the table."""
+    kept = json.loads(results.read_text()) if results.exists() else []
+    for record in records:
+        kept = [old for old in kept if key(old) != key(record)] + [record]
+    if kept:
+        results.write_text(json.dumps(kept, indent=1) + "\n")
+        results.with_suffix(".md").write_text(report(kept))
 
 
 def key(record: dict[str, Any]) -> tuple[object, ...]:
@@ -70,28 +120,26 @@ def key(record: dict[str, Any]) -> tuple[object, ...]:
     return tuple(record[name] for name in ("model", "what", "layers", "rows"))
 
 
-def runs(given: argparse.Namespace, model: str, layers: int, source: Path, base: Path) -> Iterator[dict[str, Any]]:
+def runs(given: argparse.Namespace, item: Wanted, source: Path, base: Path) -> Iterator[dict[str, Any]]:
     """All measurements of one slice, each as soon as it is made."""
-    for number, recipe in enumerate(given.recipe):
-        calibration = ["--samples", str(given.samples), "--sequence-length", str(given.sequence_length)]
-        planned = None if given.no_plan else measure(["plan", source, "--recipe", recipe, *calibration], given.threads)
-        scratch, out = base / "scratch", base / "out"
+    out, scratch = base / "out", base / "scratch"
+    common = {"model": item.model, "layers": item.layers, "rows": f"{item.samples} × {given.sequence_length}"}
+    calibration = ["--samples", str(item.samples), "--sequence-length", str(given.sequence_length)]
+    for recipe in item.recipes:
+        shutil.rmtree(out, ignore_errors=True)
         scratch.mkdir()
+        planned = None if given.no_plan else measure(["plan", source, "--recipe", recipe, *calibration], given.threads)
         command = ["quantize", source, "--recipe", recipe, "--output", out, "--scratch", scratch, *calibration]
         run = measure(command, given.threads, scratch)
-        common = {"model": model, "layers": layers, "rows": f"{given.samples} × {given.sequence_length}"}
+        scratch.rmdir()  # which it can only be when it was left empty
         yield record(recipe, run, common, planned)
-        if number == len(given.recipe) - 1:
-            for kind in given.export:
-                target = base / f"made-{kind}"
-                made = measure([kind, out, "--output", target], given.threads)
-                yield record(kind, made, common, None)
-                shutil.rmtree(target) if target.is_dir() else target.unlink()
-        shutil.rmtree(out)
-        scratch.rmdir()
+    for kind in item.export:
+        target = base / f"made-{kind}"
+        yield record(f"{kind} of {item.recipes[-1]}", measure([kind, out, "--output", target], given.threads), common)
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
 
 
-def record(what: str, run: Run, common: dict[str, Any], planned: Run | None) -> dict[str, Any]:
+def record(what: str, run: Run, common: dict[str, Any], planned: Run | None = None) -> dict[str, Any]:
     """One line of the results."""
     values: dict[str, Any] = {
         **common,

@@ -34,7 +34,7 @@ def _runs(records: Sequence[Record]) -> list[str]:
     for r in records:
         plan, experts = r.get("plan", {}), r.get("experts")
         rows.append([
-            r["model"], r["what"], r["layers"], r["rows"] if r["scratch_bytes"] or "gptq" in r["what"] else "–",
+            r["model"], r["what"], r["layers"], r["rows"] if r["scratch_bytes"] else "–",
             f"{r['wall_s']:.0f}", f"{r['cpu_s']:.0f}", f"{r['peak_rss'] / 1e9:.2f}",
             _ratio(r["peak_rss"], plan.get("peak_rss_bytes"), 1e9, "GB"), f"{r['scratch_bytes'] / 1e9:.2f}",
             f"{r['disk_bytes'] / 1e9:.2f}", _ratio(r["wall_s"], plan.get("seconds"), 1, "s"),
