@@ -279,8 +279,9 @@ def _plan(result: dict[str, Any]) -> dict[str, str]:
         return {}
     built, predicted = result["build"], result["build"]["predicted"]
     return {
-        "plan built in": f"{built['seconds']:.0f} s (predicted {predicted['seconds']:.0f} s), "
-        f"{size(built['peak_rss_bytes'])} of memory (predicted {size(predicted['peak_rss_bytes'])})"
+        "plan built in": f"{built['seconds']:.0f} s, {built['cpu_seconds']:.0f} s of processor time (predicted "
+        f"{predicted['seconds']:.0f} s), {size(built['peak_rss_bytes'])} of memory (predicted "
+        f"{size(predicted['peak_rss_bytes'])})"
     }
 
 

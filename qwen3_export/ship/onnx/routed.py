@@ -33,7 +33,7 @@ def experts(graph: GraphBuilder, x: ir.Value, layer: SparseLayer, dtype: ir.Data
     """
     config, name, op, constant = layer.checkpoint.config, layer.name, graph.op, graph.constant
     scores = router_scores(graph, x, layer, dtype)
-    chosen, mix = _chosen(graph, scores, layer, dtype)
+    chosen, mix = chosen_experts(graph, scores, layer, dtype)
     used = graph.ops("Unique", [op("Reshape", [chosen, constant([-1])], f"{name}.flat")], name, [f"{name}.used"])[0]
     rows = op("Reshape", [x, constant([-1, config.hidden_size])], f"{name}.rows")
     # ONNX Runtime adds to rows in fp32 alone.
@@ -48,7 +48,9 @@ def experts(graph: GraphBuilder, x: ir.Value, layer: SparseLayer, dtype: ir.Data
     return op("Reshape", [total, op("Shape", [x], f"{name}.shape")], f"{name}.out")
 
 
-def _chosen(graph: GraphBuilder, scores: ir.Value, layer: SparseLayer, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
+def chosen_experts(
+    graph: GraphBuilder, scores: ir.Value, layer: SparseLayer, dtype: ir.DataType
+) -> tuple[ir.Value, ir.Value]:
     """Which experts, and their weights in fp32.
 
     They are the top k of the softmax over all, normalised if the model says so.

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
-from qwen3_export.ship.onnx import opset21, qdq, rounded_products, routed, w8a8
+from qwen3_export.ship.onnx import dense_experts, opset21, qdq, rounded_products, routed, w8a8
 from qwen3_export.ship.onnx.experts import SparseLayer
 from qwen3_export.ship.onnx.graph import GraphBuilder
 
@@ -223,7 +223,9 @@ class StandardOps:
         return present
 
     def experts(self, x: ir.Value, layer: SparseLayer) -> ir.Value:
-        """A loop over the chosen experts."""
+        """A loop over the chosen experts; for TensorRT, which takes none, all of them."""
+        if self._tensorrt:
+            return dense_experts.experts(self.graph, x, layer, self.dtype, self.linear)
         return routed.experts(self.graph, x, layer, self.dtype)
 
     def not_fused(self, layer: SparseLayer) -> str | None:

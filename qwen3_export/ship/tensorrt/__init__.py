@@ -28,6 +28,7 @@ from qwen3_export.errors import InputError, MissingRuntimeError, UnsupportedErro
 from qwen3_export.ship.exactness import cast_errors
 from qwen3_export.ship.onnx import TYPES, qdq, write_graph
 from qwen3_export.ship.onnx import size as onnx_size
+from qwen3_export.ship.onnx.dense_experts import MOST_EXPERTS
 from qwen3_export.ship.onnx.target import MODEL, Files, choose
 from qwen3_export.ship.result import check_schemes, exactness, export_result, onnx_linear_bytes, provenance
 from qwen3_export.ship.tensorrt.capabilities import CAPABILITIES, DEFAULT, fitting, supports, too_old
@@ -100,7 +101,10 @@ def export_tensorrt(
     result["bits_per_weight"] = 8 * plan_bytes / checkpoint.config.num_parameters
     result["peak_rss_bytes"] = max(result["peak_rss_bytes"], built["peak_rss_bytes"])
     predicted = asdict(planned_cost(checkpoint, precision))
-    result["build"] = {**{key: built[key] for key in ("seconds", "peak_rss_bytes", "profiles")}, "predicted": predicted}
+    result["build"] = {
+        **{key: built[key] for key in ("seconds", "cpu_seconds", "peak_rss_bytes", "profiles")},
+        "predicted": predicted,
+    }
     return result
 
 
@@ -170,10 +174,10 @@ def check_request(
     unknown = [name for name in capabilities if name not in CAPABILITIES]
     if unknown or not capabilities:
         raise InputError(f"--sm {' '.join(unknown) or 'without a value'}: known are {', '.join(CAPABILITIES)}")
-    if checkpoint.config.sparse_layers:
+    if checkpoint.config.sparse_layers and checkpoint.config.num_experts > MOST_EXPERTS:
         raise UnsupportedError(
-            f"{checkpoint.name}: a mixture of experts cannot be exported to TensorRT: its experts become a loop over "
-            "the chosen ones, which TensorRT does not take",
+            f"{checkpoint.name}: a mixture of {checkpoint.config.num_experts} experts cannot be exported to TensorRT: "
+            f"it takes no loop over the chosen ones, so all are computed, and that is done for up to {MOST_EXPERTS}",
             "`qwen3-export onnx` and `gguf` export it",
         )
     check_schemes(checkpoint, supports, "TensorRT")

@@ -12,6 +12,7 @@ import errno
 import importlib
 import json
 import sys
+import time
 from typing import Any
 
 from qwen3_export.core.process import end_with_parent
@@ -46,7 +47,8 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         raise writer.error
     if not done:
         raise BuildError(log.reason())
-    return {"version": trt.__version__, "warnings": log.warnings, "peak_rss_bytes": peak_rss_bytes()}
+    cost = {"peak_rss_bytes": peak_rss_bytes(), "cpu_seconds": time.process_time()}
+    return {"version": trt.__version__, "warnings": log.warnings, **cost}
 
 
 def _strongly_typed(trt: Any) -> int:

@@ -20,7 +20,7 @@ _BASE_SECONDS, _PLAIN_SECONDS, _QUANTIZED_SECONDS = 1.2, 2.3e-9, 34e-9
 
 @dataclass(frozen=True)
 class BuildCost:
-    """Peak memory of the builder's process in bytes, and its time in seconds."""
+    """Peak memory of the builder's process in bytes, and its processor seconds."""
 
     peak_rss_bytes: int
     seconds: float

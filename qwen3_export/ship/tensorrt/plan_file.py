@@ -39,7 +39,7 @@ def build_plan(
     """Build the plan of a folder's ONNX and check what came out.
 
     A second profile stays where it stores no weights again, else the plan is built anew with the first alone; the
-    answer's `profiles` says which. `{version, warnings, peak_rss_bytes, seconds, profiles, capability}`.
+    answer's `profiles` says which. `{version, warnings, peak_rss_bytes, cpu_seconds, seconds, profiles, capability}`.
     """
     started = time.monotonic()
     with progress.bar("build plan", 1) as tick:
