@@ -20,6 +20,7 @@ from qwen3_export.errors import UnsupportedError
 from qwen3_export.ship.gguf import export_gguf
 from qwen3_export.ship.onnx import export_onnx
 from qwen3_export.ship.tensorrt import check_request, export_tensorrt
+from qwen3_export.ship.tensorrt.plan_file import stored_share
 from qwen3_export.ship.tensorrt.profiles import Profile
 from tests.artifact.support import (
     SAME,
@@ -31,11 +32,13 @@ from tests.artifact.support import (
     load_graph,
     logits,
     low_bits_first,
+    mean_kl,
     random_ids,
     read_blocks,
     round_to_nearest,
     tiny_with_tokenizer,
 )
+from tests.artifact.test_tensorrt import header
 from tests.conftest import tiny_config
 
 W4, W8 = QuantScheme(4, group_size=32), QuantScheme(8, group_size=32)
@@ -212,9 +215,19 @@ def test_tensorrt_keeps_a_tied_4_bit_matrix_once(
     plain = round_to_nearest(reference_folder, tmp_path / "plain", ("*", W4))
     for name, source in (("trt", checkpoint), ("plain-trt", plain)):
         export_tensorrt(source, tmp_path / name, capabilities=("8.9",), profile=Profile(128, 512))
-    small, large = ((tmp_path / name / "model.plan").stat().st_size for name in ("trt", "plain-trt"))
+    small, large = (header(tmp_path / name / "model.plan")["weights"] for name in ("trt", "plain-trt"))
     # 2 bytes a weight against half a byte and a scale's share.
     assert large - small > 1.3 * VOCABULARY * 256
     assert stored_bytes(tmp_path / "trt") < stored_bytes(tmp_path / "plain-trt") - 1.3 * VOCABULARY * 256
     ours, truth = logits(tmp_path / "trt", rows), logits(checkpoint.folder, rows)
     assert largest_difference(ours, truth) < 0.05
+
+
+def test_tensorrt_keeps_a_tied_8_bit_matrix_once(make_checkpoint: Callable, tmp_path: Path) -> None:
+    """Its logits are (W x^T)^T: a table that is turned would be stored a second time."""
+    source = make_checkpoint(tiny_config(vocab_size=2048, hidden_size=128, intermediate_size=128))
+    checkpoint = round_to_nearest(source, tmp_path / "quantized", (EMBEDDING, QuantScheme(8, group_size=32)), ("*", W4))
+    export_tensorrt(checkpoint, tmp_path / "trt", capabilities=("8.9",), profile=Profile(32, 64))
+    assert stored_share(tmp_path / "trt") < 1.1
+    ids = [random_ids(40)]
+    assert mean_kl(logits(checkpoint.folder, ids), logits(tmp_path / "trt", ids)) < 1e-4

@@ -57,7 +57,7 @@ class StandardOps:
     ) -> None:
         self.graph, self.dtype, self._tensorrt, self._old = graph, dtype, tensorrt, opset < OPSET
         self._fusable = tensorrt or accuracy_level > 0
-        self._numpy = dtype.numpy()
+        self._numpy, self._from_the_left = dtype.numpy(), False
 
     def prepare(self, config: Qwen3Config) -> None:
         """Inputs, the attention mask, and cos/sin of the given positions."""
@@ -116,6 +116,8 @@ class StandardOps:
         ]
         if table.zeros is not None:
             parts.append(qdq.codes(self.graph, table.zeros, scheme, f"{EMBEDDING}.zeros"))
+        # TensorRT 1.7 crashes on 4 bits there, and stores them once as they are.
+        self._from_the_left = self._tensorrt and scheme.num_bits == 8
         length, op = scheme.group_length(width), self.graph.op
         if scheme.num_bits == 8 and not self._config.tie_word_embeddings and not self._tensorrt:
             rows = [op("Gather", [part, self._ids], f"embedding.{i}", axis=0) for i, part in enumerate(parts)]
@@ -239,7 +241,7 @@ class StandardOps:
             return self.graph.as_type(logits, self.dtype, _FLOAT, "head.fp32")
         stored = self._table if table is None else self.graph.float_weight(f"{HEAD}.weight", table, self.dtype)
         matrix = self.graph.as_type(stored, stored.dtype, self.dtype, "head.cast")
-        if self._tensorrt and table is None and stored.producer() is not None:
+        if self._from_the_left and table is None:
             return self._head_from_the_left(x, matrix)
         turned = self.graph.op("Transpose", [matrix], "head.transposed", perm=[1, 0])
         logits = self.graph.op("MatMul", [x, turned], "head")
@@ -248,7 +250,7 @@ class StandardOps:
     def _head_from_the_left(self, x: ir.Value, matrix: ir.Value) -> ir.Value:
         """(W xᵀ)ᵀ: the table is not turned.
 
-        TensorRT stores a quantized table a second time where it is.
+        TensorRT stores a table of 8 bits a second time where it is.
         """
         op = self.graph.op
         column = op("Transpose", [x], "head.columns", perm=[0, 2, 1])

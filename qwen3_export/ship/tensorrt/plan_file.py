@@ -30,7 +30,7 @@ PLAN = "model.plan"
 MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
 # A plan may store constants of its own, and rounds sizes up; expanded 4-bit weights would quadruple. What a second
 # profile may add: small models' matrices that are laid out anew.
-_EXPANDED, _SLACK_BYTES, _SECOND_PROFILE = 1.02, 64 << 10, 1.10
+_EXPANDED, _SLACK_BYTES, _SECOND_PROFILE = 1.02, 8 << 10, 1.10
 
 
 def build_plan(

@@ -1,0 +1,1 @@
+"""Whether TensorRT Edge-LLM's own export takes our quantized folders."""
