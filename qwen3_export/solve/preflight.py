@@ -92,9 +92,11 @@ def activation_bytes(
     """
     config, total = checkpoint.config, 0
     if samples is not None:
-        # A fold is searched on some samples, whose files lie beside those of the block loop.
-        passes = 1 + original + (1 / FOLD_EVERY if fold_of(load_method(recipe)[1]) != "none" else 0)
-        total += int(state_bytes(config, samples.tokens) * passes)
+        # The original runs on every so many samples. A fold is searched on some, whose files lie beside the others.
+        options = load_method(recipe)[1]
+        beside = 1 / getattr(options, "shift_every", 1) if original else 0
+        passes = 1 + beside + (1 / FOLD_EVERY if fold_of(options) != "none" else 0)
+        total += int(state_bytes(config, samples.tokens, _input_bytes()) * passes)
         if original and config.sparse_layers:
             # What experts leave of the original's residual stream.
             total += 4 * samples.tokens * config.hidden_size
@@ -105,13 +107,22 @@ def activation_bytes(
     return total
 
 
-def state_bytes(config: Qwen3Config, tokens: int) -> int:
+def state_bytes(config: Qwen3Config, tokens: int, input_bytes: int = 4) -> int:
     """Estimated bytes of one model's activations at their fullest.
 
-    Hidden states before, inside and after a block, and the inputs of its four stages, which lie side by side.
+    Hidden states before, inside and after a block, what a layer's experts add to it, and the inputs of its stages,
+    which lie side by side. `input_bytes`: of one input.
     """
     inner = max(_kept_inputs(config, layer) for layer in range(config.num_layers))
-    return 4 * tokens * (4 * config.hidden_size + inner + 3 * config.experts_per_token)
+    states = 4 if config.sparse_layers else 3
+    return tokens * (4 * states * config.hidden_size + input_bytes * inner + 12 * config.experts_per_token)
+
+
+def _input_bytes() -> int:
+    """Bytes of one input of a linear in its file: 2 where the processor multiplies in bf16."""
+    from qwen3_export.model.workers import fast_matmul
+
+    return 2 if fast_matmul() == "bf16" else 4
 
 
 def _kept_inputs(config: Qwen3Config, layer: int) -> int:

@@ -7,8 +7,10 @@ import pytest
 
 from benchmarks.scale.models import MODELS
 from qwen3_export.core.qwen3 import Qwen3Config, parse_config
+from qwen3_export.core.recipe import load_recipe
+from qwen3_export.core.source import open_source
 from qwen3_export.model.streamed import RESIDENT_BYTES, WINDOW_BYTES
-from qwen3_export.solve import memory
+from qwen3_export.solve import memory, preflight
 from qwen3_export.solve.chunk_sizes import TOKENS_AT_ONCE, WIDE
 from qwen3_export.solve.memory import Memory, memory_parts
 from qwen3_export.text.samples import Samples
@@ -67,6 +69,20 @@ def test_the_peak_is_the_largest_moment() -> None:
     assert Memory(1, 10, 0, 20, 0, 0, 700, 8).peak == 701
 
 
+# The shape of the model in this package.
+EMBEDDED = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def test_files_of_activations_are_as_large_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fullest moment of `quantize` on the embedded model, 128 rows of 512 tokens, where products are of bf16."""
+    monkeypatch.setattr(preflight, "_input_bytes", lambda: 2)
+    source = open_source("reference-model")
+    found = preflight.activation_bytes(source, load_recipe("gptq-w4a16-g128"), ROWS, original=True)
+    assert found == pytest.approx(578.3e6, rel=0.05)
+    monkeypatch.setattr(preflight, "_input_bytes", lambda: 4)
+    assert preflight.activation_bytes(source, load_recipe("gptq-w4a16-g128"), ROWS, original=True) > found
+
+
 # Peaks of `quantize` on slices of these shapes, 128 rows of 512 tokens, two threads: what the estimate is made from.
 @pytest.mark.parametrize(
     ("name", "changes", "with_inputs", "measured"),
@@ -74,6 +90,7 @@ def test_the_peak_is_the_largest_moment() -> None:
         ("30B-A3B", {"num_experts": 16, "num_experts_per_tok": 1}, True, 1.98e9),
         ("8B", {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16}, True, 1.33e9),
         ("8B", {}, False, 0.64e9),
+        ("8B", {**EMBEDDED, "vocab_size": 8192}, True, 0.553e9),
     ],
 )
 def test_the_estimate_is_near_what_was_measured(
