@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.tensorfile import TensorFile
 from qwen3_export.errors import InputError
 
+Kind = TypeVar("Kind")
 REPORT = "report.json"
 _OURS, _FOREIGN = "qwen3-export", "another tool"
 _KNOWN = (
@@ -82,8 +83,8 @@ def _reference(path: Path) -> dict[str, Any]:
     domains: dict[str, int] = {}
     for ids, domain in zip(found.samples.ids, found.samples.domains, strict=True):
         domains[domain] = domains.get(domain, 0) + len(ids) - 1
-    tasks, chats = json.loads(metadata.get("tasks") or "null") or {}, found.chats
-    right = tasks.get("right", [])
+    tasks, chats = json.loads(metadata.get("tasks") or "null"), found.chats
+    right = _as(tasks.get("right"), list) or [] if isinstance(tasks, dict) else []
     return {
         "artifact": str(path),
         "kind": "reference",
@@ -104,7 +105,7 @@ def _reference(path: Path) -> dict[str, Any]:
         "thinking_budget": chats.budget.tokens if chats and chats.budget else None,
         "sidecars": found.sidecars is not None,
         "tasks": len(right),
-        "tasks_right": sum(right),
+        "tasks_right": sum(map(bool, right)),
     }
 
 
@@ -113,6 +114,9 @@ def describe_imatrix(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         is_gguf = file.read(4) == b"GGUF"
     found = read_imatrix(path)
+    for name, entry in found.entries.items():
+        if not np.isfinite(entry.counts).all() or not entry.counts.size:
+            raise InputError(f"{path}: {name} does not say how many tokens it saw", "measure it again")
     return {
         "artifact": str(path),
         "kind": "importance matrix",
@@ -126,8 +130,8 @@ def describe_imatrix(path: Path) -> dict[str, Any]:
             {
                 "name": name,
                 "shape": list(entry.sums.shape),
-                "fewest": float(entry.counts.min(initial=np.inf)),
-                "most": float(entry.counts.max(initial=0)),
+                "fewest": float(entry.counts.min()),
+                "most": float(entry.counts.max()),
             }
             for name, entry in found.entries.items()
         ],
@@ -152,11 +156,11 @@ def _report(path: Path) -> dict[str, Any]:
         "kind": "report",
         "bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
         "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()},
-        "title": read_manifest(folder).get("title") if (folder / MANIFEST).is_file() else None,
+        "title": _as(read_manifest(folder).get("title"), str) if (folder / MANIFEST).is_file() else None,
         "artifacts": list({str(item.get("artifact")): _measured(item) for item in items}.values()),
-        "passed": values.get("passed"),
-        "verdict": values.get("verdict"),
-        "environment": values.get("environment"),
+        "passed": _as(values.get("passed"), bool),
+        "verdict": _as(values.get("verdict"), str),
+        "environment": _as(values.get("environment"), dict),
     }
 
 
@@ -166,9 +170,21 @@ def _measured(item: dict[str, Any]) -> dict[str, Any]:
     speed = decode.get("tokens_per_second_p50") if isinstance(decode, dict) else item.get("tokens_per_second")
     return {
         "artifact": str(item.get("artifact")),
-        **{key: item.get(key) for key in ("runtime", "kl_mean", "bytes")},
-        "tokens_per_second": speed,
+        "runtime": _as(item.get("runtime"), str),
+        "kl_mean": _number(item.get("kl_mean")),
+        "bytes": _as(item.get("bytes"), int),
+        "tokens_per_second": _number(speed),
     }
+
+
+def _as(value: Any, kind: type[Kind]) -> Kind | None:
+    """A value that somebody else wrote, None where it is of another kind."""
+    return value if type(value) is kind else None
+
+
+def _number(value: Any) -> float | None:
+    """A number that somebody else wrote, None for anything else."""
+    return float(value) if type(value) in (int, float) and np.isfinite(value) else None
 
 
 def _triton(path: Path) -> dict[str, Any]:
@@ -199,7 +215,7 @@ def _triton(path: Path) -> dict[str, Any]:
 
 
 def _demo(path: Path) -> dict[str, Any]:
-    listed = read_manifest(path).get("artifacts", [])
+    listed = _as(read_manifest(path).get("artifacts"), list) or []
     return {"artifact": str(path), "kind": "demo", "bytes": _bytes_below(path), "artifacts": list(map(str, listed))}
 
 

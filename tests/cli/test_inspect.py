@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from qwen3_export.core.imatrix import Entry, Imatrix
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
 from qwen3_export.prove.reference import ReferenceFile
@@ -171,6 +172,22 @@ def test_report_and_recipe(made: dict[str, Path], tmp_path: Path) -> None:
 def test_what_is_none_of_these_is_refused(tmp_path: Path, name: str, content: bytes, words: tuple[str, ...]) -> None:
     (tmp_path / name).write_bytes(content)
     refused(call("inspect", tmp_path / name), 2, *words)
+
+
+def test_a_report_that_somebody_changed_is_shown_as_far_as_it_can_be(tmp_path: Path) -> None:
+    odd = {"artifact": 3, "kl_mean": "x", "bytes": True, "runtime": [], "decode": {"tokens_per_second_p50": 1e999}}
+    values = {"results": [odd, {"artifact": "a", "decode": 7}], "passed": "x", "environment": [1], "verdict": {}}
+    (tmp_path / "report.json").write_text(json.dumps(values))
+    found = described(tmp_path)
+    assert [list(item.values()) for item in found["artifacts"]] == [["3", *[None] * 4], ["a", *[None] * 4]]
+    assert (found["passed"], found["verdict"], found["environment"]) == (None, None, None)
+    assert "nothing was asked" in call("inspect", tmp_path).out
+
+
+def test_an_importance_matrix_without_counts_is_refused(tmp_path: Path) -> None:
+    entry = Entry(np.ones((1, 4), np.float32), np.array([np.nan], np.float32))
+    Imatrix({"blk.0.attn_q.weight": entry}).write(tmp_path / "i.gguf")
+    refused(call("inspect", tmp_path / "i.gguf", "--json"), 2, "blk.0.attn_q.weight", "how many tokens")
 
 
 def test_a_checkpoints_file_alone_leads_to_its_folder(model: Path, tmp_path: Path) -> None:
