@@ -146,6 +146,8 @@ def _provenance(values: Mapping[str, Any]) -> dict[str, str]:
     found = {"made by": "[qwen3-export](https://pypi.org/project/qwen3-export/)"}
     if source:
         found["original"] = f"{source.get('name')} (SHA-256 `{source.get('sha256')}`)"
+    if "artifact_sha256" in values:
+        found["SHA-256 of the artifact"] = f"`{values['artifact_sha256']}`"
     quantized = values.get("quantized")
     if isinstance(quantized, Mapping):
         found["quantized with"] = str(quantized.get("recipe"))

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
+from qwen3_export.model.windows import RESIDENT_BYTES, WINDOW_BYTES
 
 Change = Callable[[Tensor], Tensor]
-# So many bytes of running weights are kept.
-RESIDENT_BYTES, WINDOW_BYTES = 1536 << 20, 512 << 20
 
 
 class StreamedWeights(MutableMapping[str, Tensor]):

@@ -13,6 +13,8 @@ ROUTED_TOKENS = 8192
 WIDE = 8192
 # Tokens that stand for all of a layer at an expert's down_proj, unless the floor is higher.
 SAMPLE_TOKENS = 1024
+# Output rows of a linear that are solved together.
+ROWS_AT_ONCE = 512
 # A fold is searched on every eighth sample.
 FOLD_EVERY = 8
 # The pass that measures which outputs matter: output rows of a piece of G, tokens on the way back, and at the head.

@@ -119,7 +119,10 @@ def state_bytes(config: Qwen3Config, tokens: int, input_bytes: int = 4) -> int:
 
 
 def _input_bytes() -> int:
-    """Bytes of one input of a linear in its file: 2 where the processor multiplies in bf16."""
+    """Bytes of one input of a linear in its file.
+
+    2 where the processor multiplies in bf16.
+    """
     from qwen3_export.model.workers import fast_matmul
 
     return 2 if fast_matmul() == "bf16" else 4

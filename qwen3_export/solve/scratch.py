@@ -51,7 +51,7 @@ def drop_activations(progress: Path) -> None:
         if before.name.endswith(_ENDING):
             with left_behind(before):
                 pass
-    except (OSError, ValueError, KeyError, TypeError, ExportError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ExportError):
         # Somebody else's, or damaged: starting over needs none of it.
         return
 

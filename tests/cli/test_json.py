@@ -95,7 +95,8 @@ def test_export(kind: str, made: dict[str, Path], tmp_path: Path) -> None:
     assert values["exact"] is (not values["inexact_tensors"])
     for tensor in values["inexact_tensors"]:
         _has(tensor, ["name", "max_rel_error"])
-    assert 4 < values["bits_per_weight"] < 40
+    # A plan has kernels beside the few weights of this model.
+    assert 4 < values["bits_per_weight"] < (80 if kind == "tensorrt" else 40)
     assert values["peak_rss_bytes"] > 1 << 25
 
 

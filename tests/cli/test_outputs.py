@@ -151,7 +151,13 @@ def test_full_disk(
         place = disk(kibibytes << 10)
         outcome = call(*WRITERS[kind](made, model), "--output", place / "out")
         refused(outcome, 4, "hint: ")
-        assert names(place) == [], kibibytes
+        kept = names(place)
+        if kind == "onnx with a recipe" and kept:
+            # It was quantized before the disk was full: the same command goes on from there.
+            assert kept == ["out.quantized.partial"]
+            assert (place / kept[0] / model.name / "qwen3-export.json").is_file()
+        else:
+            assert kept == [], kibibytes
 
 
 def test_full_disk_under_a_report(made: dict[str, Path], disk: Callable[..., Path]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from qwen3_export.core.manifest import sha256_file
 from qwen3_export.core.source import open_source
 from qwen3_export.errors import MissingRuntimeError
 from qwen3_export.run.artifact import open_session
@@ -144,7 +145,8 @@ def test_every_repository_has_its_model_card(artifacts: dict[str, Path], tmp_pat
         outcome = call("triton", artifact, "--output", tmp_path / name, "--name", "served", "--json")
         card = (tmp_path / name / "README.md").read_text()
         assert "a model repository for Triton Inference Server" in card
-        assert open_source("reference-model").sha256 in card
+        origin = sha256_file(artifact) if artifact.is_file() else open_source("reference-model").sha256
+        assert origin in card
         assert f"pip install {outcome.json['requirements']}" in card
         assert "localhost:8000/v2/models/served/generate_stream" in card
         assert "README.md" in {item["path"] for item in outcome.json["files"]}

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_export.core.files import read_object
-from qwen3_export.core.manifest import file_list, read_manifest, write_manifest
+from qwen3_export.core.gguf_header import read_gguf_header
+from qwen3_export.core.manifest import file_list, read_manifest, sha256_file, write_manifest
 from qwen3_export.core.outputs import staged_folder
 from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.errors import InputError
@@ -75,6 +76,21 @@ def kind_of(artifact: Path) -> Kind:
     raise InputError(f"{artifact}: no such artifact", hint)
 
 
+def _origin_of_folder(artifact: Path) -> dict[str, Any]:
+    """What a folder's manifest says of its source."""
+    return {key: value for key, value in read_manifest(artifact).items() if key in ("source", "quantized", "recipe")}
+
+
+def _origin_of_file(artifact: Path) -> dict[str, Any]:
+    """What a GGUF file says of its source, and its own hash."""
+    values = read_gguf_header(artifact).values
+    origin: dict[str, Any] = {"artifact_sha256": sha256_file(artifact)}
+    if source := values.get("qwen3_export.source.sha256"):
+        origin["source"] = {"name": str(values.get("general.name")), "sha256": str(source)}
+        origin["quantized"] = {"recipe": str(values.get("qwen3_export.recipe"))}
+    return origin
+
+
 def _plan(artifact: Path) -> Kind:
     """A TensorRT folder, which is served by its plan alone.
 
@@ -119,9 +135,7 @@ def export_triton(
             shutil.copyfile(Path(__file__).with_name("model.py"), version / "model.py")
             _copy_package(version / "qwen3_export")
         (folder / name / "config.pbtxt").write_text(text)
-        origin = {
-            key: value for key, value in read_manifest(artifact).items() if key in ("source", "quantized", "recipe")
-        }
+        origin = _origin_of_file(artifact) if artifact.is_file() else _origin_of_folder(artifact)
         values = {"model": name, "artifact": artifact.name, "backend": kind.name, "requirements": kind.requirements}
         write_manifest(folder, "triton", {**values, **origin})
         files = file_list(folder)

@@ -169,7 +169,10 @@ def _each(pool: Workers, function: Callable[[int], None], pieces: Sequence[range
 def share_samples(
     pool: Workers, label: str, function: Callable[[int], None], count: int, file: SampleFile
 ) -> None:  # fmt: skip
-    """Call `function` once for each of `count` samples; what it leaves is in `file`, which all workers see."""
+    """Call `function` once for each of `count` samples.
+
+    What it leaves is in `file`, which all workers see.
+    """
     pieces = [range(begin, min(begin + _TOGETHER, count)) for begin in range(0, count, _TOGETHER)]
     pool.share(label, pieces, lambda some: _each(pool, function, some), lambda _: {}, lambda *_: None)
     if pool.is_shared:

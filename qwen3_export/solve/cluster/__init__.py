@@ -119,7 +119,7 @@ def _forget_after_restart(seen: list[dict[str, Any]], run: Run) -> dict[str, str
     now = {item["host"]: item["boot"] for item in seen}
     try:
         before = dict(json.loads((pieces / MACHINES).read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         before = None
     if before is None or any(now.get(host, boot) != boot for host, boot in before.items()):
         shutil.rmtree(pieces, ignore_errors=True)

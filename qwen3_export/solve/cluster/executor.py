@@ -81,7 +81,10 @@ class Cluster:
             shutil.rmtree(folder, ignore_errors=True)
 
     def search(self, request: SearchRequest) -> list[Any]:
-        """The sensitivities of all units; raises ResourceError when a worker is lost, as nothing of it is kept."""
+        """The sensitivities of all units.
+
+        Raises ResourceError when a worker is lost, as nothing of it is kept.
+        """
         (self.run.scratch / PIECES).mkdir(exist_ok=True)
         self._ask_board("begin", len(self.workers))
         calls = {worker.handle.call("search", request): worker for worker in self.workers}

@@ -15,10 +15,10 @@ from qwen3_export.core.tensor import E2M1, SCALE_TYPES, QuantizedTensor
 from qwen3_export.errors import RecipeError
 from qwen3_export.model.activations import largest_unit
 from qwen3_export.model.workers import Parts, Workers
+from qwen3_export.solve.chunk_sizes import ROWS_AT_ONCE
 from qwen3_export.solve.method import LinearGroup, SolvedWeight, not_finite, ratio
 from qwen3_export.solve.rounding.grid import TORCH_SCALES, Grid
 
-ROWS_AT_ONCE = 512
 _ENERGY_STRIP = 256
 
 

@@ -9,7 +9,7 @@ from benchmarks.scale.models import MODELS
 from qwen3_export.core.qwen3 import Qwen3Config, parse_config
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
-from qwen3_export.model.streamed import RESIDENT_BYTES, WINDOW_BYTES
+from qwen3_export.model.windows import RESIDENT_BYTES, WINDOW_BYTES
 from qwen3_export.solve import memory, preflight
 from qwen3_export.solve.chunk_sizes import TOKENS_AT_ONCE, WIDE
 from qwen3_export.solve.memory import Memory, memory_parts
