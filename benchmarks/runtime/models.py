@@ -27,7 +27,7 @@ from qwen3_export.ship.onnx import export_onnx
 from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.quantize import quantize
 
-_W8 = QuantScheme(8, group_size=32)
+_W8 = QuantScheme(8, group_size=128)
 
 
 def _recipe(name: str) -> Recipe:

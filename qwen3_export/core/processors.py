@@ -12,6 +12,7 @@ the quota allows, the kernel stops some for the rest of each period, and the oth
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,21 @@ def processors() -> int:
     """The default number of threads of a runtime, at least one."""
     allowed, quota = len(os.sched_getaffinity(0)), cpu_quota()
     return allowed if quota is None else max(1, min(allowed, int(quota)))
+
+
+def sums_int8_exactly(cpuinfo: Path = Path("/proc/cpuinfo"), machine: str | None = None) -> bool:
+    """Whether the processor sums products of uint8 and int8 without saturation.
+
+    x86 does so with VNNI alone; where its features cannot be read, the answer is no.
+    """
+    if (machine or platform.machine()).lower() not in ("x86_64", "amd64"):
+        return True
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return False
+    flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    return bool(flags & {"avx512_vnni", "avx_vnni"})
 
 
 def cpu_quota(root: Path = _ROOT, groups: Path = _GROUPS) -> float | None:

@@ -37,6 +37,11 @@ def fits(scheme: QuantScheme) -> bool:
 _ROUNDINGS = ("dynamic-token", "static-tensor")
 
 
+def joins(weight: QuantizedTensor) -> bool:
+    """Whether linears of the same inputs can be one product: a scale per row, inputs rounded alike."""
+    return weight.scheme.strategy == "channel" and weight.scheme.activations == "dynamic-token"
+
+
 def linear(graph: GraphBuilder, x: ir.Value, weight: QuantizedTensor, dtype: ir.DataType, name: str) -> ir.Value:
     """`x @ weight.T` with both rounded to int8, in the type of `x`."""
     op, constant = graph.op, graph.constant
