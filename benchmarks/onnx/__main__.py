@@ -1,0 +1,87 @@
+"""`python -m benchmarks.onnx`: KL of our device recipes beside onnxruntime-genai's builder, in plain ONNX Runtime.
+
+Every folder is made anew; `judge`, a program that imports nothing of ours, measures it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.checkpoints import make
+from benchmarks.quality.report import table
+from qwen3_export import export, quantize
+
+OURS = ("edge-w4", "edge-w4-mixed", "edge-w8")
+# Name, precision and further options of the builder.
+BUILDER = (
+    ("builder int4", "int4", ()),
+    ("builder int8", "int8", ()),
+    ("builder k_quant_mixed", "int4", ("algo_config=k_quant_mixed",)),
+)
+# Ours, and the one of theirs that it stands beside.
+PAIRS = (("edge-w4", "builder int4"), ("edge-w4-mixed", "builder k_quant_mixed"), ("edge-w8", "builder int8"))
+
+
+def build(source: Path, output: Path, precision: str, options: tuple[str, ...]) -> None:
+    """A folder of onnxruntime-genai's builder for a CPU, at accuracy level 4."""
+    command = ["-i", source, "-o", output, "-p", precision, "-e", "cpu", "-c", output.parent / "cache"]
+    extra = ["--extra_options", "int4_accuracy_level=4", "hf_token=false", *options]
+    module = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+    subprocess.run([*module, *map(str, command), *extra], check=True, capture_output=True)
+
+
+def measure(name: str, base: Path) -> list[dict[str, Any]]:
+    """What the judge prints of every folder that is made of a checkpoint."""
+    source, folders = make(name), []
+    for recipe in OURS:
+        quantize(source, recipe, base / f"{recipe}-folder")
+        export(base / f"{recipe}-folder", base / recipe, "onnx")
+        folders.append(base / recipe)
+    for label, precision, options in BUILDER:
+        build(source, base / label, precision, options)
+        folders.append(base / label)
+    command = [sys.executable, "-m", "benchmarks.onnx.judge", source, *folders]
+    printed = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
+    return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+
+
+def report(found: dict[str, list[dict[str, Any]]]) -> str:
+    """One table for every checkpoint, with ratios to the builder's model of a like size."""
+    names = ("onnxruntime", "onnxruntime-genai")
+    text = (
+        f"# ONNX for devices\n\nWritten by `benchmarks.onnx`. {', '.join(f'{n} {metadata.version(n)}' for n in names)}."
+    )
+    for checkpoint, rows in found.items():
+        kl = {row["folder"]: row["kl"] for row in rows}
+        beside = {ours: f"{kl[ours] / kl[theirs]:.2f} × {theirs}" for ours, theirs in PAIRS}
+        lines = [
+            [row["folder"], f"{row['bytes'] / 1e6:.2f}", f"{row['kl']:.5f} ± {row['standard_error']:.5f}",
+             f"{row['top1']:.1%}", beside.get(row["folder"], "")]
+            for row in rows
+        ]  # fmt: skip
+        text += f"\n\n## {checkpoint}\n\n{table(['folder', 'MB', 'KL', 'top-1', 'KL beside'], lines)}"
+    return text + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.onnx", description=__doc__)
+    parser.add_argument("--checkpoint", nargs="+", default=["reference-model", "outliers"])
+    parser.add_argument("--output", type=Path, default=Path("onnx.md"))
+    given = parser.parse_args()
+    found = {}
+    for name in given.checkpoint:
+        with tempfile.TemporaryDirectory() as base:
+            found[name] = measure(name, Path(base))
+    given.output.write_text(report(found), encoding="utf-8")
+    print(given.output.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
