@@ -38,7 +38,7 @@ _ROUNDINGS = ("dynamic-token", "static-tensor")
 
 
 def joins(weight: QuantizedTensor) -> bool:
-    """Whether linears of the same inputs can be one product: a scale per row, inputs rounded alike."""
+    """Whether linears of the same inputs can be one product of W8A8."""
     return weight.scheme.strategy == "channel" and weight.scheme.activations == "dynamic-token"
 
 
