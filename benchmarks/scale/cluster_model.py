@@ -13,12 +13,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.scale.cluster import SLICES
 from benchmarks.scale.models import MODELS
 from qwen3_export.core.architecture import is_expert
 from qwen3_export.core.qwen3 import Qwen3Config, parse_config
 from qwen3_export.solve.chunk_sizes import ROUTED_TOKENS
 
+# What is measured: narrow slices of a dense model and of a mixture of experts.
+NARROW = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 8192}
+SLICES: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("8B", {**NARROW, "intermediate_size": 3072}),
+    "moe": ("30B-A3B", {**NARROW, "num_key_value_heads": 4, "moe_intermediate_size": 384, "num_experts": 32}),
+}
 ROWS, LENGTH = 128, 512
 # Assumed, not measured: cores of a node, each as fast as the one measured; bytes per second of its link, of the store.
 CORES, LINK, STORE = 16, 1.25e9, 5e9
@@ -77,7 +82,7 @@ def rates(run: Mapping[str, Any], config: Qwen3Config, tokens: int, layers: int)
     worker, units = run["workers"][0], dict[str, float]()
     for share in shares(config, tokens):
         units[share.label] = units.get(share.label, 0.0) + share.pieces * share.units
-    shared = {label: sum(item[key] for key in ("working", "waiting", "giving", "taking"))
+    shared = {label: sum(item[key] for key in ("working", "waiting", "writing", "reading"))
               for label, item in worker["shared"].items()}  # fmt: skip
     found = {label: worker["shared"][label]["working"] / layers / total for label, total in units.items()}
     # What has no line of its own in `shares` is done by every node.

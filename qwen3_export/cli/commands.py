@@ -9,6 +9,7 @@ from qwen3_export.cli import (  # noqa: F401  (they register their commands)
     gate,
     plan,
     prove,
+    recipes,
     serve,
     ship,
     solve,

@@ -32,21 +32,21 @@ class Board:
 
     def __init__(self) -> None:
         self._shares: dict[str, _Share] = {}
-        self._met: dict[str, set[int]] = {}
+        self._arrived: dict[str, set[int]] = {}
         self._workers, self._finished = 1, 0
         self._changed = asyncio.Condition()
 
     async def begin(self, workers: int) -> None:
         """Forget all shares; so many workers will ask."""
         async with self._changed:
-            self._shares, self._met, self._workers = {}, {}, workers
+            self._shares, self._arrived, self._workers = {}, {}, workers
 
-    async def meet(self, key: str, worker: int) -> None:
+    async def barrier(self, key: str, worker: int) -> None:
         """Wait until all workers have come to the same place."""
         async with self._changed:
-            self._met.setdefault(key, set()).add(worker)
+            self._arrived.setdefault(key, set()).add(worker)
             self._changed.notify_all()
-            while len(self._met[key]) < self._workers:
+            while len(self._arrived[key]) < self._workers:
                 await self._changed.wait()
 
     async def finished(self) -> int:

@@ -58,7 +58,7 @@ class Handle:
     actor: Any
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """Ask for something; the answer is fetched with `Session.answers`."""
+        """Ask for something; the answer is fetched with `RaySession.answers`."""
         return getattr(self.actor, method).remote(*arguments)
 
     def ask(self, method: str, *arguments: Any) -> Any:
@@ -89,7 +89,7 @@ def local_workers(address: str) -> int | None:
     return int(count) if count else 0
 
 
-class Session:
+class RaySession:
     """A connection to a cluster; made by `open_session`."""
 
     def nodes(self) -> list[Node]:
@@ -173,7 +173,7 @@ def _get(call: Any, seconds: float | None = None) -> Any:
 
 
 @contextmanager
-def open_session(address: str, workers: int = 1, gpus: int = 0) -> Iterator[Session]:
+def open_session(address: str, workers: int = 1, gpus: int = 0) -> Iterator[RaySession]:
     """Attach to a cluster, or for `local` start one here of `workers` processors.
 
     Raises MissingRuntimeError without ray, or where no cluster answers.
@@ -207,7 +207,7 @@ def open_session(address: str, workers: int = 1, gpus: int = 0) -> Iterator[Sess
             "run on a node of the cluster (ray start --address=HOST:PORT), with the same versions of Python and ray",
         ) from error
     try:
-        yield Session()
+        yield RaySession()
     finally:
         ray.shutdown()
         if folder is not None:

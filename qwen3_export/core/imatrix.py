@@ -29,7 +29,7 @@ _PROVENANCE = "qwen3_export."
 
 
 @dataclass(frozen=True)
-class Entry:
+class ImatrixEntry:
     """One tensor: Σ x² `[matrices, inputs]` over its tokens `[matrices]`."""
 
     sums: NDArray[np.float32]
@@ -49,7 +49,7 @@ class Imatrix:
     `name` is the file's name, `datasets` what it was measured on, `provenance` what `calibrate` says of its making.
     """
 
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, ImatrixEntry]
     datasets: Sequence[str] = ()
     chunks: int = 0
     chunk_size: int = 0
@@ -124,7 +124,7 @@ def _read_gguf(path: Path) -> Imatrix:
         sums = sums.reshape(-1, sums.shape[-1])
         if len(counts) != len(sums):
             raise InputError(f"{path}: {base} has {len(sums)} sums and {len(counts)} counts")
-        entries[base] = Entry(sums, counts)
+        entries[base] = ImatrixEntry(sums, counts)
     numbers = {key: int(metadata.get(f"imatrix.{key}", 0)) for key in ("chunk_count", "chunk_size")}
     listed = metadata.get("imatrix.datasets", [])
     datasets = list(map(str, listed)) if isinstance(listed, list) else [str(listed)]
@@ -160,7 +160,7 @@ def _read_legacy(path: Path) -> Imatrix:
         calls, size = max(number(), 1), number()
         values = np.frombuffer(take(4 * size), "<f4")
         # The older form stores sums over calls that are divided by the calls when it is read.
-        entries[name] = Entry(values[None], np.array([calls], np.float32))
+        entries[name] = ImatrixEntry(values[None], np.array([calls], np.float32))
     chunks, datasets = 0, []
     if position < len(data):
         chunks = number()

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen3_export.core.architecture import ROUTER
 from qwen3_export.core.files import read_object
 from qwen3_export.core.layouts import IDLE, NEEDS_ORIGINAL, Schemes, Shapes, Stored, group_index, layout
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD
@@ -161,7 +162,7 @@ def _refuse_outside(where: str, stored: Stored, outer: tuple[str, ...]) -> None:
             raise CheckpointError(
                 f"{where}: {name}: the key/value cache is quantized, which is not supported", _LINEARS
             )
-        inside = module.startswith("model.layers.") and not module.endswith(".mlp.gate")
+        inside = module.startswith("model.layers.") and not module.endswith(f".{ROUTER}")
         if part in _PARTS and not inside and module not in outer:
             raise CheckpointError(f"{where}: {module} is quantized, which is not supported ({name})", _LINEARS)
     if stored.config.get("lm_head") and HEAD not in outer:

@@ -58,16 +58,16 @@ class Workers:
 
     def share(
         self, label: str, items: Sequence[Item], work: Callable[[Sequence[Item]], None],
-        give: Callable[[Item], Parts], take: Callable[[Item, Parts], None], evenly: bool = False,
+        dump: Callable[[Item], Parts], load: Callable[[Item, Parts], None], evenly: bool = False,
     ) -> None:  # fmt: skip
         """Have `work` done on all items: here, or by workers on a cluster.
 
-        Items are cut by constants. `give` says what the work on an item has left, `take` puts in place what another
+        Items are cut by constants. `dump` says what the work on an item has left, `load` puts in place what another
         process gave. `evenly`: an equal share at once, where each call of `work` costs something of its own.
         """
         work(items)
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until all processes that share work have come here."""
 
     def share_map(self, label: str, function: Callable[[Item], Any], items: Sequence[Item]) -> list[Any]:
@@ -80,10 +80,10 @@ class Workers:
         def work(places: Sequence[int]) -> None:
             found.update(zip(places, self.map(function, [items[place] for place in places]), strict=True))
 
-        def take(place: int, parts: Parts) -> None:
+        def load(place: int, parts: Parts) -> None:
             found[place] = parts["result"]
 
-        self.share(label, range(len(items)), work, lambda place: {"result": found[place]}, take)
+        self.share(label, range(len(items)), work, lambda place: {"result": found[place]}, load)
         return [found[place] for place in range(len(items))]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_export import errors
-from qwen3_export.cluster.session import Handle, LostWorkerError, Session, local_workers, open_session
+from qwen3_export.cluster.session import Handle, LostWorkerError, RaySession, local_workers, open_session
 from qwen3_export.core.process import end_with_parent
 from qwen3_export.core.processors import thread_count
 from qwen3_export.core.progress import Progress
@@ -105,7 +105,7 @@ def measure_on_nodes(
     return {"results": results, "passed": passed, "environment": environment()}
 
 
-def _check_labels(session: Session, labels: Sequence[str]) -> None:
+def _check_labels(session: RaySession, labels: Sequence[str]) -> None:
     offered = sorted({label for node in session.nodes() for label in node.labels})
     for label in labels:
         if label not in offered:
@@ -116,11 +116,11 @@ def _check_labels(session: Session, labels: Sequence[str]) -> None:
             )
 
 
-def _start(session: Session, label: str) -> Handle:
+def _start(session: RaySession, label: str) -> Handle:
     return session.place(Device, (), resources={label: 1.0}) if label else session.place(Device, (), cpus=1)
 
 
-def _answer(session: Session, call: Any, artifact: Path, label: str) -> dict[str, Any]:
+def _answer(session: RaySession, call: Any, artifact: Path, label: str) -> dict[str, Any]:
     """A task's one result, with its node."""
     try:
         name, answer = session.answer(call)

@@ -41,7 +41,7 @@ _LENGTH_AXIS = re.compile("seq|past|len|total|kv")
 _PREFIX = re.compile(r"past_key_values?|present_key_values?|past|present|updated|new|cache|outputs?|inputs?")
 
 
-class Described(Protocol):
+class GraphValue(Protocol):
     """A graph input or output as ONNX Runtime describes it."""
 
     name: str
@@ -111,7 +111,7 @@ _OTHERS = (
 
 
 def read_signature(
-    where: Path, inputs: Sequence[Described], outputs: Sequence[Described], config: Mapping[str, Any]
+    where: Path, inputs: Sequence[GraphValue], outputs: Sequence[GraphValue], config: Mapping[str, Any]
 ) -> Signature:
     """Find out what each input and output is.
 
@@ -147,19 +147,19 @@ def read_signature(
     )
 
 
-def _names(items: Sequence[Described]) -> str:
+def _names(items: Sequence[GraphValue]) -> str:
     names = [item.name for item in items]
     return ", ".join(names[:6]) + (", …" if len(names) > 6 else "") or "none"
 
 
-def _is_other(item: Described) -> bool:
+def _is_other(item: GraphValue) -> bool:
     known = any(re.search(pattern, item.name) for pattern, _ in _OTHERS)
     return known and len(item.shape) <= 1 and item.type in _TYPES
 
 
 def _take(
-    left: dict[str, Described], stated: object, pattern: re.Pattern[str], ranks: tuple[int, ...], integers: bool
-) -> Described | None:
+    left: dict[str, GraphValue], stated: object, pattern: re.Pattern[str], ranks: tuple[int, ...], integers: bool
+) -> GraphValue | None:
     """Take the stated input, or the first whose name, rank and type fit."""
     for item in left.values():
         fits = item.name == stated or (stated not in left and pattern.search(item.name.lower()))
@@ -169,7 +169,7 @@ def _take(
     return None
 
 
-def _logits(where: Path, outputs: Sequence[Described], stated: object) -> Described:
+def _logits(where: Path, outputs: Sequence[GraphValue], stated: object) -> GraphValue:
     floats = [item for item in outputs if len(item.shape) == 3 and "float" in item.type]
     for item in floats:
         if item.name == stated or item.name == "logits":
@@ -193,7 +193,9 @@ def _place(name: str) -> tuple[str, str]:
     return ".".join(re.findall(r"\d+", rest)), kind[1][0] if kind else ""
 
 
-def _pairs(where: Path, pasts: Sequence[Described], outputs: Sequence[Described]) -> list[tuple[Described, Described]]:
+def _pairs(
+    where: Path, pasts: Sequence[GraphValue], outputs: Sequence[GraphValue]
+) -> list[tuple[GraphValue, GraphValue]]:
     """Each past with its present: matched by names, else by order."""
     presents = [item for item in outputs if len(item.shape) >= 4 and item.type in _CACHE_TYPES]
     places = {_place(item.name): item for item in presents}
@@ -209,7 +211,7 @@ def _pairs(where: Path, pasts: Sequence[Described], outputs: Sequence[Described]
     return pairs
 
 
-def _cache(where: Path, past: Described, present: str, config: Mapping[str, Any]) -> Cache:
+def _cache(where: Path, past: GraphValue, present: str, config: Mapping[str, Any]) -> Cache:
     """The empty cache: one sequence, no positions.
 
     The sizes of other symbolic axes must be stated by `config`.

@@ -34,7 +34,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Profile:
+class PlanProfile:
     """One optimization profile, and a context that runs it.
 
     It has the smallest and the largest shape of every input.
@@ -109,7 +109,7 @@ class PlanSession:
         self._runtime = runtime
         return engine
 
-    def _read_profiles(self) -> list[Profile]:
+    def _read_profiles(self) -> list[PlanProfile]:
         found = []
         for number in range(self._engine.num_optimization_profiles):
             context = self._engine.create_execution_context()
@@ -119,7 +119,7 @@ class PlanSession:
             shapes = {name: self._engine.get_tensor_profile_shape(name, number) for name in inputs}
             smallest = {name: tuple(shape[0]) for name, shape in shapes.items()}
             largest = {name: tuple(shape[2]) for name, shape in shapes.items()}
-            found.append(Profile(number, smallest, largest, context))
+            found.append(PlanProfile(number, smallest, largest, context))
         self._gpu.synchronize()
         # The narrowest first: a profile for one token alone is made for it.
         return sorted(found, key=lambda profile: profile.most_tokens)
@@ -165,7 +165,7 @@ class PlanSession:
         self._length = total
         return logits
 
-    def _profile_of(self, shapes: Mapping[str, Shape]) -> Profile:
+    def _profile_of(self, shapes: Mapping[str, Shape]) -> PlanProfile:
         for profile in self._profiles:
             if profile.fits(shapes):
                 return profile

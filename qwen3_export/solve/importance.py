@@ -23,7 +23,7 @@ from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.coverage import summarise, summary_of
 from qwen3_export.core.disk import check_room
 from qwen3_export.core.gguf_types import gguf_name
-from qwen3_export.core.imatrix import Entry, Imatrix
+from qwen3_export.core.imatrix import Imatrix, ImatrixEntry
 from qwen3_export.core.outputs import staged_file
 from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.core.qwen3 import EMBEDDING, block_name
@@ -69,7 +69,8 @@ def calibrate(
         with workers(settings.threads, fast=True) as pool:
             sums = _run(checkpoint, samples, settings.device, pool, scratch, progress)
         entries = {
-            name: Entry(total.astype(np.float32), tokens.astype(np.float32)) for name, (total, tokens) in sums.items()
+            name: ImatrixEntry(total.astype(np.float32), tokens.astype(np.float32))
+            for name, (total, tokens) in sums.items()
         }
         dataset = source_name(settings.calibration)
         made = {

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from qwen3_export.core.imatrix import Entry, Imatrix
+from qwen3_export.core.imatrix import Imatrix, ImatrixEntry
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
 from qwen3_export.prove.reference import ReferenceFile
@@ -185,7 +185,7 @@ def test_a_report_that_somebody_changed_is_shown_as_far_as_it_can_be(tmp_path: P
 
 
 def test_an_importance_matrix_without_counts_is_refused(tmp_path: Path) -> None:
-    entry = Entry(np.ones((1, 4), np.float32), np.array([np.nan], np.float32))
+    entry = ImatrixEntry(np.ones((1, 4), np.float32), np.array([np.nan], np.float32))
     Imatrix({"blk.0.attn_q.weight": entry}).write(tmp_path / "i.gguf")
     refused(call("inspect", tmp_path / "i.gguf", "--json"), 2, "blk.0.attn_q.weight", "how many tokens")
 

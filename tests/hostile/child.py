@@ -24,7 +24,7 @@ _MEMORY = 6 << 30
 _PRELOADED = (
     *("torch", "numba", "onnxruntime", "onnx_ir", "onnx", "gguf", "xllamacpp", "tokenizers", "jinja2", "yaml", "rich"),
     *("qwen3_export.cli.solve", "qwen3_export.cli.ship", "qwen3_export.cli.prove", "qwen3_export.cli.bench"),
-    "qwen3_export.cli.demo",
+    *("qwen3_export.cli.recipes", "qwen3_export.cli.demo"),
     *("qwen3_export.solve.quantize", "qwen3_export.ship.onnx", "qwen3_export.ship.gguf", "qwen3_export.prove.validate"),
     *("qwen3_export.prove.original", "qwen3_export.run.generate", "qwen3_export.model.decoder"),
     *("qwen3_export.run.ort", "qwen3_export.run.llamacpp", "qwen3_export.run.torch"),

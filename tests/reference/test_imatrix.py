@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import open_checkpoint
-from qwen3_export.core.imatrix import Entry, Imatrix, read_imatrix
+from qwen3_export.core.imatrix import Imatrix, ImatrixEntry, read_imatrix
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.errors import InputError
@@ -242,6 +242,6 @@ def test_files_that_are_none(tmp_path: Path, matrix: Path) -> None:
 
 
 def test_no_token_means_one() -> None:
-    entry = Entry(np.zeros((2, 3), np.float32), np.array([0, 2], np.float32))
+    entry = ImatrixEntry(np.zeros((2, 3), np.float32), np.array([0, 2], np.float32))
     np.testing.assert_array_equal(entry.means, [[1, 1, 1], [0, 0, 0]])
     assert Imatrix({"a": entry}).name == "imatrix.gguf"

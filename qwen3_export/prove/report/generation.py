@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qwen3_export.prove.report.numbers import fixed, percent, short, span
-from qwen3_export.prove.report.table import Table
+from qwen3_export.prove.report.table import ReportTable
 
 
-def texts(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Table]:
+def texts(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[ReportTable]:
     """Greedy texts beside the original's, plain and as chats, and flips.
 
     A flip is another token where the original is sure.
@@ -26,7 +26,7 @@ def texts(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Table]:
     ]
     if rows:
         headers = ["artifact", "texts", "number", "agreement", "equal tokens", "loops/original's", "stops/original's"]
-        yield Table("Generated texts", headers, rows)
+        yield ReportTable("Generated texts", headers, rows)
     flips = [
         [
             name,
@@ -40,7 +40,7 @@ def texts(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Table]:
     ]
     if flips:
         headers = ["artifact", "flips", "sure positions", "share", "sure from"]
-        yield Table("Flips of the top token where the original is sure", headers, flips)
+        yield ReportTable("Flips of the top token where the original is sure", headers, flips)
 
 
 def _text_cells(found: Mapping[str, Any]) -> list[str]:
@@ -55,7 +55,7 @@ def _text_cells(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def tasks(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Table]:
+def tasks(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[ReportTable]:
     """Right answers of original and artifact, by kind of task."""
     rows = []
     for name, item in drifts:
@@ -69,10 +69,10 @@ def tasks(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Table]:
             rows.append([name, "all", *counts, span(found["lost_share_ci95"], 3)])
     if rows:
         headers = ["artifact", "kind", "tasks", "original right", "artifact right", "right → wrong", "lost share 95 %"]
-        yield Table("Tasks", headers, rows)
+        yield ReportTable("Tasks", headers, rows)
 
 
-def explanations(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Table]:
+def explanations(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[ReportTable]:
     """The linears, experts and channels that add most to the drift.
 
     They are there where it was traced.
@@ -84,7 +84,7 @@ def explanations(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Ta
             if isinstance(rows, list) and rows and all(isinstance(row, Mapping) for row in rows):
                 headers = list(rows[0])
                 cells = [[_cell(row.get(key)) for key in headers] for row in rows[:12]]
-                yield Table(f"{name}: worst {kind}", headers, cells)
+                yield ReportTable(f"{name}: worst {kind}", headers, cells)
 
 
 def _cell(value: object) -> str:

@@ -13,7 +13,7 @@ from qwen3_export.prove.report.charts import charts
 from qwen3_export.prove.report.failures import environment_lines, failures, remarks
 from qwen3_export.prove.report.style import STYLE
 from qwen3_export.prove.report.svg import Chart
-from qwen3_export.prove.report.table import Table
+from qwen3_export.prove.report.table import ReportTable
 from qwen3_export.prove.report.tables import tables, verdict_of
 
 _GOOD, _BAD = ("pass", "same", "better"), ("FAIL", "worse")
@@ -72,7 +72,7 @@ def _figure(chart: Chart) -> str:
     )
 
 
-def _table(table: Table) -> str:
+def _table(table: ReportTable) -> str:
     words = [header in _WORDS for header in table.headers]
     head = "".join(
         f'<th scope="col"{_kind("words" if word else "")}>{escape(header)}</th>'

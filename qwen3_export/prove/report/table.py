@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """A table under a title.
 
     The first column is text, `status` in a cell is a verdict.

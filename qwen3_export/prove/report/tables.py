@@ -11,7 +11,7 @@ from qwen3_export.prove.limits import limit_named
 from qwen3_export.prove.naming import unique_names
 from qwen3_export.prove.report.generation import explanations, tasks, texts
 from qwen3_export.prove.report.numbers import bytes_text, fixed, marked_kl, percent, signed, span
-from qwen3_export.prove.report.table import Table
+from qwen3_export.prove.report.table import ReportTable
 
 
 def named(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -35,7 +35,7 @@ def verdict_of(result: Mapping[str, Any]) -> str:
     return "pass" if result["passed"] else "FAIL"
 
 
-def tables(result: Mapping[str, Any]) -> Iterator[Table]:
+def tables(result: Mapping[str, Any]) -> Iterator[ReportTable]:
     """Every table that a result has something for."""
     items = named(result)
     drifts = [(name, item) for name, item in items if "kl_mean" in item]
@@ -45,10 +45,10 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
         yield compare_table(result)
     if drifts:
         headers = ["artifact", "runtime", "size", "KL", "KL 95 %", "KL p99", "top-1", "ppl ratio", "verdict"]
-        yield Table("Drift", headers, [_drift_row(name, item) for name, item in drifts])
+        yield ReportTable("Drift", headers, [_drift_row(name, item) for name, item in drifts])
     if any(item.get("gate", {}).get("checks") for _, item in items):
         rows = [_check_row(name, check) for name, item in items for check in item.get("gate", {}).get("checks", ())]
-        yield Table("Checks", ["artifact", "check", "value", "95 %", "limit", "verdict"], rows)
+        yield ReportTable("Checks", ["artifact", "check", "value", "95 %", "limit", "verdict"], rows)
     yield from _speeds([(name, item) for name, item in items if "decode" in item and "prefill" in item])
     for name, item in drifts:
         yield _domains(name, item)
@@ -95,7 +95,7 @@ def _is_size(name: str) -> bool:
     return limit is not None and limit.kind == "bytes"
 
 
-def _speeds(speeds: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Table]:
+def _speeds(speeds: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[ReportTable]:
     if not speeds:
         return
     prefill = [
@@ -110,7 +110,7 @@ def _speeds(speeds: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Table]:
         for name, item in speeds
         for one in item["prefill"]
     ]
-    yield Table("Prefill", ["artifact", "runtime", "prompt", "prefill tok/s", "s p50", "s p95"], prefill)
+    yield ReportTable("Prefill", ["artifact", "runtime", "prompt", "prefill tok/s", "s p50", "s p95"], prefill)
     decode = [
         [
             name,
@@ -134,10 +134,10 @@ def _speeds(speeds: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Table]:
         "of bandwidth",
         "threads",
     ]
-    yield Table("Decode", headers, decode)
+    yield ReportTable("Decode", headers, decode)
 
 
-def _domains(name: str, item: Mapping[str, Any]) -> Table:
+def _domains(name: str, item: Mapping[str, Any]) -> ReportTable:
     rows = [
         [
             domain,
@@ -149,10 +149,10 @@ def _domains(name: str, item: Mapping[str, Any]) -> Table:
         ]
         for domain, one in item["domains"].items()
     ]
-    return Table(f"{name}: domains", ["domain", "tokens", "KL", "KL 95 %", "top-1", "ppl ratio"], rows)
+    return ReportTable(f"{name}: domains", ["domain", "tokens", "KL", "KL 95 %", "top-1", "ppl ratio"], rows)
 
 
-def _details(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Table]:
+def _details(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[ReportTable]:
     """The statistics of `llama-perplexity --kl-divergence`, one column per artifact."""
     with_statistics = [
         (name, item["statistics"]) for name, item in drifts if "kl_mean" in item and "statistics" in item
@@ -179,7 +179,7 @@ def _details(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Table]
         for label, key in (("KL at least", "lower_bound"), ("KL, error of the estimate", "stderr")):
             cells = [fixed(estimates[name][key], 6) if name in estimates else "exact" for name, _ in full]
             rows.insert(1, [label, *cells])
-    yield Table("Statistics (± as llama-perplexity prints it)", ["statistic", *(name for name, _ in full)], rows)
+    yield ReportTable("Statistics (± as llama-perplexity prints it)", ["statistic", *(name for name, _ in full)], rows)
 
 
 _QUANTILES = {"max": "max", "p99_9": "p99.9", "p99": "p99", "p95": "p95", "median": "median", "p5": "p5", "min": "min"}
@@ -202,7 +202,7 @@ def _with_error(
     return f"{fixed(scale * values[mean], digits)} ± {fixed(scale * values[error], digits)}"
 
 
-def pairs_table(result: Mapping[str, Any]) -> Table:
+def pairs_table(result: Mapping[str, Any]) -> ReportTable:
     """Every metric beside its baseline."""
     rows = [
         [
@@ -218,14 +218,14 @@ def pairs_table(result: Mapping[str, Any]) -> Table:
         for item in result["pairs"]
     ]
     headers = ["artifact", "metric", "baseline", "value", "change", "95 %", "allowed", "verdict"]
-    return Table("Against the baseline", headers, rows)
+    return ReportTable("Against the baseline", headers, rows)
 
 
 def _change(value: float, metric: str) -> str:
     return signed(value, 0) if metric in ("bytes", "peak_rss_bytes") else signed(value, 6)
 
 
-def compare_table(result: Mapping[str, Any]) -> Table:
+def compare_table(result: Mapping[str, Any]) -> ReportTable:
     """All candidates of a comparison.
 
     `●` marks the Pareto front of size, drift and speed.
@@ -245,4 +245,4 @@ def compare_table(result: Mapping[str, Any]) -> Table:
         for item in result["candidates"]
     ]
     headers = ["artifact", "report", "runtime", "size", "KL", "top-1", "decode tok/s", "peak memory", "Pareto"]
-    return Table("Candidates", headers, rows)
+    return ReportTable("Candidates", headers, rows)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.processors import thread_count
 from qwen3_export.errors import InputError
-from qwen3_export.run.llamacpp.interface import PINNED, Batch, errors, failure_reason, library
+from qwen3_export.run.llamacpp.interface import PINNED, LlamaBatch, errors, failure_reason, library
 from qwen3_export.run.llamacpp.tokenizer import LlamaTokenizer, header_value
 from qwen3_export.run.session import RuntimeOptions, check_ids
 
@@ -122,11 +122,11 @@ class _BatchArrays:
         self._sequence = C.c_int32(0)
         self._sequences = (C.c_void_p * size)(*[C.addressof(self._sequence)] * size)
 
-    def fill(self, ids: NDArray[np.int32], begin: int) -> Batch:
+    def fill(self, ids: NDArray[np.int32], begin: int) -> LlamaBatch:
         count = len(ids)
         self._tokens[:count] = ids
         self._positions[:count] = np.arange(begin, begin + count)
-        return Batch(
+        return LlamaBatch(
             count,
             self._tokens.ctypes.data,
             None,

@@ -67,7 +67,7 @@ class _ContextParams(C.Structure):
     ]
 
 
-class Batch(C.Structure):
+class LlamaBatch(C.Structure):
     """`llama_batch`: tokens and positions of one call, and which logits are wanted."""
 
     _fields_ = [
@@ -96,7 +96,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_free": (None, [C.c_void_p]),
     "llama_get_memory": (C.c_void_p, [C.c_void_p]),
     "llama_memory_clear": (None, [C.c_void_p, C.c_bool]),
-    "llama_decode": (C.c_int32, [C.c_void_p, Batch]),
+    "llama_decode": (C.c_int32, [C.c_void_p, LlamaBatch]),
     "llama_get_logits": (C.POINTER(C.c_float), [C.c_void_p]),
     "llama_model_meta_val_str": (C.c_int32, [C.c_void_p, C.c_char_p, C.c_char_p, C.c_size_t]),
     "llama_model_chat_template": (C.c_char_p, [C.c_void_p, C.c_char_p]),

@@ -25,7 +25,7 @@ import gguf
 from numpy.typing import NDArray
 
 from qwen3_export import __version__
-from qwen3_export.core.architecture import is_expert
+from qwen3_export.core.architecture import ROUTER, is_expert
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.coverage import GGUF_KEY
 from qwen3_export.core.gguf_types import FILE_TYPES, PLAIN, Overrides, block_length, gguf_name
@@ -44,7 +44,7 @@ from qwen3_export.ship.result import export_result, provenance
 __all__ = ["Options", "check_request", "export_gguf", "planned_bytes", "supports"]
 _OTHERS = {
     "input_layernorm": "attn_norm",
-    "mlp.gate": "ffn_gate_inp",
+    ROUTER: "ffn_gate_inp",
     "post_attention_layernorm": "ffn_norm",
     "self_attn.k_norm": "attn_k_norm",
     "self_attn.q_norm": "attn_q_norm",

@@ -37,11 +37,12 @@ def experts(graph: GraphBuilder, x: ir.Value, layer: SparseLayer, dtype: ir.Data
     rows = op("Reshape", [x, constant([-1, layer.checkpoint.config.hidden_size])], f"{name}.rows")
     weights = _weights(graph, x, layer, dtype)
     total: ir.Value | None = None
-    for number, (gate, up, down) in enumerate(layer.read("gate_proj", "up_proj", "down_proj")):
+    gate_part, up_part, down_part = layer.parts
+    for number, (gate, up, down) in enumerate(layer.read(*layer.parts)):
         own = f"{name}.{number}"
-        opened, value = linear(rows, gate, f"{own}.gate_proj"), linear(rows, up, f"{own}.up_proj")
+        opened, value = linear(rows, gate, f"{own}.{gate_part}"), linear(rows, up, f"{own}.{up_part}")
         silu = op("Mul", [opened, op("Sigmoid", [opened], f"{own}.sigmoid")], f"{own}.silu")
-        out = linear(op("Mul", [silu, value], f"{own}.glu"), down, f"{own}.down_proj")
+        out = linear(op("Mul", [silu, value], f"{own}.glu"), down, f"{own}.{down_part}")
         share = op("Gather", [weights, constant([number])], f"{own}.share", axis=1)
         weighed = op("Mul", [graph.as_type(out, dtype, _FLOAT, f"{own}.fp32"), share], f"{own}.weighed")
         total = weighed if total is None else op("Add", [total, weighed], f"{own}.sum")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.core.architecture import ROUTER, Stage
+from qwen3_export.core.architecture import ROUTER, Linear, Stage
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.scheme import QuantScheme
@@ -79,8 +79,16 @@ class SparseLayer:
 
     def module(self, expert: int, part: str) -> str:
         """Name of one expert's matrix."""
-        stage = next(stage for stage in self.stages if part in [linear.name for linear in stage.linears])
+        stage, _ = self._linear(part)
         return f"{block_name(self.layer)}.{stage.prefixes[expert]}.{part}"
+
+    def shape(self, part: str) -> tuple[int, int]:
+        """`[out, in]` of one expert's matrix."""
+        _, linear = self._linear(part)
+        return linear.out_features, linear.in_features
+
+    def _linear(self, part: str) -> tuple[Stage, Linear]:
+        return next((stage, linear) for stage in self.stages for linear in stage.linears if linear.name == part)
 
     def read(self, *parts: str) -> Iterator[list[Weights]]:
         """Some matrices of each expert, one expert at a time."""

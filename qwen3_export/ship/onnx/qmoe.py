@@ -101,7 +101,7 @@ def experts(
         inputs += [None, op("Softmax", [scores], f"{name}.weights", axis=-1)]
     while inputs[-1] is None:
         inputs.pop()
-    scheme = layer.schemes["down_proj"]
+    scheme = layer.schemes[layer.parts[-1]]
     assert scheme is not None
     grain = {} if scheme.strategy == "channel" else {"block_size": int(scheme.group_size or 0)}
     return op(
@@ -147,7 +147,7 @@ def _stacked(
 
     Codes go to the disk expert by expert.
     """
-    parts = ("gate_proj", "up_proj") if which == "fc1" else ("down_proj",)
+    parts = layer.parts[:-1] if which == "fc1" else layer.parts[-1:]
     scales: list[NDArray] = []
     zeros: list[NDArray] = []
 

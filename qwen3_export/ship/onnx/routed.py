@@ -73,7 +73,7 @@ def _stored(graph: GraphBuilder, layer: SparseLayer, part: str, dtype: ir.DataTy
     Or the 16-bit matrices alone.
     """
     config, scheme, name = layer.checkpoint.config, layer.schemes[part], f"{layer.name}.{part}"
-    rows, width = config.linear_shapes(layer.layer)[f"mlp.experts.0.{part}"]
+    rows, width = layer.shape(part)
     if scheme is None:
         kind = layer.checkpoint.entry(f"{layer.module(0, part)}.weight").dtype
         keep = ir.DataType.from_numpy(kind) if kind.itemsize == 2 and dtype == _FLOAT else dtype
@@ -119,7 +119,7 @@ def _body(
     """
     rows, chosen, mix, used = outer
     name, op, constant = f"{layer.name}.turn", graph.op, graph.constant
-    hidden, shapes = layer.checkpoint.config.hidden_size, layer.checkpoint.config.linear_shapes(layer.layer)
+    hidden, (gate_part, up_part, down_part) = layer.checkpoint.config.hidden_size, layer.parts
     with graph.body(name, [("turn", _INT64, []), ("go_on", _BOOL, []), ("sum", _FLOAT, ["tokens", hidden])]) as body:
         turn, go_on, total = body.inputs
         expert = op("Gather", [used, turn], f"{name}.expert", axis=0)
@@ -129,13 +129,13 @@ def _body(
         weights = op("GatherND", [mix, op("Transpose", [places], f"{name}.pairs", perm=[1, 0])], f"{name}.weights")
 
         def linear(value: ir.Value, part: str) -> ir.Value:
-            shape = shapes[f"mlp.experts.0.{part}"]
-            matrix = _matrix(graph, stacks[part], layer.schemes[part], shape, expert, f"{name}.{part}", dtype)
+            shape, scheme = layer.shape(part), layer.schemes[part]
+            matrix = _matrix(graph, stacks[part], scheme, shape, expert, f"{name}.{part}", dtype)
             return op("Gemm", [value, matrix], f"{name}.{part}", transB=1)
 
-        gate, up = linear(own, "gate_proj"), linear(own, "up_proj")
+        gate, up = linear(own, gate_part), linear(own, up_part)
         silu = op("Mul", [gate, op("Sigmoid", [gate], f"{name}.sigmoid")], f"{name}.silu")
-        down = linear(op("Mul", [silu, up], f"{name}.glu"), "down_proj")
+        down = linear(op("Mul", [silu, up], f"{name}.glu"), down_part)
         column = op("Unsqueeze", [weights, constant([1])], f"{name}.column")
         weighed = op("Mul", [graph.as_type(down, dtype, _FLOAT, f"{name}.fp32"), column], f"{name}.weighed")
         at = op("Unsqueeze", [tokens, constant([1])], f"{name}.at")

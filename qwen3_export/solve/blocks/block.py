@@ -177,17 +177,17 @@ def _solve_stage(job: Job, stage: Stage, runs: list[BlockRun]) -> dict[str, Solv
             inputs = linear_inputs(job, groups[place][0], runs, layer)
             results.update(_solve_linears(job, block, groups[place], inputs))
 
-    def take(place: int, parts: Parts) -> None:
+    def load(place: int, parts: Parts) -> None:
         found = linears_from(parts)
         _put(job, block, found)
         results.update(found)
 
-    def give(place: int) -> Parts:
+    def dump(place: int) -> Parts:
         return parts_of({name: results[name] for n in groups[place] if (name := f"{block_name(block.layer)}.{n}")})
 
     # Experts are solved side by side, anything else in pieces: the work below is shared itself.
     if stage.routed:
-        job.pool.share("experts", range(len(groups)), solve, give, take)
+        job.pool.share("experts", range(len(groups)), solve, dump, load)
     else:
         solve(range(len(groups)))
     for name in stage.names:

@@ -65,13 +65,13 @@ class BlockRun:
         def find(_: Sequence[str]) -> None:
             found.append(routing_of(self.states, experts, self.settings.pool))
 
-        def give(_: str) -> Parts:
+        def dump(_: str) -> Parts:
             return {"order": found[0].order, "ends": found[0].ends, "each": found[0].each}
 
-        def take(_: str, parts: Parts) -> None:
+        def load(_: str, parts: Parts) -> None:
             found.append(Routing(parts["order"], parts["ends"], parts["each"]))
 
-        self.settings.pool.share("routing", ["all"], find, give, take)
+        self.settings.pool.share("routing", ["all"], find, dump, load)
         return found[0]
 
     @property

@@ -275,11 +275,11 @@ class BlockStates:
                 fresh[name].write(sample, tensor)
             names.update(after)
 
-        def give(samples: range) -> Parts:
-            """What `take` needs to know of samples that are on the disk."""
+        def dump(samples: range) -> Parts:
+            """What `load` needs to know of samples that are on the disk."""
             return {"names": sorted(names), "fresh": {name: file.form for name, file in fresh.items()}}
 
-        def take(samples: range, parts: Parts) -> None:
+        def load(samples: range, parts: Parts) -> None:
             names.update(parts["names"])
             for name, (shape, dtype) in parts["fresh"].items():
                 if name not in fresh:
@@ -289,7 +289,7 @@ class BlockStates:
         size, count = at_once * max(1, _TOGETHER // at_once), self.num_samples
         pieces = [range(begin, min(begin + size, count), at_once) for begin in range(0, count, size)]
         try:
-            pool.share("advance", pieces, lambda some: _each(pool, one, some), give, take)
+            pool.share("advance", pieces, lambda some: _each(pool, one, some), dump, load)
             for file in fresh.values() if pool.is_shared else ():
                 file.open_again()
             is_done = True

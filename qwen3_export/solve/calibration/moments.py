@@ -86,7 +86,7 @@ class PairedMoments:
         """Those of all samples together."""
         return self.fitted.join(self.held_out) if self.both is None else self.both
 
-    def give_up(self) -> None:
+    def release(self) -> None:
         """Let go of all moments, which are the largest matrices of a wide linear."""
         del self.fitted, self.held_out, self.both
 
@@ -124,15 +124,15 @@ def collect_moments_of_parts(
         strips = sorted((strip for pair in pairs for strip in pair), key=lambda strip: -strip.stop)
         _add_all(cuts, found, strips, pool)
 
-    def give(pair: tuple[slice, ...]) -> Parts:
-        return {f"{i}.{strip.start}": sums.give(strip) for i, sums in enumerate(found) for strip in pair}
+    def dump(pair: tuple[slice, ...]) -> Parts:
+        return {f"{i}.{strip.start}": sums.dump(strip) for i, sums in enumerate(found) for strip in pair}
 
-    def take(pair: tuple[slice, ...], given: Parts) -> None:
+    def load(pair: tuple[slice, ...], given: Parts) -> None:
         for i, sums in enumerate(found):
             for strip in pair:
-                sums.take(strip, given[f"{i}.{strip.start}"])
+                sums.load(strip, given[f"{i}.{strip.start}"])
 
-    pool.share("moments", _pairs(width), add, give, take, evenly=True)
+    pool.share("moments", _pairs(width), add, dump, load, evenly=True)
     return [sums.means() for sums in found]
 
 
@@ -275,13 +275,13 @@ class _Sums:
         """Add what the last centers contribute."""
         self.pool.map(partial(self.common.contribute, self.hessian, self.others), strips)
 
-    def give(self, columns: slice) -> Parts:
+    def dump(self, columns: slice) -> Parts:
         """The sums of one strip, for another process."""
         others = {name: total[:, columns] for name, total in self.others.items()}
         sizes = {"sum_abs": self.sum_abs[columns], "peak": self.peak[columns]} if self.magnitudes else {}
         return {"tokens": self.tokens, "hessian": self.hessian[: columns.stop, columns], "others": others, **sizes}
 
-    def take(self, columns: slice, given: Parts) -> None:
+    def load(self, columns: slice, given: Parts) -> None:
         """Sums of one strip from another process."""
         self.tokens = given["tokens"]
         self.hessian[: columns.stop, columns] = given["hessian"].to(self.device)

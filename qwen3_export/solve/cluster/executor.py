@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3_export import errors
-from qwen3_export.cluster.session import Handle, LostWorkerError, Node, Session
+from qwen3_export.cluster.session import Handle, LostWorkerError, Node, RaySession
 from qwen3_export.core.outputs import write_atomic
 from qwen3_export.core.progress import Progress
 from qwen3_export.errors import ExportError, MissingRuntimeError, ResourceError
@@ -42,7 +42,7 @@ class _Worker:
 class Cluster:
     """The executor of the block loop (`solve.executor`) that has workers."""
 
-    session: Session
+    session: RaySession
     run: Run
     needed: int
     progress: Progress

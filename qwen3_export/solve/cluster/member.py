@@ -11,7 +11,7 @@ import hashlib
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -54,11 +54,16 @@ class Run:
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """What `recipes search` measures; see `mixed_precision.study`."""
+    """What `recipes search` measures; see `mixed_precision.study`.
+
+    `measure(checkpoint, method, options, pool, scratch, request)` is a function of a module that every node has: a
+    cluster knows nothing of searches.
+    """
 
     schemes: Mapping[Any, Sequence[QuantScheme]]
     calibration: Sequence[NDArray]
     held_out: Sequence[NDArray]
+    measure: Callable[..., Any]
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -209,16 +214,12 @@ class Member:
 
     def search(self, request: SearchRequest) -> Any:
         """Measure all units together with the other workers; gives what each has found."""
-        from qwen3_export.solve.mixed_precision.sensitivity import measure_sensitivities
-        from qwen3_export.solve.mixed_precision.study import Study
-
         method, options = load_method(self._run.recipe)
         checkpoint, scratch = open_checkpoint(self._run.source), self._run.scratch
         try:
             with self._workers(fast=False) as pool:
                 pool.begin(scratch / PIECES)
-                parts = (request.schemes, request.calibration, request.held_out)
-                return measure_sensitivities(Study(checkpoint, method, options, *parts, pool, scratch))
+                return request.measure(checkpoint, method, options, pool, scratch, request)
         except (ExportError, OSError) as error:
             return _expected(error, scratch)
 
@@ -230,10 +231,10 @@ class Member:
         if self._run.without_torch:
             return workers_without_torch(threads)
         more = partial(self._more, threads)
-        return shared(workers(threads, fast=fast), more, self._meet)
+        return shared(workers(threads, fast=fast), more, self._barrier)
 
-    def _meet(self, key: str) -> None:
-        self._board.ask("meet", key, self._number)
+    def _barrier(self, key: str) -> None:
+        self._board.ask("barrier", key, self._number)
 
     def _more(self, threads: int, key: str, count: int, done: Any, evenly: bool) -> list[int]:
         found: list[int] = self._board.ask("more", key, count, self._number, list(done), evenly, threads)

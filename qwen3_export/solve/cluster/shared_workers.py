@@ -30,10 +30,10 @@ class Spent:
 
     working: float = 0.0
     waiting: float = 0.0
-    giving: float = 0.0
-    taking: float = 0.0
-    bytes_given: int = 0
-    bytes_taken: int = 0
+    writing: float = 0.0
+    reading: float = 0.0
+    bytes_written: int = 0
+    bytes_read: int = 0
     pieces: int = 0
 
     @contextmanager
@@ -50,9 +50,9 @@ class SharedWorkers(Workers):
     Until `begin` is called, and inside a piece of shared work, all is done here.
     """
 
-    def __init__(self, pool: Workers, more: More, meet: Callable[[str], None]) -> None:
+    def __init__(self, pool: Workers, more: More, barrier: Callable[[str], None]) -> None:
         super().__init__(pool.threads, pool.matmul_dtype, pool.int_matmul)
-        self._more, self._meet, self._folder, self._number, self._inside = more, meet, Path(), 0, True
+        self._more, self._barrier, self._folder, self._number, self._inside = more, barrier, Path(), 0, True
         self.spent: dict[str, Spent] = {}
 
     def begin(self, folder: Path) -> None:
@@ -64,15 +64,15 @@ class SharedWorkers(Workers):
         """See `Workers`."""
         return not self._inside
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """See `Workers`."""
         if not self._inside:
             self._number += 1
-            self._meet(f"{self._number:05d}")
+            self._barrier(f"{self._number:05d}")
 
     def share(
         self, label: str, items: Sequence[Item], work: Callable[[Sequence[Item]], None],
-        give: Callable[[Item], Parts], take: Callable[[Item, Parts], None], evenly: bool = False,
+        dump: Callable[[Item], Parts], load: Callable[[Item, Parts], None], evenly: bool = False,
     ) -> None:  # fmt: skip
         """See `Workers`."""
         if self._inside:
@@ -91,21 +91,23 @@ class SharedWorkers(Workers):
                     work([items[place] for place in given])
             finally:
                 self._inside = False
-            with spent.timed("giving"):
-                spent.bytes_given += sum(write_parts(files[place], give(items[place])) for place in given)
+            with spent.timed("writing"):
+                spent.bytes_written += sum(write_parts(files[place], dump(items[place])) for place in given)
             mine.update(given)
             with spent.timed("waiting"):
                 given = self._more(key, len(items), given, evenly)
-        with spent.timed("taking"):
+        with spent.timed("reading"):
             for place, file in enumerate(files):
                 if place not in mine:
-                    take(items[place], read_parts(file))
-                    spent.bytes_taken += file.stat().st_size
+                    load(items[place], read_parts(file))
+                    spent.bytes_read += file.stat().st_size
         spent.pieces += len(mine)
 
 
 @contextmanager
-def shared(pool: AbstractContextManager[Workers], more: More, meet: Callable[[str], None]) -> Iterator[SharedWorkers]:
+def shared(
+    pool: AbstractContextManager[Workers], more: More, barrier: Callable[[str], None]
+) -> Iterator[SharedWorkers]:
     """The same threads, sharing their work."""
     with pool as own:
-        yield SharedWorkers(own, more, meet)
+        yield SharedWorkers(own, more, barrier)

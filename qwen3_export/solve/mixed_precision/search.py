@@ -1,7 +1,7 @@
 """`recipes search`: the mixed-precision recipe that loses least within a size budget.
 
-    sensitivity   KL that each unit causes alone            solve.sensitivity
-    budget        min Σ KL  subject to  Σ bits ≤ target     solve.budget
+    sensitivity   KL that each unit causes alone            `mixed_precision.sensitivity`
+    budget        min Σ KL  subject to  Σ bits ≤ target     `mixed_precision.knapsack`
     recipe        one rule per unit that differs from the most common scheme
 
 How well the sum of single KLs foretells the KL of the whole: for ten recipes of the reference model, six
@@ -19,13 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qwen3_export.cluster.session import check_cluster
 from qwen3_export.core.checkpoint import Checkpoint
-from qwen3_export.core.progress import Progress, peak_rss_bytes
+from qwen3_export.core.progress import Progress
 from qwen3_export.core.recipe import Recipe, Rule, load_recipe
-from qwen3_export.core.scheme import GGML_TYPES, QuantScheme, scheme_of_type
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.units import binary_size
 from qwen3_export.errors import InputError, ResourceError
 from qwen3_export.model.workers import workers
@@ -41,7 +39,13 @@ from qwen3_export.solve.mixed_precision.candidates import (
     schemes,
 )
 from qwen3_export.solve.mixed_precision.knapsack import Choice, choose
-from qwen3_export.solve.mixed_precision.sensitivity import Sensitivity, measure_sensitivities, steps
+from qwen3_export.solve.mixed_precision.result import SearchResult
+from qwen3_export.solve.mixed_precision.sensitivity import (
+    Sensitivity,
+    measure_on_worker,
+    measure_sensitivities,
+    steps,
+)
 from qwen3_export.solve.mixed_precision.study import Study
 from qwen3_export.solve.mixed_precision.units import OUTER, Unit, units
 from qwen3_export.solve.preflight import memory_needed
@@ -83,41 +87,6 @@ class SearchSettings:
     cluster: str | None = None
 
 
-@dataclass(frozen=True)
-class SearchResult:
-    """The recipe and how it came about.
-
-    It has each unit's sensitivity and the chosen scheme, None for 16 bits.
-    """
-
-    recipe: Recipe
-    units: tuple[tuple[Sensitivity, QuantScheme | None], ...]
-    seconds: float
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Over all units."""
-        total = sum(s.unit.bits(scheme) for s, scheme in self.units)
-        return total / sum(s.unit.weights for s, _ in self.units)
-
-    @property
-    def expected_kl(self) -> float:
-        """Sum of the units' own KLs, nats per token."""
-        return sum(s.loss(scheme) for s, scheme in self.units)
-
-    def expected_uniform_kl(self) -> float | None:
-        """The same for the best single scheme that fits into as many bits.
-
-        None when none does.
-        """
-        bits, sums = sum(s.unit.bits(scheme) for s, scheme in self.units), []
-        for scheme in dict.fromkeys(scheme for s, _ in self.units for scheme in s.errors):
-            fits = all(scheme in s.errors for s, _ in self.units)
-            if fits and sum(s.unit.bits(scheme) for s, _ in self.units) <= bits:
-                sums.append(sum(s.loss(scheme) for s, _ in self.units))
-        return min(sums, default=None)
-
-
 def search(
     checkpoint: Checkpoint, settings: SearchSettings, scratch: Path, progress: Progress | None = None
 ) -> SearchResult:
@@ -126,7 +95,7 @@ def search(
     Hidden states lie in a folder below `scratch` meanwhile.
 
     Raises InputError before the long work when the budget is out of reach or the text too short, and
-    Raises ResourceError when `scratch` has too little room.
+    ResourceError when `scratch` has too little room.
     """
     progress, started = progress or Progress(), time.monotonic()
     if settings.cluster is not None:
@@ -166,54 +135,12 @@ def _on_nodes(
     needed = memory_needed(study.checkpoint.config, samples, original, outer=settings.embeddings)
     folder, source = study.scratch.absolute(), study.checkpoint.folder.absolute()
     run = Run(source, base, None, QuantizeSettings(threads=settings.threads), folder, folder, base.layout, False, False)
-    request = SearchRequest(study.schemes, study.calibration, study.held_out)
+    request = SearchRequest(study.schemes, study.calibration, study.held_out, measure_on_worker)
     with progress.bar(f"search {study.checkpoint.name} on a cluster", 1) as tick:
         with open_cluster(address, run, needed, study.checkpoint, progress) as cluster:
             found = cluster.search(request)
         tick()
     return found
-
-
-def outcome(found: SearchResult, settings: SearchSettings, output: Path) -> dict[str, Any]:
-    """What `--json` prints."""
-    return {
-        "output": str(output),
-        "recipe": found.recipe.to_dict(),
-        "target_bpw": settings.target_bpw,
-        "bits_per_weight": found.bits_per_weight,
-        "expected_kl": found.expected_kl,
-        "expected_uniform_kl": found.expected_uniform_kl(),
-        "units": [
-            {
-                "match": s.unit.match,
-                "weights": s.unit.weights,
-                "probe": s.probe.label,
-                "probe_kl": s.kl,
-                "scheme": scheme.label if scheme else None,
-                "expected_kl": s.loss(scheme),
-                "bits_per_weight": s.unit.bits(scheme) / s.unit.weights,
-            }
-            for s, scheme in found.units
-        ],
-        "seconds": found.seconds,
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
-
-
-def to_yaml(recipe: Recipe) -> str:
-    """The recipe as a file, schemes without what they leave at its default.
-
-    In a recipe for GGUF they have ggml's names. The same recipe gives the same bytes.
-    """
-    values, usual = recipe.to_dict(), QuantScheme().to_dict()
-    named = {scheme_of_type(name): name for name in GGML_TYPES} if recipe.layout == "ggml" else {}
-    shown = ("num_bits", "symmetric", "strategy", "group_size")
-    for rule, item in zip(recipe.rules, values["rules"], strict=True):
-        if rule.scheme in named:
-            item["scheme"] = named[rule.scheme]
-        elif item["scheme"]:
-            item["scheme"] = {k: v for k, v in item["scheme"].items() if k in shown or v != usual[k]}
-    return yaml.safe_dump(values, sort_keys=False, width=120, default_flow_style=None)
 
 
 def _base(settings: SearchSettings) -> Recipe:

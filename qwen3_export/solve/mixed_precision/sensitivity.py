@@ -34,16 +34,21 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwen3_export.core.architecture import is_expert
+from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, block_name
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import dequantize
 from qwen3_export.model.block import Block
 from qwen3_export.model.decoder import load_block, rope_tables
+from qwen3_export.model.workers import Workers
 from qwen3_export.solve.blocks.fold import FoldSite, apply_folds, choose_folds
 from qwen3_export.solve.blocks.forward import BlockRun, RunSettings, input_moments, run_stage, start_run
 from qwen3_export.solve.calibration.activations import SampleFile, share_samples
@@ -118,7 +123,7 @@ def measure_sensitivities(study: Study, tick: Callable[[], object] = lambda: Non
                 _forward(study, block, file, file)
                 tick()
             # Where workers share the files, the slowest may still be about to open them.
-            study.pool.meet()
+            study.pool.barrier()
             before.path.unlink(missing_ok=True)
             for kind in ("states", "fold"):
                 if study.pool.is_shared:
@@ -139,6 +144,14 @@ class _SolvedUnit:
     unit: Unit
     errors: Mapping[QuantScheme, float]
     weights: Mapping[str, Tensor]
+
+
+def measure_on_worker(
+    checkpoint: Checkpoint, method: ModuleType, options: Any, pool: Workers, scratch: Path, request: Any
+) -> list[Sensitivity]:
+    """As `measure_sensitivities`, of a search that came to a cluster's worker (`cluster.member.SearchRequest`)."""
+    schemes, calibration, held_out = request.schemes, request.calibration, request.held_out
+    return measure_sensitivities(Study(checkpoint, method, options, schemes, calibration, held_out, pool, scratch))
 
 
 def _fold(kind: str, study: Study, block: Block, before: SampleFile) -> None:

@@ -19,7 +19,7 @@ from qwen3_export.solve.chunk_sizes import ROWS_AT_ONCE
 from qwen3_export.solve.method import LinearGroup, SolvedWeight, not_finite, ratio
 from qwen3_export.solve.rounding.grid import TORCH_SCALES, Grid
 
-_ENERGY_STRIP = 256
+_STRIP = 256
 
 
 def row_chunks(weight: Tensor, scheme: QuantScheme, at_once: int = ROWS_AT_ONCE) -> list[slice]:
@@ -99,16 +99,16 @@ def _solve_all(
     def work(places: Sequence[int]) -> None:
         found.update(zip(places, pool.map(solve, [cut[place] for place in places]), strict=True))
 
-    def give(place: int) -> Parts:
+    def dump(place: int) -> Parts:
         rows, grid = found[place], found[place].grid
         numbers = {"error": rows.error, "total": rows.total}
         return {"codes": rows.codes, "scales": grid.scales, "zeros": grid.zeros, "fields": dict(grid.fields), **numbers}
 
-    def take(place: int, parts: Parts) -> None:
+    def load(place: int, parts: Parts) -> None:
         grid = Grid(scheme, parts["scales"], parts["zeros"], parts["fields"])
         found[place] = SolvedRows(grid, parts["codes"], parts["error"], parts["total"])
 
-    pool.share("rows", range(len(cut)), work, give, take)
+    pool.share("rows", range(len(cut)), work, dump, load)
     return [found[place] for place in range(len(cut))]
 
 
@@ -160,8 +160,8 @@ def quadratic_form(matrix: Tensor, hessian: Tensor | None, matmul_dtype: torch.d
     if hessian is None:
         return float(matrix.square().sum(dtype=torch.float64))
     total = 0.0
-    for begin in range(0, len(hessian), _ENERGY_STRIP):
-        own = slice(begin, min(begin + _ENERGY_STRIP, len(hessian)))
+    for begin in range(0, len(hessian), _STRIP):
+        own = slice(begin, min(begin + _STRIP, len(hessian)))
         through = (matrix[:, own].to(matmul_dtype) @ hessian[own, begin:].to(matmul_dtype)) * matrix[:, begin:]
         inside = through[:, : own.stop - begin].sum(dtype=torch.float64)
         total += 2 * float(through.sum(dtype=torch.float64)) - float(inside)

@@ -60,7 +60,7 @@ class BoardThread:
 
 
 class ThreadSession:
-    """Stands for `cluster.session.Session`; `deaths` are the questions to the board that kill who asks."""
+    """Stands for `cluster.session.RaySession`; `deaths` are the questions to the board that kill who asks."""
 
     def __init__(self, nodes: int, deaths: Sequence[int]) -> None:
         self._count, self._deaths, self.asked = nodes, {*deaths}, 0

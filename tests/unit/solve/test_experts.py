@@ -25,8 +25,7 @@ from qwen3_export.core.progress import Progress
 from qwen3_export.core.qwen3 import block_name, parse_config
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
-from qwen3_export.solve.blocks import fold
-from qwen3_export.solve.blocks import forward as walk
+from qwen3_export.solve.blocks import fold, forward
 from qwen3_export.solve.calibration import experts as experts_module
 from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.quantize import quantize
@@ -338,7 +337,7 @@ def live_hessians(
 ) -> tuple[int, int]:
     """The most moments alive whenever new ones are collected, and how often that was."""
     alive: list[weakref.ref] = []
-    most, plain = [0], walk.collect_moments
+    most, plain = [0], forward.collect_moments
 
     def spy(*arguments: Any) -> Any:
         most[0] = max(most[0], sum(ref() is not None for ref in alive))
@@ -346,7 +345,7 @@ def live_hessians(
         alive.append(weakref.ref(moments.hessian))
         return moments
 
-    monkeypatch.setattr(walk, "collect_moments", spy)
+    monkeypatch.setattr(forward, "collect_moments", spy)
     monkeypatch.setattr(experts_module, "collect_moments", spy)
     gc.disable()
     try:

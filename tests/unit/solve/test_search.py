@@ -19,7 +19,8 @@ from qwen3_export.errors import InputError, RecipeError, ResourceError
 from qwen3_export.model.decoder import Decoder
 from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.mixed_precision.candidates import OPTIONS_OF
-from qwen3_export.solve.mixed_precision.search import SearchResult, SearchSettings, search, to_yaml
+from qwen3_export.solve.mixed_precision.result import SearchResult, to_yaml
+from qwen3_export.solve.mixed_precision.search import SearchSettings, search
 from qwen3_export.solve.mixed_precision.units import OUTER, Unit, units
 from qwen3_export.solve.quantize import quantize
 from qwen3_export.text.documents import load_documents

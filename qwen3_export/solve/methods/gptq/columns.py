@@ -97,8 +97,8 @@ def multiply(left: Tensor, right: Tensor, matmul_dtype: torch.dtype) -> Tensor:
 
 
 def _is_compiled(values: Tensor, scheme: QuantScheme) -> bool:
-    integers = scheme.type == "int" or (scheme.block_type is not None and scheme.block_type.values is None)
-    return integers and values.device.type == "cpu"
+    has_kernel = scheme.type == "int" or (scheme.block_type is not None and scheme.block_type.values is None)
+    return has_kernel and values.device.type == "cpu"
 
 
 def _arrays(*tensors: Tensor) -> list[Any]:

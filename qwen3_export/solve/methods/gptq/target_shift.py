@@ -117,7 +117,7 @@ def targets_in_turn(
     shares = {name: shift.share(weight, pool) for name, weight in weights.items()}
     del shift, fitted, lower
     both = moments.joined()
-    moments.give_up()
+    moments.release()
     lower = _factor(percdamp, both)
     if lower is None:
         return {}

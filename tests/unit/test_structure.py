@@ -1,0 +1,105 @@
+"""Imports run in no circle, between modules and between folders; one class has one name; one file imports ray."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# Modules that have a class `Options` of the same purpose: options of a method's recipe, and of a format's export.
+SHARED = {"Options"}
+
+
+def name_of(path: Path) -> str:
+    """Dotted name of a module."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+PATHS = [path for folder in ("qwen3_export", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+TREES = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in PATHS}
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Everything that a module imports, inside functions too; not what only a type checker reads."""
+    found: set[str] = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            found |= {item.name for item in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{item.name}" for item in node.names}
+        found |= imported(node)
+    return found
+
+
+def modules() -> dict[str, set[str]]:
+    """`{module: modules of ours that it imports}`; the package itself, which holds the version, is left out."""
+    graph: dict[str, set[str]] = {}
+    for name, tree in TREES.items():
+        owners = {item if item in TREES else item.rpartition(".")[0] for item in imported(tree)}
+        graph[name] = {owner for owner in owners if owner in TREES and owner not in (name, "qwen3_export")}
+    graph.pop("qwen3_export")
+    return graph
+
+
+def folders(graph: Mapping[str, set[str]], depth: int) -> dict[str, set[str]]:
+    """The same between folders, which are the first `depth` parts of a module's name."""
+    found: dict[str, set[str]] = {}
+    for name, owners in graph.items():
+        own = ".".join(name.split(".")[:depth])
+        others = {".".join(owner.split(".")[:depth]) for owner in owners}
+        found[own] = found.get(own, set()) | (others - {own})
+    return found
+
+
+def circle(graph: Mapping[str, set[str]]) -> Sequence[str]:
+    """The members of one circle; none where there is no circle."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_imports_run_in_no_circle() -> None:
+    assert not circle(modules())
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_folders_import_each_other_in_no_circle(depth: int) -> None:
+    graph = {name: owners for name, owners in modules().items() if name.startswith("qwen3_export.")}
+    found = folders(graph, depth)
+    # A folder's own file stands for the folder, and may import what lies in it.
+    parents = {name for name in found if any(other.startswith(f"{name}.") for other in found)}
+    assert not circle({name: owners - parents for name, owners in found.items() if name not in parents})
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})
+    assert not circle({"a": {"b", "c"}, "b": {"c"}})
+
+
+def test_a_class_has_a_name_of_its_own() -> None:
+    names = [
+        node.name
+        for module, tree in TREES.items()
+        if module.startswith("qwen3_export")
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    assert not {name for name, count in Counter(names).items() if count > 1} - SHARED
+
+
+def test_one_file_imports_ray() -> None:
+    found = {
+        module
+        for module, tree in TREES.items()
+        if module.startswith("qwen3_export") and any(item.split(".")[0] == "ray" for item in imported(tree))
+    }
+    assert found == {"qwen3_export.cluster.session"}
