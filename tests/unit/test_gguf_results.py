@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -37,3 +38,19 @@ def test_rows_with_the_same_key_are_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "bits"), [("q8_0", 8.5), ("q6_k", 6.5625), ("q4_k_m", 4.90)])
 def test_bits_per_weight_are_those_of_the_mix(name: str, bits: float) -> None:
     assert bits_per_weight(name) == pytest.approx(bits, abs=0.01)
+
+
+def test_the_readmes_figures_are_those_of_the_results() -> None:
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    said = re.search(
+        r"`gguf-q4_k_m` has ([\d.]+) .*?, ([\d.]+) with outlier .*?; `edge-w4` ([\d.]+) and ([\d.]+) of", readme
+    )
+    assert said
+    kl = {(row["checkpoint"], row["type"], row["way"]): row["kl"] for row in json.loads(RESULTS.read_text())["quality"]}
+    found = [
+        f"{kl[name, 'q4_k_m', 'ours solved'] / kl[name, 'q4_k_m', 'llama.cpp imatrix']:.2f}"
+        for name in ("reference-model", "outliers")
+    ]
+    onnx = RESULTS.with_name("2026-11-onnx.md").read_text()
+    found += re.findall(r"\| edge-w4 \|.*\| ([\d.]+) × builder int4 \|", onnx)
+    assert list(said.groups()) == found
