@@ -139,7 +139,7 @@ def test_llama_cpp_quantizes_with_ours(reference_folder: Path, matrix: Path, tmp
     assert (tmp_path / "ours.gguf").stat().st_size == pytest.approx((tmp_path / "theirs.gguf").stat().st_size, rel=5e-3)
 
 
-@pytest.mark.parametrize("ftype", [("q4_0", 2), ("iq4_xs", 30)])
+@pytest.mark.parametrize("ftype", [("q4_0", 2), ("q5_0", 8), ("iq4_xs", 30)])
 def test_types_with_a_matrix_are_llama_cpps(
     reference_folder: Path, matrix: Path, tmp_path: Path, ftype: tuple[str, int]
 ) -> None:
