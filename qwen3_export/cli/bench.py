@@ -21,8 +21,8 @@ from qwen3_export.cli.prove import (
     check_nodes,
     everywhere,
     find_all,
-    plan_note,
 )
+from qwen3_export.cli.validated import plan_note
 from qwen3_export.core.outputs import check_output
 from qwen3_export.errors import InputError
 

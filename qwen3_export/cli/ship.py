@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwen3_export.cli.app import Force, Json, Quiet, Source, Verbose, app, console
-from qwen3_export.cli.console import fields, size
+from qwen3_export.cli.exported import exported
 from qwen3_export.cli.on_the_way import (
     Calibration,
     Device,
@@ -101,7 +101,7 @@ def onnx(
             checkpoint, output, **choice, force=force, progress=show,
             max_shard_size=shard_bytes, measure=level_cost, study_cache=(cache_scales, cache_cost),
         )  # fmt: skip
-    show.result(result, lambda: _exported(result))
+    show.result(result, lambda: exported(result))
 
 
 @app.command(epilog="Example: qwen3-export gguf quantized --output model.gguf")
@@ -170,7 +170,7 @@ def gguf(
         if card:
             origin = {**provenance(checkpoint), "imatrix": imatrix and imatrix.name}
             show.note(f"model card written: {write_gguf_card(Path(result['output']), {**origin, **result})}")
-    show.result(result, lambda: _exported(result))
+    show.result(result, lambda: exported(result))
 
 
 def _pattern(text: str) -> tuple[str, str]:
@@ -238,7 +238,7 @@ def tensorrt(
         result = export_tensorrt(
             checkpoint, output, engine, capabilities, precision, profile, force, show, onnx_only
         )  # fmt: skip
-    show.result(result, lambda: _exported(result))
+    show.result(result, lambda: exported(result))
 
 
 def _need(module: str, extra: str) -> None:
@@ -258,65 +258,3 @@ def _shard_bytes(text: str | None) -> int | None:
     if not found:
         raise InputError(f"--max-shard-size {text}: a size such as 2GB was expected")
     return found
-
-
-def _costs(result: dict[str, Any]) -> dict[str, str]:
-    """What a quantized cache and the accuracy level cost, as lines of the summary."""
-    cache = {}
-    if "kv_cache_kl" in result:
-        cache["cache"] = f"{result['kv_cache']} keys and values; adds a KL of {result['kv_cache_kl']:.1e}"
-    return {**_level(result), **cache}
-
-
-def _plan(result: dict[str, Any]) -> dict[str, str]:
-    """What building a plan took, and was predicted to take.
-
-    Or the command that builds it elsewhere.
-    """
-    if "trtexec" in result:
-        return {"build on its device": result["trtexec"]}
-    if "build" not in result:
-        return {}
-    built, predicted = result["build"], result["build"]["predicted"]
-    return {
-        "plan built in": f"{built['seconds']:.0f} s, {built['cpu_seconds']:.0f} s of processor time (predicted "
-        f"{predicted['seconds']:.0f} s), {size(built['peak_rss_bytes'])} of memory (predicted "
-        f"{size(predicted['peak_rss_bytes'])})"
-    }
-
-
-def _level(result: dict[str, Any]) -> dict[str, str]:
-    """What the accuracy level costs, as a line of the summary."""
-    level = result.get("accuracy_level")
-    if level is None:
-        return {}
-    if level == 0:
-        return {"accuracy level": "0, activations as they are"}
-    cost = result.get("added_kl")
-    measured = f"adds a KL of {cost:.1e}" if cost is not None else f"not measured: {result.get('added_kl_reason')}"
-    return {"accuracy level": f"{level}, activations rounded to int8; {measured} (--accuracy-level 0 is exact)"}
-
-
-def _exported(result: dict[str, Any]) -> None:
-    inexact, linears = result["inexact_tensors"], result["linear_bits_per_weight"]
-    worst = max(inexact, key=lambda item: item["max_rel_error"]) if inexact else None
-    fields(
-        {
-            "output": result["output"],
-            "size": size(sum(item["bytes"] for item in result["files"])),
-            "bits per weight": f"{result['bits_per_weight']:.2f} in all, {linears:.2f} linears",
-            "exact": "every number of the source arrived unchanged"
-            if worst is None
-            else f"no: {len(inexact)} tensors changed, at most {worst['max_rel_error']:.1e} ({worst['name']})",
-            **(
-                {"shards": len(result["files"])}
-                if result["output"].endswith(".gguf") and len(result["files"]) > 1
-                else {}
-            ),
-            **({"requantized": f"{len(result['requantized'])} tensors"} if "requantized" in result else {}),
-            **_costs(result),
-            **_plan(result),
-            "time": f"{result['seconds']:.1f} s",
-            "peak memory": size(result["peak_rss_bytes"]),
-        }
-    )

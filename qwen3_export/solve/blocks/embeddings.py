@@ -38,9 +38,10 @@ from qwen3_export.model.table import Table, to_torch
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.blocks.paired import paired_inputs
 from qwen3_export.solve.calibration.activations import SampleFile, share_samples, write_embeddings
+from qwen3_export.solve.calibration.collect import collect_moments
 from qwen3_export.solve.calibration.experts import LinearInputs
 from qwen3_export.solve.calibration.fisher import FisherInformation
-from qwen3_export.solve.calibration.moments import Moments, SampleInputs, collect_moments
+from qwen3_export.solve.calibration.moments import Moments, SampleInputs
 from qwen3_export.solve.chunk_sizes import out_rows_at_once, samples_at_once
 from qwen3_export.solve.job import ORIGINAL, Job, SolvedLinear
 from qwen3_export.solve.method import LinearGroup, SolvedWeight

@@ -20,9 +20,11 @@ from qwen3_export.core.architecture import expert_of, is_expert
 from qwen3_export.model.block import Block, State
 from qwen3_export.model.decoder import Rope
 from qwen3_export.model.workers import Parts, Workers
-from qwen3_export.solve.calibration.activations import BlockStates, SampleFile, SpareFiles
+from qwen3_export.solve.calibration.activations import SampleFile, SpareFiles
+from qwen3_export.solve.calibration.block_states import BlockStates
+from qwen3_export.solve.calibration.collect import collect_moments
 from qwen3_export.solve.calibration.experts import LayerInputs
-from qwen3_export.solve.calibration.moments import Moments, SampleInputs, collect_moments
+from qwen3_export.solve.calibration.moments import Moments, SampleInputs
 from qwen3_export.solve.calibration.routing import Routing, expert_inputs, routing_of
 from qwen3_export.solve.chunk_sizes import ROUTED_TOKENS, TOKENS_AT_ONCE
 

@@ -28,8 +28,9 @@ from qwen3_export.solve.blocks.forward import (
     linear_input,
     samples_at_once,
 )
+from qwen3_export.solve.calibration.collect import collect_moments_of_parts
 from qwen3_export.solve.calibration.experts import LayerInputs, LinearInputs
-from qwen3_export.solve.calibration.moments import PairedMoments, SampleInputs, collect_moments_of_parts
+from qwen3_export.solve.calibration.moments import PairedMoments, SampleInputs
 from qwen3_export.solve.chunk_sizes import WIDE
 from qwen3_export.solve.job import ORIGINAL, QUANTIZED, Job
 

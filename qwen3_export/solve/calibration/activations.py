@@ -12,7 +12,7 @@ import mmap
 import os
 import shutil
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 
@@ -22,14 +22,13 @@ from torch import Tensor
 
 from qwen3_export.core.disk import naming
 from qwen3_export.errors import StateError
-from qwen3_export.model.block import State
 from qwen3_export.model.table import Table
-from qwen3_export.model.workers import Parts, Workers
+from qwen3_export.model.workers import Workers
 
 # Of a file that is to last, so many bytes are brought to the disk as soon as they are there.
 _EARLY = 64 << 20
 # Samples that a worker of a cluster is given together.
-_TOGETHER = 4
+TOGETHER = 4
 
 
 class SampleFile:
@@ -162,7 +161,8 @@ def write_embeddings(
         write(sample)
 
 
-def _each(pool: Workers, function: Callable[[int], None], pieces: Sequence[range]) -> None:
+def each(pool: Workers, function: Callable[[int], None], pieces: Sequence[range]) -> None:
+    """Call `function` for every sample of some pieces."""
     pool.map(function, [sample for piece in pieces for sample in piece])
 
 
@@ -173,8 +173,8 @@ def share_samples(
 
     What it leaves is in `file`, which all workers see.
     """
-    pieces = [range(begin, min(begin + _TOGETHER, count)) for begin in range(0, count, _TOGETHER)]
-    pool.share(label, pieces, lambda some: _each(pool, function, some), lambda _: {}, lambda *_: None)
+    pieces = [range(begin, min(begin + TOGETHER, count)) for begin in range(0, count, TOGETHER)]
+    pool.share(label, pieces, lambda some: each(pool, function, some), lambda _: {}, lambda *_: None)
     if pool.is_shared:
         file.open_again()
 
@@ -217,108 +217,3 @@ class SpareFiles:
         with self._lock:
             if spare := self._by_size.get(size):
                 spare.pop().rename(path)
-
-
-class BlockStates:
-    """The state of every sample at the present stage of a block.
-
-    There is one SampleFile per field; `files` are those it begins with, and `spare_files` lends and takes back
-    the others.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        samples: int,
-        files: dict[str, SampleFile] | None = None,
-        spare_files: SpareFiles | None = None,
-    ) -> None:
-        self._folder, self.num_samples, self._spare = folder, samples, spare_files
-        self._files: dict[str, SampleFile] = dict(files or {})
-        self._generation, self._is_shared = 0, False
-
-    def read(self, sample: int, fields: Collection[str] | None = None, count: int = 1) -> State:
-        """State of one or several samples, batch axis included; all fields or some."""
-        some = self._files if fields is None else [name for name in self._files if name in fields]
-        return {name: self._files[name].read(sample, count) for name in some}
-
-    def rows(self, name: str, sample: int, chosen: Tensor) -> Tensor:
-        """Some rows of one field of one sample; see `SampleFile.rows`."""
-        return self._files[name].rows(sample, chosen)
-
-    def advance(
-        self, step: Callable[[int, State], State], pool: Workers,
-        idle: Collection[str] = (), lasting: Collection[str] = (), at_once: int = 1,
-    ) -> None:  # fmt: skip
-        """Replace every state by `step(sample, state)`.
-
-        With `at_once`, `step` gets so many states, from that sample on.
-
-        Unchanged fields are not written again, and those that are `idle` not even read. Those that are `lasting`
-        will be kept as they then are.
-        """
-        self._generation += 1
-        self._is_shared, is_done = pool.is_shared, False
-        fresh: dict[str, SampleFile] = {}
-        lock, names = threading.Lock(), {name for name in idle if name in self._files}
-
-        def one(sample: int) -> None:
-            count = min(at_once, self.num_samples - sample)
-            before = self.read(sample, [name for name in self._files if name not in idle], count)
-            after = step(sample, before)
-            for name, tensor in after.items():
-                if tensor is before.get(name):
-                    continue
-                with lock:
-                    if name not in fresh:
-                        fresh[name] = self._new(name, tensor[: len(tensor) // count], name in lasting)
-                fresh[name].write(sample, tensor)
-            names.update(after)
-
-        def dump(samples: range) -> Parts:
-            """What `load` needs to know of samples that are on the disk."""
-            return {"names": sorted(names), "fresh": {name: file.form for name, file in fresh.items()}}
-
-        def load(samples: range, parts: Parts) -> None:
-            names.update(parts["names"])
-            for name, (shape, dtype) in parts["fresh"].items():
-                if name not in fresh:
-                    like = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-                    fresh[name] = self._new(name, like, name in lasting)
-
-        size, count = at_once * max(1, _TOGETHER // at_once), self.num_samples
-        pieces = [range(begin, min(begin + size, count), at_once) for begin in range(0, count, size)]
-        try:
-            pool.share("advance", pieces, lambda some: _each(pool, one, some), dump, load)
-            for file in fresh.values() if pool.is_shared else ():
-                file.open_again()
-            is_done = True
-        finally:
-            kept = {name: file for name, file in self._files.items() if name in names and name not in fresh}
-            for file in set(self._files.values()) - set(kept.values()):
-                self._drop(file, is_done or not self._is_shared)
-            self._files = {**kept, **fresh}
-
-    def _new(self, name: str, like: Tensor, lasting: bool) -> SampleFile:
-        path = self._folder / f"{name}-{self._generation}.samples"
-        if self._spare is not None:
-            self._spare.find(path, self.num_samples * like.numel() * like.element_size())
-        return SampleFile(path, tuple(like.shape), like.dtype, lasting)
-
-    def _drop(self, file: SampleFile, remove: bool = True) -> None:
-        file.close(remove=remove and self._spare is None)
-        if self._spare is not None and not file.lasting:
-            self._spare.put(file.path)
-
-    def take(self, name: str) -> SampleFile:
-        """Hand one field's file over to the caller and drop the others."""
-        taken = self._files.pop(name)
-        self.close()
-        return taken
-
-    def close(self) -> None:
-        """Delete all files."""
-        for file in self._files.values():
-            # Workers who share the files may need them yet: whoever gave them the work removes the folder.
-            self._drop(file, not self._is_shared)
-        self._files = {}

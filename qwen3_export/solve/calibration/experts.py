@@ -27,8 +27,9 @@ from torch import Tensor
 from qwen3_export.core.architecture import ROUTER, Stage, expert_of, is_expert
 from qwen3_export.model.block import Block
 from qwen3_export.model.workers import Workers
-from qwen3_export.solve.calibration.activations import BlockStates
-from qwen3_export.solve.calibration.moments import Moments, PairedMoments, SampleInputs, collect_moments
+from qwen3_export.solve.calibration.block_states import BlockStates
+from qwen3_export.solve.calibration.collect import collect_moments
+from qwen3_export.solve.calibration.moments import Moments, PairedMoments, SampleInputs
 from qwen3_export.solve.chunk_sizes import SAMPLE_TOKENS
 
 _PIECE = 256

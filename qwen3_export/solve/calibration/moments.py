@@ -6,13 +6,12 @@
     mean_abs  mean |x|          [in]
     peak      max |x|           [in]
 
-Threads work on different strips of columns, and each strip adds the samples in their order. So the sums do not depend
-on the number of threads.
+Sums are made in strips of columns, which `calibration.collect` shares between threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3_export.model.workers import Parts, Workers, results
+from qwen3_export.model.workers import Parts, Workers
 from qwen3_export.solve.calibration.gram_int8 import Bytes, add_products, as_bytes
 
 _STRIP = 256
@@ -91,52 +90,7 @@ class PairedMoments:
         del self.fitted, self.held_out, self.both
 
 
-def collect_moments(
-    read: Callable[[int], SampleInputs], indices: Sequence[int], at_once: int, width: int, device: str, pool: Workers,
-    magnitudes: bool = True, int_matmul: bool = False,
-) -> Moments:  # fmt: skip
-    """Moments of `width` inputs over the samples `indices`.
-
-    `at_once` samples are in memory while as many are being read. `magnitudes` says whether mean |x| and max |x| are
-    wanted too, which takes a tenth of the time of the Hessian; `int_matmul`, whether fp32 inputs may be rounded to
-    bytes for their sums, as bf16 inputs are.
-    """
-    return collect_moments_of_parts([(read, indices)], at_once, width, device, pool, magnitudes, int_matmul)[0]
-
-
-def collect_moments_of_parts(
-    parts: Sequence[tuple[Callable[[int], SampleInputs], Sequence[int]]], at_once: int, width: int, device: str,
-    pool: Workers, magnitudes: bool = True, int_matmul: bool = False,
-) -> list[Moments]:  # fmt: skip
-    """Moments over several sets of samples, one set after another.
-
-    Each set has its own reader; see `collect_moments`.
-    """
-    found = [_Sums(width, device, pool, magnitudes, int_matmul) for _ in parts]
-    cuts = [
-        (sums, read, indices[begin : begin + at_once])
-        for sums, (read, indices) in zip(found, parts, strict=True)
-        for begin in range(0, len(indices), at_once)
-    ]
-
-    def add(pairs: Sequence[tuple[slice, ...]]) -> None:
-        # The longest first, so that the processors finish together.
-        strips = sorted((strip for pair in pairs for strip in pair), key=lambda strip: -strip.stop)
-        _add_all(cuts, found, strips, pool)
-
-    def dump(pair: tuple[slice, ...]) -> Parts:
-        return {f"{i}.{strip.start}": sums.dump(strip) for i, sums in enumerate(found) for strip in pair}
-
-    def load(pair: tuple[slice, ...], given: Parts) -> None:
-        for i, sums in enumerate(found):
-            for strip in pair:
-                sums.load(strip, given[f"{i}.{strip.start}"])
-
-    pool.share("moments", _pairs(width), add, dump, load, evenly=True)
-    return [sums.means() for sums in found]
-
-
-def _pairs(width: int) -> list[tuple[slice, ...]]:
+def strip_pairs(width: int) -> list[tuple[slice, ...]]:
     """All column strips, a long one with a short one.
 
     A pair costs as much as any other.
@@ -145,29 +99,6 @@ def _pairs(width: int) -> list[tuple[slice, ...]]:
     half = len(strips) // 2
     pairs = [(strips[i], strips[-1 - i]) for i in range(half)]
     return [*pairs, (strips[half],)] if len(strips) % 2 else [*pairs]
-
-
-def _add_all(
-    cuts: Sequence[tuple[_Sums, Callable[[int], SampleInputs], Sequence[int]]], found: Sequence[_Sums],
-    strips: Sequence[slice], pool: Workers,
-) -> None:  # fmt: skip
-    """Sum up some column strips over all samples."""
-
-    def ask(number: int) -> list[Future[SampleInputs]]:
-        return [pool.start(partial(cuts[number][1], index)) for index in cuts[number][2]] if number < len(cuts) else []
-
-    for sums in found:
-        sums.begin()
-    coming, adding = ask(0), list[Future[None]]()
-    for number, (sums, _, _) in enumerate(cuts):
-        # The next samples are requested first, so that all processors have work while these are joined.
-        batch, coming = results(coming), ask(number + 1)
-        joined = sums.join(batch)
-        results(adding)
-        adding = sums.start(joined, strips)
-    results(adding)
-    for sums in found:
-        sums.end(strips)
 
 
 @dataclass(frozen=True)
@@ -202,7 +133,7 @@ class _Common:
 
 
 @dataclass(frozen=True)
-class _Joined:
+class JoinedInputs:
     """Inputs of some samples, and their drift or target, in fp32 or bytes.
 
     `magnitudes` are the unrounded inputs, where mean and max |x| are wanted. `common` is set only when the
@@ -215,7 +146,7 @@ class _Joined:
     common: _Common | None = None
 
 
-class _Sums:
+class MomentSums:
     """Sums over the samples so far, of fp32 inputs or of bytes.
 
     Inputs in 16 bits, and others that may be rounded, are summed as bytes (`gram_int8`), unless there are too few
@@ -237,7 +168,7 @@ class _Sums:
         """
         self.tokens, self.common = 0, _Common()
 
-    def join(self, batch: list[SampleInputs]) -> _Joined:
+    def join(self, batch: list[SampleInputs]) -> JoinedInputs:
         """Join a few more samples in one matrix, and count their tokens."""
         parts = [item.x for item in batch]
         given = [name for name in ("drift", "target") if batch and getattr(batch[0], name) is not None]
@@ -248,7 +179,7 @@ class _Sums:
             self._other(name, values[0].shape[1])
         if (parts[0].dtype == torch.float32 and not self.int_matmul) or added < _TOKENS:
             x = torch.cat(parts)
-            return _Joined(
+            return JoinedInputs(
                 x.float(),
                 {name: torch.cat(values).float() for name, values in left.items()},
                 x if self.magnitudes else None,
@@ -259,7 +190,7 @@ class _Sums:
         rounded = as_bytes(parts, centered=True)
         others = {name: as_bytes(values, centered=False) for name, values in left.items()}
         self.common.add(rounded, [len(part) for part in parts], others)
-        return _Joined(rounded, others, magnitudes, full)
+        return JoinedInputs(rounded, others, magnitudes, full)
 
     def _other(self, name: str, rows: int) -> Tensor:
         """The sums of drift or target `[rows, in]`."""
@@ -267,7 +198,7 @@ class _Sums:
             self.others[name] = torch.zeros(rows, self.width, device=self.device)
         return self.others[name]
 
-    def start(self, more: _Joined, strips: Sequence[slice]) -> list[Future[None]]:
+    def start(self, more: JoinedInputs, strips: Sequence[slice]) -> list[Future[None]]:
         """Add what was joined, strip by strip; what was added before must be finished."""
         return [self.pool.start(partial(self._strip, more, columns)) for columns in strips]
 
@@ -290,7 +221,7 @@ class _Sums:
         if self.magnitudes:
             self.sum_abs[columns], self.peak[columns] = (given[key].to(self.device) for key in ("sum_abs", "peak"))
 
-    def _strip(self, more: _Joined, columns: slice) -> None:
+    def _strip(self, more: JoinedInputs, columns: slice) -> None:
         _add(self.hessian, more.x, more.x, slice(0, columns.stop), columns)
         for name, values in more.left.items():
             total = self.others[name]
@@ -305,7 +236,7 @@ class _Sums:
     def means(self) -> Moments:
         """The sums over the tokens, divided by their number."""
         count = max(self.tokens, 1)
-        strips = [strip for pair in _pairs(self.width) for strip in pair]
+        strips = [strip for pair in strip_pairs(self.width) for strip in pair]
         self.pool.map(partial(self._finish, count), sorted(strips, key=lambda strip: -strip.stop))
         mean_abs, peak = (self.sum_abs / count, self.peak) if self.magnitudes else (None, None)
         drift, target = self.others.get("drift"), self.others.get("target")

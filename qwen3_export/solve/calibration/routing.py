@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qwen3_export.core.architecture import Stage, expert_of
 from qwen3_export.model.workers import Workers
-from qwen3_export.solve.calibration.activations import BlockStates
+from qwen3_export.solve.calibration.block_states import BlockStates
 
 
 @dataclass(frozen=True)

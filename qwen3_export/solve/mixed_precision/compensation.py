@@ -22,7 +22,8 @@ from torch import Tensor
 from qwen3_export.model.block import Block
 from qwen3_export.model.decoder import Rope
 from qwen3_export.model.workers import Workers
-from qwen3_export.solve.calibration.moments import Moments, SampleInputs, collect_moments
+from qwen3_export.solve.calibration.collect import collect_moments
+from qwen3_export.solve.calibration.moments import Moments, SampleInputs
 
 EVERY = 2
 _HELD_OUT = 8

@@ -11,7 +11,8 @@ import torch
 from qwen3_export.errors import InputError
 from qwen3_export.model.block import State
 from qwen3_export.model.workers import workers
-from qwen3_export.solve.calibration.activations import BlockStates, SampleFile, SpareFiles
+from qwen3_export.solve.calibration.activations import SampleFile, SpareFiles
+from qwen3_export.solve.calibration.block_states import BlockStates
 
 
 def test_rows_of_a_file_are_read_back_bit_for_bit(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.decoder import load_block
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.blocks.fold import fold_sites, search_scales
-from qwen3_export.solve.calibration.moments import SampleInputs, collect_moments
+from qwen3_export.solve.calibration.collect import collect_moments
+from qwen3_export.solve.calibration.moments import SampleInputs
 from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.preflight import disk_needed
 from qwen3_export.solve.quantize import quantize

@@ -17,7 +17,8 @@ from qwen3_export.model.activations import rounder
 from qwen3_export.model.decoder import load_block, rope_tables
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.blocks.fold import FoldSite, apply_fold, fold_sites, search_scales
-from qwen3_export.solve.calibration.moments import SampleInputs, collect_moments
+from qwen3_export.solve.calibration.collect import collect_moments
+from qwen3_export.solve.calibration.moments import SampleInputs
 from qwen3_export.solve.rounding.grid import find_grid, round_to
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
 from tests.reference.models import TOLERANCE, load_theirs, random_rows, relative_error, their_logits

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from qwen3_export.model.workers import Workers, workers
-from qwen3_export.solve.calibration.moments import Moments, SampleInputs, collect_moments, collect_moments_of_parts
+from qwen3_export.solve.calibration.collect import collect_moments, collect_moments_of_parts
+from qwen3_export.solve.calibration.moments import Moments, SampleInputs
 from tests.unit.processors import needs_avx2
 
 OUT, ROWS, LENGTH, AT_ONCE = 24, 20, 301, 8
