@@ -1,4 +1,4 @@
-"""What exports print for people: size, exactness, what options cost, how a plan was built."""
+"""What exports print for people."""
 
 from __future__ import annotations
 

@@ -200,24 +200,32 @@ def validate(
     else:
         from qwen3_export.prove.lab import DriftRequest, measure_on_nodes
 
-        place = Path(reference) if Path(reference).is_file() else locate(reference)
-        texts = tuple(everywhere(item) for item in text or ())
-        request = DriftRequest(
-            str(place.absolute()), texts, tokens, thinking_budget, limits, options, on, asked, explain
-        )
+        place, texts = _place_of(reference), tuple(everywhere(item) for item in text or ())
+        request = DriftRequest(place, texts, tokens, thinking_budget, limits, options, on, asked, explain)
         result = measure_on_nodes(cluster, node or (), paths, request, show)
     if report:
         write_report(report, result, force)
     if card:
-        from qwen3_export.api import write_measured
-
-        show.note(f"model cards written: {', '.join(write_measured(result)) or 'none, no artifact has one'}")
+        _write_cards(result, show)
     append_summary(result, "Validation")
     if note := _kl_note(result, truth.is_lower_bound and "max_kl" in limits):
         show.say(f"note: {note}")
     show.result(result, lambda: validated(result))
     if not result["passed"]:
         raise typer.Exit(1)
+
+
+def _place_of(reference: str) -> str:
+    """Where a reference file, or the original's folder, lies for other nodes."""
+    place = Path(reference) if Path(reference).is_file() else locate(reference)
+    return str(place.absolute())
+
+
+def _write_cards(result: dict[str, Any], show: Console) -> None:
+    """Write the figures into the model cards of the folders that have one."""
+    from qwen3_export.api import write_measured
+
+    show.note(f"model cards written: {', '.join(write_measured(result)) or 'none, no artifact has one'}")
 
 
 def _kl_note(result: dict[str, Any], weak: bool) -> str | None:

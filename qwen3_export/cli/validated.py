@@ -9,7 +9,7 @@ from qwen3_export.cli.console import nats, table, tell, verdict
 
 
 def validated(result: dict[str, Any]) -> None:
-    """The table of `validate`, and what is to be said of each artifact below it."""
+    """Print the table of `validate`, and notes on each artifact."""
     from qwen3_export.prove.report.numbers import span
     from qwen3_export.prove.report.tables import named
 

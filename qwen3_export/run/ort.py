@@ -53,18 +53,9 @@ class OrtSession:
         self._values = onnxruntime.OrtValue
         provider = find_provider(options.device) if options.device in PROVIDERS else None
         self.threads = thread_count(options.threads)
-        settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = self.threads
-        settings.log_severity_level = 4
         if (folder / "engine.json").is_file():
             self.runtime = "onnxruntime (the plan's ONNX)"
-        if _multiplies_integers(files.graph) and not sums_int8_exactly():
-            settings.add_session_config_entry("session.x64quantprecision", "1")
-        if options.exact or self.runtime != OrtSession.runtime:
-            settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-        if options.exact:
-            place = str(files.graph.parent)
-            settings.add_session_config_entry("session.model_external_initializers_file_folder_path", place)
+        settings = self._settings(onnxruntime.SessionOptions(), files, options.exact)
         try:
             graph = exact_graph(files.graph) if options.exact else str(files.graph)
             if provider is None:
@@ -88,6 +79,19 @@ class OrtSession:
         self._cache: dict[str, Any] = {}
         if self.in_place:
             self._grow(_SMALLEST_CACHE)
+
+    def _settings(self, settings: Any, files: OnnxFiles, exact: bool) -> Any:
+        """ONNX Runtime's settings of this session."""
+        settings.intra_op_num_threads = self.threads
+        settings.log_severity_level = 4
+        if _multiplies_integers(files.graph) and not sums_int8_exactly():
+            settings.add_session_config_entry("session.x64quantprecision", "1")
+        if exact or self.runtime != OrtSession.runtime:
+            settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+        if exact:
+            place = str(files.graph.parent)
+            settings.add_session_config_entry("session.model_external_initializers_file_folder_path", place)
+        return settings
 
     def _read_signature(self, files: OnnxFiles) -> None:
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()

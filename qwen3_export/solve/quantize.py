@@ -87,14 +87,22 @@ def quantize(
         with _executor(job, target, settings, needed, progress) as executor:
             found, resumed = run_blocks(job, target, settings, progress, executor)
             workers_found = None if executor is None else executor.summary()
-        libraries = ["numba"] if without_torch else ["torch", "numba"]
-        manifest = manifest_of(checkpoint, recipe, samples, settings, found, libraries)
-        schemes = {name: QuantScheme.from_dict(item["scheme"]) for name, item in manifest["tensors"].items()}
-        target.finish(recipe, manifest, schemes)
-        if samples is not None:
-            report_experts(manifest["experts"], progress)
+        manifest = _finish(target, job, settings, found, progress)
     result = result_of(output, manifest, resumed, time.monotonic() - started)
     return result if workers_found is None else {**result, "workers": workers_found}
+
+
+def _finish(
+    target: QuantizedFolder, job: Job, settings: QuantizeSettings, found: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
+    """Complete the folder with its manifest, which is returned."""
+    libraries = ["numba"] if job.without_torch else ["torch", "numba"]
+    manifest = manifest_of(job.checkpoint, job.recipe, job.samples, settings, found, libraries)
+    schemes = {name: QuantScheme.from_dict(item["scheme"]) for name, item in manifest["tensors"].items()}
+    target.finish(job.recipe, manifest, schemes)
+    if job.samples is not None:
+        report_experts(manifest["experts"], progress)
+    return manifest
 
 
 def _import_libraries(without_torch: bool, device: str) -> None:

@@ -1,4 +1,4 @@
-"""Imports run in no circle, between modules and between folders; one class has one name; one file imports ray."""
+"""Imports run in no circle, classes have names of their own, one file imports ray; files and functions are short."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+FILE_LINES, FUNCTION_LINES = 300, 40
 # Modules that have a class `Options` of the same purpose: options of a method's recipe, and of a format's export.
 SHARED = {"Options"}
 
@@ -103,3 +104,22 @@ def test_one_file_imports_ray() -> None:
         if module.startswith("qwen3_export") and any(item.split(".")[0] == "ray" for item in imported(tree))
     }
     assert found == {"qwen3_export.cluster.session"}
+
+
+def test_files_are_short() -> None:
+    assert not [path for path in PATHS if len(path.read_text(encoding="utf-8").splitlines()) > FILE_LINES]
+
+
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without its parameters and its docstring."""
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def test_functions_are_short() -> None:
+    assert not [
+        f"{module}: {node.name}"
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and body_lines(node) > FUNCTION_LINES
+    ]

@@ -89,10 +89,14 @@ class BlockStates:
                 file.open_again()
             is_done = True
         finally:
-            kept = {name: file for name, file in self._files.items() if name in names and name not in fresh}
-            for file in set(self._files.values()) - set(kept.values()):
-                self._drop(file, is_done or not self._is_shared)
-            self._files = {**kept, **fresh}
+            self._replace(fresh, names, is_done or not self._is_shared)
+
+    def _replace(self, fresh: dict[str, SampleFile], names: Collection[str], remove: bool) -> None:
+        """Go on with the fresh files, and with those before of the other `names`."""
+        kept = {name: file for name, file in self._files.items() if name in names and name not in fresh}
+        for file in set(self._files.values()) - set(kept.values()):
+            self._drop(file, remove)
+        self._files = {**kept, **fresh}
 
     def _new(self, name: str, like: Tensor, lasting: bool) -> SampleFile:
         path = self._folder / f"{name}-{self._generation}.samples"
