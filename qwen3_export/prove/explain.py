@@ -143,19 +143,18 @@ def _named_errors(sums: _Sums) -> dict[str, list[dict[str, Any]]]:
     found: list[dict[str, Any]] = [
         {"name": name, "error": sums.relative(name), "tokens": sums.tokens[name]} for name in sums.error
     ]
-    experts: dict[tuple[str, int], list[str]] = {}
-    for name in sums.error:
-        prefix, _, local = name.partition(".mlp.")
-        if is_expert(f"mlp.{local}"):
-            experts.setdefault((prefix, expert_of(f"mlp.{local}")), []).append(name)
+    experts: dict[tuple[int, int], list[str]] = {}
+    for name in filter(is_expert, sums.error):
+        layer = int(name.removeprefix("model.layers.").partition(".")[0])
+        experts.setdefault((layer, expert_of(name)), []).append(name)
     named: list[dict[str, Any]] = [
         {
-            "layer": int(prefix.rpartition(".")[2]),
+            "layer": layer,
             "expert": expert,
             "error": (sum(sums.error[n] for n in names) / max(sum(sums.size[n] for n in names), 1e-30)) ** 0.5,
             "tokens": max(sums.tokens[n] for n in names),
         }
-        for (prefix, expert), names in experts.items()
+        for (layer, expert), names in experts.items()
     ]
     return {
         "linears": sorted(found, key=lambda item: -item["error"])[:_WORST_LINEARS],
