@@ -33,19 +33,19 @@ _EXIT_INPUT = 2
 _GOES_ON = "finished blocks are kept in {}: repeat the command to go on"
 _AGAIN = "nothing was written: repeat the command to start over"
 _WHOLE = "{} was finished before that, and is whole"
-# Commands that write nothing, whatever happens.
+# Commands that write no files.
 _READING = ("run", "inspect", "plan")
-# Where `quantize`, and an export with a recipe, keep what can be gone on with.
+# Suffixes of the folders from which an interrupted `quantize`, or export with a recipe, goes on.
 _KEPT = (".partial", ".quantized.partial")
 
 
 def main() -> None:
-    """Entry point of `qwen3-export`: run a command, turn every expected failure into one line."""
+    """Entry point of `qwen3-export`: run a command, print expected failures as one line."""
     try:
         steady_streams()
         sys.unraisablehook = _interrupt_again
         for number in STOPPING:
-            # Whoever has it ignored, as nohup does, wants the work to go on.
+            # A signal that is ignored already, as under nohup, stays ignored.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, _interrupt)
         code = run(sys.argv[1:])
@@ -56,7 +56,7 @@ def main() -> None:
     except KeyboardInterrupt as error:
         code = _report(error, sys.argv[1:])
     finish_streams()
-    # The end of the process collects once more: a fifth of a second where torch was imported, for nothing.
+    # Spares the garbage collection at exit, a fifth of a second where torch was imported.
     gc.freeze()
     sys.exit(code)
 
@@ -73,7 +73,7 @@ def run(arguments: list[str]) -> int:
         with _told_warnings(quiet=bool({"-q", "--quiet"} & set(arguments))):
             code = typer.main.get_command(app).main(arguments, prog_name="qwen3-export", standalone_mode=False)
         if code == _EXIT_INTERRUPTED:
-            raise KeyboardInterrupt  # typer has turned it into this code
+            raise KeyboardInterrupt  # which typer turned into this exit code
     except BaseException as error:
         if any(argument in ("-v", "--verbose") for argument in arguments) and not isinstance(error, SystemExit):
             traceback.print_exc()
@@ -83,10 +83,7 @@ def run(arguments: list[str]) -> int:
 
 @contextlib.contextmanager
 def _told_warnings(quiet: bool) -> Iterator[None]:
-    """Print what is told of an input as one line `warning: …`, once.
-
-    Other warnings as Python does.
-    """
+    """Print each InputWarning once, as a line `warning: …`; others as Python does."""
     with warnings.catch_warnings():
         usual, told = warnings.showwarning, set[str]()
 
@@ -103,9 +100,9 @@ def _told_warnings(quiet: bool) -> Iterator[None]:
 
 
 def _check_utf8(arguments: list[str]) -> None:
-    """Refuse arguments that are no UTF-8.
+    """Refuse arguments that are not UTF-8.
 
-    Their bytes arrive as lone surrogates, which no tokenizer, manifest or JSON takes.
+    Python decodes their bytes to lone surrogates, which no tokenizer, manifest or JSON takes.
     """
     for before, argument in zip(["", *arguments], arguments, strict=False):
         try:
@@ -146,7 +143,7 @@ def _report(error: BaseException, arguments: Sequence[str] = (), started: float 
 
 
 def _after_interrupt(arguments: Sequence[str], started: float) -> str:
-    """What there is of an interrupted command's output, and what to do next."""
+    """What an interrupted command has kept, and what to do next."""
     if arguments and arguments[0] in _READING:
         return "nothing was to be written"
     for before, argument in zip(["", *arguments], arguments, strict=False):
@@ -171,14 +168,17 @@ def _appeared(path: Path) -> float:
 def _interrupted(error: BaseException) -> bool:
     """Whether a signal ended the command.
 
-    Native code that goes on after one leaves a SystemError caused by it.
+    Native code that runs on after a KeyboardInterrupt raises a SystemError caused by it.
     """
     cause = error.__cause__ if isinstance(error, SystemError) else error
     return isinstance(cause, KeyboardInterrupt) or type(error).__name__ == "Abort"
 
 
 def _usage_message(error: BaseException) -> str | None:
-    """The message of a command-line mistake; typer may carry its own copy of click."""
+    """Message of a usage error, None for other errors.
+
+    Classes are compared by name, since typer may carry its own copy of click.
+    """
     names = {kind.__name__ for kind in type(error).__mro__}
     if names & {"UsageError", "ClickException"} and hasattr(error, "format_message"):
         return str(error.format_message()).replace("\n", " ")
@@ -186,7 +186,7 @@ def _usage_message(error: BaseException) -> str | None:
 
 
 def _where(error: OSError) -> str:
-    # Of a copy the second name is the one that is being written.
+    # When a copy fails, the second name is the file being written.
     name = error.filename2 or error.filename
     return f": {name}" if name else ""
 
@@ -222,7 +222,7 @@ def _interrupt_again(failure: sys.UnraisableHookArgs) -> None:
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    # A terminal that closes, or a service that stops, sends several: what is cleaned up now is not to be stopped.
+    # A closing terminal or a stopping service sends several signals: later ones must not interrupt the clean-up.
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt

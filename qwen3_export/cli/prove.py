@@ -1,4 +1,4 @@
-"""Commands that compare artifacts with the original: reference, validate."""
+"""The commands `reference` and `validate`, which compare artifacts with the original."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ RunDevice = Annotated[
 
 
 def find_all(artifacts: list[str], device: str | None, exact: bool, cluster: str | None) -> list[Path]:
-    """The artifacts' paths, checked here unless they run on other nodes."""
+    """Paths of artifacts, checked here unless they run on other nodes."""
     if cluster is None:
         return [find(artifact, device, exact) for artifact in artifacts]
     return [path if (path := Path(artifact)).exists() else locate(artifact) for artifact in artifacts]
 
 
 def everywhere(text: str) -> str:
-    """A text's FILE or DOMAIN=FILE with an absolute path, for other nodes."""
+    """FILE or DOMAIN=FILE with an absolute path, so that other nodes find it."""
     domain, file = split_domain(text)
     place = str(Path(file).absolute()) if Path(file).exists() else file
     return f"{domain}={place}" if domain else place
 
 
 def check_nodes(cluster: str | None, nodes: list[str] | None) -> None:
-    """Raise what is wrong with `--cluster` and `--node`, before the work."""
+    """Check `--cluster` and `--node` before the work, and raise what is wrong."""
     if cluster is not None:
         from qwen3_export.cluster.session import check_cluster
 
@@ -73,9 +73,9 @@ def check_nodes(cluster: str | None, nodes: list[str] | None) -> None:
 
 
 def find(artifact: str, device: str | None = None, exact: bool = False) -> Path:
-    """An artifact's path; `reference-model` and hub ids work here too.
+    """An artifact's path, also of `reference-model` or a hub id.
 
-    Raises InputError when no runtime takes it, MissingRuntimeError when the device is not there.
+    Raises InputError when no runtime takes it, MissingRuntimeError when the device is missing.
     """
     from qwen3_export.run.artifact import check_runnable
     from qwen3_export.run.devices import check_device
@@ -221,7 +221,7 @@ def validate(
 
 
 def _kl_note(result: dict[str, Any], weak: bool) -> str | None:
-    """What to know of a KL that is not exact."""
+    """A note on a KL that is no exact one; None when it is."""
     if weak:
         return "the reference keeps the likeliest tokens only: KL is a lower bound, a pass of max_kl is weak"
     if not all(item["kl_estimate"] for item in result["results"]):
@@ -275,13 +275,13 @@ def _validated(result: dict[str, Any]) -> None:
 
 
 def plan_note(artifact: str, item: Mapping[str, Any]) -> None:
-    """Why a TensorRT folder's ONNX was run in place of its plan."""
+    """Print why an ONNX ran in place of its TensorRT plan, if it did."""
     if "plan_not_run" in item:
         tell(f"{artifact}: its ONNX ran in ONNX Runtime, not its plan: {item['plan_not_run']}")
 
 
 def _explained(artifact: str, found: Mapping[str, Any]) -> None:
-    """Where drift comes from: blocks, then the worst linears."""
+    """Print where drift comes from: a table of blocks, then the worst linears."""
     tell(f"{artifact}: error of the hidden state after each block, and what each block adds alone")
     table(
         ["block", "", "error", "alone"],

@@ -1,6 +1,6 @@
-"""Commands that write formats: onnx, gguf, tensorrt.
+"""The commands `onnx`, `gguf` and `tensorrt`, which write those formats.
 
-With --recipe, a 16-bit source is quantized on the way.
+With --recipe they quantize a 16-bit source first.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def gguf(
 
 
 def _pattern(text: str) -> tuple[str, str]:
-    """`PATTERN=TYPE`, cut at the last `=`."""
+    """Split `PATTERN=TYPE` at the last `=`."""
     pattern, found, name = text.rpartition("=")
     if not found or not pattern:
         raise InputError(f"--tensor-type {text}: PATTERN=TYPE was expected", "e.g. --tensor-type attn_v=q8_0")
@@ -261,7 +261,7 @@ def _shard_bytes(text: str | None) -> int | None:
 
 
 def _costs(result: dict[str, Any]) -> dict[str, str]:
-    """What a quantized cache and the accuracy level cost, as lines of the summary."""
+    """Lines of the summary: KL that a quantized cache and the accuracy level add."""
     cache = {}
     if "kv_cache_kl" in result:
         cache["cache"] = f"{result['kv_cache']} keys and values; adds a KL of {result['kv_cache_kl']:.1e}"
@@ -269,10 +269,7 @@ def _costs(result: dict[str, Any]) -> dict[str, str]:
 
 
 def _plan(result: dict[str, Any]) -> dict[str, str]:
-    """What building a plan took, and was predicted to take.
-
-    Or the command that builds it elsewhere.
-    """
+    """Line of the summary: the plan's cost beside its prediction, or its `trtexec` command."""
     if "trtexec" in result:
         return {"build on its device": result["trtexec"]}
     if "build" not in result:
@@ -286,7 +283,7 @@ def _plan(result: dict[str, Any]) -> dict[str, str]:
 
 
 def _level(result: dict[str, Any]) -> dict[str, str]:
-    """What the accuracy level costs, as a line of the summary."""
+    """Line of the summary: the KL that the accuracy level adds."""
     level = result.get("accuracy_level")
     if level is None:
         return {}
