@@ -33,6 +33,7 @@ from qwen3_export.ship.onnx.target import MODEL, Files, choose
 from qwen3_export.ship.result import check_schemes, exactness, export_result, onnx_linear_bytes, provenance
 from qwen3_export.ship.tensorrt.capabilities import CAPABILITIES, DEFAULT, fitting, supports, too_old
 from qwen3_export.ship.tensorrt.cost import BuildCost, build_cost, check_memory
+from qwen3_export.ship.tensorrt.parser import check_graph
 from qwen3_export.ship.tensorrt.plan_file import MODULES, PLAN, build_plan
 from qwen3_export.ship.tensorrt.profiles import (
     Profile,
@@ -78,6 +79,7 @@ def export_tensorrt(
     with staged_folder(output, force, inputs=[checkpoint.folder]) as folder:
         target = replace(choose("standard", precision=precision), flavor="tensorrt")
         write_graph(checkpoint, folder, target, Files(), progress)
+        check_graph(folder)
         built = None if onnx_only else build_plan(folder, engine, capabilities, profiles, progress)
         origin = provenance(checkpoint)
         described = {

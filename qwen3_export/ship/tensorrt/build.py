@@ -46,6 +46,10 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         raise writer.error
     if not done:
         raise BuildError(log.reason())
+    # Said by the compiler, not by the parser.
+    unused = [text for text in log.warnings if "Unused Input" in text]
+    if unused:
+        raise BuildError(f"an input would be ignored: {unused[0]}")
     cost = {"peak_rss_bytes": peak_rss_bytes(), "cpu_seconds": time.process_time()}
     return {"version": trt.__version__, "warnings": log.warnings, **cost}
 
@@ -98,9 +102,6 @@ def _parse(trt: Any, network: Any, log: Any, path: str) -> None:
     if not parser.parse_from_file(path) or network.num_outputs == 0:
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         raise BuildError("; ".join(f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in errors) or log.reason())
-    unused = [text for text in log.warnings if "Unused Input" in text]
-    if unused:
-        raise BuildError(f"an input would be ignored: {unused[0]}")
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
