@@ -66,6 +66,10 @@ def test_the_summary_tells_what_the_fast_level_and_a_small_cache_cost(made: dict
     assert fast.code == 0, fast.err
     assert "4, activations rounded to int8; adds a KL of " in fast.out
     assert "int8 keys and values; adds a KL of " in fast.out
+    # Both run it as it is, codes in the cache included.
+    short = ("--prompt-tokens", "8", "--new-tokens", "2", "--repeat", "1", "--threads", "1")
+    assert call("bench", tmp_path / "fast", *short).code == 0
+    assert call("validate", tmp_path / "fast", "--reference", made["reference"], "--threads", "1").code == 0
     exact = call("onnx", made["quantized"], "--output", tmp_path / "exact", "--accuracy-level", "0")
     assert "0, activations as they are" in exact.out
     assert "adds a KL" not in exact.out
