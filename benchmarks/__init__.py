@@ -1,1 +1,1 @@
-"""Measurements side by side with the peers, in one run, as ratios of medians: `python -m benchmarks`."""
+"""Benchmarks beside the peers, in one run, compared by ratios of medians."""

@@ -1,4 +1,4 @@
-"""`make bench`: our ONNX Runtime session beside onnxruntime-genai, on the same folder, in turn."""
+"""`python -m benchmarks`: our ONNX Runtime session beside onnxruntime-genai on one folder."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def genai(folder: Path) -> Callable[[np.ndarray], list[int]]:
 
 
 def main() -> None:
-    """Export, then time both in turn and print medians and their ratio."""
+    """Export, time both in turn, and print medians and their ratio."""
     prompt = np.random.default_rng(0).integers(0, 8000, PROMPT).astype(np.int32)
     rows = []
     with tempfile.TemporaryDirectory() as base:

@@ -24,7 +24,7 @@ from qwen3_export.core.source import open_source
 from qwen3_export.core.tensorfile import write_tensors
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# What runs tests side by side sets a width, which commands started here would take for a terminal's.
+# What starts the tests may set COLUMNS, which commands started here would take for a terminal's width.
 os.environ.pop("COLUMNS", None)
 # Property tests are the same in every run, and never fail because the machine is busy.
 settings.register_profile("project", deadline=None, derandomize=True, database=None)
@@ -37,9 +37,9 @@ _SLOW = ("artifact", "cli", "hostile", "install", "reference", "serving")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs a runtime, an installation or a peer as slow; share out the work between processes.
+    """Mark slow tests, and distribute tests to processes.
 
-    The installations are made once, in one process, which begins with them: they take the longest.
+    Those of the installation run in one process, since it is made once, and first, since they take the longest.
     """
     tests = Path(__file__).parent
     folder = {item: item.path.relative_to(tests).parts[0] for item in items}
@@ -62,7 +62,7 @@ def reference_model() -> Checkpoint:
 
 
 def tiny_config(**changes: Any) -> dict[str, Any]:
-    """A config.json for a model that is tested in milliseconds; head_dim differs from hidden / heads."""
+    """A config.json of a tiny model, whose head_dim differs from hidden / heads."""
     values: dict[str, Any] = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -141,7 +141,7 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def exact_products() -> Iterator[None]:
-    """Calibration samples are multiplied in fp32 on every processor, as on one that has nothing faster."""
+    """Have calibration samples multiplied in fp32, whatever the processor offers."""
     with pytest.MonkeyPatch.context() as patch:
         for faster in ("has_bf16", "has_fast_int_matmul"):
             patch.setattr(f"qwen3_export.model.workers.{faster}", lambda: False)
@@ -150,7 +150,7 @@ def exact_products() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`quantized(recipe)` → the reference model quantized with few rows, made once per session."""
+    """`quantized(recipe)` → the reference model quantized with few samples, once per session."""
     from qwen3_export.solve.job import QuantizeSettings
     from qwen3_export.solve.quantize import quantize
 

@@ -1,8 +1,8 @@
 """`python -m benchmarks.cost`: time and memory of quantizing at the full Qwen3-0.6B shape.
 
-The weights are random, so only costs mean anything. Every run is a process of its own that reads its
-source from the disk, all tools see the same rows, and the tools take turns so that a slow spell of the
-machine hits all of them. The disk alone has its turn too.
+The weights are random, so only time and memory mean anything. Every run is a process of its own that reads its source
+from the disk. All tools see the same rows, and take turns, so that a slow spell of the machine hits all of them. The
+plain reading and writing of the same bytes is timed too.
 """
 
 from __future__ import annotations
@@ -66,12 +66,15 @@ MEASURES = ("wall_s", "cpu_s", "peak_rss")
 
 
 def checkpoint(layers: int) -> Path:
-    """A model of the full shape with `layers` layers and random bf16 weights, one tensor in memory at a time."""
+    """A random bf16 model of the full shape with `layers` layers."""
     return random_checkpoint(f"qwen3-0.6b-shape-{layers}", {**SHAPE, "num_hidden_layers": layers})
 
 
 def random_checkpoint(name: str, values: dict[str, Any]) -> Path:
-    """A cached folder with random bf16 weights for a config.json and the reference model's tokenizer."""
+    """A cached folder with random bf16 weights and the reference model's tokenizer.
+
+    It is written with one tensor in memory at a time.
+    """
     folder = cache_folder() / "checkpoints" / name
     if folder.is_dir():
         return folder
@@ -93,12 +96,12 @@ def random_checkpoint(name: str, values: dict[str, Any]) -> Path:
 
 
 def weights(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Norms of one, matrices with the spread of an untrained model."""
+    """Norms of one, matrices with the variance of an untrained model."""
     return np.ones(shape, np.float32) if len(shape) == 1 else 0.02 * random.standard_normal(shape, np.float32)
 
 
 def measure(job: Job, setting: Setting, given: argparse.Namespace) -> Cost:
-    """One run; what it wrote is thrown away."""
+    """The cost of one run, whose output is deleted."""
     folder = cache_folder() / "cost"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -110,15 +113,17 @@ def measure(job: Job, setting: Setting, given: argparse.Namespace) -> Cost:
 
 
 def extended(short: float, long: float, layers: int) -> float:
-    """The straight line through the costs at 1 and `layers` layers, at the full depth; NaN when it falls."""
+    """Extrapolate costs at 1 and `layers` layers to full depth; NaN when they fall."""
     if long < short:
         return math.nan
     return short + (long - short) * (FULL - 1) / (layers - 1)
 
 
 def collect(given: argparse.Namespace) -> tuple[dict[Job, dict[int, list[Cost]]], float]:
-    """Costs of every job at every depth, and the disk's seconds at the last; a job that fails once is left out of
-    later turns."""
+    """Costs of every job at every depth, and the disk's seconds at the largest.
+
+    A job that fails is left out.
+    """
     depths, disk = [FULL] if given.layers == FULL else [1, given.layers], []
     settings = {n: make_setting("cost", checkpoint(n), given.samples, given.sequence_length, None) for n in depths}
     found: dict[Job, dict[int, list[Cost]]] = {job: {n: [] for n in depths} for job in JOBS if wanted(job, given)}
@@ -142,8 +147,10 @@ def wanted(job: Job, given: argparse.Namespace) -> bool:
 
 
 def medians(costs: dict[int, list[Cost]], layers: int) -> dict[str, float]:
-    """Median of every measure, times brought to the full depth; memory is that of the deepest run, a line through two
-    peaks would be one through their noise."""
+    """Medians of all measures, times extrapolated to the full depth.
+
+    Memory is that of the deepest run: it does not grow with depth, and a line through two peaks would show noise.
+    """
     at = {n: {m: statistics.median(getattr(c, m) for c in many) for m in MEASURES} for n, many in costs.items()}
     if layers == FULL:
         return at[FULL]
@@ -151,7 +158,7 @@ def medians(costs: dict[int, list[Cost]], layers: int) -> dict[str, float]:
 
 
 def peaks(costs: dict[int, list[Cost]]) -> str:
-    """Memory at every depth that was run, in MiB: it should not depend on it."""
+    """Peak memory in MiB at every depth, on which it should not depend."""
     at = {n: statistics.median(cost.peak_rss for cost in many) for n, many in costs.items()}
     return ", ".join(f"{size / 2**20:.0f} at {n}" for n, size in at.items())
 

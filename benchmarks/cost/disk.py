@@ -1,4 +1,4 @@
-"""What the disk alone takes: reading a checkpoint once, and writing as many bytes as its quantized folder has."""
+"""Seconds of the disk alone: reading a checkpoint, and writing its quantized folder's bytes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from qwen3_export.core.checkpoint import open_checkpoint
 
 _PIECE = 1 << 24
-# 4 bits, and 16 for the scale of 128 weights.
+# Bytes per weight: 4 bits, and 16 for the scale of 128 weights.
 _BYTES_PER_WEIGHT = (4 + 16 / 128) / 8
 
 
 def evict(folder: Path) -> None:
-    """Let the system forget a folder's files, so that they are read from the disk again."""
+    """Drop a folder's files from the page cache, so that they are read again."""
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -23,7 +23,7 @@ def evict(folder: Path) -> None:
 
 
 def quantized_bytes(checkpoint: Path) -> int:
-    """Size of the folder that a W4 recipe of group 128 makes of a bf16 checkpoint."""
+    """Size of a bf16 checkpoint's folder at 4 bits in groups of 128."""
     config = open_checkpoint(checkpoint).config
     linears = config.all_linears()
     weights = sum(math.prod(shape) for shape in linears.values())
@@ -32,7 +32,7 @@ def quantized_bytes(checkpoint: Path) -> int:
 
 
 def disk_seconds(checkpoint: Path, folder: Path) -> float:
-    """Read the checkpoint, not from memory, and write a file to the disk; seconds."""
+    """Seconds to read the checkpoint uncached and to write a file to the disk."""
     evict(checkpoint)
     left, path = quantized_bytes(checkpoint), folder / "written"
     piece, begin = os.urandom(_PIECE), time.perf_counter()

@@ -2,8 +2,8 @@
 
     python -m benchmarks.edgellm
 
-It lives in an environment of its own (200 MB, `requirements.txt` beside this file), which borrows this one's torch. The
-table says, for each folder, the operators and types that its export made of our codes.
+Edge-LLM has an environment of its own (200 MB, `requirements.txt` beside this file), which uses this one's torch. The
+table shows the operators and types to which its export turns the codes of each folder.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ print(json.dumps(found))
 
 
 def environment() -> Path:
-    """The interpreter of Edge-LLM's environment, made when it is missing."""
+    """The interpreter of Edge-LLM's environment, which is made when missing."""
     folder = cache_folder() / "edgellm"
     python = folder / "bin" / "python"
     if not (folder / "ready").is_file():
@@ -47,7 +47,7 @@ def environment() -> Path:
         subprocess.run([*pip, *own], check=True)
         subprocess.run([*pip, "--no-deps", *(line for line in lines if line not in own)], check=True)
         packages = next((folder / "lib").glob("python*/site-packages"))
-        # Behind its own packages: only what it lacks is taken from there.
+        # After its own packages on the path, so that only missing ones come from here.
         (packages / "zz_torch.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
         (folder / "ready").touch()
     return python

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.experts`: a slice as wide as Qwen3-30B-A3B with random codes, exported and run.
+"""`python -m benchmarks.experts`: exports and runs a slice as wide as Qwen3-30B-A3B.
 
-The folder is written tensor by tensor, never as 16-bit weights. Export, ONNX Runtime and onnxruntime-genai run in
-processes of their own, so that each has a peak memory of its own.
+Its quantized folder is written with random codes, tensor by tensor. Export, ONNX Runtime and onnxruntime-genai run in
+separate processes, so that the peak memory of each is known.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def outer_tensors(config: Qwen3Config, random: np.random.Generator) -> Iterator[
 def layer_tensors(
     config: Qwen3Config, layer: int, random: np.random.Generator, module: Any
 ) -> Iterator[tuple[str, NDArray]]:
-    """One layer: norms, router, and codes near a bell curve's."""
+    """One layer: norms, router, and codes with a nearly normal distribution."""
     prefix = block_name(layer)
     for name, shape in config.other_shapes(layer).items():
         values = np.ones(shape, np.float32) if len(shape) == 1 else random.standard_normal(shape, np.float32) * 0.05

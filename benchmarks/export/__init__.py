@@ -1,1 +1,1 @@
-"""What an ONNX export costs, beside onnxruntime-genai's builder."""
+"""Time and memory of an ONNX export, beside onnxruntime-genai's builder."""

@@ -1,12 +1,12 @@
-"""`python -m benchmarks.export`: time and memory of writing an ONNX folder, ours and onnxruntime-genai's builder's.
+"""`python -m benchmarks.export`: time and memory of our ONNX export and onnxruntime-genai's builder.
 
     fp32   16-bit model → fp32 activations
-    int4   ours: a quantized folder's codes, what level 4 costs measured; the builder's: the 16-bit model, rounded on
-           the way, nothing measured
+    int4   ours: a quantized folder's codes, and the KL of level 4 is measured; the builder's: the 16-bit model is
+           rounded, and nothing is measured
 
-Each run is a process of its own. The tools take turns, and what one left to be written to the disk is written before
-the next begins. Seconds are of the processor, which other work does not stretch, and of the wall; memory is the largest
-resident size. Two exports of ours must be equal byte for byte.
+Each run is a process of its own. The tools take turns, and pending writes are flushed before the next one begins. The
+seconds are those of the processor, which other work hardly changes, and of the wall; memory is the peak resident size.
+Two exports of ours must be equal byte for byte.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from qwen3_export.prove.meters import MachineLoad
 
 TOOLS, KINDS, MINUTES = ("ours", "builder"), ("fp32", "int4"), 10
 HEADERS = ["export", "wall s", "processor s", "peak MB", "of the builder's wall, processor", "two exports"]
-# What each tool's exports of a kind took, turn by turn, and the hashes of what they wrote.
+# By tool and kind: the costs of each turn, and the hashes of the outputs.
 Costs = Mapping[tuple[str, str], list[tuple[Cost, str]]]
 
 
 def command(tool: str, source: Path, output: Path, kind: str) -> list[str | Path]:
-    """How a tool is asked for an export."""
+    """The command line of a tool's export."""
     if tool == "ours":
         code = "from qwen3_export.cli import main; main()"
         return [sys.executable, "-c", code, "onnx", source, "--output", output, "--force", "--quiet"]
@@ -42,7 +42,7 @@ def command(tool: str, source: Path, output: Path, kind: str) -> list[str | Path
 
 
 def digest(folder: Path) -> str:
-    """Of the graph and its data."""
+    """Hash of the graph and its data."""
     return " ".join(sha256_file(path) for path in sorted(folder.glob("model.onnx*")))
 
 
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def take_turns(costs: Costs, sources: Mapping[str, Path], model: Path, base: Path, given: argparse.Namespace) -> None:
-    """Every tool exports every kind, turn by turn."""
+    """Have every tool export every kind, in turn."""
     for turn in range(given.turns):
         for (tool, kind), found in costs.items():
             shutil.rmtree(base, ignore_errors=True)

@@ -1,8 +1,8 @@
 """`python -m benchmarks.gguf`: file type × size × KL × top-1, in llama.cpp itself.
 
-KL(original ‖ file) in nats per token and top-1 agreement over held-out text, the original run by transformers. Of a
-solved folder also the KL in torch, its codes dequantized and its inputs as they are: what llama.cpp adds is its own
-rounding. One process measures all files, in turn. `benchmarks.gguf.speed` and `.cost` add to the same results.
+KL(original ‖ file) in nats per token and top-1 agreement over held-out text; transformers runs the original. For a
+solved folder the KL is measured in torch too, with exact inputs: the difference is llama.cpp's rounding of inputs. One
+process measures all files, in turn. `benchmarks.gguf.speed` and `.cost` add to the same results.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qwen3_export.text.tokenizer import ModelTokenizer
 
 
 def heldout(source: Path, length: int, count: int | None) -> list[np.ndarray]:
-    """Held-out samples, evenly taken when only some are asked for."""
+    """Held-out samples; with a `count`, so many, spread evenly."""
     samples = heldout_samples(ModelTokenizer(source), load_documents("heldout"), length).ids
     step = 1 if count is None else max(len(samples) // count, 1)
     return list(samples)[::step][:count]
@@ -60,7 +60,7 @@ def measure(session: Session, samples: list[np.ndarray], wanted: np.ndarray) -> 
 
 
 def collect(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Every file of every checkpoint."""
+    """Make and measure every file of every checkpoint."""
     for name in given.checkpoints:
         source, folder = make(name), cache_folder() / "gguf" / name
         folder.mkdir(parents=True, exist_ok=True)

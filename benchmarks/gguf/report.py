@@ -1,10 +1,11 @@
-"""Results of the GGUF benchmarks: one JSON file that every run adds to, and the Markdown page made from it.
+"""Results of the GGUF benchmarks: a JSON file and the Markdown made from it.
 
     quality   checkpoint, type, way → bytes, KL, top-1        `benchmarks.gguf`
     speed     model, type → tokens per second                 `benchmarks.gguf.speed`
     cost      model, job → CPU seconds, peak memory           `benchmarks.gguf.cost`
 
-`python -m benchmarks.gguf.report FILE.json` writes the page anew, and the table of the guide.
+Every run adds its rows to the file. `python -m benchmarks.gguf.report FILE.json` writes the page and the guide's table
+again.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from qwen3_export.core.qwen3 import parse_config
 Row = dict[str, Any]
 KEYS = {"quality": ("checkpoint", "type", "way"), "speed": ("model", "type"), "cost": ("model", "job")}
 BEST = "llama.cpp imatrix"
-# At most so many times the KL of llama.cpp's quantizer with its matrix; on `outliers` the second.
+# Aims: largest share of the KL of llama.cpp's quantizer with the matrix; the second for `outliers`.
 AIMS = {"q4_k_m": 0.45, "q4_0": 0.60, "q3_k_m": 0.40, "q2_k": 0.35, "q5_k_m": 0.60}
 AIM_WITH_OUTLIERS = 0.20
 ORDER = ("q2_k", "q3_k_m", "iq4_xs", "q4_0", "q4_k_m", "q5_k_m", "q6_k", "q8_0")
@@ -43,7 +44,7 @@ BIG = {
     "num_attention_heads": 32,
     "tie_word_embeddings": False,
 }
-# For whom a type is, in the guide.
+# The guide's column on what a type is for.
 USES = {
     "q8_0": "nearly lossless, where there is room",
     "q6_k": "laptops with room",
@@ -58,7 +59,7 @@ GUIDE, BEGIN, END = Path("docs/cpu.md"), "<!-- written by benchmarks.gguf.report
 
 
 def add(path: Path, part: str, rows: Iterable[Row]) -> None:
-    """Put rows into the file, in place of those with the same key, and write its page."""
+    """Add rows to the file, replacing those of the same key; write its page."""
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     kept = {_key(part, row): row for row in found.get(part, [])} | {_key(part, row): row for row in rows}
     found[part] = [kept[key] for key in sorted(kept)]
@@ -71,7 +72,7 @@ def _key(part: str, row: Row) -> tuple[str, ...]:
 
 
 def write_page(path: Path) -> None:
-    """FILE.md beside FILE.json."""
+    """Write FILE.md beside FILE.json."""
     found = json.loads(path.read_text(encoding="utf-8"))
     parts = [
         "# GGUF, November 2026\n\nWritten by `benchmarks.gguf`, `.speed` and `.cost` from the JSON file beside it.\n"
@@ -86,14 +87,14 @@ def write_page(path: Path) -> None:
 
 
 def write_guide(path: Path, guide: Path = GUIDE) -> None:
-    """The guide's table anew, between its two marks."""
+    """Rewrite the guide's table between its two marks."""
     text, found = guide.read_text(encoding="utf-8"), json.loads(path.read_text(encoding="utf-8"))
     before, rest = text.split(BEGIN)
     guide.write_text(f"{before}{BEGIN}\n{which_type(found)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 def which_type(found: dict[str, list[Row]]) -> str:
-    """Which type for which device: a line per type, KL on the reference model and what solving brings on each."""
+    """The guide's table: the use, KL and gain of solving of each type."""
     rows = {_key("quality", row): row for row in found["quality"]}
     names = [name for name in MAKERS if any(key[0] == name for key in rows)]
     rates = {r["type"]: f"{r['decode']:.0f}" for r in found.get("speed", []) if r["model"] == "shape of Qwen3-0.6B"}
@@ -129,7 +130,7 @@ def bits_per_weight(type_name: str) -> float:
 
 
 def quality(rows: list[Row]) -> str:
-    """One table per checkpoint: a line per type, KL of every way, what solving brings and what llama.cpp adds."""
+    """One table per checkpoint: KL by type and way, solving's gain, gap to torch."""
     names = list(dict.fromkeys(row["checkpoint"] for row in rows))
     parts = [SAID]
     for name in names:
@@ -142,7 +143,7 @@ def quality(rows: list[Row]) -> str:
 
 
 def _said(rows: list[Row]) -> str:
-    """How a checkpoint's rows were measured, and their middle standard error."""
+    """How a checkpoint's rows were measured, and their median standard error."""
     one, shares = rows[0], sorted(row["kl_error"] / row["kl"] for row in rows)
     return (
         f"{one['positions']:,} held-out positions, {one['samples']} calibration samples of "
@@ -181,7 +182,7 @@ def speed(rows: list[Row]) -> str:
 
 
 def cost(rows: list[Row]) -> str:
-    """One table per model: CPU seconds and peak memory of writing files, beside llama.cpp's tools."""
+    """One table per model: CPU seconds and peak memory beside llama.cpp's tools."""
     parts = [
         "# Cost of writing a file\n\nEach a process of its own, in turn in one run; CPU seconds are user and system.\n"
     ]

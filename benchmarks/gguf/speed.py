@@ -1,8 +1,8 @@
-"""`python -m benchmarks.gguf.speed`: tokens per second of every file type, in llama.cpp. Wants an idle machine.
+"""`python -m benchmarks.gguf.speed`: tokens per second of every file type in llama.cpp.
 
-The reference model, and a random model of Qwen3-0.6B's shape. A type's speed follows from its bytes and kernels, not
-from how its codes were found, so files are rounded at once. A turn prefills one prompt and decodes greedily after it;
-the median of single tokens counts, and the best of the prompts.
+Run it on an idle machine. The models are the reference model and a random one of Qwen3-0.6B's shape; files are rounded
+to nearest, since speed depends on a type's bytes and kernels and not on its codes. A turn prefills a prompt and decodes
+greedily after it; the figures are the best prefill and the median token.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def timed(path: Path, threads: int) -> dict[str, float]:
 
 
 def measure(model: str, source: Path, types: list[str], threads: int) -> list[Row]:
-    """One row per type; the file is deleted behind it."""
+    """One row per type; each file is deleted after its measurement."""
     folder, rows = cache_folder() / "gguf-speed", []
     folder.mkdir(parents=True, exist_ok=True)
     for type_name in types:

@@ -1,1 +1,1 @@
-"""ONNX folders of any tool beside each other: a judge that shares no code with the package."""
+"""Compares ONNX folders of any tool, by a judge without code of ours."""

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.onnx`: KL of our device recipes beside onnxruntime-genai's builder, in plain ONNX Runtime.
+"""`python -m benchmarks.onnx`: KL of device recipes and onnxruntime-genai's builder in ONNX Runtime.
 
-Every folder is made anew; `judge`, a program that imports nothing of ours, measures it in a process of its own.
+Every folder is made anew; `judge`, which imports nothing of this package, measures it in a process of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BUILDER = (
     ("builder int8", "int8", ()),
     ("builder k_quant_mixed", "int4", ("algo_config=k_quant_mixed",)),
 )
-# Ours, and the one of theirs that it stands beside.
+# Our recipe → the builder's model that it is compared with.
 PAIRS = (("edge-w4", "builder int4"), ("edge-w4-mixed", "builder k_quant_mixed"), ("edge-w8", "builder int8"))
 
 
@@ -38,7 +38,7 @@ def build(source: Path, output: Path, precision: str, options: tuple[str, ...]) 
 
 
 def measure(name: str, base: Path) -> list[dict[str, Any]]:
-    """What the judge prints of every folder that is made of a checkpoint."""
+    """Make every folder of a checkpoint; what the judge prints of each."""
     source, folders = make(name), []
     for recipe in OURS:
         quantize(source, recipe, base / f"{recipe}-folder")
@@ -53,7 +53,7 @@ def measure(name: str, base: Path) -> list[dict[str, Any]]:
 
 
 def report(found: dict[str, list[dict[str, Any]]]) -> str:
-    """One table for every checkpoint, with ratios to the builder's model of a like size."""
+    """A table per checkpoint, with ratios to the builder's model of similar size."""
     names = ("onnxruntime", "onnxruntime-genai")
     text = (
         f"# ONNX for devices\n\nWritten by `benchmarks.onnx`. {', '.join(f'{n} {metadata.version(n)}' for n in names)}."

@@ -1,7 +1,8 @@
 """`python -m benchmarks.onnx.judge ORIGINAL FOLDER…`: KL(original ‖ folder) in plain onnxruntime.
 
-Imports nothing of this project: the original's logits are transformers', the folder's come from a session that feeds
-`input_ids`, a mask of ones, positions where they are asked for and an empty cache. Prints one JSON object a folder.
+It imports nothing of this project. transformers computes the original's logits; the folder's come from a session that
+is fed `input_ids`, a mask of ones, positions if the graph has them, and an empty cache. It prints one JSON object per
+folder.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _TYPES = {
 
 
 def rows_of(folder: Path, text: Path, tokens: int, window: int) -> list[NDArray[np.int64]]:
-    """Windows of the documents in turn, so that every kind of text is among the first `tokens`."""
+    """Windows of the documents in turn, so that the first hold every domain."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     documents = [json.loads(line).get("text") for line in text.read_text(encoding="utf-8").splitlines()]
     ids = [np.array(tokenizer.encode(document).ids) for document in documents if document]
@@ -68,7 +69,7 @@ def answers(session: Any, row: NDArray[np.int64], head_dim: int) -> NDArray[np.f
 def judge(
     folder: Path, rows: list[NDArray[np.int64]], truth: list[NDArray[np.float64]], head_dim: int, threads: int
 ) -> dict[str, Any]:
-    """KL in nats per token with its standard error over rows, agreement of the likeliest token, bytes of the model."""
+    """KL in nats per token with standard error over rows, top-1 agreement, bytes."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     models = sorted(folder.rglob("*.onnx"))

@@ -1,9 +1,9 @@
-"""What `plan` says of memory, disk, time and sizes, beside what real runs take.
+"""Memory, disk, time and sizes that `plan` predicts, beside those of real runs.
 
     python -m benchmarks.plan [--checkpoint NAME …] [--recipe NAME …] [--layers N] [--threads N] [--clock cpu|wall]
 
-Each run is a process of its own. `plan` runs first, in one too. On a busy machine compare processor seconds of one
-thread (`--clock cpu`, the default); on an idle one the wall's (`--clock wall --threads 2`).
+Each run is a process of its own, and so is `plan`, which comes first. On a busy machine compare processor seconds of
+one thread (`--clock cpu`, the default), on an idle one wall seconds (`--clock wall --threads 2`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.quality.venvs import cache_folder
 from qwen3_export.cli.console import table
 
 COMMAND = "from qwen3_export.cli import main; main()"
-# The trial's clock is the processor's, where other work would stretch the wall's.
+# Runs `plan` with its trial timed by the processor's clock, which other work does not stretch.
 ON_CPU = "import time; time.perf_counter = time.process_time; "
 RECIPES = ("rtn-w4a16-g128", "gptq-w4a16-g128", "gptq-max-w4a16-g128", "awq-w4a16-g128", "gguf-q4_k_m", "edge-w4")
 EXPORTS = {
@@ -40,7 +40,7 @@ EXPORTS = {
 
 @dataclass(frozen=True)
 class Run:
-    """What a real run took: seconds, bytes of memory, bytes on the disk at its fullest and at its end."""
+    """Cost of a real run: seconds, peak memory, peak disk and output size."""
 
     seconds: float
     memory: int
@@ -53,7 +53,7 @@ def command(*arguments: object, prefix: str = "") -> list[str]:
 
 
 def real(words: Sequence[str], output: Path, options: argparse.Namespace) -> Run:
-    """Run a command that writes `output`; what it wrote stays."""
+    """Run and measure a command that writes `output`, which is kept."""
     started, memory, disk = time.monotonic(), 0, 0
     with open(output.with_name(f"{output.name}.log"), "wb") as log:
         process = subprocess.Popen(words, env=environment(options.threads, {}), stdout=log, stderr=log)
@@ -71,7 +71,7 @@ def real(words: Sequence[str], output: Path, options: argparse.Namespace) -> Run
 
 
 def stored(path: Path) -> int:
-    """Bytes of a file or of all files below a folder, some of which may go meanwhile."""
+    """Bytes of a file or folder, some of whose files may vanish meanwhile."""
     total = 0
     for file in [path] if path.is_file() else path.rglob("*"):
         try:
@@ -82,7 +82,7 @@ def stored(path: Path) -> int:
 
 
 def planned(source: Path, recipe: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What `plan` says, its trial timed by the clock that is compared."""
+    """The predictions of `plan`, its trial timed by the chosen clock."""
     words = command(
         *("plan", source, "--recipe", recipe, "--json", "--quiet", "--threads", options.threads),
         prefix=ON_CPU if options.clock == "cpu" else "",
@@ -97,7 +97,7 @@ def ratio(said: float | None, took: float) -> str:
 
 
 def row(name: str, recipe: str, step: str, said: tuple[float | None, ...], run: Run) -> list[str]:
-    """Real figures with the plan's share of each in brackets: memory, disk, seconds, size."""
+    """A row of measured memory, disk, seconds and size, predicted ÷ measured in brackets."""
     took = (run.memory, run.disk, run.seconds, run.size)
     shown = (
         f"{run.memory / 2**20:.0f} MiB",

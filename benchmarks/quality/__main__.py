@@ -38,7 +38,7 @@ def arguments() -> argparse.Namespace:
 
 
 def settings(given: argparse.Namespace) -> list[Setting]:
-    """Every checkpoint with its rows; under --cross-domain once per calibration domain."""
+    """Every checkpoint with its rows; with --cross-domain once per calibration domain."""
     made = []
     for name in given.checkpoint:
         folder = checkpoints.make(name)
@@ -49,7 +49,7 @@ def settings(given: argparse.Namespace) -> list[Setting]:
 
 
 def main() -> None:
-    # As an exception, so that the child of the moment is stopped too.
+    # Raised as an exception, so that the running child is stopped too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     given = arguments()
     limits = Limits(given.threads, given.timeout, given.fresh)
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def preface(given: argparse.Namespace) -> str:
-    """What the tables were measured with."""
+    """The settings and versions with which the tables were measured."""
     peers = ", ".join(f"{NAMES[peer]} {version(peer)}" for peer in given.peers)
     text = "all other domains of the bundled held-out text" if given.cross_domain else "the whole bundled held-out text"
     return (

@@ -1,4 +1,4 @@
-"""The checkpoints that are quantized; what is not in the repository is made once, in the cache folder.
+"""The checkpoints that are quantized, made once in the cache folder where needed.
 
 reference-model   the trained 8M model of this project
 outliers          the same function with outlier channels, as large models have them
@@ -20,7 +20,7 @@ from benchmarks.quality.venvs import cache_folder
 from qwen3_export.core.source import locate
 
 MAKERS = ("reference-model", "outliers", "small", "moe")
-# Channels per place, and the powers of two that they are scaled by.
+# Number of outlier channels per tensor, and the powers of two that they are scaled by.
 NORM, INNER, VALUE = (4, (3, 4, 5)), (8, (2, 3, 4)), (4, (2, 3))
 
 
@@ -36,7 +36,7 @@ def make(name: str) -> Path:
         if name == "outliers":
             make_outliers(partial)
         else:
-            # Only here, so that nothing else in this process loads torch.
+            # Imported here, so that other runs do not load torch.
             from benchmarks.quality import distil
 
             distil.make(name, partial)
@@ -45,7 +45,10 @@ def make(name: str) -> Path:
 
 
 def make_outliers(folder: Path) -> None:
-    """Scale channels up and what reads them down, by powers of two: exact in bf16, same logits."""
+    """Scale channels up and their readers down by powers of two: same logits.
+
+    Powers of two are exact in bf16.
+    """
     source = locate("reference-model")
     config = json.loads((source / "config.json").read_text())
     tensors = load_file(source / "model.safetensors")

@@ -1,7 +1,7 @@
-"""Small trained models of other shapes, distilled from the reference model in a few minutes on two cores.
+"""Small trained models of other shapes, distilled from the reference model.
 
-A student starts from the reference model's own weights, widened or cut into experts, and is then
-trained to give the reference model's distributions on the bundled calibration text.
+A student starts from the reference model's weights, widened or cut into experts, and is trained to give its
+distributions on the bundled calibration text: a few minutes on two cores.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EXPERTS, CHOSEN, EXPERT_WIDTH = 8, 2, 384
 
 
 def make(name: str, folder: Path) -> None:
-    """Initialise, train and write one student; seeded, so the same machine makes the same model."""
+    """Initialise, train and write one student, with a fixed seed."""
     torch.manual_seed(0)
     teacher = load(locate("reference-model"))
     student = {"small": widened, "moe": with_experts}[name](teacher)
@@ -106,7 +106,7 @@ def widened(teacher: nn.Module) -> nn.Module:
     student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     state, source = student.state_dict(), teacher.state_dict()
     repeats = old.num_attention_heads // old.num_key_value_heads
-    # RMSNorm divides by the root mean square, which the new channels, near zero at first, make smaller.
+    # The new channels, near zero at first, lower the root mean square that RMSNorm divides by.
     gain = (old.hidden_size / config.hidden_size) ** 0.5
     for name, target in state.items():
         parts = name.split(".")
@@ -151,7 +151,10 @@ def with_experts(teacher: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def cut(expert: nn.Module, dense: nn.Module) -> None:
-    """A random half of the channels, twice as strong because the mean of two experts is taken, plus noise."""
+    """An expert from a random half of the channels, plus noise.
+
+    Its outputs are doubled, since the mean of two experts is taken.
+    """
     kept = torch.randperm(dense.gate_proj.out_features)[:EXPERT_WIDTH]
     expert.gate_proj.weight.copy_(noisy(dense.gate_proj.weight[kept]))
     expert.up_proj.weight.copy_(noisy(dense.up_proj.weight[kept]))
@@ -163,7 +166,7 @@ def noisy(weight: Tensor) -> Tensor:
 
 
 def shared(old: Qwen3Config) -> dict:
-    """What every student has in common with the reference model."""
+    """Configuration values that every student shares with the reference model."""
     shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
     other = ("max_position_embeddings", "rms_norm_eps", "rope_parameters", "eos_token_id", "pad_token_id")
     return {key: getattr(old, key) for key in (*shape, *other)}

@@ -18,13 +18,13 @@ from benchmarks.quality.samples import read_samples
 
 @torch.inference_mode()
 def log_probabilities(model: torch.nn.Module, ids: np.ndarray) -> torch.Tensor:
-    """fp32 `[len(ids) − 1, vocab]`: the last position has no next token to be compared on."""
+    """fp32 log-probabilities `[len(ids) − 1, vocab]`, without the last position."""
     logits = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0, :-1]
     return logits.float().log_softmax(-1)
 
 
 def original(folder: Path, samples: list[np.ndarray], cache: Path) -> np.ndarray:
-    """The original's log-probabilities of all rows, from `cache` when they are there."""
+    """The original's log-probabilities of all rows, computed once and kept in `cache`."""
     if not cache.is_file():
         model, partial = load(folder), cache.with_suffix(".partial.npy")
         positions = sum(len(row) - 1 for row in samples)

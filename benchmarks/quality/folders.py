@@ -1,8 +1,8 @@
-"""Any tool's output folder as one fp32 transformers model: the same forward pass for all.
+"""Any tool's output folder as an fp32 transformers model: one forward pass for all.
 
-Weights are dequantized in fp32 from what is stored. Activations that a compressed-tensors scheme
-quantizes are quantized in the forward pass too, by that library's own code. Experts become single
-linears, because transformers keeps them as one stacked parameter that no hook can see into.
+Stored weights are dequantized in fp32. Activations that a compressed-tensors scheme quantizes are quantized in the
+forward pass too, by that library's own code. Experts become separate linears, since hooks cannot reach into the one
+stacked parameter that transformers keeps them in.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ State = dict[str, Tensor]
 
 
 class Experts(nn.ModuleList):
-    """transformers' stacked experts as one small MLP each; the router's answer comes from outside."""
+    """transformers' stacked experts as separate MLPs; routing comes as an argument."""
 
     def __init__(self, count: int, hidden: int, inner: int) -> None:
         super().__init__(Expert(hidden, inner) for _ in range(count))
@@ -98,7 +98,7 @@ def compressed_tensors(model: nn.Module, state: State, values: dict) -> State:
 
 
 def activation_hook(scheme: QuantizationScheme, mine: State) -> Callable:
-    """Round a linear's input as the scheme says; `mine` holds the scale of a static one."""
+    """A hook that rounds a linear's input; `mine` holds a static scheme's scale."""
     args = scheme.input_activations
     static = mine["input_scale"].float() if args.dynamic is False else None
 
@@ -112,7 +112,7 @@ def activation_hook(scheme: QuantizationScheme, mine: State) -> Callable:
 
 
 def fp8(model: nn.Module, state: State, values: dict) -> State:
-    """E4M3 with a scale per block of weights, inputs rounded in groups: the layout of the official releases."""
+    """The official FP8 releases' layout: E4M3, scales per block, inputs rounded in groups."""
     height, width = values["weight_block_size"]
     scheme = preset_name_to_scheme("FP8_BLOCK", targets=["Linear"])
     result = dict(state)
@@ -125,9 +125,12 @@ def fp8(model: nn.Module, state: State, values: dict) -> State:
 
 
 def gptq(model: nn.Module, state: State, values: dict) -> State:
-    """`qweight` packs 32 / bits inputs of one output into a word, `qzeros` outputs of one group."""
+    """GPTQ's layout.
+
+    A word of `qweight` holds 32 / bits inputs of one output, a word of `qzeros` as many outputs of one group.
+    """
     bits, result = values["bits"], dict(state)
-    # The first layout stores zero points less one.
+    # Version 1 of the layout stores zero points minus one.
     shift = 0 if values.get("checkpoint_format") == "gptq_v2" else 1
     for name in modules(state, "qweight"):
         codes = unpack(state[f"{name}.qweight"].T, bits).T
@@ -140,7 +143,7 @@ def gptq(model: nn.Module, state: State, values: dict) -> State:
 
 
 def awq(model: nn.Module, state: State, values: dict) -> State:
-    """`qweight` packs eight outputs of one input into a word, in the kernel's order."""
+    """AWQ's layout: a word of `qweight` holds eight outputs of one input, interleaved."""
     order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
     result = dict(state)
     for name in modules(state, "qweight"):
@@ -168,7 +171,7 @@ def replace(state: State, name: str, weight: Tensor) -> None:
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
-    """int32 words `[rows, n]` → codes `[rows, n · 32 / bits]`, lowest bits first."""
+    """int32 words `[rows, n]` → codes `[rows, 32 n / bits]`, lowest bits first."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     return ((words[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2).long()
 

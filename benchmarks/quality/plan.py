@@ -1,4 +1,4 @@
-"""What is compared with what: storage schemes, the peers' methods and our recipes for each."""
+"""The comparisons: storage schemes, with the peers' methods and our recipes for each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from qwen3_export.core.recipe import Recipe, load_recipe
 from qwen3_export.errors import RecipeError
 
-# Per scheme: which methods of which peer store exactly that.
+# Scheme → peer → its methods that store exactly this scheme.
 PEERS = {
     "w4-g128": {
         "gptqmodel": ["rtn", "gptq", "gptq-mse", "gptaq"],
@@ -52,13 +52,13 @@ RECIPES = (
     "mxfp4-w4a16",
     "nvfp4-w4a16",
 )
-# Recipes that only serve to compare: not shipped.
+# Recipes for comparison only, which are not shipped.
 OWN = Path(__file__).resolve().parent / "recipes"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of one tool: `method` is a peer's method or the name of our recipe."""
+    """One run of a tool; `method` is a peer's method or our recipe's name."""
 
     tool: str
     method: str
@@ -72,7 +72,7 @@ def schemes(names: list[str] | None) -> list[str]:
 
 
 def recipe_spec(name: str) -> str:
-    """What `--recipe` is given: the path of a recipe of our own here, or the name as it is."""
+    """The value of `--recipe`: the path of a recipe from here, else the name."""
     path = OWN / f"{name}.yaml"
     if path.is_file():
         return str(path)
@@ -85,7 +85,7 @@ def find_recipe(name: str) -> Recipe:
 
 
 def scheme_of(recipe: Recipe) -> str:
-    """The name of what a recipe stores, by its last rule."""
+    """The name of the scheme that a recipe's last rule stores."""
     values = next(rule.scheme for rule in reversed(recipe.rules) if rule.scheme).to_dict()
     activations = str(values.get("activations") or "")
     if values["type"] == "float" and values["num_bits"] == 4:
@@ -101,9 +101,10 @@ def scheme_of(recipe: Recipe) -> str:
 
 
 def jobs(wanted: list[str], peers: list[str], recipes: list[str] | None) -> list[Job]:
-    """Every run that is asked for; a default recipe that this version does not have is left out, with a word.
+    """Every run that is asked for.
 
-    A recipe that was named runs too where no peer stores weights as its last rule does.
+    A default recipe that this version lacks is left out with a note. A named recipe runs even where no peer stores the
+    scheme of its last rule.
     """
     ours = []
     for name in recipes if recipes is not None else RECIPES:

@@ -1,4 +1,4 @@
-"""One job in a process of its own, and what it cost."""
+"""Runs a job in a process of its own and measures its cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Cost:
-    """What a process took from start to end, its imports included."""
+    """Cost of a process from start to end, imports included."""
 
     wall_s: float
     cpu_s: float
@@ -25,9 +25,10 @@ class Cost:
 
 
 def run(command: Sequence[str | Path], folder: Path, threads: int, timeout: float, **extra: str) -> Cost:
-    """Run a command in `folder`, its output in `log.txt` there; RuntimeError with the log's end when it fails.
+    """Run a command in `folder` and measure it; its output goes to `log.txt`.
 
-    CPU time is the kernel's account of the child and of its own children.
+    CPU time is the kernel's, of the child and its own children. Raises RuntimeError with the end of the log when the
+    command fails.
     """
     started = time.monotonic()
     with (folder / "log.txt").open("wb") as log:
@@ -47,7 +48,10 @@ def run(command: Sequence[str | Path], folder: Path, threads: int, timeout: floa
 
 
 def wait(pid: int, deadline: float) -> tuple[int, resource.struct_rusage, int]:
-    """Wait for a child and watch its memory; at the deadline, or when we are stopped, its group is killed."""
+    """Wait for a child and watch its peak memory.
+
+    At the deadline, or when this process is stopped, the child's process group is killed.
+    """
     peak = 0
     try:
         while time.monotonic() < deadline:
@@ -64,7 +68,7 @@ def wait(pid: int, deadline: float) -> tuple[int, resource.struct_rusage, int]:
 
 
 def high_water(pid: int) -> int:
-    """Largest resident memory of a process so far: rusage would count what we held when it was started."""
+    """Peak resident memory of a process; rusage would include this process's at the fork."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
@@ -83,7 +87,7 @@ def environment(threads: int, extra: Mapping[str, str]) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
-        # A thread that spins for a busy core would be counted as CPU time, and slow the others down.
+        # Threads that wait by spinning would count as CPU time and slow others down.
         "OMP_WAIT_POLICY": "passive",
     }
     return {**os.environ, **fixed, **extra}

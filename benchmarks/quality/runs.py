@@ -1,4 +1,4 @@
-"""Quantize and measure, each step cached by everything that can change its result."""
+"""Quantizes and measures; each step is cached by everything that can change its result."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from qwen3_export.text.tokenizer import ModelTokenizer
 HERE = Path(__file__).resolve().parent
 PACKAGE = Path(qwen3_export.__file__).resolve().parent
 WINDOW = 256
-# The parts of our package that can change what a recipe makes.
+# Folders of the package whose code can change a recipe's output.
 CODE = tuple(f"{wing}/**/*.py" for wing in ("core", "ggml", "model", "solve", "text"))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One checkpoint with the rows that every tool calibrates on and is measured on."""
+    """A checkpoint with the rows for calibration and for measuring, shared by all tools."""
 
     name: str
     checkpoint: Path
@@ -45,7 +45,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Limits:
-    """How to run."""
+    """Threads, timeouts and caching of the runs."""
 
     threads: int = 2
     timeout: float = 1800.0
@@ -53,7 +53,7 @@ class Limits:
 
 
 def make_setting(name: str, checkpoint: Path, samples: int, length: int, domain: str | None) -> Setting:
-    """Write the rows of a checkpoint: seed 0, the bundled text, or one domain of it."""
+    """Write a checkpoint's rows from the bundled text or one domain, seed 0."""
     source = open_source(str(checkpoint))
     tokenizer = ModelTokenizer(source.folder)
     documents = [d for d in load_documents("bundled") if domain in (None, d.domain)]
@@ -70,7 +70,7 @@ def make_setting(name: str, checkpoint: Path, samples: int, length: int, domain:
 
 
 def write_text(path: Path, documents: list[Document]) -> None:
-    """Our command line reads documents, and makes the same rows from them as are in the .npy file."""
+    """Write documents from which our command line makes the .npy file's rows."""
     lines = []
     for document in documents:
         field = "text" if isinstance(document.content, str) else "messages"
@@ -92,7 +92,7 @@ def sources_hash(folder: Path, pattern: str) -> str:
 
 
 def identity_of(job: Job, setting: Setting, threads: int) -> dict[str, Any]:
-    """What decides the bytes of a run."""
+    """Everything that decides the bytes of a run's output."""
     base = {"method": job.method, "scheme": job.scheme, "threads": threads, **setting.identity}
     base.pop("heldout")
     if job.tool == "ours":
@@ -103,14 +103,14 @@ def identity_of(job: Job, setting: Setting, threads: int) -> dict[str, Any]:
 
 
 def command(job: Job, setting: Setting, output: Path) -> list[str | Path]:
-    """The command line of a run: our own, or a peer's driver under the peer's Python."""
+    """The command line of a run: ours, or a driver in the peer's Python."""
     if job.tool == "ours":
         return [
             *(sys.executable, "-c", "from qwen3_export.cli import main; main()", "quantize", setting.checkpoint),
             *("--recipe", recipe_spec(job.method), "--output", output / "model", "--calibration", setting.calibration),
             *("--samples", str(setting.samples), "--sequence-length", str(setting.length), "--seed", "0", "--json"),
         ]
-    # -P: the driver's own folder must not hide the peer's package of the same name.
+    # -P, since a driver has the name of the peer's package and would hide it.
     return [
         *(python_of(job.tool), "-P", PEERS / f"{job.tool}.py"),
         *("--model", setting.checkpoint, "--rows", setting.rows, "--method", job.method),
@@ -172,7 +172,7 @@ def result(job: Job, setting: Setting, limits: Limits) -> dict[str, Any]:
 
 
 def overall(domains: dict[str, dict[str, float]], without: str | None) -> dict[str, float]:
-    """Means over all tokens, those of the domain that was calibrated on left out."""
+    """Means over all tokens, without those of the calibration domain."""
     kept = [item for domain, item in domains.items() if domain != without]
     tokens = sum(item["tokens"] for item in kept)
     return {"tokens": tokens, **{m: sum(i["tokens"] * i[m] for i in kept) / tokens for m in ("kl", "top1")}}

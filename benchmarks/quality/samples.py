@@ -11,7 +11,7 @@ from qwen3_export.text.samples import Samples
 
 
 def write_samples(path: Path, samples: Samples) -> None:
-    """Rows of any length with their domains, as one .npz file."""
+    """Write rows of any length with their domains as an .npz file."""
     lengths = [len(row) for row in samples.ids]
     np.savez(path, ids=np.concatenate(samples.ids), lengths=lengths, domains=json.dumps(samples.domains))
 
@@ -23,5 +23,5 @@ def read_samples(path: Path) -> tuple[list[np.ndarray], list[str]]:
 
 
 def write_matrix(path: Path, samples: Samples) -> None:
-    """Calibration samples, all of one length, as the `[samples, length]` array that the peers' drivers read."""
+    """Write calibration samples as a `[samples, length]` array for the peers' drivers."""
     np.save(path, np.stack(samples.ids).astype(np.int64))

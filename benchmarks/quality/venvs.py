@@ -1,7 +1,7 @@
-"""A virtual environment for every peer, outside of the repository, made when it is missing.
+"""A virtual environment for every peer, outside of the repository, made when missing.
 
-`peers/<peer>.txt` pins everything that is installed, so pip resolves nothing: GPTQModel 7.7 asks for a
-newer torch than the one that all tools share here, and runs with this one.
+`peers/<peer>.txt` pins all packages, and pip does not check their requirements: GPTQModel 7.7 asks for a newer torch
+than the one that all tools share here, but runs with it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def version(peer: str) -> str:
 
 
 def python_of(peer: str) -> Path:
-    """The Python of a peer's environment, made first when it is missing or its pins have changed."""
+    """The Python of a peer's environment, which is made when missing or outdated."""
     folder, pins = cache_folder() / peer, PEERS / f"{peer}.txt"
     python, stamp = folder / "bin/python", folder / "installed.sha256"
     wanted = hashlib.sha256(pins.read_bytes()).hexdigest()
@@ -38,8 +38,7 @@ def python_of(peer: str) -> Path:
         print(f"installing {peer} {version(peer)} into {folder}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         install = [python, "-m", "pip", "install", "--quiet", "--no-deps"]
-        # GPTQModel comes as source only: its build looks for the installed torch, and wants newer build tools
-        # than Python brings along.
+        # GPTQModel comes as source only: its build needs the installed torch, and newer build tools than Python's.
         subprocess.run([*install, *BUILD_TOOLS], check=True)
         subprocess.run([*install, "-r", without(pins, BUILT_HERE, folder)], check=True)
         if peer == BUILT_HERE:

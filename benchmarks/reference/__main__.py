@@ -1,8 +1,9 @@
-"""How near does a reference file come to the full KL, by the number of likeliest tokens that it keeps?
+"""How near a reference file comes to the full KL, by its top k.
 
     python -m benchmarks.reference [--recipe RECIPE] [--tokens N]
 
-The embedded model against its quantized self. Bytes are those of 32 blocks of 256 positions at a vocabulary of 151,936.
+The embedded model is compared with its quantized copy. Bytes are those of a reference file with 32 rows of 256
+positions and a vocabulary of 151,936.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""`python -m benchmarks.runtime`: prefill and decode of one model, runtime by runtime, in turn.
+"""`python -m benchmarks.runtime`: prefill and decode of one model in several runtimes.
 
-Every runner answers the same prompt in each turn, so that what the machine does besides falls on all of them; medians
-are printed, with their ratio to a rival's in the same turns (onnxruntime-genai's builder's model, or the same folder
-with a plain cache), the bytes that a token reads, and the share of the memory bandwidth that this is. Quantized caches
-are timed a second time behind a longer prompt. Artifacts are made once, before the first turn: `--make-only` stops
-there.
+In each turn every runner answers the same prompt, so that other work on the machine falls on all of them. The table has
+medians, their ratio to a rival's in the same turns (the model of onnxruntime-genai's builder, or the same folder with
+an unquantized cache), the bytes that a token reads, and their share of the memory bandwidth. Quantized caches are timed
+again after a longer prompt. Artifacts are made before the first turn; `--make-only` stops there.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from benchmarks.runtime.runners import GENAI, Runner, in_genai, in_session
 from qwen3_export.prove.meters import MachineLoad
 
 MAKERS = {"ours": models.ours, "builder": models.builder, "llama.cpp": models.llama}
-# Tool and kind → whose time its own is compared with, in the same runtime.
+# Tool and kind → the rival in the same runtime whose time it is compared with.
 RUNS = {
     "ours edge-w4": "builder int4",
     "ours edge-w4-head8": "builder int4",
@@ -47,7 +46,7 @@ HEADERS = [
 
 @dataclass(frozen=True)
 class Round:
-    """One prompt's length and the runners that answered it."""
+    """A length of prompt and the runners that answered it."""
 
     prompt: int
     runners: Sequence[Runner]
@@ -70,7 +69,7 @@ def arguments() -> argparse.Namespace:
 
 
 def artifacts(given: argparse.Namespace) -> dict[str, Path]:
-    """Every artifact, made when it is missing."""
+    """All artifacts, made where missing."""
     base = cache_folder() / "runtime" / f"{given.layers}-{given.vocabulary}"
     source = models.checkpoint(base / "model", given.layers, given.vocabulary)
     found = {}
@@ -82,7 +81,7 @@ def artifacts(given: argparse.Namespace) -> dict[str, Path]:
 
 
 def take_turns(runners: Sequence[Runner], length: int, new: int, turns: int) -> Round:
-    """All runners answer the same prompt, turn by turn; the first turn warms up."""
+    """Have all runners answer the same prompt in turn; the first turn warms up."""
     prompt = np.random.default_rng(0).integers(0, 8000, length).astype(np.int32)
     for turn in range(turns + 1):
         for runner in runners:
@@ -119,7 +118,7 @@ def main() -> None:
 
 
 def report(given: argparse.Namespace, rounds: Sequence[Round], bandwidth: float, others: float | None) -> str:
-    """What was measured, as Markdown."""
+    """The results as Markdown."""
     lines = [
         f"`python -m benchmarks.runtime`: the shape of Qwen3-0.6B, {given.layers} layers, {given.vocabulary} tokens, "
         f"random weights, {given.threads} threads; medians of {given.turns} turns.",
@@ -152,7 +151,7 @@ def _row(runner: Runner, item: Round, bandwidth: float) -> list[str]:
 
 
 def _beside(own: Sequence[float], rival: Sequence[float] | None, name: str | None) -> str:
-    """How many times as fast as the rival, turn by turn."""
+    """Speed relative to the rival's, compared turn by turn."""
     if rival is None:
         return ""
     return f"{statistics.median(theirs / mine for mine, theirs in zip(own, rival, strict=True)):.2f} × {name}"

@@ -1,4 +1,4 @@
-"""What the machine can do at best, and whether anything else is using it."""
+"""The machine: its processor, its memory bandwidth, and other work on it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 _BYTES, _TURNS = 256 << 20, 5
-# Above this share of all processors a measurement says little.
+# Other work on more than this share of the processors makes a measurement doubtful.
 QUIET = 0.1
 
 
@@ -34,7 +34,7 @@ def describe(packages: tuple[str, ...] = ("onnxruntime", "onnxruntime-genai", "x
 
 
 def read_bandwidth(threads: int) -> float:
-    """Bytes per second that `threads` threads read from memory together, the best of some turns."""
+    """Bytes per second that so many threads read from memory: the best pass."""
     pieces = [np.ones(_BYTES // threads // 8, np.float64) for _ in range(threads)]
     best = 0.0
     with ThreadPoolExecutor(threads) as pool:
@@ -59,6 +59,6 @@ def busy_share(seconds: float = 1.0) -> float:
 
 
 def warning() -> str | None:
-    """A line about other work on this machine, or None when it is quiet."""
+    """A warning about other work on this machine, None when it is idle."""
     share = busy_share()
     return f"other work uses {share:.0%} of this machine: the figures are too low" if share > QUIET else None

@@ -1,7 +1,7 @@
 """A random model of Qwen3-0.6B's shape and its artifacts: ours, onnxruntime-genai's builder's, llama.cpp's.
 
-Weights decide no speed. The vocabulary is the reference model's, so that every tool has a tokenizer; `layers` and
-`vocabulary` make it smaller.
+Speed does not depend on the weights. The tokenizer is the reference model's; `layers` and `vocabulary` make the model
+smaller.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _W8 = QuantScheme(8, group_size=128)
 
 
 def _recipe(name: str) -> Recipe:
-    """Schemes of a shipped recipe, or of the variants below; all of them rounded, which decides no speed."""
+    """A shipped recipe or a variant, with rounding to nearest as its method."""
     changes = {"edge-w4-head8": ("edge-w4", _W8), "int8-dynamic": ("int8-dynamic", _W8)}
     base, outer = changes.get(name, (name, None))
     rules = load_recipe(base).rules
@@ -45,7 +45,7 @@ def _plain(scheme: QuantScheme | None) -> QuantScheme | None:
 
 
 def checkpoint(folder: Path, layers: int, vocabulary: int) -> Path:
-    """The 16-bit model; made when it is missing."""
+    """The 16-bit model, made when missing."""
     if (folder / "model.safetensors").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def checkpoint(folder: Path, layers: int, vocabulary: int) -> Path:
 
 
 def ours(base: Path, source: Path, kind: str) -> Path:
-    """Our ONNX folder. `kind` is a recipe of ours, with ` kv-int8` or ` kv-int4` behind it for such a cache."""
+    """Our ONNX folder of a recipe; ` kv-int8` or ` kv-int4` quantizes its cache."""
     name, _, cache = kind.partition(" kv-")
     output = base / f"ours-{kind.replace(' ', '-')}"
     if not output.is_dir():
@@ -78,7 +78,7 @@ def ours(base: Path, source: Path, kind: str) -> Path:
 
 
 def rounded(base: Path, source: Path, name: str) -> Path:
-    """The model with a recipe's schemes, every matrix rounded, as a quantized folder."""
+    """A quantized folder of the model, rounded to a recipe's schemes."""
     output = base / f"quantized-{name}"
     if not output.is_dir():
         quantize(open_checkpoint(source), _recipe(name), output, QuantizeSettings())
@@ -96,7 +96,7 @@ def builder(base: Path, source: Path, kind: str) -> Path:
 
 
 def llama(base: Path, source: Path, kind: str) -> Path:
-    """A GGUF file: q4_0 holds edge-w4's own codes, other types are rounded as llama.cpp's mixes say."""
+    """A GGUF file: q4_0 has edge-w4's codes, other types are llama.cpp's mixes, rounded."""
     output = base / f"{kind}.gguf"
     if not output.is_file():
         codes = kind == "q4_0"

@@ -21,9 +21,9 @@ Turn = Callable[[np.ndarray, int], tuple[float, list[float]]]
 
 @dataclass
 class Runner:
-    """An artifact's name, its runtime's, the bytes of its weights, and what its turns took.
+    """An artifact in a runtime, its weights' bytes, and the times of its turns.
 
-    `token` holds the median of each turn's tokens.
+    `token` holds the median time per token of each turn.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Runner:
     token: list[float] = field(default_factory=list)
 
     def turn(self, prompt: np.ndarray, new: int) -> None:
-        """Answer the prompt with `new` tokens and keep the time."""
+        """Answer the prompt with `new` tokens and record the times."""
         prefill, tokens = self.answer(prompt, new)
         self.prefill.append(prefill)
         self.token.append(statistics.median(tokens))
@@ -88,7 +88,7 @@ def in_genai(name: str, folder: Path, threads: int) -> Runner:
 
 
 def weights(artifact: Path) -> int:
-    """Bytes that a decoded token reads: all weights, since embedding and head are one matrix."""
+    """Bytes that decoding a token reads: all weights, as embedding and head are tied."""
     if not artifact.is_dir():
         return artifact_bytes(artifact)
     return sum(path.stat().st_size for path in artifact.glob("*.data*"))

@@ -1,1 +1,1 @@
-"""The large models on one small machine: memory, time and disk per layer, beside what `plan` says beforehand."""
+"""Slices of large models on a small machine, measured beside the predictions of `plan`."""

@@ -1,11 +1,11 @@
-"""`python -m benchmarks.scale`: slices of large models quantized and exported, beside what `plan` says beforehand.
+"""`python -m benchmarks.scale`: slices of large models, measured beside the predictions of `plan`.
 
     python -m benchmarks.scale                 everything, smallest first: hours
     python -m benchmarks.scale --model 30B-A3B --recipe gptq-w4a16-g128 --layers 1 2 4 --export gguf onnx
 
-Slices have a model's exact widths and vocabulary and random weights; they are made and removed on the way. Every
-command is a process of its own. What was measured is kept in a JSON file beside the table as soon as it is there, so
-that a table can be filled run by run; `--table` only writes it again.
+A slice has a model's exact widths and vocabulary, few layers, and random weights; it is made for its runs and removed
+after them. Every command is a process of its own. Each result goes into a JSON file beside the table at once, so that a
+table can be filled over several runs; `--table` only writes the table again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RTN, GPTQ = "rtn-w4a16-g128", "gptq-w4a16-g128"
 
 @dataclass(frozen=True)
 class Wanted:
-    """Runs of one slice: recipes in turn, and the exports of the last one's folder."""
+    """Runs of one slice: its recipes, and exports of the last recipe's folder."""
 
     model: str
     layers: int
@@ -41,7 +41,7 @@ class Wanted:
     export: tuple[str, ...] = ()
 
 
-# Smallest first. The widest take fewer rows: their time is the solve's, and the memory does not depend on them.
+# Smallest first. The widest have fewer rows, since solving takes their time and memory does not depend on rows.
 ALL = (
     Wanted("30B-A3B", 1, (RTN, GPTQ)),
     Wanted("30B-A3B", 2, (RTN, GPTQ), export=("gguf", "onnx")),
@@ -74,7 +74,7 @@ def parse() -> argparse.Namespace:
 
 
 def wanted(given: argparse.Namespace) -> Iterator[Wanted]:
-    """What is to be run."""
+    """The runs that the options ask for."""
     if given.table:
         return
     if given.model is None:
@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def keep(results: Path, *records: dict[str, Any]) -> None:
-    """Add to what was measured, in the place of what is older, and write the table."""
+    """Add results, replacing older ones with the same key, and write the table."""
     kept = json.loads(results.read_text()) if results.exists() else []
     for record in records:
         kept = [old for old in kept if key(old) != key(record)] + [record]
@@ -116,12 +116,12 @@ def keep(results: Path, *records: dict[str, Any]) -> None:
 
 
 def key(record: dict[str, Any]) -> tuple[object, ...]:
-    """What two records of one measurement have in common."""
+    """The key of a record: a newer one with the same key replaces it."""
     return tuple(record[name] for name in ("model", "what", "layers", "rows"))
 
 
 def runs(given: argparse.Namespace, item: Wanted, source: Path, base: Path) -> Iterator[dict[str, Any]]:
-    """All measurements of one slice, each as soon as it is made."""
+    """Yield the measurements of one slice, each as soon as it is finished."""
     out, scratch = base / "out", base / "scratch"
     common = {"model": item.model, "layers": item.layers, "rows": f"{item.samples} × {given.sequence_length}"}
     calibration = ["--samples", str(item.samples), "--sequence-length", str(given.sequence_length)]

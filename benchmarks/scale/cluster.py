@@ -1,11 +1,11 @@
-"""Two Ray nodes beside one: time, overhead, and what would bound the largest models on up to 64 nodes.
+"""One Ray node and two compared, and a simulation of up to 64 nodes.
 
     python -m benchmarks.scale.cluster [--rows 64] [--quick]
 
     namespace a, core 0   10.77.0.1   head, driver, one worker       ┐ veth
     namespace b, core 1   10.77.0.2   one worker                     ┘
 
-Needs root (network namespaces, iproute2) and a quiet machine of two cores. `--quick` tries it out on few short rows.
+It needs root (network namespaces, iproute2) and an idle machine with two cores. `--quick` takes few short rows.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0", "
 
 
 def sh(*command: object, check: bool = True) -> None:
-    """Run a command, its output only shown when it fails."""
+    """Run a command, and show its output only when it fails."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env={**os.environ, **QUIET})
     if check and done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
 
 
 def inside(node: int) -> list[str]:
-    """What a command begins with that runs on one of the two nodes."""
+    """The prefix of a command that runs it on one of the two nodes."""
     return ["ip", "netns", "exec", f"q3e-{'ab'[node]}", "taskset", "-c", str(node)]
 
 
 @contextmanager
 def namespaces() -> Iterator[None]:
-    """Two network namespaces that see each other and nothing else."""
+    """Two network namespaces that reach each other and nothing else."""
     try:
         for node in range(2):
             sh("ip", "netns", "add", f"q3e-{'ab'[node]}")
@@ -67,7 +67,7 @@ def namespaces() -> Iterator[None]:
 
 @contextmanager
 def ray_nodes(count: int) -> Iterator[None]:
-    """A Ray cluster of one or two nodes, each in its namespace on its core."""
+    """A Ray cluster of one or two nodes, each with its namespace and core."""
     folder = tempfile.mkdtemp(prefix="q3r-")
     common = ["--num-cpus=1", f"--object-store-memory={100 << 20}", "--disable-usage-stats"]
     processes = []
@@ -98,7 +98,7 @@ def ray_nodes(count: int) -> Iterator[None]:
 
 
 def quantize(source: Path, output: Path, rows: int, *more: str) -> dict[str, Any]:
-    """The result of one run on core 0, with the seconds of the whole command."""
+    """The result of a run driven from core 0, with the command's seconds."""
     shutil.rmtree(output, ignore_errors=True)
     options = ["--recipe", RECIPE, "--samples", str(rows), "--sequence-length", str(LENGTH), "--threads", "1"]
     command = [*inside(0), *COMMAND, "quantize", str(source), "--output", str(output), *options, "--json", "-q", *more]

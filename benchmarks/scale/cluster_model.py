@@ -1,7 +1,7 @@
-"""What would bound the largest models on up to 64 nodes: a simulation from measured task times and sizes.
+"""Simulates the largest models on up to 64 nodes, from measured task times.
 
-Rates (seconds per unit of work on one core) are those of the runs on one node. A layer is a sequence of shares; each is
-over when its slowest node is, and when its bytes have been through the store:
+Rates (seconds per unit of work on one core) come from the runs on one node. A layer is a sequence of shared tasks; each
+ends when its slowest node is done and its bytes have been through the store:
 
     pieces ─▶ nodes, as evenly as whole pieces allow ─▶ cores of a node, as many as a piece can use
 """
@@ -33,7 +33,7 @@ STRIP, CHUNK, TOGETHER = 256, 512, 4
 
 @dataclass(frozen=True)
 class Share:
-    """Pieces of work: units of each, how many cores one piece can use, bytes in all and read by every node."""
+    """A shared task: its pieces, their units and cores, and the bytes that move."""
 
     label: str
     pieces: int
@@ -44,7 +44,7 @@ class Share:
 
 
 def shares(config: Qwen3Config, tokens: int) -> Iterator[Share]:
-    """The shares of a layer, and what every node does for itself."""
+    """The shared tasks of a layer, in order."""
     shapes, length = config.linear_shapes(0), LENGTH
     samples = max(1, tokens // length)
     for stage in config.block(0).stages:
@@ -70,7 +70,7 @@ def shares(config: Qwen3Config, tokens: int) -> Iterator[Share]:
 
 
 def own_units(config: Qwen3Config) -> float:
-    """Units of what every node does for itself: weights that it reads, and the factors of its Hessians."""
+    """Units of unshared work: every node reads the weights and factorises the Hessians."""
     shapes = config.linear_shapes(0)
     widths = {width for name, (_, width) in shapes.items() if not is_expert(name)}
     weights = sum(math.prod(shape) for name, shape in shapes.items() if not is_expert(name))
@@ -78,20 +78,23 @@ def own_units(config: Qwen3Config) -> float:
 
 
 def rates(run: Mapping[str, Any], config: Qwen3Config, tokens: int, layers: int) -> dict[str, float]:
-    """Seconds per unit of each kind of work, from a run on one node of one core."""
+    """Seconds per unit of each kind of work, from a one-core run."""
     worker, units = run["workers"][0], dict[str, float]()
     for share in shares(config, tokens):
         units[share.label] = units.get(share.label, 0.0) + share.pieces * share.units
     shared = {label: sum(item[key] for key in ("working", "waiting", "writing", "reading"))
               for label, item in worker["shared"].items()}  # fmt: skip
     found = {label: worker["shared"][label]["working"] / layers / total for label, total in units.items()}
-    # What has no line of its own in `shares` is done by every node.
+    # Work that is not in `shares` is done by every node.
     alone = worker["seconds"] - sum(shared[label] for label in units)
     return {**found, "own": max(0.0, alone) / layers / own_units(config)}
 
 
 def layer_seconds(config: Qwen3Config, rate: Mapping[str, float], nodes: int) -> dict[str, float]:
-    """Seconds of one layer by what they are spent on; `store` and `link` where bytes and not work decide."""
+    """Seconds of one layer by kind of work.
+
+    `store` and `link` are the seconds by which moving bytes takes longer than the work.
+    """
     spent: dict[str, float] = {"own": own_units(config) * rate["own"] / CORES}
     for share in shares(config, ROWS * LENGTH):
         seconds, here = share.units * rate[share.label], math.ceil(share.pieces / nodes)
@@ -104,7 +107,7 @@ def layer_seconds(config: Qwen3Config, rate: Mapping[str, float], nodes: int) ->
 
 
 def curve(found: Mapping[str, Mapping[str, Any]], tokens: int, layers: int) -> list[str]:
-    """The section of the report."""
+    """The report's section on the simulation."""
     base, more = SLICES["moe"]
     measured = parse_config({**MODELS[base].config, **more, "num_hidden_layers": layers}, base)
     rate = rates(found["moe"]["1"], measured, tokens, layers)

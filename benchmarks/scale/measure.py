@@ -1,4 +1,4 @@
-"""One command in a process of its own: wall and CPU seconds, largest memory, largest scratch folder, its JSON."""
+"""Runs a command in its own process; measures time, memory and scratch space."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CODE = "from qwen3_export.cli import main; main()"
 
 @dataclass(frozen=True)
 class Run:
-    """What a command took, and what it printed with `--json`."""
+    """A command's cost, and the result that it printed with `--json`."""
 
     wall_s: float
     cpu_s: float
@@ -51,7 +51,7 @@ def measure(arguments: Sequence[str | Path], threads: int, scratch: Path | None 
 
 
 def used(folder: Path) -> int:
-    """Bytes that the files of a folder take on the disk, some of them perhaps just gone."""
+    """Disk space of a folder, some of whose files may vanish meanwhile."""
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:

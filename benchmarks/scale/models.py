@@ -1,4 +1,4 @@
-"""Slices of the large Qwen3 models: their exact widths and vocabulary, few layers, random weights."""
+"""Slices of large Qwen3 models: exact widths and vocabulary, few layers, random weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _COMMON = {
     "eos_token_id": 8187,
     "bos_token_id": 8185,
 }
-# Random numbers that all weights are cut from: a prime, so that no two rows begin at the same place.
+# Size of the pool of random numbers that weights are cut from: a prime, so that rows begin at different places.
 _POOL = 16_777_259
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -103,7 +103,7 @@ def make_slice(folder: Path, name: str, layers: int, **changes: Any) -> Path:
 
 
 def _pieces(pool: NDArray, random: np.random.Generator, shape: tuple[int, ...]) -> Iterator[NDArray]:
-    """Norms of one; matrices cut from the pool, each piece from another place."""
+    """Norms of one; matrices in pieces from different places of the pool."""
     if len(shape) == 1:
         yield np.ones(shape, np.float32).astype(_BF16)
         return

@@ -1,4 +1,4 @@
-"""The results as Markdown: one table of runs, and one of what they come to at a model's full depth."""
+"""The results as Markdown: a table of runs, and one extrapolated to full depth."""
 
 from __future__ import annotations
 
@@ -55,7 +55,10 @@ def _ratio(measured: float, predicted: float | None, unit: float, name: str) -> 
 
 
 def _lines(records: Sequence[Record]) -> list[str]:
-    """Per layer, and at full depth: on the straight line through the shallowest and the deepest slice."""
+    """Rows per layer and at full depth, on the line through two slices.
+
+    These are the shallowest and the deepest slice that were measured.
+    """
     groups: dict[tuple[str, str, str], list[Record]] = {}
     for r in records:
         groups.setdefault((r["model"], r["what"], r["rows"]), []).append(r)

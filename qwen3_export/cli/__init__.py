@@ -8,9 +8,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import math
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,28 +32,38 @@ _EXIT_RESOURCES = 4
 _EXIT_INPUT = 2
 _GOES_ON = "finished blocks are kept in {}: repeat the command to go on"
 _AGAIN = "nothing was written: repeat the command to start over"
-# Commands that write nothing, whatever happens.
+_WHOLE = "{} was finished before that, and is whole"
+# Commands that write no files.
 _READING = ("run", "inspect", "plan")
-# Where `quantize`, and an export with a recipe, keep what can be gone on with.
+# Suffixes of the folders from which an interrupted `quantize`, or export with a recipe, goes on.
 _KEPT = (".partial", ".quantized.partial")
 
 
 def main() -> None:
-    """Entry point of `qwen3-export`: run a command, turn every expected failure into one line."""
-    steady_streams()
-    for number in STOPPING:
-        # Whoever has it ignored, as nohup does, wants the work to go on.
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _interrupt)
-    code = run(sys.argv[1:])
+    """Entry point of `qwen3-export`: run a command, print expected failures as one line."""
+    try:
+        steady_streams()
+        sys.unraisablehook = _interrupt_again
+        for number in STOPPING:
+            # A signal that is ignored already, as under nohup, stays ignored.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _interrupt)
+        code = run(sys.argv[1:])
+        # From here on a signal ends the process as the system does, without a traceback.
+        for number in (signal.SIGINT, *STOPPING):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+    except KeyboardInterrupt as error:
+        code = _report(error, sys.argv[1:])
     finish_streams()
-    # The end of the process collects once more: a fifth of a second where torch was imported, for nothing.
+    # Spares the garbage collection at exit, a fifth of a second where torch was imported.
     gc.freeze()
     sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
+    started = time.time()
     try:
         import typer.main
 
@@ -60,20 +73,17 @@ def run(arguments: list[str]) -> int:
         with _told_warnings(quiet=bool({"-q", "--quiet"} & set(arguments))):
             code = typer.main.get_command(app).main(arguments, prog_name="qwen3-export", standalone_mode=False)
         if code == _EXIT_INTERRUPTED:
-            raise KeyboardInterrupt  # typer has turned it into this code
+            raise KeyboardInterrupt  # which typer turned into this exit code
     except BaseException as error:
         if any(argument in ("-v", "--verbose") for argument in arguments) and not isinstance(error, SystemExit):
             traceback.print_exc()
-        return _report(error, arguments)
+        return _report(error, arguments, started)
     return code if isinstance(code, int) else 0
 
 
 @contextlib.contextmanager
 def _told_warnings(quiet: bool) -> Iterator[None]:
-    """Print what is told of an input as one line `warning: …`, once.
-
-    Other warnings as Python does.
-    """
+    """Print each InputWarning once, as a line `warning: …`; others as Python does."""
     with warnings.catch_warnings():
         usual, told = warnings.showwarning, set[str]()
 
@@ -90,9 +100,9 @@ def _told_warnings(quiet: bool) -> Iterator[None]:
 
 
 def _check_utf8(arguments: list[str]) -> None:
-    """Refuse arguments that are no UTF-8.
+    """Refuse arguments that are not UTF-8.
 
-    Their bytes arrive as lone surrogates, which no tokenizer, manifest or JSON takes.
+    Python decodes their bytes to lone surrogates, which no tokenizer, manifest or JSON takes.
     """
     for before, argument in zip(["", *arguments], arguments, strict=False):
         try:
@@ -102,8 +112,11 @@ def _check_utf8(arguments: list[str]) -> None:
             raise InputError(f"{option}{argument!a}: not valid UTF-8", "write it in UTF-8") from error
 
 
-def _report(error: BaseException, arguments: Sequence[str] = ()) -> int:
-    """Print `error: …` and `hint: …`, and return the exit code."""
+def _report(error: BaseException, arguments: Sequence[str] = (), started: float = math.inf) -> int:
+    """Print `error: …` and `hint: …`, and return the exit code.
+
+    `started` is when the command began, in seconds since the epoch.
+    """
     if isinstance(error, ExportError):
         return _say(str(error), error.hint, error.exit_code)
     if type(error).__name__ == "NoArgsIsHelpError":
@@ -113,7 +126,7 @@ def _report(error: BaseException, arguments: Sequence[str] = ()) -> int:
     if usage is not None:
         return _say(usage, "`qwen3-export COMMAND --help` shows the usage", _EXIT_INPUT)
     if _interrupted(error):
-        return _say("interrupted", _after_interrupt(arguments), _EXIT_INTERRUPTED)
+        return _say("interrupted", _after_interrupt(arguments, started), _EXIT_INTERRUPTED)
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return _say("no more threads may be started", "give fewer --threads, or raise the limit", _EXIT_RESOURCES)
     if isinstance(error, MemoryError):
@@ -129,30 +142,43 @@ def _report(error: BaseException, arguments: Sequence[str] = ()) -> int:
     return _say(f"unexpected {type(error).__name__}: {error}", hint, _EXIT_INPUT)
 
 
-def _after_interrupt(arguments: Sequence[str]) -> str:
-    """What there is of an interrupted command's output, and what to do next."""
+def _after_interrupt(arguments: Sequence[str], started: float) -> str:
+    """What an interrupted command has kept, and what to do next."""
     if arguments and arguments[0] in _READING:
         return "nothing was to be written"
     for before, argument in zip(["", *arguments], arguments, strict=False):
         name, _, value = argument.partition("=")
         output = value if name == "--output" and value else argument if before in ("-o", "--output") else ""
+        if output and _appeared(Path(output)) >= started:
+            return _WHOLE.format(output)
         for kept in (Path(f"{output}{ending}") for ending in _KEPT if output):
             if os.path.lexists(kept):
                 return _GOES_ON.format(kept)
     return _AGAIN
 
 
+def _appeared(path: Path) -> float:
+    """When a file or folder got its name, in seconds since the epoch; 0 where there is none.
+
+    Outputs get theirs when they are complete.
+    """
+    return path.lstat().st_ctime if os.path.lexists(path) else 0.0
+
+
 def _interrupted(error: BaseException) -> bool:
     """Whether a signal ended the command.
 
-    Native code that goes on after one leaves a SystemError caused by it.
+    Native code that runs on after a KeyboardInterrupt raises a SystemError caused by it.
     """
     cause = error.__cause__ if isinstance(error, SystemError) else error
     return isinstance(cause, KeyboardInterrupt) or type(error).__name__ == "Abort"
 
 
 def _usage_message(error: BaseException) -> str | None:
-    """The message of a command-line mistake; typer may carry its own copy of click."""
+    """Message of a usage error, None for other errors.
+
+    Classes are compared by name, since typer may carry its own copy of click.
+    """
     names = {kind.__name__ for kind in type(error).__mro__}
     if names & {"UsageError", "ClickException"} and hasattr(error, "format_message"):
         return str(error.format_message()).replace("\n", " ")
@@ -160,7 +186,7 @@ def _usage_message(error: BaseException) -> str | None:
 
 
 def _where(error: OSError) -> str:
-    # Of a copy the second name is the one that is being written.
+    # When a copy fails, the second name is the file being written.
     name = error.filename2 or error.filename
     return f": {name}" if name else ""
 
@@ -184,8 +210,19 @@ def _say(message: str, hint: str | None, code: int) -> int:
     return code
 
 
+def _interrupt_again(failure: sys.UnraisableHookArgs) -> None:
+    """Interrupt the command once more where Python lost an interrupt, as it does in callbacks of its own."""
+    if issubclass(failure.exc_type, KeyboardInterrupt):
+        main_thread = threading.main_thread().ident
+        again = threading.Timer(0.1, signal.pthread_kill, (main_thread, signal.SIGINT))
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(failure)
+
+
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    # A terminal that closes, or a service that stops, sends several: what is cleaned up now is not to be stopped.
+    # A closing terminal or a stopping service sends several signals: later ones must not interrupt the clean-up.
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt

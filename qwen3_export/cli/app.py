@@ -1,7 +1,4 @@
-"""The Typer application, and what all commands share.
-
-They share output options, progress, and JSON or a table.
-"""
+"""The Typer application, and the options and display that all commands share."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from typer.core import TyperGroup
 from qwen3_export import __version__
 from qwen3_export.cli.console import Console
 
-# The order in which a newcomer needs them.
+# In the order in which a newcomer needs them.
 ORDER = (
     *("demo", "inspect", "plan", "recipes", "quantize", "calibrate", "onnx", "gguf", "tensorrt", "triton"),
     *("reference", "tasks", "validate", "bench", "run", "compare", "gate"),
@@ -22,7 +19,7 @@ ORDER = (
 
 
 class _InOrder(TyperGroup):
-    """The commands in their order, not in that of the imports."""
+    """A command group that lists its commands in this order, not that of imports."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names of all commands."""
@@ -57,7 +54,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an output that exi
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """Shipped recipes that begin so, for the shell's completion; it names files itself."""
+    """Shipped recipes that begin with the text; the shell completes files itself."""
     from qwen3_export.core.recipe import recipe_names
 
     return [name for name in recipe_names() if name.startswith(incomplete)]

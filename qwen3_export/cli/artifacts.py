@@ -1,7 +1,4 @@
-"""What `inspect` says of an artifact, without torch or onnx.
-
-The artifact is an ONNX folder or file, a GGUF file or a TensorRT folder.
-"""
+"""`inspect` for ONNX, GGUF and TensorRT artifacts; needs neither torch nor onnx."""
 
 from __future__ import annotations
 
@@ -26,15 +23,12 @@ _OURS, _FOREIGN = "qwen3-export", "another tool"
 
 
 def is_artifact(path: Path) -> bool:
-    """Whether a path is something that `describe_artifact` knows.
-
-    Any file is, and a folder that is no checkpoint.
-    """
+    """Whether a path goes to `describe_artifact`: any file, and folders without a checkpoint."""
     return path.is_file() or (path.is_dir() and (is_onnx(path) or describer(path) is not None))
 
 
 def describe_artifact(path: Path) -> dict[str, Any]:
-    """Types, sizes and provenance; InputError for a file that is nothing of ours."""
+    """Types, sizes and provenance of an artifact; InputError for any other file."""
     found = describer(path)
     if found:
         return found(path)
@@ -42,7 +36,7 @@ def describe_artifact(path: Path) -> dict[str, Any]:
 
 
 def show_artifact(values: dict[str, Any]) -> None:
-    """A table of types and one of tensors, layers taken together."""
+    """Print a table of types and one of tensors, all layers in one row."""
     if "types" not in values:
         show_companion(values)
         return
@@ -116,7 +110,7 @@ def _gguf(path: Path) -> dict[str, Any]:
 
 
 def _tensors(found: Iterable[OnnxTensor | GgufTensor]) -> dict[str, Any]:
-    """Every tensor, and the sums per type."""
+    """Every tensor, and the totals per type."""
     types: dict[str, dict[str, int]] = {}
     tensors = []
     for tensor in found:

@@ -1,4 +1,4 @@
-"""The command that times artifacts on this device: bench."""
+"""The command `bench`, which times artifacts on this device."""
 
 from __future__ import annotations
 
@@ -85,10 +85,7 @@ def bench(
 
 
 def _latency_limits(gate: Path, show: Console) -> dict[str, float]:
-    """The limits of a gate file that a latency run can check.
-
-    Raises InputError when it has none.
-    """
+    """A gate file's limits on latency; InputError when it has none."""
     from qwen3_export.prove.limits import is_latency, read_limits
 
     limits = read_limits(gate)

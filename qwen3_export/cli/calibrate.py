@@ -1,4 +1,4 @@
-"""The command that measures what importance matrices tell: calibrate."""
+"""The command `calibrate`, which measures an importance matrix."""
 
 from __future__ import annotations
 

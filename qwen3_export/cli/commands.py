@@ -1,4 +1,4 @@
-"""Every command, registered: importing a file of commands adds them to the application."""
+"""All commands: importing a module of commands registers them with the application."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What `inspect` finds in the files beside artifacts, without torch.
+"""`inspect` for the files that accompany artifacts; needs no torch.
 
-They are reference files, importance matrices, reports, Triton repositories, recipes, and the demo's folder.
-`show_companions` prints it.
+These are reference files, importance matrices, reports, Triton repositories, recipes and the demo's folder.
+`show_companions` prints what is found.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _BACKEND, _COUNT = re.compile(r'^ *(?:backend|platform): *"([^"]*)"', re.MULTILI
 
 
 def describer(path: Path) -> Callable[[Path], dict[str, Any]] | None:
-    """What describes this path; None when it is an artifact or a checkpoint."""
+    """The function that describes a path; None for an artifact or a checkpoint."""
     if path.is_dir():
         return _of_folder(path)
     if path.suffix in (".yaml", ".yml"):
@@ -56,10 +56,7 @@ def _of_folder(path: Path) -> Callable[[Path], dict[str, Any]] | None:
 
 
 def _of_bytes(path: Path) -> Callable[[Path], dict[str, Any]] | None:
-    """By a file's first bytes.
-
-    A GGUF file is told from an importance matrix by its header.
-    """
+    """The function that describes a file, chosen by its first bytes; None for GGUF."""
     try:
         with open_regular(path) as file:
             head = file.read(9)
@@ -165,7 +162,7 @@ def _report(path: Path) -> dict[str, Any]:
 
 
 def _measured(item: dict[str, Any]) -> dict[str, Any]:
-    """What a report says of one artifact, None where it was not measured."""
+    """One artifact's figures in a report; None where one was not measured."""
     decode = item.get("decode")
     speed = decode.get("tokens_per_second_p50") if isinstance(decode, dict) else item.get("tokens_per_second")
     return {
@@ -178,12 +175,12 @@ def _measured(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as(value: Any, kind: type[Kind]) -> Kind | None:
-    """A value that somebody else wrote, None where it is of another kind."""
+    """A value from a file, None when it has another type than expected."""
     return value if type(value) is kind else None
 
 
 def _number(value: Any) -> float | None:
-    """A number that somebody else wrote, None for anything else."""
+    """A number from a file, None for anything else."""
     return float(value) if type(value) in (int, float) and np.isfinite(value) else None
 
 

@@ -1,4 +1,4 @@
-"""Progress on stderr, results on stdout."""
+"""The display of a command: progress on stderr, results on stdout."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Console(Progress):
             started = time.monotonic()
             yield lambda: None
             seconds = time.monotonic() - started
-            # What is done at once is worth no line of a log.
+            # A step that took no time is worth a line only with --verbose.
             (self.say if seconds >= _AT_ONCE else self.log)(f"{label}: done in {seconds:.1f} s")
             return
         from rich.console import Console as RichConsole
@@ -50,25 +50,25 @@ class Console(Progress):
             yield lambda: bars.advance(task)
 
     def say(self, text: str) -> None:
-        """A line of progress for everyone but the quiet."""
+        """Print a line of progress, unless --quiet."""
         if not self.quiet:
             print(plain(text, sys.stderr), file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
-        """A line about where the work stands."""
+        """Print a line about how the work goes, unless --quiet."""
         self.say(text)
 
     def log(self, text: str) -> None:
-        """A line for those who asked for details."""
+        """Print a line of detail with --verbose."""
         if self.verbose:
             self.say(text)
 
     def warn(self, text: str) -> None:
-        """A warning, for everyone but the quiet."""
+        """Print a warning, unless --quiet."""
         self.say(f"warning: {text}")
 
     def result(self, values: dict[str, Any], lines: Callable[[], None]) -> None:
-        """Print the result: one JSON object, or what `lines` prints for people."""
+        """Print the result: one JSON object with --json, else what `lines` prints."""
         if self.json:
             encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
             print(json.dumps(values, ensure_ascii=not encoding.startswith("utf")))
@@ -77,19 +77,19 @@ class Console(Progress):
 
 
 def tell(text: str) -> None:
-    """A line of the result on stdout."""
+    """Print a line of the result on stdout."""
     print(plain(text))
 
 
 def yaml_text(values: dict[str, Any]) -> str:
-    """A result as YAML, in signs that stdout has."""
+    """A result as YAML, in characters that stdout can encode."""
     import yaml
 
     return plain(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100))
 
 
 def fields(values: dict[str, Any]) -> None:
-    """`name  value` lines on stdout."""
+    """Print `name  value` lines on stdout."""
     width = max(map(len, values))
     for name, value in values.items():
         print(plain(f"{name:<{width}}  {value}"))
@@ -103,7 +103,7 @@ def nats(item: Mapping[str, Any]) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people: `7.9 MB`."""
+    """A number of bytes as text: `7.9 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -112,7 +112,7 @@ def size(count: float) -> str:
 
 
 def verdict(item: Mapping[str, Any]) -> str:
-    """`pass`, `FAIL`, or `-` when nothing was asked."""
+    """`pass`, `FAIL`, or `-` when no limit was given."""
     if not item["gate"]["checks"]:
         return "-"
     return "pass" if item["gate"]["passed"] else "FAIL"

@@ -1,4 +1,4 @@
-"""`demo`: the main job on the embedded model, end to end.
+"""The command `demo`: the main job on the embedded model, end to end.
 
 reference-model ─▶ RTN and GPTQ folders ─▶ ONNX, GGUF, TensorRT ─▶ drift and latency ─▶ one table
 """
@@ -27,19 +27,16 @@ from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import REFERENCE_MODEL, open_source
 from qwen3_export.errors import MissingRuntimeError
 
-# What a healthy artifact of the embedded model stays under, nats per token.
+# Largest KL of a sound artifact of the embedded model, nats per token.
 LIMITS = {"16 bit": 1e-3, "8 bit": 2e-3, "4 bit": 0.05, "another tool's": 0.5}
 _SAMPLES, _LENGTH, _HELD_OUT = 64, 256, 8_000
-# Bits per weight: of the decoder's linears where they are known, and in all.
+# Bits per weight: of the decoder's linears (None where unknown), and of the whole model.
 Bits = tuple[float | None, float]
 
 
 @dataclass(frozen=True)
 class Product:
-    """One artifact of the demo.
-
-    Its file name, the modules it needs, its gate, and how it is made.
-    """
+    """One artifact of the demo: file name, needed modules, kind of limit, maker."""
 
     name: str
     needs: tuple[str, ...]
@@ -48,9 +45,9 @@ class Product:
 
 
 class _Calm(Console):
-    """Keeps doubts about the machine to the report.
+    """A console that leaves warnings about the machine to the report.
 
-    The demo shows what there is, it is no measurement.
+    The demo shows what can be done; its timings are no measurement.
     """
 
     def warn(self, text: str) -> None:
@@ -97,9 +94,9 @@ def _need_torch() -> None:
 
 
 def _make(folder: Path, show: Console) -> tuple[dict[str, tuple[Bits, str]], dict[str, str]]:
-    """Quantize and export.
+    """Quantize and export every artifact that this machine can write.
 
-    `{file name: (bits per weight, kind of limit)}` and what was left out, why.
+    Returns `{file name: (bits per weight, kind of limit)}`, and why the others were left out.
     """
     quantized = {
         name: _quantize(folder, name, show) for name in ("rtn-w4a16-g128", "gptq-w4a16-g128", "edge-w4", "gguf-q4_k_m")
@@ -171,7 +168,7 @@ def _open(folder: Path, source: str) -> Any:
 
 
 def _prove(folder: Path, made: dict[str, tuple[Bits, str]], show: Console) -> dict[str, Any]:
-    """Validate and bench everything against the original; one result per artifact."""
+    """Validate and time every artifact; one result for each."""
     from qwen3_export.prove.latency import Workload, bench
     from qwen3_export.prove.validate import open_reference, validate
 
@@ -188,7 +185,7 @@ def _prove(folder: Path, made: dict[str, tuple[Bits, str]], show: Console) -> di
 
 
 def _relocate(result: dict[str, Any], partial: Path, output: Path) -> dict[str, Any]:
-    """Paths as they will be when the folder has its name."""
+    """Replace the unfinished folder's name by the final one in a result's paths."""
     for item in result["results"]:
         item["artifact"] = str(output / Path(item["artifact"]).relative_to(partial))
     return result

@@ -1,4 +1,4 @@
-"""Another tool's artifact for the demo's table: the int4 model of onnxruntime-genai's own builder."""
+"""A peer for the demo's table: the int4 model of onnxruntime-genai's builder."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _MODULE = "onnxruntime_genai.models.builder"
 
 
 def builder_is_there() -> bool:
-    """Whether onnxruntime-genai with its builder, and what that needs, is installed."""
+    """Whether onnxruntime-genai's builder and its requirements are installed."""
     return all(importlib.util.find_spec(name) is not None for name in ("onnxruntime_genai", "transformers", "torch"))
 
 
 def build(output: Path) -> tuple[None, float]:
-    """Write the builder's folder, with its defaults for a CPU.
+    """Write the builder's folder with its defaults for a CPU.
 
-    Returns bits per weight: of linears alone, which is not known, and in all.
+    Returns bits per weight: None for the linears, where it is unknown, and that of the whole model.
     """
     checkpoint = open_source(REFERENCE_MODEL)
     cache = output.with_name(f".{output.name}.cache")

@@ -1,4 +1,4 @@
-"""What exports print for people."""
+"""Summaries of `onnx`, `gguf` and `tensorrt` in the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qwen3_export.cli.console import fields, size
 
 
 def exported(result: dict[str, Any]) -> None:
-    """The summary of an export, for people."""
+    """Print the summary of an export."""
     inexact, linears = result["inexact_tensors"], result["linear_bits_per_weight"]
     worst = max(inexact, key=lambda item: item["max_rel_error"]) if inexact else None
     fields(
@@ -34,7 +34,7 @@ def exported(result: dict[str, Any]) -> None:
 
 
 def _costs(result: dict[str, Any]) -> dict[str, str]:
-    """What a quantized cache and the accuracy level cost, as lines of the summary."""
+    """Lines of the summary: KL that a quantized cache and the accuracy level add."""
     cache = {}
     if "kv_cache_kl" in result:
         cache["cache"] = f"{result['kv_cache']} keys and values; adds a KL of {result['kv_cache_kl']:.1e}"
@@ -42,10 +42,7 @@ def _costs(result: dict[str, Any]) -> dict[str, str]:
 
 
 def _plan(result: dict[str, Any]) -> dict[str, str]:
-    """What building a plan took, and was predicted to take.
-
-    Or the command that builds it elsewhere.
-    """
+    """Line of the summary: the plan's cost beside its prediction, or its `trtexec` command."""
     if "trtexec" in result:
         return {"build on its device": result["trtexec"]}
     if "build" not in result:
@@ -59,7 +56,7 @@ def _plan(result: dict[str, Any]) -> dict[str, str]:
 
 
 def _level(result: dict[str, Any]) -> dict[str, str]:
-    """What the accuracy level costs, as a line of the summary."""
+    """Line of the summary: the KL that the accuracy level adds."""
     level = result.get("accuracy_level")
     if level is None:
         return {}

@@ -1,4 +1,4 @@
-"""Commands that look at reports: gate, compare."""
+"""The commands `gate` and `compare`, which read reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantizing on the way: what an export with `--recipe` takes and does first."""
+"""Exports with `--recipe`: their options, and quantizing before the export."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RecipeOption = Annotated[
     str | None,
     typer.Option(help="Quantize a 16-bit source with this recipe first.", autocompletion=complete_recipe),
 ]
-# What quantizing on the way takes; None is quantize's own default, and says that nothing was asked for.
+# Options of quantizing in an export. None means that an option was not given: `quantize`'s default holds.
 Calibration = Annotated[str | None, typer.Option(help="With --recipe: as for quantize (default: bundled).")]
 Samples = Annotated[int | None, typer.Option(min=1, max=1_000_000, help="With --recipe: calibration samples.")]
 SequenceLength = Annotated[int | None, typer.Option(min=16, max=1 << 20, help="With --recipe: tokens per sample.")]
@@ -50,7 +50,7 @@ Check = Callable[[Checkpoint], object]
 
 @dataclass(frozen=True)
 class Quantizing:
-    """`quantize`'s options for an export with a recipe; None where nothing was asked for."""
+    """`quantize`'s options in an export with a recipe; None where not given."""
 
     calibration: str | None = None
     samples: int | None = None
@@ -63,9 +63,9 @@ class Quantizing:
     scratch: Path | None = None
 
     def settings(self, recipe: str | None) -> QuantizeSettings:
-        """How to quantize.
+        """The settings of `quantize`.
 
-        Raises InputError for options without a recipe, and for values that cannot be.
+        Raises InputError for options without a recipe, and for impossible values.
         """
         given: dict[str, Any] = {name: value for name, value in asdict(self).items() if value is not None}
         if recipe is None and given:
@@ -93,13 +93,13 @@ def prepared(
     folder: bool = True,
     reads: Path | None = None,
 ) -> Iterator[Checkpoint]:
-    """The source, or a quantized copy of it with a recipe.
+    """The checkpoint to export: the source, or with a recipe a quantized copy.
 
-    The copy lies beside the output and is removed afterwards.
+    The copy lies beside the output and is removed afterwards. When the command is interrupted, finished blocks, or the
+    whole copy, stay in `OUTPUT.quantized.partial/`, and the same command goes on from there.
 
-    `check` is the export's own check, made before anything is quantized; `folder` says what the export writes,
-    `reads` what it reads beside the source. An interrupted run's finished blocks, or the whole copy when the export
-    itself was stopped, are kept in `OUTPUT.quantized.partial/`, from which the same command goes on.
+    `check` is the export's own check, made before anything is quantized; `folder` says whether the export writes a
+    folder; `reads` are files that it reads beside the source.
     """
     checkpoint = open_source(source)
     inputs = [checkpoint.folder, recipe, options.calibration, reads]

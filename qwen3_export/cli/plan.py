@@ -1,7 +1,4 @@
-"""The command that says beforehand what a recipe needs.
-
-And where its result can go.
-"""
+"""The command `plan`: what a recipe needs, and which formats can hold its result."""
 
 from __future__ import annotations
 
@@ -62,10 +59,7 @@ def plan(
 
 
 def _planned(result: dict[str, Any], asked: Sequence[str]) -> None:
-    """What was found.
-
-    Of the formats that were asked for, if any were, and of what runs those.
-    """
+    """Print the plan of the formats asked for and the runtimes that read them."""
     known = {
         "possible": "yes" if result["possible"] else "no",
         "peak memory": _size(result["peak_rss_bytes"]),

@@ -1,4 +1,4 @@
-"""Commands that compare artifacts with the original: reference, validate."""
+"""The commands `reference` and `validate`, which compare artifacts with the original."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ RunDevice = Annotated[
 
 
 def find_all(artifacts: list[str], device: str | None, exact: bool, cluster: str | None) -> list[Path]:
-    """The artifacts' paths, checked here unless they run on other nodes."""
+    """Paths of artifacts, checked here unless they run on other nodes."""
     if cluster is None:
         return [find(artifact, device, exact) for artifact in artifacts]
     return [path if (path := Path(artifact)).exists() else locate(artifact) for artifact in artifacts]
 
 
 def everywhere(text: str) -> str:
-    """A text's FILE or DOMAIN=FILE with an absolute path, for other nodes."""
+    """FILE or DOMAIN=FILE with an absolute path, so that other nodes find it."""
     domain, file = split_domain(text)
     place = str(Path(file).absolute()) if Path(file).exists() else file
     return f"{domain}={place}" if domain else place
 
 
 def check_nodes(cluster: str | None, nodes: list[str] | None) -> None:
-    """Raise what is wrong with `--cluster` and `--node`, before the work."""
+    """Check `--cluster` and `--node` before the work, and raise what is wrong."""
     if cluster is not None:
         from qwen3_export.cluster.session import check_cluster
 
@@ -73,9 +73,9 @@ def check_nodes(cluster: str | None, nodes: list[str] | None) -> None:
 
 
 def find(artifact: str, device: str | None = None, exact: bool = False) -> Path:
-    """An artifact's path; `reference-model` and hub ids work here too.
+    """An artifact's path, also of `reference-model` or a hub id.
 
-    Raises InputError when no runtime takes it, MissingRuntimeError when the device is not there.
+    Raises InputError when no runtime takes it, MissingRuntimeError when the device is missing.
     """
     from qwen3_export.run.artifact import check_runnable
     from qwen3_export.run.devices import check_device
@@ -229,7 +229,7 @@ def _write_cards(result: dict[str, Any], show: Console) -> None:
 
 
 def _kl_note(result: dict[str, Any], weak: bool) -> str | None:
-    """What to know of a KL that is not exact."""
+    """A note on a KL that is no exact one; None when it is."""
     if weak:
         return "the reference keeps the likeliest tokens only: KL is a lower bound, a pass of max_kl is weak"
     if not all(item["kl_estimate"] for item in result["results"]):

@@ -1,4 +1,4 @@
-"""Commands about recipes: list, show, search."""
+"""The commands `recipes list`, `recipes show` and `recipes search`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command that writes a model repository for Triton Inference Server."""
+"""The command `triton`, which writes a model repository for Triton Inference Server."""
 
 from __future__ import annotations
 

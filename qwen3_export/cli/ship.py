@@ -1,6 +1,6 @@
-"""Commands that write formats: onnx, gguf, tensorrt.
+"""The commands `onnx`, `gguf` and `tensorrt`, which write those formats.
 
-With --recipe, a 16-bit source is quantized on the way.
+With --recipe they quantize a 16-bit source first.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def gguf(
 
 
 def _pattern(text: str) -> tuple[str, str]:
-    """`PATTERN=TYPE`, cut at the last `=`."""
+    """Split `PATTERN=TYPE` at the last `=`."""
     pattern, found, name = text.rpartition("=")
     if not found or not pattern:
         raise InputError(f"--tensor-type {text}: PATTERN=TYPE was expected", "e.g. --tensor-type attn_v=q8_0")

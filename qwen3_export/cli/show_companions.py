@@ -1,4 +1,4 @@
-"""How `inspect` prints what `companions` found."""
+"""Prints what `inspect` found in the files that `companions` reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qwen3_export.cli.console import fields, size, table, yaml_text
 
 
 def show_companion(values: dict[str, Any]) -> None:
-    """What was found, as lines and a table."""
+    """Print what was found, as lines and a table."""
     _SHOWN[values["kind"]](values)
 
 

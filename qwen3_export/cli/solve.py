@@ -1,4 +1,4 @@
-"""Commands that look at checkpoints and quantize them: inspect, quantize."""
+"""The commands `inspect` and `quantize`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Inspected = Annotated[str, typer.Argument(help="A folder, a hub id, `reference-m
 
 
 def parse_bytes(text: str) -> int:
-    """`8GiB`, `500MB` or a plain number of bytes."""
+    """Parse `8GiB`, `500MB` or a plain number of bytes."""
     count = parse_size(text)
     if count is None:
         raise InputError(f"--memory {text}: a size such as 8GiB was expected")
@@ -59,7 +59,7 @@ def inspect(source: Inspected, json: Json = False, quiet: Quiet = False, verbose
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `inspect` prints."""
+    """The values that `inspect` prints of a checkpoint."""
     config = checkpoint.config
     dtypes: dict[str, int] = {}
     for entry in checkpoint.stored_entries():
@@ -94,7 +94,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _stored_as(checkpoint: Checkpoint, module: str) -> str:
-    """The scheme of embedding or head, or its type."""
+    """The scheme of embedding or head where it is quantized, else its dtype."""
     scheme = checkpoint.schemes.get(module)
     return scheme.label if scheme else str(checkpoint.entry(f"{module}.weight").dtype)
 

@@ -1,7 +1,7 @@
-"""Standard streams that never turn a finished result into an error.
+"""Standard streams whose failures do not change the exit code.
 
-A reader may have gone (`… | head -1`), a disk be full, a stream be closed, an encoding lack a letter: what
-cannot be shown is dropped or spelled out, and the exit code stays that of the work.
+When the reader is gone (`… | head -1`), the disk is full, or the stream is closed, output is dropped; a character that
+the encoding lacks is escaped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 
 class _Steady(io.RawIOBase):
-    """A descriptor to which writing never fails; `lost` is the error that ended it."""
+    """A raw stream whose writes never fail; `lost` is the first error."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -32,7 +32,7 @@ class _Steady(io.RawIOBase):
         return os.isatty(self._descriptor)
 
     def write(self, data: Any) -> int:
-        """Write what can be written; everything counts as written once writing has failed."""
+        """Write; after a failure, drop the data and report it as written."""
         while self.lost is None:
             try:
                 return os.write(self._descriptor, data)
@@ -46,7 +46,7 @@ class _Steady(io.RawIOBase):
 def steady_streams() -> None:
     """Replace stdout and stderr by streams that cannot fail.
 
-    Open closed descriptors, or the next file gets theirs.
+    Closed standard descriptors are opened first, since the next opened file would get their numbers.
     """
     for number in range(3):
         try:
@@ -66,9 +66,9 @@ def _steady(old: TextIO | None, number: int) -> TextIO:
 
 
 def finish_streams() -> None:
-    """Flush.
+    """Flush stdout and stderr.
 
-    Say on stderr when the result could not be written, unless nobody was listening any more.
+    A result that could not be written is reported on stderr, unless its reader had closed the pipe.
     """
     sys.stdout.flush()
     lost = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "lost", None)

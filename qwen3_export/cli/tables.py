@@ -1,9 +1,7 @@
 """Tables that fit the terminal.
 
-What matters is never cut, text wraps, and a log is as wide as it needs to be.
-
-on a terminal   columns of text wrap first; then columns are left out from the right, those in `KEPT` last of all
-piped           nothing is cut or left out, unless COLUMNS asks for a width
+on a terminal   text columns wrap first; then columns are left out from the right, but never those in `KEPT`
+piped           nothing is wrapped or left out, unless COLUMNS sets a width
 no UTF-8        rules and marks in ASCII
 """
 
@@ -18,7 +16,7 @@ from typing import TextIO
 
 from rich.cells import cell_len
 
-# Columns that are shown at any width, and columns of running text, which wrap.
+# Columns that are shown at any width, and columns of text that may wrap.
 KEPT = frozenset(("artifact", "recipe", "format or runtime", "KL (nats)", "verdict", "works", "metric", "delta"))
 _TEXT = frozenset(("artifact", "runtime", "what it does", "why not", "recipe", "tensor", "metric"))
 _GAP, _NARROWEST = 2, 12
@@ -31,13 +29,13 @@ _COLOURS = {"pass": "32", "yes": "32", "better": "32", "same": "32", "FAIL": "1;
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table on stdout.
 
-    The first two columns and those of running text are left-aligned.
+    The first two columns and those that may wrap are left-aligned.
     """
     print(drawn(headers, rows, _width(), _colours()))
 
 
 def _width() -> int | None:
-    """Columns that the output has, None for as many as are needed."""
+    """Width of the output in columns, None where it is unlimited."""
     asked = os.environ.get("COLUMNS", "")
     if asked.isascii() and asked.isdigit() and 0 < len(asked) < 6:
         return int(asked) or None
@@ -49,10 +47,7 @@ def _colours() -> bool:
 
 
 def plain(text: str, stream: TextIO | None = None) -> str:
-    """The text in signs that a stream's encoding has.
-
-    It is stdout's if none is given.
-    """
+    """The text in characters that a stream can encode, by default stdout."""
     encoding = (getattr(stream or sys.stdout, "encoding", None) or "utf-8").lower()
     if encoding.startswith("utf"):
         return text
@@ -64,7 +59,7 @@ def drawn(
 ) -> str:
     """The table as text.
 
-    It is at most `width` columns wide where that can be without cutting what must be seen.
+    It is at most `width` columns wide, unless the columns in `KEPT` need more.
     """
     headers, rows = [plain(header) for header in headers], [[plain(cell) for cell in row] for row in rows]
     shown = list(range(len(headers)))
@@ -90,7 +85,7 @@ def _total(shown: Sequence[int], widths: dict[int, int]) -> int:
 def _fitted(
     headers: Sequence[str], rows: Sequence[Sequence[str]], natural: Sequence[int], width: int
 ) -> tuple[list[int], dict[int, int]]:
-    """Which columns are shown, how wide each is."""
+    """The columns that are shown, and the width of each."""
     shown = list(range(len(headers)))
     widths = dict(enumerate(natural))
     smallest = {i: min(natural[i], max(_NARROWEST, cell_len(headers[i]))) for i in shown}

@@ -1,4 +1,4 @@
-"""The command that talks to an artifact: one prompt, or a conversation."""
+"""The command `run`, which generates text: one prompt, or a conversation."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run(
         found = converse(path, messages, questions, thinking, sampling, options, on_text, on_answer, show)
     except KeyboardInterrupt:
         if not json:
-            print()  # the text ends where it is
+            print()  # keep the text generated so far
         raise
     if not found:
         raise InputError("nothing was said in the conversation", "one line of stdin is one question")
@@ -59,9 +59,9 @@ def run(
 
 
 def _questions(prompt: str | None, file: Path | None, chat: bool) -> Iterator[str]:
-    """What is asked.
+    """The prompts, from --prompt, --prompt-file or stdin.
 
-    Raises InputError when nothing, too much or an empty text is given, before anything is loaded.
+    Raises InputError before anything is loaded, unless exactly one of them is given and has text.
     """
     given = [name for name, value in (("--prompt", prompt), ("--prompt-file", file), ("--chat", chat or None)) if value]
     if prompt == "" and not file and not chat:
@@ -84,7 +84,7 @@ def _read(file: Path) -> str:
 
 
 def _lines() -> Iterator[str]:
-    """Lines of stdin until an empty one; a terminal is asked for each."""
+    """Lines of stdin until an empty one, with a prompt sign on a terminal."""
     while True:
         if sys.stdin.isatty():
             print("you: ", end="", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The command that makes tasks for `validate --tasks`."""
+"""The command `tasks`, which makes tasks for `validate --tasks`."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def validated(result: dict[str, Any]) -> None:
 
 
 def _notes(name: str, item: Mapping[str, Any]) -> None:
-    """What the table does not say of an artifact."""
+    """Print what the table does not show of an artifact."""
     from qwen3_export.prove.gate import doubt, explain
 
     plan_note(name, item)
@@ -60,13 +60,13 @@ def _notes(name: str, item: Mapping[str, Any]) -> None:
 
 
 def plan_note(artifact: str, item: Mapping[str, Any]) -> None:
-    """Why a TensorRT folder's ONNX was run in place of its plan."""
+    """Print why an ONNX ran in place of its TensorRT plan, if it did."""
     if "plan_not_run" in item:
         tell(f"{artifact}: its ONNX ran in ONNX Runtime, not its plan: {item['plan_not_run']}")
 
 
 def _explained(artifact: str, found: Mapping[str, Any]) -> None:
-    """Where drift comes from: blocks, then the worst linears."""
+    """Print where drift comes from: a table of blocks, then the worst linears."""
     tell(f"{artifact}: error of the hidden state after each block, and what each block adds alone")
     table(
         ["block", "", "error", "alone"],

@@ -1,7 +1,7 @@
-"""Other machines, by way of Ray.
+"""Work on other machines, by way of Ray.
 
-    session   attach to a cluster or start one here, place an object on a node, ask it; the only file that imports ray
-    board     which piece of shared work is whose, and what is done
+    session   attaches to a cluster or starts one, places actors on nodes and calls them; alone imports ray
+    board     assigns pieces of shared work to workers, and knows which are done
 
-It knows nothing of quantizing or proving: `solve.cluster` says what the objects do.
+Nothing here knows of quantizing or proving: the actors are those of `solve.cluster` and `prove.lab`.
 """

@@ -1,11 +1,11 @@
-"""Which piece of shared work is whose.
+"""The board: assigns the pieces of shared work to workers.
 
-The board is an object in a process of its own, which all workers ask.
+It is an actor in a process of its own, which all workers call.
 
     share "0007-rows", 16 pieces        done 0 1 2 3 · given to worker 2: 4 5 · free 6 … 15
 
-A worker reports what it has done and is given more, until all pieces are done. Pieces of a worker that was lost are
-free again. The board is no record: what is done lies in files, and whoever comes back reports the files it sees.
+A worker reports the pieces it has done and is given more, until all are done. The pieces of a lost worker become free
+again. The board keeps nothing on disk: results lie in files, and a restarted worker reports the files it finds.
 """
 
 from __future__ import annotations
@@ -18,17 +18,14 @@ from dataclasses import dataclass, field
 
 @dataclass
 class _Share:
-    """Pieces of one shared piece of work."""
+    """The pieces of one shared task: those done, and those given to which worker."""
 
     done: set[int] = field(default_factory=set)
     given: dict[int, int] = field(default_factory=dict)
 
 
 class Board:
-    """See the module docstring.
-
-    Its methods are coroutines: many workers wait in `more` at a time.
-    """
+    """The board's actor; its methods are coroutines, since many workers wait at once."""
 
     def __init__(self) -> None:
         self._shares: dict[str, _Share] = {}
@@ -37,12 +34,12 @@ class Board:
         self._changed = asyncio.Condition()
 
     async def begin(self, workers: int) -> None:
-        """Forget all shares; so many workers will ask."""
+        """Forget all shares, and expect so many workers."""
         async with self._changed:
             self._shares, self._arrived, self._workers = {}, {}, workers
 
     async def barrier(self, key: str, worker: int) -> None:
-        """Wait until all workers have come to the same place."""
+        """Wait until all workers have called with this key."""
         async with self._changed:
             self._arrived.setdefault(key, set()).add(worker)
             self._changed.notify_all()
@@ -50,11 +47,11 @@ class Board:
                 await self._changed.wait()
 
     async def finished(self) -> int:
-        """How many pieces were reported as done so far, ever."""
+        """Number of pieces reported as done since the board was made."""
         return self._finished
 
     async def lost(self, worker: int) -> None:
-        """What was given to a worker is free again."""
+        """Free the pieces that were given to a lost worker."""
         async with self._changed:
             for share in self._shares.values():
                 share.given = {piece: owner for piece, owner in share.given.items() if owner != worker}
@@ -63,11 +60,10 @@ class Board:
     async def more(
         self, key: str, count: int, worker: int, done: Collection[int], evenly: bool, least: int
     ) -> list[int]:
-        """Pieces for a worker that has done some.
+        """Next pieces for a worker that reports `done` ones; none when all are done.
 
-        There are none when all `count` of the share `key` are done.
-
-        `evenly`: its whole part at once; otherwise fewer and fewer, but `least` at a time, so that all end together.
+        `evenly` gives a worker its whole part at once. Otherwise parts become smaller, down to `least` pieces, so that
+        all workers finish at about the same time.
         """
         async with self._changed:
             share = self._shares.setdefault(key, _Share())

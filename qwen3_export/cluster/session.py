@@ -1,7 +1,7 @@
-"""Ray: nodes, objects placed on them, questions and answers.
+"""A session with Ray: nodes, actors placed on them, and their calls.
 
-Nothing is sent to Ray's makers, no dashboard is opened, and Ray's own output is left in its log files. What travels is
-small: its store of objects has 100 MB on a node that is started here, and nothing is ever spilled to a disk.
+A cluster started here sends no usage statistics, opens no dashboard, and leaves Ray's output in its log files. Messages
+are small, so its object store has 100 MB and never spills to disk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qwen3_export.core.process import uncollected, uninterrupted
 from qwen3_export.errors import InputError, MissingRuntimeError, ResourceError
 
 STORE_BYTES = 100 << 20
-# Seconds to find out whether somebody listens, and for a process to end.
+# Seconds to wait for a connection, and for a process to end.
 _CONNECT_SECONDS, _END_SECONDS = 5, 10
 _LONGEST_PLACE = 24
 _QUIET = {
@@ -29,19 +29,19 @@ _QUIET = {
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # Nobody but the run's own limit decides here how much memory it may take.
+    # Ray would kill workers when memory is short; the run has a memory limit of its own.
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_enable_metrics_collection": "0",
 }
 
 
 class LostWorkerError(Exception):
-    """The process or the node of a worker is gone."""
+    """The worker's process or node is gone."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster: its name, and what it offers."""
+    """A machine of the cluster and the resources that it offers."""
 
     id: str
     name: str
@@ -53,21 +53,21 @@ class Node:
 
 @dataclass(frozen=True)
 class Handle:
-    """An object in a process of its own."""
+    """A Ray actor: an object in a process of its own."""
 
     actor: Any
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """Ask for something; the answer is fetched with `RaySession.answers`."""
+        """Start a call without waiting; `RaySession.answer` fetches its result."""
         return getattr(self.actor, method).remote(*arguments)
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """Ask for something and wait; LostWorkerError when the process is gone."""
+        """Call and wait for the result; LostWorkerError when the process is gone."""
         return _get(self.call(method, *arguments))
 
 
 def check_cluster(address: str) -> None:
-    """Raise MissingRuntimeError without ray, InputError for what is no address."""
+    """Raise MissingRuntimeError without ray, InputError for a malformed address."""
     from importlib.util import find_spec
 
     if find_spec("ray") is None:
@@ -77,9 +77,9 @@ def check_cluster(address: str) -> None:
 
 
 def local_workers(address: str) -> int | None:
-    """N of `local:N`, 0 of `local`; None for the address of a running cluster.
+    """N of `local:N`, 0 for `local`, None for the address of a running cluster.
 
-    Raises InputError for neither.
+    Raises InputError when N is no number from 1 to 512.
     """
     word, _, count = address.partition(":")
     if word != "local":
@@ -113,9 +113,9 @@ class RaySession:
         self, kind: type, arguments: Sequence[Any], node: Node | None = None, cpus: float = 0, gpus: float = 0,
         memory: int = 0, together: int = 1, resources: Mapping[str, float] | None = None,
     ) -> Handle:  # fmt: skip
-        """An object of class `kind` in a process of its own.
+        """Start an actor of class `kind`, on the given node if there is one.
 
-        It is on the given node; `together` calls of it run at a time.
+        Up to `together` of its calls run at a time.
         """
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -126,21 +126,21 @@ class RaySession:
         return Handle(ray.remote(kind).options(**options).remote(*arguments))
 
     def answers(self, calls: Sequence[Any], seconds: float | None = None) -> list[Any]:
-        """Those of some calls that have an answer; waits for one at least."""
+        """Wait until a call finishes; a list of that one, or empty after `seconds`."""
         import ray
 
         ready, _ = ray.wait(list(calls), num_returns=1, timeout=seconds)
         return list(ready)
 
     def answer(self, call: Any, seconds: float | None = None) -> Any:
-        """What a call has found.
+        """The result of a call, awaited.
 
         Raises LostWorkerError when the process is gone, ResourceError when it takes too long.
         """
         return _get(call, seconds)
 
     def end(self, handles: Sequence[Handle]) -> None:
-        """End objects' processes, and wait until they are gone: they may write no more."""
+        """End actors and wait for their processes, so that none writes any more."""
         import ray
 
         for handle in handles:
@@ -174,7 +174,7 @@ def _get(call: Any, seconds: float | None = None) -> Any:
 
 @contextmanager
 def open_session(address: str, workers: int = 1, gpus: int = 0) -> Iterator[RaySession]:
-    """Attach to a cluster, or for `local` start one here of `workers` processors.
+    """Attach to a cluster, or start one here with `workers` processors for `local`.
 
     Raises MissingRuntimeError without ray, or where no cluster answers.
     """
@@ -185,7 +185,7 @@ def open_session(address: str, workers: int = 1, gpus: int = 0) -> Iterator[RayS
     if not is_local:
         _check_reachable(address)
     usual = tempfile.gettempdir()
-    # Short: a socket's path may have 107 characters, of which Ray's own names take 80.
+    # A short folder, since a socket's path may have 107 characters and Ray's own names take 80.
     place = usual if len(usual) <= _LONGEST_PLACE else "/tmp"
     folder = tempfile.mkdtemp(prefix="q3e-", dir=place) if is_local else None
     with uninterrupted(), uncollected():
@@ -222,7 +222,7 @@ def _parsed(address: str) -> tuple[str, int]:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise MissingRuntimeError where nobody listens: Ray itself would try for a minute."""
+    """Raise MissingRuntimeError at once where nothing listens; Ray would try for a minute."""
     if address == "auto":
         return
     host, port = _parsed(address)

@@ -1,1 +1,1 @@
-"""Proof: an artifact's logits against the original's, its latency, and the verdict."""
+"""Proof: measures an artifact's drift from the original and its latency, and judges limits."""

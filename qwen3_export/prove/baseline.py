@@ -1,12 +1,12 @@
-"""`gate`: did an artifact get worse than its baseline, in drift, size or latency?
+"""`gate`: whether an artifact is worse than its baseline in drift, size or latency.
 
-Both reports scored the same rows, so the difference is taken row by row and its 95 % interval comes
-from resampling rows: what both find hard cancels out. With `allowed` from the tolerances,
+Both reports scored the same rows of text, so differences are taken row by row: what both models find hard cancels out.
+Resampling rows gives their 95 % interval. With `allowed` from the tolerances, the verdict on a difference is
 
-    worse          the whole interval lies above what is allowed
-    same           it lies within what is allowed, on both sides
-    better         it lies below zero, and reaches beyond what is allowed
-    inconclusive   none of these; `strict` calls it worse when the mean is above what is allowed
+    worse          the whole interval is above `allowed`
+    same           the whole interval is within ± `allowed`
+    better         the whole interval is below zero, and part of it below − `allowed`
+    inconclusive   otherwise; with `strict` worse where the difference itself is above `allowed`
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qwen3_export.prove.statistics import MIN_ROWS, ends, resampled
 from qwen3_export.prove.tolerance import DRIFT, Tolerance
 
 _RANK = ("same", "better", "inconclusive", "worse")
-# What must be equal for a difference of rows to mean anything, and how it is called.
+# Fields that must be equal for rows to be comparable, and their names in messages.
 _EQUAL = {
     "reference_sha256": "the original",
     "text_sha256": "the text",
@@ -40,7 +40,7 @@ _AGAIN = "measure both with the same reference, text and runtime settings"
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """A report folder or its report.json; InputError when it is none."""
+    """Read a report from its folder or report.json; InputError for anything else."""
     file = path / "report.json" if path.is_dir() else path
     values = read_json(file, hint=_WRITTEN)
     if not isinstance(values, dict) or not isinstance(values.get("results"), list) or not values["results"]:
@@ -53,7 +53,10 @@ def read_report(path: Path) -> dict[str, Any]:
 def compare_with_baseline(
     report: Mapping[str, Any], baseline: Mapping[str, Any], tolerances: Mapping[str, Tolerance], strict: bool = False
 ) -> dict[str, Any]:
-    """`{verdict, passed, pairs, …}` of the contract; InputError when the two cannot be compared."""
+    """The result of `gate`: `{verdict, passed, pairs, …}`.
+
+    Raises InputError when the reports cannot be compared.
+    """
     pairs, unpaired = list[dict[str, Any]](), list[str]()
     machines = [values.get("environment", {}).get("cpu") for values in (report, baseline)]
     for name, new, old in _pair_artifacts(report["results"], baseline["results"], unpaired):
@@ -74,9 +77,9 @@ def compare_with_baseline(
 def _pair_artifacts(
     new: list[dict[str, Any]], old: list[dict[str, Any]], unpaired: list[str]
 ) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Results of the same name.
+    """Pairs of results with the same artifact name.
 
-    Two reports on one artifact each are paired whatever their names are.
+    Two reports on one artifact each are paired whatever its names are.
     """
     names, old_names = (unique_names([item["artifact"] for item in items]) for items in (new, old))
     if len(new) == len(old) == 1:
@@ -116,7 +119,7 @@ def _drift_pairs(
 
 
 def _refuse_unlike(new: Mapping[str, Any], old: Mapping[str, Any]) -> None:
-    """Raise InputError unless both results come from the same original, text and runtime settings."""
+    """Raise InputError unless original, text and runtime settings are the same in both."""
     for item in (new, old):
         if "rows" not in item:
             raise InputError(
@@ -142,7 +145,7 @@ def _paired(
     tolerance: Tolerance,
     strict: bool,
 ) -> dict[str, Any]:
-    """One metric over the chosen rows, with the interval of the difference."""
+    """Compare one metric over the chosen rows, with the interval of the difference."""
     counts = np.array(new["rows"]["positions"])[chosen]
     ours, theirs = (_sums(metric, item["rows"])[chosen] for item in (new, old))
     value, before = (float(_figure(metric, sums.sum() / counts.sum())) for sums in (ours, theirs))

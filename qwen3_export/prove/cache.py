@@ -1,9 +1,9 @@
 """Scales of a quantized key/value cache, and the drift that its codes cause.
 
-Scales are chosen from the keys and values that calibration samples leave in an unquantized cache. Keys have one scale
-for both channels of a rotated pair: RoPE turns one into the other with the position, so the largest length of the pair
-counts, which does not depend on the position. Values have one scale per channel, from its largest magnitude. Several
-shares of the largest value are tried, and the scale of least squared rounding error is kept.
+Scales are chosen from the keys and values that calibration samples leave in an unquantized cache. Both channels of a
+rotated pair of keys share a scale, taken from the pair's length, since RoPE rotates one into the other as the position
+changes but keeps the length. Values have one scale per channel, taken from the largest magnitude. Of several shares of
+that largest value, the one with the least squared rounding error is kept.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import calibration_samples
 
 _SAMPLES, _LENGTH = 24, 128
-# Shares of the largest value that the outermost code may stand for. 8 bits are fine enough to leave room for larger
-# values than calibration has seen, which halves the cost on held-out text (8 samples: KL 0.9e-4 in place of 1.8e-4).
+# Candidates for the value of the largest code, as shares of the largest calibration value. With 8 bits shares above 1
+# leave room for larger values, which halves the KL on held-out text (8 samples: 0.9e-4 in place of 1.8e-4).
 _SHARES = {8: (1.1,), 4: tuple(np.arange(0.5, 1.01, 0.05))}
 _SMALLEST = np.float32(1e-6)
 
@@ -31,7 +31,7 @@ Scales = list[tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 
 def cache_scales(folder: Path, bits: int) -> Scales:
-    """Scales of each layer's keys and values, fp32 `[kv_heads, 1, head_dim]`."""
+    """Scales of every layer's keys and values, fp32 `[kv_heads, 1, head_dim]`."""
     session = OrtSession(folder, RuntimeOptions())
     try:
         found: dict[str, list[NDArray]] = {}
@@ -70,7 +70,10 @@ def _scale(values: NDArray, bits: int) -> NDArray[np.float32]:
 
 
 def cache_cost(plain: Path, quantized: Path) -> dict[str, Any]:
-    """`{kv_cache_kl, kv_cache_tokens}`: KL(plain ‖ quantized), nats per token; half of them decoded singly."""
+    """KL(plain ‖ quantized) in nats per token, as `{kv_cache_kl, kv_cache_tokens}`.
+
+    Half of the tokens are decoded one by one.
+    """
     answers = []
     for folder in (plain, quantized):
         session = OrtSession(folder, RuntimeOptions())

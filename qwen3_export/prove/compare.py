@@ -1,9 +1,7 @@
-"""`compare`: candidates of several reports in one table.
+"""`compare`: candidates of several reports in one table, the Pareto front marked.
 
-The Pareto front of size, drift and speed is marked.
-
-A candidate is on the front when no other is at least as good in all three and better in one. What was
-not measured neither helps nor hurts: two candidates are compared in what both have.
+A candidate is on the front when no other is at least as good in size, drift and speed, and better in one of them. Two
+candidates are compared only in what was measured of both.
 """
 
 from __future__ import annotations
@@ -16,15 +14,15 @@ from qwen3_export.errors import InputError
 from qwen3_export.prove.baseline import read_report
 from qwen3_export.prove.naming import unique_names
 
-# What is compared, and whether more of it is better.
+# The figures that are compared, and whether larger is better.
 _AXES = {"bytes": False, "kl_mean": False, "tokens_per_second": True}
 
 
 def compare(paths: Sequence[Path]) -> dict[str, Any]:
-    """`{candidates: [{name, report, …, pareto}], notes}` from report folders or files.
+    """The result of `compare`: `{candidates: [{name, report, …, pareto}], notes}`.
 
-    Drift and latency of the same artifact in two reports become one candidate. Raises InputError where
-    drift was measured against different originals or texts, which no table may put side by side.
+    One report's drift and another's latency of the same artifact become one candidate. Raises InputError where drift
+    was measured against different originals or texts, since such figures are not comparable.
     """
     reports = [read_report(path) for path in paths]
     merged: list[dict[str, Any]] = []
@@ -41,9 +39,9 @@ def compare(paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def _merge(merged: list[dict[str, Any]], report: str, item: Mapping[str, Any]) -> None:
-    """Add a result.
+    """Merge a result into its artifact's candidate.
 
-    One that measures what the artifact has already becomes a candidate of its own.
+    Where a figure was measured twice, the result becomes a candidate of its own.
     """
     measured = {field for field in ("kl_mean", "decode") if field in item}
     for known in merged:
@@ -54,9 +52,9 @@ def _merge(merged: list[dict[str, Any]], report: str, item: Mapping[str, Any]) -
 
 
 def _names(candidates: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Short names, with the report's name for an artifact in several reports.
+    """Short names, with the report's name where an artifact is in several reports.
 
-    The way up in a path says where a report was made, not what it measured.
+    Leading `..` of a path are left out: they say where a report was made, not what it measured.
     """
     paths = [str(PurePath(*(part for part in PurePath(c["artifact"]).parts if part != ".."))) for c in candidates]
     distinct = list(dict.fromkeys(paths))
@@ -100,9 +98,9 @@ def _comparable(item: Mapping[str, Any]) -> bool:
 
 
 def _dominates(other: Mapping[str, Any], item: Mapping[str, Any]) -> bool:
-    """Whether another candidate is as good in all, and better in something.
+    """Whether another candidate is at least as good in all, and better in one.
 
-    What only one of them has does not count.
+    Figures that only one of them has do not count.
     """
     both = [(axis, more) for axis, more in _AXES.items() if item[axis] is not None and other[axis] is not None]
     signs = [(other[axis] - item[axis]) * (1 if more else -1) for axis, more in both]
@@ -110,7 +108,7 @@ def _dominates(other: Mapping[str, Any], item: Mapping[str, Any]) -> bool:
 
 
 def _notes(reports: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a reader must know before comparing speeds."""
+    """Notes on what makes speeds incomparable."""
     machines = sorted({str(report["environment"]["cpu"]) for report in reports if report.get("environment")})
     if len(machines) < 2:
         return []

@@ -1,12 +1,11 @@
-"""How far an artifact's answers are from the original's, over every scored position.
+"""Drift: how far an artifact's distributions are from the original's.
 
     KL(original ‖ artifact) = Σ p (log p − log q)      nats per token
     top-1 agreement         = share of positions with the same most likely token
     perplexity              = exp(−mean log-probability of the text's next token)
 
-Against a top-k reference the tokens outside the k are taken as one: by the data-processing
-inequality that KL is a lower bound of the full one. Where the reference has drawn some of these tokens,
-they estimate the rest without bias (`prove.tail`), and the bound stands beside the estimate.
+A top-k reference lumps all other tokens together, which makes KL a lower bound (the data-processing inequality). Where
+it also holds tokens drawn from the others, they give an estimate without bias (`prove.tail`), with the bound beside it.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from qwen3_export.prove.statistics import SampleDrift, histogram, intervals, row
 from qwen3_export.prove.tail import tail_divergence
 from qwen3_export.run.session import Session
 
-# The original is sure of a token that it gives at least this probability.
+# The original counts as sure of a token from this probability on.
 SURE = 0.9
 
 
 def sample_drift(truth: Truth, logits: NDArray[np.float32], ids: NDArray[np.int32]) -> SampleDrift:
-    """Compare one row: `logits` `[len(ids), vocab]` of the artifact.
+    """Drift of one row from the artifact's logits `[len(ids), vocab]`.
 
-    The last position is not scored.
+    The last position has no next token, so it is not scored.
     """
     q = log_softmax(logits[:-1])
     following = ids[1:, None].astype(np.int64)
@@ -52,7 +51,7 @@ def sample_drift(truth: Truth, logits: NDArray[np.float32], ids: NDArray[np.int3
 def _partial_kl(
     truth: Truth, q: NDArray[np.float32]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, NDArray[np.float64] | None]:
-    """KL of every position; for an estimate also its bound and variance."""
+    """KL of every position; where it is an estimate, also its bound and variance."""
     assert truth.ids is not None
     assert truth.tail is not None
     q_top = np.take_along_axis(q, truth.ids.astype(np.int64), 1)
@@ -70,9 +69,10 @@ def _partial_kl(
 
 
 def measure(session: Session, reference: Reference, label: str, progress: Progress | None = None) -> dict[str, Any]:
-    """Run every held-out sample through the artifact; returns the drift fields of the contract.
+    """Run every held-out sample through the artifact and measure its drift.
 
-    Raises InputError when the artifact's vocabulary or context does not fit the reference.
+    Returns the drift fields of a `validate` result. Raises InputError when the artifact's vocabulary or context does
+    not fit the reference.
     """
     _check_fit(session, reference, label)
     samples, drifts = reference.samples, []
@@ -97,7 +97,7 @@ def measure(session: Session, reference: Reference, label: str, progress: Progre
 
 
 def _generation(session: Session, reference: Reference, label: str, progress: Progress) -> dict[str, Any]:
-    """Plain texts, and chats in both modes where the reference has them."""
+    """Greedy texts compared: plain ones, and chats where the reference has them."""
     chats = reference.chats
     count = len(reference.continuations.prompts) + sum(len(chats.prompts[mode]) for mode in MODES if chats)
     with progress.bar(f"texts of {label}", count) as tick:
@@ -106,9 +106,9 @@ def _generation(session: Session, reference: Reference, label: str, progress: Pr
 
 
 def _estimate(drifts: Sequence[SampleDrift]) -> dict[str, float] | None:
-    """How good an estimated KL is, None where it is no estimate: `{lower_bound, stderr}`.
+    """Bound and standard error of an estimated KL, None for any other.
 
-    The bound holds for certain; the standard error is that of drawing tokens, not that of choosing the text.
+    `stderr` is the error from drawing tokens, not from choosing the text.
     """
     bounds = [d.kl_bound for d in drifts if d.kl_bound is not None]
     variances = [d.kl_variance for d in drifts if d.kl_variance is not None]
@@ -120,7 +120,7 @@ def _estimate(drifts: Sequence[SampleDrift]) -> dict[str, float] | None:
 
 
 def flips(drifts: Sequence[SampleDrift]) -> dict[str, Any]:
-    """Where the original is sure, how often the artifact would say something else."""
+    """How often the artifact prefers another token where the original is sure."""
     sure = np.concatenate([d.sure for d in drifts])
     other = sure & ~np.concatenate([d.same_top for d in drifts])
     count = int(sure.sum())

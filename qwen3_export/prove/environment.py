@@ -1,4 +1,4 @@
-"""Where and when something was measured: machine, processor, load, versions, date."""
+"""The environment of a measurement: machine, processor, load, versions and date."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PACKAGES = ("numpy", "onnxruntime", "xllamacpp", "tensorrt-rtx", "torch", "toke
 
 
 def environment() -> dict[str, Any]:
-    """`{host, system, cpu, cores, load_average, memory_bytes, python, versions, date}` of this machine, now."""
+    """The environment of this machine now, as a result's `environment`."""
     return {
         "host": platform.node(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -32,10 +32,7 @@ def environment() -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    """The processor's name, as the kernel gives it.
-
-    Boards of ARM name the model instead.
-    """
+    """The processor's name from the kernel; on ARM boards, the board's model."""
     info = Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.is_file() else ():
         key, _, value = line.partition(":")

@@ -1,9 +1,9 @@
-"""Where drift comes from: two models run block by block beside each other.
+"""Where drift comes from: original and artifact run side by side, block by block.
 
-    hidden states   ‖h' − h‖ / ‖h‖ after every block, each model on its own states: the error so far
-    own             the same, with the original's states as the block's input: the error that this block adds
+    hidden states   ‖h' − h‖ / ‖h‖ after every block, each model on its own states: the accumulated error
+    own             the same, with the original's states as the block's input: the error of this block alone
     linears         ‖x (W' − W)ᵀ‖ / ‖x Wᵀ‖ on the original's inputs x; for experts on their own tokens
-    channels        the channels of the hidden state with the largest shares of the error after a block
+    channels        the channels of the hidden state with the largest shares of the accumulated error
 
 Both models are read one block at a time, in torch. Errors are ratios of sums over all tokens.
 """
@@ -33,7 +33,7 @@ TOKENS, _WORST_LINEARS, _WORST_CHANNELS = 4096, 20, 5
 
 @dataclass
 class _Sums:
-    """Sums of squared errors and squared sizes over samples, by name."""
+    """Sums of squared errors and squared norms over samples, by name."""
 
     error: dict[str, float] = field(default_factory=dict)
     size: dict[str, float] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class _Sums:
 
 
 def check_explainable(artifact: Path) -> Checkpoint:
-    """The artifact's checkpoint; InputError when it is no Hugging Face folder."""
+    """The artifact's checkpoint; InputError unless it is a Hugging Face folder."""
     if artifact.is_file() or not (artifact / "config.json").is_file() or list(artifact.glob("*.onnx")):
         raise InputError(
             f"--explain: {artifact} is no Hugging Face folder",
@@ -109,7 +109,7 @@ def _embedded(checkpoint: Checkpoint, samples: Samples) -> list[Tensor]:
 
 
 def _is_folded(original: Checkpoint, artifact: Checkpoint) -> bool:
-    """Whether scales were folded into neighbours, so that single linears cannot be compared."""
+    """Whether scales were folded, so that single linears cannot be compared."""
     for layer in range(original.config.num_layers):
         for name in original.config.other_shapes(layer):
             tensor = f"{block_name(layer)}.{name}.weight"

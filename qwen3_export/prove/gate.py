@@ -1,7 +1,7 @@
-"""Limits on a result → a verdict with every check spelled out.
+"""Checks a result against its limits.
 
-Where the 95 % interval of a value straddles its limit, the check says that it is not conclusive, and
-how many positions would decide it: the interval's width falls with the square root of their number.
+Where the 95 % interval of a value straddles its limit, the check is not conclusive, and says how many positions would
+decide it: the width of the interval falls with the square root of their number.
 """
 
 from __future__ import annotations
@@ -14,18 +14,16 @@ import numpy as np
 
 from qwen3_export.prove.limits import Limit, limit_named
 
-# What must hold: the mean itself, or the bad end of its 95 % interval.
+# `--on`: the limit applies to the mean, or to the worse end of its 95 % interval.
 CHOICES = ("mean", "upper")
 
 
 def check(result: Mapping[str, Any], limits: Mapping[str, float], on: str = "mean") -> dict[str, Any]:
-    """`{passed, on, checks: [{name, value, limit, passed, …}]}`.
+    """The verdict: `{passed, on, checks: [{name, value, limit, passed, …}]}`.
 
-    A value that is NaN or unknown (None) fails.
-
-    A check of a mean also has its `ci95`, whether the limit lies outside of it (`conclusive`), the
-    `positions` that were scored and about how many would decide it (`positions_needed`, None when
-    no number would).
+    A value that is NaN or unknown (None) fails. A check of a mean also has its interval `ci95`; `conclusive`, whether
+    the limit lies outside of it; the scored `positions`; and `positions_needed`, about how many would decide it, None
+    when no number would.
     """
     checks = [_check(result, name, limit, on) for name, limit in limits.items()]
     return {"passed": all(item["passed"] for item in checks), "on": on, "checks": checks}
@@ -58,9 +56,9 @@ def _precision(value: float, bound: float, interval: list[float], positions: int
 
 
 def _look_up(result: Mapping[str, Any], path: str) -> Any:
-    """The value under a dotted path.
+    """The value under a dotted path, None where there is none.
 
-    None where there is none. A domain's name may hold dots.
+    A domain's name may itself contain dots.
     """
     value: Any = result
     section, _, rest = path.partition(".")
@@ -71,7 +69,7 @@ def _look_up(result: Mapping[str, Any], path: str) -> Any:
 
 
 def explain(check: Mapping[str, Any]) -> str:
-    """One check in words, for a failure's message."""
+    """One check in words, for the message of a failure."""
     name, value = check["name"], check["value"]
     if value is None:
         experts = (limit_named(name) or Limit("", True)).path.startswith("experts.")
@@ -87,7 +85,7 @@ def explain(check: Mapping[str, Any]) -> str:
 
 
 def _doubt(check: Mapping[str, Any]) -> str:
-    """`; inconclusive at N positions, M would decide it`, or nothing."""
+    """`; inconclusive at N positions, M would decide it`, or empty text."""
     if check.get("conclusive", True):
         return ""
     needed = check["positions_needed"]
@@ -96,22 +94,22 @@ def _doubt(check: Mapping[str, Any]) -> str:
 
 
 def doubt(check: Mapping[str, Any]) -> str | None:
-    """That a check is not conclusive, in words; None when it is."""
+    """Says in words that a check is inconclusive; None when it is conclusive."""
     return f"{check['name']}{_doubt(check).replace(';', ' is', 1)}" if _doubt(check) else None
 
 
 def number(value: float) -> str:
-    """A number for machines and tables, to six significant digits, never `-0`."""
+    """A number as text with six significant digits, never `-0`."""
     return significant(value, 6)
 
 
 def short(value: float) -> str:
-    """A number for people: four significant digits, whole where it is whole, never `-0`."""
+    """A number as text with four significant digits, integers in full, never `-0`."""
     return significant(value, 4)
 
 
 def distinct(value: float, other: float) -> tuple[str, str]:
-    """Two numbers for people, with enough digits to see that they differ."""
+    """Two numbers as text, with enough digits to show that they differ."""
     for digits in range(4, 17):
         texts = significant(value, digits), significant(other, digits)
         if texts[0] != texts[1] or value == other:
@@ -120,7 +118,7 @@ def distinct(value: float, other: float) -> tuple[str, str]:
 
 
 def significant(value: float, digits: int) -> str:
-    """So many significant digits, whole where it is whole, never `-0`."""
+    """A number as text with `digits` significant digits, integers in full, never `-0`."""
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{int(value)}"
     return f"{value:.{digits}g}"

@@ -1,9 +1,9 @@
-"""Greedy text compared with the original's: agreement, loops, and where it stops.
+"""Greedy text compared with the original's: agreement, loops and stops.
 
-    plain         the first tokens of some held-out rows go on                     `generation`
-    chats         questions through the chat template, with and without thinking   `chat_generation`
+    plain         continuations of the first tokens of some held-out rows          `generation`
+    chats         answers through the chat template, with and without thinking     `chat_generation`
 
-Texts are compared token by token. A text that ended is compared up to and including its stop token.
+Texts are compared token by token, those that ended up to and including their stop token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MODES = {"thinking": True, "no_thinking": False}
 
 @dataclass(frozen=True)
 class Chats:
-    """The original's answers to some questions: ids of prompts and answers, per mode.
+    """Token ids of chat prompts and of the original's answers, per mode.
 
     An answer ends with a token of `stops`, or after `new_tokens` tokens. `budget` limits the thoughts.
     """
@@ -38,14 +38,14 @@ class Chats:
     budget: ThinkingBudget | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for a file's metadata."""
+        """JSON values for a file's metadata."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Any, vocab_size: int) -> Chats:
         """The inverse of `to_dict`.
 
-        Raises ValueError, KeyError or TypeError when the values are not chats, or have ids beyond the vocabulary.
+        Raises ValueError, KeyError or TypeError for other values, and for ids beyond the vocabulary.
         """
         budget = values["budget"]
         texts = {
@@ -80,9 +80,9 @@ def ended(tokens: Sequence[int], stops: Sequence[int]) -> tuple[int, ...]:
 
 
 def generation(session: Session, text: Continuations, tick: Callable[[], object] = lambda: None) -> dict[str, Any]:
-    """Plain greedy text compared with the original's.
+    """Compare plain greedy text with the original's.
 
-    The result has the share of equal tokens, the length of the common beginning, and the number of texts that loop.
+    The result has the share of equal tokens, the length of the common prefix, and the number of texts that loop.
     """
     ours = []
     for prompt in text.prompts:
@@ -92,9 +92,9 @@ def generation(session: Session, text: Continuations, tick: Callable[[], object]
 
 
 def chat_generation(session: Session, chats: Chats, tick: Callable[[], object] = lambda: None) -> dict[str, Any]:
-    """Answers with and without thinking, compared with the original's.
+    """Compare answers with and without thinking with the original's.
 
-    The result is that of `generation`, and says whether answers stop as the original's do.
+    The result is that of `generation`, and how many answers stop as the original's do.
     """
     found = {}
     for mode in MODES:
@@ -115,7 +115,7 @@ def chat_generation(session: Session, chats: Chats, tick: Callable[[], object] =
 
 
 def answer_ids(session: Session, prompt: Sequence[int], chats: Chats, mode: str) -> tuple[int, ...]:
-    """The artifact's greedy answer under the original's rules."""
+    """The artifact's greedy answer, under the stops and limits of the original's."""
     thought, tokens = Thought(chats.budget if MODES[mode] else None), list[int]()
     logits = session.prefill(np.asarray(prompt, np.int32))[-1]
     while True:
@@ -127,7 +127,7 @@ def answer_ids(session: Session, prompt: Sequence[int], chats: Chats, mode: str)
 
 def _compared(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> dict[str, Any]:
     pairs = list(zip(ours, theirs, strict=True))
-    # After an early end nothing agrees.
+    # Tokens after the end of the shorter text count as differing.
     equal = [sum(a == b for a, b in zip(x, y, strict=False)) for x, y in pairs]
     whole = [max(len(x), len(y)) for x, y in pairs]
     lengths = [_common(x, y) for x, y in pairs]
@@ -144,7 +144,7 @@ def _compared(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) ->
 
 
 def _common(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    """Tokens at the beginning that are the same."""
+    """Length of the common prefix."""
     count = 0
     for a, b in zip(ours, theirs, strict=False):
         if a != b:

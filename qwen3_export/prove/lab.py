@@ -1,9 +1,10 @@
-"""A lab of devices: artifacts proved and timed on nodes of a Ray cluster.
+"""A lab of devices: artifacts validated and timed on nodes of a Ray cluster.
 
     one task per artifact and label ─▶ a node that offers the label as a resource ─▶ one report of all
 
-A label's amount on a node says how many tasks it takes at a time: with `ray start --resources='{"jetson": 1}'` nothing
-disturbs a measurement. Artifacts and reference lie where every node sees them alike.
+A label's amount on a node is the number of tasks that run there at a time: with
+`ray start --resources='{"jetson": 1}'` no other task disturbs a measurement. Artifacts and reference lie on a path that
+every node sees.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from qwen3_export.run.session import RuntimeOptions
 
 @dataclass(frozen=True)
 class DriftRequest:
-    """What `validate` is asked for on a node; see `prove.validate`."""
+    """Arguments of `validate` for a node; see `prove.validate`."""
 
     reference: str
     texts: tuple[str, ...]
@@ -42,31 +43,31 @@ class DriftRequest:
     explained: bool
 
     def measure(self, artifact: Path) -> dict[str, Any]:
-        """One artifact's drift in this process."""
+        """Measure one artifact's drift in this process."""
         reference = open_reference(self.reference, self.texts, self.tokens, None, self.thinking_budget)
         return validate([artifact], reference, self.limits, self.options, None, self.on, self.tasks, self.explained)
 
 
 @dataclass(frozen=True)
 class LatencyRequest:
-    """What `bench` is asked for on a node; `limits` are those on latency."""
+    """Arguments of `bench` for a node; `limits` are those on latency."""
 
     workload: Workload
     limits: Mapping[str, float]
 
     def measure(self, artifact: Path) -> dict[str, Any]:
-        """One artifact's latency on this machine."""
+        """Measure one artifact's latency on this machine."""
         return judged(bench([artifact], self.workload), self.limits)
 
 
 class Device:
-    """What works on a node: it measures one artifact."""
+    """The actor on a node, which measures one artifact."""
 
     def __init__(self) -> None:
         end_with_parent()
 
     def measure(self, artifact: Path, request: DriftRequest | LatencyRequest) -> Any:
-        """The node's name, and a result or an error's class, text and hint."""
+        """Measure; returns the host's name, and a result or an error's parts."""
         name = socket.gethostname()
         try:
             if not artifact.exists():
@@ -80,12 +81,10 @@ def measure_on_nodes(
     address: str, labels: Sequence[str], artifacts: Sequence[Path], request: DriftRequest | LatencyRequest,
     progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
-    """`{results, passed, environment}` of every artifact on a node of every label.
+    """Measure every artifact on a node of every label; without labels, on any node.
 
-    Without labels each artifact runs on any node.
-
-    Each result says its `node` and the `environment` there. Raises InputError for a label that no node offers, and
-    the error of a task with the name of its node.
+    Returns `{results, passed, environment}`; each result names its `node` and the `environment` there. Raises
+    InputError for a label that no node offers, and a task's error with the name of its node.
     """
     tasks = [(artifact.absolute(), label) for label in (labels or [""]) for artifact in artifacts]
     with open_session(address, local_workers(address) or thread_count()) as session:
@@ -121,7 +120,7 @@ def _start(session: RaySession, label: str) -> Handle:
 
 
 def _answer(session: RaySession, call: Any, artifact: Path, label: str) -> dict[str, Any]:
-    """A task's one result, with its node."""
+    """The result of one task, with its node."""
     try:
         name, answer = session.answer(call)
     except LostWorkerError as error:

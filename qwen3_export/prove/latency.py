@@ -1,9 +1,9 @@
-"""`bench`: how fast an artifact loads, reads a prompt and writes, on this device.
+"""`bench`: load time, prefill, decode and peak memory of artifacts on this device.
 
-Each artifact runs in a process of its own, so that its peak memory is its own. Every figure is taken
-after a warm-up; prefill is timed over whole prompts, decode token by token after a prompt. `scatter` is the standard
-deviation over the repeats, relative to their median: what differs by less is noise. Other work on the machine is
-measured beside it, and so are the memory's bandwidth, which bounds decoding, and energy where the platform counts it.
+Each artifact runs in a process of its own, so that peak memory is that of one artifact. A warm-up comes first; then
+prefill is timed over whole prompts, and decode token by token after a prompt. `scatter` is the standard deviation over
+the repeats relative to their median: smaller differences are noise. Other work on the machine is measured too, and the
+memory bandwidth, which bounds decoding, and energy where the platform counts it.
 """
 
 from __future__ import annotations
@@ -33,16 +33,13 @@ from qwen3_export.run.artifact import artifact_coverage, of_a_plan, open_session
 from qwen3_export.run.session import RuntimeOptions, Session
 from qwen3_export.text.documents import document_ids, load_documents
 
-# Repeats that differ by more than this share deserve a warning.
+# A larger scatter than this leads to a warning.
 _SCATTERED = 0.1
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is timed.
-
-    Prompts of these lengths, then `new_tokens` more after the shortest of them.
-    """
+    """The work that is timed: prompts of these lengths, then `new_tokens` after the shortest."""
 
     prompt_tokens: tuple[int, ...] = (128, 512)
     new_tokens: int = 64
@@ -53,7 +50,7 @@ class Workload:
 
 
 def bench(artifacts: Sequence[Path], workload: Workload, progress: Progress | None = None) -> dict[str, Any]:
-    """`{results: [one per artifact], passed}`, the contract's fields."""
+    """The result of `bench`: `{results: [one per artifact], passed, environment}`."""
     results = []
     progress = progress or Progress()
     with progress.bar("bench", len(artifacts)) as tick:
@@ -69,13 +66,13 @@ def bench(artifacts: Sequence[Path], workload: Workload, progress: Progress | No
 
 
 def _bandwidth(artifact: Path, found: Mapping[str, Any], sparse: bool) -> dict[str, Any]:
-    """What decoding takes of the memory's bandwidth.
+    """The share of the memory bandwidth that decoding uses.
 
-    A dense model reads all its weights for every token.
+    A dense model reads all its weights for every token; of a mixture of experts the share is unknown.
     """
     weights = None if sparse else weight_bytes(artifact)
     if found["device"] != "cpu":
-        # A GPU's memory is not this machine's.
+        # The bandwidth of a GPU's memory is not measured.
         return {"bytes_per_second": None, "weight_bytes": weights, "fraction": None}
     measured = memory_bandwidth(found["threads"])
     used = None if weights is None else weights * found["decode"]["tokens_per_second_p50"] / measured
@@ -83,10 +80,7 @@ def _bandwidth(artifact: Path, found: Mapping[str, Any], sparse: bool) -> dict[s
 
 
 def weight_bytes(artifact: Path) -> int:
-    """Bytes of the files that hold an artifact's weights.
-
-    An ONNX beside its plan is not counted twice.
-    """
+    """Bytes of the files that hold an artifact's weights, a plan left out."""
     if artifact.is_file():
         return artifact.stat().st_size
     files = [*artifact.glob("*.data"), *artifact.glob("*.onnx_data*"), *artifact.glob("*.safetensors")]
@@ -94,7 +88,7 @@ def weight_bytes(artifact: Path) -> int:
 
 
 def _warnings(found: Mapping[str, Any]) -> list[str]:
-    """What makes the figures doubtful."""
+    """Warnings about figures that are doubtful."""
     texts, others = [], found["other_work"]
     if others is not None and others > NOTICEABLE:
         texts.append(f"other work kept {others:.1f} processors busy: figures are those of a busy machine")
@@ -105,10 +99,7 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
 
 
 def judged(result: dict[str, Any], limits: Mapping[str, float]) -> dict[str, Any]:
-    """A `bench` result with the verdict of some limits on latency.
-
-    As it was without any.
-    """
+    """A `bench` result with verdicts on latency limits; unchanged without limits."""
     if not limits:
         return result
     results = [{**item, "gate": check(item, limits)} for item in result["results"]]
@@ -162,7 +153,7 @@ def measure(artifact: Path, workload: Workload) -> dict[str, Any]:
 
 
 def _text(artifact: Path, session: Session, workload: Workload) -> NDArray[np.int32]:
-    """Token ids of the text, repeated until they are long enough."""
+    """Token ids of the text, repeated to the length of the workload."""
     tokenizer = tokenizer_of(artifact, session)
     documents = [document for text in workload.texts or ("heldout",) for document in load_documents(text)]
     ids = np.empty(0, np.int32)
@@ -198,9 +189,9 @@ def _scatter(seconds: Sequence[float]) -> float:
 
 
 def first_token(prefill: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Seconds until the first token of the longest prompt.
+    """Seconds until the first token after the longest prompt.
 
-    They are its prefill's, whose last logits choose that token.
+    These are the seconds of its prefill, whose last logits choose that token.
     """
     longest = max(prefill, key=lambda item: item["prompt_tokens"])
     return {key: longest[key] for key in ("prompt_tokens", "seconds_p50", "seconds_p95")}
@@ -233,9 +224,9 @@ def _decode(session: Session, ids: NDArray[np.int32], workload: Workload) -> dic
 
 
 def _energy(meter: EnergyMeter | None, joules: float, turns: Sequence[Sequence[float]]) -> dict[str, Any] | None:
-    """Joules per token and mean watts while decoding, of all that the meter counts.
+    """Joules per token and mean watts while decoding; None without a meter.
 
-    None without one.
+    They are those of everything that the meter counts, other work included.
     """
     if meter is None:
         return None
@@ -244,7 +235,7 @@ def _energy(meter: EnergyMeter | None, joules: float, turns: Sequence[Sequence[f
 
 
 def main() -> None:
-    """Child process of `bench`: one JSON line, an expected error included."""
+    """Child process of `bench`: prints one JSON line, also for an expected error."""
     end_with_parent()
     values = json.loads(sys.argv[2])
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

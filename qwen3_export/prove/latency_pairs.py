@@ -1,4 +1,4 @@
-"""Latency beside a baseline, relative to the scatter that both reports recorded."""
+"""Latency compared with a baseline's, judged by the scatter that both reports recorded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qwen3_export.errors import InputError
 from qwen3_export.prove.pair import pair
 from qwen3_export.prove.tolerance import Tolerance
 
-# 95 % of a normal distribution lie within so many standard deviations of its mean; 95 % lie below the second number.
+# Quantiles of the normal distribution in standard deviations: 95 % lie within ± the first, 95 % below the second.
 _TWO_SIDED, _ONE_SIDED = 1.96, 1.645
 
 
@@ -21,9 +21,10 @@ def latency_pairs(
     strict: bool,
     machines: Sequence[str | None],
 ) -> Iterator[dict[str, Any]]:
-    """Pairs of medians and 95th percentiles of prefill and decode, and of peak memory.
+    """Compare medians and 95th percentiles of prefill and decode, and peak memory.
 
-    The list is empty where no latency was measured. Figures from two kinds of processor are inconclusive.
+    Load time is compared too where a tolerance for it is given. Without latency in both reports there are no pairs.
+    Figures from different processors are inconclusive.
     """
     if "decode" in old and "decode" not in new:
         raise InputError(f"{new['artifact']}: the baseline has its latency, the report has not", "run bench as well")
@@ -69,6 +70,6 @@ def _times(new: Mapping[str, Any], old: Mapping[str, Any]) -> Iterator[tuple[str
 
 
 def _deviation(item: Mapping[str, Any], median: float, p95: float) -> float:
-    """Standard deviation of single measurements, recorded or derived from the percentiles."""
+    """Standard deviation of single measurements, as recorded or from the percentiles."""
     recorded = item.get("scatter")
     return float(recorded) * median if recorded is not None else (p95 - median) / _ONE_SIDED

@@ -1,6 +1,6 @@
-"""The limits that a gate file may set, and the refusal of impossible ones.
+"""The limits of a gate file, and the refusal of impossible ones.
 
-    max_kl: 0.02                     of a whole artifact
+    max_kl: 0.02                     of the whole artifact
     max_bytes: 9MB
     domains: {math: {max_kl: 0.02}}  of one domain of the text
     thinking: {max_extra_loops: 0}   of the greedy texts in thinking mode; also `no_thinking`
@@ -24,10 +24,10 @@ from qwen3_export.errors import InputError
 
 @dataclass(frozen=True)
 class Limit:
-    """One limit: where its value is, its good side, its unit.
+    """One limit: the path of its value in a result, direction and kind.
 
-    `kind` is `share` (0 to 1), `amount` (0 or more), `positive` or `bytes`. `interval` is the field with the value's 95
-    % interval, where there is one.
+    `kind` is `share` (0 to 1), `amount` (0 or more), `positive` or `bytes`. `interval` names the field of the value's
+    95 % interval, where there is one.
     """
 
     path: str
@@ -70,12 +70,12 @@ _MODES = ("thinking", "no_thinking")
 
 
 def limit_named(name: str) -> Limit | None:
-    """The limit of a dotted name; None when there is no such limit."""
+    """The limit with a dotted name, None when there is none."""
     section, *rest = name.split(".")
     if not rest:
         return LIMITS.get(name)
     inner = _DRIFT if section == "domains" and len(rest) > 1 else _TEXTS if section in _MODES else {}
-    # The name of a domain may contain dots itself.
+    # A domain's name may itself contain dots.
     limit, where = inner.get(rest[-1]), ".".join(rest[:-1])
     if limit is None or (section in _MODES and where):
         return None
@@ -84,7 +84,7 @@ def limit_named(name: str) -> Limit | None:
 
 
 def is_latency(name: str) -> bool:
-    """Whether a limit's value comes from a latency run."""
+    """Whether a limit is on a figure of `bench`."""
     return name in _LATENCY
 
 
@@ -113,9 +113,9 @@ def _known() -> str:
 
 
 def parse_limit(name: str, value: object, where: str = "") -> float:
-    """The number of a limit.
+    """A limit's value as a number.
 
-    Raises InputError when the limit is unknown, is not a number, or when every result or none would meet it.
+    Raises InputError when the limit is unknown, the value is not a number, or every result or none would meet it.
     """
     limit = limit_named(name)
     number = parse_number(value, size=limit is not None and limit.kind == "bytes")
@@ -131,9 +131,9 @@ def parse_limit(name: str, value: object, where: str = "") -> float:
 
 
 def parse_number(value: object, size: bool) -> object:
-    """A text as a number, with `size` also as a size such as 9MB.
+    """A value as a number, with `size` also a size such as 9MB.
 
-    Numbers can be texts even in YAML, which takes `1e-3` for one.
+    Numbers may be texts: YAML reads `1e-3` as one.
     """
     if not isinstance(value, str):
         return value
@@ -145,7 +145,7 @@ def parse_number(value: object, size: bool) -> object:
 
 
 def _impossible(limit: Limit, number: float) -> tuple[str, str | None] | None:
-    """Why every result or none would meet a limit, else None."""
+    """Why every result, or none, would meet a limit; None for a meaningful one."""
     if not math.isfinite(number):
         return "a finite number was expected", None
     if limit.kind == "share" and not 0 <= number <= 1:
@@ -179,7 +179,7 @@ def refuse_unmeasurable(limits: Mapping[str, float], domains: tuple[str, ...], m
 
 
 def refuse_without_experts(limits: Mapping[str, float], artifact: Path, experts: Mapping[str, Any] | None) -> None:
-    """Raise InputError for a limit on experts if the artifact's model has none."""
+    """Raise InputError for a limit on experts when the model has none."""
     for name in limits:
         limit = limit_named(name)
         if limit and limit.path.startswith("experts.") and experts is None:

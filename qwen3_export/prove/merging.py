@@ -1,6 +1,6 @@
-"""Several reference files of one original as one.
+"""Merges several reference files of one original.
 
-They hold more text, or domains that were written on several machines.
+So one file can hold more text than one run scores, or domains that were written on several machines.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qwen3_export.errors import InputError
 from qwen3_export.prove.reference import ReferenceFile
 from qwen3_export.text.samples import Samples
 
-# What must be the same in all of them.
+# Metadata that must be the same in all files.
 _SAME = ("source_sha256", "vocab_size", "top_k", "format")
 _PIECE = 256
 
@@ -29,9 +29,8 @@ _PIECE = 256
 def merge_references(paths: Sequence[Path], output: Path, force: bool = False) -> dict[str, Any]:
     """Write the rows of several reference files into one.
 
-    Chats and tasks are the first file's.
-
-    Raises InputError when they come from different originals or settings, or when two hold the same row.
+    Chats and tasks are those of the first file. Raises InputError when the files come from different originals or
+    settings, or when two hold the same row.
     """
     files, readers = [TensorFile(path) for path in paths], [ReferenceFile(path) for path in paths]
     _check(paths, files, readers)
@@ -75,10 +74,7 @@ def merge_references(paths: Sequence[Path], output: Path, force: bool = False) -
 
 
 def _pieces(files: Sequence[TensorFile], name: str) -> Iterable[NDArray]:
-    """The rows of a tensor, some at a time.
-
-    All logits of a large vocabulary do not fit into memory.
-    """
+    """A tensor in pieces, since logits of a large vocabulary overflow the memory."""
     for file in files:
         count = file.entries[name].shape[0]
         for begin in range(0, count, _PIECE):

@@ -1,9 +1,9 @@
-"""What latency is judged by: other work on the machine, memory bandwidth, energy.
+"""Meters beside a latency run: other work on the machine, memory bandwidth, energy.
 
 other work    /proc/stat before and after, less the time of this process and its children
-bandwidth     a large array read by as many threads as the runtime has
+bandwidth     a large array, read by as many threads as the runtime has
 energy        /sys/class/powercap/intel-rapl:N (a counter per socket; Intel and AMD)
-              /sys/…/hwmonN of an INA3221 (a Jetson's rails: volts and amperes, sampled)
+              /sys/…/hwmonN of an INA3221 (the power rails of a Jetson: volts and amperes, sampled)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 
 _ARRAY_BYTES, _READS = 128 << 20, 4
 _EVERY = 0.05
-# From this share of a processor on, work of other processes is worth a warning.
+# Other processes that keep more processors busy than this lead to a warning.
 NOTICEABLE = 0.1
 
 
@@ -34,7 +34,7 @@ class _Moment:
 
 
 class MachineLoad:
-    """Measures how much of the processors other processes take, from its creation on."""
+    """Measures the processor time of other processes, from its creation on."""
 
     def __init__(self, stat: Path = Path("/proc/stat")) -> None:
         self._stat = stat
@@ -46,14 +46,14 @@ class MachineLoad:
         except OSError:
             first = []
         ticks = [int(value) for value in first]
-        # Columns: user nice system idle iowait irq softirq steal. All but idle and iowait is work, stolen time too.
+        # Columns: user nice system idle iowait irq softirq steal. All but idle and iowait count as work, steal too.
         busy = (sum(ticks) - sum(ticks[3:5])) / os.sysconf("SC_CLK_TCK") if len(ticks) > 4 else float("nan")
         times = os.times()
         own = times.user + times.system + times.children_user + times.children_system
         return _Moment(time.monotonic(), busy, own)
 
     def others(self) -> float | None:
-        """Mean number of processors busy with other work; None where unknown."""
+        """Mean number of processors busy with other work, None where unknown."""
         begin, end = self._begin, self._now()
         wall = max(end.wall - begin.wall, 1e-9)
         found = ((end.busy - begin.busy) - (end.own - begin.own)) / wall
@@ -61,10 +61,7 @@ class MachineLoad:
 
 
 def memory_bandwidth(threads: int) -> float:
-    """Bytes per second that so many threads read from memory.
-
-    It is the best of several passes over a large array.
-    """
+    """Bytes per second that `threads` threads read from memory: the best of several passes."""
     pieces = [np.ones(_ARRAY_BYTES // 8 // threads, np.int64) for _ in range(threads)]
     total, best = sum(piece.nbytes for piece in pieces), 0.0
     with ThreadPoolExecutor(threads) as pool:
@@ -81,14 +78,14 @@ class EnergyMeter(Protocol):
     source: str
 
     def start(self) -> None:
-        """Begin to count."""
+        """Start counting."""
 
     def stop(self) -> float:
         """Joules since `start`."""
 
 
 def energy_meter(system: Path = Path("/sys")) -> EnergyMeter | None:
-    """The platform's energy meter; None where there is none or it cannot be read."""
+    """The platform's energy meter, None where none can be read."""
     sockets = [path for path in sorted(system.glob("class/powercap/intel-rapl:*")) if path.name.count(":") == 1]
     if sockets and all(_reads(path / "energy_uj") for path in sockets):
         return _Rapl(sockets)
@@ -119,14 +116,14 @@ class _Rapl:
     def stop(self) -> float:
         total = 0
         for socket, begin, end in zip(self._sockets, self._begin, self._counts(), strict=True):
-            # The counter starts at zero again at the end of its range.
+            # At the end of its range the counter wraps to zero.
             around = int((socket / "max_energy_range_uj").read_text()) if end < begin else 0
             total += end - begin + around
         return total * 1e-6
 
 
 def _is_input(label: Path) -> bool:
-    """Whether a rail supplies the whole board; other rails would be counted twice."""
+    """Whether a rail supplies the whole board: its sum includes all other rails."""
     try:
         return label.read_text().strip().upper() in ("VDD_IN", "POM_5V_IN", "VIN_SYS_5V0")
     except OSError:
@@ -134,7 +131,7 @@ def _is_input(label: Path) -> bool:
 
 
 def _power_inputs(system: Path) -> list[Callable[[], float]]:
-    """Functions that read the watts of each supply rail: millivolts times milliamperes."""
+    """One function per supply rail that reads its watts, millivolts times milliamperes."""
     found: list[Callable[[], float]] = []
     for label in sorted(system.glob("class/hwmon/hwmon*/in*_label")):
         if _is_input(label):

@@ -1,4 +1,4 @@
-"""Short names of artifacts that no two of them share."""
+"""Short unique names of artifacts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import PurePath
 
 
 def unique_names(artifacts: Sequence[str]) -> list[str]:
-    """The last parts of each path that distinguish it; equal paths are numbered."""
+    """The shortest unique ends of paths; equal paths are numbered."""
     parts = [PurePath(artifact).parts or (artifact,) for artifact in artifacts]
     names = [_shortest(index, parts) for index in range(len(parts))]
     seen: Counter[str] = Counter()

@@ -1,6 +1,6 @@
 """The original's answers, computed from its checkpoint block by block.
 
-The only torch in `prove`.
+Of `prove`, only this module and `explain` need torch.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ PROMPT_TOKENS, NEW_TOKENS, PROMPTS, CHATS = 32, 32, 8, 4
 
 
 class LiveReference:
-    """A reference whose last hidden states are in memory.
+    """A reference computed from the original itself.
 
-    Logits are computed row by row on demand.
+    It holds the last hidden states, and computes a row's logits when they are asked for: those of a whole text are too
+    large for memory.
     """
 
     is_lower_bound = False
@@ -81,7 +82,7 @@ class LiveReference:
         return check_logits(self._decoder.logits(self._hidden[row]).numpy(), "the original model")
 
     def tasks_right(self, tasks: Sequence[Task], progress: Progress | None = None) -> list[bool]:
-        """Which tasks the original gets right."""
+        """Whether the original gets each task right."""
         from qwen3_export.run.torch import TorchSession
 
         session = TorchSession(self._folder, RuntimeOptions())
@@ -91,22 +92,19 @@ class LiveReference:
             session.close()
 
     def truth(self, row: int) -> Truth:
-        """The original's full distributions on one row."""
+        """The original's full distributions over one row."""
         return full_truth(self.logits(row), self.samples.ids[row])
 
 
 def _prompts(samples: Samples) -> tuple[NDArray[np.int32], ...]:
-    """The first tokens of some rows, spread evenly over the text."""
+    """Prompts: the first tokens of some rows, spread evenly over the text."""
     count = min(PROMPTS, len(samples.ids))
     chosen = np.linspace(0, len(samples.ids) - 1, count).astype(int)
     return tuple(samples.ids[i][:PROMPT_TOKENS] for i in chosen)
 
 
 def _questions(checkpoint: Checkpoint, budget_tokens: int | None) -> Chats | None:
-    """Questions of the bundled held-out chats, rendered in both modes, without answers.
-
-    None for a base model.
-    """
+    """Questions of the held-out chats, rendered in both modes; None without a template."""
     if not (checkpoint.folder / "tokenizer.json").is_file():
         return None
     tokenizer = ModelTokenizer(checkpoint.folder)
@@ -132,9 +130,9 @@ def _questions(checkpoint: Checkpoint, budget_tokens: int | None) -> Chats | Non
 def _texts(
     decoder: Decoder, prompts: tuple[NDArray[np.int32], ...], questions: Chats | None, progress: Progress
 ) -> tuple[Continuations, Chats | None]:
-    """All greedy texts of the original, every prompt in step.
+    """Generate the original's greedy texts, all prompts in step.
 
-    So a large model is read once a token.
+    So every block is read once per token, not once per token and prompt.
     """
     rows = [np.asarray(ids, np.int32) for ids in prompts]
     thoughts: list[Thought | None] = [None] * len(rows)
@@ -188,11 +186,10 @@ def write_reference(
     budget_tokens: int | None = None,
     tasks: Sequence[Task] = (),
 ) -> dict[str, Any]:
-    """Write the portable reference file.
+    """Write the portable reference file; returns what it holds.
 
-    `top_k` 0 keeps all logits, `budget_tokens` limits the thoughts of chats.
-
-    Which `tasks` the original gets right is written too. Returns what was written.
+    `top_k` 0 keeps all logits; `budget_tokens` limits the thoughts of chats; of `tasks` the file says which ones the
+    original gets right.
     """
     with staged_file(output, force, [checkpoint.folder]) as partial:
         live = LiveReference(checkpoint, samples, progress, budget_tokens)

@@ -1,4 +1,4 @@
-"""One metric of an artifact beside its baseline: the difference, its interval, a verdict."""
+"""One metric compared with its baseline: the difference, its interval, a verdict."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def pair(
     higher_is_better: bool = False,
     doubt: str | None = None,
 ) -> dict[str, Any]:
-    """`{metric, baseline, value, delta, ci95, allowed, verdict, reason}`, in the metric's own unit.
+    """`{metric, baseline, value, delta, ci95, allowed, verdict, reason}`, in the metric's unit.
 
-    `interval` is the 95 % interval of the difference, None when the difference is exact. `doubt` is a reason why the
-    verdict must be inconclusive in any case.
+    `interval` is the 95 % interval of the difference, None when the difference is exact. With a `doubt`, a reason in
+    words, the verdict is inconclusive whatever the figures.
     """
     delta, allowed = value - baseline, tolerance.allowed(baseline)
     low, high = interval if interval is not None else (delta, delta)
@@ -42,7 +42,7 @@ def pair(
 
 
 def judge(delta: float, low: float, high: float, allowed: float, strict: bool) -> str:
-    """The verdict on a difference with its interval; larger is worse (see `prove.baseline`)."""
+    """The verdict on a difference, where larger is worse; see `prove.baseline`."""
     if low > allowed:
         return "worse"
     if -allowed <= low and high <= allowed:

@@ -1,20 +1,19 @@
 """The original's answers on held-out text, live or in a portable file.
 
-No torch to read it.
-
-One safetensors file (P scored positions, the last of each row excepted; k most likely tokens):
+Reading the file needs no torch. It is one safetensors file, with P scored positions (all but the last of each row) and
+the k most likely tokens of each:
 
     tokens        int32 [tokens]      rows one after another     row_lengths  int32 [rows]
-    row_domains   int32 [rows]        into metadata["domains"]
+    row_domains   int32 [rows]        indices into metadata["domains"]
     top_ids       int32 [P, k]        most likely first          top_logprobs fp32 [P, k]
     tail_logprob  fp32  [P]           of all other tokens together
-    tail_ids      int32 [P, s]        some of these, drawn at random (`prove.tail`; version 1 has none)
+    tail_ids      int32 [P, s]        some of those, drawn at random (`prove.tail`; version 1 has none)
     tail_logprobs fp32  [P, s]
     next_logprob  fp32  [P]           of the token that follows in the text
     prompt_lengths int32 [g], prompts int32 [sum], continuations int32 [g, n]   greedy text
 
-Chats and their answers stand in the metadata, as JSON (`generation.Chats`). With `top_k` 0, `logits` fp32 [P, vocab]
-takes the place of those in the middle.
+Chats and their answers are JSON in the metadata (`generation.Chats`). With `top_k` 0, `logits` fp32 [P, vocab] replaces
+the tensors from `top_ids` to `next_logprob`.
 """
 
 from __future__ import annotations
@@ -44,11 +43,11 @@ _READ = (FORMAT, "qwen3-export reference 1")
 
 @dataclass(frozen=True)
 class Truth:
-    """The original's distributions over the next token, at the scored positions of one row.
+    """The original's next-token distributions at the scored positions of one row.
 
-    Either full: `logprobs` `[T, vocab]` and `ids` None; or partial: `logprobs` `[T, k]` of the
-    tokens `ids` `[T, k]`, most likely first, and `tail` `[T]`, the log-probability of all others. `drawn_ids` and
-    `drawn_logprobs` `[T, s]` are some of these.
+    Either full: `logprobs` `[T, vocab]`, and `ids` is None. Or partial: `logprobs` `[T, k]` of the tokens `ids`
+    `[T, k]`, most likely first, and `tail` `[T]`, the log-probability of all other tokens; `drawn_ids` and
+    `drawn_logprobs` `[T, s]` are some of those others.
     """
 
     logprobs: NDArray[np.float32]
@@ -68,7 +67,7 @@ class Continuations:
 
 
 class Reference(Protocol):
-    """What drift is measured against."""
+    """The original's answers, which drift is measured against."""
 
     samples: Samples
     vocab_size: int
@@ -79,7 +78,7 @@ class Reference(Protocol):
     chats: Chats | None
 
     def tasks_right(self, tasks: Sequence[Task], progress: Progress | None = None) -> list[bool]:
-        """Which tasks the original gets right."""
+        """Whether the original gets each task right."""
 
     def truth(self, row: int) -> Truth:
         """The original's answers on one row."""
@@ -156,9 +155,9 @@ class ReferenceFile:
         return np.concatenate([[0], np.cumsum([len(ids) - 1 for ids in self.samples.ids])])
 
     def tasks_right(self, tasks: Sequence[Task], progress: Progress | None = None) -> list[bool]:
-        """Which tasks the original got right when the file was written.
+        """Whether the original got each task right when the file was written.
 
-        Raises InputError when it was asked others.
+        Raises InputError when the file was written with other tasks.
         """
         known = self._tasks if isinstance(self._tasks, dict) else {}
         right = known.get("right")
@@ -184,7 +183,7 @@ class ReferenceFile:
 
 
 def partial_truth(answers: Mapping[str, NDArray]) -> Truth:
-    """The truth that a file's tensors hold, by their names."""
+    """The truth of one row, from the file's tensors by name."""
     return Truth(
         answers["top_logprobs"],
         answers["next_logprob"],
@@ -196,9 +195,9 @@ def partial_truth(answers: Mapping[str, NDArray]) -> Truth:
 
 
 def answer_specs(positions: int, top_k: int, vocab: int, drawn: bool = True) -> dict[str, Spec]:
-    """`{tensor name: (dtype, shape)}` of the answers; `top_k` 0 stands for all logits.
+    """`{tensor name: (dtype, shape)}` of the answers; `top_k` 0 means all logits.
 
-    `drawn`: whether some tokens of the tail are kept too, as from version 2 on.
+    `drawn`: whether tokens drawn from the tail are kept, as from version 2 on.
     """
     single, index = np.dtype(np.float32), np.dtype(np.int32)
     if top_k == 0:
@@ -221,9 +220,9 @@ def _pick(logprobs: NDArray[np.float32], ids: NDArray[np.int32]) -> NDArray[np.f
 
 
 def full_truth(logits: NDArray[np.float32], ids: NDArray[np.int32]) -> Truth:
-    """Truth of a row from all its logits `[len(ids), vocab]`.
+    """The truth of a row from its logits `[len(ids), vocab]`.
 
-    The last position is not scored.
+    The last position has no next token, so it is left out.
     """
     logprobs = log_softmax(logits[:-1])
     return Truth(logprobs, _pick(logprobs, ids[1:]))
@@ -232,7 +231,7 @@ def full_truth(logits: NDArray[np.float32], ids: NDArray[np.int32]) -> Truth:
 def top_of(truth: Truth, k: int, row: NDArray[np.int32] | None = None) -> dict[str, NDArray]:
     """The partial form of a full truth, by the names of the file's tensors.
 
-    The token ids of its `row` seed the draws from the tail; without them there are none.
+    The token ids `row` seed the draws from the tail; without them nothing is drawn.
     """
     k = min(k, truth.logprobs.shape[1])
     chosen = np.argpartition(-truth.logprobs, k - 1, axis=1)[:, :k]

@@ -1,4 +1,4 @@
-"""The drift of an ONNX folder that comes from rounded activations alone.
+"""The part of an ONNX folder's drift that rounded activations cause.
 
 It is KL(exact ‖ as it runs) on calibration samples.
 
@@ -23,12 +23,15 @@ from qwen3_export.text.samples import calibration_samples
 from qwen3_export.text.tokenizer import TextModel
 
 _SAMPLES, _LENGTH = 8, 16
-# Samples that are joined into one prompt, since every prompt reads all weights; logits that are compared at once.
+# Samples joined into one prompt, since every prompt reads all weights; logits compared at once.
 _TOGETHER, _POSITIONS = 4, 16
 
 
 def level_cost(folder: Path) -> dict[str, Any]:
-    """`{added_kl, added_kl_tokens}` in nats per token; where it cannot be measured, None and `added_kl_reason`."""
+    """`{added_kl, added_kl_tokens}` in nats per token.
+
+    Where it cannot be measured, `added_kl` is None and `added_kl_reason` says why.
+    """
     try:
         kl, tokens = _added_kl(folder)
     except ExportError as error:
@@ -37,7 +40,7 @@ def level_cost(folder: Path) -> dict[str, Any]:
 
 
 def _added_kl(folder: Path) -> tuple[float, int]:
-    # The rounded one runs first: it takes more memory, so nothing should be held beside it.
+    # The rounded one runs first, while no logits are held, since it takes more memory.
     rounded = open_session(folder)
     try:
         prompts = _prompts(tokenizer_of(folder, rounded), rounded.context)

@@ -1,9 +1,9 @@
-"""Comparison of chat template, stop tokens and sampling settings with the original's.
+"""Compares chat template, stop tokens and sampling settings with the original's.
 
-    chat template       rendered on some chats, with and without thinking, and compared as text
-    generation config   stop tokens and sampling settings, compared by their values
+    chat template       some chats, rendered with and without thinking, compared as text
+    generation config   stop tokens and sampling settings, compared by value
 
-A GGUF file has both in its header; of its settings those that llama.cpp knows are compared.
+A GGUF file has both in its header; only the settings that llama.cpp knows are compared there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CHATS: tuple[list[dict[str, Any]], ...] = (
         {"role": "user", "content": "And 3 + 3?"},
     ],
 )
-# Not a setting: the version of the library that wrote the file.
+# Not settings: the version of the library that wrote the file.
 _NOT_SETTINGS = ("transformers_version", "_from_model_config")
 _GGUF_SETTINGS = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 
@@ -65,10 +65,10 @@ def parse_sidecars(text: str | None) -> Sidecars | None:
 
 
 def compare_sidecars(artifact: Path, session: Session, original: Sidecars | None) -> dict[str, Any]:
-    """`{chat_template, generation_config, changed}` of an artifact.
+    """Compare an artifact's sidecars: `{chat_template, generation_config, changed}`.
 
-    The first two are `same`, `differs`, `missing` or `unknown`; `changed` is the number of those that are not the same,
-    None where the reference does not know the original's sidecars.
+    The first two are `same`, `differs`, `missing` or `unknown`; `changed` counts those that are not the same, and is
+    None where the reference does not hold the original's sidecars.
     """
     if original is None:
         return {"chat_template": "unknown", "generation_config": "unknown", "changed": None}
@@ -102,7 +102,7 @@ def _compare_templates(original: str | None, found: str | None) -> str:
 
 
 def _rendered(template: str) -> list[str]:
-    """Some chats rendered in every mode; the error if the template fails."""
+    """Some chats rendered in every mode, or the error of a template that fails."""
     texts = []
     for chat in _CHATS:
         for thinking in (True, False):
@@ -121,9 +121,9 @@ def _compare_configs(original: Sidecars, artifact: Path) -> str:
 
 
 def _compare_header(original: Sidecars, session: HasMetadata, stops: set[int]) -> str:
-    """Compare a header's stop tokens and sampling settings with the original's.
+    """Compare a GGUF header's stop tokens and sampling settings with the original's.
 
-    The runtime must know all stop tokens.
+    The runtime must stop at all of the original's stop tokens.
     """
     wanted = {
         key: original.generation_config[name]

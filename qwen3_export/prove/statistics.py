@@ -1,10 +1,10 @@
-"""Intervals and tables of statistics over rows of scored positions.
+"""Statistics of drift over rows of scored positions, and their uncertainty.
 
-Two kinds of uncertainty stand in a result, and they answer different questions:
+A result has two kinds of uncertainty:
 
-    ±  (`stderr`)   √((E[x²] − E[x]²) / (n − 1)): positions as if they were independent, which is what
-                    `llama-perplexity --kl-divergence` prints; for comparison with its figures
-    95 % interval   rows are resampled: positions of one row are not independent, so it is wider;
+    ±  (`stderr`)   √((E[x²] − E[x]²) / (n − 1)) treats positions as independent, as
+                    `llama-perplexity --kl-divergence` does; for comparison with its figures
+    95 % interval   from resampled rows; it is wider, since positions of one row are not independent;
                     limits and baselines use this one
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 1000
-# With fewer rows than these the resampled interval is too narrow to be believed.
+# With fewer rows the resampled interval is too narrow.
 MIN_ROWS = 5
 _TWO_SIDED = 1.96
 _KL_QUANTILES = {
@@ -32,16 +32,16 @@ _KL_QUANTILES = {
     "p0_1": 0.001,
 }
 _DELTA_QUANTILES = {**_KL_QUANTILES, "p75": 0.75, "p25": 0.25}
-# Half decades from 1e-9 to 100 nats; what is smaller or larger is counted at the ends.
+# Half decades from 1e-9 to 100 nats; smaller and larger values count in the outermost bins.
 HISTOGRAM_EXPONENTS = tuple(x / 2 for x in range(-18, 5))
 
 
 @dataclass(frozen=True)
 class SampleDrift:
-    """Drift of one sample at each scored position.
+    """Drift at each scored position of one sample.
 
-    KL, agreement of the top token, both log-probabilities of the next token, and whether the original is sure of
-    its top token (`drift.SURE`). Where KL is an estimate: the bound below it, and its sampling variance.
+    KL, agreement of the top token, both models' log-probabilities of the next token, and whether the original is sure
+    of its top token (`drift.SURE`). Where KL is an estimate, also its lower bound and its sampling variance.
     """
 
     kl: NDArray[np.float64]
@@ -54,9 +54,9 @@ class SampleDrift:
 
 
 def resampled(counts: NDArray, *sums: NDArray) -> tuple[NDArray[np.float64], ...]:
-    """Means over rows drawn with replacement, `[RESAMPLES]` for each of the row sums.
+    """Bootstrap means over rows, `[RESAMPLES]` for each of the row sums.
 
-    The same draws for all.
+    All use the same draws, so that differences between them are paired.
     """
     draws = np.random.default_rng(0).integers(0, len(counts), (RESAMPLES, len(counts)))
     positions = counts[draws].sum(-1)
@@ -64,7 +64,7 @@ def resampled(counts: NDArray, *sums: NDArray) -> tuple[NDArray[np.float64], ...
 
 
 def ends(values: NDArray[np.float64]) -> list[float]:
-    """The middle 95 % of some values."""
+    """The 2.5th and 97.5th percentiles of some values."""
     low, high = np.quantile(values, [0.025, 0.975])
     return [float(low), float(high)]
 
@@ -72,8 +72,7 @@ def ends(values: NDArray[np.float64]) -> list[float]:
 def intervals(drifts: Sequence[SampleDrift]) -> dict[str, list[float]]:
     """95 % intervals of mean KL, top-1 agreement and perplexity ratio, `{name: [low, high]}`.
 
-    Few rows resample to too narrow an interval, one row to none at all: then it is at least as wide as
-    that of independent positions.
+    With few rows, resampling gives too narrow an interval: then it is widened to that of independent positions.
     """
     counts = np.array([len(d.kl) for d in drifts])
     kinds = ("kl_ci95", "top1_ci95", "ppl_ratio_ci95")
@@ -91,10 +90,7 @@ def intervals(drifts: Sequence[SampleDrift]) -> dict[str, list[float]]:
 
 
 def row_sums(drifts: Sequence[SampleDrift], domains: Sequence[str]) -> dict[str, list[Any]]:
-    """What a later comparison needs of every sample.
-
-    Its positions, and the sums over them.
-    """
+    """Sums over the positions of every sample, for a later comparison with a baseline."""
     return {
         "domain": list(domains),
         "positions": [len(d.kl) for d in drifts],
@@ -106,17 +102,14 @@ def row_sums(drifts: Sequence[SampleDrift], domains: Sequence[str]) -> dict[str,
 
 
 def mean_and_error(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Mean and its standard error over independent positions.
-
-    The error is 0 up to ten of them.
-    """
+    """Mean and standard error over independent positions; error 0 up to ten."""
     mean = float(values.mean())
     variance = float((values**2).mean()) - mean**2
     return mean, float(np.sqrt(variance / (len(values) - 1))) if variance > 0 and len(values) > 10 else 0.0
 
 
 def statistics(drifts: Sequence[SampleDrift]) -> dict[str, Any]:
-    """The statistics of `llama-perplexity --kl-divergence` (ggml-org/llama.cpp, tools/perplexity).
+    """The statistics that `llama-perplexity --kl-divergence` of llama.cpp prints.
 
     `probability_change` is Δp: the artifact's probability of the text's next token less the original's.
     """
@@ -154,7 +147,7 @@ def _root_mean_square(values: NDArray[np.float64]) -> dict[str, float]:
 
 
 def _perplexity(ours: NDArray[np.float64], base: NDArray[np.float64]) -> dict[str, Any]:
-    """Perplexities of artifact and original from negative log-probabilities, and how these go together."""
+    """Perplexities from negative log-probabilities, their ratio, difference and correlation."""
     (mean, error), (base_mean, base_error) = mean_and_error(ours), mean_and_error(base)
     count = len(ours)
     covariance = float((ours * base).mean() - mean * base_mean) / (count - 1) if count >= 10 else 0.0
@@ -175,10 +168,7 @@ def _perplexity(ours: NDArray[np.float64], base: NDArray[np.float64]) -> dict[st
 
 
 def histogram(drifts: Sequence[SampleDrift]) -> dict[str, list[float]]:
-    """Number of positions by powers of ten of KL.
-
-    `{exponents [n + 1], counts [n]}`.
-    """
+    """Histogram of log10 KL in half decades: `{exponents [n + 1], counts [n]}`."""
     kl = np.concatenate([d.kl for d in drifts])
     exponents = np.array(HISTOGRAM_EXPONENTS)
     logs = np.log10(np.clip(kl, 10.0 ** exponents[0], None))

@@ -1,14 +1,15 @@
-"""KL of the tail, all tokens but the k likeliest, from random draws.
+"""KL of the tail, all tokens but the k likeliest, estimated from random draws.
 
-m and n are the probabilities that original and artifact give to the tail, p and q their distributions inside of it:
+Let m and n be the probability of the tail under original and artifact, p and q their distributions inside of it:
 
     KL = Σ top + m log(m / n)  +  m · KL(p ‖ q)
-         the proven bound         unknown to a top-k reference
+         the lower bound          unknown to a top-k reference
 
-A file keeps S tokens drawn from p, with their log-probabilities. As Σ q = Σ p = 1, KL(p ‖ q) is the mean over p of
-r − 1 − log r, r = q / p: every term is at least 0 and of second order in the drift, so few draws are enough, the
-estimate has no bias and never lies below the bound. The draws of a position are systematic: one offset, S even steps
-through the tail's cumulated probability (Cochran, Sampling Techniques, 1977, chapter 8).
+The reference file keeps S tokens drawn from p, with their log-probabilities. Since p and q both sum to 1, KL(p ‖ q) is
+the mean over p of r − 1 − log r, with r = q / p. This estimate has no bias; it is never below the bound, since every
+term is at least 0; and few draws are enough, since the terms are of second order in the drift. Draws are systematic:
+one random offset, then S even steps through the tail's cumulated probability (Cochran, Sampling Techniques, 1977,
+chapter 8).
 """
 
 from __future__ import annotations
@@ -18,26 +19,24 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
-# Tokens drawn per position: with 256 likeliest ones, 32 blocks of 256 positions stay below 20 MB.
+# Tokens drawn per position. Beside 256 likeliest ones, 32 rows of 256 positions stay below 20 MB.
 TAIL_SAMPLES = 32
-# A tail with less mass than this has nothing to add.
+# The KL of a tail with less probability is neglected.
 _LEAST_MASS = 1e-12
 
 
 def tail_count(top_k: int, vocab: int) -> int:
-    """Number of tokens drawn per position; 0 when the top k are all."""
+    """Number of tokens drawn per position; 0 when no token is left to draw."""
     return TAIL_SAMPLES if 0 < top_k < vocab else 0
 
 
 def draw_tail(
     logprobs: NDArray[np.float32], top_ids: NDArray[np.int32], ids: NDArray[np.int32], count: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Draw tokens of every position's tail by probability.
+    """Draw `count` tokens from the tail of every position, by probability.
 
-    Returns the tokens and their log-probabilities, both `[T, count]`.
-
-    `logprobs` `[T, vocab]`, `top_ids` `[T, k]` are not drawn. The row's token `ids` seed the draws, so a row's are the
-    same in every file.
+    Returns the tokens and their log-probabilities, both `[T, count]`, from `logprobs` `[T, vocab]` without the tokens
+    `top_ids` `[T, k]`. The row's token `ids` seed the draws, so that a row has the same ones in every file.
     """
     offsets = np.random.default_rng(zlib.crc32(np.ascontiguousarray(ids, np.int32).tobytes())).random(len(logprobs))
     drawn = np.empty((len(logprobs), count), np.int32)
@@ -53,10 +52,10 @@ def draw_tail(
 def tail_divergence(
     drawn_p: NDArray[np.float32], drawn_q: NDArray[np.float32], tail_p: NDArray[np.float64], tail_q: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """KL that the tail adds to the bound `[T]`, and its sampling variance `[T]`.
+    """Estimate of the tail's KL beyond the bound `[T]`, and its variance `[T]`.
 
-    `drawn_p`, `drawn_q` `[T, S]`: both models' log-probabilities of the drawn tokens; `tail_p`, `tail_q` `[T]`: of
-    the whole tail.
+    `drawn_p`, `drawn_q` `[T, S]` are both models' log-probabilities of the drawn tokens, `tail_p`, `tail_q` `[T]` those
+    of the whole tail.
     """
     ratio = drawn_q.astype(np.float64) - tail_q[:, None] - (drawn_p.astype(np.float64) - tail_p[:, None])
     terms = np.expm1(ratio) - ratio

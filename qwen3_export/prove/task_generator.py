@@ -1,4 +1,4 @@
-"""Seeded tasks: arithmetic, copying and JSON, the first abilities that coarse codes cost."""
+"""Seeded tasks of arithmetic, copying and JSON, abilities that coarse codes lose first."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ KINDS: dict[str, Draw] = {"arithmetic": _arithmetic, "copying": _copying, "json"
 
 
 def generate_tasks(count: int, seed: int = 0, kinds: Sequence[str] = tuple(KINDS)) -> list[Task]:
-    """`count` tasks, the kinds in turn.
+    """Generate `count` tasks, the kinds in turn; InputError for an unknown kind.
 
-    The same seed gives the same tasks. InputError for an unknown kind.
+    The same seed gives the same tasks.
     """
     for kind in kinds:
         if kind not in KINDS:
@@ -63,7 +63,7 @@ def generate_tasks(count: int, seed: int = 0, kinds: Sequence[str] = tuple(KINDS
 
 
 def to_jsonl(tasks: Sequence[Task]) -> str:
-    """The tasks as a file that `tasks.read_tasks` reads."""
+    """The text of a JSONL file of tasks, which `tasks.read_tasks` reads."""
     lines = []
     for task in tasks:
         values = {key: value for key, value in vars(task).items() if value not in (None, "", False)}

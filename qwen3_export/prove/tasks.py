@@ -1,20 +1,18 @@
-"""Tasks with an answer that is right or wrong.
-
-They tell what an artifact can no longer do that the original could.
+"""Tasks with right answers: what the original can do and an artifact cannot.
 
     {"prompt": "What is 12 + 30?", "answer": "42", "match": "number"}      one line of a JSONL file
     optional: "id", "kind", "system", "thinking" (false), "max_new_tokens" (64)
 
     match     right when
     exact     the text, stripped, is the answer
-    contains  the answer stands in the text
+    contains  the text contains the answer
     number    the last number of the text is the answer
     json      the text holds a JSON value equal to the answer's
     regex     the answer, a regular expression, is found in the text
 
-Both models answer greedily, each in its own runtime. Of n tasks, b went from right to wrong and c the other way:
-McNemar's test is exact on b + c, the interval of (b − c) / n is Agresti and Min's (2005), which adds half a task to
-every cell.
+Both models answer greedily, each in its own runtime. Of n tasks, b are right for the original and wrong for the
+artifact, c the other way. The p-value is that of McNemar's exact test on b + c, the interval of (b − c) / n that of
+Agresti and Min (2005), which adds half a task to every cell.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ _KEYS = ["id", "kind", "prompt", "answer", "match", "system", "thinking", "max_n
 
 @dataclass(frozen=True)
 class Task:
-    """One question with the answer that counts as right under the rule `match`."""
+    """One question, its right answer, and the rule `match` for comparing."""
 
     prompt: str
     answer: str
@@ -61,10 +59,7 @@ class Task:
 
 
 def is_right(task: Task, text: str) -> bool:
-    """Whether an answer is right.
-
-    What stands before the end of a thought does not count.
-    """
+    """Whether an answer is right; a thought before it does not count."""
     return _RULES[task.match](_THOUGHT.sub("", text).strip(), task.answer)
 
 
@@ -95,7 +90,7 @@ _RULES: dict[str, Callable[[str, str], bool]] = {
 
 
 def read_tasks(path: Path) -> list[Task]:
-    """The tasks of a JSONL file; InputError names the line and what was expected."""
+    """Read the tasks of a JSONL file; InputError names a malformed line."""
     lines = enumerate(read_lines(path), 1)
     tasks = [_task(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     if not tasks:
@@ -126,9 +121,9 @@ def _task(line: str, where: str) -> Task:
 
 
 def _parse(task: Task) -> None:
-    """Read an answer as a number, as JSON or as an expression.
+    """Check that an answer parses as its rule demands.
 
-    Raises ValueError or re.error for one that is none.
+    Raises ValueError or re.error when it is not the number, JSON or regular expression that it must be.
     """
     if task.match == "number":
         float(task.answer.replace(",", ""))
@@ -139,14 +134,14 @@ def _parse(task: Task) -> None:
 
 
 def tasks_sha256(tasks: Sequence[Task]) -> str:
-    """Hash of everything that decides the answers and whether they are right."""
+    """Hash of everything in the tasks that decides the answers and their verdicts."""
     return sha256_text(json.dumps([vars(task) for task in tasks], sort_keys=True))
 
 
 def solve(
     session: Session, tokenizer: TextModel, tasks: Sequence[Task], label: str, progress: Progress | None = None
 ) -> list[bool]:
-    """Which tasks a model gets right, answering greedily."""
+    """Have a model answer greedily; whether it gets each task right."""
     right = []
     with (progress or Progress()).bar(f"tasks of {label}", len(tasks)) as tick:
         for task in tasks:
@@ -157,9 +152,9 @@ def solve(
 
 
 def compare(tasks: Sequence[Task], original: Sequence[bool], artifact: Sequence[bool]) -> dict[str, Any]:
-    """What changed, in all and per kind.
+    """Right answers of original and artifact, in all and per kind.
 
-    With the interval of the change and McNemar's p-value.
+    With the interval of the lost share, and McNemar's p-value.
     """
     pairs = list(zip(original, artifact, strict=True))
     lost, won = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
@@ -185,10 +180,7 @@ def compare(tasks: Sequence[Task], original: Sequence[bool], artifact: Sequence[
 
 
 def mcnemar_interval(lost: int, won: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of (lost − won) / count of paired answers.
-
-    After Agresti and Min 2005.
-    """
+    """95 % interval of (lost − won) / count, after Agresti and Min (2005)."""
     total, b, c = count + 2, lost + 0.5, won + 0.5
     middle = (b - c) / total
     half = z * math.sqrt(max(0.0, b + c - (b - c) ** 2 / total)) / total
@@ -196,7 +188,7 @@ def mcnemar_interval(lost: int, won: int, count: int, z: float = 1.959964) -> tu
 
 
 def mcnemar_p(lost: int, won: int) -> float:
-    """Exact two-sided p-value of `lost` of `lost + won` when both were equally likely."""
+    """Exact two-sided p-value of McNemar's test."""
     count = lost + won
     if count == 0:
         return 1.0

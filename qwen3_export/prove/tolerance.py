@@ -1,9 +1,9 @@
-"""How much worse than its baseline an artifact may be.
+"""Tolerances: how much worse than its baseline an artifact may be.
 
 kl_mean: 5%              relative to the baseline's value
 top1_agreement: 0.002    absolute
 bytes: 100kB
-latency: 10%             every time and rate of a latency run, or one by its name
+latency: 10%             every time of a latency run; a single one by its own name
 domains: {math: {kl_mean: 10%}}
 """
 
@@ -28,10 +28,7 @@ _LATENCY = re.compile(r"(prefill\.\d+|decode)\.(p50|p95)|load_seconds")
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What is allowed: a share of the baseline, or an absolute amount.
-
-    Whichever is more.
-    """
+    """The larger of a share of the baseline and an absolute amount."""
 
     relative: float = 0.0
     absolute: float = 0.0
@@ -41,7 +38,7 @@ class Tolerance:
         return max(self.relative * abs(baseline), self.absolute)
 
 
-# Below these a change is of no interest even where it can be shown.
+# Smaller changes do not matter even where they are significant.
 DEFAULTS = {
     "kl_mean": Tolerance(relative=0.05, absolute=1e-5),
     "top1_agreement": Tolerance(absolute=0.002),
@@ -53,9 +50,9 @@ DEFAULTS = {
 
 
 def read_tolerance(path: Path | None) -> dict[str, Tolerance]:
-    """Tolerances by metric, the defaults where a YAML or JSON file says nothing.
+    """Read tolerances by metric from a YAML or JSON file, defaults for the others.
 
-    Raises InputError when malformed.
+    Raises InputError for a malformed file.
     """
     if path is None:
         return dict(DEFAULTS)

@@ -1,4 +1,4 @@
-"""`validate`: every artifact in its own runtime, against one reference."""
+"""`validate`: measures every artifact in its own runtime against one reference."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from qwen3_export.text.samples import Samples, heldout_samples, subsample
 from qwen3_export.text.tokenizer import ModelTokenizer
 
 WINDOW = 256
-# Prompts whose latency a gate file can limit: short enough for a model with 512 positions.
+# Prompt lengths of the latency run for a gate file: short enough for a model with 512 positions.
 GATE_PROMPTS = (128, 256)
 
 
 def held_out(folder: Path, texts: Sequence[str] = (), window: int = WINDOW, tokens: int | None = None) -> Samples:
-    """Held-out samples for a model's tokenizer: the bundled text, or files in its place."""
+    """Held-out samples in a model's tokens, from the bundled text or given files."""
     documents = [document for text in texts or ["heldout"] for document in load_documents(text)]
     return subsample(heldout_samples(ModelTokenizer(folder), documents, window), tokens)
 
@@ -44,7 +44,7 @@ def open_reference(
     progress: Progress | None = None,
     budget_tokens: int | None = None,
 ) -> Reference:
-    """A reference file, or the original itself; `texts` and `tokens` choose the original's text."""
+    """Open a reference file, or the original itself on `texts` with `tokens`."""
     path = Path(spec)
     if path.is_file():
         if texts or tokens:
@@ -60,7 +60,7 @@ def open_reference(
 
 
 def _refuse_artifact(path: Path) -> None:
-    """Raise InputError for an artifact in the place of a reference."""
+    """Raise InputError when the reference is an artifact."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF" and path.suffix != ".onnx":
             return
@@ -80,11 +80,11 @@ def validate(
     tasks: Sequence[Task] = (),
     explained: bool = False,
 ) -> dict[str, Any]:
-    """`{results: [one per artifact], passed}`, the contract's fields; raises what a runtime raises.
+    """The result of `validate`: `{results: [one per artifact], passed, …}`.
 
-    `on`: whether a mean or the bad end of its interval must hold a limit. Limits on latency have it
-    measured too, with the fields of `prove.latency.bench`. `tasks` are answered by both models.
-    `explained` adds where drift comes from, of Hugging Face folders beside the original itself.
+    `on`: whether a limit applies to the mean or to the worse end of its interval. With limits on latency, latency is
+    measured too and adds the fields of `prove.latency.bench`. `tasks` are answered by both models. `explained` adds
+    where drift comes from; it needs Hugging Face folders, and the original itself as reference.
     """
     checkpoints = _explainable(artifacts, reference) if explained else []
     limits = {name: parse_limit(name, value) for name, value in (limits or {}).items()}
@@ -109,9 +109,9 @@ def validate(
 
 
 def rounding_errors(artifact: Path) -> dict[str, dict[str, float]] | None:
-    """Errors that quantizing recorded, None without a record.
+    """Rounding errors from a quantized folder's manifest, None without one.
 
-    `{kind of linear: {layer: error}}`; those of a layer's experts are averaged.
+    `{kind of linear: {layer: error}}`, the mean over a layer's experts.
     """
     tensors = read_manifest(artifact).get("tensors") if artifact.is_dir() else None
     found: dict[str, dict[str, list[float]]] = {}
@@ -125,7 +125,7 @@ def rounding_errors(artifact: Path) -> dict[str, dict[str, float]] | None:
 
 
 def _explainable(artifacts: Sequence[Path], reference: Reference) -> list[Checkpoint]:
-    """The artifacts' checkpoints; InputError, before anything is measured, where drift cannot be traced."""
+    """The artifacts' checkpoints; InputError where drift cannot be traced."""
     if isinstance(reference, ReferenceFile):
         raise InputError(
             "--explain: a reference file holds the original's answers, not its blocks",

@@ -1,4 +1,4 @@
-"""Artifacts of the reference model, each written once per session, and the logits they are compared with."""
+"""Artifacts of the reference model, written once per session, and expected logits."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def source(reference_folder: Path, quantized: Callable[[str], Path]) -> Callable
 
 @pytest.fixture(scope="session")
 def torch_logits(source: Callable[[str], Path], rows: list[NDArray]) -> Callable[[str], list[NDArray]]:
-    """`torch_logits(recipe)`: what our own forward pass gives for `rows`, from the same codes."""
+    """`torch_logits(recipe)`: logits of our own forward pass on `rows`, from the same codes."""
     made: dict[str, list[NDArray]] = {}
 
     def get(name: str) -> list[NDArray]:
@@ -71,7 +71,7 @@ def onnx_folder(tmp_path_factory: pytest.TempPathFactory, source: Callable[[str]
 
 @pytest.fixture(scope="session")
 def gguf_file(tmp_path_factory: pytest.TempPathFactory, source: Callable[[str], Path]) -> Callable[..., Exported]:
-    """`gguf_file(recipe, type_name)`, each written once; `type_name` None takes what holds the codes."""
+    """`gguf_file(recipe, type_name)`, each written once; None takes the codes' own type."""
     base, made = tmp_path_factory.mktemp("gguf"), {}
 
     def get(name: str, type_name: str | None = None) -> Exported:

@@ -1,7 +1,7 @@
-"""What the artifact tests share: logits and KL, and readers of our files written apart from the package.
+"""Helpers of the artifact tests: logits, KL, and independent readers of our files.
 
-Nothing here imports `qwen3_export.core.pack` or `ship`: codes are taken out of a file by the format's
-own Python library, or by bit operations after the format's specification.
+Nothing here imports `qwen3_export.core.pack` or `ship`: codes are read by the format's own Python library, or by bit
+operations after the format's specification.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from qwen3_export.run.artifact import open_session
 from qwen3_export.run.session import RuntimeOptions
 from tests.conftest import tiny_config, write_checkpoint
 
-# |difference| of two runtimes that compute the same sums of fp32 products in another order: 2.5e-5 was
-# the largest seen, on logits up to 20.
+# Tolerance for two runtimes that sum the same fp32 products in another order. The largest difference seen was 2.5e-5,
+# on logits up to 20.
 SAME = 1e-4
-# One: threads that wait for each other are slow on a busy machine.
+# One thread, since threads that wait for each other are slow on a busy machine.
 THREADS = 1
-# Every tiny model with the reference model's tokenizer needs its vocabulary.
+# A tiny model with the reference model's tokenizer needs its vocabulary.
 VOCABULARY = 8192
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 TINY: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ TINY: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Exported:
-    """An artifact, what the export said about it, and what it was made from."""
+    """An artifact, the result of its export, and its source."""
 
     path: Path
     result: dict[str, Any]
@@ -108,7 +108,7 @@ def with_tokenizer(folder: Path, reference_folder: Path) -> Path:
 
 
 def tiny_with_tokenizer(folder: Path, reference_folder: Path, config: dict[str, Any] | None = None) -> Path:
-    """A random model that llama.cpp can load: GGUF holds a whole tokenizer."""
+    """A random model with a tokenizer, without which llama.cpp cannot load it."""
     config = {**(config or tiny_config()), "vocab_size": VOCABULARY}
     return with_tokenizer(write_checkpoint(folder, config), reference_folder)
 
@@ -147,7 +147,7 @@ def graph_name(module: str) -> str:
 
 
 def low_bits_first(blob: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint8]:
-    """Codes packed in bytes along the last axis, lowest bits first, all other axes flattened after the first."""
+    """Codes `[first axis, count]`, unpacked lowest bits first, other axes flattened."""
     parts = [(blob >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
     return np.stack(parts, -1).reshape(len(blob), -1)[:, :count]
 
@@ -168,7 +168,7 @@ def gguf_name(module: str) -> str:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of 32 of one ggml tensor: unsigned codes `[out, in]`, scales and minimums `[out, in / 32]`."""
+    """A ggml tensor: unsigned codes `[out, in]`, scales and minimums `[out, in / 32]`."""
 
     codes: NDArray[np.uint8]
     scales: NDArray[np.float16]
@@ -190,10 +190,10 @@ def read_blocks(data: NDArray[np.uint8], kind: Type) -> Blocks:
 
 
 def expand_to_f32(path: Path, output: Path) -> Path:
-    """Rewrite a GGUF file with fp32 tensors and the same metadata: llama.cpp then computes in fp32 alone.
+    """Rewrite a GGUF file with fp32 tensors, so that llama.cpp computes in fp32.
 
-    With any other weight type it rounds the activations to that type's partner (8 bits for Q4_0 and
-    Q8_0), which would hide small mistakes of ours.
+    With other weight types it rounds activations too (to 8 bits for Q4_0 and Q8_0), which would hide small errors of
+    the file.
     """
     reader = gguf.GGUFReader(path)
     writer = gguf.GGUFWriter(output, reader.fields["general.architecture"].contents())

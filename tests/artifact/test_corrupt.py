@@ -112,3 +112,17 @@ def test_no_artifact_at_all(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.txt").write_text("hello")
     check_refused({name: tmp_path / name for name in ("empty", "file.txt", "missing")})
+
+
+def test_what_llama_cpp_asserts_is_one_line(gguf_file: Callable, tmp_path: Path) -> None:
+    """Two equal tokens: llama.cpp would abort and print its stack."""
+    data, path = gguf_file("original").path.read_bytes(), tmp_path / "twice.gguf"
+    token = b"\2\0\0\0\0\0\0\0" + "£".encode()
+    assert data.count(token) == 1
+    path.write_bytes(data.replace(token, b"\2\0\0\0\0\0\0\0" + "¢".encode()))
+    command = [sys.executable, "-m", "qwen3_export", "run", str(path), "--prompt", "hi", "--max-new-tokens", "2"]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert child.returncode == 2
+    assert child.stderr.startswith(f"error: {path}: llama.cpp gave the file up (llama-vocab.cpp:")
+    assert child.stderr.count("\n") == 1
+    assert not child.stdout

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +12,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from qwen3_export.cli import demo
+from qwen3_export.cli.console import Console
+from qwen3_export.cli.demo_rival import BUILDER, build, builder_is_there
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.errors import InputError
 from qwen3_export.run.artifact import artifact_bytes, open_session, tokenizer_of
@@ -26,21 +27,35 @@ IDS = [random_ids(40), random_ids(1)]
 
 
 @pytest.fixture(scope="module")
-def built(reference_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The reference model by onnxruntime-genai's builder: int4, no position ids, a cache written in place."""
-    base = tmp_path_factory.mktemp("builder")
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(reference_folder)]
-    command += ["-o", str(base / "model"), "-p", "int4", "-e", "cpu", "-c", str(base / "cache")]
-    subprocess.run(command, check=True, capture_output=True, timeout=600)
-    return base / "model"
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference model by onnxruntime-genai's builder, made as the demo makes it where the builder is installed.
+
+    It has int4 weights, no position ids, and a cache written in place.
+    """
+    folder = tmp_path_factory.mktemp("builder") / "model"
+    assert builder_is_there()
+    linears, bits = build(folder)
+    assert linears is None
+    assert 4 < bits < 16
+    return folder
 
 
-def test_the_builders_model_is_validated_timed_and_run(built: Path, reference_folder: Path) -> None:
+def test_the_demo_compares_with_the_builders_model_where_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    show = Console()
+    assert BUILDER in [product.name for product in demo._products(tmp_path, show)]
+    monkeypatch.setattr(demo, "builder_is_there", lambda: False)
+    assert BUILDER not in [product.name for product in demo._products(tmp_path, show)]
+
+
+def test_the_builders_model_is_validated_timed_inspected_and_run(built: Path, reference_folder: Path) -> None:
     reference = ["--reference", str(reference_folder), "--tokens", "256", "--quiet"]
     for command in (
         ["validate", built, *reference, "--max-kl", "0.5"],
         ["bench", built, "--prompt-tokens", "16", "--new-tokens", "4", "--repeat", "1"],
         ["run", built, "--prompt", "What is 2 + 3?", "--max-new-tokens", "8"],
+        ["inspect", built],
     ):
         done = cli(*command)
         assert done.returncode == 0, done.stderr

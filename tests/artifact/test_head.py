@@ -223,10 +223,17 @@ def test_tensorrt_keeps_a_tied_4_bit_matrix_once(
     assert largest_difference(ours, truth) < 0.05
 
 
-def test_tensorrt_keeps_a_tied_8_bit_matrix_once(make_checkpoint: Callable, tmp_path: Path) -> None:
-    """Its logits are (W x^T)^T: a table that is turned would be stored a second time."""
-    source = make_checkpoint(tiny_config(vocab_size=2048, hidden_size=128, intermediate_size=128))
-    checkpoint = round_to_nearest(source, tmp_path / "quantized", (EMBEDDING, QuantScheme(8, group_size=32)), ("*", W4))
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("eight", [W8, CHANNEL], ids=lambda scheme: scheme.label)
+def test_tensorrt_keeps_an_8_bit_matrix_once(
+    make_checkpoint: Callable, tmp_path: Path, eight: QuantScheme, tied: bool
+) -> None:
+    """Tied, its logits are (W x^T)^T: a table that is turned would be stored a second time."""
+    source = make_checkpoint(
+        tiny_config(vocab_size=2048, hidden_size=128, intermediate_size=128, tie_word_embeddings=tied)
+    )
+    outer = [(EMBEDDING, eight)] if tied else [(EMBEDDING, eight), (HEAD, eight)]
+    checkpoint = round_to_nearest(source, tmp_path / "quantized", *outer, ("*", W4))
     export_tensorrt(checkpoint, tmp_path / "trt", capabilities=("8.9",), profile=Profile(32, 64))
     assert stored_share(tmp_path / "trt") < 1.1
     ids = [random_ids(40)]

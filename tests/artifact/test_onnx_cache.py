@@ -41,7 +41,8 @@ def test_it_costs_what_the_manifest_says(folders: dict[str, Path], rows: list[ND
     measured = mean_kl(logits(folders["fp32"], rows), logits(folders[kind], rows))
     assert manifest["kv_cache"] == kind
     assert manifest["kv_cache_kl"] <= LIMITS[kind][0]
-    assert measured <= LIMITS[kind][0]
+    # Prompts, as `validate` reads them, read the codes too: nothing is measured beside them.
+    assert manifest["kv_cache_kl"] / 4 < measured <= LIMITS[kind][0]
     assert not (folders[kind] / "plain-cache").exists()
 
 

@@ -113,12 +113,26 @@ def test_routing_is_hugging_faces(
         assert largest_difference(logits(tmp_path / flavor, IDS), truth) < SAME
 
 
+@pytest.mark.parametrize("scheme", [QuantScheme(4, group_size=32), QuantScheme(4, group_size=64, symmetric=False)])
+def test_the_onnx_has_the_folders_kl(make_checkpoint: Callable, tmp_path: Path, scheme: QuantScheme) -> None:
+    """KL from the 16-bit original, of the folder in torch and of both flavors, to 1e-6 nats."""
+    original, ids = make_checkpoint(WIDE), [random_ids(120, seed=seed) for seed in range(3)]
+    checkpoint = round_to_nearest(original, tmp_path / "quantized", ("*", scheme))
+    truth = logits(original, ids)
+    wanted = mean_kl(truth, logits(checkpoint.folder, ids))
+    assert wanted > 1e-3
+    for flavor in ("ort", "standard"):
+        export(checkpoint, tmp_path / flavor, flavor, accuracy_level=0)
+        assert abs(mean_kl(truth, logits(tmp_path / flavor, ids)) - wanted) < 1e-6
+
+
 def test_eight_bits_are_fused_where_activations_may_be_rounded(make_checkpoint: Callable, tmp_path: Path) -> None:
     checkpoint = with_experts(make_checkpoint(WIDE), QuantScheme(8, group_size=32), tmp_path)
     (group,) = export(checkpoint, tmp_path / "ort", accuracy_level=4)
     assert (group["operator"], group["reason"]) == ("QMoE", None)
-    off = largest_difference(logits(tmp_path / "ort", IDS), logits(checkpoint.folder, IDS))
-    assert SAME < off < 1
+    found, truth = logits(tmp_path / "ort", IDS), logits(checkpoint.folder, IDS)
+    assert largest_difference(found, truth) > SAME
+    assert mean_kl(truth, found) < 1e-3
 
 
 def test_gate_and_down_of_different_bits_go_into_the_loop(make_checkpoint: Callable, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ forward pass; fp16 and bf16, whose losses the result must name; and what is refu
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,6 +131,27 @@ def test_bf16_is_exact_and_needs_another_device(onnx_folder: Callable, name: str
 def test_standard_bf16_passes_the_checker(onnx_folder: Callable) -> None:
     folder = onnx_folder("gptq-w4a16-g128", flavor="standard", precision="bf16").path
     onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
+
+
+def test_a_target_sets_what_its_device_wants(make_checkpoint: Callable, tmp_path: Path) -> None:
+    scheme = QuantScheme(4, group_size=32)
+    checkpoint = round_to_nearest(make_checkpoint(), tmp_path / "quantized", ("*", scheme))
+    half, float32 = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    wanted = {
+        "cpu": (float32, 4, [], "ort"),
+        "cuda": (half, 0, [{"cuda": {}}], "ort"),
+        "standard": (float32, 0, [], "standard"),
+    }
+    for target, (activations, level, providers, flavor) in wanted.items():
+        result, folder = export_onnx(checkpoint, tmp_path / target, target=target), tmp_path / target
+        assert load_graph(folder).graph.input[3].type.tensor_type.elem_type == activations
+        assert result["accuracy_level"] == level
+        manifest = json.loads((folder / "qwen3-export.json").read_text())
+        assert (manifest["target"], manifest["flavor"]) == (target, flavor)
+        assert (folder / "config.json").is_file()
+        if flavor == "ort":
+            decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
+            assert decoder["session_options"]["provider_options"] == providers
 
 
 def test_overflow_is_refused(make_checkpoint: Callable, tmp_path: Path) -> None:

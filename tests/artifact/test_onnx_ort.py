@@ -155,9 +155,10 @@ def test_a_cost_that_cannot_be_measured_says_why(make_checkpoint: Callable, tmp_
     assert "tokenizer" in result["added_kl_reason"]
 
 
-def test_config_json_is_that_of_an_unquantized_model(onnx_folder: OnnxFolder) -> None:
+@pytest.mark.parametrize("flavor", ["ort", "standard"])
+def test_config_json_is_that_of_an_unquantized_model(onnx_folder: OnnxFolder, flavor: str) -> None:
     for name in ("original", "gptq-w4a16-g128"):
-        exported = onnx_folder(name)
+        exported = onnx_folder(name, flavor=flavor)
         config = json.loads((exported.path / "config.json").read_text())
         assert "quantization_config" not in config
         source = {k: v for k, v in exported.source.raw_config.items() if k != "quantization_config"}

@@ -39,6 +39,10 @@ LAYOUTS = {
         QuantScheme(8, strategy="channel", activations="dynamic-token"),
     ),
     "fp8 of one scale per channel": ("compressed-tensors", QuantScheme(8, type="float", strategy="channel")),
+    "fp8 of the official releases": (
+        "fp8",
+        QuantScheme(8, type="float", strategy="block", activations="dynamic-group"),
+    ),
 }
 
 
@@ -56,7 +60,7 @@ def foreign(source: Path, output: Path, layout: str, scheme: QuantScheme) -> Che
 def test_other_tools_folders(
     make_checkpoint: Callable, tmp_path: Path, layout: str, scheme: QuantScheme, tied: bool, flavor: str
 ) -> None:
-    source = make_checkpoint(tiny_config(tie_word_embeddings=tied, hidden_size=128))
+    source = make_checkpoint(tiny_config(tie_word_embeddings=tied, hidden_size=128, intermediate_size=128))
     checkpoint = foreign(source, tmp_path / "foreign", layout, scheme)
     assert checkpoint.quantization
     if scheme.type == "float" and flavor == "ort":

@@ -22,13 +22,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `model`, with enough layers that a run can be stopped between two of them."""
+    """Like `model`, with enough layers to stop a run between two of them."""
     return write_text_model(tmp_path_factory.mktemp("models") / "deep-model", num_hidden_layers=8)
 
 
 @pytest.fixture(scope="session")
 def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """`model` quantized, exported to every format, and its reference file, by what they are."""
+    """`model` quantized, exported to every format, and its reference file, by kind."""
     folder = tmp_path_factory.mktemp("made")
     paths = {
         "quantized": folder / "quantized",

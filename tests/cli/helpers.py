@@ -1,4 +1,4 @@
-"""What the command-line tests share: running commands, what an error must look like, hashes of outputs."""
+"""Helpers of the command-line tests: running commands, checking errors, hashing outputs."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def call(*arguments: object) -> Outcome:
 
 @cache
 def validator(command: str) -> Draft202012Validator:
-    """What checks the object of a command against its schema."""
+    """The validator of a command's schema."""
     return Draft202012Validator(schema(command))
 
 
 def check_schema(text: str, *arguments: str) -> None:
-    """What a command has printed with `--json` is what its schema says."""
+    """Assert that a command's `--json` output follows its schema."""
     command = " ".join(arguments[:2]) if arguments[0] == "recipes" else arguments[0]
     errors = [f"{error.json_path}: {error.message[:300]}" for error in validator(command).iter_errors(json.loads(text))]
     assert not errors, (command, errors)
@@ -80,14 +80,17 @@ def start(*arguments: object, env: dict[str, str] | None = None, cwd: Path | Non
 
 
 def run_silently(arguments: list[str]) -> None:
-    """Run a command line in this process and end it: what `fork` starts."""
+    """Run a command line in this process and end it; the child of `fork`."""
     with open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
         code = run(arguments)
     os._exit(code)
 
 
 def fork(*arguments: object) -> BaseProcess:
-    """Start a command line in a process that has its imports done already, to stop it at moments that count."""
+    """Start a command line in a forked process, which has its imports done.
+
+    So a signal can reach the command at a chosen moment of its work.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["qwen3_export.cli", "qwen3_export.solve.quantize", "tests.cli.helpers"])
     process = context.Process(target=run_silently, args=([str(argument) for argument in arguments],))
@@ -105,7 +108,7 @@ def finish(process: subprocess.Popen[str], timeout: float = 120) -> Outcome:
 
 
 def refused(outcome: Outcome, code: int, *words: str) -> None:
-    """The contract of an error: its code, `error: …`, perhaps `hint: …`, nothing after, nothing on stdout."""
+    """Assert an error's form: its code, `error: …`, perhaps `hint: …`, an empty stdout."""
     assert outcome.code == code, (outcome.code, outcome.err)
     assert outcome.out == ""
     assert "Traceback" not in outcome.err
@@ -120,7 +123,7 @@ def refused(outcome: Outcome, code: int, *words: str) -> None:
 
 
 def names(folder: Path) -> list[str]:
-    """What lies in a folder."""
+    """Names in a folder."""
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -131,7 +134,7 @@ def hashes(path: Path) -> dict[str, str]:
 
 
 def write_text_model(folder: Path, **changes: Any) -> Path:
-    """A small random model that understands text: the reference model's tokenizer, groups of 128 fit."""
+    """A small random model with a tokenizer, whose widths are multiples of 128."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 8192, "max_position_embeddings": 512}
     write_checkpoint(folder, tiny_config(**{**sizes, "eos_token_id": 8187, **changes}))
     for name in _SIDECARS:
@@ -140,7 +143,7 @@ def write_text_model(folder: Path, **changes: Any) -> Path:
 
 
 def finished_blocks(output: Path) -> int:
-    """How many blocks the unfinished run of an output has recorded."""
+    """Number of finished blocks that the unfinished run of an output has recorded."""
     try:
         saved = json.loads((output.with_name(f"{output.name}.partial") / "state" / "progress.json").read_text())
     except (OSError, ValueError):

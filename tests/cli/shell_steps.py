@@ -1,4 +1,4 @@
-"""Shell steps of a pipeline, run as a runner runs them: in a fresh folder, with `qwen3-export` on the path."""
+"""Runs shell steps of a CI pipeline, with `qwen3-export` on the path."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load(path: str) -> dict[str, Any]:
-    """A YAML file of this repository; `on`, which YAML 1.1 takes for true, has its name again."""
+    """Load a YAML file of this repository; `on`, true in YAML 1.1, stays `on`."""
     values: dict[Any, Any] = yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
     return {"on" if key is True else key: value for key, value in values.items()}
 
 
 def summary_of(folder: Path) -> Path:
-    """The file that a step may add its summary to."""
+    """The file to which a step may append its summary."""
     return folder / "summary.md"
 
 
@@ -45,5 +45,8 @@ def run_step(script: str, folder: Path, **variables: str) -> subprocess.Complete
 
 
 def _one_core() -> None:
-    """Beside other work, threads that wait for each other take many times as long."""
+    """Limit a step to one core.
+
+    Beside other work, threads that wait for each other take many times as long.
+    """
     os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})

@@ -51,6 +51,24 @@ def test_conversation_has_a_history(made: dict[str, Path], monkeypatch: pytest.M
     assert turns[1]["prompt_tokens"] > alone["prompt_tokens"]
 
 
+def test_a_plan_that_cannot_run_here_is_called_by_what_ran(made: dict[str, Path], tmp_path: Path) -> None:
+    """Without its GPU: the table and the report say that the plan's ONNX ran, and why."""
+    artifact, reason = made["tensorrt"], "its ONNX ran in ONNX Runtime, not its plan: "
+    validated = call("validate", artifact, "--reference", made["reference"], "--report", tmp_path / "report")
+    timed = call("bench", artifact, "--prompt-tokens", "8", "--new-tokens", "2", "--repeat", "1", "--threads", "1")
+    for outcome in (validated, timed):
+        assert outcome.code == 0, outcome.err
+        assert reason in outcome.out
+    [found] = json.loads((tmp_path / "report" / "report.json").read_text())["results"]
+    assert found["runtime"] == "onnxruntime (the plan's ONNX)"
+    assert "NVIDIA" in found["plan_not_run"]
+    spoken = call("run", artifact, "--prompt", "hi", *FEW, "--json").json
+    assert spoken["runtime"] == found["runtime"]
+    for command in ("validate", "bench", "run"):
+        more = {"validate": ("--reference", made["reference"]), "run": ("--prompt", "hi")}.get(command, ())
+        refused(call(command, artifact, *more, "--device", "plan"), 3, "NVIDIA")
+
+
 def test_thinking_budget_ends_the_thought(made: dict[str, Path]) -> None:
     command = ("run", made["onnx"], "--prompt", "Why?", "--max-new-tokens", "40", "--threads", "1", "--json")
     cut = call(*command, "--thinking-budget", "3").json

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,46 @@ def test_interrupt_that_native_code_wrapped_is_one(
     monkeypatch.setattr("typer.main.get_command", met_in_native_code)
     assert run(["inspect", "reference-model"]) == 130
     assert "error: interrupted\n" in capsys.readouterr().err
+
+
+LOST = """
+import os, signal, time, weakref
+from qwen3_export import cli
+
+class Thing: pass
+
+def run(arguments):
+    thing = Thing()
+    kept = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    del thing
+    time.sleep(60)
+
+cli.run = run
+cli.main()
+"""
+
+
+def test_interrupt_that_python_loses_in_a_callback_comes_again() -> None:
+    child = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, timeout=30, check=False)
+    assert (child.returncode, child.stdout) == (130, "")
+    assert child.stderr.startswith("error: interrupted\n")
+    assert "Traceback" not in child.stderr
+
+
+def test_interrupt_behind_a_finished_output_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def interrupted(*_arguments: object) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qwen3_export.cli.console.Console.result", interrupted)
+    command = ["quantize", "reference-model", "--recipe", "rtn-w4a16-g128", "--output", str(tmp_path / "out")]
+    assert run(command) == 130
+    assert f"hint: {tmp_path / 'out'} was finished before that, and is whole\n" in capsys.readouterr().err
+    assert names(tmp_path) == ["out"]
+    monkeypatch.setattr("qwen3_export.solve.quantize.quantize", interrupted)
+    assert run([*command, "--force"]) == 130
+    assert "hint: nothing was written" in capsys.readouterr().err
 
 
 def test_a_run_killed_at_ten_random_moments_ends_with_the_same_bytes(

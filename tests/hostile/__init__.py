@@ -1,1 +1,1 @@
-"""A seeded campaign of damaged, odd and hostile inputs; see `campaign`."""
+"""Fuzzing: a seeded campaign of damaged, odd and hostile inputs; see `campaign`."""

@@ -1,4 +1,4 @@
-"""Run the whole campaign: `python -m tests.hostile`, prints `N tried, M faults`, exits 1 when there are any."""
+"""`python -m tests.hostile`: the whole campaign; exits with 1 when it finds faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sound inputs that the generators damage: tiny models and one artifact of each kind, made once."""
+"""Sound inputs for the generators to damage: tiny models, an artifact of each kind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOE = {key: tiny_moe_config()[key] for key in set(tiny_moe_config()) - {"hidden
 
 
 def make_bases(folder: Path) -> Path:
-    """Make them through the command line itself."""
+    """Make them once, through the command line itself."""
     folder.mkdir(parents=True, exist_ok=True)
     model, moe = folder / "model", folder / "moe"
     write_text_model(model, num_attention_heads=2, num_key_value_heads=1, head_dim=64)

@@ -1,6 +1,8 @@
-"""The campaign: trials of every kind, each in an empty folder, each from its own seed, so that one can be repeated.
+"""The campaign: trials of every kind, each in an empty folder.
 
-python -m tests.hostile                      1,000 and more trials, `N tried, M faults`
+Each trial has its own seed, so that it can be repeated alone.
+
+python -m tests.hostile                      1,000 and more trials, prints `N tried, M faults`
 python -m tests.hostile --kind configs -n 50
 python -m tests.hostile --kind configs --only 17 --keep folder
 """
@@ -25,7 +27,7 @@ from tests.hostile.trial import Place, Trial
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one trial."""
+    """The outcome of one trial and its faults."""
 
     kind: str
     number: int
@@ -39,12 +41,12 @@ class Verdict:
 
 
 def names() -> list[str]:
-    """The kinds, by their files."""
+    """Names of the kinds, which are those of their files."""
     return sorted(module.name for module in pkgutil.iter_modules(kinds.__path__))
 
 
 def attempt(kind: str, number: int, seed: int, bases: Path, keep: Path | None = None) -> Verdict:
-    """Make one input, run its command, judge it."""
+    """Make one input, run its command, and judge the outcome."""
     folder = keep or Path(tempfile.mkdtemp(prefix="hostile-"))
     try:
         generator = importlib.import_module(f"tests.hostile.kinds.{kind}")
@@ -63,7 +65,7 @@ def attempt(kind: str, number: int, seed: int, bases: Path, keep: Path | None = 
 
 
 def _stamp(folder: Path) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of all that lies below a folder."""
+    """Names, sizes and times of everything below a folder."""
     found = []
     for place, _, files in os.walk(folder):
         for name in files:
@@ -73,7 +75,7 @@ def _stamp(folder: Path) -> list[tuple[str, int, int]]:
 
 
 def campaign(seed: int, each: int, bases: Path, chosen: list[str] | None = None) -> Iterator[Verdict]:
-    """`each` trials of every chosen kind."""
+    """Run `each` trials of every chosen kind."""
     for kind in chosen or names():
         for number in range(each):
             yield attempt(kind, number, seed, bases)

@@ -1,6 +1,6 @@
-"""One command line in a forked child: imports are done already, so that it costs milliseconds.
+"""Runs a command line in a forked child, in milliseconds, since imports are done.
 
-The parent imports the heavy libraries and computes nothing, so that no thread is lost in the fork.
+The parent imports the heavy libraries but computes nothing, so that it has no threads, which a fork would lose.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PRELOADED = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a child ended: its exit code, minus the signal's number, or None when it was still running."""
+    """How a child ended: its exit code, −signal, or None when still running."""
 
     code: int | None
     out: str
@@ -42,7 +42,7 @@ class Outcome:
 
 
 def preload() -> None:
-    """Import what commands import, once."""
+    """Import everything that commands import, once."""
     for name in _PRELOADED:
         importlib.import_module(name)
 
@@ -81,7 +81,7 @@ def _become(
     err: int,
     begins: int,
 ) -> None:
-    """The child: what `main` does, and what the interpreter does with its streams at the end."""
+    """Run as the child: `main`, and the interpreter's own end with its streams."""
     code = 70
     try:
         os.setpgid(0, 0)
@@ -114,7 +114,7 @@ def _become(
 def _main(arguments: list[str], begins: int) -> int:
     from qwen3_export.cli import main
 
-    # From here on a signal finds its handler, or is about to.
+    # From here on signals may come: handlers are set, or are about to be.
     os.write(begins, b"x")
     os.close(begins)
     sys.argv = ["qwen3-export", *arguments]
@@ -128,7 +128,7 @@ def _main(arguments: list[str], begins: int) -> int:
             if stream is not None and not stream.closed:
                 stream.flush()
     except OSError:
-        return 120  # what the interpreter makes of it
+        return 120  # the interpreter's exit code for it
     return code if isinstance(code, int) else 0 if code is None else 1
 
 
@@ -149,7 +149,7 @@ def _wait(pid: int, send: int | None, when: Callable[[], bool] | None) -> int | 
 
 
 def _kill(pid: int) -> None:
-    """What is left of the child's process group."""
+    """Kill what is left of the child's process group."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""Damage that fits any file: other values in JSON, other bytes in a file, odd things in its place."""
+"""Damage for any file: other JSON values, other bytes, or an odd replacement."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ODD: tuple[Any, ...] = (
 
 
 def odd(random: Random) -> Any:
-    """One of them, or a deep nest."""
+    """An unexpected value, or a deep nest."""
     if random.random() < 0.05:
         value: Any = 0
         for _ in range(random.choice((10, 400, 2000))):
@@ -28,7 +28,7 @@ def odd(random: Random) -> Any:
 
 
 def places(values: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every path into a JSON value."""
+    """All paths into a JSON value."""
     found = [path] if path else []
     if len(path) > 12:
         return found
@@ -44,8 +44,8 @@ def places(values: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def change_json(random: Random, values: Any) -> str:
-    """Change one place of a JSON value; says what was done."""
-    # The upper levels are what readers look at.
+    """Change one place of a JSON value; returns what was done, in words."""
+    # Mostly at the upper levels, which readers look at.
     path = random.choice(places(values))
     path = path[: random.randint(1, len(path))]
     inner = values
@@ -69,7 +69,7 @@ def in_words(value: Any) -> str:
 
 
 def dump_json(values: Any) -> bytes:
-    """JSON as other tools write it: NaN, lone surrogates and deep nests included."""
+    """JSON text that may hold NaN, lone surrogates and deep nests."""
     import json
     import sys
 
@@ -120,7 +120,7 @@ def change_json_file(random: Random, path: Path) -> str:
 
 
 def replace_file(random: Random, path: Path) -> str:
-    """Put something in a file's place that is no file with contents."""
+    """Replace a file by a folder, a link, a pipe or nothing."""
     kind = random.choice(
         ("a pipe", "/dev/zero", "/dev/full", "a folder", "a loop of links", "a link to nothing", "no one")
     )
@@ -142,7 +142,7 @@ def replace_file(random: Random, path: Path) -> str:
 
 
 def change_bytes(random: Random, path: Path, first: int | None = None) -> str:
-    """Cut, lengthen or flip bytes of a file; `first` keeps the changes near its start."""
+    """Cut, lengthen or flip bytes of a file, within its `first` bytes if given."""
     data = bytearray(path.read_bytes())
     end = min(first or len(data), len(data))
     how = random.choice(("cut", "longer", "flip", "flip", "zero", "word", "word"))

@@ -1,4 +1,4 @@
-"""What counts as a fault: the contract of errors, inputs that changed, files left behind, no end."""
+"""The judge: finds broken error contracts, changed inputs, files left behind, hangs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _STOPPED = (130, 129, -9, 4)
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """What lies below a folder: contents of regular files, targets of links, kinds of the rest."""
+    """Contents of files, targets of links and kinds of other things below a folder."""
     found = {}
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
@@ -40,7 +40,7 @@ def _of(path: Path) -> str:
 
 
 def faults(trial: Trial, outcome: Outcome, folder: Path, before: dict[str, str]) -> list[str]:
-    """What is wrong, in words; empty when all is well."""
+    """Faults of a trial in words; empty when there are none."""
     if outcome.code is None or outcome.code == -24:
         return ["no end within the limits of time"]
     found = _manners(trial, outcome)
@@ -54,7 +54,7 @@ def faults(trial: Trial, outcome: Outcome, folder: Path, before: dict[str, str])
 
 
 def repeated(trial: Trial, outcome: Outcome, folder: Path, before: dict[str, str]) -> list[str]:
-    """What is wrong after the command that follows a stopped one."""
+    """Faults of the command that follows a stopped one."""
     if outcome.code != 0:
         return [f"repeated: exit code {outcome.code} ({outcome.err[-300:]!r})"]
     return [f"repeated: {fault}" for fault in _files(trial, outcome, folder, before)]
@@ -81,7 +81,7 @@ def _manners(trial: Trial, outcome: Outcome) -> list[str]:
 
 def _files(trial: Trial, outcome: Outcome, folder: Path, before: dict[str, str]) -> list[str]:
     after, allowed = snapshot(folder), []
-    if outcome.code in (0, 1):
+    if outcome.code in (0, 1) or (outcome.code == 130 and " is whole" in outcome.err):
         allowed += trial.outputs
     if outcome.code in _STOPPED:
         allowed += trial.keeps

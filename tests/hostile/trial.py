@@ -1,10 +1,10 @@
-"""What a generator gets and gives: a place to put its input, and one command line with what may come of it.
+"""A trial: a command line on a damaged input, and its allowed outcomes.
 
-    kinds/configs.py:  make(random, place) -> Trial        puts a damaged copy into place.folder
-                                                           names the command that shall meet it
+    kinds/configs.py:  make(random, place) -> Trial        puts a damaged copy into place.folder,
+                                                           and names the command that reads it
 
-The judge then asks of every trial: an exit code of the contract, one `error:` line and no traceback,
-no input changed, nothing new beside the output, an end within the limits of time and memory.
+The judge then demands of every trial an exit code of the contract, one `error:` line and no traceback, unchanged
+inputs, nothing new beside the output, and an end within the limits of time and memory.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from typing import Any
 class Trial:
     """One command line.
 
-    `what` says the damage in words. `codes` are the exit codes that are right: narrow them where only a refusal is.
-    `outputs` may appear, or be replaced, when the command ends with 0 or 1. `keeps` may be left by a run that was
-    stopped. `env` is added to the environment (None removes a variable). `setup` runs in the child before the command:
-    closed streams, limits. `signal` is sent when `when()` holds. `check` raises AssertionError after a success.
-    `then` is a command that must end well afterwards and leave nothing but `outputs`: what a stopped run is
-    repeated with.
+    `what` describes the damage in words. `codes` are the allowed exit codes: narrow them where only a refusal is right.
+    `outputs` may appear, or be replaced, when the command ends with 0 or 1. `keeps` may be left by a stopped run. `env`
+    is added to the environment (None removes a variable). `setup` runs in the child before the command, to close
+    streams or set limits. `signal` is sent as soon as `when()` holds. `check` runs after a success and raises
+    AssertionError. `then` is the command that repeats a stopped run: it must succeed and leave nothing but `outputs`.
     """
 
     what: str
@@ -44,20 +43,21 @@ class Trial:
 
 @dataclass(frozen=True)
 class Place:
-    """An empty folder for one trial, and finished inputs by name that must be copied before they are damaged.
+    """An empty folder for one trial, and sound inputs by name.
 
-    Names: `model` (16 bits, with tokenizer), `moe` (one with experts), `quantized`, `onnx`, `gguf`, `reference`.
+    Copy an input before damaging it. Names: `model` (16 bits, with tokenizer), `moe` (one with experts), `quantized`,
+    `onnx`, `gguf`, `reference`.
     """
 
     folder: Path
     bases: Path
 
     def base(self, name: str) -> Path:
-        """A finished input, for reading only."""
+        """A sound input, for reading only."""
         return self.bases / FILES.get(name, name)
 
     def copy(self, name: str, to: str | None = None) -> Path:
-        """A copy of a finished input in the trial's folder, to damage."""
+        """A copy of a sound input in the trial's folder, to damage."""
         source = self.base(name)
         target = self.folder / (to or source.name)
         if source.is_dir():
@@ -68,7 +68,7 @@ class Place:
 
     @property
     def out(self) -> Path:
-        """Where the command shall write."""
+        """The path to which the command shall write."""
         return self.folder / "out"
 
 

@@ -1,4 +1,4 @@
-"""A wheel built from a clean copy of the repository, and a virtual environment outside of it.
+"""A wheel from a clean copy of the repository, and an environment outside it.
 
     wheel ──▶ device  runtimes alone ([ort,llamacpp]): no torch, no onnx
                 │
@@ -36,7 +36,7 @@ class Environment:
     outside: Path
 
     def run(self, *command: object, timeout: float = 600) -> Outcome:
-        """Run a program of the environment as an ordinary user would: nothing of the checkout is in sight."""
+        """Run a program of the environment, with nothing of the checkout on its paths."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         clean |= {"PATH": f"{self.folder / 'bin'}{os.pathsep}{clean['PATH']}", "HF_HUB_OFFLINE": "1"}
         words = [str(self.folder / "bin" / str(command[0])), *map(str, command[1:])]

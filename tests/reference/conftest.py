@@ -1,4 +1,4 @@
-"""Tiny models on one thread: two libraries' thread pools on few cores only wait for each other."""
+"""Runs tiny models on one thread: several libraries' pools would wait for each other."""
 
 from __future__ import annotations
 

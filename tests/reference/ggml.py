@@ -1,4 +1,4 @@
-"""libggml, as the library inside xllamacpp exports it: what it makes of floats, and of its own bytes."""
+"""libggml's own quantization and dequantization, from the library inside xllamacpp."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def library() -> ctypes.CDLL:
 
 
 def traits(name: str) -> Traits:
-    """The traits of a type, whose name is checked."""
+    """The traits of a type, checked by its name."""
     found = library().ggml_get_type_traits(NUMBERS[name]).contents
     assert found.type_name.decode().lower() == name
     return found
 
 
 def dequantize_row(raw: NDArray[np.uint8], name: str, count: int) -> NDArray[np.float32]:
-    """What libggml makes of one row's bytes."""
+    """One row dequantized by libggml."""
     out = np.empty(count, np.float32)
     raw = np.ascontiguousarray(raw)
     traits(name).to_float(raw.ctypes.data, out.ctypes.data, count)
@@ -64,7 +64,7 @@ def dequantize_row(raw: NDArray[np.uint8], name: str, count: int) -> NDArray[np.
 def quantize_rows(
     weight: NDArray[np.float32], name: str, importance: NDArray[np.float32] | None = None
 ) -> NDArray[np.uint8]:
-    """What `ggml_quantize_chunk` makes of rows `[rows, in]`, with the importance `[in]` of the inputs."""
+    """Rows `[rows, in]` quantized by `ggml_quantize_chunk`, with importance `[in]`."""
     weight, found = np.ascontiguousarray(weight, np.float32), traits(name)
     rows, inputs = weight.shape
     out = np.empty((rows, inputs // found.blck_size * found.type_size), np.uint8)

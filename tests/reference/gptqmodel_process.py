@@ -2,9 +2,9 @@
 
     python gptqmodel_process.py JOBS.json
 
-A job `{"quantize": SOURCE, "rows": FILE, "config": {…}, "output": FOLDER}` writes a folder, `{"load": FOLDER,
-"rows": FILE, "output": FILE}` answers what it holds: of every quantized linear the units (codes less zero
-points) and the weights in fp32, both `[out, in]`, and the logits of each row in fp32 and in fp16.
+A job `{"quantize": SOURCE, "rows": FILE, "config": {…}, "output": FOLDER}` writes a folder. A job `{"load": FOLDER,
+"rows": FILE, "output": FILE}` writes what GPTQModel reads from one: of every quantized linear the units (codes minus
+zero points) and the weights in fp32, both `[out, in]`, and the logits of each row in fp32 and in fp16.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# With fewer than three cores its default of one worker is less than its own loader asks for, and it stops.
+# With fewer than three cores GPTQModel's default number of workers is below its loader's minimum, and it stops.
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-# Its dequantization would be compiled, a minute for each shape.
+# Without this GPTQModel compiles its dequantization, a minute for each shape.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import numpy as np
@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 
 def quantize(source: str, rows: list[torch.Tensor], config: dict[str, Any], output: str) -> None:
-    """A folder as GPTQModel writes it; `config` holds its own settings and the `method`."""
+    """Have GPTQModel write a folder; `config` holds its own settings and the `method`."""
     kind = {"gptq": QuantizeConfig, "awq": AWQConfig}[config.pop("method")]
     model = GPTQModel.load(source, kind(**config), device="cpu")
     model.quantize([{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in rows])
@@ -38,13 +38,13 @@ def quantize(source: str, rows: list[torch.Tensor], config: dict[str, Any], outp
 
 @torch.no_grad()
 def load(folder: str, rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What GPTQModel makes of a folder."""
+    """Units, weights and logits that GPTQModel reads from a folder."""
     method = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]["quant_method"]
     backend = BACKEND.AWQ_TORCH if method == METHOD.AWQ else BACKEND.GPTQ_TORCH
     loaded = GPTQModel.load(folder, device="cpu", backend=backend, dtype=torch.float16, attn_implementation="eager")
     model = loaded.model.eval()
     found = {f"fp16.{i}": model(row[None]).logits[0] for i, row in enumerate(rows)}
-    # Buffers too: the scales, which are multiplied in their own type.
+    # Buffers too, since scales are buffers and multiply in their own type.
     model.float()
     for name, module in list(model.named_modules()):
         if hasattr(module, "qweight"):

@@ -1,4 +1,4 @@
-"""llama.cpp's `llama-perplexity --kl-divergence`: the program itself, its base file, and the table it prints.
+"""llama.cpp's `llama-perplexity --kl-divergence`: the program, its base file and its table.
 
 The program comes from Debian's testing release: its packages are unpacked into a folder of the test's own and run
 with the C library they bring. `python -m tests.reference.llama_perplexity` prints a new table for
@@ -23,7 +23,7 @@ from qwen3_export.ship.gguf import export_gguf
 from qwen3_export.text.documents import load_documents
 
 RELEASE, PACKAGE = "forky", "llama.cpp-tools-extra"
-# The program's rows, of which it scores the second half; every product in fp32, so that two builds give one result.
+# Length of the program's rows, of which it scores the second half; fp32 products, so that builds agree.
 ROW, ROWS = 128, 16
 EXACT = ("-c", ROW, "-b", ROW, "-t", 1, "-ctk", "f32", "-ctv", "f32", "-fa", "off", "--no-repack")
 _APT = """
@@ -36,7 +36,7 @@ Acquire::Languages "none";
 APT::Sandbox::User "root";
 Debug::NoLocking "true";
 """
-# What stands before the colon of its lines, and what we call the figure.
+# Label of a printed line → our name of the figure.
 _LINES = {
     "Mean PPL(Q)": "ppl_artifact.mean",
     "Mean PPL(base)": "ppl_reference.mean",
@@ -68,7 +68,7 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class Printed:
-    """A figure as it was printed: its value, and half a unit of its last digit."""
+    """A printed figure: its value, and half a unit of its last digit."""
 
     value: float
     half: float
@@ -79,7 +79,7 @@ class Unavailable(Exception):
 
 
 def program(folder: Path) -> tuple[list[str], Path]:
-    """The command and the folder it must run in; it is fetched into `folder` unless this machine has it."""
+    """The command and its working directory, fetched into `folder` unless installed."""
     here = shutil.which("llama-perplexity")
     return ([here], folder) if here else _unpacked(folder)
 
@@ -105,7 +105,7 @@ def _unpacked(folder: Path) -> tuple[list[str], Path]:
         _output("dpkg-deb", "-x", package, root)
     (library,) = {path.parent for path in root.glob("usr/lib/*/libllama.so.*")}
     loader = next(path for path in sorted(root.glob("usr/lib*/ld-linux*")) if path.exists())
-    # The program looks for its processors' libraries where it runs.
+    # The program looks for the libraries of processor types in its working directory.
     backends = next(library.glob("ggml/backends*"))
     libraries = f"{library}:{library / 'llama'}"
     return [str(loader), "--library-path", libraries, str(root / "usr/bin/llama-perplexity")], backends
@@ -119,7 +119,10 @@ def _output(*command: object) -> str:
 
 
 def run(command: tuple[list[str], Path], *arguments: object, wanted: str) -> str:
-    """What the program prints; its writer of logs sometimes ends before all is written, so `wanted` is waited for."""
+    """Run the program until its output holds `wanted`; returns what it prints.
+
+    Its log thread sometimes ends before everything is written.
+    """
     words, folder = command
     for _ in range(10):
         done = subprocess.run(
@@ -173,7 +176,7 @@ def _name(label: str) -> str:
 
 
 def make_inputs(folder: Path) -> tuple[Path, Path, Path]:
-    """The original and a 4-bit artifact as GGUF files of fp32 numbers, and a text."""
+    """Original and 4-bit artifact as GGUF files in fp32, and a text."""
     made = []
     for kind in ("f16", "q4_0"):
         export_gguf(open_source("reference-model"), folder / f"{kind}-packed.gguf", kind)
@@ -185,7 +188,7 @@ def make_inputs(folder: Path) -> tuple[Path, Path, Path]:
 
 
 def _widened(packed: Path, output: Path) -> Path:
-    """The same file with every tensor in fp32."""
+    """Write a copy of the file with every tensor in fp32."""
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
     from gguf.quants import dequantize
 
@@ -205,7 +208,7 @@ def _widened(packed: Path, output: Path) -> Path:
 
 
 def printed_by(command: tuple[list[str], Path], inputs: Sequence[Path], base: Path) -> str:
-    """Have the program write the original's base file, then compare the artifact with it: the table it prints."""
+    """The table that the program prints of the artifact beside the original's base file."""
     original, artifact, text = inputs
     run(command, "-m", original, "-f", text, "--chunks", ROWS, *EXACT, "--kl-divergence-base", base, wanted="PPL")
     compare = ("-m", artifact, *EXACT, "--kl-divergence-base", base, "--kl-divergence")

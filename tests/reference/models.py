@@ -1,4 +1,4 @@
-"""The same checkpoint folder, run by transformers and by us: fp32, eager attention, one row at a time."""
+"""One checkpoint folder, run by transformers and by us, in fp32."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qwen3_export.model.decoder import Decoder
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
-# Relative to the largest logit: what fp32 sums in another order cost.
+# Tolerance relative to the largest logit, for fp32 sums in another order.
 TOLERANCE = 2e-5
 
 
@@ -26,7 +26,7 @@ def load_theirs(folder: Path, **options: Any) -> Any:
     """transformers' model, its weights converted to fp32 as they are loaded."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **options)
     for parameter in model.parameters():
-        # Experts are unpacked in the scales' bf16, whatever was asked for.
+        # Experts are unpacked in the scales' bf16, whatever dtype was asked for.
         if parameter.dtype == torch.bfloat16:
             parameter.data = parameter.data.float()
     return model.eval()
@@ -54,7 +54,7 @@ def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def assert_same_logits(ours: Path, theirs: Path, tolerance: float = TOLERANCE, **options: Any) -> None:
-    """Our forward pass of one folder gives the logits of transformers' forward pass of another."""
+    """Assert that our logits of one folder are transformers' logits of another."""
     model = load_theirs(theirs, **options)
     rows = random_rows(model.config.vocab_size)
     for ids, found in zip(rows, our_logits(ours, rows), strict=True):

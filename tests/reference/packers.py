@@ -1,7 +1,7 @@
-"""Folders as AutoGPTQ, GPTQModel, AutoAWQ and the official FP8 releases write them, packed by plain loops.
+"""Writes folders in the layouts of AutoGPTQ, GPTQModel, AutoAWQ and official FP8 releases.
 
-Nothing here imports `qwen3_export.core.pack` or `core.layouts`. Each function writes a folder of random
-codes and returns `{linear: weight in fp32}`, by the formula that the format's owner multiplies with.
+Nothing here imports `qwen3_export.core.pack` or `core.layouts`. Each function writes a folder of random codes with
+plain loops, and the weights in fp32 that the layout's own tool computes from them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Weights = dict[str, NDArray[np.float32]]
 
 @dataclass
 class Folder:
-    """A written folder: its tensors, what it was packed from, and the weights that they mean."""
+    """A written folder: its tensors, the packed values, and the weights in fp32."""
 
     path: Path
     tensors: dict[str, NDArray]
@@ -50,7 +50,7 @@ class Folder:
 
 
 def pack_down(values: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
-    """`[n, m]` → int32 `[n * bits / 32, m]`: row after row into consecutive bits, lowest first."""
+    """Pack `[n, m]` into int32 `[n · bits / 32, m]`, lowest bits first."""
     words = np.zeros((len(values) * bits // 32 + 1, values.shape[1]), np.uint64)
     for row, value in enumerate(values.astype(np.uint64)):
         word, offset = divmod(row * bits, 32)
@@ -88,7 +88,10 @@ def gptq(
     config: Mapping[str, Any] | None = None,
     **said: Any,
 ) -> Folder:
-    """A GPTQ folder; `order` shuffles the groups, `borrow` takes the one off whole words, as GPTQModel does."""
+    """A GPTQ folder; `order` shuffles the groups.
+
+    `borrow` subtracts 1 from the zero points in whole words, as GPTQModel does, so that a 0 borrows from its neighbour.
+    """
     random, (folder, linears) = np.random.default_rng(0), _start(path, config)
     ones = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
     for name, (out, inputs) in linears.items():
@@ -141,7 +144,7 @@ def awq(
 def fp8(
     path: Path, config: Mapping[str, Any], *, scales: Any = ml_dtypes.bfloat16, plain: str = "none", **said: Any
 ) -> Folder:
-    """The layout of the official FP8 releases; linears with `plain` in their name stay in 16 bits."""
+    """A folder in the official FP8 layout; linears named `plain` stay in 16 bits."""
     random, (folder, linears) = np.random.default_rng(2), _start(path, config)
     for name, (out, inputs) in linears.items():
         if plain in name:

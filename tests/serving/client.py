@@ -1,6 +1,6 @@
-"""Asks a tritonserver over HTTP and gRPC and prints what came back as JSON; runs in the server's environment.
+"""Asks a tritonserver over HTTP and gRPC, and prints its answers as JSON.
 
-client.py HTTP GRPC MODEL REPOSITORY TOKENS
+client.py HTTP GRPC MODEL REPOSITORY TOKENS    in the server's environment
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def tensor(name: str, value: object, kind: str) -> triton.InferInput:
 
 
 def stream(question: str, stop_after: int | None = None) -> dict[str, object]:
-    """One streamed answer over gRPC; cancelled after so many pieces, if a number is given."""
+    """One streamed answer over gRPC, cancelled after `stop_after` pieces if given."""
     answers: queue.Queue = queue.Queue()
     client = triton.InferenceServerClient(GRPC)
     client.start_stream(lambda result, error: answers.put((result, error)))
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def flood() -> dict[str, int]:
-    """Many more requests than may wait: how many were answered, and how many refused as too many."""
+    """Send more requests than may wait; numbers of answered and refused ones."""
     counts, lock = {"answered": 0, "busy": 0, "other": 0}, threading.Lock()
 
     def one(number: int) -> None:

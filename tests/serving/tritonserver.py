@@ -22,7 +22,7 @@ from pathlib import Path
 
 CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
 SERVER, CLIENT = "nvidia-pytriton==0.7.0", "tritonclient[http,grpc]==2.73.0"
-# Versions that numpy 1 goes with.
+# Versions that work with numpy 1.
 NUMPY = ("numpy<2", "ml_dtypes<0.6")
 
 
@@ -35,7 +35,7 @@ class Environment:
 
     @property
     def packages(self) -> Path:
-        """Where its libraries are."""
+        """The folder of its packages."""
         return next((self.folder / "lib").glob("python*/site-packages"))
 
     @property
@@ -66,7 +66,7 @@ def make(folder: Path, requirements: str) -> Environment:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
+    """A free port of the loopback interface."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -74,7 +74,7 @@ def free_port() -> int:
 
 @contextmanager
 def serving(environment: Environment, repository: Path, model: str, log: Path) -> Iterator[tuple[str, str]]:
-    """Run the server until the block ends; yields the addresses for HTTP and gRPC when the model is ready."""
+    """Run the server for a `with` block; yields its HTTP and gRPC addresses."""
     http, grpc = free_port(), free_port()
     libraries = (environment.packages / "nvidia_pytriton.libs", sysconfig.get_config_var("LIBDIR"))
     variables = {

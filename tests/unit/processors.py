@@ -1,4 +1,4 @@
-"""What some tests need of the processor."""
+"""Marks for tests that need a feature of the processor."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qwen3_export.core.progress import Progress
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.source import open_source
 from qwen3_export.errors import InputError, UnsupportedError
@@ -106,6 +107,21 @@ def test_files_and_configuration_are_transformers_js_own(folder: Path) -> None:
         "kv_cache_dtype": {"q4f16": "float16"},
         "use_external_data_format": {"model_q4f16.onnx": 3},
     }
+
+
+def test_what_browsers_have_no_fast_kernels_for_is_said(quantized: Any, tmp_path: Path) -> None:
+    class Told(Progress):
+        said: list[str] = []  # noqa: RUF012
+
+        def warn(self, text: str) -> None:
+            self.said.append(text)
+
+    for recipe in ("edge-w4", "gptq-w4a16-g128"):
+        export_onnx(open_source(str(quantized(recipe))), tmp_path / recipe, target="web", progress=Told())
+    [said] = Told.said
+    assert "q_proj is w4-g128-sym: WebGPU's fast kernels are for symmetric 4-bit groups of 32" in said
+    export_onnx(open_source(str(quantized("gptq-w4a16-g128"))), tmp_path / "cpu", progress=Told())
+    assert len(Told.said) == 1
 
 
 def test_what_transformers_js_cannot_load_is_refused(

@@ -11,7 +11,7 @@ from auto_round import AutoRound
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BATCH = 8
-# Where a processor cannot multiply bf16 numbers, torch takes a hundred times as long for them as for fp32.
+# On a processor without bf16 products, torch takes a hundred times as long for them as for fp32.
 BF16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 DTYPE = "auto" if BF16 else torch.float32
 
@@ -45,7 +45,7 @@ def main() -> None:
         **iterations(arguments.method),
     )
     quantizer.quantize_and_save(arguments.output, format="auto_gptq")
-    # It writes into a folder of its own naming, inside the one it was given.
+    # AutoRound writes into a subfolder that it names itself.
     for path in list(Path(arguments.output).glob("*/*")):
         path.rename(Path(arguments.output) / path.name)
     Path(arguments.result).write_text(json.dumps({"seconds": time.monotonic() - started}))

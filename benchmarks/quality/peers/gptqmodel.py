@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-# With fewer than three cores its default of one worker is less than its own loader asks for, and it stops.
+# With fewer than three cores GPTQModel's default number of workers is below its loader's minimum, and it stops.
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 from gptqmodel import GPTQModel
@@ -19,7 +19,7 @@ from gptqmodel.quantization import AWQConfig, GPTAQConfig, QuantizeConfig, RTNCo
 
 
 def config(method: str, scheme: str):
-    """GPTQModel's configuration of one method; everything that is not said here is its default."""
+    """GPTQModel's configuration of a method; everything else is its default."""
     shape = {"bits": 4, "group_size": int(scheme.split("-g")[1].split("-")[0]), "sym": not scheme.endswith("asym")}
     if method == "rtn":
         return RTNConfig(**shape)

@@ -16,7 +16,7 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BATCH = 1
-# Where a processor cannot multiply bf16 numbers, torch takes a hundred times as long for them as for fp32.
+# On a processor without bf16 products, torch takes a hundred times as long for them as for fp32.
 BF16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 DTYPE = "auto" if BF16 else torch.float32
 IGNORE = ["lm_head", "re:.*mlp.gate$"]
@@ -34,7 +34,7 @@ IntermediatesCache.pin_memory = lambda *_, **__: None
 
 
 def weights(scheme: str, observer: str | None) -> dict[str, object]:
-    """A modifier's arguments that say what every linear becomes."""
+    """A modifier's arguments for the scheme of all linears."""
     if scheme in PRESETS:
         return {"targets": "Linear", "ignore": IGNORE, "scheme": PRESETS[scheme]}
     args = {"num_bits": 4, "type": "int", "symmetric": not scheme.endswith("asym"), "strategy": "group"}
@@ -45,7 +45,7 @@ def weights(scheme: str, observer: str | None) -> dict[str, object]:
 
 
 def modifiers(method: str, scheme: str) -> list[object]:
-    """The recipe of a method: `[awq+ | smoothquant+]gptq | rtn`, `-mse` for its other observer of weights."""
+    """The recipe of a method, `[awq+ | smoothquant+]gptq | rtn`; `-mse` picks that observer."""
     base, _, observer = method.partition("-")
     transform, _, quantizer = base.rpartition("+")
     first = {"": [], "awq": [AWQModifier()], "smoothquant": [SmoothQuantModifier(smoothing_strength=0.8)]}[transform]

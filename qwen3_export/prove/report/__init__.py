@@ -1,9 +1,7 @@
-"""A report folder, for machines, people and CI.
+"""The report folder: report.json, report.md, report.html and report.xml (JUnit).
 
-report.json is for machines, report.md and report.html for people, report.xml (JUnit) for CI.
-
-tables     a result as tables of text      ─▶ markdown, page
-charts     a result as pictures (SVG)      ─▶ page
+tables     the result as tables of text    ─▶ markdown, page
+charts     the result as pictures (SVG)    ─▶ page
 junit      every check as a test case
 """
 
@@ -37,10 +35,7 @@ def write_report(folder: Path, result: Mapping[str, Any], force: bool = False, t
 
 
 def append_summary(result: Mapping[str, Any], title: str) -> None:
-    """Add the tables to the job summary of GitHub Actions.
-
-    `GITHUB_STEP_SUMMARY` names its file.
-    """
+    """Append the tables to GitHub Actions' job summary, the file `GITHUB_STEP_SUMMARY`."""
     path = os.environ.get("GITHUB_STEP_SUMMARY")
     if path:
         with open(path, "a", encoding="utf-8") as file:

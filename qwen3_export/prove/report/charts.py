@@ -1,6 +1,6 @@
-"""Pictures of a result as inline SVG.
+"""Charts of a result as inline SVG.
 
-Drift by domain, histogram of KL, heat strips, latency curves, candidates.
+They show drift by domain, the histogram of KL, errors by layer, latency, and candidates.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Named = Sequence[tuple[str, Mapping[str, Any]]]
 
 
 def charts(result: Mapping[str, Any]) -> Iterator[Chart]:
-    """Every picture that a result has something for."""
+    """All charts that a result has data for."""
     items = named(result)
     if result.get("candidates"):
         yield from _candidates(result["candidates"])
@@ -142,10 +142,7 @@ def _decode(speeds: Named) -> Chart:
 
 
 def _candidates(candidates: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
-    """Size across, drift upwards (logarithmic), speed as the area of the dot.
-
-    The Pareto front is ringed.
-    """
+    """Candidates by size (x), drift (y, logarithmic) and speed (area), the front ringed."""
     known = [item for item in candidates if item["bytes"] and item["kl_mean"] is not None]
     if not known:
         return
@@ -174,10 +171,7 @@ def _size_axis(sizes: Sequence[float]) -> tuple[Callable[[float], float], list[f
 
 
 def _drift_axis(drifts: Sequence[float], top: float, bottom: float) -> tuple[Callable[[float], float], list[float]]:
-    """Whole powers of ten around the values.
-
-    What is 0 or less stands on the axis.
-    """
+    """A logarithmic axis between powers of ten, values up to 0 at its bottom."""
     positive = [value for value in drifts if value > 0] or [1e-6]
     low, high = int(log10(min(positive)) // 1), int(log10(max(positive)) // 1) + 1
     height = (bottom - top) / (high - low)

@@ -1,4 +1,4 @@
-"""What stands on top of a report, and where it was measured."""
+"""The head of a report: failures, remarks, and the environment."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def failures(result: Mapping[str, Any]) -> list[str]:
 
 
 def remarks(result: Mapping[str, Any]) -> list[str]:
-    """What passed but is not conclusive, and what makes figures doubtful."""
+    """Checks that are inconclusive, and warnings about doubtful figures."""
     warnings = [f"{name}: {text}" for name, item in named(result) for text in item.get("warnings") or ()]
     return _told(result)[1] + warnings
 
 
 def _told(result: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What failed, and what is not conclusive."""
+    """Texts of what failed, and of what is inconclusive."""
     failed, doubtful = list[str](), list[str]()
     for name, item in named(result):
         for check in item.get("gate", {}).get("checks", ()):

@@ -1,7 +1,4 @@
-"""Tables of what an artifact writes: greedy texts, flips, tasks.
-
-And of where its drift comes from.
-"""
+"""Tables of generated texts, flips and tasks, and of where drift comes from."""
 
 from __future__ import annotations
 
@@ -13,9 +10,9 @@ from qwen3_export.prove.report.table import ReportTable
 
 
 def texts(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[ReportTable]:
-    """Greedy texts beside the original's, plain and as chats, and flips.
+    """Tables of greedy texts beside the original's, plain and as chats, and of flips.
 
-    A flip is another token where the original is sure.
+    A flip is another most likely token where the original is sure of its own.
     """
     modes = {"plain": None, "thinking": "thinking", "no thinking": "no_thinking"}
     rows = [
@@ -56,7 +53,7 @@ def _text_cells(found: Mapping[str, Any]) -> list[str]:
 
 
 def tasks(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[ReportTable]:
-    """Right answers of original and artifact, by kind of task."""
+    """A table of right answers of original and artifact, by kind of task."""
     rows = []
     for name, item in drifts:
         found = item.get("tasks")
@@ -73,10 +70,7 @@ def tasks(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[ReportTab
 
 
 def explanations(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[ReportTable]:
-    """The linears, experts and channels that add most to the drift.
-
-    They are there where it was traced.
-    """
+    """Tables of the linears, experts and channels with most error, from `--explain`."""
     for name, item in drifts:
         found = item.get("explain")
         for kind in ("linears", "experts", "channels"):

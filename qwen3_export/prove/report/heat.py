@@ -1,4 +1,4 @@
-"""Heat strips: one cell per layer, stronger in color for a larger error."""
+"""Heat strips: one cell per layer, colored more strongly for a larger error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Layers = Sequence[tuple[str, float]]
 
 
 def hidden_state_strips(drifts: Named) -> Iterator[Chart]:
-    """One strip per artifact whose drift was traced through the layers."""
+    """A strip per artifact with the error of its hidden states (`--explain`)."""
     traced = [(name, _layers(item)) for name, item in drifts]
     traced = [(name, layers) for name, layers in traced if layers]
     if not traced:
@@ -66,7 +66,7 @@ def _strip(y: float, what: str, layers: Layers, largest: float, left: float = 0.
 
 
 def _labels(y: float, layers: Layers, left: float = 0.0) -> list[str]:
-    """Numbers of layers, as many as there is room for."""
+    """Labels of layers, as many as there is room for."""
     width = (WIDTH - _RIGHT - left) / len(layers)
     step = max(1, int(26 / width) + 1) if width <= 26 else 1
     return [

@@ -1,4 +1,4 @@
-"""report.xml: every check of a gate as a test case, in JUnit's form."""
+"""report.xml: every check of a gate as a test case, in JUnit's format."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from qwen3_export.prove.report.tables import named
 
 
 def junit(result: Mapping[str, Any], title: str = "Validation") -> bytes:
-    """One case per check with value and limit.
-
-    An artifact without limits is one case that passes.
-    """
+    """JUnit XML with a case per check; an artifact without limits passes one."""
     suite = ElementTree.Element("testsuite", name=f"qwen3-export: {title}")
     cases = list(_cases(result))
     for owner, name, seconds, facts, failure in cases:
@@ -36,7 +33,10 @@ def junit(result: Mapping[str, Any], title: str = "Validation") -> bytes:
 
 
 def _cases(result: Mapping[str, Any]) -> Iterator[tuple[str, str, float, dict[str, str], str | None]]:
-    """`(class, name, seconds, properties, failure)`; an artifact's seconds are shared by its checks."""
+    """Yield `(class, name, seconds, properties, failure)` for every case.
+
+    An artifact's seconds are split evenly between its checks, so that they add up.
+    """
     for owner, item in named(result):
         checks = item.get("gate", {}).get("checks") or [None]
         seconds = item.get("seconds", 0.0) / len(checks)

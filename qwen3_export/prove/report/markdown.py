@@ -10,7 +10,7 @@ from qwen3_export.prove.report.tables import tables, verdict_of
 
 
 def markdown(result: Mapping[str, Any], title: str) -> str:
-    """Title, verdict and failed checks, every table, and where it was measured."""
+    """Title, verdict, failed checks, all tables, and the environment."""
     lines = [f"# {title}", ""]
     verdict = verdict_of(result)
     if verdict != "-":
@@ -18,7 +18,7 @@ def markdown(result: Mapping[str, Any], title: str) -> str:
     told = failures(result) + remarks(result)
     lines += [f"- {_escape(text)}" for text in told] + ([""] if told else [])
     for index, table in enumerate(tables(result)):
-        # The first table needs no heading of its own: the title says what it is.
+        # The title is the heading of the first table.
         lines += [f"## {_escape(table.title)}", ""] if index else []
         lines += _table(table.headers, table.rows)
     facts = environment_lines(result)

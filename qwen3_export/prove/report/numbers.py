@@ -1,4 +1,4 @@
-"""Numbers as text, for tables and pictures."""
+"""Numbers as text, for tables and charts."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def fixed(value: float, digits: int) -> str:
-    """So many digits after the point, never `-0`."""
+    """A number with `digits` digits after the point, never `-0`."""
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def marked_kl(item: Mapping[str, Any], digits: int) -> str:
-    """Mean KL: `≥` before a lower bound, `≈` before an estimate."""
+    """Mean KL, with `≥` before a lower bound and `≈` before an estimate."""
     mark = "≥ " if item.get("kl_is_lower_bound") else "≈ " if item.get("kl_estimate") else ""
     return mark + fixed(item["kl_mean"], digits)
 
@@ -24,12 +24,12 @@ def signed(value: float, digits: int = 6) -> str:
 
 
 def short(value: float) -> str:
-    """Three significant digits, never `-0`."""
+    """A number with three significant digits, never `-0`."""
     return f"{value + 0.0:.3g}" if value else "0"
 
 
 def bytes_text(count: float) -> str:
-    """Bytes for people: `7.9 MB`."""
+    """A number of bytes as text: `7.9 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -38,7 +38,7 @@ def bytes_text(count: float) -> str:
 
 
 def span(ends: list[float] | None, digits: int = 6) -> str:
-    """An interval, `-` where there is none."""
+    """An interval as text, `-` where there is none."""
     return f"{fixed(ends[0], digits)} … {fixed(ends[1], digits)}" if ends else "-"
 
 

@@ -1,7 +1,4 @@
-"""report.html: one file that needs no network and no script.
-
-It has a light, a dark and a print style.
-"""
+"""report.html: one file without scripts or network, in light, dark and print styles."""
 
 from __future__ import annotations
 
@@ -17,20 +14,20 @@ from qwen3_export.prove.report.table import ReportTable
 from qwen3_export.prove.report.tables import tables, verdict_of
 
 _GOOD, _BAD = ("pass", "same", "better"), ("FAIL", "worse")
-# Tables that come before the pictures, and columns of words.
+# Tables that come before the charts, and columns of words.
 _LEADING = ("Against the baseline", "Candidates", "Drift", "Checks")
 _WORDS = frozenset(("runtime", "check", "metric", "report", "texts", "task", "linear", "kind"))
 
 
 def page(result: Mapping[str, Any], title: str) -> str:
-    """The whole page: verdict, failed checks, settings, pictures, tables, environment."""
+    """The whole page: verdict, failed checks, tables, charts and environment."""
     found = list(tables(result))
     leading = [table for table in found if table.title in _LEADING]
     return "\n".join(
         (
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            # Nothing is fetched, whatever stands in a name; the icon is none, so that no browser asks for one.
+            # The policy forbids fetching, whatever a name contains; the empty icon keeps browsers from asking for one.
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
             'img-src data:">',
             '<link rel="icon" href="data:,">',
@@ -60,7 +57,7 @@ def _top(result: Mapping[str, Any], title: str) -> Iterator[str]:
 
 
 def _class(verdict: str) -> str:
-    """The style of a verdict, without any remark in brackets."""
+    """The CSS class of a verdict, a remark in brackets left out."""
     word = verdict.split(" ")[0]
     return "good" if word in _GOOD else "bad" if word in _BAD else "doubt" if word == "inconclusive" else ""
 

@@ -1,6 +1,6 @@
-"""A few shapes of SVG as text.
+"""A few SVG shapes as text.
 
-Colors are classes of the page's style sheet, so that they follow light and dark.
+Colors are classes of the page's style sheet, so that charts follow its light and dark styles.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ WIDTH = 720
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture under a title, with a sentence that says how to read it."""
+    """A chart with its title and a sentence on how to read it."""
 
     title: str
     svg: str
@@ -23,10 +23,7 @@ class Chart:
 
 
 def picture(height: float, shapes: Sequence[str], label: str) -> str:
-    """An inline picture of `WIDTH` × `height`.
-
-    It has a text for those who cannot see it.
-    """
+    """An inline SVG of `WIDTH` × `height`, with a label for screen readers."""
     body = "".join(shapes)
     return (
         f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}" '
@@ -64,14 +61,14 @@ def dot(x: float, y: float, radius: float, kind: str, title: str) -> str:
 
 
 def color(index: int) -> str:
-    """The class of the n-th series."""
+    """The CSS class of the n-th series' color."""
     return f"c{index % 8}"
 
 
 def legend(names: Sequence[str], y: float) -> tuple[list[str], float]:
-    """Names of series beside their colors, in rows.
+    """A legend in rows: names of series beside their colors.
 
-    The shapes and the y below them.
+    Returns its shapes, and the y below them.
     """
     shapes, x = list[str](), 0.0
     for index, name in enumerate(names):

@@ -8,10 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ReportTable:
-    """A table under a title.
-
-    The first column is text, `status` in a cell is a verdict.
-    """
+    """A table with a title; the first column names its rows."""
 
     title: str
     headers: Sequence[str]

@@ -1,4 +1,4 @@
-"""A result as tables of text: what report.md and report.html both show."""
+"""A result as tables of text, which report.md and report.html both show."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def named(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     results = result.get("results", [])
     paths = [item["artifact"] for item in results]
     if any("node" in item for item in results):
-        # The same artifact on several nodes: numbers would not tell them apart.
+        # The same artifact on several nodes is named after the node, not numbered.
         short = dict(zip(distinct := list(dict.fromkeys(paths)), unique_names(distinct), strict=True))
         nodes = [item["node"]["label"] or item["node"]["name"] for item in results]
         paths = [f"{short[path]} on {node}" for path, node in zip(paths, nodes, strict=True)]
@@ -27,7 +27,7 @@ def named(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def verdict_of(result: Mapping[str, Any]) -> str:
-    """`pass`, `FAIL` or the gate's own word; `-` when nothing was asked."""
+    """`pass`, `FAIL` or the gate's own word; `-` when no limit was given."""
     if "verdict" in result:
         return str(result["verdict"])
     if not any(item.get("gate", {}).get("checks") for item in result.get("results", [])):
@@ -36,7 +36,7 @@ def verdict_of(result: Mapping[str, Any]) -> str:
 
 
 def tables(result: Mapping[str, Any]) -> Iterator[ReportTable]:
-    """Every table that a result has something for."""
+    """All tables that a result has data for."""
     items = named(result)
     drifts = [(name, item) for name, item in items if "kl_mean" in item]
     if result.get("pairs"):
@@ -175,7 +175,7 @@ def _details(drifts: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Report
     ]
     rows = [[label, *(show(found) for _, found in full)] for label, show in lines]
     if estimates:
-        # Behind the mean: what the drawing of tokens leaves open, and what is certain.
+        # After the mean: the standard error of drawing tokens, and the lower bound.
         for label, key in (("KL at least", "lower_bound"), ("KL, error of the estimate", "stderr")):
             cells = [fixed(estimates[name][key], 6) if name in estimates else "exact" for name, _ in full]
             rows.insert(1, [label, *cells])
@@ -203,7 +203,7 @@ def _with_error(
 
 
 def pairs_table(result: Mapping[str, Any]) -> ReportTable:
-    """Every metric beside its baseline."""
+    """A table of every metric beside its baseline."""
     rows = [
         [
             item["artifact"],
@@ -226,10 +226,7 @@ def _change(value: float, metric: str) -> str:
 
 
 def compare_table(result: Mapping[str, Any]) -> ReportTable:
-    """All candidates of a comparison.
-
-    `●` marks the Pareto front of size, drift and speed.
-    """
+    """A table of all candidates; `●` marks the Pareto front."""
     rows = [
         [
             item["name"],

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.processors import thread_count
 from qwen3_export.errors import InputError
-from qwen3_export.run.llamacpp.interface import PINNED, LlamaBatch, errors, failure_reason, library
+from qwen3_export.run.llamacpp.interface import PINNED, LlamaBatch, errors, failure_reason, library, opened
 from qwen3_export.run.llamacpp.tokenizer import LlamaTokenizer, header_value
 from qwen3_export.run.session import RuntimeOptions, check_ids
 
@@ -54,6 +54,7 @@ class LlamaSession:
         parameters.n_gpu_layers, parameters.load_mode = 0, _MMAP
         parameters.use_extra_bufts, parameters.check_tensors = False, True
         errors.clear()
+        opened[:] = [self._path]
         self._model = self._lib.llama_model_load_from_file(os.fsencode(self._path), parameters)
         if not self._model:
             raise InputError(f"{self._path}: llama.cpp cannot load it ({failure_reason()})")

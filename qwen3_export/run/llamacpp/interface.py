@@ -12,12 +12,13 @@ from __future__ import annotations
 import ctypes as C
 import importlib.util
 import os
+import sys
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from qwen3_export.errors import MissingRuntimeError
+from qwen3_export.errors import InputError, MissingRuntimeError
 
 PINNED = "2026.10.11549"
 _INSTALL = "pip install 'qwen3-export[llamacpp]'"
@@ -82,9 +83,11 @@ class LlamaBatch(C.Structure):
 
 
 _Log = C.CFUNCTYPE(None, C.c_int, C.c_char_p, C.c_void_p)
+_Abort = C.CFUNCTYPE(None, C.c_char_p)
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_backend_init": (None, []),
     "llama_log_set": (None, [_Log, C.c_void_p]),
+    "ggml_set_abort_callback": (C.c_void_p, [_Abort]),
     "llama_model_default_params": (_ModelParams, []),
     "llama_context_default_params": (_ContextParams, []),
     "llama_model_load_from_file": (C.c_void_p, [C.c_char_p, _ModelParams]),
@@ -114,6 +117,19 @@ def _on_log(level: int, text: bytes | None, _data: object) -> None:
 
 
 _log_callback = _Log(_on_log)
+# The file that llama.cpp was last asked to open.
+opened: list[Path] = []
+
+
+def _on_abort(text: bytes | None) -> None:
+    """End the process with one line where an assertion of llama.cpp fails: it would abort, and print its stack."""
+    reason = (text or b"").decode("utf-8", "replace").strip().rpartition("/")[2]
+    where = f"{opened[-1]}: " if opened else ""
+    print(f"error: {where}llama.cpp gave the file up ({reason})", file=sys.stderr, flush=True)
+    os._exit(InputError.exit_code)
+
+
+_abort_callback = _Abort(_on_abort)
 
 
 @cache
@@ -144,6 +160,7 @@ def library() -> C.CDLL:
         function.restype, function.argtypes = result, arguments
     _check_structures(lib)
     lib.llama_log_set(_log_callback, None)
+    lib.ggml_set_abort_callback(_abort_callback)
     lib.llama_backend_init()
     return lib
 

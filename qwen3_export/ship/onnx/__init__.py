@@ -67,6 +67,7 @@ def export_onnx(
     """
     started, progress = time.monotonic(), progress or Progress()
     aim = check_request(checkpoint, flavor, precision, accuracy_level, target, max_shard_size, kv_cache, opset)
+    _warn_of_browsers(aim, checkpoint, progress)
     checkpoint.hash_ahead()
     files, inexact = files_of(aim, checkpoint), cast_errors(checkpoint, aim.precision)
     with staged_folder(output, force, inputs=[checkpoint.folder]) as folder:
@@ -83,6 +84,16 @@ def export_onnx(
         written = file_list(folder, {name: found.result() for name, found in hashes.items()})
     result = export_result(output, written, checkpoint, inexact, started, onnx_linear_bytes(output))
     return {**result, **level, **sparse}
+
+
+def _warn_of_browsers(target: Target, checkpoint: Checkpoint, progress: Progress) -> None:
+    """Say what WebGPU's fast kernels are not made for."""
+    for name, scheme in checkpoint.schemes.items() if target.is_web else ():
+        if (scheme.num_bits, scheme.symmetric, scheme.group_size) != (4, True, 32):
+            progress.warn(
+                f"{name} is {scheme.label}: WebGPU's fast kernels are for symmetric 4-bit groups of 32, as edge-w4 has"
+            )
+            return
 
 
 def _level(checkpoint: Checkpoint, target: Target, folder: Path, measure: Measure | None) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """TensorRT folders: a standard Q/DQ ONNX, and the plan built from it.
 
     model.onnx + model.onnx.data   ai.onnx operators only, also runs in ONNX Runtime
-    model.plan                     for the compute capabilities named in engine.json, and no others
+    model.plan                     runs on the compute capabilities named in engine.json, and no others
     engine.json                    engine, version, capabilities, shape profile, hash of the source
 
-TensorRT-RTX compiles without a GPU; its kernels are specialised on the device.
+TensorRT-RTX builds the plan without a GPU: it specialises its kernels when the plan is loaded on the device.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from qwen3_export.ship.onnx.target import MODEL, Files, choose
 from qwen3_export.ship.result import check_schemes, exactness, export_result, onnx_linear_bytes, provenance
 from qwen3_export.ship.tensorrt.capabilities import CAPABILITIES, DEFAULT, fitting, supports, too_old
 from qwen3_export.ship.tensorrt.cost import BuildCost, build_cost, check_memory
+from qwen3_export.ship.tensorrt.parser import check_graph
 from qwen3_export.ship.tensorrt.plan_file import MODULES, PLAN, build_plan
 from qwen3_export.ship.tensorrt.profiles import (
     Profile,
@@ -45,7 +46,7 @@ from qwen3_export.ship.tensorrt.profiles import (
 
 ENGINE = "engine.json"
 INSTALL = {"rtx": "pip install 'qwen3-export[tensorrt]'", "trt": "pip install tensorrt (on a machine with its GPU)"}
-# A plan's own part beside the weights, in all and per block (measured with 1.7; the capabilities add nothing to it).
+# Bytes of a plan beside its weights, in all and per block. Measured with 1.7; more capabilities add nothing.
 _ENGINE_BYTES, _BLOCK_BYTES, _QUANTIZED_BLOCK_BYTES = 1_120_000, 753_000, 1_020_000
 # A second profile's kernels, per block.
 _SECOND_PROFILE_BYTES = 800_000
@@ -64,11 +65,11 @@ def export_tensorrt(
 ) -> dict[str, Any]:
     """Write the ONNX, build the plan and check it.
 
-    Returns the result that `--json` prints. `onnx_only` leaves the plan to its device: the result's `trtexec` is the
-    command that builds it there.
+    Returns the result that `--json` prints. With `onnx_only` no plan is built: the result's `trtexec` is the command
+    that builds it on the device.
 
-    Raises MissingRuntimeError without the engine's library, UnsupportedError when the codes or the
-    capabilities do not fit, ResourceError when there is too little memory or the builder is killed for it.
+    Raises MissingRuntimeError without the engine's library, UnsupportedError when TensorRT or the capabilities cannot
+    hold the codes, ResourceError when memory is too small or the builder is killed for lack of it.
     """
     started, progress = time.monotonic(), progress or Progress()
     profile = profile or default_profile(checkpoint.config)
@@ -78,6 +79,7 @@ def export_tensorrt(
     with staged_folder(output, force, inputs=[checkpoint.folder]) as folder:
         target = replace(choose("standard", precision=precision), flavor="tensorrt")
         write_graph(checkpoint, folder, target, Files(), progress)
+        check_graph(folder)
         built = None if onnx_only else build_plan(folder, engine, capabilities, profiles, progress)
         origin = provenance(checkpoint)
         described = {
@@ -111,7 +113,8 @@ def export_tensorrt(
 def profiles_of(checkpoint: Checkpoint, profile: Profile) -> list[Shapes]:
     """The optimization profiles of a model's plan; see `ship.tensorrt.profiles`.
 
-    Of integer matrices a second one stores nothing again, of others it stores them a second time (measured with 1.7).
+    A second profile, for decoding, is made only where every linear holds integers: weights of other types would be
+    stored twice (measured with 1.7).
     """
     shapes = [prefill_shapes(checkpoint.config, profile)]
     linears = [checkpoint.schemes.get(name) for name in checkpoint.config.all_linears()]
@@ -129,19 +132,16 @@ def planned_cost(checkpoint: Checkpoint, precision: str = "fp16") -> BuildCost:
 
 
 def _named(engine: str, capabilities: Sequence[str], built: dict[str, Any] | None) -> list[str]:
-    """The compute capabilities that a plan is for.
-
-    They are those asked for, or that of the GPU it was built on.
-    """
+    """The compute capabilities of a plan: those asked for, or the building GPU's."""
     if engine == "rtx":
         return list(capabilities)
     return [str(built["capability"])] if built and built.get("capability") else []
 
 
 def scale_errors(checkpoint: Checkpoint, precision: str) -> list[dict[str, Any]]:
-    """Tensors in 8-bit scales that the plan changes, with their largest relative error.
+    """Tensors with 8-bit scales that the plan changes, and their largest relative errors.
 
-    It multiplies NVFP4's two scales together in 16 bits, and holds a power of two as a number of 16 bits.
+    TensorRT multiplies NVFP4's two scales in 16 bits, whose range may not hold the powers of two of MXFP scales.
     """
     names = [name for name, scheme in checkpoint.schemes.items() if scheme.scale_dtype in ("e4m3", "e8m0")]
     found = []
@@ -161,9 +161,9 @@ def check_request(
     profile: Profile | None = None,
     onnx_only: bool = False,
 ) -> tuple[str, ...]:
-    """Everything that can be known before the long work.
+    """Refuse what cannot be exported, before the long work.
 
-    Returns the capabilities, chosen where None was given.
+    Returns the compute capabilities; where none were given, the default ones that can hold the schemes.
     """
     if capabilities is None:
         capabilities = fitting(checkpoint.schemes.values(), DEFAULT)
@@ -212,10 +212,7 @@ def _in_8_bit_groups(scheme: QuantScheme | None) -> bool:
 
 
 def _check_builder(checkpoint: Checkpoint, engine: str, profile: Profile) -> None:
-    """Raise MissingRuntimeError without the engine's library.
-
-    Of `trt` it gives the line for the device.
-    """
+    """Raise MissingRuntimeError without the engine's library; `trt`'s hint shows the `trtexec` line."""
     if importlib.util.find_spec(MODULES[engine]) is not None:
         return
     hint = INSTALL[engine]
@@ -226,10 +223,7 @@ def _check_builder(checkpoint: Checkpoint, engine: str, profile: Profile) -> Non
 
 
 def planned_bytes(checkpoint: Checkpoint, precision: str = "fp16") -> int:
-    """Size of the folder that an export would write.
-
-    It is known from shapes alone: the ONNX, and a plan with the same weights.
-    """
+    """Predicted size of the output folder, ONNX and plan, from shapes alone."""
     block = _QUANTIZED_BLOCK_BYTES if checkpoint.schemes else _BLOCK_BYTES
     block += _SECOND_PROFILE_BYTES * (len(profiles_of(checkpoint, default_profile(checkpoint.config))) - 1)
     plan = onnx_size.weight_bytes(checkpoint, precision) + _ENGINE_BYTES + block * checkpoint.config.num_layers

@@ -2,8 +2,7 @@
 
     python -m qwen3_export.ship.tensorrt.build '{"module": …, "onnx": …, "plan": …, …}'
 
-One optimization profile serves prefill and decode, because two would store 16-bit weights twice;
-the plan is streamed to the file, so that it never exists in memory a second time.
+The plan is streamed to its file, so that memory never holds a second copy.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ _HARMLESS = ("has Int64 binding", "cudaError 35")
 
 
 class BuildError(Exception):
-    """What TensorRT said when it refused."""
+    """TensorRT refuses the network; the message is TensorRT's reason."""
 
 
 def build(request: dict[str, Any]) -> dict[str, Any]:
-    """Parse, configure and build; returns `{version, warnings}`."""
+    """Parse, configure and build; returns `{version, warnings, peak_rss_bytes, cpu_seconds}`."""
     trt = importlib.import_module(request["module"])
     log = _logger(trt)
     builder = trt.Builder(log)
@@ -47,15 +46,16 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         raise writer.error
     if not done:
         raise BuildError(log.reason())
+    # Said by the compiler, not by the parser.
+    unused = [text for text in log.warnings if "Unused Input" in text]
+    if unused:
+        raise BuildError(f"an input would be ignored: {unused[0]}")
     cost = {"peak_rss_bytes": peak_rss_bytes(), "cpu_seconds": time.process_time()}
     return {"version": trt.__version__, "warnings": log.warnings, **cost}
 
 
 def _strongly_typed(trt: Any) -> int:
-    """The flag, where a version asks for it.
-
-    From TensorRT 11 on every network is strongly typed.
-    """
+    """Flag for a strongly typed network; 0 from TensorRT 11 on, where all are."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
@@ -90,7 +90,7 @@ def _writer(trt: Any, file: Any) -> Any:
         def write(self, data: bytes) -> int:
             try:
                 return file.write(data)
-            except OSError as error:  # an exception must not cross the library: it is raised afterwards
+            except OSError as error:  # must not cross the C++ library: `build` raises it afterwards
                 self.error = error
                 return 0
 
@@ -102,22 +102,16 @@ def _parse(trt: Any, network: Any, log: Any, path: str) -> None:
     if not parser.parse_from_file(path) or network.num_outputs == 0:
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         raise BuildError("; ".join(f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in errors) or log.reason())
-    unused = [text for text in log.warnings if "Unused Input" in text]
-    if unused:
-        raise BuildError(f"an input would be ignored: {unused[0]}")
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
-            # Without a fused kernel for a shape or type, attention may be built from its parts.
+            # Where no fused attention kernel fits, TensorRT may use separate ones.
             layer.__class__ = trt.IAttentionInputLayer
             layer.attention.decomposable = True
 
 
 def _add_profile(builder: Any, network: Any, config: Any, shapes: dict[str, list[list[int]]]) -> None:
-    """One profile, of every input and no other.
-
-    Each has the given (smallest, likely, largest) shape.
-    """
+    """Add an optimization profile: each input's (smallest, likely, largest) shape."""
     names = {network.get_input(index).name for index in range(network.num_inputs)}
     if names != set(shapes):
         raise BuildError(f"the graph has other inputs than the profile: {', '.join(sorted(names ^ set(shapes)))}")
@@ -129,7 +123,7 @@ def _add_profile(builder: Any, network: Any, config: Any, shapes: dict[str, list
 
 
 def main() -> None:
-    """Build what the argument asks for; failures are answers too."""
+    """Build what the argument asks for, and print the answer, failures too."""
     end_with_parent()
     try:
         answer = build(json.loads(sys.argv[1]))

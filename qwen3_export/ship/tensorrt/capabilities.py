@@ -1,10 +1,10 @@
-"""What TensorRT-RTX can hold, and on which compute capabilities.
+"""Schemes that TensorRT-RTX can hold, and the compute capabilities that run them.
 
-Each line was built with version 1.7.
+A plan of each kind was built with version 1.7.
 
 weights                                 from
 int4, int8, per channel or in groups    8.0 (int8 per channel 7.5)
-FP8 E4M3, every grain                   8.9
+FP8 E4M3, every strategy                8.9
 FP4 E2M1: MXFP4, NVFP4                  12.0
 bf16                                    8.0
 """
@@ -38,14 +38,14 @@ def supports(scheme: QuantScheme) -> str | None:
 
 
 def least_capability(scheme: QuantScheme) -> str:
-    """The first compute capability whose kernels read a scheme's weights."""
+    """The lowest compute capability whose kernels read a scheme's weights."""
     if scheme.type == "float":
         return "8.9" if scheme.num_bits == 8 else "12.0"
     return "8.0"
 
 
 def too_old(schemes: Iterable[QuantScheme], precision: str, capabilities: Iterable[str]) -> str | None:
-    """What keeps the oldest capability from holding a model, or None."""
+    """Why the oldest capability cannot run a model, or None when it can."""
     oldest = min(capabilities, key=_number)
     for scheme in sorted(set(schemes), key=lambda scheme: scheme.label):
         if _number(least := least_capability(scheme)) > _number(oldest):
@@ -56,7 +56,7 @@ def too_old(schemes: Iterable[QuantScheme], precision: str, capabilities: Iterab
 
 
 def fitting(schemes: Iterable[QuantScheme], capabilities: Iterable[str]) -> tuple[str, ...]:
-    """Those of the capabilities that can hold every scheme."""
+    """The capabilities that can run every scheme."""
     chosen, kept = list(schemes), []
     for name in capabilities:
         if all(_number(least_capability(scheme)) <= _number(name) for scheme in chosen):

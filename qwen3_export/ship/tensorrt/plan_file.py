@@ -1,12 +1,12 @@
-"""The plan in its file: built in a child process, read back, checked.
+"""The plan file: built in a child process, its header and size checked.
 
-    0   4s   magic, "vtrt"             of TensorRT-RTX 1.7; other engines' headers are their own
+    0   4s   magic, "vtrt"             TensorRT-RTX 1.7; other engines have other headers
     16  u64  size of the file
     24  4*u8 version
     32  u64  compute capabilities, one bit each
     56  u64  bytes of weights
 
-The compiler writes to stderr on its own, and a crash must not take us with it: so it has a process of its own.
+The compiler has a process of its own because it writes to stderr, and because a crash must not end this process.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from qwen3_export.ship.tensorrt.profiles import Shapes
 
 PLAN = "model.plan"
 MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
-# A plan may store constants of its own, and rounds sizes up; expanded 4-bit weights would quadruple. What a second
-# profile may add: small models' matrices that are laid out anew.
+# How many times the ONNX's weight bytes a plan may store. Constants and rounded-up sizes add a little, and a second
+# profile may lay small matrices out anew; 4-bit weights expanded to 16 would quadruple the size.
 _EXPANDED, _SLACK_BYTES, _SECOND_PROFILE = 1.02, 8 << 10, 1.10
 
 
 def build_plan(
     folder: Path, engine: str, capabilities: Sequence[str], profiles: Sequence[Shapes], progress: Progress
 ) -> dict[str, Any]:
-    """Build the plan of a folder's ONNX and check what came out.
+    """Build the plan of a folder's ONNX and check it.
 
-    A second profile stays where it stores no weights again, else the plan is built anew with the first alone; the
-    answer's `profiles` says which. `{version, warnings, peak_rss_bytes, cpu_seconds, seconds, profiles, capability}`.
+    When a second profile makes the plan store weights twice, it is built again with the first profile alone. Returns
+    `{version, warnings, peak_rss_bytes, cpu_seconds, seconds, profiles, capability}`, `profiles` being their number.
     """
     started = time.monotonic()
     with progress.bar("build plan", 1) as tick:
@@ -89,7 +89,7 @@ def _build(folder: Path, engine: str, capabilities: Sequence[str], profiles: Seq
 
 
 def check_header(path: Path, version: str, capabilities: Sequence[str]) -> None:
-    """Compare a TensorRT-RTX plan's header with what was asked for; UnsupportedError when it differs."""
+    """Raise UnsupportedError when a TensorRT-RTX plan's header differs from the request."""
     with path.open("rb") as file:
         header = file.read(64)
     size = int.from_bytes(header[16:24], "little")
@@ -104,7 +104,7 @@ def check_header(path: Path, version: str, capabilities: Sequence[str]) -> None:
 
 
 def stored_share(folder: Path) -> float:
-    """The plan's bytes of weights, relative to its ONNX's."""
+    """Ratio of the plan's weight bytes to the ONNX's."""
     with (folder / PLAN).open("rb") as file:
         file.seek(56)
         stored = int.from_bytes(file.read(8), "little")
@@ -112,9 +112,9 @@ def stored_share(folder: Path) -> float:
 
 
 def check_weights(folder: Path, most: float = _EXPANDED) -> None:
-    """Raise UnsupportedError when the plan has expanded its codes.
+    """Raise UnsupportedError when the plan stores codes expanded to a wider type.
 
-    It then holds clearly more weight bytes than its ONNX.
+    It then has more than `most` times the weight bytes of its ONNX.
     """
     if (share := stored_share(folder)) > most:
         raise UnsupportedError(

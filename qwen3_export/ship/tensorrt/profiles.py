@@ -1,11 +1,10 @@
-"""The shapes that a plan accepts, as builder and `trtexec` take them.
+"""Optimization profiles: the shapes that a plan accepts, for builder and `trtexec`.
 
     profile   input_ids, position_ids   attention_mask           past_key_values.N
     prefill   1 … prompt                1 … prompt + context     0 … context
     decode    1                         1 … 1 + context          0 … context
 
-Each range is (smallest, likely, largest). The first axis is one sequence. The mask is as long as past and new tokens
-together.
+Each range is given as (smallest, likely, largest). The batch is one sequence. The mask covers past and new tokens.
 """
 
 from __future__ import annotations
@@ -23,33 +22,30 @@ Shapes = dict[str, tuple[Shape, Shape, Shape]]
 
 @dataclass(frozen=True)
 class Profile:
-    """Shapes that the plan accepts, for one sequence.
-
-    Prompts go up to `max_prompt`, caches up to `max_context`.
-    """
+    """Most tokens of one prefill, and of the key/value cache before it."""
 
     max_prompt: int
     max_context: int
 
 
 def default_profile(config: Qwen3Config, max_prompt: int | None = None, max_context: int | None = None) -> Profile:
-    """What was asked for, else 1024 tokens at once and a cache of 4096.
+    """The given profile; by default 1024 prompt tokens and 4096 cached ones.
 
-    Both lie within the model's positions.
+    Defaults are cut to the model's positions.
     """
     longest = config.max_position
     return Profile(max_prompt or min(1024, longest), max_context or min(4096, longest))
 
 
 def prefill_shapes(config: Qwen3Config, profile: Profile) -> Shapes:
-    """What a prompt needs, and a later piece of it: it holds decoding too."""
+    """Shapes of prefill, in one piece or several; decoding fits in too."""
     prompt, context = profile.max_prompt, profile.max_context
     likely = max(1, prompt // 2)
     return _shapes(config, (1, likely, prompt), (0, 0, context), (1, likely, prompt + context))
 
 
 def decode_shapes(config: Qwen3Config, profile: Profile) -> Shapes:
-    """One token after another."""
+    """Shapes of decoding: one new token at a time."""
     context = profile.max_context
     return _shapes(config, (1, 1, 1), (0, context // 2, context), (1, context // 2 + 1, context + 1))
 
@@ -72,9 +68,9 @@ def _shapes(
 
 
 def trtexec_line(onnx: Path, plan: Path, profiles: Sequence[Shapes]) -> str:
-    """The command that builds the same plan with TensorRT's own tool.
+    """The `trtexec` command that builds the same plan.
 
-    Options as `trtexec --help` and its parser give them: the shapes stand behind the number of their profile.
+    In its syntax each profile's shapes follow `--profile=N`.
     """
     words = ["trtexec", f"--onnx={onnx}", f"--saveEngine={plan}", "--stronglyTyped", "--skipInference"]
     for number, shapes in enumerate(profiles):

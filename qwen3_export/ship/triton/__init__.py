@@ -71,8 +71,10 @@ def kind_of(artifact: Path) -> Kind:
         return _plan(artifact)
     if (artifact / "model.onnx").is_file():
         return Kind("onnx", "artifact", REQUIREMENTS["onnx"])
-    if (artifact / "config.json").is_file():
+    if (artifact / "config.json").is_file() and any(artifact.glob("*.safetensors")):
         return Kind("vllm", "model", REQUIREMENTS["vllm"])
+    if any(artifact.glob("onnx/*.onnx")):
+        raise InputError(f"{artifact}: a folder for browsers, which no server runs", "export it with --target cpu")
     raise InputError(f"{artifact}: no such artifact", hint)
 
 

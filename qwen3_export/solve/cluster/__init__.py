@@ -1,13 +1,13 @@
 """`quantize --cluster`: the blocks of one run solved by workers on many nodes.
 
-    driver   calibration text, embedding, importance of outputs, head, and the record of what is done
-    workers  every one runs the same block at the same time (`member`), and shares its pieces with the others
-             (`shared_workers`): forward passes of some samples, column strips of moments, rows of linears, experts
-    board    which piece is whose (`cluster.board`)
-    files    OUTPUT.partial/state/pieces/LLLL/…: what the pieces of block L have left; gone when the block is done
+    driver   does calibration text, embedding, importance of outputs and head; keeps the record of finished blocks
+    workers  all solve the same block at the same time (`member`), and split its work into pieces (`shared_workers`):
+             forward passes of some samples, column strips of moments, output rows of linears, experts
+    board    assigns the pieces to workers (`cluster.board`)
+    files    OUTPUT.partial/state/pieces/LLLL/… hold the results of block L's pieces until the block is done
 
-Pieces are cut by constants and put together in their order, as in a single process: the bytes are the same. Where the
-method looks at no inputs, blocks do not depend on each other, and each worker solves whole blocks.
+The bytes are those of a single process, since pieces have fixed sizes and are combined in a fixed order. A method
+without calibration makes blocks independent of each other: then each worker solves whole blocks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SHARED = "put the source and --output on a path that all nodes see alike, such 
 
 @contextmanager
 def open_cluster(address: str, run: Run, needed: int, checkpoint: Checkpoint, progress: Progress) -> Iterator[Cluster]:
-    """Workers at ADDRESS, or started here for `local[:N]`, ready and alike.
+    """Start workers on the cluster at `address`, checked to give the same bytes.
 
     `needed` is the memory of each in bytes. Raises InputError where nodes differ or do not see the same files,
     ResourceError where no node has the memory, MissingRuntimeError where something is not installed.
@@ -66,7 +66,8 @@ def _gpus() -> int:
 def _places(nodes: list[Node], local: int | None, needed: int, run: Run, progress: Progress) -> list[Node]:
     """The node of each worker.
 
-    There is one for each node or GPU of a cluster; local ones are all on this machine.
+    A cluster has one worker per node or GPU; `local:N` has N on this machine. Raises ResourceError where memory or GPUs
+    do not suffice.
     """
     if local is not None:
         (node,) = nodes
@@ -94,7 +95,7 @@ def _places(nodes: list[Node], local: int | None, needed: int, run: Run, progres
 
 
 def _check_alike(seen: list[dict[str, Any]], source: str, run: Run) -> None:
-    """Raise InputError for nodes with other files, or that would make other bytes."""
+    """Raise InputError for nodes that see other files or would compute other bytes."""
     here = arithmetic(run.settings.device, run.without_torch)
     for item in seen:
         if item["source"] != source:
@@ -111,9 +112,9 @@ def _check_alike(seen: list[dict[str, Any]], source: str, run: Run) -> None:
 
 
 def _forget_after_restart(seen: list[dict[str, Any]], run: Run) -> dict[str, str]:
-    """Remove pieces that a machine may not have flushed before it was started anew.
+    """Remove unfinished pieces if a machine was rebooted, which may have lost its own.
 
-    Gives the machines that work on the run, with what changes when they are started.
+    Returns the boot id of each machine that works on the run.
     """
     pieces = run.scratch / PIECES
     now = {item["host"]: item["boot"] for item in seen}

@@ -1,4 +1,4 @@
-"""The driver's side of `quantize --cluster`: workers, what they solve, and who replaces whom."""
+"""The driver of `quantize --cluster`: starts workers, gives them blocks, replaces lost ones."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from qwen3_export.solve.executor import PIECES
 from qwen3_export.solve.job import BlockRecord, Job
 from qwen3_export.solve.output_folder import QuantizedFolder
 
-# A worker that is lost so often while nothing gets done will be lost again.
+# After so many losses in a row without a finished piece, the run ends.
 _MOST_LOSSES = 5
 _START_SECONDS = 180
-# In the folder of the pieces: the machines that work on them, as `Cluster.machines`.
+# File in the folder of the pieces that names the machines working on them (`Cluster.machines`).
 MACHINES = "machines.json"
 
 
 @dataclass
 class _Worker:
-    """A worker, the node it is on, and the call that it works on."""
+    """A worker, its node, and the call that it is working on."""
 
     number: int
     node: Node
@@ -40,7 +40,7 @@ class _Worker:
 
 @dataclass
 class Cluster:
-    """The executor of the block loop (`solve.executor`) that has workers."""
+    """The executor (`solve.executor`) that has blocks solved by workers on a cluster."""
 
     session: RaySession
     run: Run
@@ -60,7 +60,7 @@ class Cluster:
         return self._solve_alone(job, layer) if job.samples is None else self._solve_together(job, layer)
 
     def write(self, job: Job, target: QuantizedFolder, layer: int) -> None:
-        """See `Executor`: the first worker that still has the block writes it."""
+        """See `Executor`: one worker writes the block, since all hold the same result."""
         if job.samples is None:
             return
         while True:
@@ -69,7 +69,7 @@ class Cluster:
                 self.session.answer(worker.handle.call("write", layer))
                 return
             except LostWorkerError as error:
-                # All pieces are there: the next one has the block without any work.
+                # The new worker reads the block from the finished pieces and solves nothing again.
                 fresh = self._replace(worker, error)
                 self._checked(self.session.answer(fresh.handle.call("solve", layer, job.fisher is not None)))
 
@@ -81,9 +81,9 @@ class Cluster:
             shutil.rmtree(folder, ignore_errors=True)
 
     def search(self, request: SearchRequest) -> list[Any]:
-        """The sensitivities of all units.
+        """Sensitivities of all units, measured by all workers together.
 
-        Raises ResourceError when a worker is lost, as nothing of it is kept.
+        Raises ResourceError when a worker is lost, since a search keeps no intermediate results.
         """
         (self.run.scratch / PIECES).mkdir(exist_ok=True)
         self._ask_board("begin", len(self.workers))
@@ -104,7 +104,7 @@ class Cluster:
         return list(answer)
 
     def _solve_together(self, job: Job, layer: int) -> BlockRecord:
-        """One block by all workers: each comes to its end."""
+        """Solve one block on all workers together; returns when every worker has finished it."""
         pieces = self.run.scratch / PIECES
         (pieces / f"{layer:04d}").mkdir(parents=True, exist_ok=True)
         write_atomic(pieces / MACHINES, json.dumps(self.machines))
@@ -125,7 +125,7 @@ class Cluster:
         return record
 
     def _solve_alone(self, job: Job, layer: int) -> BlockRecord:
-        """A block, and as many more on the way as there are workers."""
+        """Wait for one block, while every other worker solves a later one."""
         layers = job.checkpoint.config.num_layers
         upcoming = iter(range(max([layer - 1, *self.found, *(w.layer for w in self.workers)]) + 1, layers))
         while layer not in self.found:
@@ -144,16 +144,16 @@ class Cluster:
         return self.found.pop(layer)
 
     def _checked(self, answer: Any) -> BlockRecord:
-        """The record; raises what a worker could not do."""
+        """The record of a solved block; raises the error that a worker returned instead."""
         if isinstance(answer, BlockRecord):
             return answer
         kind, text, hint = answer
         raise getattr(errors, kind, ExportError)(text, hint)
 
     def start(self, nodes: list[Node]) -> list[dict[str, Any]]:
-        """Place a worker on each node, and ask what they see.
+        """Place a worker on each node, and return what each reports of itself (`Member.look`).
 
-        `nodes` may name one several times.
+        A node that is named several times gets several workers.
         """
         token, folders = f"shared-{uuid.uuid4().hex}", {self.run.partial, self.run.scratch}
         for folder in folders:
@@ -182,7 +182,7 @@ class Cluster:
             ) from error
 
     def _place(self, node: Node) -> _Worker:
-        """A worker with a node, a GPU, or a part of this machine."""
+        """Start a worker on a node, a GPU, or beside others on this machine."""
         self.numbers += 1
         on_gpu = self.run.settings.device != "cpu"
         whole = max(1.0, node.cpus // max(node.gpus, 1)) if on_gpu else node.cpus
@@ -191,10 +191,10 @@ class Cluster:
         return _Worker(self.numbers, node, self.session.place(Member, arguments, node, cpus, gpus, self.needed))
 
     def summary(self) -> list[dict[str, Any]]:
-        """What the result says of the workers."""
+        """Node, memory, seconds and bytes of each worker, for the result."""
         found = []
         for worker in self.workers:
-            # Who is lost after its work is done is missed by nobody.
+            # All work is done: a worker lost now does not matter.
             with suppress(LostWorkerError):
                 found.append({"node": worker.node.name, **self.session.answer(worker.handle.call("account"))})
         return found
@@ -209,11 +209,9 @@ class Cluster:
             ) from error
 
     def _replace(self, worker: _Worker, error: LostWorkerError) -> _Worker:
-        """Another worker in place of one that is lost.
+        """Replace a lost worker, on the same node or on a free one.
 
-        It is on the same node, or on another that has room.
-
-        Raises ResourceError when workers are lost again and again while nothing gets done.
+        Raises ResourceError when no node is left, or when workers are lost repeatedly and no piece gets done.
         """
         finished = self._ask_board("finished") + len(self.found)
         self.losses, self.last = (self.losses + 1 if finished == self.last else 1), finished
@@ -246,5 +244,5 @@ class Cluster:
 
 
 def fits(node: Node, needed: int, run: Run) -> bool:
-    """Whether a node offers what a worker needs."""
+    """Whether a node has the memory, processor and GPU that a worker needs."""
     return node.memory >= needed and node.cpus >= 1 and (run.settings.device == "cpu" or node.gpus >= 1)

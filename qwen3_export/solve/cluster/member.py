@@ -1,7 +1,7 @@
-"""A worker of `quantize --cluster`: it solves blocks together with the others.
+"""A worker of `quantize --cluster`, which solves blocks together with the others.
 
-It is a plain class: `cluster.session` puts one on every node. What it knows it reads from the shared path, what it
-finds it leaves there; only records and the board's short messages travel otherwise.
+`cluster.session` places one on every node. Weights, samples and results go through files on the shared path; only
+records and the board's short messages go through Ray.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from qwen3_export.text.samples import Samples
 
 @dataclass(frozen=True)
 class Run:
-    """What a worker must know of the run; paths are those of every node."""
+    """What a worker must know of the run; paths are valid on every node."""
 
     source: Path
     recipe: Recipe
@@ -54,7 +54,7 @@ class Run:
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """What `recipes search` measures; see `mixed_precision.study`.
+    """Schemes and samples that `recipes search` measures; see `mixed_precision.study`.
 
     `measure(checkpoint, method, options, pool, scratch, request)` is a function of a module that every node has: a
     cluster knows nothing of searches.
@@ -67,7 +67,7 @@ class SearchRequest:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """What tells two folders apart without reading all of them."""
+    """Hash of a checkpoint's configuration, shard names and sizes; reads no weights."""
     shards = sorted({file.path for file in checkpoint.files.values()})
     lines = [f"{path.name} {path.stat().st_size}\n" for path in shards]
     configuration = (checkpoint.folder / "config.json").read_bytes()
@@ -75,9 +75,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def arithmetic(device: str, without_torch: bool) -> dict[str, str]:
-    """What decides the bytes of a machine's products.
+    """Versions and processor features that decide the bytes of a machine's results.
 
-    Rounding to nearest alone gives the same bytes on all processors.
+    Rounding to nearest without torch gives the same bytes on all processors, so it depends on versions alone.
     """
     known = {"qwen3-export": metadata.version("qwen3-export"), "numba": metadata.version("numba")}
     if without_torch:
@@ -98,10 +98,7 @@ def arithmetic(device: str, without_torch: bool) -> dict[str, str]:
 
 
 def boot_id() -> str:
-    """Changes with every start of the machine.
-
-    What was not flushed before is gone.
-    """
+    """An id that changes with every boot: files not flushed before may be lost."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -109,7 +106,7 @@ def boot_id() -> str:
 
 
 def _expected(error: ExportError | OSError, folder: Path) -> tuple[str, str, str | None]:
-    """Class, text and hint of an error that can be expected; raises any other."""
+    """Class, message and hint of an expected error; raises any other."""
     if isinstance(error, ExportError):
         return type(error).__name__, str(error), error.hint
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -119,7 +116,7 @@ def _expected(error: ExportError | OSError, folder: Path) -> tuple[str, str, str
 
 
 class Member:
-    """See the module docstring; `number` is its name to the board."""
+    """The worker's actor; the board knows it by its `number`."""
 
     def __init__(self, run: Run, number: int, board: Handle) -> None:
         end_with_parent()
@@ -130,7 +127,7 @@ class Member:
         self._seconds = 0.0
 
     def look(self, token: str) -> dict[str, Any]:
-        """What this node is, and whether it sees source and output."""
+        """Describe this node, and test that it reads the source and writes outputs."""
         run = self._run
         found: dict[str, Any] = {
             "host": socket.gethostname(),
@@ -151,9 +148,9 @@ class Member:
         return found
 
     def solve(self, layer: int, fisher: bool) -> BlockRecord | tuple[str, str, str | None]:
-        """Solve a block together with the other workers.
+        """Solve a block together with the other workers; returns its record.
 
-        An expected error comes as class, text and hint.
+        An expected error is returned as class, message and hint.
         """
         try:
             job = self._opened(fisher)
@@ -184,7 +181,7 @@ class Member:
         return solved.record
 
     def account(self) -> dict[str, Any]:
-        """Memory, seconds and bytes of this process so far."""
+        """Peak memory of this process, and the seconds and bytes of its shared work."""
         spent = getattr(self._job.pool, "spent", {}) if self._job else {}
         shared = {label: asdict(item) for label, item in spent.items()}
         return {"peak_rss_bytes": peak_rss_bytes(), "seconds": self._seconds, "shared": shared}
@@ -194,9 +191,9 @@ class Member:
         return QuantizedFolder(run.partial, self._opened(False).checkpoint, run.layout, {}, run.head_apart)
 
     def _opened(self, fisher: bool) -> Job:
-        """The job as this process does it.
+        """The job with this process's pool of threads.
 
-        It is made once, and again when the outputs' importance becomes known.
+        It is made once, and gets the importance of outputs when the driver has measured that (`fisher`).
         """
         if self._job is None:
             run = self._run
@@ -213,7 +210,7 @@ class Member:
         return self._job
 
     def search(self, request: SearchRequest) -> Any:
-        """Measure all units together with the other workers; gives what each has found."""
+        """Measure the sensitivities of all units together with the other workers."""
         method, options = load_method(self._run.recipe)
         checkpoint, scratch = open_checkpoint(self._run.source), self._run.scratch
         try:

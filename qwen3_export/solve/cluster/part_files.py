@@ -1,9 +1,9 @@
-"""What one worker leaves for the others: nested parts in one file each.
+"""Part files: the results of one piece of work, which other workers read.
 
     8 bytes: length of the header │ header: JSON, where {"array": n} stands for the n-th array │ the arrays' bytes
 
-A file appears whole, by a rename. It is read by the same version of this package that wrote it (the run's identity says
-so), on machines of one kind; nothing in it is code.
+A file appears whole, by a rename. It holds no code, unlike a pickle. Reader and writer are the same version of this
+package on machines of one kind: the run's identity ensures it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TYPES = {str(dtype): dtype for dtype in SCALE_TYPES.values()}
 
 
 def write_parts(path: Path, parts: Any) -> int:
-    """Write nested dicts, lists, numbers, strings, tensors and arrays; gives the bytes."""
+    """Write nested dicts, lists, numbers, strings, tensors and arrays; returns the size."""
     arrays: list[np.ndarray] = []
     tree = json.dumps({"tree": _packed(parts, arrays), "arrays": [[a.nbytes] for a in arrays]}).encode()
     beside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.new")
@@ -37,7 +37,7 @@ def write_parts(path: Path, parts: Any) -> int:
 
 
 def read_parts(path: Path) -> Any:
-    """What `write_parts` has written; StateError when it cannot be read."""
+    """Read what `write_parts` wrote; StateError when the file is damaged."""
     try:
         data = bytearray(path.read_bytes())
         end = 8 + int.from_bytes(data[:8], "little")
@@ -81,7 +81,7 @@ def _unpacked(tree: Any, data: bytearray, places: list[tuple[int, int]]) -> Any:
     if "list" in tree:
         return [_unpacked(item, data, places) for item in tree["list"]]
     begin, size = places[tree["array"]]
-    # A piece of its own: arrays may have to lie at a multiple of their element's size.
+    # A copy, so that the array is aligned to its element's size.
     piece, shape = np.frombuffer(data, np.uint8, size, begin).copy(), tree["shape"]
     if "torch" in tree:
         dtype = getattr(torch, tree["torch"])

@@ -1,4 +1,4 @@
-"""The space that the pieces of one block take on the shared disk."""
+"""Disk space that the pieces of one block take on the shared path."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import math
 from qwen3_export.core.architecture import is_expert
 from qwen3_export.core.qwen3 import Qwen3Config
 
-# Codes with their scales and zero points, per weight.
+# Bytes per weight of codes with their scales and zero points.
 _CODES = 1.25
 
 
 def pieces_bytes(config: Qwen3Config, original: bool) -> int:
-    """Bytes of the pieces of the block that leaves most; see `solve.cluster`.
+    """Bytes of the largest block's pieces; see `solve.cluster`.
 
-    Of a group's moments the upper half of H is kept, with the `original` beside of three sets of samples, and drift or
-    target of two; then the shift of its weights, and their codes. Of experts there are only codes.
+    Each group of linears leaves the upper half of its Hessian, and its codes. Where the `original` model runs beside,
+    there are three such halves, drift or target for two sets of samples, and the shift of the weights. Experts leave
+    only codes.
     """
     return max(_block_bytes(config, layer, original) for layer in range(config.num_layers))
 

@@ -1,10 +1,10 @@
-"""A pool of threads that shares work with other processes, through files.
+"""A pool of threads that shares its work with other processes, through files.
 
-    for each shared piece of work:      ask the board ─▶ work on what it gives, leave a file for each piece, ask again
-                                        all are done  ─▶ read the files of the pieces that others did
+    for each shared task:   ask the board ─▶ work on the pieces it gives, write a file for each, ask again
+                            all are done  ─▶ read the files of the pieces that others did
 
-Every worker runs the same block loop, so all come to the same pieces in the same order, and number them alike. A piece
-whose file exists is not done again: that is how a worker catches up that was lost, or a whole run that was stopped.
+Every worker runs the same block loop, so all reach the same tasks in the same order and give them the same numbers. A
+piece whose file exists is not done again: so a restarted worker, or a run that was stopped, catches up.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from qwen3_export.model.workers import Parts, Workers
 from qwen3_export.solve.cluster.part_files import read_parts, write_parts
 
 Item = TypeVar("Item")
-# `more(key, count, done, evenly)` of `cluster.board`, for one worker.
+# One worker's call of `Board.more`: (key, count, done, evenly) → pieces.
 More = Callable[[str, int, Sequence[int], bool], list[int]]
 
 
 @dataclass
 class Spent:
-    """Seconds and bytes of one kind of shared work, in this process."""
+    """Seconds and bytes that this process spent on one kind of shared work."""
 
     working: float = 0.0
     waiting: float = 0.0
@@ -38,16 +38,16 @@ class Spent:
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Add the seconds of the block."""
+        """Add the seconds of a `with` block to one field."""
         started = time.monotonic()
         yield
         setattr(self, what, getattr(self, what) + time.monotonic() - started)
 
 
 class SharedWorkers(Workers):
-    """See the module docstring.
+    """The pool of a cluster's worker.
 
-    Until `begin` is called, and inside a piece of shared work, all is done here.
+    Before `begin`, and inside a piece of shared work, it does everything in this process.
     """
 
     def __init__(self, pool: Workers, more: More, barrier: Callable[[str], None]) -> None:
@@ -56,7 +56,7 @@ class SharedWorkers(Workers):
         self.spent: dict[str, Spent] = {}
 
     def begin(self, folder: Path) -> None:
-        """From now on, share work by way of files in `folder`."""
+        """Share all work from now on, through files in `folder`."""
         self._folder, self._number, self._inside = folder, 0, False
 
     @property
@@ -108,6 +108,6 @@ class SharedWorkers(Workers):
 def shared(
     pool: AbstractContextManager[Workers], more: More, barrier: Callable[[str], None]
 ) -> Iterator[SharedWorkers]:
-    """The same threads, sharing their work."""
+    """A pool's threads as `SharedWorkers`."""
     with pool as own:
         yield SharedWorkers(own, more, barrier)

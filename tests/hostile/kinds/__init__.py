@@ -1,1 +1,1 @@
-"""One file per kind of hostile input, found by its name; each has `make(random, place) -> Trial`."""
+"""One module per kind of hostile input, each with `make(random, place) -> Trial`."""

@@ -1,4 +1,4 @@
-"""GGUF files and ONNX folders with damaged bytes, or without a part of theirs."""
+"""GGUF files and ONNX folders with damaged bytes or missing parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _RUN = ("--prompt", "hi", "--max-new-tokens", "2")
 
 
 def make(random: Random, place: Place) -> Trial:
-    """An artifact that a runtime is asked to run."""
+    """A damaged artifact, and a command that runs it."""
     kind = random.choice(("onnx", "gguf"))
     path = place.copy(kind)
     if kind == "gguf":
@@ -26,5 +26,5 @@ def make(random: Random, place: Place) -> Trial:
             ("bench", path, "--prompt-tokens", "8", "--new-tokens", "1", "--repeat", "1"),
         )
     )
-    # A library that is needed may be named as missing when a graph asks for a kernel that there is none of.
+    # A graph may ask for a kernel that does not exist, which is reported as a missing library (exit code 3).
     return Trial(what, command, frozenset({0, 2, 3}))

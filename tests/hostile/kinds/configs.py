@@ -1,4 +1,4 @@
-"""config.json: values of other types and sizes, files that are none, absent or endless."""
+"""config.json with values of other types and sizes, or replaced, absent or endless."""
 
 from __future__ import annotations
 

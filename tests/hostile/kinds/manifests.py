@@ -1,4 +1,4 @@
-"""qwen3-export.json, reference headers, genai and engine files: what we wrote ourselves, damaged."""
+"""Our own files, damaged: qwen3-export.json, reference headers, genai and engine files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make(random: Random, place: Place) -> Trial:
 
 
 def _reference(random: Random, path: Path) -> str:
-    """Change the header's metadata, which are texts with JSON in them, or its tensors."""
+    """Damage a reference file: its header's metadata, which holds JSON, or its tensors."""
     data = path.read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + length])

@@ -1,4 +1,4 @@
-"""Tensors whose numbers are NaN, infinite, huge, tiny or all the same: a success must hold finite numbers."""
+"""Tensors of NaN, infinite, huge, tiny or equal numbers; successful outputs must be finite."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def make(random: Random, place: Place) -> Trial:
     what = f"{name}: {value if bad else kind}"
     if not bad:
         return Trial(what, command, outputs=outputs, check=lambda: _check_finite(place.out))
-    # What reads no weight cannot know.
+    # A command that reads no weights cannot notice.
     return Trial(what, command, frozenset({0, 2}) if command[0] == "inspect" else REFUSED, outputs=outputs)
 
 
@@ -51,7 +51,7 @@ def _put(array: np.ndarray, value: float, where: float = 0.5) -> np.ndarray:
 
 
 def _check_finite(output: Path) -> None:
-    """Every tensor of a quantized folder can be read, which it cannot when one holds no number."""
+    """Read every tensor of a quantized folder, which fails when one is not finite."""
     if (output / "model.safetensors.index.json").is_file():
         checkpoint = open_checkpoint(output)
         for name in checkpoint.files:

@@ -1,4 +1,4 @@
-"""Options with values that are too large, too small, of another kind, or not for this command."""
+"""Options with values too large, too small, of another kind, or for another command."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _SIZES = ("0", "1", "8GiB", "1e9", "-1", "x", "9" * 400, "9" * 400 + "GiB", "8 G
 
 
 def make(random: Random, place: Place) -> Trial:
-    """A sound input under an odd option."""
+    """A sound input and a command with an odd option."""
     name = random.choice(sorted(_COMMANDS))
     base, options = _COMMANDS[name]
     command: list[object] = [name, *(place.base(part) if part in _BASES else part for part in base)]

@@ -1,4 +1,4 @@
-"""Where outputs go: over inputs, through links, beside foreign partials, into places that are none."""
+"""Output paths over inputs, through links, beside foreign files, and at impossible places."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OPTIONS = {
 
 
 def make(random: Random, place: Place) -> Trial:
-    """One command that writes, and one odd place."""
+    """A command that writes to an odd place."""
     kind = random.choice((*_FOLDERS, *_FILES, *_FOLDERS, *_FILES, "report", "onnx-recipe", "gguf-recipe"))
     return random.choice(_PLACES)(random, place, kind)
 
@@ -49,7 +49,7 @@ def _is_file(kind: str) -> bool:
 
 
 def _foreign_partial(random: Random, place: Place, kind: str) -> Trial:
-    """Something that is not ours lies where the unfinished output would be."""
+    """A foreign file lies where the unfinished output would be."""
     partial = place.folder / "out.partial"
     precious = place.folder / "precious"
     precious.mkdir()
@@ -75,7 +75,7 @@ def _foreign_partial(random: Random, place: Place, kind: str) -> Trial:
 
 
 def _over_an_input(random: Random, place: Place, kind: str) -> Trial:
-    """`--force` names an input, in one of its spellings."""
+    """With `--force`, the output is an input, spelled in one of several ways."""
     base = _BASE.get(kind, "quantized")
     source = place.copy("model" if "-" in kind else base, "source")
     (place.folder / "sub").mkdir()
@@ -105,7 +105,7 @@ def _over_an_input(random: Random, place: Place, kind: str) -> Trial:
 
 
 def _codes(what: str) -> frozenset[int]:
-    """A link beside the input may be replaced: the link goes, what it leads to stays."""
+    """Allowed exit codes: a link to an input may be replaced, an input not."""
     return frozenset({0, 2}) if what.startswith(("a link", "a hard link")) else REFUSED
 
 
@@ -124,14 +124,14 @@ def _hard_link(path: Path, target: Path) -> Path:
 
 
 def _partial_of(source: Path) -> Path:
-    """An unfinished run of ours is given as the source of the run that would take it over."""
+    """The source is the unfinished run that the command itself would continue."""
     source.rename(source.with_name("source.partial"))
     (source.with_name("source.partial") / ".qwen3-export-partial").touch()
     return source
 
 
 def _failing_run_in_new_folders(random: Random, place: Place, kind: str) -> Trial:
-    """The output's parents do not exist, and the run cannot end well."""
+    """The output's parent folders do not exist, and the run must fail."""
     source = place.copy(_BASE.get(kind, "quantized"), "source")
     victim = random.choice(sorted(path for path in source.iterdir() if path.suffix != ".txt"))
     victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 3])
@@ -141,7 +141,7 @@ def _failing_run_in_new_folders(random: Random, place: Place, kind: str) -> Tria
 
 
 def _no_place(random: Random, place: Place, kind: str) -> Trial:
-    """Names that no output can have."""
+    """Paths that no output can have."""
     (place.folder / "file").write_text("years of work")
     (place.folder / "full").mkdir()
     (place.folder / "full" / "thesis.txt").write_text("years of work")
@@ -181,7 +181,7 @@ def _no_place(random: Random, place: Place, kind: str) -> Trial:
 
 
 def _awkward_but_fine(random: Random, place: Place, kind: str) -> Trial:
-    """Names that look odd and work."""
+    """Paths that look odd but work."""
     name = random.choice(
         ("out put", "öut", "out.", "-out", "out\nput", "o'ut", "$HOME", "*", "%s", "{x}", "深/出", "a/../out", "out.d")
     )

@@ -1,4 +1,4 @@
-"""Other tools' quantization_config: fields of other types, patterns that never end, methods that are none."""
+"""Other tools' quantization_config: wrong types, endless patterns, unknown methods."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _METHODS: tuple[dict[str, Any], ...] = (
 
 
 def make(random: Random, place: Place) -> Trial:
-    """A quantized folder of ours that says it is another tool's, or whose configuration is odd."""
+    """A quantized folder that claims to be another tool's, or has an odd configuration."""
     folder = place.copy("quantized")
     if random.random() < 0.7:
         (folder / "qwen3-export.json").unlink()

@@ -1,4 +1,4 @@
-"""Recipes and gates: YAML with other values, tags, anchors, nests and bytes."""
+"""Recipes and gate files: YAML with odd values, tags, anchors, nests and bytes."""
 
 from __future__ import annotations
 
@@ -80,5 +80,5 @@ def _dump(recipe: Any) -> bytes:
 
 
 def text_is_limits(path: Any) -> bool:
-    """Whether a text may be a gate's limits after all."""
+    """Whether a file may be a valid gate file after all."""
     return b"max_kl" in path.read_bytes()

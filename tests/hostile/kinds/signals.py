@@ -1,4 +1,4 @@
-"""Runs that are stopped by a signal at a random moment, then repeated: nothing is lost, nothing is left."""
+"""Runs stopped by a signal at a random moment, then repeated, which must succeed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SHORT = ("--samples", "4", "--sequence-length", "32")
 
 
 def make(random: Random, place: Place) -> Trial:
-    """A command that writes and the moment of its end."""
+    """A command that writes, and the moment of its signal."""
     number, delay = random.choice(_NUMBERS), random.uniform(0, 0.8)
     kind = random.choice(("quantize", "quantize", "onnx", "gguf", "reference", "onnx-recipe", "gguf-recipe"))
     name, _, recipe = kind.partition("-")
@@ -24,7 +24,7 @@ def make(random: Random, place: Place) -> Trial:
     if recipe:
         command += ("--recipe", "rtn-w4a16-g32")
     command += ("--output", place.out)
-    # A kill may leave what the next run takes over; other signals only what quantize goes on from.
+    # SIGKILL may leave files that the next run removes; other signals only those from which `quantize` goes on.
     may_stay = number == signal.SIGKILL or kind == "quantize" or bool(recipe)
     keeps = tuple(place.folder / f"out{end}" for end in (".partial", ".quantized.partial")) if may_stay else ()
     return Trial(

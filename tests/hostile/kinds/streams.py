@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full, gone or in an encoding that lacks letters: a result stays a result."""
+"""Standard streams that are closed, full, gone or of a limited encoding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.hostile.trial import Place, Trial
 
 
 def make(random: Random, place: Place) -> Trial:
-    """A sound command under odd streams."""
+    """A sound command with odd standard streams."""
     commands: tuple[tuple[object, ...], ...] = (
         ("recipes", "list"),
         ("recipes", "show", "rtn-w4a16-g128"),

@@ -1,4 +1,4 @@
-"""Chat templates: programs of strangers that loop, multiply, recurse, reach for the interpreter, or are no text."""
+"""Chat templates that loop, multiply, recurse, attack the interpreter, or are no text."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _BODIES = (
 
 
 def make(random: Random, place: Place) -> Trial:
-    """A folder with another template, and a command that renders chats with it."""
+    """A folder with a hostile template, and a command that renders chats with it."""
     folder = place.copy(random.choice(("model", "onnx")))
     body = random.choice(_BODIES)
     what = _put(random, folder, body)

@@ -1,4 +1,4 @@
-"""Safetensors files: damaged headers and bodies, indices that point elsewhere."""
+"""Safetensors files with damaged headers and bodies, and wrong indices."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make(random: Random, place: Place) -> Trial:
     else:
         what = _header(random, path)
     command, outputs = commands(random, folder, place.out, quantized=name == "quantized")
-    # Weights that are damaged but numbers give other results, not errors.
+    # Damaged weights that are still finite give other results, not errors.
     return Trial(f"{name}: {what}", command, outputs=outputs)
 
 

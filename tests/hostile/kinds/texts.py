@@ -1,4 +1,4 @@
-"""Calibration and held-out text: encodings, rows of other shapes, files that are none."""
+"""Calibration and held-out text: odd encodings, malformed rows, things that are no files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizer, template and generation files: what the tokenizers library and jinja meet in them."""
+"""Tokenizer, template and generation files, damaged for the tokenizers library and jinja."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
-# What makes the tokenizers library panic, hang or fill the memory, by the key that it stands under.
+# Key → values that make the tokenizers library panic, hang or fill the memory.
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"truncation": {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 5}},
     {"truncation": {"direction": "Right", "max_length": 0, "strategy": "OnlySecond", "stride": 0}},

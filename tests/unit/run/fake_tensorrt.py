@@ -1,7 +1,7 @@
-"""TensorRT's Python API and the CUDA driver without a GPU: the same calls, over a dictionary of buffers.
+"""A fake of TensorRT's Python API and the CUDA driver, in host memory.
 
-`execute_async_v3` runs the plan's ONNX in ONNX Runtime, on what lies at the addresses that were set, in the shapes that
-were set: a wrong name, shape, address or order gives other logits, or an error.
+`execute_async_v3` runs the plan's ONNX in ONNX Runtime on the buffers at the addresses that were set, in the shapes
+that were set: a wrong name, shape, address or order gives other logits, or an error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64}
 
 @dataclasses.dataclass
 class FakeGpu:
-    """`core.cuda.Gpu` with host memory; `room` bytes are there."""
+    """`core.cuda.Gpu` with `room` bytes of host memory."""
 
     capability: str = "8.9"
     name: str = "Fake RTX"
@@ -158,7 +158,7 @@ class FakeEngine:
 
 
 def fake_module(folder: Path, gpu: FakeGpu, profiles: list[dict[str, Any]], version: str | None = None) -> Any:
-    """A module with what the runner takes of `tensorrt_rtx`; `made` holds the engine that was opened."""
+    """A fake `tensorrt_rtx` module; `made` holds the engine that was opened."""
 
     class Logger:
         ERROR = 1

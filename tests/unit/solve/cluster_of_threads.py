@@ -1,4 +1,4 @@
-"""A cluster without Ray: workers are threads of this process, which die when they are told to."""
+"""A cluster without Ray: workers are threads, which can be made to die."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qwen3_export.cluster.session import LostWorkerError, Node
 
 
 class Thread:
-    """An object with a thread of its own, in place of one in another process."""
+    """An object with a thread of its own, in place of an actor's process."""
 
     def __init__(self, session: ThreadSession, thing: Any) -> None:
         self.session, self.thing, self.is_dead = session, thing, False
@@ -37,7 +37,7 @@ class Thread:
 
 
 class BoardThread:
-    """The board, in a thread with an event loop; who asks it may be struck dead."""
+    """The board in a thread with an event loop; it can kill a caller."""
 
     def __init__(self, session: ThreadSession) -> None:
         self.session, self.board = session, Board()
@@ -50,7 +50,7 @@ class BoardThread:
         return asyncio.run_coroutine_threadsafe(getattr(self.board, method)(*arguments), self._loop).result(60)
 
     def stop(self) -> None:
-        """Whoever still waits for an answer gets none."""
+        """Stop the loop; calls that still wait get no answer."""
 
         def cancel() -> None:
             for task in asyncio.all_tasks(self._loop):
@@ -60,7 +60,7 @@ class BoardThread:
 
 
 class ThreadSession:
-    """Stands for `cluster.session.RaySession`; `deaths` are the questions to the board that kill who asks."""
+    """In place of `cluster.session.RaySession`; `deaths` are the calls that kill their worker."""
 
     def __init__(self, nodes: int, deaths: Sequence[int]) -> None:
         self._count, self._deaths, self.asked = nodes, {*deaths}, 0
@@ -102,7 +102,7 @@ class ThreadSession:
 
 @contextmanager
 def threads_for_nodes(nodes: int, deaths: Sequence[int] = ()) -> Iterator[ThreadSession]:
-    """`--cluster host:1` finds so many nodes meanwhile."""
+    """Have `--cluster host:1` find so many nodes for a `with` block."""
     session = ThreadSession(nodes, deaths)
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Checkpoints with outlier channels that compute the same as others without."""
+"""Checkpoints with outlier channels that compute the same function as those without."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def with_outliers(checkpoint: Checkpoint, folder: Path) -> Path:
-    """The same function with every ninth channel of the norms 64 times as large, powers of two throughout."""
+    """The same function, with every ninth channel of the norms times 64."""
     tensors = {name: checkpoint.read(name) for name in checkpoint.files}
     for layer in range(checkpoint.config.num_layers):
         block = load_block(checkpoint, layer)

@@ -36,7 +36,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 class Interrupted(Progress):
-    """Stops the run, as Ctrl-C does, when `blocks` blocks are done."""
+    """Progress that interrupts the run, like Ctrl-C, after `blocks` blocks."""
 
     def __init__(self, blocks: int) -> None:
         self.left = blocks
@@ -52,7 +52,7 @@ class Interrupted(Progress):
 
 
 def spied(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> dict[str, LinearGroup]:
-    """The groups that GPTQ saw, by module name."""
+    """The groups of linears that GPTQ gets during `run`, by module name."""
     groups: dict[str, LinearGroup] = {}
     plain = gptq.solve
 
@@ -67,7 +67,7 @@ def spied(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> dict[st
 
 
 def inputs_of_linears(folder: Path, rows: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
-    """Inputs `[n, in]` of every linear and router of a quantized model, from a plain forward pass in fp32."""
+    """Inputs `[n, in]` of a quantized model's linears and routers, in fp32."""
     checkpoint, seen = open_checkpoint(folder), defaultdict(list)
 
     def spy(block: block_module.Block, name: str, x: torch.Tensor) -> torch.Tensor:
