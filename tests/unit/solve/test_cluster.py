@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from qwen3_export.cluster.session import Node, open_session
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.manifest import sha256_file
+from qwen3_export.core.progress import Progress
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.errors import CheckpointError, InputError, ResourceError, StateError
+from qwen3_export.solve.cluster import Run, _places
 from qwen3_export.solve.cluster.part_files import read_parts, write_parts
 from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.mixed_precision.search import SearchSettings, search
@@ -210,3 +213,49 @@ def test_parts_are_read_back_bit_for_bit(tmp_path: Path) -> None:
     (tmp_path / "parts").write_bytes((tmp_path / "parts").read_bytes()[:-1])
     with pytest.raises(StateError, match="cut off"):
         read_parts(tmp_path / "parts")
+
+
+class Notes(Progress):
+    """Keeps what is noted."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def run_of(tmp_path: Path, source: Path) -> Run:
+    return Run(source, recipe("paper"), None, SETTINGS, tmp_path, tmp_path, "compressed-tensors", False, False)
+
+
+def test_nodes_with_too_little_memory_are_left_out_by_name(source: Path, tmp_path: Path) -> None:
+    small, large, none = (Node(name, name, cpus, 0, memory) for name, cpus, memory in (
+        ("small", 1, 1 << 30), ("large", 1, 4 << 30), ("head", 0, 4 << 30)))  # fmt: skip
+    notes, run = Notes(), run_of(tmp_path, source)
+    assert _places([small, large, none], None, 2 << 30, run, notes) == [large]
+    assert [note.split()[0] for note in notes.notes] == ["small", "head"]
+    with pytest.raises(ResourceError, match=r"no node of the cluster has the 8\.00 GiB"):
+        _places([small, large], None, 8 << 30, run, Notes())
+
+
+def test_workers_of_this_machine_must_fit_into_its_memory(source: Path, tmp_path: Path) -> None:
+    here = Node("here", "here", 4, 0, 5 << 30)
+    assert _places([here], 2, 2 << 30, run_of(tmp_path, source), Notes()) == [here, here]
+    with pytest.raises(ResourceError, match=r"3 workers need about 6\.00 GiB") as caught:
+        _places([here], 3, 2 << 30, run_of(tmp_path, source), Notes())
+    assert caught.value.hint == "--cluster local:2"
+
+
+def test_rays_store_is_small_and_spills_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray  # noqa: TID251  (its start is watched)
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(ray, "init", lambda **options: given.update(options))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with open_session("local:2", 2):
+        pass
+    assert given["object_store_memory"] == 100 << 20
+    assert given["_system_config"] == {"automatic_object_spilling_enabled": False}
+    assert given["include_dashboard"] is False
+    assert not Path(given["_temp_dir"]).exists()
