@@ -158,9 +158,9 @@ def _after_interrupt(arguments: Sequence[str], started: float) -> str:
 
 
 def _appeared(path: Path) -> float:
-    """When a file or folder got its name, in seconds since the epoch; 0 where there is none.
+    """When a file or folder was renamed to its name, in seconds since the epoch.
 
-    Outputs get theirs when they are complete.
+    Outputs are when they are complete. 0 where there is none.
     """
     return path.lstat().st_ctime if os.path.lexists(path) else 0.0
 
@@ -211,7 +211,7 @@ def _say(message: str, hint: str | None, code: int) -> int:
 
 
 def _interrupt_again(failure: sys.UnraisableHookArgs) -> None:
-    """Interrupt the command once more where Python lost an interrupt, as it does in callbacks of its own."""
+    """Repeat an interrupt that Python has ignored, as it does inside callbacks."""
     if issubclass(failure.exc_type, KeyboardInterrupt):
         main_thread = threading.main_thread().ident
         again = threading.Timer(0.1, signal.pthread_kill, (main_thread, signal.SIGINT))

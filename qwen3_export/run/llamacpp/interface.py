@@ -122,7 +122,10 @@ opened: list[Path] = []
 
 
 def _on_abort(text: bytes | None) -> None:
-    """End the process with one line where an assertion of llama.cpp fails: it would abort, and print its stack."""
+    """End the process with one line where an assertion of llama.cpp fails.
+
+    Without this it aborts and prints its stack.
+    """
     reason = (text or b"").decode("utf-8", "replace").strip().rpartition("/")[2]
     where = f"{opened[-1]}: " if opened else ""
     print(f"error: {where}llama.cpp gave the file up ({reason})", file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ TensorRT-RTX builds the plan without a GPU: it specialises its kernels when the 
 from __future__ import annotations
 
 import importlib.util
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -127,8 +128,13 @@ def planned_cost(checkpoint: Checkpoint, precision: str = "fp16") -> BuildCost:
     """Memory and time that building the plan will take, from shapes alone."""
     quantized = onnx_size.quantized_bytes(checkpoint, precision)
     plain = onnx_size.weight_bytes(checkpoint, precision) - quantized
+    outer = sum(
+        2 * math.prod(shape)
+        for name, shape in checkpoint.config.outer_matrices().items()
+        if name not in checkpoint.schemes
+    )
     profiles = profiles_of(checkpoint, default_profile(checkpoint.config))
-    return build_cost(plain, quantized, len(profiles))
+    return build_cost(outer, max(plain - outer, 0), quantized, len(profiles))
 
 
 def _named(engine: str, capabilities: Sequence[str], built: dict[str, Any] | None) -> list[str]:

@@ -1,7 +1,8 @@
 """Predicted memory and time of building a plan.
 
-Both follow from the ONNX: its bytes of codes and scales, which the compiler works on once per profile, and its bytes
-in 16 bits. The factors were measured with TensorRT-RTX 1.7 on one core of a Xeon; see benchmarks/results.
+Both follow from the ONNX: its bytes of codes and scales, which the compiler works on once per profile, the bytes of its
+linears in 16 bits, and those of an embedding and a head in 16 bits, which it hardly touches. The factors were measured
+with TensorRT-RTX 1.7 on plans of 10 MB to 2.2 GB; see benchmarks/results.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from dataclasses import dataclass
 from qwen3_export.core.memory import available_bytes
 from qwen3_export.errors import ResourceError
 
-# Peak memory: the library; bytes held per byte in 16 bits; per quantized byte, once and for each profile.
-_BASE_BYTES, _PLAIN, _QUANTIZED, _PER_PROFILE = 430 << 20, 2.0, 3.45, 0.72
-# Seconds: to start; per byte in 16 bits; per quantized byte and profile.
-_BASE_SECONDS, _PLAIN_SECONDS, _QUANTIZED_SECONDS = 2.0, 2.3e-9, 34e-9
+# Peak memory: the library; bytes held per byte of outer matrices and of linears in 16 bits; per quantized byte, once
+# and for each profile.
+_BASE_BYTES, _OUTER, _LINEAR, _QUANTIZED, _PER_PROFILE = 420 << 20, 1.45, 3.1, 4.4, 0.72
+# Processor seconds: to start; per byte of linears in 16 bits; per quantized byte and profile.
+_BASE_SECONDS, _LINEAR_SECONDS, _QUANTIZED_SECONDS = 1.0, 13e-9, 36e-9
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,13 @@ class BuildCost:
     seconds: float
 
 
-def build_cost(plain: int, quantized: int, profiles: int) -> BuildCost:
-    """Cost of a plan with `plain` bytes of 16-bit weights and `quantized` bytes."""
-    held = _PLAIN * plain + (_QUANTIZED + _PER_PROFILE * profiles) * quantized
-    seconds = _PLAIN_SECONDS * plain + _QUANTIZED_SECONDS * quantized * profiles
+def build_cost(outer: int, linear: int, quantized: int, profiles: int) -> BuildCost:
+    """Cost of building a plan, by its bytes.
+
+    `outer` are those of embedding and head in 16 bits, `linear` of linears in 16 bits, `quantized` of codes and scales.
+    """
+    held = _OUTER * outer + _LINEAR * linear + (_QUANTIZED + _PER_PROFILE * profiles) * quantized
+    seconds = _LINEAR_SECONDS * linear + _QUANTIZED_SECONDS * quantized * profiles
     return BuildCost(int(_BASE_BYTES + held), _BASE_SECONDS + seconds)
 
 
