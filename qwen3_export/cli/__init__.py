@@ -115,7 +115,7 @@ def _check_utf8(arguments: list[str]) -> None:
 def _report(error: BaseException, arguments: Sequence[str] = (), started: float = math.inf) -> int:
     """Print `error: …` and `hint: …`, and return the exit code.
 
-    `started` is when the command began, in seconds since the epoch.
+    `started` is when the command began, in seconds since 1970.
     """
     if isinstance(error, ExportError):
         return _say(str(error), error.hint, error.exit_code)
@@ -158,9 +158,9 @@ def _after_interrupt(arguments: Sequence[str], started: float) -> str:
 
 
 def _appeared(path: Path) -> float:
-    """When a file or folder was renamed to its name, in seconds since the epoch.
+    """When a file or folder got its name, in seconds since 1970.
 
-    Outputs are when they are complete. 0 where there is none.
+    Outputs get theirs when they are complete. 0 where there is none.
     """
     return path.lstat().st_ctime if os.path.lexists(path) else 0.0
 
