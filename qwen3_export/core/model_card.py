@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -135,9 +136,15 @@ def _read(card: Path) -> str:
 
 
 def _replace(card: Path, text: str) -> None:
-    beside = card.with_name(f".{CARD}.new")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, card)
+    # A name of its own, made exclusively: no link is followed, and nobody else's file is in the way.
+    beside = card.with_name(f".{CARD}.{uuid.uuid4().hex[:8]}.new")
+    try:
+        with beside.open("x", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(beside, card)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _provenance(values: Mapping[str, Any]) -> dict[str, str]:

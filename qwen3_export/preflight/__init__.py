@@ -35,6 +35,8 @@ from qwen3_export.preflight.runtimes import RUNTIMES
 from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.text.samples import Samples
 
+MOST_NODES = 10_000
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -55,13 +57,17 @@ def plan(
     settings: QuantizeSettings | None = None,
     measure: bool = True,
     progress: Progress | None = None,
+    nodes: int = 1,
 ) -> dict[str, Any]:
     """What a recipe needs and where its result can go, as `--json` prints it.
 
-    All `formats` must work; without any, one format is enough. `measure` times the recipe on random numbers. A recipe
-    that cannot work raises no error: `possible` and `reasons` say so.
+    All `formats` must work; without any, one format is enough. `measure` times the recipe on random numbers; `nodes`
+    like this one share the work (`--cluster`), and each needs the memory. A recipe that cannot work raises no error:
+    `possible` and `reasons` say so.
     """
     settings, progress = settings or QuantizeSettings(), progress or Progress()
+    if not 1 <= nodes <= MOST_NODES:
+        raise InputError(f"--nodes {nodes}: between 1 and {MOST_NODES} were expected")
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
         raise InputError(f"--format {unknown[0]}: one of {', '.join(FORMATS)} was expected")
@@ -78,7 +84,7 @@ def plan(
     needs = Needs()
     if fits and not found[folder].reason:
         with _collecting(reasons):
-            needs = _needs(checkpoint, recipe, settings, measure and not reasons, progress)
+            needs = _needs(checkpoint, recipe, settings, measure and not reasons, progress, nodes)
         reasons += _limits(needs, settings)
     return {
         "possible": not reasons,
@@ -88,6 +94,7 @@ def plan(
         "peak_rss_bytes": needs.peak_rss_bytes,
         "disk_bytes": needs.disk_bytes,
         "seconds": needs.seconds,
+        "nodes": nodes,
         "formats": {name: verdict.to_dict() for name, verdict in found.items()},
         "runtimes": {name: _runtime(rule(quantized, found)) for name, rule in RUNTIMES.items()},
         "tensors": unsupported_tensors(quantized) if fits else [],
@@ -137,7 +144,7 @@ def _recipe_reasons(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
 
 
 def _needs(
-    checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSettings, measure: bool, progress: Progress
+    checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSettings, measure: bool, progress: Progress, nodes: int
 ) -> Needs:
     """Memory and disk by calculation, time by a trial on this machine.
 
@@ -165,7 +172,7 @@ def _needs(
     if measure:
         from qwen3_export.preflight.timing import estimate_seconds
 
-        seconds = estimate_seconds(checkpoint, recipe, samples, settings, progress)
+        seconds = estimate_seconds(checkpoint, recipe, samples, settings, progress, nodes)
     return Needs(memory, disk, seconds)
 
 

@@ -46,7 +46,8 @@ class Trial:
 class Place:
     """An empty folder for one trial, and finished inputs by name that must be copied before they are damaged.
 
-    Names: `model` (16 bits, with tokenizer), `moe` (one with experts), `quantized`, `onnx`, `gguf`, `reference`.
+    Names: `model` (16 bits, with tokenizer), `moe` (one with experts), `quantized`, `onnx`, `gguf`, `reference`,
+    `imatrix`.
     """
 
     folder: Path
@@ -72,7 +73,7 @@ class Place:
         return self.folder / "out"
 
 
-FILES = {"gguf": "model.gguf", "reference": "reference.safetensors"}
+FILES = {"gguf": "model.gguf", "reference": "reference.safetensors", "imatrix": "matrix.gguf"}
 REFUSED = frozenset({2})
 
 
