@@ -260,6 +260,7 @@ def _write(
                     writer.add_int32("split.tensors.count", len(plan))
 
             write_shard(partial, architecture, shard, describe, pieces, tick)
+        encoder.refuse_lost()
     return paths
 
 
