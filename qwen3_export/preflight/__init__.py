@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.memory import available_bytes
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.units import binary_size
@@ -187,12 +188,15 @@ def planned_samples(checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSe
 
 
 def _limits(needs: Needs, settings: QuantizeSettings) -> list[str]:
-    """Reasons from this machine: `--memory`, its own memory."""
+    """Too little memory: what `--memory` allows, or else what this machine has free."""
     if needs.peak_rss_bytes is None:
         return []
     if settings.memory is not None and needs.peak_rss_bytes > settings.memory:
         needed, allowed = binary_size(needs.peak_rss_bytes), binary_size(settings.memory)
         return [f"about {needed} of memory are needed, --memory allows {allowed}"]
+    if settings.memory is None and (free := available_bytes()) is not None and needs.peak_rss_bytes > free:
+        needed, there = binary_size(needs.peak_rss_bytes), binary_size(free, up=False)
+        return [f"about {needed} of memory are needed, {there} are free here; --memory says what another machine has"]
     return []
 
 

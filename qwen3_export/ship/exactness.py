@@ -62,7 +62,7 @@ def change_of(original: NDArray, stored: NDArray) -> Change:
 
 
 def refuse_lost(name: str, change: Change, kind: str) -> None:
-    """Raise UnsupportedError for a tensor whose numbers are nearly all too small for their type."""
+    """Raise UnsupportedError for a tensor whose numbers are too small for their type."""
     if change.lost > _LOST:
         raise UnsupportedError(
             f"{name}: in {kind} it loses {change.lost:.0%} of its power (at most {_LOST:.0%} is written)",

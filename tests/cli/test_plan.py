@@ -94,6 +94,15 @@ def test_impossible_memory_and_format(model: Path) -> None:
     assert outcome.err.count("error: ") == 1
 
 
+def test_memory_of_this_machine_counts_unless_another_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen3_export.preflight.available_bytes", lambda: 64 << 20)
+    here = _plan(model, "--recipe", "gptq-w4a16-g32", "--no-time")
+    assert "64 MiB are free here" in here["reasons"][0]
+    assert _plan(model, "--recipe", "gptq-w4a16-g32", "--no-time", "--memory", "8GiB")["possible"]
+    monkeypatch.setattr("qwen3_export.preflight.available_bytes", lambda: None)
+    assert _plan(model, "--recipe", "gptq-w4a16-g32", "--no-time")["possible"]
+
+
 def test_nodes_share_the_blocks_and_not_the_start(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qwen3_export.preflight import timing
 
