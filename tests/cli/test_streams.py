@@ -103,7 +103,6 @@ def test_verbose_tells_the_error_of_every_linear(model: Path, tmp_path: Path) ->
     assert all("error" in line for line in lines)
 
 
-@pytest.mark.parametrize("command", ["table", "error", "progress"])
 def test_progress_names_every_part_of_the_work(made: dict[str, Path]) -> None:
     name = made["onnx"].name
     outcome = call("validate", made["onnx"], "--reference", made["reference"], "--threads", "1", "--verbose")
@@ -113,6 +112,7 @@ def test_progress_names_every_part_of_the_work(made: dict[str, Path]) -> None:
     assert f"load {name}: done in " in outcome.err
 
 
+@pytest.mark.parametrize("command", ["table", "error", "progress"])
 def test_no_escape_sequences_without_a_terminal(command: str, made: dict[str, Path], tmp_path: Path) -> None:
     arguments = {
         "table": ("recipes", "list"),

@@ -47,7 +47,7 @@ class Place:
     """An empty folder for one trial, and finished inputs by name that must be copied before they are damaged.
 
     Names: `model` (16 bits, with tokenizer), `moe` (one with experts), `quantized`, `onnx`, `gguf`, `reference`,
-    `imatrix`.
+    `imatrix`, `report`.
     """
 
     folder: Path
