@@ -6,7 +6,6 @@ pieces, or by the codes of one matrix.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from qwen3_export.core.architecture import ROUTER, expert_of, is_expert
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.ggml_blocks import pack_blocks, pack_q2_0
 from qwen3_export.core.gguf_types import gguf_name
+from qwen3_export.core.processors import thread_count
 from qwen3_export.core.scheme import scheme_of_type
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.ggml import round_rows
@@ -185,7 +185,7 @@ def _half_change(name: str, values: NDArray[np.float32]) -> Changes:
 
 def in_order(tasks: Iterable[Callable[[], Encoded]], threads: int | None = None) -> Iterator[Encoded]:
     """Results of pieces of work in order, computed by threads a few ahead."""
-    count = threads or len(os.sched_getaffinity(0))
+    count = thread_count(threads)
     waiting: deque[Future[Encoded]] = deque()
     with ThreadPoolExecutor(count) as pool:
         try:
