@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import re
 import uuid
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3_export.errors import InputError
+from qwen3_export.errors import InputError, InputWarning
 
 CARD = "README.md"
 _STATED = (
@@ -192,7 +193,8 @@ def _level(values: Mapping[str, Any]) -> str:
 def update_card(artifact: Path, result: Mapping[str, Any]) -> bool:
     """Put a validation's figures into a card, if there is one.
 
-    It is the folder's, or the GGUF file's section of the one beside it.
+    It is the folder's, or the GGUF file's section of the one beside it. Where it cannot be written there is a warning:
+    the figures are there without it.
     """
     single = artifact.is_file()
     path = artifact.absolute().parent / CARD if single else artifact / CARD
@@ -207,7 +209,11 @@ def update_card(artifact: Path, result: Mapping[str, Any]) -> bool:
     _, closing, after = rest.partition(_END)
     if not opening or not closing:
         return False
-    _replace(path, f"{text[:begin]}{before}{opening}\n{measured(result)}\n{closing}{after}{text[end:]}")
+    try:
+        _replace(path, f"{text[:begin]}{before}{opening}\n{measured(result)}\n{closing}{after}{text[end:]}")
+    except OSError as error:
+        warnings.warn(f"{path} cannot be written ({error.strerror})", InputWarning, stacklevel=2)
+        return False
     return True
 
 

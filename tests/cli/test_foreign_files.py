@@ -77,6 +77,23 @@ def test_a_card_is_not_written_through_a_link(made: dict[str, Path], tmp_path: P
     assert {name for name in names(artifact) if name.endswith(".new")} == {f".{CARD}.new"}
 
 
+def test_a_card_that_cannot_be_written_is_a_warning(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_names: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    artifact = tmp_path / "artifact"
+    shutil.copytree(made["onnx"], artifact)
+    monkeypatch.setattr("qwen3_export.core.model_card.os.replace", closed)
+    before = hashes(artifact)
+    outcome = call("validate", artifact, "--reference", made["reference"], "--threads", "1", "--card")
+    assert outcome.code == 0, outcome.err
+    assert "cannot be written (Permission denied)" in outcome.err
+    assert "onnxruntime" in outcome.out
+    assert hashes(artifact) == before
+
+
 @pytest.mark.parametrize("place", ["nowhere/summary.md", ".", "pipe"])
 def test_a_summary_that_cannot_be_written_is_a_warning(
     place: str, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
