@@ -131,13 +131,13 @@ def plan(
     samples: int | None = None,
     sequence_length: int | None = None,
     memory: int | None = None,
+    nodes: int = 1,
     measure: bool = True,
     progress: OnProgress | None = None,
 ) -> Result:
     """Say what a recipe needs here and where its result can go.
 
-    `measure` times the recipe on a block of random numbers.
-
+    `measure` times the recipe on a block of random numbers; `nodes` like this one share the work.
     Returns what `qwen3-export plan --json` prints.
     """
     from qwen3_export.core.recipe import load_recipe
@@ -147,7 +147,7 @@ def plan(
 
     settings = QuantizeSettings(samples=samples, sequence_length=sequence_length, memory=memory)
     found = open_source(str(source))
-    return Result(run(found, load_recipe(recipe), formats, settings, measure, _progress(progress)))
+    return Result(run(found, load_recipe(recipe), formats, settings, measure, _progress(progress), nodes))
 
 
 @_named
@@ -234,7 +234,7 @@ def validate(
     `{results, passed}` as `qwen3-export validate --json` prints; raises `errors.ExportError`.
     """
     from qwen3_export.prove.limits import parse_limit, read_limits
-    from qwen3_export.prove.report import write_report
+    from qwen3_export.prove.report import check_report, write_report
     from qwen3_export.prove.tasks import read_tasks
     from qwen3_export.prove.validate import open_reference
     from qwen3_export.prove.validate import validate as run
@@ -254,6 +254,8 @@ def validate(
     limits.update({name: parse_limit(name, value) for name, value in given.items() if value is not None})
     show, paths = _progress(progress), [Path(artifact) for artifact in artifacts]
     asked = read_tasks(Path(tasks)) if tasks else ()
+    if report:
+        check_report(report, [*paths, reference, gate, tasks], text, force)
     truth = open_reference(str(reference), text, tokens, show)
     options = RuntimeOptions(threads=threads, exact=exact, device=device)
     result = run(paths, truth, limits, options, show, on, asked, explain)
@@ -291,10 +293,13 @@ def bench(
     """
     from qwen3_export.prove.latency import Workload
     from qwen3_export.prove.latency import bench as run
-    from qwen3_export.prove.report import write_report
+    from qwen3_export.prove.report import check_report, write_report
 
     workload = Workload(tuple(prompt_tokens), new_tokens, repeat, threads, tuple(texts), device)
-    result = run([Path(artifact) for artifact in artifacts], workload, _progress(progress))
+    paths = [Path(artifact) for artifact in artifacts]
+    if report:
+        check_report(report, paths, texts, force)
+    result = run(paths, workload, _progress(progress))
     if report:
         write_report(Path(report), result, force, title="Latency")
     return Result(result)

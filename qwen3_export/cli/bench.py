@@ -23,7 +23,6 @@ from qwen3_export.cli.prove import (
     find_all,
 )
 from qwen3_export.cli.validated import plan_note
-from qwen3_export.core.outputs import check_output
 from qwen3_export.errors import InputError
 
 
@@ -60,7 +59,7 @@ def bench(
     """Measure speed, load time and peak memory on this device."""
     from qwen3_export.prove.latency import Workload, judged
     from qwen3_export.prove.latency import bench as run
-    from qwen3_export.prove.report import append_summary, write_report
+    from qwen3_export.prove.report import append_summary, check_report, write_report
 
     show = console(json, quiet, verbose)
     workload = Workload(_counts(prompt_tokens), new_tokens, repeat, threads, tuple(text or ()), device)
@@ -68,7 +67,7 @@ def bench(
     check_nodes(cluster, node)
     paths = find_all(artifacts, device, False, cluster)
     if report:
-        check_output(report, [*paths, gate, *workload.texts], force)
+        check_report(report, [*paths, gate], workload.texts, force)
     if cluster is None:
         result = judged(run(paths, workload, show), limits)
     else:

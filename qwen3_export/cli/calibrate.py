@@ -19,9 +19,9 @@ def calibrate(
     source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, e.g. imatrix.gguf.")],
     calibration: Annotated[str, typer.Option(help="As for quantize.")] = "bundled",
-    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 128,
-    sequence_length: Annotated[int, typer.Option(min=16, help="Tokens per sample.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Chooses the calibration samples.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, max=1_000_000, help="Calibration samples.")] = 128,
+    sequence_length: Annotated[int, typer.Option(min=16, max=1 << 20, help="Tokens per sample.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Chooses the calibration samples.")] = 0,
     device: Annotated[str, typer.Option(help="`cpu` or `cuda`.")] = "cpu",
     threads: Annotated[
         int | None, typer.Option(min=1, max=MOST_THREADS, help="Default: all. Never changes the bytes.")

@@ -108,7 +108,7 @@ def _reference(path: Path) -> dict[str, Any]:
 
 def describe_imatrix(path: Path) -> dict[str, Any]:
     """An importance matrix in either form."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         is_gguf = file.read(4) == b"GGUF"
     found = read_imatrix(path)
     for name, entry in found.entries.items():

@@ -13,6 +13,7 @@ from qwen3_export.cli.solve import parse_bytes
 from qwen3_export.core.processors import MOST_THREADS, check_device_name
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
+from qwen3_export.errors import InputError
 
 
 @app.command(epilog="Example: qwen3-export plan reference-model --recipe gptq-w4a16-g128 --format onnx --memory 8GiB")
@@ -30,6 +31,9 @@ def plan(
     sequence_length: Annotated[
         int | None, typer.Option(min=16, max=1 << 20, help="Tokens per sample (default: the recipe's).")
     ] = None,
+    nodes: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Machines like this one that share the work (--cluster).")
+    ] = 1,
     layout: Annotated[str | None, typer.Option(help="Of the quantized folder (default: the recipe's).")] = None,
     device: Annotated[str, typer.Option(help="`cpu` or `cuda`.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="Default: all.")] = None,
@@ -52,10 +56,11 @@ def plan(
 
     show = console(json, quiet, verbose)
     settings = QuantizeSettings(calibration, samples, sequence_length, 0, limit, device, threads, layout=layout)
-    result = run(checkpoint, chosen, tuple(formats or ()), settings, time, show)
+    result = run(checkpoint, chosen, tuple(formats or ()), settings, time, show, nodes)
     show.result(result, lambda: _planned(result, formats or ()))
-    if not result["possible"]:
-        raise typer.Exit(2)
+    if reasons := result["reasons"]:
+        more = f", and {len(reasons) - 1} more" if len(reasons) > 1 else ""
+        raise InputError(f"it cannot work: {reasons[0]}{more}")
 
 
 def _planned(result: dict[str, Any], asked: Sequence[str]) -> None:
@@ -65,6 +70,7 @@ def _planned(result: dict[str, Any], asked: Sequence[str]) -> None:
         "peak memory": _size(result["peak_rss_bytes"]),
         "disk": _size(result["disk_bytes"]),
         "time": "-" if result["seconds"] is None else f"about {result['seconds']:.0f} s",
+        **({"nodes": result["nodes"]} if result["nodes"] > 1 else {}),
     }
     from qwen3_export.preflight.runtimes import READ_BY
 

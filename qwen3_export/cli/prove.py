@@ -177,7 +177,7 @@ def validate(
     """
     from qwen3_export.prove.gate import CHOICES
     from qwen3_export.prove.limits import parse_limit, read_limits
-    from qwen3_export.prove.report import append_summary, write_report
+    from qwen3_export.prove.report import append_summary, check_report, write_report
     from qwen3_export.prove.tasks import read_tasks
     from qwen3_export.prove.validate import open_reference
     from qwen3_export.prove.validate import validate as run
@@ -192,7 +192,7 @@ def validate(
     paths = find_all(artifacts, device, exact, cluster)
     asked = read_tasks(tasks) if tasks else ()
     if report:
-        check_output(report, [*paths, reference, gate, tasks, *(split_domain(item)[1] for item in text or ())], force)
+        check_report(report, [*paths, reference, gate, tasks], text or (), force)
     truth = open_reference(reference, text or (), tokens, show, thinking_budget)
     options = RuntimeOptions(threads=threads, exact=exact, device=device)
     if cluster is None:

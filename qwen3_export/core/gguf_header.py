@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qwen3_export.core.files import open_regular
 from qwen3_export.errors import InputError
 
 # Number, block length and bytes of a block of every type that a file holds (llama.cpp b11549).
@@ -110,7 +111,7 @@ def _parts(path: Path) -> list[Path]:
 
 def _read(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return _header(file)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -129,7 +130,9 @@ def _header(file: BinaryIO) -> tuple[dict[str, Any], list[GgufTensor]]:
         name = _string(file)
         values[name] = _value(file, _unpack(file, "I")[0])
     listed = [_tensor(file) for _ in range(_limited(tensors, _MOST_ITEMS))]
-    alignment = max(int(values.get("general.alignment", ALIGNMENT)), 1)
+    alignment = values.get("general.alignment", ALIGNMENT)
+    if type(alignment) is not int or not 1 <= alignment <= _MOST_ITEMS:
+        raise ValueError(f"general.alignment is {str(alignment)[:40]!r}")
     start = -(-file.tell() // alignment) * alignment
     return values, [replace(tensor, begin=start + tensor.begin) for tensor in listed]
 

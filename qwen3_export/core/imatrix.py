@@ -13,10 +13,12 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_export.core.files import open_regular, read_bytes
 from qwen3_export.core.gguf_file import read_fp32, write_fp32
 from qwen3_export.core.gguf_header import read_gguf_header
 from qwen3_export.core.gguf_types import gguf_name
@@ -47,6 +49,7 @@ class Imatrix:
     """A whole importance matrix.
 
     `name` is the file's name, `datasets` what it was measured on, `provenance` what `calibrate` says of its making.
+    `path` is where it was read, an input that no output may replace.
     """
 
     entries: Mapping[str, ImatrixEntry]
@@ -55,6 +58,7 @@ class Imatrix:
     chunk_size: int = 0
     name: str = "imatrix.gguf"
     provenance: Mapping[str, str] = field(default_factory=dict)
+    path: Path | None = None
 
     def for_model(self, config: Qwen3Config) -> dict[str, NDArray[np.float32]]:
         """`{tensor: mean squares [matrices, inputs]}` of a model's matrices.
@@ -101,10 +105,10 @@ class Imatrix:
 def read_imatrix(path: Path) -> Imatrix:
     """Read either form; InputError when the file is neither."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             magic = file.read(4)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     return _read_gguf(path) if magic == b"GGUF" else _read_legacy(path)
 
 
@@ -120,21 +124,30 @@ def _read_gguf(path: Path) -> Imatrix:
         base = name.removesuffix(_SUMS)
         if base + _COUNTS not in tensors:
             raise InputError(f"{path}: {name} has no {base + _COUNTS} beside it")
+        if not entry.shape or 0 in entry.shape:
+            raise InputError(f"{path}: {name} has the shape {list(entry.shape)}: there are no values in it")
         sums, counts = read_fp32(path, entry), read_fp32(path, tensors[base + _COUNTS]).reshape(-1)
         sums = sums.reshape(-1, sums.shape[-1])
         if len(counts) != len(sums):
             raise InputError(f"{path}: {base} has {len(sums)} sums and {len(counts)} counts")
         entries[base] = ImatrixEntry(sums, counts)
-    numbers = {key: int(metadata.get(f"imatrix.{key}", 0)) for key in ("chunk_count", "chunk_size")}
+    numbers = {key: _count(path, metadata, f"imatrix.{key}") for key in ("chunk_count", "chunk_size")}
     listed = metadata.get("imatrix.datasets", [])
     datasets = list(map(str, listed)) if isinstance(listed, list) else [str(listed)]
     ours = {key.removeprefix(_PROVENANCE): str(text) for key, text in metadata.items() if key.startswith(_PROVENANCE)}
-    return Imatrix(entries, datasets, numbers["chunk_count"], numbers["chunk_size"], path.name, ours)
+    return Imatrix(entries, datasets, numbers["chunk_count"], numbers["chunk_size"], path.name, ours, path)
+
+
+def _count(path: Path, metadata: Mapping[str, Any], key: str) -> int:
+    value = metadata.get(key, 0)
+    if type(value) is not int or not 0 <= value < 1 << 32:
+        raise InputError(f"{path}: {key} is {str(value)[:40]!r}, a 32-bit number was expected")
+    return value
 
 
 def _read_legacy(path: Path) -> Imatrix:
     """Values of a tensor are means already, the experts' one after the other."""
-    data, position = path.read_bytes(), 0
+    data, position = read_bytes(path, most=None), 0
 
     def number() -> int:
         nonlocal position
@@ -165,4 +178,4 @@ def _read_legacy(path: Path) -> Imatrix:
     if position < len(data):
         chunks = number()
         datasets = [take(number()).decode("utf-8", "replace")] if position < len(data) else []
-    return Imatrix(entries, datasets, chunks, 0, path.name)
+    return Imatrix(entries, datasets, chunks, 0, path.name, path=path)

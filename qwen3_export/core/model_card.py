@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import re
+import uuid
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3_export.errors import InputError
+from qwen3_export.errors import InputError, InputWarning
 
 CARD = "README.md"
 _STATED = (
@@ -135,9 +137,15 @@ def _read(card: Path) -> str:
 
 
 def _replace(card: Path, text: str) -> None:
-    beside = card.with_name(f".{CARD}.new")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, card)
+    # A name of its own, made exclusively: no link is followed, and nobody else's file is in the way.
+    beside = card.with_name(f".{CARD}.{uuid.uuid4().hex[:8]}.new")
+    try:
+        with beside.open("x", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(beside, card)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _provenance(values: Mapping[str, Any]) -> dict[str, str]:
@@ -185,7 +193,8 @@ def _level(values: Mapping[str, Any]) -> str:
 def update_card(artifact: Path, result: Mapping[str, Any]) -> bool:
     """Put a validation's figures into a card, if there is one.
 
-    It is the folder's, or the GGUF file's section of the one beside it.
+    It is the folder's, or the GGUF file's section of the one beside it. Where it cannot be written there is a warning:
+    the figures are there without it.
     """
     single = artifact.is_file()
     path = artifact.absolute().parent / CARD if single else artifact / CARD
@@ -200,7 +209,11 @@ def update_card(artifact: Path, result: Mapping[str, Any]) -> bool:
     _, closing, after = rest.partition(_END)
     if not opening or not closing:
         return False
-    _replace(path, f"{text[:begin]}{before}{opening}\n{measured(result)}\n{closing}{after}{text[end:]}")
+    try:
+        _replace(path, f"{text[:begin]}{before}{opening}\n{measured(result)}\n{closing}{after}{text[end:]}")
+    except OSError as error:
+        warnings.warn(f"{path} cannot be written ({error.strerror})", InputWarning, stacklevel=2)
+        return False
     return True
 
 

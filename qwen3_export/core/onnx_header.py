@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen3_export.core.files import open_regular
 from qwen3_export.errors import InputError
 
 Buffer = memoryview
@@ -84,7 +85,7 @@ class OnnxHeader:
 def read_onnx_header(path: Path) -> OnnxHeader:
     """Read a file's header; InputError when it is no ONNX model."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             # Unmapped when the last view into it is gone.
             return _model(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
     except OSError as error:

@@ -246,10 +246,13 @@ def _replaced(place: Path) -> Path:
 def _finish_replacing(place: Path) -> None:
     """Mend what a kill between the two renames left.
 
-    The old output is put back, or removed beside a new one.
+    The old output is put back, or removed beside a new one. Raises InputError for a file of somebody else's with the
+    name that is needed.
     """
     old = _replaced(place)
     if old.is_symlink() or not (old / MARKER).is_file():
+        if os.path.lexists(old) and place.is_dir():
+            raise InputError(f"{old} was not left by qwen3-export", "move it away: its name is needed")
         return
     if os.path.lexists(place):
         shutil.rmtree(old)
@@ -268,11 +271,12 @@ def _move_into_place(partial: Path, place: Path) -> None:
     if place.is_dir():
         old = _replaced(place)
         (place / MARKER).touch()
-        place.rename(old)
         try:
+            place.rename(old)
             partial.rename(place)
         except BaseException:
             _finish_replacing(place)
+            (place / MARKER).unlink(missing_ok=True)
             raise
         shutil.rmtree(old)
     else:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.memory import available_bytes
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.units import binary_size
@@ -34,6 +35,8 @@ from qwen3_export.preflight.formats import (
 from qwen3_export.preflight.runtimes import RUNTIMES
 from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.text.samples import Samples
+
+MOST_NODES = 10_000
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,17 @@ def plan(
     settings: QuantizeSettings | None = None,
     measure: bool = True,
     progress: Progress | None = None,
+    nodes: int = 1,
 ) -> dict[str, Any]:
     """What a recipe needs and where its result can go, as `--json` prints it.
 
-    All `formats` must work; without any, one format is enough. `measure` times the recipe on random numbers. A recipe
-    that cannot work raises no error: `possible` and `reasons` say so.
+    All `formats` must work; without any, one format is enough. `measure` times the recipe on random numbers; `nodes`
+    like this one share the work (`--cluster`), and each needs the memory. A recipe that cannot work raises no error:
+    `possible` and `reasons` say so.
     """
     settings, progress = settings or QuantizeSettings(), progress or Progress()
+    if not 1 <= nodes <= MOST_NODES:
+        raise InputError(f"--nodes {nodes}: between 1 and {MOST_NODES} were expected")
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
         raise InputError(f"--format {unknown[0]}: one of {', '.join(FORMATS)} was expected")
@@ -78,7 +85,7 @@ def plan(
     needs = Needs()
     if fits and not found[folder].reason:
         with _collecting(reasons):
-            needs = _needs(checkpoint, recipe, settings, measure and not reasons, progress)
+            needs = _needs(checkpoint, recipe, settings, measure and not reasons, progress, nodes)
         reasons += _limits(needs, settings)
     return {
         "possible": not reasons,
@@ -88,6 +95,7 @@ def plan(
         "peak_rss_bytes": needs.peak_rss_bytes,
         "disk_bytes": needs.disk_bytes,
         "seconds": needs.seconds,
+        "nodes": nodes,
         "formats": {name: verdict.to_dict() for name, verdict in found.items()},
         "runtimes": {name: _runtime(rule(quantized, found)) for name, rule in RUNTIMES.items()},
         "tensors": unsupported_tensors(quantized) if fits else [],
@@ -137,7 +145,7 @@ def _recipe_reasons(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
 
 
 def _needs(
-    checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSettings, measure: bool, progress: Progress
+    checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSettings, measure: bool, progress: Progress, nodes: int
 ) -> Needs:
     """Memory and disk by calculation, time by a trial on this machine.
 
@@ -165,7 +173,7 @@ def _needs(
     if measure:
         from qwen3_export.preflight.timing import estimate_seconds
 
-        seconds = estimate_seconds(checkpoint, recipe, samples, settings, progress)
+        seconds = estimate_seconds(checkpoint, recipe, samples, settings, progress, nodes)
     return Needs(memory, disk, seconds)
 
 
@@ -180,12 +188,15 @@ def planned_samples(checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSe
 
 
 def _limits(needs: Needs, settings: QuantizeSettings) -> list[str]:
-    """Reasons from this machine: `--memory`, its own memory."""
+    """Too little memory: what `--memory` allows, or else what this machine has free."""
     if needs.peak_rss_bytes is None:
         return []
     if settings.memory is not None and needs.peak_rss_bytes > settings.memory:
         needed, allowed = binary_size(needs.peak_rss_bytes), binary_size(settings.memory)
         return [f"about {needed} of memory are needed, --memory allows {allowed}"]
+    if settings.memory is None and (free := available_bytes()) is not None and needs.peak_rss_bytes > free:
+        needed, there = binary_size(needs.peak_rss_bytes), binary_size(free, up=False)
+        return [f"about {needed} of memory are needed, {there} are free here; --memory says what another machine has"]
     return []
 
 

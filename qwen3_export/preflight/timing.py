@@ -93,9 +93,17 @@ def narrowed(raw: Mapping[str, Any], config: Qwen3Config) -> dict[str, Any]:
 
 
 def estimate_seconds(
-    checkpoint: Checkpoint, recipe: Recipe, samples: Samples | None, settings: QuantizeSettings, progress: Progress
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    samples: Samples | None,
+    settings: QuantizeSettings,
+    progress: Progress,
+    nodes: int = 1,
 ) -> float:
-    """Seconds that `quantize` would take here, from trials of a few seconds."""
+    """Seconds that `quantize` would take here, from trials of a few seconds.
+
+    Of several `nodes` like this one each does an equal part of the blocks, which is the best case.
+    """
     config, outer = checkpoint.config, {EMBEDDING, HEAD} & {rule.match for rule in recipe.rules if rule.scheme}
     inner = replace(recipe, rules=tuple(rule for rule in recipe.rules if rule.match not in (EMBEDDING, HEAD)))
     with tempfile.TemporaryDirectory(prefix="qwen3-export-plan-") as name, progress.bar("time a block", 4) as tick:
@@ -120,8 +128,9 @@ def estimate_seconds(
     total += _START_SECONDS + sum(entry.end - entry.begin for entry in checkpoint.stored_entries()) / _BYTES_PER_SECOND
     for layer in range(config.num_layers):
         work = work_of(config, layer, samples is not None)
-        total += at_rest * work.at_rest / done.at_rest
-        total += per_token * (samples.tokens if samples else 0) * work.per_token / done.per_token
+        block = at_rest * work.at_rest / done.at_rest
+        block += per_token * (samples.tokens if samples else 0) * work.per_token / done.per_token
+        total += block / nodes
     return total
 
 

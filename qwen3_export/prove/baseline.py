@@ -149,6 +149,8 @@ def _paired(
     counts = np.array(new["rows"]["positions"])[chosen]
     ours, theirs = (_sums(metric, item["rows"])[chosen] for item in (new, old))
     value, before = (float(_figure(metric, sums.sum() / counts.sum())) for sums in (ours, theirs))
+    if not np.isfinite([value, before]).all():
+        raise ValueError(f"{metric} is no finite number")
     draws = [_figure(metric, means) for means in resampled(counts, ours, theirs)]
     interval = ends(draws[0] - draws[1])
     few = len(counts) < MIN_ROWS and not np.array_equal(ours, theirs)

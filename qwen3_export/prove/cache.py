@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from qwen3_export.prove.reference import log_softmax
 from qwen3_export.run.artifact import tokenizer_of
 from qwen3_export.run.ort import OrtSession
-from qwen3_export.run.session import RuntimeOptions
+from qwen3_export.run.session import RuntimeOptions, check_logits
 from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import calibration_samples
 
@@ -26,6 +26,7 @@ _SAMPLES, _LENGTH = 24, 128
 # leave room for larger values, which halves the KL on held-out text (8 samples: 0.9e-4 in place of 1.8e-4).
 _SHARES = {8: (1.1,), 4: tuple(np.arange(0.5, 1.01, 0.05))}
 _SMALLEST = np.float32(1e-6)
+_WHERE = "calibrating the cache"
 
 Scales = list[tuple[NDArray[np.float32], NDArray[np.float32]]]
 
@@ -36,7 +37,7 @@ def cache_scales(folder: Path, bits: int) -> Scales:
     try:
         found: dict[str, list[NDArray]] = {}
         for ids in _samples(folder, session):
-            session.prefill(ids)
+            check_logits(session.prefill(ids), _WHERE)
             for name, values in session.cache_values().items():
                 found.setdefault(name, []).append(values[0, :, : len(ids)].copy())
     finally:
@@ -88,4 +89,5 @@ def cache_cost(plain: Path, quantized: Path) -> dict[str, Any]:
 
 def _answers(session: OrtSession, ids: NDArray[np.int32]) -> NDArray[np.float32]:
     half = len(ids) // 2
-    return np.concatenate([session.prefill(ids[:half]), *(session.decode(int(token))[None] for token in ids[half:])])
+    parts = [session.prefill(ids[:half]), *(session.decode(int(token))[None] for token in ids[half:])]
+    return check_logits(np.concatenate(parts), _WHERE)

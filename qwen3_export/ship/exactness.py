@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -15,13 +15,59 @@ from qwen3_export.errors import UnsupportedError
 Inexact = dict[str, Any]
 _TYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 _ROWS = 4096
+# The share of a tensor's power beyond which it counts as lost, as in a quantize run.
+_LOST = 0.5
 
 
-def max_relative_error(original: NDArray, stored: NDArray) -> float:
-    """Largest |stored - original| / max|original| over a tensor; infinity for an overflow."""
-    largest = float(np.abs(original).max(initial=0))
-    difference = float(np.abs(stored.astype(np.float32) - original.astype(np.float32)).max(initial=0))
-    return difference / largest if largest else difference
+class Change(NamedTuple):
+    """What storing some numbers in another type has cost.
+
+    The largest |δ| and |x|, Σ δ² and Σ x².
+    """
+
+    furthest: float = 0.0
+    largest: float = 0.0
+    missed: float = 0.0
+    whole: float = 0.0
+
+    def joined(self, other: Change) -> Change:
+        """Of both together."""
+        furthest, largest = max(self.furthest, other.furthest), max(self.largest, other.largest)
+        return Change(furthest, largest, self.missed + other.missed, self.whole + other.whole)
+
+    @property
+    def error(self) -> float:
+        """The largest error, relative to the largest number; infinity for an overflow."""
+        return self.furthest / self.largest if self.largest else self.furthest
+
+    @property
+    def lost(self) -> float:
+        """The share of the power that is gone.
+
+        Squares of the smallest numbers are 0 in fp32: the largest error stands for them.
+        """
+        return self.missed / self.whole if self.whole else self.error
+
+
+def change_of(original: NDArray, stored: NDArray) -> Change:
+    """The change from one array to the other."""
+    single = original.astype(np.float32).reshape(-1)
+    difference = stored.astype(np.float32).reshape(-1) - single
+    furthest, largest = (float(np.abs(values).max(initial=0)) for values in (difference, single))
+    if not largest or not math.isfinite(furthest):
+        return Change(furthest, largest)
+    # Relative to the largest number, whose square may be 0 in fp32.
+    scaled = [values / np.float32(largest) for values in (difference, single)]
+    return Change(furthest, largest, *(float(np.dot(values, values)) * largest**2 for values in scaled))
+
+
+def refuse_lost(name: str, change: Change, kind: str) -> None:
+    """Raise UnsupportedError for a tensor whose numbers are too small for their type."""
+    if change.lost > _LOST:
+        raise UnsupportedError(
+            f"{name}: in {kind} it loses {change.lost:.0%} of its power (at most {_LOST:.0%} is written)",
+            "bf16 has the range of fp32: use that for it",
+        )
 
 
 def refuse_overflow(name: str, error: float, kind: str) -> None:
@@ -41,13 +87,14 @@ def cast_errors(checkpoint: Checkpoint, precision: str) -> list[Inexact]:
         if entry.dtype not in _TYPES.values() or np.can_cast(entry.dtype, wanted):
             continue
         pieces = range(0, entry.shape[0], _ROWS)
-        error = 0.0
+        change = Change()
         for begin in pieces:
             array = checkpoint.rows(name, begin, min(begin + _ROWS, entry.shape[0]))
             with np.errstate(over="ignore"):
                 stored = array.astype(wanted)
-            error = max(error, max_relative_error(array, stored))
-        refuse_overflow(name, error, precision)
-        if error:
-            errors.append({"name": name, "max_rel_error": error})
+            change = change.joined(change_of(array, stored))
+        refuse_overflow(name, change.furthest, precision)
+        refuse_lost(name, change, precision)
+        if change.furthest:
+            errors.append({"name": name, "max_rel_error": change.error})
     return errors

@@ -29,6 +29,7 @@ from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.core.qwen3 import EMBEDDING, block_name
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.working_folders import scratch_folder, working_folder
+from qwen3_export.errors import InputError
 from qwen3_export.model.block import Block, State
 from qwen3_export.model.decoder import load_block, rope_tables
 from qwen3_export.model.table import Table
@@ -160,6 +161,11 @@ def _stage_sums(run: BlockRun, stage: Stage) -> Sums:
         for squares, tokens in use.pool.map(one, some):
             total = (squares, tokens) if total is None else (total[0] + squares, total[1] + tokens)
     assert total is not None
+    if not np.isfinite(total[0]).all():
+        raise InputError(
+            f"{prefix}.{stage.groups[0][0]}: its inputs hold NaN or infinity, or their squares do",
+            "the checkpoint is damaged: compare its hash",
+        )
     return dict.fromkeys((f"{gguf_name(f'{prefix}.{name}')}.weight" for name in stage.groups[0]), total)
 
 

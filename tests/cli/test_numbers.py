@@ -100,6 +100,18 @@ def test_an_artifact_whose_logits_are_no_numbers_is_refused_by_run_and_validate(
         refused(outcome, 2, "NaN or infinity")
 
 
+def test_activations_that_are_no_numbers_are_not_written_down(tmp_path: Path) -> None:
+    """Weights that are numbers, and activations that overflow fp32: neither squares nor scales are made of them."""
+    folder = write_text_model(tmp_path / "model")
+    for tensor in ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"):
+        _change(folder, tensor, lambda array: array * array.dtype.type(1e30))
+    outcome = call("calibrate", folder, "--samples", "2", "--sequence-length", "32", "--output", tmp_path / "out.gguf")
+    refused(outcome, 2, "model.layers.0.mlp.down_proj", "NaN or infinity")
+    outcome = call("onnx", folder, "--kv-cache", "int8", "--output", tmp_path / "out")
+    refused(outcome, 2, "logits holds NaN or infinity")
+    assert names(tmp_path) == ["model"]
+
+
 @pytest.mark.parametrize("command", ["rtn", "gptq"])
 def test_a_matrix_that_the_scales_cannot_hold_is_refused_by_name(tmp_path: Path, command: str) -> None:
     folder = write_text_model(tmp_path / "model")
@@ -117,8 +129,25 @@ def test_a_matrix_that_the_scales_cannot_hold_is_refused_by_name(tmp_path: Path,
     assert max(layer["error"] for layer in kept.json["layers"]) < 0.1
 
 
+@pytest.mark.parametrize("tensor", [LINEAR, NORM])
+@pytest.mark.parametrize("scale", [1e-9, 1e-30])
+def test_an_export_loses_no_tensor(tmp_path: Path, tensor: str, scale: float) -> None:
+    """Numbers below what fp16 holds, and numbers whose squares fp32 does not hold."""
+    folder = write_text_model(tmp_path / "model")
+    _change(folder, tensor, lambda array: (array.astype(np.float32) * scale).astype(array.dtype))
+    commands = [("onnx", "--precision", "fp16"), ("tensorrt", "--onnx-only")]
+    if tensor == LINEAR:
+        commands += [("gguf", "--type", name) for name in ("f16", "q4_0", "q8_0", "q4_k_m", "iq4_nl")]
+    for name, *options in commands:
+        refused(call(name, folder, *options, "--output", tmp_path / "out"), 2, f"{tensor}.weight", "power", "bf16")
+    assert names(tmp_path) == ["model"]
+    for name, *options in (("onnx",), ("gguf",)):
+        assert call(name, folder, *options, "--output", tmp_path / f"kept.{name}").code == 0
+
+
 def test_a_matrix_of_zeros_loses_nothing(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "model", tiny_config())
     _change(folder, LINEAR, np.zeros_like)
     outcome = call("quantize", folder, "--recipe", "rtn-w4a16-g32", "--output", tmp_path / "out", "--json")
     assert next(layer["error"] for layer in outcome.json["layers"] if layer["name"] == LINEAR) == 0
+    assert call("onnx", folder, "--precision", "fp16", "--output", tmp_path / "onnx").code == 0

@@ -90,6 +90,33 @@ def test_impossible_memory_and_format(model: Path) -> None:
     assert chosen["formats"]["compressed-tensors"]["supported"]
     assert _plan(model, "--recipe", "gptq-w3a16-g64", "--no-time")["possible"]
     refused(call("plan", model, "--recipe", "gptq-w4a16-g32", "--format", "onyx"), 2, "onyx", "onnx")
+    outcome = call("plan", model, "--recipe", "gptq-w3a16-g64", "--format", "onnx", "--no-time")
+    assert outcome.err.startswith(f"error: it cannot work: {chosen['reasons'][0]}")
+    assert outcome.err.count("error: ") == 1
+
+
+def test_memory_of_this_machine_counts_unless_another_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen3_export.preflight.available_bytes", lambda: 64 << 20)
+    here = _plan(model, "--recipe", "gptq-w4a16-g32", "--no-time")
+    assert "64 MiB are free here" in here["reasons"][0]
+    assert _plan(model, "--recipe", "gptq-w4a16-g32", "--no-time", "--memory", "8GiB")["possible"]
+    monkeypatch.setattr("qwen3_export.preflight.available_bytes", lambda: None)
+    assert _plan(model, "--recipe", "gptq-w4a16-g32", "--no-time")["possible"]
+
+
+def test_nodes_share_the_blocks_and_not_the_start(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen3_export.preflight import timing
+
+    seconds = {"few": 1.0, "more": 3.0}
+    monkeypatch.setattr(timing, "_trial", lambda *given: seconds.get(given[-1].name, 0.0))
+    common = (model, "--recipe", "gptq-w4a16-g32", *SHORT)
+    one, two, many = (_plan(*common, "--nodes", n) for n in (1, 2, 10_000))
+    assert two["nodes"] == 2
+    assert two["peak_rss_bytes"] == one["peak_rss_bytes"]
+    alone = many["seconds"]
+    assert alone == pytest.approx(timing._START_SECONDS, rel=0.01)
+    assert two["seconds"] - alone == pytest.approx((one["seconds"] - alone) / 2, rel=0.01)
+    refused(call("plan", *common, "--nodes", "0"), 2, "--nodes")
 
 
 def test_every_tensor_that_does_not_divide_is_counted(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def test_interrupted_run_goes_on(
     assert names(tmp_path) == ["out.partial"]
     outcome = call("quantize", deep_model, *OPTIONS, "--output", out, "--json", "--threads", "2")
     assert outcome.json["resumed_blocks"] == done
+    assert f"resuming at block {done + 1} of {LAYERS}" in outcome.err
     assert hashes(out) == undisturbed
     assert names(tmp_path) == ["out"]
 

@@ -103,6 +103,15 @@ def test_verbose_tells_the_error_of_every_linear(model: Path, tmp_path: Path) ->
     assert all("error" in line for line in lines)
 
 
+def test_progress_names_every_part_of_the_work(made: dict[str, Path]) -> None:
+    name = made["onnx"].name
+    outcome = call("validate", made["onnx"], "--reference", made["reference"], "--threads", "1", "--verbose")
+    places = [outcome.err.index(f"{part} {name}: done in ") for part in ("load", "validate", "texts of")]
+    assert places == sorted(places)
+    outcome = call("run", made["onnx"], "--prompt", "hello", "--max-new-tokens", "2", "--verbose")
+    assert f"load {name}: done in " in outcome.err
+
+
 @pytest.mark.parametrize("command", ["table", "error", "progress"])
 def test_no_escape_sequences_without_a_terminal(command: str, made: dict[str, Path], tmp_path: Path) -> None:
     arguments = {

@@ -23,6 +23,8 @@ def make_bases(folder: Path) -> Path:
         ("onnx", folder / "quantized", "--output", folder / "onnx"),
         ("gguf", folder / "quantized", "--output", folder / "model.gguf"),
         ("reference", model, "--output", folder / "reference.safetensors", "--tokens", "64", "--window", "32"),
+        ("calibrate", model, "--output", folder / "matrix.gguf", *SHORT),
+        ("validate", folder / "onnx", "--reference", folder / "reference.safetensors", "--report", folder / "report"),
     ]
     for command in commands:
         outcome = run_child(command, folder)

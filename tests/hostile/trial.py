@@ -46,7 +46,7 @@ class Place:
     """An empty folder for one trial, and sound inputs by name.
 
     Copy an input before damaging it. Names: `model` (16 bits, with tokenizer), `moe` (one with experts), `quantized`,
-    `onnx`, `gguf`, `reference`.
+    `onnx`, `gguf`, `reference`, `imatrix`, `report`.
     """
 
     folder: Path
@@ -72,7 +72,7 @@ class Place:
         return self.folder / "out"
 
 
-FILES = {"gguf": "model.gguf", "reference": "reference.safetensors"}
+FILES = {"gguf": "model.gguf", "reference": "reference.safetensors", "imatrix": "matrix.gguf"}
 REFUSED = frozenset({2})
 
 

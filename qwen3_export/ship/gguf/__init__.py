@@ -237,6 +237,7 @@ def _write(
 ) -> list[Path]:  # fmt: skip
     """Write the file or its shards, and return where they are."""
     shards = split(plan, options.split_max_bytes)
+    inputs = [checkpoint.folder, None if options.importance is None else options.importance.path]
     paths = shard_paths(output, len(shards))
     architecture = ARCHITECTURES[checkpoint.config.model_type]
     label = f"export tensors of {output.name}"
@@ -247,7 +248,7 @@ def _write(
             encoder.note(encoded.changes)
             yield encoded.data
 
-    with staged_files(paths, force, [checkpoint.folder]) as partials, progress.bar(label, len(plan)) as tick:
+    with staged_files(paths, force, inputs) as partials, progress.bar(label, len(plan)) as tick:
         for number, (partial, shard) in enumerate(zip(partials, shards, strict=True)):
 
             def describe(writer: gguf.GGUFWriter, number: int = number) -> None:
@@ -259,6 +260,7 @@ def _write(
                     writer.add_int32("split.tensors.count", len(plan))
 
             write_shard(partial, architecture, shard, describe, pieces, tick)
+        encoder.refuse_lost()
     return paths
 
 

@@ -6,7 +6,6 @@ pieces, or by the codes of one matrix.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,16 +20,17 @@ from qwen3_export.core.architecture import ROUTER, expert_of, is_expert
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.ggml_blocks import pack_blocks, pack_q2_0
 from qwen3_export.core.gguf_types import gguf_name
+from qwen3_export.core.processors import thread_count
 from qwen3_export.core.scheme import scheme_of_type
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.ggml import round_rows
-from qwen3_export.ship.exactness import Inexact, refuse_overflow
+from qwen3_export.ship.exactness import Change, Inexact, change_of, refuse_lost, refuse_overflow
 from qwen3_export.ship.gguf.types import Types, widened
 
 _ELEMENTS_AT_ONCE, _ROWS = 1 << 20, 32
 _FLOATS: dict[str, np.dtype] = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
-# `{name: (largest change, largest value)}` of numbers that could not be stored unchanged.
-Changes = dict[str, tuple[float, float]]
+# By the names of the tensors that could not be stored unchanged.
+Changes = dict[str, Change]
 
 
 @dataclass(frozen=True)
@@ -95,17 +95,20 @@ class Encoder:
         return self.checkpoint.config.all_matrices()[module][1]
 
     def note(self, changes: Changes) -> None:
-        """Keep the largest change of every tensor; UnsupportedError when a number overflowed."""
-        for name, (change, largest) in changes.items():
-            before = self.changes.get(name, (0.0, 0.0))
-            self.changes[name] = max(before[0], change), max(before[1], largest)
+        """Keep what has changed of every tensor."""
+        for name, change in changes.items():
+            self.changes[name] = self.changes.get(name, Change()).joined(change)
+
+    def refuse_lost(self) -> None:
+        """Raise UnsupportedError for a tensor that its type does not hold."""
+        for name, change in self.changes.items():
+            module = name.removesuffix(".weight")
+            refuse_lost(name, change, self.types.modules.get(module, "fp16"))
 
     def inexact(self) -> list[Inexact]:
         """The tensors that could not be stored exactly, with their largest errors."""
         return [
-            {"name": name, "max_rel_error": change / largest if largest else change}
-            for name, (change, largest) in self.changes.items()
-            if change
+            {"name": name, "max_rel_error": change.error} for name, change in self.changes.items() if change.furthest
         ]
 
 
@@ -125,7 +128,7 @@ def encode(tensor: str, weight: NDArray, name: str, importance: NDArray | None) 
             data = weight.astype(_FLOATS[name])
         return Encoded(data, _change(tensor, weight, data, name))
     found = round_rows(tensor, weight, scheme_of_type(name), importance)
-    changes = {tensor: (found.furthest, found.largest)}
+    changes = {tensor: Change(found.furthest, found.largest, found.missed, found.whole)}
     refuse_overflow(tensor, max(found.furthest, found.largest), name)
     return Encoded(repack(found.tensor).data, changes)
 
@@ -142,10 +145,9 @@ def _encode_bf16(tensor: str, weight: NDArray) -> Encoded:
 def _change(tensor: str, weight: NDArray, stored: NDArray, name: str) -> Changes:
     if stored.dtype == weight.dtype or np.can_cast(weight.dtype, stored.dtype):
         return {}
-    single = weight.astype(np.float32)
-    change = float(np.abs(stored.astype(np.float32) - single).max(initial=0))
-    refuse_overflow(tensor, change, name)
-    return {tensor: (change, float(np.abs(single).max(initial=0)))}
+    change = change_of(weight, stored)
+    refuse_overflow(tensor, change.furthest, name)
+    return {tensor: change}
 
 
 def repack(tensor: QuantizedTensor) -> Encoded:
@@ -176,14 +178,14 @@ def widen(tensor: QuantizedTensor) -> QuantizedTensor:
 
 def _half_change(name: str, values: NDArray[np.float32]) -> Changes:
     with np.errstate(over="ignore"):
-        change = float(np.abs(values.astype(np.float16).astype(np.float32) - values).max(initial=0))
-    refuse_overflow(name, change, "fp16")
-    return {name: (change, float(np.abs(values).max(initial=0)))}
+        change = change_of(values, values.astype(np.float16))
+    refuse_overflow(name, change.furthest, "fp16")
+    return {name: change}
 
 
 def in_order(tasks: Iterable[Callable[[], Encoded]], threads: int | None = None) -> Iterator[Encoded]:
     """Results of pieces of work in order, computed by threads a few ahead."""
-    count = threads or len(os.sched_getaffinity(0))
+    count = thread_count(threads)
     waiting: deque[Future[Encoded]] = deque()
     with ThreadPoolExecutor(count) as pool:
         try:

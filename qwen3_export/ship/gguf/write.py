@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from qwen3_export.core.gguf_header import ALIGNMENT
 from qwen3_export.core.gguf_types import GGML_NUMBERS, block_size
 from qwen3_export.core.outputs import staged_file
-from qwen3_export.core.places import refuse_existing
+from qwen3_export.core.places import Inputs, refuse_existing
 from qwen3_export.errors import ResourceError
 
 
@@ -67,7 +67,7 @@ def shard_paths(output: Path, count: int) -> list[Path]:
 
 
 @contextmanager
-def staged_files(paths: Sequence[Path], force: bool, inputs: Sequence[Path]) -> Iterator[list[Path]]:
+def staged_files(paths: Sequence[Path], force: bool, inputs: Inputs) -> Iterator[list[Path]]:
     """Partial files for several outputs, renamed when all are done.
 
     The first one is renamed last, since llama.cpp opens the others through it.

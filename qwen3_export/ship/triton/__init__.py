@@ -14,6 +14,7 @@ The repository starts in tritonserver as it is, where the server's Python has th
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import time
@@ -123,6 +124,7 @@ def export_triton(
     if not _NAME.fullmatch(name):
         raise InputError(f"--name {name!r}: letters, digits, '.', '_' and '-' were expected")
     kind = kind_of(artifact)
+    _check_files(artifact)
     with staged_folder(output, force, [artifact]) as folder:
         version = folder / name / "1"
         version.mkdir(parents=True)
@@ -151,6 +153,20 @@ def export_triton(
         "seconds": time.monotonic() - started,
         "peak_rss_bytes": peak_rss_bytes(),
     }
+
+
+def _check_files(artifact: Path) -> None:
+    """Raise InputError for devices, pipes and links to folders.
+
+    Copying them might never end.
+    """
+    for place, folders, files in os.walk(artifact):
+        for name in folders:
+            if (path := Path(place, name)).is_symlink():
+                raise InputError(f"{path} is a link to a folder", "put the folder in its place")
+        for name in files:
+            if not (path := Path(place, name)).is_file():
+                raise InputError(f"{path} is no regular file", "copy the artifact again")
 
 
 def _copy(source: Path, target: Path) -> None:

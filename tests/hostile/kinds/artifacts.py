@@ -24,7 +24,10 @@ def make(random: Random, place: Place) -> Trial:
             ("run", path, *_RUN),
             ("validate", path, "--reference", place.base("reference")),
             ("bench", path, "--prompt-tokens", "8", "--new-tokens", "1", "--repeat", "1"),
+            ("inspect", path),
+            ("triton", path, "--output", place.out),
         )
     )
+    outputs = (place.out,) if command[0] == "triton" else ()
     # A graph may ask for a kernel that does not exist, which is reported as a missing library (exit code 3).
-    return Trial(what, command, frozenset({0, 2, 3}))
+    return Trial(what, command, frozenset({0, 2, 3}), outputs=outputs)

@@ -19,14 +19,17 @@ def make(random: Random, place: Place) -> Trial:
     path = place.copy(kind)
     if kind == "reference":
         what = _reference(random, path)
-        return Trial(what, ("validate", place.base("onnx"), "--reference", path))
+        commands_of = (("validate", place.base("onnx"), "--reference", path), ("inspect", path))
+        return Trial(what, random.choice(commands_of))
     if kind == "quantized":
         what = change_json_file(random, path / "qwen3-export.json")
         command, outputs = commands(random, path, place.out, quantized=True)
         return Trial(what, command, outputs=outputs)
     there = [name for name in ("qwen3-export.json", "genai_config.json", "config.json") if (path / name).is_file()]
     what = change_json_file(random, path / random.choice(there))
-    command = random.choice((("run", path, *_RUN), ("validate", path, "--reference", place.base("reference"))))
+    command = random.choice(
+        (("run", path, *_RUN), ("validate", path, "--reference", place.base("reference")), ("inspect", path))
+    )
     return Trial(what, command)
 
 

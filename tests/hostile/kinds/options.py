@@ -54,9 +54,9 @@ def make(random: Random, place: Place) -> Trial:
     """A sound input and a command with an odd option."""
     name = random.choice(sorted(_COMMANDS))
     base, options = _COMMANDS[name]
-    command: list[object] = [name, *(place.base(part) if part in _BASES else part for part in base)]
+    command: list[object] = [*name.split(), *(place.base(part) if part in _BASES else part for part in base)]
     outputs = ()
-    if name in ("quantize", "onnx", "gguf", "reference"):
+    if name not in ("validate", "bench", "run", "plan"):
         command += ["--output", place.out]
         outputs = (place.out,)
     chosen = random.sample(sorted(options), min(len(options), random.choice((1, 1, 2))))
@@ -91,6 +91,27 @@ _COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "reference": (
         ("model", "--tokens", "64", "--window", "32"),
         {"--tokens": "n", "--window": "n", "--top-k": "n", "--text": "w"},
+    ),
+    "calibrate": (
+        ("model", *_SHORT),
+        {"--samples": "n", "--sequence-length": "n", "--seed": "n", "--threads": "n", "--calibration": "w"},
+    ),
+    "recipes search": (
+        ("model", "--target-bpw", "5", "--method", "rtn", *_SHORT, "--measure-rows", "1"),
+        {"--target-bpw": "n", "--measure-rows": "n", "--method": "w", "--bits": "w", "--grids": "w", "--fold": "w"},
+    ),
+    "plan": (
+        ("model", "--recipe", "rtn-w4a16-g32", "--no-time"),
+        {"--format": "w", "--memory": "s", "--nodes": "n", "--layout": "w", "--samples": "n"},
+    ),
+    "tasks": ((), {"--count": "n", "--seed": "n", "--kinds": "w"}),
+    "tensorrt": (
+        ("quantized", "--onnx-only"),
+        {"--sm": "w", "--engine": "w", "--max-prompt": "n", "--max-context": "n", "--precision": "w"},
+    ),
+    "triton": (
+        ("onnx",),
+        {"--instances": "n", "--threads": "n", "--sequences": "n", "--queue": "n", "--name": "w", "--mount": "w"},
     ),
     "validate": (
         ("onnx", "--reference", "reference"),

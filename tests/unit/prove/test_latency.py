@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from qwen3_export.core.processors import cpu_quota, processors
 from qwen3_export.prove.latency import _warnings, weight_bytes
 from qwen3_export.prove.meters import MachineLoad, energy_meter, memory_bandwidth
+from qwen3_export.ship.gguf.encode import in_order
 
 
 def _tree(base: Path, files: dict[str, str]) -> Path:
@@ -57,6 +60,19 @@ def test_every_runtime_takes_the_threads_of_the_quota(monkeypatch: pytest.Monkey
     assert session.threads == thread_count(None) == 1
     session.close()
     torch.set_num_threads(before)
+
+
+def test_writing_gguf_takes_the_threads_of_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen3_export.core.processors.cpu_quota", lambda: 1.5)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(8)))
+    names = set[str]()
+
+    def task() -> None:
+        time.sleep(0.01)
+        names.add(threading.current_thread().name)
+
+    assert len(list(in_order([task] * 8))) == 8
+    assert len(names) == 1
 
 
 def test_other_work_is_noticed(tmp_path: Path) -> None:

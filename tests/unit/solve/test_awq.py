@@ -23,6 +23,7 @@ from qwen3_export.solve.quantize import quantize
 from qwen3_export.solve.rounding.grid import find_grid, range_grid, round_to
 from qwen3_export.text.samples import Samples
 from tests.artifact.support import VOCABULARY
+from tests.cli.helpers import write_text_model
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
 from tests.reference.models import our_logits, random_rows
 from tests.unit.solve.outliers import with_outliers
@@ -226,3 +227,15 @@ def test_channels_that_calibration_text_hardly_uses_are_no_worse_for_other_text(
     sleeping, awake = slice(1, None, 3), slice(2, None, 3)
     # Outliers take room of the grid from all others alike, and no more from those that slept.
     assert error(scales, sleeping) / error(plain, sleeping) < 1.2 * error(scales, awake) / error(plain, awake)
+
+
+def test_bytes_are_those_of_no_fold_where_none_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_text_model(tmp_path / "model")
+    monkeypatch.setattr("qwen3_export.solve.blocks.fold._LEAST_GAIN", 1.0)
+    found = []
+    for fold in ("none", "awq"):
+        values = {"name": "x", "method": "gptq", "rules": [{"match": "*", "scheme": {"num_bits": 4, "group_size": 32}}]}
+        recipe = Recipe.from_dict({**values, "options": {"fold": fold}}, "test")
+        quantize(open_checkpoint(source), recipe, tmp_path / fold, QuantizeSettings(samples=8, sequence_length=32))
+        found.append([path.read_bytes() for path in sorted((tmp_path / fold).glob("*.safetensors"))])
+    assert found[0] == found[1]
