@@ -13,7 +13,7 @@ import difflib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
@@ -262,15 +262,10 @@ def validate(
     if report:
         write_report(Path(report), result, force)
     if card:
-        write_measured(result)
+        from qwen3_export.core.model_card import update_cards
+
+        update_cards(result)
     return Result(result)
-
-
-def write_measured(result: Mapping[str, Any]) -> list[str]:
-    """Write a validation's figures into the folders' model cards; gives their paths."""
-    from qwen3_export.core.model_card import update_card
-
-    return [item["artifact"] for item in result["results"] if update_card(Path(item["artifact"]), item)]
 
 
 @_named

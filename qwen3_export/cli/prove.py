@@ -223,9 +223,9 @@ def _place_of(reference: str) -> str:
 
 def _write_cards(result: dict[str, Any], show: Console) -> None:
     """Write the figures into the model cards of the folders that have one."""
-    from qwen3_export.api import write_measured
+    from qwen3_export.core.model_card import update_cards
 
-    show.note(f"model cards written: {', '.join(write_measured(result)) or 'none, no artifact has one'}")
+    show.note(f"model cards written: {', '.join(update_cards(result)) or 'none, no artifact has one'}")
 
 
 def _kl_note(result: dict[str, Any], weak: bool) -> str | None:

@@ -190,6 +190,11 @@ def _level(values: Mapping[str, Any]) -> str:
     return f"{values['accuracy_level']}: activations are rounded to 8 bits{added}"
 
 
+def update_cards(result: Mapping[str, Any]) -> list[str]:
+    """Write a validation's figures into its artifacts' cards; the artifacts that have one."""
+    return [item["artifact"] for item in result["results"] if update_card(Path(item["artifact"]), item)]
+
+
 def update_card(artifact: Path, result: Mapping[str, Any]) -> bool:
     """Put a validation's figures into a card, if there is one.
 
