@@ -26,7 +26,9 @@ from benchmarks.runtime import machine, models
 from qwen3_export.core.manifest import sha256_file
 from qwen3_export.prove.meters import MachineLoad
 
-TOOLS, KINDS, MINUTES = ("ours", "builder"), ("fp32", "int4"), 10
+TOOLS, KINDS, MINUTES = ("ours", "builder"), ("fp32", "int4", "int4 level 0"), 10
+# The kind whose export by the builder is compared with.
+RIVALS = {"int4 level 0": "int4"}
 HEADERS = ["export", "wall s", "processor s", "peak MB", "of the builder's wall, processor", "two exports"]
 # By tool and kind: the costs of each turn, and the hashes of the outputs.
 Costs = Mapping[tuple[str, str], list[tuple[Cost, str]]]
@@ -36,7 +38,8 @@ def command(tool: str, source: Path, output: Path, kind: str) -> list[str | Path
     """The command line of a tool's export."""
     if tool == "ours":
         code = "from qwen3_export.cli import main; main()"
-        return [sys.executable, "-c", code, "onnx", source, "--output", output, "--force", "--quiet"]
+        level = ["--accuracy-level", "0"] if kind.endswith("level 0") else []
+        return [sys.executable, "-c", code, "onnx", source, "--output", output, "--force", "--quiet", *level]
     options: list[str | Path] = ["-i", source, "-o", output, "-p", kind, "-e", "cpu", "-c", output.with_name("cache")]
     return [sys.executable, "-m", "onnxruntime_genai.models.builder", *options]
 
@@ -62,12 +65,12 @@ def main() -> None:
     given = arguments()
     base = cache_folder() / "runtime" / f"{given.layers}-{given.vocabulary}"
     model = models.checkpoint(base / "model", given.layers, given.vocabulary)
-    sources = {"fp32": model, "int4": models.rounded(base, model, "edge-w4") if "int4" in given.kinds else model}
+    sources = {kind: model if kind == "fp32" else models.rounded(base, model, "edge-w4") for kind in given.kinds}
     if given.make_only:
         return
     if found := machine.warning():
         print(f"warning: {found}", file=sys.stderr)
-    costs: Costs = {(tool, kind): [] for kind in given.kinds for tool in TOOLS}
+    costs: Costs = {(tool, kind): [] for kind in given.kinds for tool in TOOLS if tool == "ours" or kind not in RIVALS}
     load = MachineLoad()
     take_turns(costs, sources, model, base / "export", given)
     others, lines = load.others() or 0.0, [_row(*key, costs) for key in costs]
@@ -96,7 +99,7 @@ def take_turns(costs: Costs, sources: Mapping[str, Path], model: Path, base: Pat
 
 
 def _row(tool: str, kind: str, costs: Costs) -> list[str]:
-    mine, theirs = costs[tool, kind], costs["builder", kind]
+    mine, theirs = costs[tool, kind], costs["builder", RIVALS.get(kind, kind)]
     pairs = [(own, rival) for (own, _), (rival, _) in zip(mine, theirs, strict=True)]
     wall = statistics.median(rival.wall_s / own.wall_s for own, rival in pairs)
     processor = statistics.median(rival.cpu_s / own.cpu_s for own, rival in pairs)

@@ -1,9 +1,10 @@
 """`python -m benchmarks.runtime`: prefill and decode of one model in several runtimes.
 
-In each turn every runner answers the same prompt, so that other work on the machine falls on all of them. The table has
-medians, their ratio to a rival's in the same turns (the model of onnxruntime-genai's builder, or the same folder with
-an unquantized cache), the bytes that a token reads, and their share of the memory bandwidth. Quantized caches are timed
-again after a longer prompt. Artifacts are made before the first turn; `--make-only` stops there.
+In each turn every runner answers the same prompt, in a process of its own and in another order, so that other work on
+the machine falls on all of them. The table has medians, their ratio to a rival's in the same turns (the model of
+onnxruntime-genai's builder, or the same folder with an unquantized cache), the bytes that a token reads, and their
+share of the memory bandwidth. Quantized caches are timed again after a longer prompt. Artifacts are made before the
+first turn; `--make-only` stops there.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from benchmarks.quality.report import table
 from benchmarks.quality.venvs import cache_folder
 from benchmarks.runtime import machine, models
-from benchmarks.runtime.runners import GENAI, Runner, in_genai, in_session
+from benchmarks.runtime.runners import GENAI, Runner, runtime_of, weights
 from qwen3_export.prove.meters import MachineLoad
 
 MAKERS = {"ours": models.ours, "builder": models.builder, "llama.cpp": models.llama}
@@ -60,7 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--long-prompt", type=int, default=1024, help="for quantized caches; 0 leaves it out")
     parser.add_argument("--new", type=int, default=32)
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-genai", action="store_true", help="our own session alone")
     parser.add_argument("--make-only", action="store_true", help="make what is missing, measure nothing")
@@ -81,14 +82,12 @@ def artifacts(given: argparse.Namespace) -> dict[str, Path]:
 
 
 def take_turns(runners: Sequence[Runner], length: int, new: int, turns: int) -> Round:
-    """Have all runners answer the same prompt in turn; the first turn warms up."""
-    prompt = np.random.default_rng(0).integers(0, 8000, length).astype(np.int32)
-    for turn in range(turns + 1):
-        for runner in runners:
-            runner.turn(prompt, new)
-        print(f"prompt of {length}: turn {turn} of {turns}", file=sys.stderr)
-    for runner in runners:
-        runner.forget_first()
+    """All runners answer the same prompt, turn by turn, each turn in another order."""
+    random = np.random.default_rng(0)
+    for turn in range(turns):
+        for place in random.permutation(len(runners)):
+            runners[place].turn(length, new)
+        print(f"prompt of {length}: turn {turn + 1} of {turns}", file=sys.stderr)
     return Round(length, runners)
 
 
@@ -102,14 +101,14 @@ def main() -> None:
     bandwidth = machine.read_bandwidth(given.threads)
     runners = []
     for name, artifact in made.items():
-        runners.append(in_session(name, artifact, given.threads))
+        runners.append(Runner(name, runtime_of(artifact), artifact, given.threads))
         if artifact.is_dir() and not given.no_genai:
-            runners.append(in_genai(name, artifact, given.threads))
+            runners.append(Runner(name, GENAI, artifact, given.threads))
     load = MachineLoad()
     rounds = [take_turns(runners, given.prompt, given.new, given.turns)]
     again = [runner for runner in runners if runner.name in CACHES and runner.runtime != GENAI]
     if given.long_prompt and len(again) > 1:
-        fresh = [Runner(runner.name, runner.runtime, runner.bytes, runner.answer) for runner in again]
+        fresh = [Runner(runner.name, runner.runtime, runner.artifact, runner.threads) for runner in again]
         rounds.append(take_turns(fresh, given.long_prompt, given.new, 3))
     text = report(given, rounds, bandwidth, load.others())
     print(text)
@@ -139,14 +138,14 @@ def rows(item: Round, bandwidth: float) -> list[list[str]]:
 
 
 def _row(runner: Runner, item: Round, bandwidth: float) -> list[str]:
-    token, rival_name = statistics.median(runner.token), RUNS[runner.name]
+    token, rival_name, read = statistics.median(runner.token), RUNS[runner.name], weights(runner.artifact)
     rival = next((r for r in item.runners if (r.name, r.runtime) == (rival_name, runner.runtime)), None)
     return [
-        runner.name, runner.runtime, f"{runner.bytes / 1e6:.0f}",
+        runner.name, runner.runtime, f"{read / 1e6:.0f}",
         f"{item.prompt / statistics.median(runner.prefill):.0f}", f"{1 / token:.1f}",
         _beside(runner.token, rival and rival.token, rival_name),
         _beside(runner.prefill, rival and rival.prefill, rival_name),
-        f"{runner.bytes / token / bandwidth:.2f}",
+        f"{read / token / bandwidth:.2f}",
     ]  # fmt: skip
 
 
