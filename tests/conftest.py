@@ -32,21 +32,21 @@ settings.load_profile("project")
 
 
 # Folders of tests that `make test-fast` leaves out.
-_SLOW = ("artifact", "cli", "hostile", "install", "reference", "serving")
+_SLOW = ("artifact", "cli", "hostile", "install", "reference", "serving", "web")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark slow tests, and distribute tests to processes.
 
-    Those of the installation run in one process, since it is made once, and first, since they take the longest.
+    Those of an installation run in one process, since it is made once; those of our own first, since they take longest.
     """
     tests = Path(__file__).parent
     folder = {item: item.path.relative_to(tests).parts[0] for item in items}
     for item in items:
         if folder[item] in _SLOW:
             item.add_marker(pytest.mark.slow)
-        if folder[item] in ("install", "serving"):
+        if folder[item] in ("install", "serving", "web"):
             item.add_marker(pytest.mark.xdist_group(folder[item]))
     items.sort(key=lambda item: folder[item] != "install")
 

@@ -3,10 +3,12 @@ prompt alone and all of them as one left-padded batch."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +40,16 @@ def node_modules() -> Path:
     folder = cache / f"transformers.js-{VERSION}"
     if shutil.which("npm") is None:
         pytest.skip("Node and npm are not installed")
-    if not (folder / "done").is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        (folder / "package.json").write_text('{"name": "tests", "private": true}')
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        # Another run may install at the same time: what has the name is complete.
+        new = Path(tempfile.mkdtemp(dir=cache))
+        (new / "package.json").write_text('{"name": "tests", "private": true}')
         command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefer-offline"]
-        subprocess.run([*command, f"@huggingface/transformers@{VERSION}"], cwd=folder, check=True, capture_output=True)
-        (folder / "done").touch()
+        subprocess.run([*command, f"@huggingface/transformers@{VERSION}"], cwd=new, check=True, capture_output=True)
+        with contextlib.suppress(OSError):
+            new.rename(folder)
+        shutil.rmtree(new, ignore_errors=True)
     shutil.copy(Path(__file__).with_name("greedy.mjs"), folder)
     return folder
 
