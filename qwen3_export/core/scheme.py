@@ -26,8 +26,8 @@ from qwen3_export.errors import RecipeError
 SCALE_BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "e8m0": 8, "e4m3": 8}
 STRATEGIES = ("tensor", "channel", "group", "block")
 ACTIVATIONS = ("dynamic-token", "dynamic-group", "static-tensor")
-# Inputs that share one scale under `dynamic-group`, as in the official FP8 releases.
-ACTIVATION_GROUP = 128
+# Inputs that share one scale under `dynamic-group`: 128 as in the official FP8 releases, 16 beside NVFP4 weights.
+ACTIVATION_GROUP, NVFP4_GROUP = 128, 16
 _BITS = {"int": (2, 3, 4, 8), "float": (4, 8), "kquant": (2, 3, 4, 5, 6)}
 _WIDE_SCALES = ("bf16", "fp16", "fp32")
 _SCALES = {("float", 4): ("e8m0", "e4m3"), ("float", 8): (*_WIDE_SCALES, "e8m0")}
@@ -41,8 +41,8 @@ class QuantScheme:
     consecutive inputs of one output channel, or a `block` of `block_shape`. Integer codes are unsigned in memory; a
     symmetric scheme has the implicit zero point `2 ** (num_bits - 1)`, and a float one is E4M3 (8 bits) or E2M1 (4
     bits). `signed_scales` lets scales be negative, which ONNX Runtime, llama.cpp and vLLM accept and TensorRT does not.
-    `activations` says how a runtime rounds the linear's inputs, to the weights' own type at 8 bits; None leaves them
-    alone. `type` kquant stands for a block type of ggml: its name, `ggml_type`, decides every field but `activations`;
+    `activations` says how a runtime rounds the linear's inputs, to the weights' own type (INT8, E4M3 or NVFP4), if at
+    all. `type` kquant stands for a block type of ggml: its name, `ggml_type`, decides every field but `activations`;
     see `core.kquant`.
     """
 
@@ -71,10 +71,11 @@ class QuantScheme:
         self._check_float()
         if self.signed_scales and not self.symmetric:
             raise RecipeError("scheme has signed_scales: true, which only a symmetric scheme can use")
-        if self.activations and self.num_bits != 8:
+        nvfp4 = (self.scale_dtype, self.activations) == ("e4m3", "dynamic-group")
+        if self.activations and self.num_bits != 8 and not nvfp4:
             raise RecipeError(
                 f"scheme rounds activations ({self.activations}) beside {self.num_bits}-bit weights",
-                "activations are rounded to 8 bits beside 8-bit weights only",
+                "activations are rounded to 8 bits beside 8-bit weights, and to NVFP4 (dynamic-group) beside NVFP4",
             )
 
     def _settle_kquant(self) -> None:
@@ -158,6 +159,16 @@ class QuantScheme:
         return BLOCK_TYPES[self.ggml_type] if self.ggml_type is not None else None
 
     @property
+    def activation_group(self) -> int:
+        """Number of inputs that share one scale under `dynamic-group`."""
+        return NVFP4_GROUP if self.num_bits == 4 else ACTIVATION_GROUP
+
+    @property
+    def has_input_scale(self) -> bool:
+        """Whether rounding inputs takes a number from calibration."""
+        return self.activations == "static-tensor" or (self.activations is not None and self.num_bits == 4)
+
+    @property
     def per_row(self) -> bool:
         """Whether every output row has scales of its own, as weight-only kernels require."""
         return self.strategy in ("channel", "group")
@@ -196,9 +207,9 @@ class QuantScheme:
                 f"{name}: its {shape[1]} inputs are not divisible by group_size {self.group_size}",
                 f"use a group_size that divides {shape[1]}, or a rule that leaves this tensor in 16 bits",
             )
-        if self.activations == "dynamic-group" and shape[1] % ACTIVATION_GROUP:
+        if self.activations == "dynamic-group" and shape[1] % self.activation_group:
             raise RecipeError(
-                f"{name}: its {shape[1]} inputs are not divisible by {ACTIVATION_GROUP}, which are rounded together",
+                f"{name}: its {shape[1]} inputs are not divisible by {self.activation_group}, which share a scale",
                 "use activations: dynamic-token, or a rule that leaves this tensor in 16 bits",
             )
 

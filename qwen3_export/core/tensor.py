@@ -15,7 +15,8 @@ super_mins    fp16 [out, in / 256]           multiply the mins
 
 weight[o, i] = value(codes[o, i]) * scales32[o, g] + offsets32[o, g]
 
-`global_scale` divides NVFP4's scales; `input_scale` is the one that a static scheme rounds inputs by.
+`global_scale` divides NVFP4's scales. `input_scale` is the one that a static scheme rounds inputs by; beside NVFP4
+weights it multiplies the E4M3 scales that a runtime finds for each 16 inputs (`model.activations`).
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ class QuantizedTensor:
             raise ValueError(f"{self.name}: zeros are {self.zeros.dtype} {self.zeros.shape}, not uint8 {grid}")
         if (self.global_scale is None) != (self.scheme.scale_dtype != "e4m3"):
             raise ValueError(f"{self.name}: a global scale must be given exactly with e4m3 scales")
-        if (self.input_scale is None) != (self.scheme.activations != "static-tensor"):
-            raise ValueError(f"{self.name}: an input scale must be given exactly for static activations")
+        if (self.input_scale is None) == self.scheme.has_input_scale:
+            raise ValueError(f"{self.name}: an input scale must be given exactly for static and NVFP4 activations")
         if self.scheme.type == "float" and self.scheme.num_bits == 8 and (self.codes & 0x7F == _NAN_CODE).any():
             raise ValueError(f"{self.name}: a code is E4M3's NaN")
 

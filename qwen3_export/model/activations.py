@@ -1,12 +1,14 @@
-"""Activation quantization: a linear's inputs rounded to 8 bits, done in floats.
+"""Activation quantization: a linear's inputs rounded to 8 or 4 bits, done in floats.
 
     dynamic-token   scale = max|x| / 448 (E4M3) or / 127.5 (int8), one per token
     dynamic-group   the same, one per 128 inputs of a token
     static-tensor   scale = input_scale, one for all tokens, from calibration
+    dynamic-group   beside NVFP4 weights: scale = E4M3(max|x| / 6 / input_scale) · input_scale, one per 16 inputs
 
     x → clamp(round(x / scale)) · scale
 
-The divisors are those of compressed-tensors, whose layout we write; vLLM divides by 127.
+The divisors are those of compressed-tensors, whose layout we write; vLLM divides by 127. The last line is TensorRT's
+dynamic double quantization: the scales are quantized too, by one number from calibration.
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qwen3_export.core.scheme import ACTIVATION_GROUP, QuantScheme
+from qwen3_export.core.scheme import ACTIVATION_GROUP, NVFP4_GROUP, QuantScheme
 
 LARGEST_E4M3 = 448.0
+LARGEST_E2M1 = 6.0
+# In place of a scale that E4M3 rounds to 0: any number will do, since its inputs are rounded to 0 beside it.
+_SCALE_OF_ZEROS = 0.125
 _HALF_RANGE_INT8 = 127.5
 
 
@@ -35,6 +40,10 @@ def rounder(scheme: QuantScheme, input_scale: float | None) -> Callable[[Tensor]
         return lambda x: _round(x, fixed.to(x.device), scheme)
     if scheme.activations == "dynamic-token":
         return lambda x: _round(x, _scale(x, scheme), scheme)
+    if scheme.num_bits == 4:
+        assert input_scale is not None
+        divisor = torch.tensor(1 / input_scale)
+        return lambda x: _round_nvfp4(x, divisor.to(x.device))
 
     def by_group(x: Tensor) -> Tensor:
         groups = x.reshape(*x.shape[:-1], -1, ACTIVATION_GROUP)
@@ -53,6 +62,23 @@ def round_e4m3(x: Tensor) -> Tensor:
     # Round 23 bits of mantissa to 3: add half a unit, less one when the last bit that stays is even.
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF).view(torch.float32)
     return torch.where(x.abs() < 2.0**-6, torch.round(x * 512) / 512, normal)
+
+
+def round_e2m1(x: Tensor) -> Tensor:
+    """The nearest E2M1 numbers (0, 0.5, 1, 1.5, 2, 3, 4, 6), ties to even, saturating at 6."""
+    x = x.clamp(-LARGEST_E2M1, LARGEST_E2M1)
+    size = x.abs()
+    # The distance of two neighbours is 0.5 below 2, 1 below 4, and 2 from there on.
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    return torch.round(x / step).mul_(step)
+
+
+def _round_nvfp4(x: Tensor, divisor: Tensor) -> Tensor:
+    """Inputs rounded to E2M1 in groups of 16, whose scales times `divisor` are rounded to E4M3."""
+    groups = x.reshape(*x.shape[:-1], -1, NVFP4_GROUP)
+    stored = round_e4m3(groups.abs().amax(-1, keepdim=True) / LARGEST_E2M1 * divisor)
+    scale = torch.where(stored == 0, _SCALE_OF_ZEROS, stored) / divisor
+    return round_e2m1(groups / scale).mul_(scale).flatten(-2)
 
 
 def _scale(x: Tensor, scheme: QuantScheme) -> Tensor:

@@ -21,10 +21,12 @@ from qwen3_export.errors import ExportError, InputError, MissingRuntimeError
 from qwen3_export.run.devices import PROVIDERS, find_provider, open_on
 from qwen3_export.run.exact_graph import exact_graph
 from qwen3_export.run.onnx_files import OnnxFiles, find_onnx
+from qwen3_export.run.plan_files import ENGINE
 from qwen3_export.run.session import RuntimeOptions, check_ids
 from qwen3_export.run.signature import read_signature
 
 _SMALLEST_CACHE = 256
+_PLAN_ALONE = "run the plan on its GPU; here, the quantized folder that it was exported from has the same codes"
 
 
 class OrtSession:
@@ -53,7 +55,7 @@ class OrtSession:
         self._values = onnxruntime.OrtValue
         provider = find_provider(options.device) if options.device in PROVIDERS else None
         self.threads = thread_count(options.threads)
-        if (folder / "engine.json").is_file():
+        if of_plan := (folder / ENGINE).is_file():
             self.runtime = "onnxruntime (the plan's ONNX)"
         settings = self._settings(onnxruntime.SessionOptions(), files, options.exact)
         try:
@@ -67,10 +69,10 @@ class OrtSession:
             raise
         except Exception as error:  # onnxruntime's errors share no public base below Exception
             reason = str(error).strip().splitlines()[0]
-            if "NOT_IMPLEMENTED" in reason:
+            if "NOT_IMPLEMENTED" in reason or (of_plan and "is not a registered function/op" in reason):
                 raise MissingRuntimeError(
                     f"{folder}: ONNX Runtime has no kernel for it on this device ({reason})",
-                    "export with --precision fp32, or run it where bf16 is supported",
+                    _PLAN_ALONE if of_plan else "export with --precision fp32, or run it where bf16 is supported",
                 ) from error
             raise InputError(f"{folder}: ONNX Runtime cannot load {files.graph.name} ({reason})") from error
         self._read_signature(files)

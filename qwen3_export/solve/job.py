@@ -117,8 +117,8 @@ class Job:
 
     @property
     def needs_magnitudes(self) -> bool:
-        """Whether mean |x| and max |x| are needed: for folds and static input scales."""
-        return self.fold != "none" or "static-tensor" in self._activations
+        """Whether mean |x| and max |x| are needed: for folds and calibrated input scales."""
+        return self.fold != "none" or any(rule.scheme and rule.scheme.has_input_scale for rule in self.recipe.rules)
 
     @property
     def fold(self) -> str:

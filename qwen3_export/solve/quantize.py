@@ -179,10 +179,10 @@ def check_device(device: str) -> None:
 def needs_inputs(recipe: Recipe, method: ModuleType, options: Any) -> bool:
     """Whether the calibration samples must run through the model.
 
-    The method, a fold, or static input scales need that.
+    The method, a fold, or calibrated input scales need that.
     """
-    static = any(rule.scheme and rule.scheme.activations == "static-tensor" for rule in recipe.rules)
-    return static or method.needs_inputs(options) or fold_of(options) != "none"
+    measured = any(rule.scheme and rule.scheme.has_input_scale for rule in recipe.rules)
+    return measured or method.needs_inputs(options) or fold_of(options) != "none"
 
 
 def _check_layout(checkpoint: Checkpoint, recipe: Recipe, name: str) -> None:

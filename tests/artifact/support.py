@@ -91,12 +91,13 @@ def random_ids(count: int, vocabulary: int = 320, seed: int = 7) -> NDArray[np.i
 
 
 def round_to_nearest(source: Path, output: Path, *rules: tuple[str, QuantScheme | None]) -> Checkpoint:
-    """Quantize a folder by rounding, which needs neither tokenizer nor calibration."""
+    """Quantize a folder by rounding, which needs tokenizer and calibration for scales of inputs alone."""
     from qwen3_export.solve.job import QuantizeSettings
     from qwen3_export.solve.quantize import quantize
 
     recipe = Recipe("rounded", "rtn", tuple(Rule(match, scheme) for match, scheme in rules))
-    quantize(open_checkpoint(source), recipe, output, QuantizeSettings(threads=THREADS))
+    settings = QuantizeSettings(threads=THREADS, samples=2, sequence_length=64)
+    quantize(open_checkpoint(source), recipe, output, settings)
     return open_checkpoint(output)
 
 

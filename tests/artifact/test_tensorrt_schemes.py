@@ -27,11 +27,13 @@ from tests.artifact.support import (
     mean_kl,
     random_ids,
     round_to_nearest,
+    tiny_with_tokenizer,
 )
 from tests.artifact.test_tensorrt import header, onnx_weight_bytes
 from tests.conftest import tiny_config
 
 FP8, FP4 = {"num_bits": 8, "type": "float"}, {"num_bits": 4, "type": "float"}
+NVFP4_INPUTS = QuantScheme(**FP4, group_size=16, scale_dtype="e4m3", activations="dynamic-group")
 SCHEMES = {
     "int4 channel": (QuantScheme(4, strategy="channel"), "8.0"),
     "int4 groups of 16": (QuantScheme(4, group_size=16), "8.0"),
@@ -44,18 +46,20 @@ SCHEMES = {
     "mxfp8": (QuantScheme(**FP8, group_size=32, scale_dtype="e8m0"), "8.9"),
     "mxfp4": (QuantScheme(**FP4, group_size=32, scale_dtype="e8m0"), "12.0"),
     "nvfp4": (QuantScheme(**FP4, group_size=16, scale_dtype="e4m3"), "12.0"),
+    "nvfp4, inputs too": (NVFP4_INPUTS, "12.0"),
 }
 # What becomes of a code in the file: integers get their sign, floats are their own bits.
 SIZE = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64}
 
 
 @pytest.fixture(scope="module", params=SCHEMES)
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Exported, str]:
-    from tests.conftest import write_checkpoint
-
+def exported(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, reference_folder: Path
+) -> tuple[Exported, str]:
     base = tmp_path_factory.mktemp("scheme")
     scheme, least = SCHEMES[request.param]
-    checkpoint = round_to_nearest(write_checkpoint(base / "tiny", tiny_config(**SIZE)), base / "q", ("*", scheme))
+    source = tiny_with_tokenizer(base / "tiny", reference_folder, tiny_config(**SIZE))
+    checkpoint = round_to_nearest(source, base / "q", ("*", scheme))
     result = export_tensorrt(checkpoint, base / "trt", capabilities=(least,), profile=Profile(32, 64))
     return Exported(base / "trt", result, checkpoint), least
 

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 from compressed_tensors.compressors import ModelCompressor
-from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
-from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, fake_quantize
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp, generate_gparam
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from qwen3_export.core.checkpoint import open_checkpoint
@@ -251,8 +252,9 @@ def set_ranges(module: Any, weights: Any) -> None:
     module.weight_scale.data.copy_(scale.reshape(module.weight_scale.shape))
     if not weights.symmetric:
         module.weight_zero_point.data.copy_(zero.reshape(module.weight_zero_point.shape))
-    if hasattr(module, "input_scale"):
-        module.input_scale.data.fill_(0.01)
+    for name, value in (("input_scale", 0.01), ("input_global_scale", 300.0)):
+        if hasattr(module, name):
+            getattr(module, name).data.fill_(value)
 
 
 FOLDERS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
@@ -326,6 +328,17 @@ def test_what_transformers_expands_in_bf16(tmp_path: Path, label: str, weights: 
         assert np.abs(weight - found).max() <= 2.0**-7 * np.abs(weight).max()
         if "nvfp4" not in label:
             np.testing.assert_array_equal(weight.astype(ml_dtypes.bfloat16).astype(np.float32), found)
+
+
+def test_the_nvfp4_preset_is_read_with_the_rounding_of_its_inputs(tmp_path: Path) -> None:
+    folder = theirs(tmp_path, {"targets": ["Linear"], **PRESET_SCHEMES["NVFP4"]})
+    assert labels(folder) == {"nvfp4-g16-dynamic-group"}
+    args, above = PRESET_SCHEMES["NVFP4"]["input_activations"], torch.tensor([300.0])
+    for name, rounder in load_block(open_checkpoint(folder), 0).rounders.items():
+        width = open_checkpoint(folder).config.linear_shapes(0)[name][1]
+        x = torch.randn(3, 20, width, generator=torch.Generator().manual_seed(0)) * 2
+        scale, zero = compute_dynamic_scales_and_zp(x, args, torch.nn.Identity(), above)
+        assert torch.equal(rounder(x), fake_quantize(x, scale, zero, args, above))
 
 
 def test_mixed_precision_has_a_format_for_each_group(tmp_path: Path) -> None:

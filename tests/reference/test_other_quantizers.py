@@ -16,12 +16,13 @@ from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.qwen3 import parse_config
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.errors import CheckpointError, InputWarning
-from qwen3_export.model.decoder import Decoder
+from qwen3_export.model.decoder import Decoder, load_block
 from tests.cli.helpers import call
 from tests.conftest import random_tensors, tiny_config, write_checkpoint
 from tests.reference import packers
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+INPUT_SCALE = np.float32(0.02)
 IDS = np.arange(3, 67, 3, dtype=np.int32)
 
 
@@ -45,7 +46,7 @@ def _modelopt(path: Path, algorithm: str, inputs: bool, *, cache: bool = False, 
             }
             folder.weights[name] = E2M1[codes] * np.repeat(scales.astype(np.float32) * shared, 16, 1)
         if inputs:
-            folder.tensors[f"{name}.input_scale"] = np.array(0.02, np.float32)
+            folder.tensors[f"{name}.input_scale"] = np.array(INPUT_SCALE, np.float32)
         if cache and name.endswith(("k_proj", "v_proj")):
             folder.tensors[f"{name}.{name[-6]}_scale"] = np.array(1.0, np.float32)
     said = {"quant_algo": algorithm, "kv_cache_quant_algo": "FP8" if cache else None, "exclude_modules": ["lm_head"]}
@@ -77,18 +78,28 @@ def _check_weights(folder: packers.Folder) -> None:
 
 @pytest.mark.filterwarnings("ignore::qwen3_export.errors.InputWarning")
 @pytest.mark.parametrize("file", ["both", "hf_quant_config"])
-@pytest.mark.parametrize(("algorithm", "inputs"), [("FP8", False), ("FP8", True), ("NVFP4", True)])
+@pytest.mark.parametrize(
+    ("algorithm", "inputs", "rounded"),
+    [
+        ("FP8", False, None),
+        ("FP8", True, "static-tensor"),
+        ("NVFP4", False, None),
+        ("NVFP4", True, "dynamic-group"),
+    ],
+)
 def test_modelopt_folders_mean_the_weights_of_their_formula(
-    tmp_path: Path, algorithm: str, inputs: bool, file: str
+    tmp_path: Path, algorithm: str, inputs: bool, rounded: str | None, file: str
 ) -> None:
     folder = _modelopt(tmp_path / "folder", algorithm, inputs, file=file)
     _check_weights(folder)
-    activations = {scheme.activations for scheme in open_checkpoint(folder.path).schemes.values()}
-    assert activations == {"static-tensor" if (algorithm, inputs) == ("FP8", True) else None}
+    checkpoint = open_checkpoint(folder.path)
+    assert {scheme.activations for scheme in checkpoint.schemes.values()} == {rounded}
+    scales = {checkpoint.linear(name).input_scale for name in folder.weights}  # type: ignore[union-attr]
+    assert scales == {float(INPUT_SCALE) if inputs else None}
 
 
 @pytest.mark.filterwarnings("ignore::qwen3_export.errors.InputWarning")
-@pytest.mark.parametrize(("algorithm", "inputs"), [("FP8", False), ("NVFP4", True)])
+@pytest.mark.parametrize(("algorithm", "inputs"), [("FP8", False), ("NVFP4", False)])
 def test_modelopt_folders_have_the_logits_of_transformers(tmp_path: Path, algorithm: str, inputs: bool) -> None:
     folder = _modelopt(tmp_path / "folder", algorithm, inputs)
     np.testing.assert_allclose(_logits(folder.path), _theirs(folder.dense()), atol=2e-4)
@@ -99,8 +110,24 @@ def test_what_modelopts_runtimes_round_beside_the_weights_is_warned_of(tmp_path:
     with pytest.warns(InputWarning, match="rounding of the key/value cache"):
         _check_weights(folder)
     assert call("inspect", folder.path).err.count("warning: ") == 1
-    with pytest.warns(InputWarning, match="inputs to 4 bits"):
-        open_checkpoint(_modelopt(tmp_path / "fp4", "NVFP4", True).path)
+
+
+def test_modelopt_inputs_in_nvfp4_are_rounded_by_its_formula(tmp_path: Path) -> None:
+    """Nothing is left out there, so nothing is warned of; a scale that is no positive number is refused."""
+    folder = _modelopt(tmp_path / "folder", "NVFP4", True)
+    assert "warning" not in call("inspect", folder.path).err
+    rounders = load_block(open_checkpoint(folder.path), 0).rounders
+    assert len(rounders) == 7
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0)) * 3
+    groups = x.reshape(5, -1, 16).numpy()
+    inner = (np.abs(groups).max(-1, keepdims=True) / np.float32(6) / INPUT_SCALE).clip(max=448)
+    scale = inner.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * INPUT_SCALE
+    wanted = (groups / scale).clip(-6, 6).astype(ml_dtypes.float4_e2m1fn).astype(np.float32) * scale
+    np.testing.assert_allclose(rounders["mlp.gate_proj"](x).numpy(), wanted.reshape(5, -1), rtol=1e-6)
+    folder.tensors["model.layers.0.mlp.up_proj.input_scale"] = np.array(0, np.float32)
+    write_checkpoint(folder.path, json.loads((folder.path / "config.json").read_text()), folder.tensors)
+    with pytest.raises(CheckpointError, match=r"up_proj.input_scale is 0.0, a positive number was expected"):
+        open_checkpoint(folder.path).linear("model.layers.0.mlp.up_proj")
 
 
 def test_modelopt_layouts_that_are_not_known_are_refused_and_none_is_written(tmp_path: Path) -> None:

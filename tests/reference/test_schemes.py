@@ -11,13 +11,24 @@ import pytest
 import torch
 import yaml
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization import QuantizationScheme, fake_quantize
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 import qwen3_export
+from qwen3_export.core.checkpoint import open_checkpoint
+from qwen3_export.model.decoder import load_block
 from tests.conftest import copy_tokenizer
-from tests.reference.models import assert_same_logits, dequantized
+from tests.reference.models import (
+    assert_same_logits,
+    dequantized,
+    our_logits,
+    random_rows,
+    relative_error,
+    their_logits,
+)
 
 BY_NAME = {
     "fp8 per channel, tokens": {"num_bits": 8, "type": "float", "strategy": "channel", "activations": "dynamic-token"},
@@ -83,6 +94,37 @@ def test_compressed_tensors_unpacks_our_small_floats(source: Path, tmp_path: Pat
         theirs = compressor.decompress(state, scheme)["weight"].float().numpy()
         # It computes in bf16: products of 8-bit mantissas.
         np.testing.assert_allclose(theirs, ours, rtol=2.0**-7, atol=0)
+
+
+def test_compressed_tensors_rounds_nvfp4_inputs_to_our_numbers(source: Path, tmp_path: Path) -> None:
+    """Bit for bit in every linear; and the logits of transformers' model with these weights and inputs are ours."""
+    folder = quantized(source, tmp_path, {**SMALL_SCALES["nvfp4"], "activations": "dynamic-group"})
+    group = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    args = QuantizationScheme(**group).input_activations
+    assert args == PRESET_SCHEMES["NVFP4"]["input_activations"].model_copy(update={"observer": None})
+    stored: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        stored |= load_file(path)
+
+    def rounded(module: str, x: torch.Tensor) -> torch.Tensor:
+        above = stored[f"{module}.input_global_scale"]
+        scale, zero = compute_dynamic_scales_and_zp(x, args, torch.nn.Identity(), above)
+        return fake_quantize(x, scale, zero, args, above)
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
+    random = torch.Generator().manual_seed(0)
+    for layer in range(2):
+        for name, rounder in load_block(open_checkpoint(folder), layer).rounders.items():
+            module = f"model.layers.{layer}.{name}"
+            linear = model.get_submodule(module)
+            x = torch.randn(2, 40, linear.in_features, generator=random) * torch.logspace(-3, 3, 40)[:, None]
+            assert torch.equal(rounder(x), rounded(module, x))
+            linear.register_forward_pre_hook(lambda _, inputs, module=module: rounded(module, inputs[0]))
+    for module, weight in dequantized(folder).items():
+        model.get_submodule(module).weight.data = torch.from_numpy(weight)
+    ids = random_rows(model.config.vocab_size)[-1]
+    # An fp32 sum that falls next to a tie moves a code: a few in a million.
+    assert relative_error(our_logits(folder, [ids])[0], their_logits(model, ids)) < 2e-2
 
 
 def test_the_fp8_layout_is_that_of_the_official_releases(source: Path, tmp_path: Path) -> None:

@@ -8,15 +8,18 @@ FP8    NAME.weight          E4M3 [out, in]
 NVFP4  NAME.weight          uint8 [out, in / 2]        two E2M1 codes, low nibble first
        NAME.weight_scale    E4M3 [out, in / 16]
        NAME.weight_scale_2  fp32, one number that scales are multiplied by
-       NAME.input_scale     fp32, of inputs rounded to 4 bits
+       NAME.input_scale     fp32, one number: inputs are rounded to NVFP4 too, their scales multiplied by it; absent
+                            where they are not
 
 Scales of a quantized key/value cache (k_scale, v_scale) are ignored: no weight depends on them.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -75,10 +78,20 @@ def unpack(stored: Stored, module: str, shape: tuple[int, int], scheme: QuantSch
         shared = float(stored.read(f"{module}.weight_scale_2").item())
         if not shared > 0:
             raise ValueError(f"{module}.weight_scale_2 is {shared}, a positive number was expected")
-        return QuantizedTensor(module, shape, scheme, codes, scales, global_scale=1 / shared)
+        inputs = _input_scale(stored, module, scheme)
+        return QuantizedTensor(module, shape, scheme, codes, scales, global_scale=1 / shared, input_scale=inputs)
     codes = stored.read(f"{module}.weight").view(np.uint8)
-    fixed = float(stored.read(f"{module}.input_scale").item()) if scheme.activations else None
+    fixed = _input_scale(stored, module, scheme)
     return QuantizedTensor(module, shape, scheme, codes, scales.reshape(scheme.grid(shape)), input_scale=fixed)
+
+
+def _input_scale(stored: Stored, module: str, scheme: QuantScheme) -> float | None:
+    if not scheme.has_input_scale:
+        return None
+    scale = float(stored.read(f"{module}.input_scale").item())
+    if not 0 < scale < math.inf:
+        raise ValueError(f"{module}.input_scale is {scale}, a positive number was expected")
+    return scale
 
 
 def config(schemes: Mapping[str, QuantScheme], linears: list[str]) -> dict[str, Any]:
@@ -93,11 +106,9 @@ def read_schemes(where: str, stored: Stored, linears: Shapes) -> Schemes:
         raise CheckpointError(
             f"{where}: ModelOpt with quant_algo {algorithm}; FP8 and NVFP4 can be read", NEEDS_ORIGINAL
         )
-    if algorithm == "NVFP4" or any(name.endswith(_CACHE) for name in stored.entries):
-        left = ["the key/value cache"] if any(name.endswith(_CACHE) for name in stored.entries) else []
-        left += ["inputs to 4 bits"] if algorithm == "NVFP4" else []
+    if any(name.endswith(_CACHE) for name in stored.entries):
         warnings.warn(
-            f"{where}: the weights are read as they are; rounding of {' and '.join(left)}, which ModelOpt's runtimes "
+            f"{where}: the weights are read as they are; rounding of the key/value cache, which ModelOpt's runtimes "
             "may do beside, is left out",
             InputWarning,
             stacklevel=2,
@@ -106,8 +117,12 @@ def read_schemes(where: str, stored: Stored, linears: Shapes) -> Schemes:
     for module in linears:
         if is_unquantized(stored, module, ("weight_scale", "weight_scale_2")):
             continue
-        schemes[module] = _NVFP4 if algorithm == "NVFP4" else _fp8(stored, module)
+        schemes[module] = (_nvfp4 if algorithm == "NVFP4" else _fp8)(stored, module)
     return schemes
+
+
+def _nvfp4(stored: Stored, module: str) -> QuantScheme:
+    return replace(_NVFP4, activations="dynamic-group") if f"{module}.input_scale" in stored else _NVFP4
 
 
 def _fp8(stored: Stored, module: str) -> QuantScheme:

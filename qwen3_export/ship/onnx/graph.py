@@ -23,7 +23,8 @@ from qwen3_export.core.contiguous import contiguous
 from qwen3_export.core.growing_hash import GrowingHash
 from qwen3_export.ship.onnx.target import Files
 
-CONTRIB = "com.microsoft"
+# ONNX Runtime's own operators, and TensorRT's.
+CONTRIB, TENSORRT = "com.microsoft", "trt"
 # Weights start on page boundaries, so that a runtime can map each of them on its own.
 ALIGNMENT = 4096
 _IR_VERSION = 10
@@ -189,7 +190,7 @@ class GraphBuilder:
             self.outputs,
             nodes=self._nodes,
             initializers=list(self._initializers.values()),
-            opset_imports={"": self._opset, **({CONTRIB: 1} if any(n.domain for n in self._nodes) else {})},
+            opset_imports={"": self._opset} | {node.domain: 1 for node in self._nodes if node.domain},
             name="qwen3",
         )
         model = ir.Model(graph, ir_version=_IR_VERSION, producer_name="qwen3-export")

@@ -168,3 +168,17 @@ def inexact_scales(weight: QuantizedTensor, dtype: ir.DataType) -> float:
         found = found.astype(kind).astype(np.float32)
     wanted = weight.scales32
     return float(np.max(np.abs(found - wanted) / np.maximum(np.abs(wanted), np.finfo(np.float32).tiny), initial=0))
+
+
+def inexact_input_scale(weight: QuantizedTensor, dtype: ir.DataType) -> float:
+    """Relative error of the number above the scales of NVFP4 inputs; infinity where it is 0 or none.
+
+    The number is stored as its inverse in fp32: a difference as small as that type's own rounding is no error.
+    """
+    if weight.scheme.num_bits != 4 or weight.input_scale is None:
+        return 0.0
+    stored = float(np.array(weight.input_scale).astype(dtype.numpy()))
+    if not 0 < stored < np.inf:
+        return np.inf
+    error = abs(stored / weight.input_scale - 1)
+    return error if error > np.finfo(np.float32).eps else 0.0

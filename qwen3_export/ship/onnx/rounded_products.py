@@ -5,11 +5,14 @@ That is, as Q/DQ pairs with constant scales.
     one scale for all      x ─ Q(scale) ─ DQ(scale) ─▶ MatMul
     one per token          x / s ─ Q(1) ─ DQ(2^-9) ─▶ MatMul ─ · s · 2^9      s = max|x| / 127.5, or / 448 for E4M3
     one per 128 inputs     x / s ─ Q(1) ─ DQ(1) ─ · s ─▶ MatMul
+    NVFP4                  x ─ TRT_FP4DynamicQuantize(scale) ─▶ codes, E4M3 scales
+                           codes ─ DQ(E4M3 scales ─ DQ(scale)) ─▶ MatMul
 
 A scale that is found as inputs come cannot stand in a pair: the parser wants constants. So inputs are divided by it
 first and rounded in units of one, which is the same rounding; behind the product, a token's scale is multiplied back.
 The product of integers or E4M3 then is one of the device's own kernels. 2^-9 keeps its sums within fp16. Where 128
-inputs share a scale it goes back before the product, which the device computes in 16 bits.
+inputs share a scale it goes back before the product, which the device computes in 16 bits. NVFP4 has an operator of
+TensorRT's own, which finds the scales of 16 inputs; the scale above them is a constant.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import onnx_ir as ir
 from qwen3_export.core.scheme import ACTIVATION_GROUP
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.ship.onnx import qdq
-from qwen3_export.ship.onnx.graph import GraphBuilder
+from qwen3_export.ship.onnx.graph import TENSORRT, GraphBuilder
 
 _FLOAT = ir.DataType.FLOAT
 _SMALL = 2.0**-9
@@ -38,6 +41,8 @@ def product(
         return op("MatMul", [x, matrix], name)
     if activations == "static-tensor":
         return op("MatMul", [qdq.static_inputs(graph, x, weight, dtype, name), matrix], name)
+    if weight.scheme.num_bits == 4:
+        return op("MatMul", [_double_quantized(graph, x, weight, dtype, name), matrix], name)
     if activations == "dynamic-group":
         return op("MatMul", [_by_groups(graph, x, weight, dtype, name), matrix], name)
     wide = graph.as_type(x, dtype, _FLOAT, f"{name}.fp32")
@@ -47,6 +52,21 @@ def product(
     summed = graph.as_type(op("MatMul", [rounded, matrix], name), dtype, _FLOAT, f"{name}.sum")
     back = op("Mul", [scale, graph.constant(1 / _SMALL, np.float32)], f"{name}.input.back")
     return graph.as_type(op("Mul", [summed, back], f"{name}.scaled"), _FLOAT, dtype, f"{name}.out")
+
+
+def _double_quantized(
+    graph: GraphBuilder, x: ir.Value, weight: QuantizedTensor, dtype: ir.DataType, name: str
+) -> ir.Value:
+    """NVFP4 inputs; the scales of 16 are computed in fp32 and multiplied back in `dtype`, as those of weights."""
+    length, scale = weight.scheme.activation_group, np.float32(weight.input_scale)
+    codes, inner = graph.ops(
+        "TRT_FP4DynamicQuantize", [x, graph.constant(scale, np.float32)], f"{name}.input.quantized",
+        [f"{name}.input.codes", f"{name}.input.inner"], TENSORRT,
+        axis=-1, block_size=length, scale_type=ir.DataType.FLOAT8E4M3FN,
+    )  # fmt: skip
+    outer = graph.constant(scale.astype(dtype.numpy()), dtype.numpy())
+    scales = graph.op("DequantizeLinear", [inner, outer], f"{name}.input.scales")
+    return graph.op("DequantizeLinear", [codes, scales], f"{name}.input", axis=-1, block_size=length)
 
 
 def _by_groups(graph: GraphBuilder, x: ir.Value, weight: QuantizedTensor, dtype: ir.DataType, name: str) -> ir.Value:

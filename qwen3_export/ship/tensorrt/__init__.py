@@ -26,7 +26,7 @@ from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.errors import InputError, MissingRuntimeError, UnsupportedError
-from qwen3_export.ship.exactness import cast_errors
+from qwen3_export.ship.exactness import cast_errors, refuse_overflow
 from qwen3_export.ship.onnx import TYPES, qdq, write_graph
 from qwen3_export.ship.onnx import size as onnx_size
 from qwen3_export.ship.onnx.dense_experts import MOST_EXPERTS
@@ -147,14 +147,17 @@ def _named(engine: str, capabilities: Sequence[str], built: dict[str, Any] | Non
 def scale_errors(checkpoint: Checkpoint, precision: str) -> list[dict[str, Any]]:
     """Tensors with 8-bit scales that the plan changes, and their largest relative errors.
 
-    TensorRT multiplies NVFP4's two scales in 16 bits, whose range may not hold the powers of two of MXFP scales.
+    TensorRT multiplies NVFP4's two scales in 16 bits, those of rounded inputs too. The range of 16 bits may not hold
+    the powers of two of MXFP scales.
     """
     names = [name for name, scheme in checkpoint.schemes.items() if scheme.scale_dtype in ("e4m3", "e8m0")]
     found = []
     for name in names:
         weight = checkpoint.linear(name)
         assert isinstance(weight, QuantizedTensor)
-        if error := qdq.inexact_scales(weight, TYPES[precision]):
+        inputs = qdq.inexact_input_scale(weight, TYPES[precision])
+        refuse_overflow(f"{name}, the scale of its inputs", inputs, precision)
+        if error := max(inputs, qdq.inexact_scales(weight, TYPES[precision])):
             found.append({"name": name, "max_rel_error": error})
     return found
 

@@ -5,7 +5,7 @@ A plan of each kind was built with version 1.7.
 weights                                 from
 int4, int8, per channel or in groups    8.0 (int8 per channel 7.5)
 FP8 E4M3, every strategy                8.9
-FP4 E2M1: MXFP4, NVFP4                  12.0
+FP4 E2M1: MXFP4; NVFP4, inputs too      12.0
 bf16                                    8.0
 """
 

@@ -27,6 +27,7 @@ _READ: dict[str, dict[str, int | None]] = {
     "RotaryEmbedding": {"interleaved": None},
     "Shape": {"start": None, "end": None},
     "Softmax": {"axis": None},
+    "TRT_FP4DynamicQuantize": {"axis": None, "block_size": None, "scale_type": None},
     "TopK": {"axis": None},
     "Transpose": {"perm": None},
 }

@@ -39,10 +39,7 @@ def serves(checkpoint: Checkpoint, recipe: Recipe) -> bool:
         return False
     shapes = checkpoint.config.all_linears()
     schemes = {name: scheme for name in shapes if (scheme := recipe.scheme_for(name))}
-    return all(
-        is_one_pass(scheme, shapes[name][1]) and scheme.activations != "static-tensor"
-        for name, scheme in schemes.items()
-    )
+    return all(is_one_pass(scheme, shapes[name][1]) and not scheme.has_input_scale for name, scheme in schemes.items())
 
 
 def import_loops() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import LARGEST_SCALE, SMALLEST_SCALE
 from qwen3_export.errors import RecipeError
-from qwen3_export.model.activations import round_e4m3
+from qwen3_export.model.activations import round_e2m1, round_e4m3
 from qwen3_export.model.table import to_numpy
 from qwen3_export.solve.rounding.block_types import middle_code, nearest_code, search_blocks
 from qwen3_export.solve.rounding.scale_search import SEARCHES, SHRINKS, is_compiled, numbers_to_try, round_groups
@@ -119,12 +119,7 @@ def round_to(weight: Tensor, scales: Tensor, zeros: Tensor, scheme: QuantScheme)
         return nearest_code(units, zeros, scheme)
     if scheme.type == "int":
         return units.round_().add_(zeros).clamp_(0, scheme.max_code)
-    if scheme.num_bits == 8:
-        return round_e4m3(units)
-    units = units.clamp_(-LARGEST_FLOAT[4], LARGEST_FLOAT[4])
-    size = units.abs()
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    return torch.round(units / step) * step
+    return round_e4m3(units) if scheme.num_bits == 8 else round_e2m1(units)
 
 
 def round_onto(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

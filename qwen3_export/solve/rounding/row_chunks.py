@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from qwen3_export.core.scheme import QuantScheme
-from qwen3_export.core.tensor import E2M1, SCALE_TYPES, QuantizedTensor
+from qwen3_export.core.tensor import E2M1, SCALE_TYPES, SMALLEST_SCALE, QuantizedTensor
 from qwen3_export.errors import RecipeError
-from qwen3_export.model.activations import largest_unit
+from qwen3_export.model.activations import LARGEST_E2M1, LARGEST_E4M3, largest_unit
 from qwen3_export.model.workers import Parts, Workers
 from qwen3_export.solve.chunk_sizes import ROWS_AT_ONCE
 from qwen3_export.solve.method import LinearGroup, SolvedWeight, not_finite, ratio
@@ -76,7 +77,6 @@ def solve_rows(
     zeros = None
     if not scheme.symmetric:
         zeros = torch.cat([piece.grid.zeros for piece in pieces]).to(torch.uint8).cpu().numpy()
-    static = scheme.activations == "static-tensor"
     tensor = QuantizedTensor(
         name,
         codes.shape,
@@ -85,7 +85,7 @@ def solve_rows(
         _to_numpy(stored),
         zeros,
         global_scale=global_scale if scheme.scale_dtype == "e4m3" else None,
-        input_scale=_input_scale(group.input_peak, scheme) if static else None,
+        input_scale=_input_scale(group.input_peak, scheme) if scheme.has_input_scale else None,
     )
     return SolvedWeight(tensor, error)
 
@@ -129,7 +129,14 @@ def _code_bytes(codes: Tensor, scheme: QuantScheme) -> Tensor:
 
 
 def _input_scale(peak: float, scheme: QuantScheme) -> float:
-    """The static bf16 scale of a linear's inputs; 1 where no token arrived."""
+    """The scale of a linear's inputs; 1 where no token arrived.
+
+    A static one is bf16. NVFP4's brings the largest scale of 16 inputs to the end of E4M3, and is rounded up to four
+    significant bits: its product with an E4M3 number is exact in fp16 and bf16.
+    """
+    if scheme.num_bits == 4:
+        mantissa, exponent = math.frexp(peak / LARGEST_E4M3 / LARGEST_E2M1)
+        return max(math.ldexp(math.ceil(mantissa * 16) / 16, exponent), SMALLEST_SCALE) if peak > 0 else 1.0
     scale = torch.tensor(peak / largest_unit(scheme)).to(torch.bfloat16)
     return float(scale) if scale > 0 else 1.0
 

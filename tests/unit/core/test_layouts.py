@@ -31,7 +31,7 @@ def random_tensor(scheme: QuantScheme, shape: tuple[int, int], seed: int = 0) ->
         scales = scales * random.choice([-1, 1], grid).astype(scales.dtype)
     zeros = None if scheme.symmetric else random.integers(0, scheme.max_code + 1, grid, np.uint8)
     shared = 37.5 if scheme.scale_dtype == "e4m3" else None
-    fixed = 0.03125 if scheme.activations == "static-tensor" else None
+    fixed = 0.03125 if scheme.has_input_scale else None
     return QuantizedTensor("block.linear", shape, scheme, codes, scales, zeros, global_scale=shared, input_scale=fixed)
 
 
@@ -72,7 +72,8 @@ def tensors(draw: st.DrawFn) -> tuple[str, QuantizedTensor]:
     if name == "compressed-tensors":
         of = small.map(lambda s: QuantScheme(type="float", scale_dtype=s[0], group_size=s[1]))
         mxfp8 = QuantScheme(8, "float", scale_dtype="e8m0", group_size=32)
-        kinds += [eight_bit_schemes(name), of, st.just(mxfp8)]
+        nvfp4 = QuantScheme(4, "float", scale_dtype="e4m3", group_size=16, activations="dynamic-group")
+        kinds += [eight_bit_schemes(name), of, st.just(mxfp8), st.just(nvfp4)]
     scheme = draw(st.one_of(kinds))
     # Three-bit codes fill whole words 32 at a time, where the layout knows no unfinished ones.
     step = 32 if name in ("gptq", "awq") else scheme.group_size or 8

@@ -161,9 +161,10 @@ def compressed(folder: Path, scheme: QuantScheme, config: dict[str, Any] | None 
         codes, grid = random.integers(0, scheme.max_code // 2, shape, np.uint8), scheme.grid(shape)
         scales = (random.integers(128, 256, grid) * 2.0**-13).astype(SCALE_TYPES[scheme.scale_dtype])
         zeros = None if scheme.symmetric else random.integers(0, scheme.max_code + 1, grid, np.uint8)
-        fixed = 0.5 if scheme.activations == "static-tensor" else None
+        fixed = 0.5 if scheme.has_input_scale else None
         del tensors[f"{name}.weight"]
-        tensors.update(chosen.pack(QuantizedTensor(name, shape, scheme, codes, scales, zeros, input_scale=fixed)))
+        scaled = {"input_scale": fixed, "global_scale": 2.0 if scheme.scale_dtype == "e4m3" else None}
+        tensors.update(chosen.pack(QuantizedTensor(name, shape, scheme, codes, scales, zeros, **scaled)))
     schemes = dict.fromkeys(parsed.all_linears(), scheme)
     return packers.Folder(folder, tensors).write(chosen.config(schemes, list(schemes)), config)
 
@@ -177,6 +178,8 @@ def weights(**values: Any) -> Edit:
 
 
 TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+NVFP4 = QuantScheme(4, "float", group_size=16, scale_dtype="e4m3", activations="dynamic-group")
+LOCAL = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": "local"}
 
 
 @pytest.mark.parametrize(
@@ -239,6 +242,26 @@ def test_compressed_tensors(tmp_path: Path, edit: Edit, message: str) -> None:
 def test_compressed_tensors_of_whole_bytes(tmp_path: Path, edit: Edit, message: str) -> None:
     scheme = QuantScheme(num_bits=8, strategy="channel", activations="static-tensor")
     refuses(compressed(tmp_path / "ct", scheme), edit, message)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (drop("input_global_scale"), "q_proj.input_global_scale .* is missing"),
+        (put("input_global_scale", lambda a: a.repeat(3)), "q_proj.input_global_scale has shape"),
+        (
+            put("input_global_scale", lambda a: a * 0),
+            "q_proj.input_global_scale is 0.0, a positive number was expected",
+        ),
+        (put("input_global_scale", lambda a: -a), "q_proj.input_global_scale is -2.0, a positive number"),
+        (group(input_activations={**LOCAL, "dynamic": True}), "group_0 rounds inputs by"),
+        (group(input_activations={**LOCAL, "strategy": "tensor"}), "group_0 rounds inputs by"),
+        (group(input_activations={**LOCAL, "group_size": 32}), "group_0 rounds inputs by"),
+        (group(input_activations={**LOCAL, "num_bits": 8}), "group_0 rounds inputs by"),
+    ],
+)
+def test_compressed_tensors_of_nvfp4_inputs(tmp_path: Path, edit: Edit, message: str) -> None:
+    refuses(compressed(tmp_path / "ct", NVFP4), edit, message)
 
 
 def test_zero_points_of_zeros_and_scalars_are_taken_as_older_releases_wrote_them(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ SCHEMES = {
     "int8": QuantScheme(num_bits=8, strategy="channel"),
     "int4 signed": QuantScheme(num_bits=4, group_size=32, signed_scales=True),
 }
+NVFP4_INPUTS = QuantScheme(4, "float", group_size=16, scale_dtype="e4m3", activations="dynamic-group")
 
 
 def numbers() -> torch.Tensor:
@@ -142,6 +143,38 @@ def test_inputs_are_rounded_as_a_plain_loop_does_it(kind: str, activations: str)
         else:
             wanted = units.clip(-448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
         np.testing.assert_allclose(rounded, wanted * scale, rtol=1e-6)
+
+
+def test_nvfp4_inputs_are_rounded_twice_as_a_plain_loop_does_it() -> None:
+    """Groups of zeros, of numbers too small for a scale, ties, and a group beyond what the calibrated scale covers."""
+    x = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(4)) * torch.logspace(-7, 5, 9)[:, None]
+    x[0, 0], x[1, 0, :16] = 0, torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6]).repeat(2)
+    x[1, 0, 1:8] *= -1
+    above = 0.0625
+    found = rounder(NVFP4_INPUTS, above)(x)
+    for part, rounded in zip(x.reshape(-1, 16).numpy(), found.reshape(-1, 16).numpy(), strict=True):
+        inner = np.float32(np.abs(part).max() / np.float32(6) / above).clip(max=448).astype(ml_dtypes.float8_e4m3fn)
+        if inner == 0:
+            assert (rounded == 0).all()
+            continue
+        scale = np.float32(inner) * np.float32(above)
+        wanted = (part / scale).clip(-6, 6).astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
+        np.testing.assert_array_equal(rounded, wanted * scale)
+    assert float(found.abs().max()) == 448 * above * 6
+    np.testing.assert_array_equal(found[1, 0, :8], torch.tensor([0, -1, -1, -2, -2, -4, -4, -6]))
+
+
+@pytest.mark.parametrize("peak", [3e-4, 1.0, 17.3, 2688.0, 2700.0, 61234.5])
+def test_the_scale_above_nvfp4_inputs_covers_them_and_is_exact_in_16_bits(pool: Workers, peak: float) -> None:
+    group = LinearGroup({"w": torch.randn(8, 32)}, {"w": NVFP4_INPUTS}, input_peak=peak)
+    scale = solve(group, Options(), pool)["w"].tensor.input_scale
+    assert scale is not None
+    assert scale >= peak / (448 * 6)
+    assert scale <= max(peak / (448 * 6) * 1.125, 2.0**-14)
+    products = np.float32(scale) * np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    products = products[np.isfinite(products) & (np.abs(products) >= 2.0**-14)]
+    for kind in (np.float16, ml_dtypes.bfloat16):
+        np.testing.assert_array_equal(products.astype(kind).astype(np.float32), products)
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,8 @@ def test_what_runs_the_model_is_left_to_torch(tmp_path: Path) -> None:
     assert not rtn_without_torch.serves(source, recipe(w4, fold="awq"))
     assert not rtn_without_torch.serves(source, recipe({**SCHEMES["w8-channel"], "activations": "static-tensor"}))
     assert not rtn_without_torch.serves(source, recipe({"num_bits": 8, "type": "float", "strategy": "channel"}))
+    nvfp4 = {"num_bits": 4, "type": "float", "group_size": 16, "scale_dtype": "e4m3"}
+    assert not rtn_without_torch.serves(source, recipe({**nvfp4, "activations": "dynamic-group"}))
     outer = {"match": "model.embed_tokens", "scheme": w4}
     values = {**recipe(w4).to_dict(), "rules": [outer, {"match": "*", "scheme": w4}]}
     assert not rtn_without_torch.serves(source, Recipe.from_dict(values, "test"))

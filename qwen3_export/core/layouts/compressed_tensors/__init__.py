@@ -20,6 +20,7 @@ mxfp4-pack-quantized, nvfp4-pack-quantized
     NAME.weight_packed      uint8 [out, in / 2]             two E2M1 codes, low nibble first
     NAME.weight_scale       uint8 exponents, or E4M3 [out, groups]
     NAME.weight_global_scale  fp32 [1]                      nvfp4 only; scales are divided by it
+    NAME.input_global_scale   fp32 [1]                      the same of inputs, where they are rounded to nvfp4 too
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ def specs(module: str, shape: tuple[int, int], scheme: QuantScheme, stored: Stor
         found[f"{module}.weight_scale"] = (_BYTE if scheme.scale_dtype == "e8m0" else _E4M3, scheme.grid(shape))
         if scheme.scale_dtype == "e4m3":
             found[f"{module}.weight_global_scale"] = (np.dtype("<f4"), (1,))
+        if scheme.has_input_scale:
+            found[f"{module}.input_global_scale"] = (np.dtype("<f4"), (1,))
     else:
         found[f"{module}.weight"] = (_E4M3 if scheme.type == "float" else _INT8, shape)
         found[f"{module}.weight_scale"] = (_BYTE if kind == MXFP8 else scale, _scale_shape(shape, scheme))
@@ -105,7 +108,7 @@ def _foreign(
             specs[name] = (stored.dtype(name), stored.shape(name, wanted))
         elif suffix == "weight_shape":
             specs[name] = (stored.dtype(name, dtype, np.dtype("<i4")), wanted)
-        elif suffix in ("weight_scale", "weight_global_scale"):
+        elif suffix in ("weight_scale", "weight_global_scale", "input_global_scale"):
             specs[name] = (dtype, stored.shape(name, wanted))
     if (order := f"{module}.weight_g_idx") in stored:
         specs[order] = (np.dtype("<i4"), shape[1:])
@@ -139,6 +142,8 @@ def pack(tensor: QuantizedTensor) -> dict[str, NDArray]:
         arrays = {f"{name}.weight_packed": pack_bytes(tensor.codes, 4), f"{name}.weight_scale": scales}
         if tensor.global_scale is not None:
             arrays[f"{name}.weight_global_scale"] = np.array([tensor.global_scale], "<f4")
+        if tensor.input_scale is not None:
+            arrays[f"{name}.input_global_scale"] = np.array([1 / tensor.input_scale], "<f4")
         return arrays
     codes = tensor.codes.view(_E4M3) if scheme.type == "float" else _signed(tensor.codes)
     scales = tensor.scales.view(_BYTE) if kind == MXFP8 else tensor.scales
@@ -161,7 +166,8 @@ def unpack(stored: Stored, module: str, shape: tuple[int, int], scheme: QuantSch
     if kind in FP4.values():
         codes, scales = unpack_bytes(stored.read(f"{module}.weight_packed"), 4), scales.view(_scale_type(scheme))
         shared = float(stored.read(f"{module}.weight_global_scale").item()) if scheme.scale_dtype == "e4m3" else None
-        return QuantizedTensor(module, shape, scheme, codes, scales, global_scale=shared)
+        inputs = _of_inputs(stored, f"{module}.input_global_scale") if scheme.has_input_scale else None
+        return QuantizedTensor(module, shape, scheme, codes, scales, global_scale=shared, input_scale=inputs)
     if _is_packed(kind, module, stored):
         codes = unpack_int32(stored.read(f"{module}.weight_packed"), scheme.num_bits, shape[1])
     else:
@@ -174,6 +180,14 @@ def unpack(stored: Stored, module: str, shape: tuple[int, int], scheme: QuantSch
     fixed = float(stored.read(f"{module}.input_scale").item()) if static else None
     order = group_index(stored, f"{module}.weight_g_idx", shape, scheme)
     return QuantizedTensor(module, shape, scheme, codes, scales, zeros, order, input_scale=fixed)
+
+
+def _of_inputs(stored: Stored, name: str) -> float:
+    """The number that multiplies the scales of inputs, from the one that divides them."""
+    divisor = float(stored.read(name).item())
+    if not 0 < divisor < math.inf:
+        raise ValueError(f"{name} is {divisor}, a positive number was expected")
+    return 1 / divisor
 
 
 def _scale_type(scheme: QuantScheme) -> np.dtype:

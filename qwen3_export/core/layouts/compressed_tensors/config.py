@@ -10,7 +10,7 @@ from qwen3_export.core.layouts import NEEDS_ORIGINAL, Schemes, Shapes, Stored, s
 from qwen3_export.core.layouts.compressed_tensors.formats import FP4, format_of
 from qwen3_export.core.patterns import first_matches
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD
-from qwen3_export.core.scheme import ACTIVATION_GROUP, QuantScheme
+from qwen3_export.core.scheme import ACTIVATION_GROUP, NVFP4_GROUP, QuantScheme
 from qwen3_export.errors import CheckpointError, RecipeError
 
 
@@ -64,6 +64,9 @@ def _weights(scheme: QuantScheme) -> dict[str, Any]:
 def _activations(scheme: QuantScheme) -> dict[str, Any] | None:
     if scheme.activations is None:
         return None
+    if scheme.num_bits == 4:
+        # "local": the scales of groups are found as inputs come, the one above them is stored.
+        return {**_weights(scheme), "dynamic": "local"}
     strategies = {"dynamic-token": "token", "dynamic-group": "group", "static-tensor": "tensor"}
     return {
         "num_bits": scheme.num_bits,
@@ -160,21 +163,24 @@ def _read_activations(where: str, values: Mapping[str, Any] | None, kind: str, b
     if not values:
         return None
     symmetric, dynamic = values.get("symmetric", True), values.get("dynamic", False)
-    found = (values.get("strategy"), dynamic, values.get("group_size") if values.get("strategy") == "group" else None)
+    in_groups = values.get("strategy") in ("group", "tensor_group")
+    found = (bits, values.get("strategy"), dynamic, values.get("group_size") if in_groups else None)
     same = (values.get("type", "int"), values.get("num_bits", 8)) == (kind, bits)
-    if not (same and symmetric and bits == 8 and found in _ROUNDED_INPUTS):
+    if not (same and symmetric and found in _ROUNDED_INPUTS):
         shown = ", ".join(
             f"{key}: {values[key]}" for key in ("num_bits", "type", "symmetric", "strategy", "dynamic") if key in values
         )
         raise CheckpointError(
             f"{where} rounds inputs by {{{shown}}} beside {bits}-bit {kind} weights, which is not supported",
-            "inputs can be rounded to the weights' own 8-bit type: per token or per 128 inputs, or by a static scale",
+            "inputs can be rounded to the weights' own 8-bit type: per token or per 128 inputs, or by a static scale; "
+            "or to NVFP4 beside NVFP4 weights",
         )
     return _ROUNDED_INPUTS[found]
 
 
 _ROUNDED_INPUTS = {
-    ("token", True, None): "dynamic-token",
-    ("group", True, ACTIVATION_GROUP): "dynamic-group",
-    ("tensor", False, None): "static-tensor",
+    (8, "token", True, None): "dynamic-token",
+    (8, "group", True, ACTIVATION_GROUP): "dynamic-group",
+    (8, "tensor", False, None): "static-tensor",
+    (4, "tensor_group", "local", NVFP4_GROUP): "dynamic-group",
 }
