@@ -65,7 +65,7 @@ def round_e4m3(x: Tensor) -> Tensor:
 
 
 def round_e2m1(x: Tensor) -> Tensor:
-    """The nearest E2M1 numbers (0, 0.5, 1, 1.5, 2, 3, 4, 6), ties to even, saturating at 6."""
+    """The nearest E2M1 numbers in fp32, ties to even, saturating at 6."""
     x = x.clamp(-LARGEST_E2M1, LARGEST_E2M1)
     size = x.abs()
     # The distance of two neighbours is 0.5 below 2, 1 below 4, and 2 from there on.
@@ -74,7 +74,7 @@ def round_e2m1(x: Tensor) -> Tensor:
 
 
 def _round_nvfp4(x: Tensor, divisor: Tensor) -> Tensor:
-    """Inputs rounded to E2M1 in groups of 16, whose scales times `divisor` are rounded to E4M3."""
+    """Inputs rounded to E2M1, and the scales of 16 times `divisor` to E4M3."""
     groups = x.reshape(*x.shape[:-1], -1, NVFP4_GROUP)
     stored = round_e4m3(groups.abs().amax(-1, keepdim=True) / LARGEST_E2M1 * divisor)
     scale = torch.where(stored == 0, _SCALE_OF_ZEROS, stored) / divisor

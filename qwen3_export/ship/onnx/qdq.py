@@ -171,9 +171,9 @@ def inexact_scales(weight: QuantizedTensor, dtype: ir.DataType) -> float:
 
 
 def inexact_input_scale(weight: QuantizedTensor, dtype: ir.DataType) -> float:
-    """Relative error of the number above the scales of NVFP4 inputs; infinity where it is 0 or none.
+    """Relative error of the scale above NVFP4 inputs, infinity where `dtype` cannot hold it.
 
-    The number is stored as its inverse in fp32: a difference as small as that type's own rounding is no error.
+    Folders store its inverse in fp32: a difference as small as that type's own rounding is no error.
     """
     if weight.scheme.num_bits != 4 or weight.input_scale is None:
         return 0.0

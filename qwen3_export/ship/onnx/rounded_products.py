@@ -57,7 +57,7 @@ def product(
 def _double_quantized(
     graph: GraphBuilder, x: ir.Value, weight: QuantizedTensor, dtype: ir.DataType, name: str
 ) -> ir.Value:
-    """NVFP4 inputs; the scales of 16 are computed in fp32 and multiplied back in `dtype`, as those of weights."""
+    """Inputs rounded to NVFP4 and multiplied back in `dtype`, as the weights are."""
     length, scale = weight.scheme.activation_group, np.float32(weight.input_scale)
     codes, inner = graph.ops(
         "TRT_FP4DynamicQuantize", [x, graph.constant(scale, np.float32)], f"{name}.input.quantized",
