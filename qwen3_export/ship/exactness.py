@@ -84,15 +84,17 @@ def cast_errors(checkpoint: Checkpoint, precision: str) -> list[Inexact]:
     wanted, errors = _TYPES[precision], []
     for name in checkpoint.files:
         entry = checkpoint.entry(name)
-        # NVFP4's are stored as their inverses, and judged beside the scales that they belong to.
-        if name.endswith("_global_scale"):
+        scheme = checkpoint.schemes.get(name.rpartition(".")[0])
+        # The numbers above NVFP4's scales are judged with these scales, by `ship.tensorrt.scale_errors`.
+        if scheme is not None and scheme.scale_dtype == "e4m3":
             continue
         if entry.dtype not in _TYPES.values() or np.can_cast(entry.dtype, wanted):
             continue
-        pieces = range(0, entry.shape[0], _ROWS)
+        rows = entry.shape[0] if entry.shape else 1
+        pieces = range(0, rows, _ROWS)
         change = Change()
         for begin in pieces:
-            array = checkpoint.rows(name, begin, min(begin + _ROWS, entry.shape[0]))
+            array = checkpoint.rows(name, begin, min(begin + _ROWS, rows))
             with np.errstate(over="ignore"):
                 stored = array.astype(wanted)
             change = change.joined(change_of(array, stored))

@@ -17,6 +17,8 @@ from qwen3_export.core.qwen3 import parse_config
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.errors import CheckpointError, InputWarning
 from qwen3_export.model.decoder import Decoder, load_block
+from qwen3_export.ship.tensorrt import export_tensorrt
+from tests.artifact.support import load_graph
 from tests.cli.helpers import call
 from tests.conftest import random_tensors, tiny_config, write_checkpoint
 from tests.reference import packers
@@ -128,6 +130,21 @@ def test_modelopt_inputs_in_nvfp4_are_rounded_by_its_formula(tmp_path: Path) -> 
     write_checkpoint(folder.path, json.loads((folder.path / "config.json").read_text()), folder.tensors)
     with pytest.raises(CheckpointError, match=r"up_proj.input_scale is 0.0, a positive number was expected"):
         open_checkpoint(folder.path).linear("model.layers.0.mlp.up_proj")
+
+
+@pytest.mark.parametrize("algorithm", ["FP8", "NVFP4"])
+def test_modelopt_folders_become_tensorrt_plans_graphs(tmp_path: Path, algorithm: str) -> None:
+    """Their scales are scalars of fp32, which 16 bits change: by how much is said for each."""
+    folder = _modelopt(tmp_path / "folder", algorithm, True)
+    checkpoint = open_checkpoint(folder.path)
+    result = export_tensorrt(checkpoint, tmp_path / "trt", onnx_only=True)
+    operators = [node.op_type for node in load_graph(tmp_path / "trt").graph.node]
+    assert operators.count("TRT_FP4DynamicQuantize" if algorithm == "NVFP4" else "QuantizeLinear") == 14
+    said = {item["name"]: item["max_rel_error"] for item in result["inexact_tensors"]}
+    for name in folder.weights:
+        scale = name if algorithm == "NVFP4" else f"{name}.input_scale"
+        assert 0 < said[scale] < 2.0**-9
+        assert abs(float(np.float16(INPUT_SCALE)) / INPUT_SCALE - 1) <= said[scale]
 
 
 def test_modelopt_layouts_that_are_not_known_are_refused_and_none_is_written(tmp_path: Path) -> None:

@@ -170,15 +170,13 @@ def inexact_scales(weight: QuantizedTensor, dtype: ir.DataType) -> float:
     return float(np.max(np.abs(found - wanted) / np.maximum(np.abs(wanted), np.finfo(np.float32).tiny), initial=0))
 
 
-def inexact_input_scale(weight: QuantizedTensor, dtype: ir.DataType) -> float:
-    """Relative error of the scale above NVFP4 inputs, infinity where `dtype` cannot hold it.
+def inexact_number(number: float, dtype: ir.DataType) -> float:
+    """Relative error of a number in `dtype`; infinity where it is 0 or infinite there.
 
-    Folders store its inverse in fp32: a difference as small as that type's own rounding is no error.
+    Folders store an inverse in fp32: a difference as small as that type's own rounding is no error.
     """
-    if weight.scheme.num_bits != 4 or weight.input_scale is None:
-        return 0.0
-    stored = float(np.array(weight.input_scale).astype(dtype.numpy()))
+    stored = float(np.array(number).astype(dtype.numpy()))
     if not 0 < stored < np.inf:
         return np.inf
-    error = abs(stored / weight.input_scale - 1)
+    error = abs(stored / number - 1)
     return error if error > np.finfo(np.float32).eps else 0.0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.errors import InputError, MissingRuntimeError, UnsupportedError
-from qwen3_export.ship.exactness import cast_errors, refuse_overflow
+from qwen3_export.ship.exactness import cast_errors
 from qwen3_export.ship.onnx import TYPES, qdq, write_graph
 from qwen3_export.ship.onnx import size as onnx_size
 from qwen3_export.ship.onnx.dense_experts import MOST_EXPERTS
@@ -155,11 +156,26 @@ def scale_errors(checkpoint: Checkpoint, precision: str) -> list[dict[str, Any]]
     for name in names:
         weight = checkpoint.linear(name)
         assert isinstance(weight, QuantizedTensor)
-        inputs = qdq.inexact_input_scale(weight, TYPES[precision])
-        refuse_overflow(f"{name}, the scale of its inputs", inputs, precision)
-        if error := max(inputs, qdq.inexact_scales(weight, TYPES[precision])):
+        above = _errors_above(weight, precision)
+        if error := max(*above, qdq.inexact_scales(weight, TYPES[precision])):
             found.append({"name": name, "max_rel_error": error})
     return found
+
+
+def _errors_above(weight: QuantizedTensor, precision: str) -> tuple[float, float]:
+    """Relative errors of the numbers above NVFP4's scales, of weights and of inputs.
+
+    Raises UnsupportedError when one of them is 0 or infinite in 16 bits.
+    """
+    numbers = 1 / weight.global_scale if weight.global_scale else 1.0, weight.input_scale or 1.0
+    errors = [qdq.inexact_number(number, TYPES[precision]) for number in numbers]
+    if not all(map(math.isfinite, errors)):
+        raise UnsupportedError(
+            f"{weight.name}: {numbers[0]:.2g} and {numbers[1]:.2g}, which multiply the scales of weights and inputs, do "
+            f"not fit into {precision}",
+            "bf16 has the range of fp32: use --precision bf16",
+        )
+    return errors[0], errors[1]
 
 
 def check_request(
