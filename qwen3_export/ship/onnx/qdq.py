@@ -171,7 +171,7 @@ def inexact_scales(weight: QuantizedTensor, dtype: ir.DataType) -> float:
 
 
 def inexact_number(number: float, dtype: ir.DataType) -> float:
-    """Relative error of a number in `dtype`; infinity where it is 0 or infinite there.
+    """Relative error of a number in `dtype`; infinity where it becomes 0 or infinite.
 
     Folders store an inverse in fp32: a difference as small as that type's own rounding is no error.
     """

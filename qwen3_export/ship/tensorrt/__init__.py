@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -171,8 +170,8 @@ def _errors_above(weight: QuantizedTensor, precision: str) -> tuple[float, float
     errors = [qdq.inexact_number(number, TYPES[precision]) for number in numbers]
     if not all(map(math.isfinite, errors)):
         raise UnsupportedError(
-            f"{weight.name}: {numbers[0]:.2g} and {numbers[1]:.2g}, which multiply the scales of weights and inputs, do "
-            f"not fit into {precision}",
+            f"{weight.name}: {numbers[0]:.2g} and {numbers[1]:.2g}, which multiply the scales of weights and inputs, "
+            f"do not fit into {precision}",
             "bf16 has the range of fp32: use --precision bf16",
         )
     return errors[0], errors[1]
