@@ -30,7 +30,7 @@ from tests.artifact.support import (
     tiny_with_tokenizer,
 )
 from tests.artifact.test_tensorrt import header, onnx_weight_bytes
-from tests.conftest import tiny_config
+from tests.conftest import tiny_config, write_checkpoint
 
 FP8, FP4 = {"num_bits": 8, "type": "float"}, {"num_bits": 4, "type": "float"}
 NVFP4_INPUTS = QuantScheme(**FP4, group_size=16, scale_dtype="e4m3", activations="dynamic-group")
@@ -58,7 +58,11 @@ def exported(
 ) -> tuple[Exported, str]:
     base = tmp_path_factory.mktemp("scheme")
     scheme, least = SCHEMES[request.param]
-    source = tiny_with_tokenizer(base / "tiny", reference_folder, tiny_config(**SIZE))
+    config = tiny_config(**SIZE)
+    if scheme.has_input_scale:
+        source = tiny_with_tokenizer(base / "tiny", reference_folder, config)
+    else:
+        source = write_checkpoint(base / "tiny", config)
     checkpoint = round_to_nearest(source, base / "q", ("*", scheme))
     result = export_tensorrt(checkpoint, base / "trt", capabilities=(least,), profile=Profile(32, 64))
     return Exported(base / "trt", result, checkpoint), least
