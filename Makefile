@@ -31,7 +31,7 @@ demo: $(STAMP)
 test: $(STAMP) $(JUDGE)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
-# Without the tests that need a runtime, an installation or a peer.
+# Without the tests that need a runtime, an installation, a peer or many whole runs.
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(PYTEST_ARGS)
 

@@ -166,6 +166,7 @@ def test_coverage_is_read_from_the_manifest_or_else_the_configuration_says_if_th
     assert read_coverage(folder("older", None, experts={"min_tokens": 3})) == {**UNKNOWN, "min_tokens": 3}
 
 
+@pytest.mark.slow
 def test_a_starved_export_fails_its_gate_in_its_own_runtime(tmp_path: Path, reference_folder: Path) -> None:
     """From the quantized folder and from the GGUF file, which carries the summary along."""
     sizes = {

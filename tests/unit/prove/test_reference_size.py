@@ -27,6 +27,9 @@ from qwen3_export.text.documents import load_documents, split_domain
 from qwen3_export.text.samples import Samples
 from tests.conftest import tiny_config, write_checkpoint
 
+# Whole runs, many of them.
+pytestmark = pytest.mark.slow
+
 SHIPPED = int(inspect.signature(commands.reference).parameters["top_k"].default)
 
 

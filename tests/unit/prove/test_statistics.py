@@ -127,6 +127,7 @@ def logits(tmp_path_factory: pytest.TempPathFactory) -> list[Answers]:
     return list(zip(rows, *answers, strict=True))
 
 
+@pytest.mark.slow
 def test_every_line_of_llama_perplexity_is_the_same(logits: list[Answers]) -> None:
     theirs, drifts = LlamaPerplexity(), []
     for ids, original, ours in logits:

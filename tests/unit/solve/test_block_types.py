@@ -44,6 +44,7 @@ def missed(given: LinearGroup, method: Any, options: Any) -> float:
 
 
 @pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.slow
 def test_solved_codes_miss_far_less_than_rounded_ones(name: str) -> None:
     given = group(name)
     rounded = missed(given, rtn, rtn.Options(scale_search="hessian"))

@@ -27,6 +27,9 @@ from qwen3_export.solve.quantize import quantize
 from tests.conftest import copy_tokenizer, tiny_config, tiny_moe_config, write_checkpoint
 from tests.unit.solve.cluster_of_threads import threads_for_nodes
 
+# Whole runs, many of them.
+pytestmark = pytest.mark.slow
+
 # Wider than a column strip of the moments, and than the rows that are solved together.
 SIZES = {"vocab_size": 8192, "hidden_size": 288, "intermediate_size": 544}
 CONFIGS = {

@@ -15,6 +15,9 @@ from qwen3_export.solve.quantize import quantize
 from tests.conftest import copy_tokenizer, tiny_config, tiny_moe_config, write_checkpoint
 from tests.reference.models import our_logits, random_rows
 
+# Whole runs, many of them.
+pytestmark = pytest.mark.slow
+
 SHAPE = {"vocab_size": 8192, "hidden_size": 128, "intermediate_size": 256, "rope_theta": 1e6}
 # ggml's blocks are 256 weights long.
 WIDE = {**SHAPE, "hidden_size": 256}
