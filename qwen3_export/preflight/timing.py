@@ -36,8 +36,9 @@ _WIDEST, _WIDEST_INNER, _EXPERTS, _VOCABULARY = 1024, 3072, 8, 2048
 _LENGTH, _FEW, _MORE = 256, 4, 16
 # Work on every weight that does not grow with the width, in columns that cost as much: candidates that are searched.
 _SEARCHED = 1200
-# Python, torch and compiled loops until they are ready; bytes a second of reading, hashing and writing what stays.
-_START_SECONDS, _BYTES_PER_SECOND = 4.0, 1e9
+# Python, torch and compiled loops until they are ready, and without torch; bytes a second of reading, hashing and
+# writing what stays.
+_START_SECONDS, _PLAIN_START_SECONDS, _BYTES_PER_SECOND = 4.0, 0.7, 1e9
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def estimate_seconds(
 
     Of several `nodes` like this one each does an equal part of the blocks, which is the best case.
     """
+    from qwen3_export.solve.setup import runs_without_torch
+
     config, outer = checkpoint.config, {EMBEDDING, HEAD} & {rule.match for rule in recipe.rules if rule.scheme}
     inner = replace(recipe, rules=tuple(rule for rule in recipe.rules if rule.match not in (EMBEDDING, HEAD)))
     with tempfile.TemporaryDirectory(prefix="qwen3-export-plan-") as name, progress.bar("time a block", 4) as tick:
@@ -125,7 +128,8 @@ def estimate_seconds(
     at_rest = max(0.0, at_few - per_token * (few.tokens if few else 0))
     done = work_of(small.config, 0, samples is not None)
     total = max(0.0, for_outer) * config.vocab_size / small.config.vocab_size
-    total += _START_SECONDS + sum(entry.end - entry.begin for entry in checkpoint.stored_entries()) / _BYTES_PER_SECOND
+    total += _PLAIN_START_SECONDS if runs_without_torch(checkpoint, recipe, settings) else _START_SECONDS
+    total += sum(entry.end - entry.begin for entry in checkpoint.stored_entries()) / _BYTES_PER_SECOND
     for layer in range(config.num_layers):
         work = work_of(config, layer, samples is not None)
         block = at_rest * work.at_rest / done.at_rest

@@ -35,7 +35,7 @@ from qwen3_export.solve.chunk_sizes import (
 from qwen3_export.text.samples import Samples
 
 # Measured on Linux with torch 2.13, and without torch, in both cases with kernels compiled on the way.
-_BASE_BYTES, _PLAIN_BASE_BYTES = 440 << 20, 320 << 20
+_BASE_BYTES, _PLAIN_BASE_BYTES = 440 << 20, 240 << 20
 # What the allocator keeps of freed pieces: this share of what is alive, and no more than so many bytes.
 _HOLES_SHARE, _HOLES_BYTES = 0.32, 280 << 20
 # Square matrices of a linear's inputs that are alive together: four moments, and factors; without the original beside;
