@@ -61,9 +61,12 @@ def converter() -> Path:
 def importance(source: Path, path: Path) -> Path:
     """A random importance matrix, which is enough to measure costs."""
     random, entries = np.random.default_rng(0), {}
-    for module, (_, inputs) in open_checkpoint(source).config.all_linears().items():
-        sums = np.exp(random.standard_normal((1, inputs))).astype(np.float32)
-        entries[f"{gguf_name(module)}.weight"] = ImatrixEntry(sums, np.ones(1, np.float32))
+    config = open_checkpoint(source).config
+    for module, (_, inputs) in config.all_linears().items():
+        name = f"{gguf_name(module)}.weight"
+        matrices = config.num_experts if "_exps" in name else 1
+        sums = np.exp(random.standard_normal((matrices, inputs))).astype(np.float32)
+        entries[name] = ImatrixEntry(sums, np.ones(matrices, np.float32))
     Imatrix(entries, ["random"], 1, 1).write(path)
     return path
 
