@@ -41,6 +41,7 @@ _KEPT = (".partial", ".quantized.partial")
 
 def main() -> None:
     """Entry point of `qwen3-export`: run a command, print expected failures as one line."""
+    started = time.time()
     try:
         steady_streams()
         sys.unraisablehook = _interrupt_again
@@ -54,7 +55,7 @@ def main() -> None:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
     except KeyboardInterrupt as error:
-        code = _report(error, sys.argv[1:])
+        code = _report(error, sys.argv[1:], started)
     finish_streams()
     # Spares the garbage collection at exit, a fifth of a second where torch was imported.
     gc.freeze()
@@ -146,15 +147,26 @@ def _after_interrupt(arguments: Sequence[str], started: float) -> str:
     """What an interrupted command has kept, and what to do next."""
     if arguments and arguments[0] in _READING:
         return "nothing was to be written"
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        name, _, value = argument.partition("=")
-        output = value if name == "--output" and value else argument if before in ("-o", "--output") else ""
-        if output and _appeared(Path(output)) >= started:
+    for output in _outputs(arguments):
+        found = max(map(_appeared, [Path(output), *Path(output).parent.glob(f"{Path(output).stem}-00001-of-*.gguf")]))
+        if found >= started:
             return _WHOLE.format(output)
-        for kept in (Path(f"{output}{ending}") for ending in _KEPT if output):
+        for kept in (Path(f"{output}{ending}") for ending in _KEPT):
             if os.path.lexists(kept):
                 return _GOES_ON.format(kept)
     return _AGAIN
+
+
+def _outputs(arguments: Sequence[str]) -> Iterator[str]:
+    """What a command line names as its outputs, in every spelling."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        name, _, value = argument.partition("=")
+        if before in ("-o", "--output", "--report"):
+            yield argument
+        elif name in ("--output", "--report") and value:
+            yield value
+        elif argument.startswith("-o") and len(argument) > 2:
+            yield argument[2:]
 
 
 def _appeared(path: Path) -> float:
@@ -213,6 +225,8 @@ def _say(message: str, hint: str | None, code: int) -> int:
 def _interrupt_again(failure: sys.UnraisableHookArgs) -> None:
     """Repeat an interrupt that Python has ignored, as it does inside callbacks."""
     if issubclass(failure.exc_type, KeyboardInterrupt):
+        # A shell starts what runs in the background with it ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         main_thread = threading.main_thread().ident
         again = threading.Timer(0.1, signal.pthread_kill, (main_thread, signal.SIGINT))
         again.daemon = True

@@ -34,6 +34,8 @@ def _room_in(folder: Path) -> int | None:
             return None
         held = int((folder / "memory.current").read_text())
         stated = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return max(0, int(limit) - held + int(stated.get("inactive_file", 0)))
+        # Pages of files, which the kernel gives up when memory is asked for.
+        cached = sum(int(stated.get(f"{kind}_file", 0)) for kind in ("inactive", "active"))
+        return max(0, int(limit) - held + cached)
     except (OSError, ValueError):
         return None

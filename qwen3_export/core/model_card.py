@@ -205,20 +205,26 @@ def update_card(artifact: Path, result: Mapping[str, Any]) -> bool:
     path = artifact.absolute().parent / CARD if single else artifact / CARD
     if not path.is_file():
         return False
-    text = _read(path)
-    section = _section(re.escape(artifact.name)).search(text) if single else None
-    if single and section is None:
+    try:
+        return _put_in(path, artifact.name if single else None, measured(result))
+    except (OSError, InputError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        warnings.warn(f"{path}: the figures cannot be put in ({reason})", InputWarning, stacklevel=2)
+        return False
+
+
+def _put_in(card: Path, section_of: str | None, figures: str) -> bool:
+    """Whether the card, or its section of a GGUF file, has a place for figures; they are written there."""
+    text = _read(card)
+    section = _section(re.escape(section_of)).search(text) if section_of else None
+    if section_of and section is None:
         return False
     begin, end = section.span() if section else (0, len(text))
     before, opening, rest = text[begin:end].partition(_BEGIN)
     _, closing, after = rest.partition(_END)
     if not opening or not closing:
         return False
-    try:
-        _replace(path, f"{text[:begin]}{before}{opening}\n{measured(result)}\n{closing}{after}{text[end:]}")
-    except OSError as error:
-        warnings.warn(f"{path} cannot be written ({error.strerror})", InputWarning, stacklevel=2)
-        return False
+    _replace(card, f"{text[:begin]}{before}{opening}\n{figures}\n{closing}{after}{text[end:]}")
     return True
 
 

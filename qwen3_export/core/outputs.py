@@ -33,9 +33,7 @@ def partial_path(output: Path) -> Path:
 
 
 def check_output(output: Path, inputs: Inputs = (), force: bool = False, folder: bool = True) -> None:
-    """Raise InputError when an output cannot be written, before the work.
-
-    It may not touch an input either.
+    """Raise InputError when an output cannot be written, or touches an input, before the work.
 
     `inputs` are all files and folders that the command reads. The place is tried out: it is reserved and given back.
     """
@@ -255,7 +253,7 @@ def _finish_replacing(place: Path) -> None:
             raise InputError(f"{old} was not left by qwen3-export", "move it away: its name is needed")
         return
     if os.path.lexists(place):
-        shutil.rmtree(old)
+        _remove_marked(old)
     else:
         old.rename(place)
         (place / MARKER).unlink()
@@ -268,21 +266,29 @@ def _move_into_place(partial: Path, place: Path) -> None:
     _flush(partial)
     if place.is_symlink():
         place.unlink()
-    if place.is_dir():
-        old = _replaced(place)
-        (place / MARKER).touch()
-        try:
+    old = _replaced(place) if place.is_dir() else None
+    try:
+        if old is not None:
+            (place / MARKER).touch()
             place.rename(old)
-            partial.rename(place)
-        except BaseException:
+        partial.rename(place)
+    except BaseException:
+        if old is not None:
             _finish_replacing(place)
             (place / MARKER).unlink(missing_ok=True)
-            raise
-        shutil.rmtree(old)
-    else:
-        partial.rename(place)
+        raise
     (place / MARKER).unlink()
+    if old is not None:
+        _remove_marked(old)
     _flush(place.parent)
+
+
+def _remove_marked(old: Path) -> None:
+    """Remove a folder that is ours, its marker last: what an interruption leaves is still known as ours."""
+    for path in old.iterdir():
+        if path.name != MARKER:
+            (shutil.rmtree if path.is_dir() and not path.is_symlink() else os.unlink)(path)
+    shutil.rmtree(old)
 
 
 def _flush(path: Path) -> None:

@@ -67,6 +67,7 @@ def plan(
     `possible` and `reasons` say so.
     """
     settings, progress = settings or QuantizeSettings(), progress or Progress()
+    free = available_bytes()  # before this process takes some itself
     if not 1 <= nodes <= MOST_NODES:
         raise InputError(f"--nodes {nodes}: between 1 and {MOST_NODES} were expected")
     unknown = [name for name in formats if name not in FORMATS]
@@ -86,7 +87,7 @@ def plan(
     if fits and not found[folder].reason:
         with _collecting(reasons):
             needs = _needs(checkpoint, recipe, settings, measure and not reasons, progress, nodes)
-        reasons += _limits(needs, settings)
+        reasons += _limits(needs, settings, free)
     return {
         "possible": not reasons,
         "reasons": reasons,
@@ -187,14 +188,14 @@ def planned_samples(checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSe
     return calibration_of(checkpoint, recipe, settings, progress)
 
 
-def _limits(needs: Needs, settings: QuantizeSettings) -> list[str]:
+def _limits(needs: Needs, settings: QuantizeSettings, free: int | None) -> list[str]:
     """Too little memory: what `--memory` allows, or else what this machine has free."""
     if needs.peak_rss_bytes is None:
         return []
     if settings.memory is not None and needs.peak_rss_bytes > settings.memory:
         needed, allowed = binary_size(needs.peak_rss_bytes), binary_size(settings.memory)
         return [f"about {needed} of memory are needed, --memory allows {allowed}"]
-    if settings.memory is None and (free := available_bytes()) is not None and needs.peak_rss_bytes > free:
+    if settings.memory is None and free is not None and needs.peak_rss_bytes > free:
         needed, there = binary_size(needs.peak_rss_bytes), binary_size(free, up=False)
         return [f"about {needed} of memory are needed, {there} are free here; --memory says what another machine has"]
     return []

@@ -126,7 +126,10 @@ def _on_abort(text: bytes | None) -> None:
 
     Without this it aborts and prints its stack.
     """
-    reason = (text or b"").decode("utf-8", "replace").strip().rpartition("/")[2]
+    first = (text or b"").decode("utf-8", "replace").strip().partition("\n")[0]
+    place, _, said = first.partition(": ")
+    reason = f"{place.rpartition('/')[2]}: {said}"
+    sys.stdout.flush()
     where = f"{opened[-1]}: " if opened else ""
     print(f"error: {where}llama.cpp gave the file up ({reason})", file=sys.stderr, flush=True)
     os._exit(InputError.exit_code)

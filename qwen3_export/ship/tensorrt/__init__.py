@@ -198,6 +198,11 @@ def check_request(
     unknown = [name for name in capabilities if name not in CAPABILITIES]
     if unknown or not capabilities:
         raise InputError(f"--sm {' '.join(unknown) or 'without a value'}: known are {', '.join(CAPABILITIES)}")
+    for name in checkpoint.config.outer_matrices():
+        if name in checkpoint.schemes and checkpoint.schemes[name].type != "int":
+            raise UnsupportedError(
+                f"{name}: TensorRT exports hold integers there, or 16 bits", "quantize linears alone"
+            )
     if checkpoint.config.sparse_layers and checkpoint.config.num_experts > MOST_EXPERTS:
         raise UnsupportedError(
             f"{checkpoint.name}: a mixture of {checkpoint.config.num_experts} experts cannot be exported to TensorRT: "
