@@ -214,7 +214,7 @@ def update_card(artifact: Path, result: Mapping[str, Any]) -> bool:
 
 
 def _put_in(card: Path, section_of: str | None, figures: str) -> bool:
-    """Whether the card, or its section of a GGUF file, has a place for figures; they are written there."""
+    """Write figures into a card, or into its section of a GGUF file."""
     text = _read(card)
     section = _section(re.escape(section_of)).search(text) if section_of else None
     if section_of and section is None:

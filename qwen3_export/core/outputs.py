@@ -33,7 +33,7 @@ def partial_path(output: Path) -> Path:
 
 
 def check_output(output: Path, inputs: Inputs = (), force: bool = False, folder: bool = True) -> None:
-    """Raise InputError when an output cannot be written, or touches an input, before the work.
+    """Raise InputError when an output cannot be written or touches an input.
 
     `inputs` are all files and folders that the command reads. The place is tried out: it is reserved and given back.
     """
@@ -284,7 +284,7 @@ def _move_into_place(partial: Path, place: Path) -> None:
 
 
 def _remove_marked(old: Path) -> None:
-    """Remove a folder that is ours, its marker last: what an interruption leaves is still known as ours."""
+    # The marker goes last: what an interruption leaves is still known as ours.
     for path in old.iterdir():
         if path.name != MARKER:
             (shutil.rmtree if path.is_dir() and not path.is_symlink() else os.unlink)(path)

@@ -89,9 +89,21 @@ def test_a_card_that_cannot_be_written_is_a_warning(
     before = hashes(artifact)
     outcome = call("validate", artifact, "--reference", made["reference"], "--threads", "1", "--card")
     assert outcome.code == 0, outcome.err
-    assert "cannot be written (Permission denied)" in outcome.err
+    assert "the figures cannot be put in (Permission denied)" in outcome.err
     assert "onnxruntime" in outcome.out
     assert hashes(artifact) == before
+
+
+def test_a_card_that_cannot_be_read_is_a_warning(made: dict[str, Path], tmp_path: Path) -> None:
+    artifact = tmp_path / "artifact"
+    shutil.copytree(made["onnx"], artifact)
+    (artifact / CARD).write_bytes(b"caf\xe9")
+    outcome = call("validate", artifact, "--reference", made["reference"], "--threads", "1", "--card")
+    assert outcome.code == 0, outcome.err
+    assert "warning: " in outcome.err
+    assert CARD in outcome.err
+    assert "onnxruntime" in outcome.out
+    assert (artifact / CARD).read_bytes() == b"caf\xe9"
 
 
 @pytest.mark.parametrize("place", ["nowhere/summary.md", ".", "pipe"])

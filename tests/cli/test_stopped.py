@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from qwen3_export.cli import run
+from qwen3_export.cli import _after_interrupt, run
 from qwen3_export.core.outputs import partial_path
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
@@ -104,10 +104,13 @@ def run(arguments):
 cli.run = run
 cli.main()
 """
+# As a shell starts what runs in the background, and a service manager ends it.
+LOST_BEHIND_IGNORED = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)" + LOST.replace("SIGINT", "SIGTERM")
 
 
-def test_interrupt_that_python_loses_in_a_callback_comes_again() -> None:
-    child = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, timeout=30, check=False)
+@pytest.mark.parametrize("code", [LOST, LOST_BEHIND_IGNORED], ids=["SIGINT", "SIGTERM, SIGINT ignored"])
+def test_interrupt_that_python_loses_in_a_callback_comes_again(code: str) -> None:
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
     assert (child.returncode, child.stdout) == (130, "")
     assert child.stderr.startswith("error: interrupted\n")
     assert "Traceback" not in child.stderr
@@ -127,6 +130,23 @@ def test_interrupt_behind_a_finished_output_says_so(
     monkeypatch.setattr("qwen3_export.solve.quantize.quantize", interrupted)
     assert run([*command, "--force"]) == 130
     assert "hint: nothing was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "made"),
+    [
+        (("-oNAME",), "NAME"),
+        (("--output=NAME",), "NAME"),
+        (("validate", "a.gguf", "--report", "NAME"), "NAME"),
+        (("gguf", "--output", "NAME.gguf"), "NAME-00001-of-00003.gguf"),
+    ],
+)
+def test_the_hint_knows_every_spelling_of_an_output(words: tuple[str, ...], made: str, tmp_path: Path) -> None:
+    arguments = [word.replace("NAME", str(tmp_path / "NAME")) for word in words]
+    assert "nothing was written" in _after_interrupt(arguments, 1.0)
+    (tmp_path / made).touch()
+    assert "is whole" in _after_interrupt(arguments, 1.0)
+    assert "nothing was written" in _after_interrupt(arguments, time.time() + 1)
 
 
 def test_a_run_killed_at_ten_random_moments_ends_with_the_same_bytes(
