@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -59,12 +60,15 @@ def python() -> Path:
     """An environment with OpenVINO from PyPI, kept for the next run."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qwen3-export-tests"
     folder = cache / f"openvino-{VERSION}"
-    if not (folder / "done").is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        command = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", f"openvino=={VERSION}"]
-        subprocess.run(command, check=True, capture_output=True)
-        (folder / "done").touch()
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / "openvino.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of these tests may be installing it
+        if not (folder / "done").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+            command = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", f"openvino=={VERSION}"]
+            subprocess.run(command, check=True, capture_output=True)
+            (folder / "done").touch()
     return folder / "bin" / "python"
 
 
