@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qwen3_export.core.checkpoint import Checkpoint
@@ -74,8 +75,9 @@ def test_solving_leaves_nothing_behind_of_a_layer(tmp_path: Path, reference_mode
     left = [left for left, _ in watched(source, recipe, tmp_path / "out")]
     assert len(left) == 6
     # What a block leaves is measured, not the most of any moment, which depends on how thousands of
-    # pieces met in memory. Four layers hold 16 MB in bf16, 31 MB in fp32, and 8 MB as codes; 0 to 3 MB are scatter.
-    assert left[5] - left[1] < 4e6
+    # pieces met in memory; and the line through all blocks, not the difference of two. Four layers hold 16 MB in bf16,
+    # 31 MB in fp32, and 8 MB as codes.
+    assert 4 * np.polyfit(range(5), left[1:], 1)[0] < 3e6
 
 
 @pytest.mark.parametrize("recipe", ["gptq-plain-w4a16-g128", "gptq-w4a16-g128"])

@@ -151,3 +151,9 @@ def test_a_matrix_of_zeros_loses_nothing(tmp_path: Path) -> None:
     outcome = call("quantize", folder, "--recipe", "rtn-w4a16-g32", "--output", tmp_path / "out", "--json")
     assert next(layer["error"] for layer in outcome.json["layers"] if layer["name"] == LINEAR) == 0
     assert call("onnx", folder, "--precision", "fp16", "--output", tmp_path / "onnx").code == 0
+    # Its scales in FP8 are the smallest there are, which fp16 stores as 0.
+    assert call("quantize", folder, "--recipe", "fp8-dynamic", "--output", tmp_path / "fp8").code == 0
+    outcome = call(
+        "onnx", tmp_path / "fp8", "--flavor", "standard", "--precision", "fp16", "--output", tmp_path / "fp16"
+    )
+    assert outcome.code == 0, outcome.err
