@@ -43,6 +43,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON objec
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no log lines.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Log every step; tracebacks on errors.")]
 Source = Annotated[str, typer.Argument(help="A folder, a hub id, or `reference-model`.")]
+SampleCount = Annotated[int, typer.Option(min=1, max=1_000_000, help="Calibration samples.")]
+SampleLength = Annotated[int, typer.Option(min=16, max=1 << 20, help="Tokens per sample.")]
+SampleSeed = Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Chooses the calibration samples.")]
 Scratch = Annotated[
     Path | None, typer.Option(help="Folder for activations, on another disk than the output (default: beside it).")
 ]

@@ -7,7 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from qwen3_export.cli.app import Force, Json, Quiet, Scratch, Source, Verbose, app, console
+from qwen3_export.cli.app import (
+    Force,
+    Json,
+    Quiet,
+    SampleCount,
+    SampleLength,
+    SampleSeed,
+    Scratch,
+    Source,
+    Verbose,
+    app,
+    console,
+)
 from qwen3_export.cli.console import fields, size
 from qwen3_export.core.outputs import check_output
 from qwen3_export.core.processors import MOST_THREADS, check_device_name
@@ -19,9 +31,9 @@ def calibrate(
     source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, e.g. imatrix.gguf.")],
     calibration: Annotated[str, typer.Option(help="As for quantize.")] = "bundled",
-    samples: Annotated[int, typer.Option(min=1, max=1_000_000, help="Calibration samples.")] = 128,
-    sequence_length: Annotated[int, typer.Option(min=16, max=1 << 20, help="Tokens per sample.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Chooses the calibration samples.")] = 0,
+    samples: SampleCount = 128,
+    sequence_length: SampleLength = 512,
+    seed: SampleSeed = 0,
     device: Annotated[str, typer.Option(help="`cpu` or `cuda`.")] = "cpu",
     threads: Annotated[
         int | None, typer.Option(min=1, max=MOST_THREADS, help="Default: all. Never changes the bytes.")

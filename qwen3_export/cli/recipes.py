@@ -12,6 +12,9 @@ from qwen3_export.cli.app import (
     Force,
     Json,
     Quiet,
+    SampleCount,
+    SampleLength,
+    SampleSeed,
     Scratch,
     Source,
     Verbose,
@@ -64,9 +67,9 @@ def search_recipe(
     calibration: Annotated[
         str, typer.Option(help="`bundled`, a .txt/.jsonl/.parquet file, or hf:DATASET.")
     ] = "bundled",
-    samples: Annotated[int, typer.Option(min=1, max=1_000_000, help="Calibration samples.")] = 128,
-    sequence_length: Annotated[int, typer.Option(min=16, max=1 << 20, help="Tokens per sample.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Chooses the calibration samples.")] = 0,
+    samples: SampleCount = 128,
+    sequence_length: SampleLength = 512,
+    seed: SampleSeed = 0,
     measure_rows: Annotated[
         int, typer.Option(min=1, max=1_000_000, help="Further rows, that the KL is measured on.")
     ] = 16,
