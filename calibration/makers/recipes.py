@@ -7,16 +7,12 @@ from __future__ import annotations
 
 from .algebra import binomials, integral, linear_equation, matrices, progression, quadratic, tangent, two_equations
 from .arithmetic import (
-    bases,
     chinese_problem,
     compound_interest,
     conversions,
-    euclid,
     fractions,
     long_division,
     long_multiplication,
-    modular_power,
-    prime_factors,
 )
 from .chats import (
     chinese_shop,
@@ -39,18 +35,16 @@ from .data_files import (
     sensor_csv,
     service_yaml,
 )
+from .number_theory import bases, euclid, modular_power, prime_factors
 from .records import (
     access_log,
-    chinese_table,
     diff,
     http_exchange,
     listing_of_files,
-    query_result,
-    sales_table,
     service_log,
-    timetable,
     unit_file,
 )
+from .tables import chinese_table, query_result, sales_table, timetable
 from .thoughts import (
     think_chickens,
     think_letters,

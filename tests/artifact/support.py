@@ -7,7 +7,7 @@ operations after the format's specification.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,10 @@ class Exported:
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         return self.source.config.all_linears()
+
+
+OnnxFolder = Callable[..., Exported]
+GgufFile = Callable[..., Exported]
 
 
 def logits(artifact: Path, rows: Sequence[NDArray], exact: bool = False) -> list[NDArray[np.float32]]:
@@ -158,6 +162,16 @@ def low_bits_first(blob: NDArray[np.uint8], bits: int, count: int) -> NDArray[np
 
 def gguf_tensors(path: Path) -> dict[str, Any]:
     return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+
+def gguf_fields(path: Path) -> dict[str, Any]:
+    """`{key: value}` in the file's order, GGUF's own header left out; long arrays by length."""
+    values = {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+    return {
+        name: len(value) if isinstance(value, list) else value
+        for name, value in values.items()
+        if not name.startswith("GGUF.")
+    }
 
 
 def gguf_name(module: str) -> str:

@@ -20,7 +20,7 @@ from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.errors import UnsupportedError
 from qwen3_export.ship import gguf as gguf_format
 from qwen3_export.ship.onnx import export_onnx, ort_ops, standard_ops
-from tests.artifact import test_onnx_ort, test_onnx_standard
+from tests.artifact import ort_folders, test_onnx_standard
 from tests.artifact.support import (
     VOCABULARY,
     Exported,
@@ -85,7 +85,7 @@ def exported(checkpoint: Checkpoint, reason: str | None, write: Callable[[Path],
 @given(models(), st.sampled_from(["ort", "standard"]))
 def test_onnx(rounded: Callable[..., Checkpoint], sample: tuple[dict[str, Any], QuantScheme], flavor: str) -> None:
     checkpoint = rounded(*sample)
-    operators, theirs = {"ort": (ort_ops, test_onnx_ort), "standard": (standard_ops, test_onnx_standard)}[flavor]
+    operators, theirs = {"ort": (ort_ops, ort_folders), "standard": (standard_ops, test_onnx_standard)}[flavor]
     artifact = exported(
         checkpoint, operators.supports(sample[1]), lambda output: export_onnx(checkpoint, output, flavor)
     )

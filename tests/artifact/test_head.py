@@ -22,6 +22,7 @@ from qwen3_export.ship.onnx import export_onnx
 from qwen3_export.ship.tensorrt import check_request, export_tensorrt
 from qwen3_export.ship.tensorrt.plan_file import stored_share
 from qwen3_export.ship.tensorrt.profiles import Profile
+from tests.artifact.plans import header
 from tests.artifact.support import (
     SAME,
     VOCABULARY,
@@ -38,7 +39,6 @@ from tests.artifact.support import (
     round_to_nearest,
     tiny_with_tokenizer,
 )
-from tests.artifact.test_tensorrt import header
 from tests.conftest import tiny_config
 
 W4, W8 = QuantScheme(4, group_size=32), QuantScheme(8, group_size=32)

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.ship.onnx import export_onnx
-from tests.artifact.support import SAME, THREADS, YARN, Exported, logits, random_ids
+from tests.artifact.support import SAME, THREADS, YARN, OnnxFolder, logits, random_ids
 from tests.conftest import tiny_config
 
-OnnxFolder = Callable[..., Exported]
 FOLDERS = [("original", "ort"), ("gptq-w4a16-g32-asym", "ort"), ("gptq-w4a16-g128", "standard")]
 LENGTHS, STEPS = (37, 20, 1), 3
 

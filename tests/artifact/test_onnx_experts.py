@@ -3,26 +3,24 @@ the same codes; the codes in the file equal the solver's; and what neither can h
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime_genai as genai
 import pytest
 
-from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
+from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.errors import UnsupportedError
 from qwen3_export.run.artifact import open_session
 from qwen3_export.run.session import RuntimeOptions, greedy
 from qwen3_export.ship.onnx import export_onnx
-from qwen3_export.ship.onnx.experts import LOOP, QMOE
 from qwen3_export.ship.tensorrt import export_tensorrt
 from qwen3_export.ship.tensorrt.profiles import Profile
+from tests.artifact.expert_folders import IDS, WIDE, export, with_experts
 from tests.artifact.support import (
     SAME,
     THREADS,
@@ -38,8 +36,6 @@ from tests.artifact.support import (
 )
 from tests.conftest import tiny_config, tiny_moe_config
 
-WIDE = tiny_moe_config(hidden_size=256, moe_intermediate_size=256, num_experts=4)
-IDS = [random_ids(60), random_ids(1)]
 # Experts that QMoE computes exactly at level 0.
 FUSED = [
     *(QuantScheme(4, group_size=size, symmetric=sym) for size in (16, 32, 64, 128, 256) for sym in (True, False)),
@@ -57,18 +53,6 @@ LOOPED = [
     QuantScheme(2, strategy="channel"),
     QuantScheme(4, group_size=8),
 ]
-
-
-def with_experts(folder: Path, scheme: QuantScheme, tmp_path: Path) -> Checkpoint:
-    return round_to_nearest(folder, tmp_path / "quantized", ("*.experts.*", scheme))
-
-
-def export(checkpoint: Checkpoint, output: Path, flavor: str | None = "ort", **options: Any) -> list[dict[str, Any]]:
-    """The layers' operators, which result and manifest must tell alike."""
-    result = export_onnx(checkpoint, output, flavor, **options)
-    manifest = json.loads((output / "qwen3-export.json").read_text())
-    assert manifest["expert_layers"] == result["expert_layers"]
-    return result["expert_layers"]
 
 
 def operators(folder: Path) -> set[str]:
@@ -157,51 +141,6 @@ def test_fp16(make_checkpoint: Callable, tmp_path: Path, scheme: QuantScheme | N
         assert np.median(np.concatenate(off)) < 0.05
     exact = logits(checkpoint.folder, IDS)
     assert np.median(np.abs(np.concatenate(logits(tmp_path / "onnx", IDS)) - np.concatenate(exact))) < 0.02
-
-
-# Per scheme: what the QMoE kernels of CUDA and of browsers do not take, as read in ONNX Runtime; None where they do.
-GPU = {
-    QuantScheme(4, group_size=32): (None, None),
-    QuantScheme(8, group_size=32): (None, None),
-    QuantScheme(4, group_size=64, symmetric=False): (None, "no zero points"),
-    QuantScheme(4, group_size=16): ("groups of 32, 64, 128", None),
-    QuantScheme(4, strategy="channel", symmetric=False): ("in groups alone", "no zero points"),
-    QuantScheme(2, group_size=16): ("4 and 8 bits", "4 and 8 bits"),
-}
-
-
-@pytest.mark.parametrize("target", ["cuda", "web"])
-@pytest.mark.parametrize("scheme", GPU, ids=lambda scheme: scheme.label)
-def test_targets_with_a_gpu_get_the_operators_that_they_have(
-    make_checkpoint: Callable, tmp_path: Path, scheme: QuantScheme, target: str
-) -> None:
-    """The graph runs on the CPU too, in fp16, and its logits are torch's but for close choices of the router."""
-    checkpoint = with_experts(make_checkpoint(WIDE), scheme, tmp_path)
-    [found] = export(checkpoint, tmp_path / "onnx", None, target=target)
-    reason = GPU[scheme][target == "web"]
-    assert found["operator"] == (QMOE if reason is None else LOOP)
-    assert found["reason"] is None if reason is None else reason in found["reason"]
-    [graph] = (tmp_path / "onnx").rglob("*.onnx")
-    fused = [n for n in onnx.load(str(graph), load_external_data=False).graph.node if n.op_type == "QMoE"]
-    newer = [
-        {a.name: a.i for a in node.attribute if a.name in ("weights_prepacked", "accuracy_level")} for node in fused
-    ]
-    assert newer == [{"weights_prepacked": 0} if target == "cuda" else {}] * len(fused)
-    off = np.concatenate(logits(tmp_path / "onnx", IDS)) - np.concatenate(logits(checkpoint.folder, IDS))
-    assert np.median(np.abs(off)) < 0.02
-
-
-def test_what_else_a_gpu_does_not_fuse(make_checkpoint: Callable, tmp_path: Path) -> None:
-    scheme = QuantScheme(4, group_size=32)
-    narrow = tiny_moe_config(hidden_size=96, moe_intermediate_size=64, num_experts=4)
-    checkpoint = with_experts(make_checkpoint(narrow), scheme, tmp_path / "first")
-    [found] = export(checkpoint, tmp_path / "narrow-onnx", None, target="cuda")
-    assert (found["operator"], "divisible by 64, not 96 and 64" in found["reason"]) == (LOOP, True)
-    other = with_experts(make_checkpoint({**WIDE, "norm_topk_prob": False}, name="other"), scheme, tmp_path / "second")
-    [found] = export(other, tmp_path / "web", None, target="web")
-    assert (found["operator"], "norm_topk_prob" in found["reason"]) == (LOOP, True)
-    [found] = export(other, tmp_path / "fp32", None, target="cuda", precision="fp32")
-    assert (found["operator"], "16-bit" in found["reason"]) == (LOOP, True)
 
 
 @pytest.mark.parametrize(

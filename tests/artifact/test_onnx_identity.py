@@ -20,8 +20,8 @@ from qwen3_export.core.qwen3 import EMBEDDING, HEAD
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.ship.onnx import export_onnx
+from tests.artifact.ort_folders import packed_rows
 from tests.artifact.support import Exported, OnnxWeights, round_to_nearest
-from tests.artifact.test_onnx_ort import packed_rows
 from tests.conftest import tiny_config
 
 SCHEMES = {

@@ -17,76 +17,24 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.scheme import QuantScheme
-from qwen3_export.core.tensor import QuantizedTensor
-from qwen3_export.prove.rounding import level_cost
 from qwen3_export.run.artifact import open_session
 from qwen3_export.run.session import RuntimeOptions
 from qwen3_export.ship.onnx import export_onnx
+from tests.artifact.ort_folders import EVERY, QUANTIZED, check_codes
 from tests.artifact.support import (
     SAME,
     THREADS,
     Exported,
+    OnnxFolder,
     OnnxWeights,
     graph_name,
     largest_difference,
     load_graph,
     logits,
-    low_bits_first,
-    mean_kl,
     random_ids,
     round_to_nearest,
 )
 from tests.conftest import tiny_config
-
-QUANTIZED = ["gptq-w4a16-g128", "gptq-w4a16-g32", "gptq-w4a16-g32-asym", "rtn-w8a16"]
-EVERY = ["original", *QUANTIZED]
-OnnxFolder = Callable[..., Exported]
-
-
-def read_matmul(weights: OnnxWeights, module: str) -> tuple[NDArray, NDArray, NDArray | None]:
-    """Codes `[out, in]`, scales and zeros of a MatMulNBits node, after ONNX Runtime's ContribOperators.md."""
-    node, rows = packed_rows(weights, module)
-    values = weights.attributes(node)
-    columns, bits, groups = values["K"], values["bits"], math.ceil(values["K"] / values["block_size"])
-    _, blob, scales, *rest = weights.inputs(node)
-    zeros = low_bits_first(rest[0], bits, groups)[rows] if rest else None
-    return low_bits_first(blob, bits, columns)[rows], scales.reshape(-1, groups)[rows], zeros
-
-
-PACKED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
-    ("gate_proj", "up_proj"), "gate_up_proj"
-)
-
-
-def packed_rows(weights: OnnxWeights, module: str) -> tuple[str, slice]:
-    """The product that holds a linear, and its rows there: those of the Split behind it that has the linear's name."""
-    node = graph_name(module)
-    parent, _, name = node.rpartition(".")
-    together = f"{parent}.{PACKED.get(name, name)}"
-    split = next((n for n in weights.model.graph.node if n.name == f"{together}.split"), None)
-    if split is None:
-        return node, slice(None)
-    sizes = weights.inputs(split.name)[1]
-    place = list(split.output).index(f"{node}_out")
-    return together, slice(int(sizes[:place].sum()), int(sizes[: place + 1].sum()))
-
-
-def check_codes(exported: Exported) -> None:
-    """Every quantized linear, without exception, is a MatMulNBits with exactly the checkpoint's numbers."""
-    weights = OnnxWeights(exported.path)
-    for module, shape in exported.linears.items():
-        wanted = exported.source.linear(module)
-        if not isinstance(wanted, QuantizedTensor):
-            assert weights.node(graph_name(module)).op_type == "MatMul"
-            continue
-        codes, scales, zeros = read_matmul(weights, module)
-        assert codes.shape == shape
-        np.testing.assert_array_equal(codes, wanted.codes, module)
-        np.testing.assert_array_equal(scales, wanted.scales.astype(np.float32), module)
-        if wanted.zeros is None:
-            assert zeros is None
-        else:
-            np.testing.assert_array_equal(zeros, wanted.zeros, module)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -111,48 +59,6 @@ def test_logits_equal_torch_at_level_0(
 ) -> None:
     exported = onnx_folder(name, accuracy_level=0)
     assert largest_difference(logits(exported.path, rows), torch_logits(name)) < SAME
-
-
-@pytest.mark.parametrize("name", QUANTIZED)
-def test_level_4_rounds_activations_and_stays_close(
-    onnx_folder: OnnxFolder, torch_logits: Callable, rows: list[NDArray], name: str
-) -> None:
-    fast = logits(onnx_folder(name, accuracy_level=4).path, rows)
-    assert largest_difference(fast, torch_logits(name)) > SAME
-    assert mean_kl(torch_logits(name), fast) < 1e-3
-
-
-@pytest.mark.parametrize("name", ["gptq-w4a16-g128", "rtn-w8a16"])
-def test_default_level_is_the_fast_one_and_exact_undoes_it(
-    onnx_folder: OnnxFolder, torch_logits: Callable, rows: list[NDArray], name: str
-) -> None:
-    folder = onnx_folder(name).path
-    weights = OnnxWeights(folder)
-    nodes = [node for node in weights.model.graph.node if node.op_type == "MatMulNBits"]
-    assert {weights.attributes(node.name)["accuracy_level"] for node in nodes} == {4}
-    assert largest_difference(logits(folder, rows, exact=True), torch_logits(name)) < SAME
-
-
-def test_what_the_level_costs_is_measured_and_written_down(
-    onnx_folder: OnnxFolder, rows: list[NDArray], tmp_path: Path
-) -> None:
-    checkpoint = onnx_folder("gptq-w4a16-g128").source
-    result = export_onnx(checkpoint, tmp_path / "onnx", measure=level_cost)
-    manifest = json.loads((tmp_path / "onnx" / "qwen3-export.json").read_text())
-    assert result["accuracy_level"] == manifest["accuracy_level"] == 4
-    assert result["added_kl"] == manifest["added_kl"]
-    again = mean_kl(logits(tmp_path / "onnx", rows, exact=True), logits(tmp_path / "onnx", rows))
-    assert again / 4 < result["added_kl"] < again * 4, "other text, the same order"
-    exact = export_onnx(checkpoint, tmp_path / "exact", accuracy_level=0, measure=level_cost)
-    assert exact["accuracy_level"] == 0
-    assert "added_kl" not in exact
-
-
-def test_a_cost_that_cannot_be_measured_says_why(make_checkpoint: Callable, tmp_path: Path) -> None:
-    checkpoint = round_to_nearest(make_checkpoint(), tmp_path / "quantized", ("*", QuantScheme(4, group_size=32)))
-    result = export_onnx(checkpoint, tmp_path / "onnx", measure=level_cost)
-    assert result["added_kl"] is None
-    assert "tokenizer" in result["added_kl_reason"]
 
 
 @pytest.mark.parametrize("flavor", ["ort", "standard"])

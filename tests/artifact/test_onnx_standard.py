@@ -21,10 +21,12 @@ from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.errors import InputError
 from qwen3_export.run.artifact import open_session
 from qwen3_export.ship.onnx import export_onnx
+from tests.artifact.ort_folders import EVERY, QUANTIZED
 from tests.artifact.support import (
     SAME,
     YARN,
     Exported,
+    OnnxFolder,
     OnnxWeights,
     graph_name,
     largest_difference,
@@ -34,7 +36,6 @@ from tests.artifact.support import (
     random_ids,
     round_to_nearest,
 )
-from tests.artifact.test_onnx_ort import EVERY, QUANTIZED, OnnxFolder
 from tests.conftest import tiny_config
 
 

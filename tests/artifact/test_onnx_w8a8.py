@@ -20,8 +20,8 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor
 from qwen3_export.ship.onnx import w8a8
 from qwen3_export.ship.onnx.graph import GraphBuilder
+from tests.artifact.ort_folders import packed_rows
 from tests.artifact.support import OnnxWeights, load_graph, logits, mean_kl
-from tests.artifact.test_onnx_ort import packed_rows
 
 TOKEN = QuantScheme(8, strategy="channel", activations="dynamic-token")
 STATIC = QuantScheme(8, strategy="tensor", activations="static-tensor")

@@ -6,27 +6,25 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
-import struct
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
 
-from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
+from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.source import open_source
-from qwen3_export.errors import ExportError, InputError, MissingRuntimeError, ResourceError, UnsupportedError
+from qwen3_export.errors import MissingRuntimeError, UnsupportedError
 from qwen3_export.run.artifact import open_session
 from qwen3_export.run.session import RuntimeOptions
 from qwen3_export.ship import tensorrt
-from qwen3_export.ship.tensorrt import cost, export_tensorrt, plan_file
+from qwen3_export.ship.tensorrt import export_tensorrt
 from qwen3_export.ship.tensorrt.plan_file import check_header
 from qwen3_export.ship.tensorrt.profiles import Profile, default_profile
+from tests.artifact.plans import header, onnx_weight_bytes
 from tests.artifact.support import Exported, largest_difference, load_graph, logits, round_to_nearest
 from tests.artifact.test_onnx_standard import check_codes
 from tests.conftest import tiny_config
@@ -48,21 +46,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, source: Callable[[str], Pat
         return made[name]
 
     return get
-
-
-def header(plan: Path) -> dict[str, Any]:
-    """The fields of a TensorRT-RTX 1.7 plan's first 64 bytes that are known."""
-    values = struct.unpack("<4sIQQ4B4sQQQQ", plan.read_bytes()[:64])
-    magic, _, _, size, *version, again, mask, _, _, weights = values
-    return {"magic": (magic, again), "size": size, "version": version, "mask": mask, "weights": weights}
-
-
-def onnx_weight_bytes(folder: Path) -> int:
-    total = 0
-    for tensor in load_graph(folder).graph.initializer:
-        places = {item.key: item.value for item in tensor.external_data}
-        total += int(places["length"]) if places else len(tensor.raw_data)
-    return total
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -177,64 +160,6 @@ def test_a_header_that_is_not_what_was_asked_for(folder: Callable, tmp_path: Pat
         check_header(tmp_path / "model.plan", version, CAPABILITIES)
 
 
-def refused(checkpoint: Checkpoint, tmp_path: Path, error: type[ExportError], match: str, **options: Any) -> None:
-    """The request raises, and nothing is written."""
-    with pytest.raises(error, match=match) as caught:
-        export_tensorrt(checkpoint, tmp_path / "out" / "trt", **options)
-    assert not list((tmp_path / "out").glob("*"))
-    assert caught.type is error
-
-
-UNFIT = [
-    (QuantScheme(4, group_size=32, symmetric=False), "zero points"),
-    (QuantScheme(4, group_size=32, signed_scales=True), "signed_scales"),
-    (QuantScheme(2, group_size=32), "2-bit"),
-    (QuantScheme(4, group_size=256), "256"),
-]
-
-
-@pytest.mark.parametrize(("scheme", "reason"), UNFIT, ids=lambda value: getattr(value, "label", None))
-def test_schemes_that_do_not_fit(make_checkpoint: Callable, tmp_path: Path, scheme: QuantScheme, reason: str) -> None:
-    source = make_checkpoint(tiny_config(hidden_size=256, intermediate_size=256, head_dim=64))
-    checkpoint = round_to_nearest(source, tmp_path / "quantized", ("*", scheme))
-    refused(checkpoint, tmp_path, UnsupportedError, reason)
-
-
-REQUESTS = [
-    ({"capabilities": ("9.0",)}, InputError, r"--sm 9\.0"),
-    ({"capabilities": ("8.9", "89")}, InputError, "--sm 89"),
-    ({"capabilities": ()}, InputError, "--sm"),
-    ({"engine": "openvino"}, InputError, "openvino"),
-    ({"precision": "fp32"}, InputError, "fp32"),
-    ({"capabilities": ("7.5", "8.9")}, UnsupportedError, r"7\.5"),
-]
-
-
-@pytest.mark.parametrize(("options", "error", "match"), REQUESTS, ids=lambda value: value if type(value) is str else "")
-def test_requests_that_cannot_be_met(
-    quantized: Callable, tmp_path: Path, options: dict, error: type[ExportError], match: str
-) -> None:
-    refused(open_checkpoint(quantized("gptq-w4a16-g128")), tmp_path, error, match, **options)
-
-
-def test_bf16_needs_more_than_7_5(make_checkpoint: Callable, tmp_path: Path) -> None:
-    options = {"capabilities": ("7.5",), "precision": "bf16"}
-    refused(open_checkpoint(make_checkpoint()), tmp_path, UnsupportedError, r"7\.5", **options)
-
-
-@pytest.mark.parametrize(("engine", "module"), [("trt", "tensorrt"), ("rtx", "tensorrt_rtx")])
-def test_engine_without_its_package(
-    make_checkpoint: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, module: str
-) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == module else find(name, *rest))
-    checkpoint = open_checkpoint(make_checkpoint())
-    refused(checkpoint, tmp_path, MissingRuntimeError, module, engine=engine)
-    with pytest.raises(MissingRuntimeError) as caught:
-        export_tensorrt(checkpoint, tmp_path / "trt", engine=engine)
-    assert "pip install" in caught.value.hint
-
-
 def parsed(line: str) -> tuple[list[str], list[dict[str, list[tuple[int, ...]]]]]:
     """What trtexec reads of a line: the shapes behind `--profile=N` are that profile's, up to the next one."""
     words, others = shlex.split(line), []
@@ -295,44 +220,3 @@ def test_without_the_library_the_line_is_the_hint(make_checkpoint: Callable, tmp
     assert profiles == [{name: list(shapes) for name, shapes in one.items()} for one in wanted]
     assert "--onnx-only" in hint
     assert not (tmp_path / "trt").exists()
-
-
-def test_too_little_memory_is_refused_before_the_work(
-    make_checkpoint: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cost, "available_bytes", lambda: 300 << 20)
-    refused(open_checkpoint(make_checkpoint()), tmp_path, ResourceError, r"GiB of memory, 0\.29 GiB are left")
-
-
-BROKEN_BUILDERS = [
-    (-9, "", "", ResourceError, "memory"),
-    (-11, "", "Internal Error: CHECK failed\n", UnsupportedError, "CHECK failed"),
-    (0, json.dumps({"error": "the disk is full", "kind": "resource"}), "", ResourceError, "disk is full"),
-    (0, json.dumps({"error": "no kernel", "kind": "unsupported"}), "", UnsupportedError, "no kernel"),
-]
-
-
-@pytest.mark.parametrize(("code", "out", "err", "error", "match"), BROKEN_BUILDERS)
-def test_builder_that_fails(
-    make_checkpoint: Callable,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    code: int,
-    out: str,
-    err: str,
-    error: type[ExportError],
-    match: str,
-) -> None:
-    answer = subprocess.CompletedProcess([], code, out, err)
-    monkeypatch.setattr(plan_file.subprocess, "run", lambda *_, **__: answer)
-    refused(open_checkpoint(make_checkpoint()), tmp_path, error, match)
-
-
-def test_a_graph_that_tensorrt_refuses_is_one_error(
-    make_checkpoint: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The real builder, given zero points behind the back of our own check."""
-    scheme = QuantScheme(4, group_size=32, symmetric=False)
-    checkpoint = round_to_nearest(make_checkpoint(), tmp_path / "quantized", ("*", scheme))
-    monkeypatch.setattr(tensorrt, "supports", lambda scheme: None)
-    refused(checkpoint, tmp_path, UnsupportedError, "TensorRT")

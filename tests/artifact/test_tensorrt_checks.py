@@ -25,8 +25,8 @@ from qwen3_export.ship.tensorrt import export_tensorrt, plan_file
 from qwen3_export.ship.tensorrt.parser import check_graph
 from qwen3_export.ship.tensorrt.plan_file import check_weights
 from qwen3_export.ship.tensorrt.profiles import Profile
+from tests.artifact.plans import onnx_weight_bytes, refused
 from tests.artifact.support import round_to_nearest
-from tests.artifact.test_tensorrt import onnx_weight_bytes, refused
 from tests.conftest import tiny_config, write_checkpoint
 
 # What a second profile may add to a model this small.

@@ -20,6 +20,7 @@ from qwen3_export.errors import ExportError, UnsupportedError
 from qwen3_export.ship.tensorrt import export_tensorrt
 from qwen3_export.ship.tensorrt.capabilities import fitting
 from qwen3_export.ship.tensorrt.profiles import Profile
+from tests.artifact.plans import header, onnx_weight_bytes
 from tests.artifact.support import (
     Exported,
     load_graph,
@@ -29,7 +30,6 @@ from tests.artifact.support import (
     round_to_nearest,
     tiny_with_tokenizer,
 )
-from tests.artifact.test_tensorrt import header, onnx_weight_bytes
 from tests.conftest import tiny_config, write_checkpoint
 
 FP8, FP4 = {"num_bits": 8, "type": "float"}, {"num_bits": 4, "type": "float"}

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.cli.helpers import call, small_disk, write_text_model
+from tests.cli.deep_runs import LAYERS, OPTIONS
+from tests.cli.helpers import call, hashes, small_disk, write_text_model
 
 SHORT = ("--samples", "8", "--sequence-length", "64")
 
@@ -23,7 +24,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Like `model`, with enough layers to stop a run between two of them."""
-    return write_text_model(tmp_path_factory.mktemp("models") / "deep-model", num_hidden_layers=8)
+    return write_text_model(tmp_path_factory.mktemp("models") / "deep-model", num_hidden_layers=LAYERS)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(deep_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Hashes of every file of a run of `deep_model` that nothing disturbed."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert call("quantize", deep_model, *OPTIONS, "--output", out, "--threads", "1").code == 0
+    return hashes(out)
 
 
 @pytest.fixture(scope="session")

@@ -15,11 +15,11 @@ import pytest
 from qwen3_export.core.manifest import MARKER
 from qwen3_export.solve import loop
 from qwen3_export.solve.calibration.activations import SampleFile, SpareFiles
+from tests.cli.deep_runs import LAYERS
 from tests.cli.helpers import call, fill, finished_blocks, hashes, names, refused
 
 SHORT = ("--samples", "8", "--sequence-length", "64", "--threads", "1")
 OPTIONS = ("--recipe", "gptq-w4a16-g32", *SHORT)
-LAYERS = 8
 
 
 class Killed(BaseException):

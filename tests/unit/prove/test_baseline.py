@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,52 +10,10 @@ import pytest
 
 from qwen3_export.errors import InputError
 from qwen3_export.prove.baseline import compare_with_baseline, read_report
-from qwen3_export.prove.compare import compare
-from qwen3_export.prove.naming import unique_names
 from qwen3_export.prove.pair import judge
-from qwen3_export.prove.statistics import SampleDrift, intervals, row_sums, statistics
+from qwen3_export.prove.statistics import SampleDrift
 from qwen3_export.prove.tolerance import DEFAULTS, Tolerance, read_tolerance
-
-ROWS, TOKENS = 40, 100
-
-
-def drifts(scale: float = 1.0, seed: int = 0, rows: int = ROWS, shift: float = 0.0) -> list[SampleDrift]:
-    """Rows whose hardness varies a hundredfold; `seed` moves the artifact's own noise only."""
-    text, noise = np.random.default_rng(7), np.random.default_rng(seed)
-    found = []
-    for _ in range(rows):
-        hard = 10.0 ** text.uniform(-3, -1)
-        kl = hard * scale * (1 + 0.02 * noise.standard_normal(TOKENS)) + shift
-        base = -text.exponential(2.0, TOKENS)
-        found.append(SampleDrift(kl, text.random(TOKENS) > 0.1, base, base - 0.01))
-    return found
-
-
-def result(found: list[SampleDrift], artifact: str = "/a/model.gguf", **changes: Any) -> dict[str, Any]:
-    kl = np.concatenate([d.kl for d in found])
-    values = {
-        "artifact": artifact,
-        "runtime": "llama.cpp",
-        "runtime_version": "1",
-        "device": "cpu",
-        "bytes": 1000,
-        "settings": {"exact": False, "threads": 1},
-        "reference_sha256": "r",
-        "text_sha256": "t",
-        "kl_is_lower_bound": False,
-        "tokens": len(kl),
-        "kl_mean": float(kl.mean()),
-        **intervals(found),
-        "top1_agreement": 0.9,
-        "ppl_ratio": 1.01,
-        "rows": row_sums(found, ["math" if i % 2 else "code" for i in range(len(found))]),
-        "statistics": statistics(found),
-    }
-    return {**values, **changes}
-
-
-def report(*results: dict[str, Any], cpu: str = "x") -> dict[str, Any]:
-    return {"results": list(results), "passed": True, "environment": {"cpu": cpu}}
+from tests.unit.prove.reports import OLD, ROWS, TOKENS, drifts, report, result, speed
 
 
 def verdicts(new: dict[str, Any], old: dict[str, Any], strict: bool = False, **tolerances: Tolerance) -> dict[str, str]:
@@ -65,7 +21,6 @@ def verdicts(new: dict[str, Any], old: dict[str, Any], strict: bool = False, **t
     return {item["metric"]: item["verdict"] for item in found["pairs"]}
 
 
-OLD = report(result(drifts()))
 NO_TOLERANCE = Tolerance()
 
 
@@ -232,32 +187,6 @@ def test_artifacts_are_paired_by_name() -> None:
     assert {item["artifact"] for item in alone["pairs"]} == {"renamed.gguf"}
 
 
-def speed(factor: float = 1.0, spread: float = 0.05, **changes: Any) -> dict[str, Any]:
-    values = {
-        "artifact": "m.gguf",
-        "runtime": "llama.cpp",
-        "device": "cpu",
-        "threads": 1,
-        "load_seconds": 1.0 * factor,
-        "prefill": [
-            {
-                "prompt_tokens": 128,
-                "tokens_per_second": 1280 / factor,
-                "seconds_p50": 0.1 * factor,
-                "seconds_p95": 0.1 * factor * (1 + spread),
-            }
-        ],
-        "decode": {
-            "per_token_seconds_p50": 0.01 * factor,
-            "p95": 0.01 * factor * (1 + spread),
-            "p99": 0.02,
-            "tokens_per_second_p50": 100 / factor,
-        },
-        "peak_rss_bytes": 1000,
-    }
-    return {**values, **changes}
-
-
 def test_latency_is_judged_relative_to_its_scatter() -> None:
     slower = report(speed(1.3))
     found = verdicts(slower, report(speed()))
@@ -313,58 +242,3 @@ def test_a_file_that_is_no_report_is_refused_by_name(tmp_path: Path, text: str) 
         read_report(tmp_path)
     with pytest.raises(InputError, match=r"report\.json"):
         read_report(tmp_path / "report.json")
-
-
-def test_names_are_as_long_as_tells_them_apart() -> None:
-    assert unique_names(["/a/m.gguf", "/b/m.gguf", "/b/n.gguf"]) == ["a/m.gguf", "b/m.gguf", "n.gguf"]
-    assert unique_names(["m", "m", "m/m"]) == ["m", "m (2)", "m/m"]
-    assert unique_names(["/x/y/m", "/z/y/m"]) == ["x/y/m", "z/y/m"]
-    assert unique_names([]) == []
-
-
-def write(folder: Path, values: dict[str, Any]) -> Path:
-    folder.mkdir()
-    (folder / "report.json").write_text(json.dumps(values))
-    return folder
-
-
-def candidate(name: str, size: int, kl: float, pace: float | None) -> dict[str, Any]:
-    item = result(drifts(), name, bytes=size, kl_mean=kl)
-    return item if pace is None else {**item, **speed(1 / pace, artifact=name)}
-
-
-def test_the_front_has_what_no_other_beats_in_size_drift_and_speed(tmp_path: Path) -> None:
-    made = [
-        *(candidate("small", 10, 0.5, 1.0), candidate("good", 30, 0.1, 1.0), candidate("fast", 30, 0.3, 4.0)),
-        *(candidate("beaten", 31, 0.3, 3.0), candidate("twin", 30, 0.1, 1.0), candidate("unmeasured", 40, 0.6, None)),
-    ]
-    found = compare([write(tmp_path / "one", report(*made[:3])), write(tmp_path / "two", report(*made[3:]))])
-    assert {c["name"]: c["pareto"] for c in found["candidates"]} == {
-        "small": True,
-        "good": True,
-        "fast": True,
-        "beaten": False,
-        "twin": True,
-        "unmeasured": False,
-    }
-    assert [c["report"] for c in found["candidates"]] == ["one"] * 3 + ["two"] * 3
-
-
-def test_drift_and_latency_of_an_artifact_become_one_candidate(tmp_path: Path) -> None:
-    drift, pace = report(result(drifts(), "m.gguf")), report(speed(), cpu="y")
-    found = compare([write(tmp_path / "drift", drift), write(tmp_path / "pace", pace)])
-    (one,) = found["candidates"]
-    assert (one["bytes"], one["tokens_per_second"], one["report"]) == (1000, 100.0, "drift, pace")
-    assert "different processors" in found["notes"][0]
-    again = compare([write(tmp_path / "a", drift), write(tmp_path / "b", drift)])
-    assert [c["name"] for c in again["candidates"]] == ["m.gguf (a)", "m.gguf (b)"]
-    elsewhere = report(result(drifts(), "../m.gguf"))
-    again = compare([write(tmp_path / "c", drift), write(tmp_path / "d", elsewhere)])
-    assert [c["name"] for c in again["candidates"]] == ["m.gguf (c)", "m.gguf (d)"]
-
-
-def test_drift_from_different_originals_is_not_put_side_by_side(tmp_path: Path) -> None:
-    other = copy.deepcopy(OLD)
-    other["results"][0].update(reference_sha256="other", artifact="other.gguf")
-    with pytest.raises(InputError, match=r"other\.gguf: measured against another original"):
-        compare([write(tmp_path / "a", OLD), write(tmp_path / "b", other)])

@@ -18,7 +18,7 @@ from qwen3_export.prove.report import append_summary, markdown, page, write_repo
 from qwen3_export.prove.report.numbers import bytes_text, fixed, signed
 from qwen3_export.prove.report.svg import ticks
 from qwen3_export.prove.statistics import histogram, intervals
-from tests.unit.prove.test_baseline import drifts, report, result, speed
+from tests.unit.prove.reports import drifts, report, result, speed
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
-from qwen3_export.core.manifest import read_manifest, sha256_file
+from qwen3_export.core.manifest import read_manifest
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
@@ -28,7 +28,7 @@ from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.conftest import copy_tokenizer, random_tensors, tiny_config, write_checkpoint
-from tests.unit.solve.support import Interrupted, spied
+from tests.unit.solve.support import Interrupted, hashes, spied
 from tests.unit.solve.test_loop import ALL_RUNGS, LENGTH, SAMPLES
 
 W4, W8 = {"num_bits": 4, "group_size": 16}, {"num_bits": 8, "group_size": 32}
@@ -48,8 +48,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory, reference_folder: Path) ->
     made = {}
     for name, tied in TIES.items():
         config = tiny_config(vocab_size=8192, tie_word_embeddings=tied)
-        made[tied] = write_checkpoint(tmp_path_factory.mktemp("source") / name, config)
-        copy_tokenizer(reference_folder, made[tied])
+        folder = write_checkpoint(tmp_path_factory.mktemp("source") / name, config)
+        made[tied] = copy_tokenizer(reference_folder, folder)
     return made
 
 
@@ -58,10 +58,6 @@ SETTINGS = QuantizeSettings(samples=SAMPLES, sequence_length=LENGTH, threads=1)
 
 def outer_rules(tied: bool) -> tuple[tuple[str, Any], ...]:
     return ((EMBEDDING, W8), (HEAD, W8)) if tied else BOTH
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
 
 
 def calibration(source: Path) -> list[np.ndarray]:

@@ -43,7 +43,7 @@ SAMPLES, LENGTH = 11, 48
 def recipe(method: str = "gptq", **options: Any) -> Recipe:
     scheme = {"num_bits": 4, "group_size": 16}
     rules = [{"match": "*.1.*.v_proj", "scheme": None}, {"match": "*", "scheme": scheme}]
-    # What stands in for the inputs of experts that saw too few is tested in test_experts.py.
+    # What stands in for the inputs of experts that saw too few is tested in experts/test_floor.py.
     values = {"name": "test", "method": method, "rules": rules, "options": options, "experts": {"min_tokens": 0}}
     return Recipe.from_dict(values, "test")
 
