@@ -18,9 +18,10 @@ from tests.conftest import copy_tokenizer, tiny_config, tiny_moe_config, write_c
 # Two million weights per layer: 4 MB in bf16. And eleven million, for a recipe that is quick: 22 MB.
 SMALL = {"hidden_size": 512, "intermediate_size": 768, "head_dim": 128}
 LARGE = {"hidden_size": 1024, "intermediate_size": 3072, "head_dim": 128}
-# Prints the memory of the process after every block, `[resident, most so far]`, from within.
+# Prints the memory of the process after every block, `[resident, most so far]`, from within. What was freed is given
+# back to the system first: how much of it malloc keeps in fragments differs from run to run by megabytes.
 WATCH = """
-import json, re, sys
+import ctypes, gc, json, re, sys
 from contextlib import contextmanager
 from pathlib import Path
 from qwen3_export.core.progress import Progress
@@ -35,6 +36,8 @@ class Watch(Progress):
     @contextmanager
     def bar(self, label, total):
         def tick():
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)
             status = Path("/proc/self/status").read_text()
             found.append([int(re.search(rf"{key}:\\s+(\\d+)", status)[1]) * 1024 for key in ("VmRSS", "VmHWM")])
         yield tick if label.startswith("quantize") else lambda: None
