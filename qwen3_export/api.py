@@ -106,19 +106,10 @@ def quantize(
     from qwen3_export.solve.quantize import quantize as run
 
     settings = QuantizeSettings(
-        calibration=calibration,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
-        memory=memory,
-        device=device,
-        threads=threads,
-        resume=resume,
-        force=force,
-        layout=layout,
-        scratch=None if scratch is None else Path(scratch),
-        cluster=cluster,
-    )
+        calibration=calibration, samples=samples, sequence_length=sequence_length, seed=seed, memory=memory,
+        device=device, threads=threads, resume=resume, force=force, layout=layout,
+        scratch=None if scratch is None else Path(scratch), cluster=cluster,
+    )  # fmt: skip
     return Result(run(open_source(str(source)), load_recipe(recipe), Path(output), settings, _progress(progress)))
 
 
@@ -132,22 +123,25 @@ def plan(
     sequence_length: int | None = None,
     memory: int | None = None,
     nodes: int = 1,
+    output: str | Path | None = None,
+    scratch: str | Path | None = None,
     measure: bool = True,
     progress: OnProgress | None = None,
 ) -> Result:
     """Say what a recipe needs here and where its result can go.
 
     `measure` times the recipe on a block of random numbers; `nodes` like this one share the work.
-    Returns what `qwen3-export plan --json` prints.
+    `output` and `scratch` are where files would go. Returns what `qwen3-export plan --json` prints.
     """
     from qwen3_export.core.recipe import load_recipe
     from qwen3_export.core.source import open_source
     from qwen3_export.preflight import plan as run
     from qwen3_export.solve.job import QuantizeSettings
 
-    settings = QuantizeSettings(samples=samples, sequence_length=sequence_length, memory=memory)
-    found = open_source(str(source))
-    return Result(run(found, load_recipe(recipe), formats, settings, measure, _progress(progress), nodes))
+    place, spilled = (None if path is None else Path(path) for path in (output, scratch))
+    settings = QuantizeSettings(samples=samples, sequence_length=sequence_length, memory=memory, scratch=spilled)
+    given = open_source(str(source)), load_recipe(recipe), formats, settings, measure, _progress(progress)
+    return Result(run(*given, nodes, place))
 
 
 @_named

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from qwen3_export.cli.app import Json, Quiet, Recipe, Source, Verbose, app, console
+from qwen3_export.cli.app import Json, Quiet, Recipe, Scratch, Source, Verbose, app, console
 from qwen3_export.cli.console import fields, size, table, tell
 from qwen3_export.cli.solve import parse_bytes
 from qwen3_export.core.processors import MOST_THREADS, check_device_name
@@ -34,6 +35,10 @@ def plan(
     nodes: Annotated[
         int, typer.Option(min=1, max=10_000, help="Machines like this one that share the work (--cluster).")
     ] = 1,
+    output: Annotated[
+        Path | None, typer.Option(help="Where the result would go: its disk must have the room (default: here).")
+    ] = None,
+    scratch: Scratch = None,
     layout: Annotated[str | None, typer.Option(help="Of the quantized folder (default: the recipe's).")] = None,
     device: Annotated[str, typer.Option(help="`cpu` or `cuda`.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="Default: all.")] = None,
@@ -55,8 +60,10 @@ def plan(
     from qwen3_export.solve.job import QuantizeSettings
 
     show = console(json, quiet, verbose)
-    settings = QuantizeSettings(calibration, samples, sequence_length, 0, limit, device, threads, layout=layout)
-    result = run(checkpoint, chosen, tuple(formats or ()), settings, time, show, nodes)
+    settings = QuantizeSettings(
+        calibration, samples, sequence_length, 0, limit, device, threads, layout=layout, scratch=scratch
+    )
+    result = run(checkpoint, chosen, tuple(formats or ()), settings, time, show, nodes, output)
     show.result(result, lambda: _planned(result, formats or ()))
     if reasons := result["reasons"]:
         more = f", and {len(reasons) - 1} more" if len(reasons) > 1 else ""
@@ -68,7 +75,7 @@ def _planned(result: dict[str, Any], asked: Sequence[str]) -> None:
     known = {
         "possible": "yes" if result["possible"] else "no",
         "peak memory": _size(result["peak_rss_bytes"]),
-        "disk": _size(result["disk_bytes"]),
+        **_disks(result),
         "time": "-" if result["seconds"] is None else f"about {result['seconds']:.0f} s",
         **({"nodes": result["nodes"]} if result["nodes"] > 1 else {}),
     }
@@ -88,6 +95,15 @@ def _planned(result: dict[str, Any], asked: Sequence[str]) -> None:
     table(["format or runtime", "works", "size", "why not"], rows)
     for reason in result["reasons"]:
         tell(f"not possible: {reason}")
+
+
+def _disks(result: dict[str, Any]) -> dict[str, str]:
+    """What is needed on each disk, and what is free there."""
+    disks = result["disks"]
+    if not disks:
+        return {"disk": _size(result["disk_bytes"])}
+    shown = [f"{size(disk['bytes'])}, {size(disk['free_bytes'])} free in {disk['path']}" for disk in disks]
+    return {"disk" if number == 0 else f"disk {number + 1}": text for number, text in enumerate(shown)}
 
 
 def _size(count: int | None) -> str:

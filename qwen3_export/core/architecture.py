@@ -27,17 +27,18 @@ if TYPE_CHECKING:
 ATTENTION, SWIGLU, RESIDUAL = "attention", "swiglu", "residual"
 # The router of a sparse block, by its name inside the block.
 ROUTER = "mlp.gate"
-_EXPERTS = ".experts."
+# What stands before an expert's number in a linear's name.
+EXPERTS = ".experts."
 
 
 def is_expert(name: str) -> bool:
     """Whether a linear belongs to an expert, by its module name or local name."""
-    return _EXPERTS in name
+    return EXPERTS in name
 
 
 def expert_of(name: str) -> int:
     """Number of a linear's expert, from its module name or local name."""
-    return int(name.partition(_EXPERTS)[2].partition(".")[0])
+    return int(name.partition(EXPERTS)[2].partition(".")[0])
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Stage:
     @property
     def prefixes(self) -> list[str]:
         """The modules that hold these linears: one, or one per expert."""
-        return [f"{self.prefix}{_EXPERTS}{expert}" for expert in range(self.experts)] or [self.prefix]
+        return [f"{self.prefix}{EXPERTS}{expert}" for expert in range(self.experts)] or [self.prefix]
 
     @cached_property
     def groups(self) -> list[list[str]]:
@@ -105,7 +106,7 @@ class Stage:
 
     def patterns(self, fused: bool) -> list[str]:
         """Shell patterns of the linears' local names; a single one if `fused`."""
-        prefix = f"{self.prefix}{_EXPERTS}*" if self.routed else self.prefix
+        prefix = f"{self.prefix}{EXPERTS}*" if self.routed else self.prefix
         return [f"{prefix}.{name}" for name in ([self.pattern] if fused else [item.name for item in self.linears])]
 
     def source_rows(self) -> NDArray[np.int64]:

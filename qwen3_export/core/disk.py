@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from qwen3_export.core.units import binary_size
@@ -26,12 +27,17 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def disk_of(path: Path) -> Path:
-    """The mount point of a path's file system; the path itself may be missing."""
+def nearest(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
     place = path.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
-    place = place.resolve()
+    return place
+
+
+def disk_of(path: Path) -> Path:
+    """The mount point of a path's file system; the path itself may be missing."""
+    place = nearest(path).resolve()
     while not os.path.ismount(place):
         place = place.parent
     return place
@@ -42,18 +48,43 @@ def stored_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+@dataclass(frozen=True)
+class Room:
+    """Bytes still to be written to one file system, and its free bytes.
+
+    `folder` is the last of those that the bytes are for.
+    """
+
+    folder: Path
+    needed: int
+    free: int
+
+    @property
+    def suffices(self) -> bool:
+        """Whether all of it fits."""
+        return self.needed <= self.free
+
+
+def room_of(needed: Mapping[Path, int]) -> list[Room]:
+    """The room on each disk for the bytes that some folders still get.
+
+    Folders on one file system share its space. They may be missing yet.
+    """
+    disks: dict[int, list[Path]] = {}
+    for folder in needed:
+        disks.setdefault(os.stat(nearest(folder)).st_dev, []).append(folder)
+    return [
+        Room(folders[-1], sum(map(needed.__getitem__, folders)), shutil.disk_usage(nearest(folders[-1])).free)
+        for folders in disks.values()
+    ]
+
+
 def check_room(needed: Mapping[Path, int], hints: Mapping[Path, str]) -> None:
     """Raise ResourceError when a disk has too little space for its folders.
 
-    `needed` are the most bytes that each folder will hold, present files included. Folders on one file system share its
-    space. `hints` are the remedies by folder.
+    `needed` are the most bytes that each folder will hold, present files included. `hints` are the remedies by folder.
     """
-    for disk in {os.stat(folder).st_dev for folder in needed}:
-        folders = [folder for folder in needed if os.stat(folder).st_dev == disk]
-        wanted = sum(needed[folder] - stored_bytes(folder) for folder in folders)
-        free, last = shutil.disk_usage(folders[-1]).free, folders[-1]
-        if wanted > free:
-            raise ResourceError(
-                f"{last.parent}: about {binary_size(wanted)} are needed, {binary_size(free, up=False)} are free",
-                hints[last],
-            )
+    for room in room_of({folder: most - stored_bytes(folder) for folder, most in needed.items()}):
+        if not room.suffices:
+            needs, free = binary_size(room.needed), binary_size(room.free, up=False)
+            raise ResourceError(f"{room.folder.parent}: about {needs} are needed, {free} are free", hints[room.folder])

@@ -57,6 +57,12 @@ def scratch_folder(
         yield folder
 
 
+def activations_path(scratch: Path, output: Path) -> Path:
+    """The folder that `scratch_folder` yields for an output."""
+    place = _place(scratch, output)
+    return partial_path(place.with_name(f"{place.name}.activations"))
+
+
 def _place(scratch: Path, output: Path) -> Path:
     digits = hashlib.sha256(str(output.absolute()).encode()).hexdigest()[:8]
     return scratch.absolute() / f"{output.name}-{digits}"

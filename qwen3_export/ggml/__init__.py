@@ -143,7 +143,8 @@ def _round_plain(
     else:
         middle, ends = np.float32(scheme.midpoint), _ENDS[scheme.num_bits]
         sums = symmetric.round_simple(words, shift, scheme.group_size, weights, middle, ends, codes, scales)
-    return scales.astype(np.float16), sums
+    with np.errstate(over="ignore"):  # what becomes infinite is refused where it is stored
+        return scales.astype(np.float16), sums
 
 
 def _book(values: NDArray[np.float32], fine: int, cells: int) -> tuple[NDArray, NDArray[np.uint8], np.float32]:

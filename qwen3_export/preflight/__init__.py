@@ -4,6 +4,7 @@ Nothing is written.
 
     __init__    the answer: reasons, memory, disk, time
     formats     every format's verdict and size
+    limits      what is needed, beside the memory and the disks that there are
     runtimes    what each runtime takes of a recipe's schemes
     timing      the recipe itself on a block of random numbers, timed on this machine
 
@@ -13,7 +14,7 @@ This package may import both solving and shipping, which never import each other
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,6 @@ from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.memory import available_bytes
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.recipe import Recipe
-from qwen3_export.core.units import binary_size
 from qwen3_export.errors import ExportError, InputError, RecipeError
 from qwen3_export.preflight.formats import (
     FORMATS,
@@ -32,23 +32,12 @@ from qwen3_export.preflight.formats import (
     formats_with,
     unsupported_tensors,
 )
+from qwen3_export.preflight.limits import Needs, described, disk_limits, disks_of, memory_limits
 from qwen3_export.preflight.runtimes import RUNTIMES
 from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.text.samples import Samples
 
 MOST_NODES = 10_000
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Peak memory and working disk of a run in bytes, its time in seconds.
-
-    None where nothing was timed.
-    """
-
-    peak_rss_bytes: int | None = None
-    disk_bytes: int | None = None
-    seconds: float | None = None
 
 
 def plan(
@@ -59,12 +48,13 @@ def plan(
     measure: bool = True,
     progress: Progress | None = None,
     nodes: int = 1,
+    output: Path | None = None,
 ) -> dict[str, Any]:
     """What a recipe needs and where its result can go, as `--json` prints it.
 
     All `formats` must work; without any, one format is enough. `measure` times the recipe on random numbers; `nodes`
-    like this one share the work (`--cluster`), and each needs the memory. A recipe that cannot work raises no error:
-    `possible` and `reasons` say so.
+    like this one share the work (`--cluster`), and each needs the memory. The result would go to `output`.
+    A recipe that cannot work raises no error: `possible` and `reasons` say so.
     """
     settings, progress = settings or QuantizeSettings(), progress or Progress()
     free = available_bytes()  # before this process takes some itself
@@ -87,7 +77,9 @@ def plan(
     if fits and not found[folder].reason:
         with _collecting(reasons):
             needs = _needs(checkpoint, recipe, settings, measure and not reasons, progress, nodes)
-        reasons += _limits(needs, settings, free)
+        reasons += memory_limits(needs, settings, free)
+    disks = disks_of(needs, settings, nodes, output)
+    reasons += disk_limits(needs, disks, settings)
     return {
         "possible": not reasons,
         "reasons": reasons,
@@ -95,6 +87,7 @@ def plan(
         "recipe": recipe.name,
         "peak_rss_bytes": needs.peak_rss_bytes,
         "disk_bytes": needs.disk_bytes,
+        "disks": described(disks),
         "seconds": needs.seconds,
         "nodes": nodes,
         "formats": {name: verdict.to_dict() for name, verdict in found.items()},
@@ -155,7 +148,7 @@ def _needs(
     from qwen3_export.model.workers import import_torch
     from qwen3_export.solve.blocks import rtn_without_torch
     from qwen3_export.solve.methods import load_method
-    from qwen3_export.solve.preflight import disk_needed, memory_needed
+    from qwen3_export.solve.preflight import activation_bytes, artifact_bytes, memory_needed
     from qwen3_export.solve.quantize import check_device, check_recipe, needs_inputs
 
     check_recipe(checkpoint, recipe, settings.layout or recipe.layout)
@@ -169,13 +162,14 @@ def _needs(
     token_floor = recipe.experts.token_floor(checkpoint.config.expert_width)
     outer = any(recipe.scheme_for(module) for module in checkpoint.config.outer_matrices())
     memory = memory_needed(checkpoint.config, samples, original, token_floor, outputs, outer, without_torch)
-    disk = disk_needed(checkpoint, recipe, samples, original, outputs)
+    artifact = artifact_bytes(checkpoint, recipe)
+    activations = activation_bytes(checkpoint, recipe, samples, original, outputs)
     seconds = None
     if measure:
         from qwen3_export.preflight.timing import estimate_seconds
 
         seconds = estimate_seconds(checkpoint, recipe, samples, settings, progress, nodes)
-    return Needs(memory, disk, seconds)
+    return Needs(memory, artifact, activations, seconds)
 
 
 def planned_samples(checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSettings, progress: Progress) -> Samples:
@@ -186,19 +180,6 @@ def planned_samples(checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSe
     if settings.calibration == "self" or settings.calibration.startswith("hf:"):
         return Samples((np.zeros(length, np.int32),) * count, ("",) * count)
     return calibration_of(checkpoint, recipe, settings, progress)
-
-
-def _limits(needs: Needs, settings: QuantizeSettings, free: int | None) -> list[str]:
-    """Too little memory: what `--memory` allows, or else what this machine has free."""
-    if needs.peak_rss_bytes is None:
-        return []
-    if settings.memory is not None and needs.peak_rss_bytes > settings.memory:
-        needed, allowed = binary_size(needs.peak_rss_bytes), binary_size(settings.memory)
-        return [f"about {needed} of memory are needed, --memory allows {allowed}"]
-    if settings.memory is None and free is not None and needs.peak_rss_bytes > free:
-        needed, there = binary_size(needs.peak_rss_bytes), binary_size(free, up=False)
-        return [f"about {needed} of memory are needed, {there} are free here; --memory says what another machine has"]
-    return []
 
 
 def check_target(

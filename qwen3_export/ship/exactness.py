@@ -54,7 +54,8 @@ class Change(NamedTuple):
 def change_of(original: NDArray, stored: NDArray) -> Change:
     """The change from one array to the other."""
     single = original.astype(np.float32).reshape(-1)
-    difference = stored.astype(np.float32).reshape(-1) - single
+    with np.errstate(invalid="ignore"):
+        difference = stored.astype(np.float32).reshape(-1) - single
     furthest, largest = (float(np.abs(values).max(initial=0)) for values in (difference, single))
     if not largest or not math.isfinite(furthest):
         return Change(furthest, largest)

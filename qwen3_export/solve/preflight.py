@@ -64,13 +64,6 @@ def check_peak_memory(limit: int | None) -> None:
         )
 
 
-def disk_needed(
-    checkpoint: Checkpoint, recipe: Recipe, samples: Samples | None, original: bool = False, fisher_samples: int = 0
-) -> int:
-    """Estimated bytes of a run's files at their fullest: the artifact's and the activations'."""
-    return artifact_bytes(checkpoint, recipe) + activation_bytes(checkpoint, recipe, samples, original, fisher_samples)
-
-
 def artifact_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
     """Estimated bytes of the quantized folder."""
     config = checkpoint.config

@@ -11,7 +11,7 @@ import pytest
 
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
-from qwen3_export.solve.preflight import disk_needed
+from qwen3_export.solve.preflight import artifact_bytes
 from tests.cli.deep_runs import LAYERS, OPTIONS, start_run
 from tests.cli.helpers import call, fill, finish, finished_blocks, hashes, names, refused, wait_for
 
@@ -54,7 +54,7 @@ def test_estimate_of_the_disk_is_enough(recipe: str, deep_model: Path, disk: Cal
 def test_disk_that_is_full_at_the_end(deep_model: Path, disk: Callable[..., Path]) -> None:
     """The estimate knows tensors and sidecars, not the last kilobytes of JSON."""
     recipe = "rtn-w4a16-g32"
-    needed = disk_needed(open_source(str(deep_model)), load_recipe(recipe), None)
+    needed = artifact_bytes(open_source(str(deep_model)), load_recipe(recipe))
     place = disk((needed // 4096 + 2) * 4096)
     command = ("quantize", deep_model, "--recipe", recipe, "--output", place / "out")
     refused(call(*command), 4, "disk is full")

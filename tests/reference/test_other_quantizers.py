@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,26 @@ from qwen3_export.model.decoder import Decoder, load_block
 from qwen3_export.ship.tensorrt import export_tensorrt
 from tests.artifact.support import load_graph
 from tests.cli.helpers import call
-from tests.conftest import random_tensors, tiny_config, write_checkpoint
+from tests.conftest import random_tensors, tiny_config, tiny_moe_config, write_checkpoint
 from tests.reference import packers
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 INPUT_SCALE = np.float32(0.02)
+EXPERTS = "model.layers.1.mlp.experts"
 IDS = np.arange(3, 67, 3, dtype=np.int32)
 
 
-def _modelopt(path: Path, algorithm: str, inputs: bool, *, cache: bool = False, file: str = "both") -> packers.Folder:
+def _modelopt(
+    path: Path,
+    algorithm: str,
+    inputs: bool,
+    *,
+    cache: bool = False,
+    file: str = "both",
+    config: dict[str, Any] | None = None,
+) -> packers.Folder:
     """A folder as ModelOpt's unified export writes it; scales are scalars, `file` says where the configuration is."""
-    random, (folder, linears) = np.random.default_rng(0), packers._start(path, None)
+    random, (folder, linears) = np.random.default_rng(0), packers._start(path, config)
     for number, (name, (out, width)) in enumerate(linears.items()):
         if algorithm == "FP8":
             codes = random.standard_normal((out, width)).astype(ml_dtypes.float8_e4m3fn)
@@ -52,7 +63,7 @@ def _modelopt(path: Path, algorithm: str, inputs: bool, *, cache: bool = False, 
         if cache and name.endswith(("k_proj", "v_proj")):
             folder.tensors[f"{name}.{name[-6]}_scale"] = np.array(1.0, np.float32)
     said = {"quant_algo": algorithm, "kv_cache_quant_algo": "FP8" if cache else None, "exclude_modules": ["lm_head"]}
-    folder.write({"quant_method": "modelopt", **said} if file == "both" else None)
+    folder.write({"quant_method": "modelopt", **said} if file == "both" else None, config)
     values = {"producer": {"name": "modelopt", "version": "0.33.0"}, "quantization": said}
     (path / "hf_quant_config.json").write_text(json.dumps(values))
     return folder
@@ -130,6 +141,62 @@ def test_modelopt_inputs_in_nvfp4_are_rounded_by_its_formula(tmp_path: Path) -> 
     write_checkpoint(folder.path, json.loads((folder.path / "config.json").read_text()), folder.tensors)
     with pytest.raises(CheckpointError, match=r"up_proj.input_scale is 0.0, a positive number was expected"):
         open_checkpoint(folder.path).linear("model.layers.0.mlp.up_proj")
+
+
+def _experts(path: Path, algorithm: str, scale_of: Callable[[int, str], float | None]) -> Path:
+    """A mixture of experts with chosen input scales in its second layer; None stores none."""
+    folder = _modelopt(path, algorithm, True, config=tiny_moe_config())
+    for expert in range(8):
+        for linear in ("gate_proj", "up_proj", "down_proj"):
+            name = f"{EXPERTS}.{expert}.{linear}.input_scale"
+            scale = scale_of(expert, linear)
+            folder.tensors.pop(name)
+            folder.tensors |= {} if scale is None else {name: np.array(scale, np.float32)}
+    return write_checkpoint(path, json.loads((path / "config.json").read_text()), folder.tensors)
+
+
+def _reached(expert: int, linear: str) -> float:
+    return 2.0**-8 * (expert + 1) * (2 if linear == "down_proj" else 1)
+
+
+@pytest.mark.parametrize("algorithm", ["FP8", "NVFP4"])
+def test_experts_that_calibration_did_not_reach_share_their_layers_largest_input_scale(
+    tmp_path: Path, algorithm: str
+) -> None:
+    """ModelOpt stores 0 for them, or nothing; TensorRT-LLM uses the largest scale for all experts of a layer."""
+
+    def stored(expert: int, linear: str) -> float | None:
+        return {2: 0.0, 5: None}.get(expert, _reached(expert, linear))
+
+    def shared(expert: int, linear: str) -> float:
+        return _reached(7 if expert in (2, 5) else expert, linear)
+
+    folder = _experts(tmp_path / "unreached", algorithm, stored)
+    checkpoint, told = open_checkpoint(folder), _experts(tmp_path / "told", algorithm, shared)
+    assert checkpoint.schemes == open_checkpoint(told).schemes
+    with pytest.warns(InputWarning, match="no token of calibration reached"):
+        found = _logits(folder)
+    np.testing.assert_array_equal(found, _logits(told))
+    with warnings.catch_warnings(action="ignore"):
+        scales = {
+            (expert, linear): checkpoint.linear(f"{EXPERTS}.{expert}.{linear}").input_scale  # type: ignore[union-attr]
+            for expert in range(8)
+            for linear in ("gate_proj", "up_proj", "down_proj")
+        }
+    assert scales == {key: shared(*key) for key in scales}
+
+
+def test_experts_whose_layer_has_no_input_scale_at_all(tmp_path: Path) -> None:
+    """Zeros alone say nothing; where none is stored, inputs are not rounded; a negative one is damage."""
+    zeros = open_checkpoint(_experts(tmp_path / "zeros", "NVFP4", lambda expert, linear: 0.0))
+    with pytest.raises(CheckpointError, match=r"experts.3.up_proj.input_scale is 0.0, a positive number was expected"):
+        zeros.linear(f"{EXPERTS}.3.up_proj")
+    none = open_checkpoint(_experts(tmp_path / "none", "NVFP4", lambda expert, linear: None))
+    assert none.schemes[f"{EXPERTS}.3.up_proj"].activations is None
+    assert none.schemes[f"{EXPERTS.replace('1', '0')}.3.up_proj"].activations == "dynamic-group"
+    wrong = open_checkpoint(_experts(tmp_path / "negative", "NVFP4", lambda expert, linear: 1.0 - expert))
+    with pytest.raises(CheckpointError, match=r"experts.3.up_proj.input_scale is -2.0, a positive number"):
+        wrong.linear(f"{EXPERTS}.3.up_proj")
 
 
 @pytest.mark.parametrize("algorithm", ["FP8", "NVFP4"])

@@ -4,6 +4,7 @@
 
     types      the type of every matrix: by llama.cpp's mixes, or the one that holds the codes
     encode     a matrix as data of a type, in pieces of rows
+    losses     a first look at the numbers, for tensors that their type would lose
     write      header, metadata and data of a file or its shards
     metadata   the model's numbers, its tokenizer and its chat template
 
@@ -36,6 +37,7 @@ from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config, block_name
 from qwen3_export.errors import UnsupportedError
 from qwen3_export.ggml import import_loops
 from qwen3_export.ship.gguf.encode import Encoder, in_order
+from qwen3_export.ship.gguf.losses import refuse_lost
 from qwen3_export.ship.gguf.metadata import ARCHITECTURES, add_metadata, check_architecture
 from qwen3_export.ship.gguf.types import Types, choose_types, supports
 from qwen3_export.ship.gguf.write import Planned, shard_paths, split, staged_files, write_header, write_shard
@@ -72,7 +74,8 @@ def export_gguf(
     """Write a GGUF file; returns the result that `--json` prints.
 
     `type_name` is one of `core.gguf_types.FILE_TYPES`; None takes the types that hold the source's codes, or bf16 for
-    a 16-bit source. Raises UnsupportedError, before anything is written, when the codes do not fit.
+    a 16-bit source. Raises UnsupportedError, before anything is written, when the codes do not fit, or when a type
+    would lose its tensor.
     """
     started, progress, options = time.monotonic(), progress or Progress(), options or Options()
     types, plan = _checked(checkpoint, type_name, options)
@@ -247,8 +250,10 @@ def _write(
         for encoded in in_order(tasks):
             encoder.note(encoded.changes)
             yield encoded.data
+        encoder.refuse_lost(item.modules)
 
-    with staged_files(paths, force, inputs) as partials, progress.bar(label, len(plan)) as tick:
+    with staged_files(paths, force, inputs) as partials, progress.bar(label, 2 * len(plan)) as tick:
+        refuse_lost(encoder, plan, tick)
         for number, (partial, shard) in enumerate(zip(partials, shards, strict=True)):
 
             def describe(writer: gguf.GGUFWriter, number: int = number) -> None:
@@ -260,7 +265,6 @@ def _write(
                     writer.add_int32("split.tensors.count", len(plan))
 
             write_shard(partial, architecture, shard, describe, pieces, tick)
-        encoder.refuse_lost()
     return paths
 
 

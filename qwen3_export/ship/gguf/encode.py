@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,6 +31,8 @@ from qwen3_export.ship.gguf.types import Types, widened
 
 _ELEMENTS_AT_ONCE, _ROWS = 1 << 20, 32
 _FLOATS: dict[str, np.dtype] = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
+_PLAIN = {**_FLOATS, "bf16": np.dtype(ml_dtypes.bfloat16)}
+Made = TypeVar("Made")
 # By the names of the tensors that could not be stored unchanged.
 Changes = dict[str, Change]
 
@@ -53,9 +57,7 @@ class Encoder:
         if module in self.checkpoint.schemes:
             tensor = self.checkpoint.linear(module)
             assert isinstance(tensor, QuantizedTensor)
-            cut = _cut(tensor.shape) if tensor.scheme.per_row else [slice(0, tensor.shape[0])]
-            for rows in cut:
-                part = tensor.rows(rows) if tensor.scheme.per_row else tensor
+            for part in pieces_of_rows(tensor):
                 if self._widens(module):
                     yield partial(repack, widen(part))
                 elif module in self.types.requantized:
@@ -63,10 +65,21 @@ class Encoder:
                 else:
                     yield partial(repack, part)
             return
-        tensor_name = f"{module}.weight"
-        shape = self.checkpoint.entry(tensor_name).shape
-        for rows in _cut(shape):
-            yield partial(self._read, module, tensor_name, name, rows)
+        for rows in self.cuts(module):
+            yield partial(self._read, module, f"{module}.weight", name, rows)
+
+    def cuts(self, module: str) -> list[slice]:
+        """The rows of each piece of a matrix that is stored as numbers."""
+        return _cut(self.checkpoint.entry(f"{module}.weight").shape)
+
+    def keeps(self, module: str, name: str) -> bool:
+        """Whether type `name` holds every number of a matrix's stored type."""
+        stored = self.checkpoint.entry(f"{module}.weight").dtype
+        return name in _PLAIN and (stored == _PLAIN[name] or np.can_cast(stored, _PLAIN[name]))
+
+    def rounds_again(self, module: str) -> bool:
+        """Whether a matrix's codes are rounded onto another type."""
+        return module in self.types.requantized and not self._widens(module)
 
     def _widens(self, module: str) -> bool:
         again = self.types.requantized.get(module)
@@ -99,17 +112,27 @@ class Encoder:
         for name, change in changes.items():
             self.changes[name] = self.changes.get(name, Change()).joined(change)
 
-    def refuse_lost(self) -> None:
-        """Raise UnsupportedError for a tensor that its type does not hold."""
-        for name, change in self.changes.items():
-            module = name.removesuffix(".weight")
-            refuse_lost(name, change, self.types.modules.get(module, "fp16"))
+    def refuse_lost(self, modules: Iterable[str]) -> None:
+        """Raise UnsupportedError for a matrix that its type does not hold."""
+        for module in modules:
+            for part in ("weight", "scales", "minimums"):
+                if change := self.changes.get(f"{module}.{part}"):
+                    kind = self.types.modules.get(module, "fp16") if part == "weight" else "fp16"
+                    refuse_lost(f"{module}.{part}", change, kind)
 
     def inexact(self) -> list[Inexact]:
         """The tensors that could not be stored exactly, with their largest errors."""
         return [
             {"name": name, "max_rel_error": change.error} for name, change in self.changes.items() if change.furthest
         ]
+
+
+def pieces_of_rows(tensor: QuantizedTensor) -> Iterator[QuantizedTensor]:
+    """A quantized matrix in pieces of rows; whole where its rows belong together."""
+    for rows in _cut(tensor.shape) if tensor.scheme.per_row else ():
+        yield tensor.rows(rows)
+    if not tensor.scheme.per_row:
+        yield tensor
 
 
 def _cut(shape: tuple[int, ...]) -> list[slice]:
@@ -134,8 +157,6 @@ def encode(tensor: str, weight: NDArray, name: str, importance: NDArray | None) 
 
 
 def _encode_bf16(tensor: str, weight: NDArray) -> Encoded:
-    import ml_dtypes
-
     if weight.dtype == ml_dtypes.bfloat16:
         return Encoded(weight.view(np.uint8), {})
     data = weight.astype(ml_dtypes.bfloat16)
@@ -183,10 +204,10 @@ def _half_change(name: str, values: NDArray[np.float32]) -> Changes:
     return {name: change}
 
 
-def in_order(tasks: Iterable[Callable[[], Encoded]], threads: int | None = None) -> Iterator[Encoded]:
+def in_order(tasks: Iterable[Callable[[], Made]], threads: int | None = None) -> Iterator[Made]:
     """Results of pieces of work in order, computed by threads a few ahead."""
     count = thread_count(threads)
-    waiting: deque[Future[Encoded]] = deque()
+    waiting: deque[Future[Made]] = deque()
     with ThreadPoolExecutor(count) as pool:
         try:
             for task in tasks:

@@ -102,7 +102,7 @@ _COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     ),
     "plan": (
         ("model", "--recipe", "rtn-w4a16-g32", "--no-time"),
-        {"--format": "w", "--memory": "s", "--nodes": "n", "--layout": "w", "--samples": "n"},
+        {"--format": "w", "--memory": "s", "--nodes": "n", "--layout": "w", "--samples": "n", "--output": "w"},
     ),
     "tasks": ((), {"--count": "n", "--seed": "n", "--kinds": "w"}),
     "tensorrt": (

@@ -18,7 +18,7 @@ from qwen3_export.solve.blocks.fold import fold_sites, search_scales
 from qwen3_export.solve.calibration.collect import collect_moments
 from qwen3_export.solve.calibration.moments import SampleInputs
 from qwen3_export.solve.job import QuantizeSettings
-from qwen3_export.solve.preflight import disk_needed
+from qwen3_export.solve.preflight import activation_bytes
 from qwen3_export.solve.quantize import quantize
 from qwen3_export.solve.rounding.grid import find_grid, range_grid, round_to
 from qwen3_export.text.samples import Samples
@@ -116,7 +116,7 @@ def test_the_room_for_a_fold_is_counted_where_a_recipe_leaves_it_to_the_method(t
     source, rules = open_checkpoint(write_checkpoint(tmp_path / "model", tiny_config())), [{"match": "*", "scheme": {}}]
     text = Samples([np.zeros(64, np.int32)] * 64, ["test"] * 64)
     rooms = [
-        disk_needed(
+        activation_bytes(
             source, Recipe.from_dict({"name": "r", "method": "awq", "rules": rules, "options": options}, "r"), text
         )
         for options in ({}, {"fold": "awq"}, {"fold": "none"})

@@ -22,7 +22,7 @@ from qwen3_export.model.table import Table
 from qwen3_export.solve import chunk_sizes as cuts
 from qwen3_export.solve.blocks import embeddings as head
 from qwen3_export.solve.job import QuantizeSettings
-from qwen3_export.solve.preflight import disk_needed, memory_needed
+from qwen3_export.solve.preflight import artifact_bytes, memory_needed
 from qwen3_export.solve.quantize import quantize
 from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import calibration_samples
@@ -218,7 +218,7 @@ def test_the_manifest_and_the_sizes_count_them(sources: dict[bool, Path], tmp_pa
     assert result["tensors"] == len(layers) == 14 + (1 if tied else 2) == len(made.schemes)
     assert result["bits_per_weight"] < 9
     written = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
-    assert disk_needed(source, chosen, None) == pytest.approx(written, rel=0.1)
+    assert artifact_bytes(source, chosen) == pytest.approx(written, rel=0.1)
     assert memory_needed(source.config, None, outer=True) >= memory_needed(source.config, None)
 
 

@@ -1,0 +1,95 @@
+"""What a run needs, beside the memory and disks that there are.
+
+This machine's memory and disks count where the run would be here. A plan for other machines, with `--memory` or for
+several nodes, is judged by what its options name: a limit of memory, a place on a disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen3_export.core.disk import Room, room_of, stored_bytes
+from qwen3_export.core.outputs import partial_path
+from qwen3_export.core.units import binary_size
+from qwen3_export.core.working_folders import activations_path
+from qwen3_export.solve.job import QuantizeSettings
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Peak memory of a run in bytes, its files' bytes, its time in seconds.
+
+    None where nothing was computed or timed.
+    """
+
+    peak_rss_bytes: int | None = None
+    artifact_bytes: int | None = None
+    activation_bytes: int = 0
+    seconds: float | None = None
+
+    @property
+    def disk_bytes(self) -> int | None:
+        """Bytes of all files at their fullest."""
+        return None if self.artifact_bytes is None else self.artifact_bytes + self.activation_bytes
+
+
+def memory_limits(needs: Needs, settings: QuantizeSettings, free: int | None) -> list[str]:
+    """Too little memory: what `--memory` allows, or else what this machine has free."""
+    if needs.peak_rss_bytes is None:
+        return []
+    if settings.memory is not None and needs.peak_rss_bytes > settings.memory:
+        needed, allowed = binary_size(needs.peak_rss_bytes), binary_size(settings.memory)
+        return [f"about {needed} of memory are needed, --memory allows {allowed}"]
+    if settings.memory is None and free is not None and needs.peak_rss_bytes > free:
+        needed, there = binary_size(needs.peak_rss_bytes), binary_size(free, up=False)
+        return [f"about {needed} of memory are needed, {there} are free here; --memory says what another machine has"]
+    return []
+
+
+def disks_of(needs: Needs, settings: QuantizeSettings, nodes: int, output: Path | None) -> list[Room]:
+    """The disks of this machine that the run writes to.
+
+    Without `output` its result goes to the current folder. Files of an unfinished run, which a next one takes over,
+    need no more room.
+    """
+    if needs.artifact_bytes is None:
+        return []
+    here, scratch = settings.memory is None and nodes == 1, settings.scratch
+    needed: dict[Path, int] = {}
+    if output is not None or here:
+        spilled = needs.activation_bytes if scratch is None else 0
+        needed[Path() if output is None else output.parent] = needs.artifact_bytes + spilled - _present(output)
+    if scratch is not None:
+        present = 0 if output is None else _stored(activations_path(scratch, output))
+        needed[scratch] = needed.get(scratch, 0) + needs.activation_bytes - present
+    return room_of(needed)
+
+
+def disk_limits(needs: Needs, disks: list[Room], settings: QuantizeSettings) -> list[str]:
+    """Disks that have too little room."""
+    remedy = "--output says where else the result goes"
+    if settings.scratch is None and needs.activation_bytes:
+        remedy += f", --scratch where the activations do ({binary_size(needs.activation_bytes)})"
+    elif settings.scratch is not None:
+        remedy += ", --scratch where the activations do"
+    return [
+        f"about {binary_size(disk.needed)} of disk are needed, {binary_size(disk.free, up=False)} are free in "
+        f"{disk.folder.absolute()}; {remedy}"
+        for disk in disks
+        if not disk.suffices
+    ]
+
+
+def described(disks: list[Room]) -> list[dict[str, Any]]:
+    """The disks as `--json` prints them."""
+    return [{"path": str(disk.folder), "bytes": max(0, disk.needed), "free_bytes": disk.free} for disk in disks]
+
+
+def _present(output: Path | None) -> int:
+    return 0 if output is None else _stored(partial_path(output))
+
+
+def _stored(folder: Path) -> int:
+    return stored_bytes(folder) if folder.is_dir() else 0
