@@ -151,7 +151,10 @@ def record(what: str, run: Run, common: dict[str, Any], planned: Run | None = No
         "scratch_bytes": run.scratch_bytes,
         "disk_bytes": run.result.get("bytes") or sum(file["bytes"] for file in run.result.get("files", [])),
     }
-    if run.result.get("experts"):
+    if run.spent:
+        values["spent"] = run.spent
+    # Without calibration no tokens reach them.
+    if run.result.get("experts") and run.result.get("calibration_sha256"):
         values["experts"] = {name: run.result["experts"].get(name) for name in ("min_tokens", "below_floor")}
     if planned is not None:
         values["plan"] = {name: planned.result[name] for name in ("peak_rss_bytes", "disk_bytes", "seconds")}

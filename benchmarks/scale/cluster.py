@@ -32,7 +32,13 @@ LAYERS, LENGTH, RECIPE = 2, 512, "gptq-w4a16-g128"
 COMMAND = [sys.executable, "-c", "from qwen3_export.cli import main; main()"]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 HEAD, PORT = "10.77.0.1", 6391
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0", "OMP_NUM_THREADS": "1"}
+# Nothing but these nodes reaches the namespaces, so they need no token of Ray.
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 def sh(*command: object, check: bool = True) -> None:
@@ -50,6 +56,9 @@ def inside(node: int) -> list[str]:
 @contextmanager
 def namespaces() -> Iterator[None]:
     """Two network namespaces that reach each other and nothing else."""
+    # Those of a run that was killed.
+    for node in range(2):
+        sh("ip", "netns", "delete", f"q3e-{'ab'[node]}", check=False)
     try:
         for node in range(2):
             sh("ip", "netns", "add", f"q3e-{'ab'[node]}")

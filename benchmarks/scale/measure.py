@@ -1,4 +1,7 @@
-"""Runs a command in its own process; measures time, memory and scratch space."""
+"""Runs a command in its own process; measures time, memory and scratch space.
+
+Its output goes to files, since a pipe holds 64 KB and the result names every expert.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.process import environment, high_water
-
-_CODE = "from qwen3_export.cli import main; main()"
 
 
 @dataclass(frozen=True)
@@ -26,28 +28,34 @@ class Run:
     peak_rss: int
     scratch_bytes: int
     result: dict[str, Any]
+    spent: dict[str, float]
 
 
 def measure(arguments: Sequence[str | Path], threads: int, scratch: Path | None = None) -> Run:
     """Run `qwen3-export ARGUMENTS --json`; RuntimeError with its last lines where it fails."""
-    command = [sys.executable, "-c", _CODE, *map(str, arguments), "--json", "--quiet"]
-    started, peak, spilled = time.monotonic(), 0, 0
-    with subprocess.Popen(
-        command, env=environment(threads, {}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        while True:
-            peak = max(peak, high_water(process.pid))
-            spilled = max(spilled, used(scratch)) if scratch is not None else 0
-            done, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if done:
-                break
-            time.sleep(0.2)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        out, said = process.communicate()
-    if process.returncode:
-        raise RuntimeError(" / ".join(said.strip().splitlines()[-2:]) or f"status {process.returncode}")
-    cost = usage.ru_utime + usage.ru_stime
-    return Run(time.monotonic() - started, cost, peak, spilled, json.loads(out))
+    with tempfile.TemporaryDirectory() as name:
+        out, said, times = (Path(name) / file for file in ("out", "said", "times"))
+        timed = [sys.executable, "-m", "benchmarks.scale.timed", str(times)]
+        started, peak, spilled = time.monotonic(), 0, 0
+        with out.open("wb") as stdout, said.open("wb") as stderr:
+            process = subprocess.Popen(
+                [*timed, *map(str, arguments), "--json", "--quiet"],
+                env=environment(threads, {}), stdout=stdout, stderr=stderr,
+            )  # fmt: skip
+        with process:
+            while True:
+                peak = max(peak, high_water(process.pid))
+                spilled = max(spilled, used(scratch)) if scratch is not None else 0
+                done, status, usage = os.wait4(process.pid, os.WNOHANG)
+                if done:
+                    break
+                time.sleep(0.2)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        wall, cost = time.monotonic() - started, usage.ru_utime + usage.ru_stime
+        if process.returncode:
+            last = said.read_text(errors="replace").strip().splitlines()[-2:]
+            raise RuntimeError(" / ".join(last) or f"status {process.returncode}")
+        return Run(wall, cost, peak, spilled, json.loads(out.read_text()), json.loads(times.read_text()))
 
 
 def used(folder: Path) -> int:

@@ -21,7 +21,8 @@ the real vocabulary included.
 def report(records: Sequence[Record]) -> str:
     """The whole results file."""
     ordered = sorted(records, key=lambda r: (list(MODELS).index(r["model"]), r["what"], r["rows"], r["layers"]))
-    return "\n".join([_HEAD, "## Runs", "", *_runs(ordered), "", "## At full depth", "", *_lines(ordered), ""])
+    runs = [_HEAD, "## Runs", "", *_runs(ordered), "", "## At full depth", "", *_lines(ordered), ""]
+    return "\n".join([*runs, "## Where the time goes", "", *_spent(ordered), ""])
 
 
 def _runs(records: Sequence[Record]) -> list[str]:
@@ -41,6 +42,18 @@ def _runs(records: Sequence[Record]) -> list[str]:
             _coverage(r, experts),
         ])  # fmt: skip
     return _table(header, rows)
+
+
+def _spent(records: Sequence[Record]) -> list[str]:
+    """Wall seconds by kind of work; those of the deepest slice of each model and recipe."""
+    deepest = {(r["model"], r["what"], r["rows"]): r for r in records if r.get("spent")}
+    rows = []
+    for r in deepest.values():
+        rest = r["wall_s"] - sum(r["spent"].values())
+        parts = sorted({**r["spent"], "other": rest}.items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{label} {value:.0f} ({value / r['wall_s']:.0%})" for label, value in parts if value >= 0.5)
+        rows.append([r["model"], r["what"], r["layers"], r["rows"], f"{r['cpu_s'] / r['wall_s']:.2f}", shown])
+    return _table(["model", "what", "layers", "rows", "cores busy", "wall seconds"], rows)
 
 
 def _coverage(record: Record, experts: dict[str, Any] | None) -> str:

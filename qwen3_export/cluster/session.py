@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from qwen3_export.core.process import uncollected, uninterrupted
@@ -23,6 +25,8 @@ STORE_BYTES = 100 << 20
 # Seconds to wait for a connection, and for a process to end.
 _CONNECT_SECONDS, _END_SECONDS = 5, 10
 _LONGEST_PLACE = 24
+# Environment variables of Ray's authentication: `token` or `disabled`, and the token.
+_MODE, _TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -192,7 +196,7 @@ def open_session(address: str, workers: int = 1, gpus: int = 0) -> Iterator[RayS
         import ray
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL, "configure_logging": True}
     try:
-        with uninterrupted():
+        with uninterrupted(), _own_token() if is_local else nullcontext():
             if is_local:
                 ray.init(
                     address="local", num_cpus=workers, num_gpus=gpus, include_dashboard=False,
@@ -204,7 +208,8 @@ def open_session(address: str, workers: int = 1, gpus: int = 0) -> Iterator[RayS
     except (ConnectionError, RuntimeError, OSError, ValueError) as error:
         raise MissingRuntimeError(
             f"--cluster {address}: {str(error).strip().splitlines()[0]}",
-            "run on a node of the cluster (ray start --address=HOST:PORT), with the same versions of Python and ray",
+            "run on a node of the cluster (ray start --address=HOST:PORT), with the same versions of Python and ray; "
+            "if it has a token, with RAY_AUTH_MODE=token",
         ) from error
     try:
         yield RaySession()
@@ -212,6 +217,28 @@ def open_session(address: str, workers: int = 1, gpus: int = 0) -> Iterator[RayS
         ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _own_token() -> Iterator[None]:
+    """A token for a cluster that is started here.
+
+    Ray would write one into the home folder, and from then on ask for it on clusters that the user starts.
+    """
+    before = {name: os.environ.get(name) for name in (_MODE, _TOKEN)}
+    os.environ.setdefault(_TOKEN, _token())
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+
+
+@cache
+def _token() -> str:
+    """One for all clusters of this process, since Ray reads it once."""
+    return secrets.token_hex(32)
 
 
 def _parsed(address: str) -> tuple[str, int]:

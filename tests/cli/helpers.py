@@ -79,21 +79,21 @@ def start(*arguments: object, env: dict[str, str] | None = None, cwd: Path | Non
     )
 
 
-def run_silently(arguments: list[str]) -> None:
+def run_silently(arguments: list[str], log: str) -> None:
     """Run a command line in this process and end it; the child of `fork`."""
-    with open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+    with open(log, "w", buffering=1) as said, redirect_stdout(said), redirect_stderr(said):
         code = run(arguments)
     os._exit(code)
 
 
-def fork(*arguments: object) -> BaseProcess:
-    """Start a command line in a forked process, which has its imports done.
+def fork(*arguments: object, log: Path | str = os.devnull) -> BaseProcess:
+    """Start a command line in a forked process, which has its imports done; its output goes to `log`.
 
     So a signal can reach the command at a chosen moment of its work.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["qwen3_export.cli", "qwen3_export.solve.quantize", "tests.cli.helpers"])
-    process = context.Process(target=run_silently, args=([str(argument) for argument in arguments],))
+    process = context.Process(target=run_silently, args=([str(argument) for argument in arguments], str(log)))
     process.start()
     return process
 

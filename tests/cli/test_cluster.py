@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from qwen3_export.core.outputs import partial_path
-from tests.cli.helpers import COMMAND, call, finish, hashes, names, refused, start, write_text_model
+from tests.cli.cluster_kills import Deaths, kill_worker_then_driver, wait_for_end
+from tests.cli.helpers import call, finish, hashes, names, refused, start, write_text_model
 from tests.conftest import tiny_moe_config
 
 pytestmark = pytest.mark.xdist_group("ray")
 OPTIONS = ("--recipe", "gptq-w4a16-g32", "--samples", "12", "--sequence-length", "64")
-# Workers and drivers that are killed in turn.
+# Moments at which a worker and then the driver is killed: half of them for each of two models.
 KILLS = 10
 
 
@@ -94,48 +92,43 @@ def test_any_number_of_nodes_gives_the_bytes_of_one_process(
     assert names(tmp_path) == ["dense", "moe"]
 
 
-def _processes(log: str) -> list[int]:
-    return [int(number) for number in re.findall(r"^worker \d+ on .*, process (\d+)$", log, re.MULTILINE)]
-
-
-def _kill_a_worker(log: Path, moment: float, random_source: random.Random, driver: subprocess.Popen[bytes]) -> bool:
-    """Wait until there are workers, then for a while, and kill one that is alive; False when the run was faster."""
-    while len(found := _processes(log.read_text())) < 2:
-        if driver.poll() is not None:
-            return False
-        time.sleep(0.05)
-    time.sleep(moment)
-    alive = [number for number in found if Path(f"/proc/{number}").exists()]
-    if driver.poll() is not None or not alive:
-        return False
-    os.kill(random_source.choice(alive), signal.SIGKILL)
-    return True
-
-
+@pytest.mark.parametrize("name", ["dense", "moe"])
 def test_killed_workers_and_drivers_change_no_byte(
-    nodes: Nodes, models: dict[str, Path], wanted: dict[str, dict[str, str]], tmp_path: Path
+    name: str, nodes: Nodes, models: dict[str, Path], wanted: dict[str, dict[str, str]], tmp_path: Path
+) -> None:
+    """A run goes on after each of its drivers' deaths; one that has finished starts over."""
+    nodes.grow(2)
+    chosen, out, deaths, logs = random.Random(name), tmp_path / "out", Deaths(), list[Path]()
+    arguments = ["quantize", str(models[name]), *OPTIONS, "--output", str(out), "--cluster", nodes.address]
+    while not deaths.suffice(KILLS // 2):
+        assert len(logs) < 2 * KILLS, deaths
+        logs.append(tmp_path / f"log-{len(logs)}")
+        code = kill_worker_then_driver(arguments, logs[-1], chosen, deaths)
+        assert code in (0, -signal.SIGKILL), logs[-1].read_text()
+        if out.exists():
+            assert hashes(out) == wanted[name]
+            shutil.rmtree(out)
+    assert call(*arguments).code == 0
+    assert hashes(out) == wanted[name]
+    assert not partial_path(out).exists()
+    wait_for_end(logs)
+
+
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_a_search_on_nodes_finds_the_recipe_of_one_process(
+    name: str, nodes: Nodes, models: dict[str, Path], tmp_path: Path
 ) -> None:
     nodes.grow(2)
-    chosen, out, killed = random.Random(7), tmp_path / "out", 0
-    command = [*COMMAND, "quantize", str(models["dense"]), *OPTIONS, "--output", str(out), "--cluster", nodes.address]
-    while killed < KILLS:
-        log = tmp_path / f"log-{killed}"
-        with log.open("wb") as file:
-            driver = subprocess.Popen([*command, "-v"], stdout=file, stderr=file)
-        try:
-            killed += _kill_a_worker(log, chosen.uniform(0, 1.5), chosen, driver)
-            time.sleep(chosen.uniform(0, 4))
-            killed += driver.poll() is None
-        finally:
-            driver.kill()
-            code = driver.wait()
-        assert code in (0, -signal.SIGKILL), log.read_text()
-        if code == 0:
-            assert hashes(out) == wanted["dense"]
-            shutil.rmtree(out)
-    assert call(*command[len(COMMAND) :]).code == 0
-    assert hashes(out) == wanted["dense"]
-    assert not partial_path(out).exists()
+    method = {"dense": "gptq", "moe": "rtn"}[name]
+    asked = ("recipes", "search", models[name], "--target-bpw", "4.5", "--method", method, *OPTIONS[2:])
+    files = tmp_path / "alone.yaml", tmp_path / "shared.yaml"
+    alone = call(*asked, "--output", files[0], "--json")
+    shared = call(*asked, "--output", files[1], "--cluster", nodes.address, "--json", "-v")
+    assert len(set(re.findall(r"^worker \d+ on .*, process (\d+)$", shared.err, re.MULTILINE))) == 2, shared.err
+    assert files[0].read_bytes() == files[1].read_bytes()
+    for key in ("recipe", "bits_per_weight", "expected_kl", "units"):
+        assert shared.json[key] == alone.json[key]
+    assert names(tmp_path) == ["alone.yaml", "shared.yaml"]
 
 
 def test_workers_started_here_are_quiet_and_leave_nothing(
@@ -143,11 +136,14 @@ def test_workers_started_here_are_quiet_and_leave_nothing(
 ) -> None:
     options = (*OPTIONS, "--output", tmp_path / "out", "--cluster", "local:2", "--json")
     scratch = Path(tempfile.mkdtemp(dir="/tmp", prefix="q"))
-    outcome = finish(start("quantize", models["moe"], *options, env={"TMPDIR": str(scratch)}))
+    (home := tmp_path / "home").mkdir()
+    outcome = finish(start("quantize", models["moe"], *options, env={"TMPDIR": str(scratch), "HOME": str(home)}))
     assert len(outcome.json["workers"]) == 2
     assert "ray" not in outcome.err.lower().replace("array", "")
     assert hashes(tmp_path / "out") == wanted["moe"]
     assert names(scratch) == []
+    # A token that Ray left there would be asked for on every cluster that is started later.
+    assert ".ray" not in names(home)
     scratch.rmdir()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.scale.__main__ import ALL, keep
+from benchmarks.scale.measure import measure
 from benchmarks.scale.models import MODELS, make_slice
 from benchmarks.scale.report import report
 from qwen3_export.core.checkpoint import open_checkpoint
@@ -17,6 +19,7 @@ def _record(layers: int, wall: float) -> dict[str, object]:
         "model": "30B-A3B", "what": "gptq", "layers": layers, "rows": "128 × 512", "wall_s": wall, "cpu_s": 2 * wall,
         "peak_rss": 4_000_000_000, "scratch_bytes": 5_000_000_000, "disk_bytes": 1_000_000_000,
         "experts": {"min_tokens": 17, "below_floor": 60},
+        "spent": {"experts": 0.6 * wall, "advance": 0.3 * wall},
         "plan": {"peak_rss_bytes": 5_000_000_000, "seconds": wall / 2},
     }  # fmt: skip
 
@@ -40,8 +43,21 @@ def test_every_model_is_measured_and_the_depth_is_on_a_line(tmp_path: Path) -> N
     assert "| 80 | 160 | 4.00, 4.00 | 48 layers: 1.1 h |" in text
     assert "5.00 GB, 0.80" in text
     assert "17, 60 of 512" in text
+    assert "| 2.00 | experts 204 (60%), advance 102 (30%), other 34 (10%) |" in text
     results = tmp_path / "results.json"
     for wall in (100.0, 90.0):
         keep(results, _record(1, wall))
     assert results.read_text().count('"model"') == 1
     assert "| 90 |" in results.with_suffix(".md").read_text()
+
+
+def test_a_result_longer_than_a_pipe_is_read_and_has_the_time_of_each_kind_of_work(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 8192, "hidden_size": 128, "moe_intermediate_size": 128, "num_attention_heads": 2}
+    source = make_slice(tmp_path / "slice", "30B-A3B", 1, **sizes, num_key_value_heads=1)
+    options = ["--recipe", "gptq-w4a16-g128", "--samples", "2", "--sequence-length", "32", "--threads", "1"]
+    run = measure(["quantize", source, *options, "--output", tmp_path / "out"], 1)
+    assert len(json.dumps(run.result)) > 1 << 16
+    assert {"experts", "advance", "moments", "rows"} <= set(run.spent)
+    assert 0 < sum(run.spent.values()) < run.wall_s
+    assert run.cpu_s > 0
+    assert run.peak_rss > 100 << 20
