@@ -29,6 +29,8 @@ ROWS, LENGTH = 128, 512
 CORES, LINK, STORE = 16, 1.25e9, 5e9
 NODES = (1, 2, 4, 8, 16, 32, 64)
 STRIP, CHUNK, TOGETHER = 256, 512, 4
+# Scales that a fold tries at each place, and the experts that it looks at (`solve.blocks.fold`).
+SCALES, EXPERTS_TRIED = 21, 8
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ def shares(config: Qwen3Config, tokens: int) -> Iterator[Share]:
     for stage in config.block(0).stages:
         groups, own = stage.groups, [shapes[name] for name in stage.groups[0]]
         width, out = own[0][1], sum(shape[0] for shape in own)
+        # One place before a norm's linears, one before each that writes to the residual stream.
+        tried = len(own) * min(len(groups), EXPERTS_TRIED) if not stage.writes_residual else 1
+        for _ in range(len(groups) if stage.writes_residual else 1):
+            yield Share("fold", SCALES, tried * width * width, 1, 0.0)
         if stage.routed:
             share = config.experts_per_token / config.num_experts
             unit = tokens * share * width * width / 2 + out * width * width
@@ -85,8 +91,8 @@ def rates(run: Mapping[str, Any], config: Qwen3Config, tokens: int, layers: int)
     shared = {label: sum(item[key] for key in ("working", "waiting", "writing", "reading"))
               for label, item in worker["shared"].items()}  # fmt: skip
     found = {label: worker["shared"][label]["working"] / layers / total for label, total in units.items()}
-    # Work that is not in `shares` is done by every node.
-    alone = worker["seconds"] - sum(shared[label] for label in units)
+    # What is not shared is done by every node; `routing` and `keep` are shared but take no time.
+    alone = worker["seconds"] - sum(shared.values())
     return {**found, "own": max(0.0, alone) / layers / own_units(config)}
 
 

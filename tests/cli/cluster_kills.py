@@ -16,7 +16,7 @@ from tests.cli.helpers import fork
 # Longest time in seconds for a start, for a process to vanish.
 _START, _END = 120, 30
 # Random moments: seconds from the workers' start to a worker's death, and from there to the driver's.
-_WORKER, _DRIVER = 1.5, 5.0
+_WORKER, _DRIVER = 1.5, 4.0
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Deaths:
 
 
 def kill_worker_then_driver(arguments: list[str], log: Path, chosen: random.Random, deaths: Deaths) -> int:
-    """Start a driver, kill one of its two workers, then the driver; both at random moments.
+    """Start a driver, kill one of its workers, then the driver; both at random moments.
 
     Returns its exit code, which is 0 when it finished before. A driver counts only if its worker died before it.
     """
