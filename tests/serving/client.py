@@ -30,7 +30,7 @@ def post(path: str, body: object) -> tuple[int, str]:
         f"http://{HTTP}/v2/models/{MODEL}/{path}", data, {"Content-Type": "application/json"}
     )
     try:
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -62,7 +62,7 @@ def stream(question: str, stop_after: int | None = None) -> dict[str, object]:
     client.async_stream_infer(MODEL, inputs)
     pieces, reason, failure = [], "", None
     while True:
-        result, error = answers.get(timeout=120)
+        result, error = answers.get(timeout=60)
         if error is not None:
             failure = str(error)
             break

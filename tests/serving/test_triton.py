@@ -45,12 +45,20 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def ask(environment: tritonserver.Environment, repository: Path, log: Path) -> dict[str, Any]:
-    with tritonserver.serving(environment, repository, "qwen3", log) as (http, grpc):
-        script = Path(__file__).with_name("client.py")
-        command = [environment.python, script, http, grpc, "qwen3", repository, str(TOKENS)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr + log.read_text()[-2000:]
-        found = json.loads(done.stdout)
+    """What the client found.
+
+    Rarely the server aborts by itself (`double free or corruption`, `Signal (6) received.`; known of its python backend,
+    with memcheck silent in the model's process): then another is started, twice at most.
+    """
+    script = Path(__file__).with_name("client.py")
+    for _ in range(3):
+        with tritonserver.serving(environment, repository, "qwen3", log) as (http, grpc):
+            command = [environment.python, script, http, grpc, "qwen3", repository, str(TOKENS)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        if done.returncode == 0 or "Signal (6) received." not in log.read_text():
+            break
+    assert done.returncode == 0, done.stderr + log.read_text()[-2000:]
+    found = json.loads(done.stdout)
     assert isinstance(found, dict)
     return found
 
