@@ -47,8 +47,8 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def ask(environment: tritonserver.Environment, repository: Path, log: Path) -> dict[str, Any]:
     """What the client found.
 
-    Rarely the server aborts by itself (`double free or corruption`, `Signal (6) received.`; known of its python backend,
-    with memcheck silent in the model's process): then another is started, twice at most.
+    Rarely the server aborts by itself (`double free or corruption`, `Signal (6) received.`), which is known of it;
+    memcheck finds nothing in the model's process. Then another is started, twice at most.
     """
     script = Path(__file__).with_name("client.py")
     for _ in range(3):
