@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ from qwen3_export.core.tensorfile import write_tensors
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What starts the tests may set COLUMNS, which commands started here would take for a terminal's width.
 os.environ.pop("COLUMNS", None)
+# In a shell's background Ctrl-C is ignored, which the commands started here would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Property tests are the same in every run, and never fail because the machine is busy.
 settings.register_profile("project", deadline=None, derandomize=True, database=None)
 settings.load_profile("project")

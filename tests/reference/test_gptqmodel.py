@@ -25,9 +25,13 @@ from tests.cli.helpers import call, write_text_model
 from tests.conftest import tiny_moe_config
 from tests.reference.models import TOLERANCE, dequantized, our_logits, random_rows, relative_error
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("gptqmodel") is None, reason="GPTQModel is not installed; `make test` does it"
-)
+# One group: the fixture quantizes several folders and opens them in a process of GPTQModel's own.
+pytestmark = [
+    pytest.mark.xdist_group("gptqmodel"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("gptqmodel") is None, reason="GPTQModel is not installed; `make test` does it"
+    ),
+]
 # Eleven bits of mantissa, through every layer.
 IN_FP16 = 2e-2
 VOCABULARY = 8192
