@@ -1,4 +1,6 @@
-"""KL of two sets of logits that come in pieces of the vocabulary, so that no whole row is ever held.
+"""KL of two sets of logits that come in pieces of the vocabulary.
+
+No whole row is ever held.
 
 With a and b the logits of one position, p = softmax(a) and q = softmax(b):
 
@@ -29,7 +31,10 @@ def divergence(pieces: Iterable[Piece]) -> NDArray[np.float64]:
 
 
 class _Sums:
-    """Σ exp(a), Σ exp(b) and Σ exp(a)·(a − b) so far, each divided by the exponential of its largest logit."""
+    """The sums so far: Σ exp(a), Σ exp(b) and Σ exp(a)·(a − b).
+
+    Each is divided by the exponential of its largest logit.
+    """
 
     def __init__(self, positions: int) -> None:
         self._top = np.full((2, positions), -np.inf, np.float32)

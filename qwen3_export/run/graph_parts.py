@@ -1,4 +1,6 @@
-"""A decoder's ONNX graph cut into parts that run one after another, so that one part's weights are in memory.
+"""A decoder's ONNX graph cut into parts that run one after another.
+
+The weights of one part are in memory.
 
     inputs ─ [ embedding, mask, RoPE ] ─ [ layers ] ─ [ layers ] ─ … ─ [ norm ] ─ [ rows of the head ] × n ─▶ logits
 
@@ -148,12 +150,15 @@ class GraphParts:
             yield range(begin, min(begin + step, self.vocab_size))
 
     def _without_wide_head(self, unit: list[onnx.NodeProto]) -> list[list[onnx.NodeProto]]:
-        """A unit, or what comes before its head and a head that is to be cut."""
+        """A unit, parted before a head that is to be cut."""
         heads = [i for i, node in enumerate(unit) if self._is_wide_head(unit[i:])]
         return [nodes for nodes in (unit[: heads[0]], unit[heads[0] :]) if nodes] if heads else [unit]
 
     def _is_wide_head(self, nodes: Sequence[onnx.NodeProto]) -> bool:
-        """Whether nodes are one product that gives logits, cast perhaps, of a matrix to be cut by rows."""
+        """Whether nodes are a head to be cut by rows.
+
+        That is one product that gives logits, cast perhaps, with a matrix larger than a part.
+        """
         product, *rest = nodes
         if self.logits not in nodes[-1].output or any(node.op_type != "Cast" for node in rest):
             return False

@@ -1,7 +1,8 @@
-"""An ONNX folder run part by part: memory grows with a part, not with the model.
+"""An ONNX folder run part by part.
 
-A part takes all tokens of all streams before the next one is opened, so weights are read once or twice in all. What
-goes from part to part are hidden states; logits come in pieces of the vocabulary. `run.graph_parts` cuts the graph.
+Memory grows with a part, not with the model. A part takes all tokens of all streams before the next one is opened, so
+weights are read once or twice in all. What goes from part to part are hidden states; logits come in pieces of the
+vocabulary. `run.graph_parts` cuts the graph.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ Values = dict[str, Any]
 
 @dataclass
 class Stream:
-    """Sequences on their way through the parts: the values of each call, and caches after the last part.
+    """Sequences on their way through the parts.
+
+    There are the values of each call, and the caches that the last part left.
 
     `exact`: codes are multiplied with activations that nothing has rounded.
     """
@@ -56,11 +59,14 @@ class PartedModel:
         self.vocab_size, self.context = self.graph.vocab_size, int(self.graph.metadata["qwen3_export.context"])
 
     def stream(self, sequences: Sequence[Sequence[NDArray]], exact: bool = False) -> Stream:
-        """A stream of sequences, each a prompt and the tokens that are decoded after it, call by call."""
+        """A stream of sequences, each given as its calls: a prompt, then decoded tokens."""
         return Stream(exact, [self._calls(calls) for calls in sequences], [{} for _ in sequences])
 
     def logits(self, *streams: Stream) -> Iterator[list[list[NDArray[np.float32]]]]:
-        """Logits `[tokens, words]` of each sequence of each stream, one piece of the vocabulary after another."""
+        """Logits `[tokens, words]` of each sequence of each stream.
+
+        One piece of the vocabulary comes after another.
+        """
         name, where = self.graph.logits, f"{self._folder.name} in onnxruntime"
         for part in self._passed(self.graph.parts, streams):
             if name in part.gives:
@@ -68,7 +74,7 @@ class PartedModel:
                 yield [[check_logits(logits, where) for logits in sequences] for sequences in found]
 
     def caches(self, stream: Stream) -> Iterator[dict[str, list[NDArray]]]:
-        """Keys and values after the last call, of the layers of one part after another.
+        """Keys and values after the last call, part after part.
 
         They are by the name of the input, `[kv_heads, tokens, head_dim]` of each sequence.
         """
@@ -165,6 +171,6 @@ class PartedModel:
 
 
 def _joined(calls: Sequence[Values], name: str) -> NDArray[np.float32]:
-    """The same value of all calls of a sequence, `[tokens, …]`; it is dropped there."""
+    """One value of all calls of a sequence, `[tokens, …]`, dropped from the calls."""
     found = [values.pop(name).numpy()[0] for values in calls]
     return (found[0] if len(found) == 1 else np.concatenate(found)).astype(np.float32, copy=False)
