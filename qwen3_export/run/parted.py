@@ -87,6 +87,10 @@ class PartedModel:
     def _passed(self, parts: Sequence[Part], streams: Sequence[Stream]) -> Iterator[Part]:
         """Every part, after all streams have passed it."""
         for i, part in enumerate(parts):
+            if part.rows is not None:
+                # A head's row takes every token for itself: tokens that were decoded one by one share its products.
+                for stream in streams:
+                    stream.sequences = [self._as_one_call(calls, part.needs) for calls in stream.sequences]
             self._pass(part, streams)
             yield part
             later = {name for other in parts[i + 1 :] for name in other.needs}
@@ -107,6 +111,13 @@ class PartedModel:
             found.append({name: make(array[None]) for name, array in values.items()})
             past = total
         return found
+
+    def _as_one_call(self, calls: list[Values], names: Sequence[str]) -> list[Values]:
+        """Hidden states of all calls of a sequence, behind each other."""
+        if len(calls) == 1:
+            return calls
+        joined = {name: np.concatenate([values[name].numpy() for values in calls], axis=1) for name in names}
+        return [{name: self._runtime.OrtValue.ortvalue_from_numpy(array) for name, array in joined.items()}]
 
     def _pass(self, part: Part, streams: Sequence[Stream]) -> None:
         """Run a part for all calls, and add what it gives to their values."""
