@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.prove.reference import log_softmax
-from qwen3_export.run.artifact import tokenizer_of
-from qwen3_export.run.ort import OrtSession
-from qwen3_export.run.session import RuntimeOptions, check_logits
+from qwen3_export.core.finite import all_finite
+from qwen3_export.errors import InputError
+from qwen3_export.prove.divergence import divergence
+from qwen3_export.run.parted import PartedModel
 from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import calibration_samples
+from qwen3_export.text.tokenizer import ModelTokenizer
 
 _SAMPLES, _LENGTH = 24, 128
 # Candidates for the value of the largest code, as shares of the largest calibration value. With 8 bits shares above 1
@@ -33,23 +34,20 @@ Scales = list[tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 def cache_scales(folder: Path, bits: int) -> Scales:
     """Scales of every layer's keys and values, fp32 `[kv_heads, 1, head_dim]`."""
-    session = OrtSession(folder, RuntimeOptions())
-    try:
-        found: dict[str, list[NDArray]] = {}
-        for ids in _samples(folder, session):
-            check_logits(session.prefill(ids), _WHERE)
-            for name, values in session.cache_values().items():
-                found.setdefault(name, []).append(values[0, :, : len(ids)].copy())
-    finally:
-        session.close()
-    joined = {name: np.concatenate(parts, 1) for name, parts in found.items()}
-    names = [(f"past_key_values.{i}.key", f"past_key_values.{i}.value") for i in range(len(joined) // 2)]
-    return [(_key_scale(joined[key], bits), _scale(joined[value], bits)) for key, value in names]
+    model, scales = PartedModel(folder), {}
+    for caches in model.caches(model.stream([[ids] for ids in _samples(folder, model)])):
+        for name, parts in caches.items():
+            values = np.concatenate(parts, 1)
+            if not all_finite(values):
+                raise InputError(f"{_WHERE}: {name} holds NaN or infinity", "its weights are damaged")
+            scales[name] = (_key_scale if name.endswith(".key") else _scale)(values, bits)
+    names = [(f"past_key_values.{i}.key", f"past_key_values.{i}.value") for i in range(len(scales) // 2)]
+    return [(scales[key], scales[value]) for key, value in names]
 
 
-def _samples(folder: Path, session: OrtSession) -> tuple[NDArray[np.int32], ...]:
-    tokenizer, length = tokenizer_of(folder, session), min(_LENGTH, session.context)
-    return calibration_samples(tokenizer, load_documents("bundled"), _SAMPLES, length, seed=0).ids
+def _samples(folder: Path, model: PartedModel) -> tuple[NDArray[np.int32], ...]:
+    length = min(_LENGTH, model.context)
+    return calibration_samples(ModelTokenizer(folder), load_documents("bundled"), _SAMPLES, length, seed=0).ids
 
 
 def _key_scale(keys: NDArray, bits: int) -> NDArray[np.float32]:
@@ -77,17 +75,14 @@ def cache_cost(plain: Path, quantized: Path) -> dict[str, Any]:
     """
     answers = []
     for folder in (plain, quantized):
-        session = OrtSession(folder, RuntimeOptions())
-        try:
-            answers.append([_answers(session, ids) for ids in _samples(folder, session)[::3]])
-        finally:
-            session.close()
-    pairs = [(log_softmax(p), log_softmax(q)) for p, q in zip(*answers, strict=True)]
-    per_token = np.concatenate([(np.exp(p) * (p - q)).sum(-1, dtype=np.float64) for p, q in pairs])
+        model = PartedModel(folder)
+        calls = [_calls(ids) for ids in _samples(folder, model)[::3]]
+        answers.append(sequences for [sequences] in model.logits(model.stream(calls)))
+    per_token = divergence(zip(*answers, strict=True))
     return {"kv_cache_kl": float(f"{per_token.mean():.2g}"), "kv_cache_tokens": len(per_token)}
 
 
-def _answers(session: OrtSession, ids: NDArray[np.int32]) -> NDArray[np.float32]:
+def _calls(ids: NDArray[np.int32]) -> list[NDArray[np.int32]]:
+    """A prompt, and the tokens after it."""
     half = len(ids) // 2
-    parts = [session.prefill(ids[:half]), *(session.decode(int(token))[None] for token in ids[half:])]
-    return check_logits(np.concatenate(parts), _WHERE)
+    return [ids[:half], *ids[half:, None]]

@@ -14,7 +14,11 @@ _LEVEL = b"\x0a\x0eaccuracy_level\x18"
 
 def exact_graph(path: Path) -> bytes:
     """The graph's bytes with every accuracy level 0; weights stay in their files."""
-    graph = path.read_bytes()
+    return without_rounding(path.read_bytes())
+
+
+def without_rounding(graph: bytes) -> bytes:
+    """As `exact_graph`, for a graph in memory."""
     for level in range(1, 5):
         graph = graph.replace(_LEVEL + bytes([level]), _LEVEL + b"\0")
     return graph

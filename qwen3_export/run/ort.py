@@ -86,7 +86,7 @@ class OrtSession:
         """ONNX Runtime's settings of this session."""
         settings.intra_op_num_threads = self.threads
         settings.log_severity_level = 4
-        if _multiplies_integers(files.graph) and not sums_int8_exactly():
+        if needs_exact_sums(files.graph):
             settings.add_session_config_entry("session.x64quantprecision", "1")
         if exact or self.runtime != OrtSession.runtime:
             settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
@@ -217,10 +217,10 @@ class OrtSession:
         del self._binding, self._session
 
 
-def _multiplies_integers(graph: Path) -> bool:
-    """Whether a model multiplies int8 by int8.
+def needs_exact_sums(graph: Path) -> bool:
+    """Whether a session must be told to add products of int8 exactly.
 
-    That saturates on x86 without VNNI, unless the session forbids it; with VNNI that would cost half the speed.
+    They saturate on x86 without VNNI, unless the session forbids it; with VNNI that would cost half the speed.
 
     Beside DequantizeLinear in blocks the setting must stay away: ONNX Runtime 1.31 then breaks that operator.
     """
@@ -229,4 +229,5 @@ def _multiplies_integers(graph: Path) -> bool:
     except InputError:
         # Whatever is wrong with the file, ONNX Runtime says it better.
         return False
-    return "MatMulInteger" in operators and "DequantizeLinear" not in operators
+    multiplies = "MatMulInteger" in operators and "DequantizeLinear" not in operators
+    return multiplies and not sums_int8_exactly()

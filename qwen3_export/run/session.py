@@ -48,6 +48,13 @@ class Session(Protocol):
         """Free the model."""
 
 
+class Bounded(Protocol):
+    """What says which tokens it takes, and how many."""
+
+    vocab_size: int
+    context: int
+
+
 @runtime_checkable
 class HasTokenizer(Protocol):
     """A session that brings its tokenizer along."""
@@ -91,7 +98,7 @@ def check_logits(logits: NDArray[np.float32], where: str) -> NDArray[np.float32]
     return logits
 
 
-def check_ids(session: Session, name: Path, ids: NDArray, past: int) -> None:
+def check_ids(session: Bounded, name: Path, ids: NDArray, past: int) -> None:
     """Raise InputError for tokens that the model lacks, or too many.
 
     `past` others came before them.

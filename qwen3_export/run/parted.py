@@ -1,0 +1,187 @@
+"""An ONNX folder run part by part.
+
+Memory grows with a part, not with the model. A part takes all tokens of all streams before the next one is opened, so
+weights are read once or twice in all. What goes from part to part are hidden states; logits come in pieces of the
+vocabulary. `run.graph_parts` cuts the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen3_export.core.process import trim_heap, uninterrupted
+from qwen3_export.core.processors import thread_count
+from qwen3_export.errors import InputError, MissingRuntimeError
+from qwen3_export.run.exact_graph import without_rounding
+from qwen3_export.run.graph_parts import GraphParts, Part
+from qwen3_export.run.onnx_files import find_onnx
+from qwen3_export.run.ort import needs_exact_sums
+from qwen3_export.run.session import check_ids, check_logits
+
+# Values of one call by name, in ONNX Runtime's memory.
+Values = dict[str, Any]
+
+
+@dataclass
+class Stream:
+    """Sequences on their way through the parts.
+
+    There are the values of each call, and the caches that the last part left.
+
+    `exact`: codes are multiplied with activations that nothing has rounded.
+    """
+
+    exact: bool
+    sequences: list[list[Values]]
+    caches: list[Values]
+
+
+class PartedModel:
+    """One of our ONNX folders, of which one part is open at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            with uninterrupted():
+                import onnxruntime
+        except ImportError as error:
+            raise MissingRuntimeError(
+                f"{folder}: running an ONNX folder needs onnxruntime", "pip install 'qwen3-export[ort]'"
+            ) from error
+        self._runtime, self._folder, self._path = onnxruntime, folder, find_onnx(folder).graph
+        self.graph = GraphParts(self._path)
+        self._exact_sums = needs_exact_sums(self._path)
+        self.vocab_size, self.context = self.graph.vocab_size, int(self.graph.metadata["qwen3_export.context"])
+
+    def stream(self, sequences: Sequence[Sequence[NDArray]], exact: bool = False) -> Stream:
+        """A stream of sequences, each given as its calls: a prompt, then decoded tokens."""
+        return Stream(exact, [self._calls(calls) for calls in sequences], [{} for _ in sequences])
+
+    def logits(self, *streams: Stream) -> Iterator[list[list[NDArray[np.float32]]]]:
+        """Logits `[tokens, words]` of each sequence of each stream.
+
+        One piece of the vocabulary comes after another.
+        """
+        name, where = self.graph.logits, f"{self._folder.name} in onnxruntime"
+        for part in self._passed(self.graph.parts, streams):
+            if name in part.gives:
+                found = [[_joined(calls, name) for calls in stream.sequences] for stream in streams]
+                yield [[check_logits(logits, where) for logits in sequences] for sequences in found]
+
+    def caches(self, stream: Stream) -> Iterator[dict[str, list[NDArray]]]:
+        """Keys and values after the last call, part after part.
+
+        They are by the name of the input, `[kv_heads, tokens, head_dim]` of each sequence.
+        """
+        logits, parts = self.graph.logits, self.graph.parts
+        last = max(i for i, part in enumerate(parts) if part.caches)
+        wanted = [replace(part, gives=[name for name in part.gives if name != logits]) for part in parts[: last + 1]]
+        for part in self._passed(wanted, [stream]):
+            yield {name: [held[name].numpy()[0] for held in stream.caches] for name in part.caches}
+
+    def _passed(self, parts: Sequence[Part], streams: Sequence[Stream]) -> Iterator[Part]:
+        """Every part, after all streams have passed it."""
+        for i, part in enumerate(parts):
+            if part.rows is not None:
+                # A head's row takes every token for itself: tokens that were decoded one by one share its products.
+                for stream in streams:
+                    stream.sequences = [self._as_one_call(calls, part.needs) for calls in stream.sequences]
+            self._pass(part, streams)
+            yield part
+            later = {name for other in parts[i + 1 :] for name in other.needs}
+            for values in (values for stream in streams for calls in stream.sequences for values in calls):
+                for name in values.keys() - later:
+                    del values[name]
+
+    def _calls(self, calls: Sequence[NDArray]) -> list[Values]:
+        check_ids(self, self._folder, np.concatenate(calls), 0)
+        found, past, make = [], 0, self._runtime.OrtValue.ortvalue_from_numpy
+        for ids in calls:
+            total = past + len(ids)
+            values = {
+                "input_ids": ids.astype(np.int64),
+                "attention_mask": np.ones(total, np.int64),
+                "position_ids": np.arange(past, total),
+            }
+            found.append({name: make(array[None]) for name, array in values.items()})
+            past = total
+        return found
+
+    def _as_one_call(self, calls: list[Values], names: Sequence[str]) -> list[Values]:
+        """Hidden states of all calls of a sequence, behind each other."""
+        if len(calls) == 1:
+            return calls
+        joined = {name: np.concatenate([values[name].numpy() for values in calls], axis=1) for name in names}
+        return [{name: self._runtime.OrtValue.ortvalue_from_numpy(array) for name, array in joined.items()}]
+
+    def _pass(self, part: Part, streams: Sequence[Stream]) -> None:
+        """Run a part for all calls, and add what it gives to their values."""
+        first = streams[0].sequences[0][0]
+        types = {name: (first[name].element_type(), len(first[name].shape())) for name in part.needs}
+        model = self.graph.model(part, types)
+        plain = without_rounding(model)
+        # ONNX Runtime makes rounding products of DequantizeLinear and MatMul on its own.
+        rounds = plain != model or any(node.op_type == "DequantizeLinear" for node in part.nodes)
+        try:
+            for exact in sorted({stream.exact or not rounds for stream in streams}):
+                # Packing a piece of the head takes longer than its few products gain by it.
+                settings = self._settings(exact, packs=rounds or part.rows is None)
+                graph = plain if exact else model
+                session = self._runtime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
+                for stream in streams:
+                    if (stream.exact or not rounds) == exact:
+                        self._run(session, part, stream)
+                del session
+                trim_heap()
+        except Exception as error:  # onnxruntime's errors share no public base below Exception
+            reason = str(error).strip().splitlines()[0]
+            if "NOT_IMPLEMENTED" in reason:
+                raise MissingRuntimeError(
+                    f"{self._folder}: ONNX Runtime has no kernel for it on this device ({reason})",
+                    "export with --precision fp32, or run it where bf16 is supported",
+                ) from error
+            raise InputError(f"{self._folder}: ONNX Runtime cannot run {self._path.name} ({reason})") from error
+
+    def _run(self, session: Any, part: Part, stream: Stream) -> None:
+        wanted = [*part.gives, *part.caches.values()]
+        for i, calls in enumerate(stream.sequences):
+            held = {name: self._empty(name) for name in part.caches}
+            for values in calls:
+                outputs = session.run_with_ort_values(wanted, {name: values[name] for name in part.needs} | held)
+                values.update(zip(part.gives, outputs, strict=False))
+                held = dict(zip(part.caches, outputs[len(part.gives) :], strict=True))
+            stream.caches[i] = held
+
+    def _empty(self, name: str) -> Any:
+        """A cache without tokens."""
+        kind, sizes = self.graph.inputs[name].type.tensor_type, {"batch_size": 1, "past_sequence_length": 0}
+        shape = [sizes.get(axis.dim_param, axis.dim_value) for axis in kind.shape.dim]
+        return self._runtime.OrtValue.ortvalue_from_shape_and_type(shape, kind.elem_type)
+
+    def _settings(self, exact: bool, packs: bool) -> Any:
+        settings = self._runtime.SessionOptions()
+        settings.intra_op_num_threads, settings.log_severity_level = thread_count(), 4
+        # An arena keeps what it has grown to, and a pattern is one piece as large as all activations together, whose
+        # place in the heap smaller ones take: 0.5 GB of freed memory, where 0.1 GB was ever in use.
+        settings.enable_cpu_mem_arena = settings.enable_mem_pattern = False
+        entries = {"session.model_external_initializers_file_folder_path": str(self._path.parent)}
+        if self._exact_sums:
+            entries["session.x64quantprecision"] = "1"
+        if exact:
+            entries["session.qdq_matmulnbits_accuracy_level"] = "0"
+        if not packs:
+            entries["session.disable_prepacking"] = "1"
+        for name, value in entries.items():
+            settings.add_session_config_entry(name, value)
+        return settings
+
+
+def _joined(calls: Sequence[Values], name: str) -> NDArray[np.float32]:
+    """One value of all calls of a sequence, `[tokens, …]`, dropped from the calls."""
+    found = [values.pop(name).numpy()[0] for values in calls]
+    return (found[0] if len(found) == 1 else np.concatenate(found)).astype(np.float32, copy=False)
