@@ -44,6 +44,12 @@ RANDOM: dict[str, tuple[dict[str, Any], tuple[tuple[str, QuantScheme], ...], dic
         (("lm_head", W8), ("model.embed_tokens", W8), ("*", W4)),
         {},
     ),
+    # A row of its zero points ends in the middle of a byte.
+    "standard, rows of three groups": (
+        tiny_config(hidden_size=96),
+        (("model.embed_tokens", QuantScheme(4, symmetric=False, group_size=32)), ("*", W4)),
+        {"flavor": "standard"},
+    ),
     "experts": (tiny_moe_config(hidden_size=64, moe_intermediate_size=64), (("*", W4),), {}),
     "experts in a loop": (tiny_moe_config(moe_intermediate_size=64), (("*", W4),), {"flavor": "standard"}),
 }
