@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.process import trim_heap, uninterrupted
 from qwen3_export.core.processors import thread_count
-from qwen3_export.errors import InputError, MissingRuntimeError
+from qwen3_export.errors import InputError, MissingRuntimeError, ResourceError
 from qwen3_export.run.exact_graph import without_rounding
 from qwen3_export.run.graph_parts import GraphParts, Part
 from qwen3_export.run.onnx_files import find_onnx
@@ -32,8 +32,7 @@ Values = dict[str, Any]
 class Stream:
     """Sequences on their way through the parts.
 
-    There are the values of each call, and the caches that the last part left.
-
+    `sequences` holds the values of each call of each sequence, `caches` what the last part has left of each.
     `exact`: codes are multiplied with activations that nothing has rounded.
     """
 
@@ -138,8 +137,12 @@ class PartedModel:
                         self._run(session, part, stream)
                 del session
                 trim_heap()
+        except MemoryError as error:
+            raise ResourceError(
+                f"{self._folder}: out of memory while {self._path.name} ran", "close other programs"
+            ) from error
         except Exception as error:  # onnxruntime's errors share no public base below Exception
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if "NOT_IMPLEMENTED" in reason:
                 raise MissingRuntimeError(
                     f"{self._folder}: ONNX Runtime has no kernel for it on this device ({reason})",
