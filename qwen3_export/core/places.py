@@ -34,7 +34,7 @@ def checked_place(output: Path, inputs: Inputs = (), force: bool = False, folder
     `inputs` are what the command reads, as given: paths, or words such as a hub id, which are no path and are passed
     over. `folder` says whether a folder or one file is to be written. Nothing is touched.
     """
-    place = _absolute(output)
+    place = absolute_place(output)
     refuse_existing(place, force, folder)
     for given in inputs:
         if given is not None:
@@ -42,8 +42,11 @@ def checked_place(output: Path, inputs: Inputs = (), force: bool = False, folder
     return place
 
 
-def _absolute(output: Path) -> Path:
-    """The path without `..`, its last name not followed where it is a link."""
+def absolute_place(output: Path) -> Path:
+    """The path without `..`, its last name not followed where it is a link.
+
+    InputError for the current folder or one around it.
+    """
     try:
         str(output).encode()
     except UnicodeEncodeError as error:

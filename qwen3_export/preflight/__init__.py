@@ -21,6 +21,7 @@ import numpy as np
 
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.memory import available_bytes
+from qwen3_export.core.places import absolute_place
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.errors import ExportError, InputError, RecipeError
@@ -63,6 +64,7 @@ def plan(
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
         raise InputError(f"--format {unknown[0]}: one of {', '.join(FORMATS)} was expected")
+    place = None if output is None else absolute_place(output)
     recipe = recipe.for_model(checkpoint.config)
     reasons = _recipe_reasons(checkpoint, recipe)
     fits = not reasons
@@ -78,7 +80,7 @@ def plan(
         with _collecting(reasons):
             needs = _needs(checkpoint, recipe, settings, measure and not reasons, progress, nodes)
         reasons += memory_limits(needs, settings, free)
-    disks = disks_of(needs, settings, nodes, output)
+    disks = disks_of(needs, settings, nodes, place)
     reasons += disk_limits(needs, disks, settings)
     return {
         "possible": not reasons,

@@ -51,8 +51,8 @@ def memory_limits(needs: Needs, settings: QuantizeSettings, free: int | None) ->
 def disks_of(needs: Needs, settings: QuantizeSettings, nodes: int, output: Path | None) -> list[Room]:
     """The disks of this machine that the run writes to.
 
-    Without `output` its result goes to the current folder. Files of an unfinished run, which a next one takes over,
-    need no more room.
+    Without `output`, an absolute path, its result goes to the current folder. Files of an unfinished run, which a next
+    one takes over, need no more room.
     """
     if needs.artifact_bytes is None:
         return []
@@ -60,10 +60,11 @@ def disks_of(needs: Needs, settings: QuantizeSettings, nodes: int, output: Path 
     needed: dict[Path, int] = {}
     if output is not None or here:
         spilled = needs.activation_bytes if scratch is None else 0
-        needed[Path() if output is None else output.parent] = needs.artifact_bytes + spilled - _present(output)
+        needed[Path.cwd() if output is None else output.parent] = needs.artifact_bytes + spilled - _present(output)
     if scratch is not None:
         present = 0 if output is None else _stored(activations_path(scratch, output))
-        needed[scratch] = needed.get(scratch, 0) + needs.activation_bytes - present
+        spills = scratch.absolute()
+        needed[spills] = needed.get(spills, 0) + needs.activation_bytes - present
     return room_of(needed)
 
 
@@ -76,7 +77,7 @@ def disk_limits(needs: Needs, disks: list[Room], settings: QuantizeSettings) -> 
         remedy += ", --scratch where the activations do"
     return [
         f"about {binary_size(disk.needed)} of disk are needed, {binary_size(disk.free, up=False)} are free in "
-        f"{disk.folder.absolute()}; {remedy}"
+        f"{disk.folder}; {remedy}"
         for disk in disks
         if not disk.suffices
     ]

@@ -67,8 +67,13 @@ def test_without_an_output_the_current_folder_counts(
     real = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: (asked.append(path), real)[1])
     monkeypatch.chdir(tmp_path)
-    assert _plan(model)["disks"][0]["path"] == "."
+    assert _plan(model)["disks"][0]["path"] == str(tmp_path)
     assert asked == [tmp_path]
+
+
+@pytest.mark.parametrize("output", [".", "..", "/"])
+def test_an_output_that_cannot_be_one_is_refused(model: Path, output: str) -> None:
+    refused(call("plan", model, *COMMON, "--output", output), 2, "is the current folder or around it")
 
 
 def test_this_machines_disk_is_not_held_against_a_plan_for_others(model: Path, tmp_path: Path, free: Full) -> None:
