@@ -194,6 +194,23 @@ def open_session(address: str, workers: int = 1, gpus: int = 0) -> Iterator[RayS
     folder = tempfile.mkdtemp(prefix="q3e-", dir=place) if is_local else None
     with uninterrupted(), uncollected():
         import ray
+    try:
+        _connect(address, folder, workers, gpus)
+        try:
+            yield RaySession()
+        finally:
+            ray.shutdown()
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _connect(address: str, folder: str | None, workers: int, gpus: int) -> None:
+    """Attach to a cluster, or start one whose files are in `folder`."""
+    import ray
+    from ray.exceptions import RayError
+
+    is_local = folder is not None
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL, "configure_logging": True}
     try:
         with uninterrupted(), _own_token() if is_local else nullcontext():
@@ -205,18 +222,12 @@ def open_session(address: str, workers: int = 1, gpus: int = 0) -> Iterator[RayS
                 )  # fmt: skip
             else:
                 ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, OSError, ValueError) as error:
+    except (ConnectionError, RuntimeError, OSError, ValueError, RayError) as error:
         raise MissingRuntimeError(
-            f"--cluster {address}: {str(error).strip().splitlines()[0]}",
+            f"--cluster {address}: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
             "run on a node of the cluster (ray start --address=HOST:PORT), with the same versions of Python and ray; "
-            "if it has a token, with RAY_AUTH_MODE=token",
+            "if the cluster has a token, with RAY_AUTH_MODE=token and that token in ~/.ray/auth_token",
         ) from error
-    try:
-        yield RaySession()
-    finally:
-        ray.shutdown()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
