@@ -19,8 +19,9 @@ from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.ship.gguf.encode import Encoder, in_order, pieces_of_rows
 from qwen3_export.ship.gguf.write import Planned
 
-# The least and the largest number whose neighbourhood is safe. A weight below the first may get a scale that is 0 in
-# fp16: 2⁻²⁵ times the largest sub-scale and code (127 · 32). A scale is stored alone, or times the largest zero point.
+# Numbers between the two are safe: of a weight that is rounded, and of a scale that is moved. A weight below the first
+# may get a scale that is 0 in fp16: 2⁻²⁵ times the largest sub-scale and code (127 · 32). A scale is stored alone, or
+# times the largest zero point.
 _WEIGHTS, _SCALES = (2.0**-12, 65504.0), (2.0**-21, 65504.0 / 256)
 _FLOATS = tuple(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16)))
 
@@ -86,7 +87,7 @@ def _power(read: Callable[[], NDArray]) -> _Power:
 def _far(parts: Iterator[_Power] | Sequence[_Power], least: float, most: float) -> bool:
     """Whether numbers below `least` hold little, and none reaches `most`.
 
-    They hold less than a quarter of the power. Both follow from the mean and the sum of the squares.
+    Little is less than a quarter of the power. Both follow from the mean and the sum of the squares.
     """
     whole, numbers = map(sum, zip(*parts, strict=True))
     far: bool = 4 * numbers * least**2 <= whole < most**2
