@@ -122,9 +122,14 @@ def _lent(config: Qwen3Config, samples: Samples | None, token_floor: int) -> int
 
 
 def _routed(config: Qwen3Config) -> int:
-    """Inputs and outputs of the chosen experts, residual streams, and `missing`."""
-    chosen = 2 * config.experts_per_token * (config.moe_intermediate_size + config.hidden_size)
-    return thread_count() * ROUTED_TOKENS * (chosen + 14 * config.hidden_size)
+    """Inputs and outputs of the chosen experts, residual streams, and `missing`.
+
+    One expert more: the router may send every token to the same one, whose inputs and outputs are also held apart,
+    padded, and copied.
+    """
+    widths = config.moe_intermediate_size + config.hidden_size
+    chosen, alone = 2 * config.experts_per_token * widths, 2 * 3 * widths
+    return thread_count() * ROUTED_TOKENS * (chosen + alone + 14 * config.hidden_size)
 
 
 def _passes(config: Qwen3Config, fisher_samples: int) -> int:
