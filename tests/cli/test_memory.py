@@ -81,11 +81,11 @@ def test_rounding_takes_no_more_memory_for_more_layers(tmp_path: Path, reference
 
 @pytest.mark.parametrize("recipe", ["gptq-w4a16-g128", "gptq-max-w4a16-g128"])
 def test_solving_leaves_nothing_behind_of_a_layer(tmp_path: Path, reference_model: Checkpoint, recipe: str) -> None:
-    source = model(tmp_path / "model", SMALL, 6, reference_model)
+    source = model(tmp_path / "model", SMALL, 4, reference_model)
     left = [left for left, _ in watched(source, recipe, tmp_path / "out")]
-    assert len(left) == 6
+    assert len(left) == 4
     # A line through all blocks but the first. A layer holds 4 MB in bf16, 8 MB in fp32, and 2 MB as codes.
-    assert np.polyfit(range(5), left[1:], 1)[0] < 0.1e6
+    assert np.polyfit(range(3), left[1:], 1)[0] < 0.1e6
 
 
 @pytest.mark.parametrize("recipe", ["gptq-plain-w4a16-g128", "gptq-w4a16-g128"])

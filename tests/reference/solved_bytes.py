@@ -56,8 +56,8 @@ ROWS = 64
 HASHED_BLOCKS, NEAR_BLOCKS = 2, 1
 # Channels of the blocks' inputs that are made large, without which no fold pays.
 OUTLIERS, LARGER = (5, 77, 200), 16
-# Recipes of two seconds each, for processes whose libraries are told to compute as on another processor.
-QUICK = ("gptq-w4a16-g128", "awq-w4a16-g128", "gptq-w4a16-g32")
+# A recipe of two seconds, for processes whose libraries are told to compute as on another processor.
+QUICK = ("gptq-w4a16-g128",)
 # Settings that make libraries compute as on another processor, by what samples are multiplied in there.
 FORCED: dict[str, dict[str, str]] = {
     "integers": {

@@ -55,6 +55,8 @@ RECIPES: Mapping[str, dict[str, Any]] = {
 SAMPLES, LENGTH = 9, 32
 SETTINGS = QuantizeSettings(samples=SAMPLES, sequence_length=LENGTH, threads=1)
 Wanted = Callable[[str], dict[str, str]]
+# Its second layer is dense.
+mixture = pytest.mark.parametrize("source", ["moe"], indirect=True)
 
 
 def recipe(name: str) -> Recipe:
@@ -96,6 +98,7 @@ def test_workers_give_the_bytes_of_one_process(source: Path, name: str, wanted: 
         assert run(source, name, tmp_path / "out", cluster="host:1") == wanted(name)
 
 
+@mixture
 @pytest.mark.parametrize("seed", range(1))
 def test_what_lost_workers_were_given_is_done_by_others(
     source: Path, seed: int, wanted: Wanted, tmp_path: Path
@@ -107,6 +110,7 @@ def test_what_lost_workers_were_given_is_done_by_others(
     assert session.asked > max(deaths)
 
 
+@mixture
 def test_workers_that_die_again_and_again_end_the_run_which_can_go_on(
     source: Path, wanted: Wanted, tmp_path: Path
 ) -> None:
@@ -118,6 +122,7 @@ def test_workers_that_die_again_and_again_end_the_run_which_can_go_on(
         assert run(source, "paper", tmp_path / "out", cluster="host:1") == expected
 
 
+@mixture
 def test_a_run_goes_on_with_and_without_workers(source: Path, wanted: Wanted, tmp_path: Path) -> None:
     expected = wanted("all rungs")
     with threads_for_nodes(2) as session:

@@ -1,4 +1,7 @@
-"""Every shipped recipe on a dense model and on a mixture of experts: it ends, and the folder computes the model."""
+"""Every shipped recipe on a mixture of experts: it ends, and the folder computes the model.
+
+On a dense model they run from the command line, in `tests/cli/test_recipes.py`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
 from qwen3_export.core.recipe import Recipe, load_recipe, recipe_names
 from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.quantize import quantize
-from tests.conftest import copy_tokenizer, tiny_config, tiny_moe_config, write_checkpoint
+from tests.conftest import copy_tokenizer, tiny_moe_config, write_checkpoint
 from tests.reference.models import our_logits, random_rows
 
 # Whole runs, many of them.
@@ -22,9 +25,7 @@ SHAPE = {"vocab_size": 8192, "hidden_size": 128, "intermediate_size": 256, "rope
 # ggml's blocks are 256 weights long.
 WIDE = {**SHAPE, "hidden_size": 256}
 MODELS = {
-    "dense": tiny_config(**SHAPE),
     "moe": tiny_moe_config(**SHAPE, moe_intermediate_size=128, num_experts=4),
-    "dense, wide": tiny_config(**WIDE),
     "moe, wide": tiny_moe_config(**WIDE, moe_intermediate_size=256, num_experts=4),
 }
 ROWS = random_rows(8192)
@@ -56,10 +57,9 @@ def bits(recipe: Recipe) -> int:
     return min(6 if (s.num_bits, s.scale_dtype) == (8, "e8m0") else s.num_bits for s in schemes)
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_shipped_recipe_quantizes(name: str, kind: str, source_of: Callable, tmp_path: Path) -> None:
-    checkpoint, wanted = source_of(f"{kind}, wide" if name.startswith("gguf-") else kind)
+def test_every_shipped_recipe_quantizes(name: str, source_of: Callable, tmp_path: Path) -> None:
+    checkpoint, wanted = source_of("moe, wide" if name.startswith("gguf-") else "moe")
     recipe = load_recipe(name).for_model(checkpoint.config)
     quantize(checkpoint, recipe, tmp_path / "out", QuantizeSettings(samples=9, sequence_length=32))
     error = np.concatenate(our_logits(tmp_path / "out", ROWS)) - wanted
