@@ -29,6 +29,18 @@ _SMALLEST_CACHE = 256
 _PLAN_ALONE = "run the plan on its GPU; here, the quantized folder that it was exported from has the same codes"
 
 
+def onnxruntime_for(folder: Path) -> Any:
+    """The module `onnxruntime`, which a folder needs; MissingRuntimeError without it."""
+    try:
+        with uninterrupted():
+            import onnxruntime
+    except ImportError as error:
+        raise MissingRuntimeError(
+            f"{folder}: running an ONNX folder needs onnxruntime", "pip install 'qwen3-export[ort]'"
+        ) from error
+    return onnxruntime
+
+
 class OrtSession:
     """See `run.session.Session`. `exact`: all codes are multiplied with activations that nothing has rounded.
 
@@ -44,13 +56,7 @@ class OrtSession:
     def __init__(self, artifact: Path, options: RuntimeOptions) -> None:
         files = find_onnx(artifact)
         folder = files.folder
-        try:
-            with uninterrupted():
-                import onnxruntime
-        except ImportError as error:
-            raise MissingRuntimeError(
-                f"{folder}: running an ONNX folder needs onnxruntime", "pip install 'qwen3-export[ort]'"
-            ) from error
+        onnxruntime = onnxruntime_for(folder)
         self.version, self._folder = onnxruntime.__version__, folder
         self._values = onnxruntime.OrtValue
         provider = find_provider(options.device) if options.device in PROVIDERS else None

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.core.process import trim_heap, uninterrupted
+from qwen3_export.core.process import trim_heap
 from qwen3_export.core.processors import thread_count
 from qwen3_export.errors import InputError, MissingRuntimeError, ResourceError
 from qwen3_export.run.exact_graph import without_rounding
 from qwen3_export.run.graph_parts import GraphParts, Part
 from qwen3_export.run.onnx_files import find_onnx
-from qwen3_export.run.ort import needs_exact_sums
+from qwen3_export.run.ort import needs_exact_sums, onnxruntime_for
 from qwen3_export.run.session import check_ids, check_logits
 
 # Values of one call by name, in ONNX Runtime's memory.
@@ -45,13 +45,7 @@ class PartedModel:
     """One of our ONNX folders, of which one part is open at a time."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            with uninterrupted():
-                import onnxruntime
-        except ImportError as error:
-            raise MissingRuntimeError(
-                f"{folder}: running an ONNX folder needs onnxruntime", "pip install 'qwen3-export[ort]'"
-            ) from error
+        onnxruntime = onnxruntime_for(folder)
         self._runtime, self._folder, self._path = onnxruntime, folder, find_onnx(folder).graph
         self.graph = GraphParts(self._path)
         self._exact_sums = needs_exact_sums(self._path)

@@ -30,6 +30,12 @@ CONFIGS = {
 }
 
 
+def write_calibration_text(path: Path) -> Path:
+    """Write a text long enough for the samples of these tests."""
+    path.write_text(" ".join(f"{i} times {i} is {i * i}, and the {i}th row ends." for i in range(400)))
+    return path
+
+
 def hashes(folder: Path) -> dict[str, str]:
     assert not folder.with_name(f"{folder.name}.partial").exists()
     return {path.name: sha256_file(path) for path in sorted(folder.iterdir())}

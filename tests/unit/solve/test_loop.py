@@ -33,7 +33,14 @@ from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.conftest import copy_tokenizer, write_checkpoint
-from tests.unit.solve.support import CONFIGS, Interrupted, hashes, inputs_of_linears, spied
+from tests.unit.solve.support import (
+    CONFIGS,
+    Interrupted,
+    hashes,
+    inputs_of_linears,
+    spied,
+    write_calibration_text,
+)
 
 # Every rung of the solver beyond the paper.
 ALL_RUNGS = {"scale_search": "solve", "descent": 2, "target_shift": True}
@@ -53,8 +60,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """A tiny model with a tokenizer and a calibration text."""
     folder = write_checkpoint(tmp_path_factory.mktemp("source") / request.param, CONFIGS[request.param])
     copy_tokenizer(reference_folder, folder)
-    words = " ".join(f"{i} times {i} is {i * i}, and the {i}th row ends." for i in range(400))
-    (folder.parent / "calibration.txt").write_text(words)
+    write_calibration_text(folder.parent / "calibration.txt")
     return folder
 
 

@@ -16,13 +16,13 @@ from qwen3_export.core.recipe import Recipe
 from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.quantize import quantize
 from tests.unit.solve.experts.support import LENGTH, SAMPLES, make_source
+from tests.unit.solve.support import write_calibration_text
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory, reference_folder: Path) -> Path:
     folder = make_source(tmp_path_factory.mktemp("experts") / "moe", reference_folder)
-    words = " ".join(f"{i} times {i} is {i * i}, and the {i}th row ends." for i in range(400))
-    (folder.parent / "calibration.txt").write_text(words)
+    write_calibration_text(folder.parent / "calibration.txt")
     return folder
 
 
