@@ -6,9 +6,11 @@ on one thread, and whole pieces of work, cut the same way on every machine, run 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen3_export.core.process import keep_few_kernels, keep_freed_memory, uncollected, uninterrupted
@@ -24,6 +26,46 @@ Result = TypeVar("Result")
 Parts = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Threads:
+    """`count` threads of a pool, each of which calls `prepare` before it works."""
+
+    pool: ThreadPoolExecutor
+    count: int
+    prepare: Callable[[], None] = lambda: None
+
+
+class Part:
+    """Some threads for one of several things that are worked on side by side.
+
+    A single thread does all at once that it is asked for. After `stop` nothing new is begun.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor | None, stop: threading.Event) -> None:
+        self._pool, self._stop = pool, stop
+
+    @classmethod
+    def of(cls, threads: Threads, count: int, stop: threading.Event, stack: ExitStack) -> Part:
+        """`count` threads, which end with the stack."""
+        if count < 2:
+            return cls(None, stop)
+        return cls(stack.enter_context(ThreadPoolExecutor(count, initializer=threads.prepare)), stop)
+
+    def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """As that of an executor."""
+        if self._pool is not None and not self._stop.is_set():
+            return self._pool.submit(function, *arguments)
+        future: Future[Result] = Future()
+        if self._stop.is_set():
+            future.cancel()
+            return future
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
 class Workers:
     """A pool of threads; see `workers` and `workers_without_torch`.
 
@@ -32,10 +74,16 @@ class Workers:
     weights are codes (`model.integer_linear`), and in the Gram sums of inputs (`calibration.gram_avx2`).
     """
 
-    def __init__(self, pool: ThreadPoolExecutor, matmul_dtype: Any = None, int_matmul: bool = False) -> None:
-        self._pool = self.threads = pool
+    def __init__(self, threads: Threads, matmul_dtype: Any = None, int_matmul: bool = False) -> None:
+        self.threads = threads
         self.matmul_dtype: torch.dtype = matmul_dtype
         self.int_matmul = int_matmul
+        self._apart = threading.local()
+
+    @property
+    def _pool(self) -> ThreadPoolExecutor | Part:
+        """All threads, or inside `map_apart` those of one item."""
+        return getattr(self._apart, "part", self.threads.pool)
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """Results in the order of the items.
@@ -50,6 +98,27 @@ class Workers:
         It must not wait for the pool itself.
         """
         return self._pool.submit(function)
+
+    def map_apart(
+        self, function: Callable[[Item], Result], items: Sequence[Item], at_once: int
+    ) -> list[Result]:  # fmt: skip
+        """As `map`, for items that ask this pool for work of their own.
+
+        `at_once` items are worked on side by side. Each has an equal part of the threads.
+        """
+        beside = min(at_once, self.threads.count, len(items))
+        if beside < 2 or hasattr(self._apart, "part"):
+            return [function(item) for item in items]
+        stop = threading.Event()
+        with ExitStack() as stack:
+            parts = [Part.of(self.threads, self.threads.count // beside, stop, stack) for _ in range(beside)]
+
+            def begin() -> None:
+                self.threads.prepare()
+                self._apart.part = parts.pop()
+
+            with ThreadPoolExecutor(beside, initializer=begin) as pool:
+                return results([pool.submit(function, item) for item in items], stop)
 
     @property
     def is_shared(self) -> bool:
@@ -87,14 +156,16 @@ class Workers:
         return [found[place] for place in range(len(items))]
 
 
-def results(futures: list[Future[Result]]) -> list[Result]:
+def results(futures: list[Future[Result]], stop: threading.Event | None = None) -> list[Result]:
     """What they found, in their order.
 
-    The first exception is raised, the rest is cancelled.
+    The first exception is raised, the rest is cancelled, and `stop` is set.
     """
     try:
         return [future.result() for future in futures]
     except BaseException:
+        if stop is not None:
+            stop.set()
         for future in futures:
             future.cancel()
         # What still runs may write to files that the caller is about to close.
@@ -126,7 +197,7 @@ def workers_without_torch(threads: int | None = None) -> Iterator[Workers]:
     """
     keep_freed_memory()
     with ThreadPoolExecutor(thread_count(threads)) as pool:
-        yield Workers(pool)
+        yield Workers(Threads(pool, thread_count(threads)))
 
 
 @contextmanager
@@ -157,7 +228,8 @@ def workers(threads: int | None = None, fast: bool = False) -> Iterator[Workers]
     try:
         with ThreadPoolExecutor(thread_count(threads), initializer=prepare) as pool:
             kind = fast_matmul() if fast else "fp32"
-            yield Workers(pool, torch.bfloat16 if kind == "bf16" else torch.float32, kind == "integers")
+            dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+            yield Workers(Threads(pool, thread_count(threads), prepare), dtype, kind == "integers")
     finally:
         torch.set_num_threads(before)
         if matmul:

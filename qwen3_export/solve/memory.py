@@ -23,6 +23,7 @@ from qwen3_export.core.processors import thread_count
 from qwen3_export.core.qwen3 import Qwen3Config
 from qwen3_export.model.windows import RESIDENT_BYTES, WINDOW_BYTES
 from qwen3_export.solve.chunk_sizes import (
+    APART_BYTES,
     BACK_TOKENS,
     ROUTED_TOKENS,
     ROWS_AT_ONCE,
@@ -88,7 +89,7 @@ def memory_parts(
     running = (running if running <= RESIDENT_BYTES else WINDOW_BYTES) * (1 + original)
     return Memory(
         _BASE_BYTES, block, running, _linear(list(own.values()), samples is not None, original),
-        _linear(list(experts.values()), True, original) + _lent(config, samples, token_floor) if experts else 0,
+        _experts(config, experts, original) + _lent(config, samples, token_floor) if experts else 0,
         _routed(config) if experts else 0,
         _passes(config, fisher_samples) if samples is not None else 0,
         _outer(config, samples, original) if outer else 0, _HOLES_BYTES,
@@ -99,14 +100,32 @@ def _weights(shapes: dict[str, tuple[int, int]]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def _linear(shapes: list[tuple[int, int]], with_inputs: bool, original: bool) -> int:
+def experts_at_once(config: Qwen3Config, original: bool, threads: int) -> int:
+    """Experts that are solved side by side: one in every thread, if memory allows."""
+    return max(1, min(threads, APART_BYTES // _expert(config, original, 1)))
+
+
+def _expert(config: Qwen3Config, original: bool, threads: int) -> int:
+    width, inner = config.hidden_size, config.moe_intermediate_size
+    return _linear([(inner, width), (width, inner)], True, original, threads)
+
+
+def _experts(config: Qwen3Config, shapes: dict[str, tuple[int, int]], original: bool) -> int:
+    """The most that experts take which are solved side by side."""
+    threads = thread_count()
+    beside = min(experts_at_once(config, original, threads), config.num_experts)
+    return beside * _linear(list(shapes.values()), True, original, max(1, threads // beside))
+
+
+def _linear(shapes: list[tuple[int, int]], with_inputs: bool, original: bool, threads: int | None = None) -> int:
     """The most that one of these linears takes while it is solved."""
-    return max(_one(out_rows, width, with_inputs, original) for out_rows, width in set(shapes))
+    return max(_one(out_rows, width, with_inputs, original, threads) for out_rows, width in set(shapes))
 
 
-def _one(out_rows: int, width: int, with_inputs: bool, original: bool) -> int:
+def _one(out_rows: int, width: int, with_inputs: bool, original: bool, threads: int | None) -> int:
     # What is to be met and codes, whole; some rows of it with scales, zeros and what is left, in every thread.
-    total = 6 * out_rows * width + 4 * _PIECES * thread_count() * min(ROWS_AT_ONCE, out_rows) * width
+    beside = thread_count() if threads is None else threads
+    total = 6 * out_rows * width + 4 * _PIECES * beside * min(ROWS_AT_ONCE, out_rows) * width
     if with_inputs:
         squares = (_SQUARES_WIDE if width > WIDE else _SQUARES) if original else _SQUARES_ALONE
         targets = 3 * out_rows * width if original and out_rows < width else 0

@@ -41,6 +41,7 @@ from qwen3_export.solve.calibration.moments import Moments
 from qwen3_export.solve.chunk_sizes import FOLD_EVERY
 from qwen3_export.solve.job import QUANTIZED, Job, SolvedBlock, SolvedLinear
 from qwen3_export.solve.linear_parts import linears_from, parts_of
+from qwen3_export.solve.memory import experts_at_once
 from qwen3_export.solve.method import LinearGroup
 from qwen3_export.solve.rounding.nearest import round_group
 
@@ -172,10 +173,14 @@ def _solve_stage(job: Job, stage: Stage, runs: list[BlockRun]) -> dict[str, Solv
     layer = layer_inputs(runs[0], job.token_floor, job.recipe.experts.fallback)
     groups = [wanted for names in stage.groups if (wanted := [name for name in names if name in schemes])]
 
+    def solve_one(place: int) -> None:
+        inputs = linear_inputs(job, groups[place][0], runs, layer)
+        results.update(_solve_linears(job, block, groups[place], inputs))
+
     def solve(some: Sequence[int]) -> None:
-        for place in some:
-            inputs = linear_inputs(job, groups[place][0], runs, layer)
-            results.update(_solve_linears(job, block, groups[place], inputs))
+        threads = job.pool.threads.count
+        at_once = experts_at_once(job.checkpoint.config, len(runs) > 1, threads) if stage.routed else 1
+        job.pool.map_apart(solve_one, some, at_once)
 
     def load(place: int, parts: Parts) -> None:
         found = linears_from(parts)
@@ -187,6 +192,7 @@ def _solve_stage(job: Job, stage: Stage, runs: list[BlockRun]) -> dict[str, Solv
 
     # Experts are solved side by side, anything else in pieces: the work below is shared itself.
     if stage.routed:
+        layer.prepare(stage, runs[0].routing.counts)
         job.pool.share("experts", range(len(groups)), solve, dump, load)
     else:
         solve(range(len(groups)))

@@ -17,7 +17,7 @@ Only one expert's moments are in memory at a time, beside those of the layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -72,6 +72,14 @@ class LayerInputs:
             return LinearInputs(own, own.tokens)
         layer = self._common if self._stage(name).norm else self._inner(name)
         return LinearInputs(own.join(replace(layer, tokens=lacking)), own.tokens, fallback=self.fallback)
+
+    def prepare(self, stage: Stage, counts: Sequence[int]) -> None:
+        """Compute with all threads what starved experts share, before several are solved side by side.
+
+        `counts`: tokens that reached each expert.
+        """
+        if min(counts) < self.token_floor:
+            _ = self._common if stage.norm else self._sampled
 
     def _stage(self, name: str) -> Stage:
         return self.block.config.block(self.block.layer).stage_of(name)
