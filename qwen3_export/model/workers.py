@@ -7,15 +7,16 @@ on one thread, and whole pieces of work, cut the same way on every machine, run 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen3_export.core.process import keep_few_kernels, keep_freed_memory, uncollected, uninterrupted
 from qwen3_export.core.processors import thread_count
 from qwen3_export.errors import MissingRuntimeError
+from qwen3_export.model.threads import Threads, ThreadsApart, results
 
 if TYPE_CHECKING:
     import torch
@@ -24,46 +25,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 # What one piece of shared work leaves: tensors, arrays, and values that JSON holds.
 Parts = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Threads:
-    """`count` threads of a pool, each of which calls `prepare` before it works."""
-
-    pool: ThreadPoolExecutor
-    count: int
-    prepare: Callable[[], None] = lambda: None
-
-
-class Part:
-    """Some threads for one of several things that are worked on side by side.
-
-    A single thread does all at once that it is asked for. After `stop` nothing new is begun.
-    """
-
-    def __init__(self, pool: ThreadPoolExecutor | None, stop: threading.Event) -> None:
-        self._pool, self._stop = pool, stop
-
-    @classmethod
-    def of(cls, threads: Threads, count: int, stop: threading.Event, stack: ExitStack) -> Part:
-        """`count` threads, which end with the stack."""
-        if count < 2:
-            return cls(None, stop)
-        return cls(stack.enter_context(ThreadPoolExecutor(count, initializer=threads.prepare)), stop)
-
-    def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
-        """As that of an executor."""
-        if self._pool is not None and not self._stop.is_set():
-            return self._pool.submit(function, *arguments)
-        future: Future[Result] = Future()
-        if self._stop.is_set():
-            future.cancel()
-            return future
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
 
 
 class Workers:
@@ -78,10 +39,10 @@ class Workers:
         self.threads = threads
         self.matmul_dtype: torch.dtype = matmul_dtype
         self.int_matmul = int_matmul
-        self._apart = threading.local()
+        self._apart, self.seconds = threading.local(), dict[str, float]()
 
     @property
-    def _pool(self) -> ThreadPoolExecutor | Part:
+    def _pool(self) -> ThreadPoolExecutor | ThreadsApart:
         """All threads, or inside `map_apart` those of one item."""
         return getattr(self._apart, "part", self.threads.pool)
 
@@ -111,11 +72,13 @@ class Workers:
             return [function(item) for item in items]
         stop = threading.Event()
         with ExitStack() as stack:
-            parts = [Part.of(self.threads, self.threads.count // beside, stop, stack) for _ in range(beside)]
+            parts = [ThreadsApart.of(self.threads, self.threads.count // beside, stop, stack) for _ in range(beside)]
+
+            around = self._around
 
             def begin() -> None:
                 self.threads.prepare()
-                self._apart.part = parts.pop()
+                self._apart.part, self._apart.label = parts.pop(), around
 
             with ThreadPoolExecutor(beside, initializer=begin) as pool:
                 return results([pool.submit(function, item) for item in items], stop)
@@ -134,7 +97,28 @@ class Workers:
         Items are cut by constants. `dump` says what the work on an item has left, `load` puts in place what another
         process gave. `evenly`: an equal share at once, where each call of `work` costs something of its own.
         """
-        work(items)
+        with self.timed(label):
+            work(items)
+
+    @property
+    def _around(self) -> str:
+        """Labels of this thread's work, each with a slash behind it."""
+        found: str = getattr(self._apart, "label", "")
+        return found
+
+    @contextmanager
+    def timed(self, label: str) -> Iterator[None]:
+        """Add the seconds of a `with` block to `seconds`.
+
+        Its key is the label behind those of the work that it is part of. Threads side by side each add theirs.
+        """
+        around = self._around
+        self._apart.label, started = f"{around}{label}/", time.perf_counter()
+        try:
+            yield
+        finally:
+            self._apart.label, path = around, around + label
+            self.seconds[path] = self.seconds.get(path, 0.0) + time.perf_counter() - started
 
     def barrier(self) -> None:
         """Wait until all processes that share work have come here."""
@@ -154,23 +138,6 @@ class Workers:
 
         self.share(label, range(len(items)), work, lambda place: {"result": found[place]}, load)
         return [found[place] for place in range(len(items))]
-
-
-def results(futures: list[Future[Result]], stop: threading.Event | None = None) -> list[Result]:
-    """What they found, in their order.
-
-    The first exception is raised, the rest is cancelled, and `stop` is set.
-    """
-    try:
-        return [future.result() for future in futures]
-    except BaseException:
-        if stop is not None:
-            stop.set()
-        for future in futures:
-            future.cancel()
-        # What still runs may write to files that the caller is about to close.
-        wait(futures)
-        raise
 
 
 # Largest error of a product that `fast` accepts, relative to its largest element; fp32 itself has about 4e-7.

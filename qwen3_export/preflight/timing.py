@@ -1,12 +1,9 @@
-"""An estimate of a recipe's time on this machine, from trials on random numbers.
+"""An estimate of a recipe's time on this machine, from a trial.
 
-The recipe runs on one block with few and with more samples, which gives two numbers:
-
-    seconds of the trial's block = at rest + per token · tokens
-
-For the model's blocks, `at rest` is scaled with the work of solving, `per token` with the work of running. A block
-wider than `_WIDEST` is narrowed for the trial. Embedding and head, if the recipe quantizes them, are timed on some of
-their rows.
+The recipe runs on one block of the model's kind, narrowed where it is wide. The trial's seconds by kind of work
+(`Workers.seconds`) are scaled with the units of that kind in the model's blocks (`preflight.work`). Two rates are timed
+by themselves, on a wide matrix: of products with H, and of factors. Embedding and head, if the recipe quantizes them,
+are timed on some of their rows.
 """
 
 from __future__ import annotations
@@ -14,83 +11,42 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import ml_dtypes
-import numpy as np
 
 from qwen3_export.core.architecture import is_expert
-from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
-from qwen3_export.core.manifest import to_json
+from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.progress import Progress
-from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config, parse_config
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
 from qwen3_export.core.recipe import Recipe
-from qwen3_export.core.tensorfile import write_tensors
+from qwen3_export.preflight.trial import Trial, as_starved, narrowed, random_samples, run_trial, write_block
+from qwen3_export.preflight.work import EXPERTS, Solving, block_work, rows_work
+from qwen3_export.solve.chunk_sizes import ROWS_AT_ONCE
 from qwen3_export.solve.job import QuantizeSettings
+from qwen3_export.solve.method import fold_of
+from qwen3_export.solve.methods import load_method
 from qwen3_export.text.samples import Samples
 
-_WIDEST, _WIDEST_INNER, _EXPERTS, _VOCABULARY = 1024, 3072, 8, 2048
-_LENGTH, _FEW, _MORE = 256, 4, 16
-# Work on every weight that does not grow with the width, in columns that cost as much: candidates that are searched.
-_SEARCHED = 1200
+# Samples of the trial, and of one before it that loads what is compiled.
+_SAMPLES, _FEW = 16, 4
 # Python, torch and compiled loops until they are ready, and without torch; bytes a second of reading, hashing and
 # writing what stays.
 _START_SECONDS, _PLAIN_START_SECONDS, _BYTES_PER_SECOND = 4.0, 0.7, 1e9
+# The matrices that are timed, and how often.
+_PROBED, _TURNS = 3072, 2
 
 
 @dataclass(frozen=True)
-class Work:
-    """Work on one block, at rest and per token; only ratios matter."""
+class Rates:
+    """Seconds of a multiplication: in products with H, and in factors.
 
-    at_rest: float
-    per_token: float
-
-
-def work_of(config: Qwen3Config, layer: int, with_inputs: bool) -> Work:
-    """Multiplications for solving a block, and for running one token through it.
-
-    The sums of its moments are included.
+    All `threads` make products together, and one makes a factor.
     """
-    shapes = config.linear_shapes(layer)
-    at_rest = sum(out_rows * width * (_SEARCHED + width if with_inputs else 1) for out_rows, width in shapes.values())
-    share = config.experts_per_token / config.num_experts if config.is_sparse(layer) else 1.0
-    firsts = {group[0] for stage in config.block(layer).stages for group in stage.groups}
-    per_token = 0.0
-    for name, (out_rows, width) in shapes.items():
-        active = share if is_expert(name) else 1.0
-        # Linears that read one input share their moments.
-        moments = width * width if with_inputs and name in firsts else 0
-        per_token += active * (2 * out_rows * width + moments)
-    return Work(at_rest, per_token)
 
-
-def narrowed(raw: Mapping[str, Any], config: Qwen3Config) -> dict[str, Any]:
-    """The `config.json` of a small model with one block of the same kind."""
-    heads = max(1, min(config.num_heads, _WIDEST // config.head_dim))
-    kv_heads = max(1, heads * config.num_kv_heads // config.num_heads)
-    while heads % kv_heads:
-        kv_heads -= 1
-    changes: dict[str, Any] = {
-        "num_hidden_layers": 1,
-        "vocab_size": min(config.vocab_size, _VOCABULARY),
-        "hidden_size": min(config.hidden_size, _WIDEST),
-        "intermediate_size": min(config.intermediate_size, _WIDEST_INNER),
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": config.head_dim,
-        "mlp_only_layers": [],
-        "decoder_sparse_step": 1,
-    }
-    if config.sparse_layers:
-        experts = min(config.num_experts, _EXPERTS)
-        spelled = "num_local_experts" if raw.get("num_local_experts") is not None else "num_experts"
-        changes[spelled] = experts
-        # As large a share of them as in the model.
-        changes["num_experts_per_tok"] = max(1, round(config.experts_per_token * experts / config.num_experts))
-    return {**raw, **changes}
+    product: float
+    factor: float
+    threads: int = 1
 
 
 def estimate_seconds(
@@ -109,84 +65,111 @@ def estimate_seconds(
 
     config, outer = checkpoint.config, {EMBEDDING, HEAD} & {rule.match for rule in recipe.rules if rule.scheme}
     inner = replace(recipe, rules=tuple(rule for rule in recipe.rules if rule.match not in (EMBEDDING, HEAD)))
+    without_torch = runs_without_torch(checkpoint, recipe, settings)
     with tempfile.TemporaryDirectory(prefix="qwen3-export-plan-") as name, progress.bar("time a block", 4) as tick:
         folder = Path(name)
-        small = _write_block(folder / "block", narrowed(checkpoint.raw_config, config))
-        few, more = (_random_samples(small, count) if samples else None for count in (_FEW, _MORE))
-        of_few, of_more = (_as_starved(inner, checkpoint, samples, small, trial) for trial in (few, more))
-        _trial(small, of_few, few, settings, folder / "warm")
+        small = write_block(folder / "block", narrowed(checkpoint.raw_config, config))
+        few, more = (random_samples(small, count) if samples else None for count in (_FEW, _SAMPLES))
+        starved = as_starved(inner, checkpoint, samples, small, more)
+        run_trial(small, starved, few, settings, folder / "warm")
         tick()
-        at_few = _trial(small, of_few, few, settings, folder / "few")
+        trial = run_trial(small, starved, more, settings, folder / "more")
         tick()
-        per_token = 0.0
-        if few is not None and more is not None:
-            at_more = _trial(small, of_more, more, settings, folder / "more")
-            per_token = max(0.0, (at_more - at_few) / (more.tokens - few.tokens))
+        for_outer = run_trial(small, recipe, more, settings, folder / "outer").total - trial.total if outer else 0.0
         tick()
-        for_outer = _trial(small, recipe, few, settings, folder / "outer") - at_few if outer else 0.0
+        rates = Rates(0.0, 0.0) if samples is None else probed(settings)
         tick()
-    at_rest = max(0.0, at_few - per_token * (few.tokens if few else 0))
-    done = work_of(small.config, 0, samples is not None)
     total = max(0.0, for_outer) * config.vocab_size / small.config.vocab_size
-    total += _PLAIN_START_SECONDS if runs_without_torch(checkpoint, recipe, settings) else _START_SECONDS
+    total += _PLAIN_START_SECONDS if without_torch else _START_SECONDS
     total += sum(entry.end - entry.begin for entry in checkpoint.stored_entries()) / _BYTES_PER_SECOND
-    for layer in range(config.num_layers):
-        work = work_of(config, layer, samples is not None)
-        block = at_rest * work.at_rest / done.at_rest
-        block += per_token * (samples.tokens if samples else 0) * work.per_token / done.per_token
-        total += block / nodes
-    return total
+    solving = solving_of(recipe, trial.starved)
+    blocks = (block_seconds(trial, config, layer, samples, solving, rates) for layer in range(config.num_layers))
+    return total + sum(blocks) / nodes
 
 
-def _as_starved(
-    recipe: Recipe, checkpoint: Checkpoint, samples: Samples | None, small: Checkpoint, trial: Samples | None
-) -> Recipe:
-    """The recipe with a floor that the same share of the trial's experts misses.
-
-    Experts below the floor are solved in another way, which takes another time.
-    """
-    config = checkpoint.config
-    if samples is None or trial is None or not config.sparse_layers:
-        return recipe
-    each, own = (
-        rows.tokens * c.experts_per_token / c.num_experts for rows, c in ((samples, config), (trial, small.config))
+def solving_of(recipe: Recipe, starved: float) -> Solving:
+    """What of the recipe decides the kinds of work."""
+    method, options = load_method(recipe)
+    return Solving.of(
+        options, method.needs_original(options), fold_of(options) != "none", method.fisher_samples(options), starved
     )
-    floor = recipe.experts.token_floor(config.expert_width)
-    return replace(recipe, experts=replace(recipe.experts, min_tokens=round(floor * own / each)))
 
 
-def _write_block(folder: Path, raw: dict[str, Any]) -> Checkpoint:
-    """A checkpoint of one block of random numbers."""
-    folder.mkdir()
-    (folder / "config.json").write_text(to_json(raw))
-    config, random = parse_config(raw, "trial"), np.random.default_rng(0)
-    tensors = {
-        name: (random.standard_normal(shape, np.float32) / math.sqrt(shape[-1])).astype(ml_dtypes.bfloat16)
-        for name, shape in config.tensor_shapes().items()
-    }
-    write_tensors(folder / "model.safetensors", tensors.items())
-    return open_checkpoint(folder)
-
-
-def _random_samples(checkpoint: Checkpoint, count: int) -> Samples:
-    length = min(_LENGTH, checkpoint.config.max_position)
-    ids = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, (count, length), dtype=np.int32)
-    return Samples(tuple(ids), ("trial",) * count)
-
-
-def _trial(
-    checkpoint: Checkpoint, recipe: Recipe, samples: Samples | None, settings: QuantizeSettings, folder: Path
+def block_seconds(
+    trial: Trial, config: Qwen3Config, layer: int, samples: Samples | None, solving: Solving, rates: Rates
 ) -> float:
-    """Seconds of the block loop."""
-    from qwen3_export.solve.loop import run_blocks
-    from qwen3_export.solve.output_folder import QuantizedFolder
-    from qwen3_export.solve.setup import has_head_apart, new_job, open_pool, runs_without_torch
+    """Seconds of one block of the model, from those of the trial's."""
+    if samples is None or trial.samples is None:
+        return trial.total * _weights(config, layer) / _weights(trial.config, 0)
+    was = block_work(trial.config, 0, trial.samples, solving)
+    units = block_work(config, layer, samples, solving)
+    threads = rates.threads
+    parts = {}
+    for kind, seconds in kinds_of(trial, threads).items():
+        within, name = (EXPERTS, kind.removeprefix(EXPERTS)) if kind.startswith(EXPERTS) else ("", kind)
+        if name == "rows":
+            # An expert is solved by one thread.
+            rate = rates.product * (threads if within else 1)
+            old, new = (rows_work(c, n, solving)[kind] for c, n in ((trial.config, 0), (config, layer)))
+            parts[kind] = max(0.0, seconds - rate * old[1]) * new[0] / old[0] + rate * new[1]
+        elif name == "rest":
+            factors = f"{within}factors"
+            other = max(0.0, seconds - rates.factor * was[factors])
+            grown = _weights(config, layer, within) / _weights(trial.config, 0, within) if within else 1.0
+            parts[kind] = other * grown + rates.factor * units[factors]
+        else:
+            parts[kind] = seconds * units[kind] / was[kind] if was.get(kind) else seconds
+    apart = sum(seconds for kind, seconds in parts.items() if kind.startswith(EXPERTS))
+    return sum(parts.values()) - apart + apart / threads
 
-    folder.mkdir()
-    layout, head_apart = settings.layout or recipe.layout, has_head_apart(checkpoint, recipe)
-    target = QuantizedFolder(folder, checkpoint, layout, {}, head_apart)
-    with open_pool(settings, runs_without_torch(checkpoint, recipe, settings)) as pool:
-        job = new_job(checkpoint, recipe, samples, settings, pool, target.scratch)
-        started = time.perf_counter()
-        run_blocks(job, target, replace(settings, memory=None), Progress())
-        return time.perf_counter() - started
+
+def _weights(config: Qwen3Config, layer: int, within: str = "") -> float:
+    """Weights of a layer, or of its experts alone."""
+    shapes = config.linear_shapes(layer)
+    return float(sum(math.prod(shape) for name, shape in shapes.items() if not within or is_expert(name)))
+
+
+def kinds_of(trial: Trial, threads: int) -> dict[str, float]:
+    """The trial's seconds by kind of work.
+
+    `rest` is the remainder of the block, `experts/rest` of its experts. Those of experts are seconds of one thread, the
+    others of the clock.
+    """
+    found = {kind: seconds for kind, seconds in trial.seconds.items() if "/" not in kind}
+    experts, rest = found.pop("experts", None), trial.total - sum(found.values())
+    if experts is not None:
+        within = {kind: seconds for kind, seconds in trial.seconds.items() if kind.startswith(EXPERTS)}
+        within = {kind: seconds for kind, seconds in within.items() if kind.count("/") == 1}
+        found |= {**within, f"{EXPERTS}rest": max(0.0, threads * experts - sum(within.values()))}
+        rest -= experts
+    return {**found, "rest": rest}
+
+
+def probed(settings: QuantizeSettings) -> Rates:
+    """Time products of some rows with a wide matrix, and its Cholesky factor."""
+    import torch
+
+    from qwen3_export.solve.methods.gptq.columns import multiply
+    from qwen3_export.solve.setup import open_pool
+
+    with open_pool(settings, False) as pool:
+        random, count = torch.Generator().manual_seed(0), pool.threads.count
+        rows = torch.randn(_PROBED, ROWS_AT_ONCE, generator=random).to(settings.device)
+        wide = torch.randn(_PROBED, _PROBED, generator=random).to(settings.device)
+        wide = wide @ wide.T + _PROBED * torch.eye(_PROBED, device=settings.device)
+
+        def product(_: int) -> float:
+            # A number on the CPU, so that a GPU has finished.
+            return float(multiply(wide, rows, pool.matmul_dtype)[0, 0])
+
+        def factor(_: int) -> float:
+            return float(torch.linalg.cholesky_ex(wide)[0][0, 0])
+
+        def seconds(work: Callable[[int], float], times: int) -> float:
+            started = time.perf_counter()
+            pool.map(work, range(times))
+            return time.perf_counter() - started
+
+        products = min(seconds(product, 2 * count) for _ in range(_TURNS)) / (2 * count)
+        factors = min(seconds(factor, 1) for _ in range(_TURNS))
+    return Rates(products / (_PROBED**2 * ROWS_AT_ONCE), factors / (_PROBED**3 / 3), count)

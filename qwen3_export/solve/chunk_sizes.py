@@ -17,6 +17,8 @@ SAMPLE_TOKENS = 1024
 ROWS_AT_ONCE = 512
 # A fold is searched on every eighth sample.
 FOLD_EVERY = 8
+# Experts whose rounding error speaks for all when a scale is searched before the router.
+FOLD_EXPERTS = 8
 # Experts that are solved side by side may take so much together; on this alone no byte depends.
 APART_BYTES = 4 << 30
 # The pass that measures which outputs matter: output rows of a piece of G, tokens on the way back, and at the head.

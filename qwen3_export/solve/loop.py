@@ -31,7 +31,7 @@ def _with_fisher(job: Job, seed: int, resumed: int, progress: Progress) -> Job:
     count, layers = job.method.fisher_samples(job.options), job.checkpoint.config.num_layers
     if not count or job.samples is None or resumed == layers:
         return job
-    with progress.bar("measure which outputs matter", 2 * layers) as tick:
+    with progress.bar("measure which outputs matter", 2 * layers) as tick, job.pool.timed("outputs"):
         from qwen3_export.solve.calibration.fisher import measure_fisher
 
         found = measure_fisher(job.checkpoint, job.samples, count, seed, job.pool, job.scratch, job.device, tick)

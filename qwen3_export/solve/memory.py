@@ -80,8 +80,9 @@ def memory_parts(
     """
     shapes = max((config.linear_shapes(layer) for layer in range(config.num_layers)), key=_weights)
     if without_torch:
-        # The codes of one block, and of another that is being written.
-        return Memory(_PLAIN_BASE_BYTES, 2 * _weights(shapes))
+        # The codes of one block, and of another that is being written; part of what is read.
+        largest = max(map(math.prod, shapes.values()))
+        return Memory(_PLAIN_BASE_BYTES, min(2, config.num_layers) * _weights(shapes) + largest)
     own = {name: shape for name, shape in shapes.items() if samples is None or not is_expert(name)}
     experts = {name: shape for name, shape in shapes.items() if name not in own}
     block = (7 if original else 5) * _weights(own) + _weights(experts)
@@ -90,7 +91,7 @@ def memory_parts(
     return Memory(
         _BASE_BYTES, block, running, _linear(list(own.values()), samples is not None, original),
         _experts(config, experts, original) + _lent(config, samples, token_floor) if experts else 0,
-        _routed(config) if experts else 0,
+        _routed(config, samples) if experts and samples is not None else 0,
         _passes(config, fisher_samples) if samples is not None else 0,
         _outer(config, samples, original) if outer else 0, _HOLES_BYTES,
     )  # fmt: skip
@@ -140,7 +141,7 @@ def _lent(config: Qwen3Config, samples: Samples | None, token_floor: int) -> int
     return 4 * (config.expert_width**2 + lent * (config.hidden_size + 3 * config.moe_intermediate_size))
 
 
-def _routed(config: Qwen3Config) -> int:
+def _routed(config: Qwen3Config, samples: Samples) -> int:
     """Inputs and outputs of the chosen experts, residual streams, and `missing`.
 
     One expert more: the router may send every token to the same one, whose inputs and outputs are also held apart,
@@ -148,7 +149,8 @@ def _routed(config: Qwen3Config) -> int:
     """
     widths = config.moe_intermediate_size + config.hidden_size
     chosen, alone = 2 * config.experts_per_token * widths, 2 * 3 * widths
-    return thread_count() * ROUTED_TOKENS * (chosen + alone + 14 * config.hidden_size)
+    together = min(thread_count() * ROUTED_TOKENS, samples.tokens)
+    return together * (chosen + alone + 14 * config.hidden_size)
 
 
 def _passes(config: Qwen3Config, fisher_samples: int) -> int:

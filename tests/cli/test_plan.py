@@ -15,7 +15,7 @@ import pytest
 from qwen3_export.core.recipe import ExpertRule, load_recipe
 from qwen3_export.core.source import open_source
 from qwen3_export.errors import InputError, ResourceError
-from qwen3_export.preflight.timing import _SEARCHED, _as_starved, narrowed, work_of
+from qwen3_export.preflight.trial import Trial, as_starved, narrowed
 from qwen3_export.text.samples import Samples
 from tests.cli.helpers import call, hashes, names, refused, start, wait_for, write_text_model
 from tests.conftest import tiny_config, tiny_moe_config, write_checkpoint
@@ -107,8 +107,10 @@ def test_memory_of_this_machine_counts_unless_another_is_named(model: Path, monk
 def test_nodes_share_the_blocks_and_not_the_start(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qwen3_export.preflight import timing
 
-    seconds = {"few": 1.0, "more": 3.0}
-    monkeypatch.setattr(timing, "_trial", lambda *given: seconds.get(given[-1].name, 0.0))
+    def trial(checkpoint: Any, recipe: Any, samples: Any, *given: Any) -> Trial:
+        return Trial(checkpoint.config, samples, {"advance": 2.0}, 3.0)
+
+    monkeypatch.setattr(timing, "run_trial", trial)
     common = (model, "--recipe", "gptq-w4a16-g32", *SHORT)
     one, two, many = (_plan(*common, "--nodes", n) for n in (1, 2, 10_000))
     assert two["nodes"] == 2
@@ -158,9 +160,6 @@ def test_trial_block_is_narrow_and_of_the_same_kind(tmp_path: Path) -> None:
         raw = narrowed({**checkpoint.raw_config, **wide}, checkpoint.config)
         assert raw["num_hidden_layers"] == 1
         assert raw["num_attention_heads"] % raw["num_key_value_heads"] == 0
-    one = work_of(dense.config, 0, with_inputs=True)
-    assert one.at_rest > work_of(dense.config, 0, with_inputs=False).at_rest
-    assert one.per_token > 0
 
 
 def test_as_many_experts_of_the_trial_miss_the_floor_as_of_the_model(tmp_path: Path) -> None:
@@ -171,19 +170,9 @@ def test_as_many_experts_of_the_trial_miss_the_floor_as_of_the_model(tmp_path: P
     )
     rows, trial = (Samples((np.zeros(512, np.int32),) * count, ("a",) * count) for count in (128, 8))
     recipe = replace(load_recipe("gptq-w4a16-g128"), experts=ExpertRule(min_tokens=4096))
-    assert _as_starved(recipe, large, rows, small, trial).experts.min_tokens == 512
+    assert as_starved(recipe, large, rows, small, trial).experts.min_tokens == 512
     assert narrowed(large.raw_config, large.config)["num_experts_per_tok"] == 1
-    assert _as_starved(recipe, large, None, small, None) is recipe
-
-
-def test_work_on_a_weight_grows_with_its_width_and_with_what_is_searched(tmp_path: Path) -> None:
-    narrow, wide = (
-        open_source(str(write_checkpoint(tmp_path / str(width), tiny_config(hidden_size=width)))).config
-        for width in (64, 128)
-    )
-    shapes = narrow.linear_shapes(0).values()
-    assert work_of(narrow, 0, True).at_rest == sum(rows * width * (width + _SEARCHED) for rows, width in shapes)
-    assert 1 < work_of(wide, 0, True).at_rest / work_of(narrow, 0, True).at_rest < 4
+    assert as_starved(recipe, large, None, small, None) is recipe
 
 
 @pytest.mark.parametrize(

@@ -33,11 +33,10 @@ from qwen3_export.model.block import Block
 from qwen3_export.model.streamed import change
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.calibration.moments import Moments
+from qwen3_export.solve.chunk_sizes import FOLD_EXPERTS
 from qwen3_export.solve.rounding.grid import find_grid, round_to, shared_global_scale
 
 _EXPONENTS = [0.1 * step for step in range(1, 11)]
-# Experts whose rounding error speaks for all when a scale is searched before the router.
-_EXPERTS_TRIED = 8
 # So many rows of a linear, evenly chosen, speak for all of it.
 _ROWS_TRIED = 96
 # Less than this is noise, and a fold is a change to more weights.
@@ -140,7 +139,7 @@ def search_scales(
     if kind == "smoothquant":
         scales = _smooth(site, (block.weights[name] for name in linears), moments)
     else:
-        tried = {name: block.weights[name] for name in linears[: 2 * _EXPERTS_TRIED]}
+        tried = {name: block.weights[name] for name in linears[: 2 * FOLD_EXPERTS]}
         scales = _awq(site, tried, moments, schemes, pool)
     if scales is None or ROUTER not in site.targets:
         return scales

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 
-from qwen3_export.model.workers import Parts, Workers, results
+from qwen3_export.model.threads import results
+from qwen3_export.model.workers import Parts, Workers
 from qwen3_export.solve.calibration.moments import Moments, MomentSums, SampleInputs, strip_pairs
 
 

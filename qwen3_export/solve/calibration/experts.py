@@ -74,9 +74,9 @@ class LayerInputs:
         return LinearInputs(own.join(replace(layer, tokens=lacking)), own.tokens, fallback=self.fallback)
 
     def prepare(self, stage: Stage, counts: Sequence[int]) -> None:
-        """Compute with all threads what starved experts share, before several are solved side by side.
+        """Compute what starved experts share, with all threads.
 
-        `counts`: tokens that reached each expert.
+        Several are then solved side by side. `counts`: tokens that reached each expert.
         """
         if min(counts) < self.token_floor:
             _ = self._common if stage.norm else self._sampled

@@ -26,7 +26,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qwen3_export.model.workers import Workers, results
+from qwen3_export.model.threads import results
+from qwen3_export.model.workers import Workers
 from qwen3_export.solve.calibration.moments import Moments, PairedMoments
 from qwen3_export.solve.methods.gptq.cholesky import damped
 from qwen3_export.solve.methods.gptq.columns import multiply
