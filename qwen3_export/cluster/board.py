@@ -30,13 +30,20 @@ class Board:
     def __init__(self) -> None:
         self._shares: dict[str, _Share] = {}
         self._arrived: dict[str, set[int]] = {}
-        self._workers, self._finished = 1, 0
+        self._workers, self._finished, self._calm = 1, 0, False
         self._changed = asyncio.Condition()
 
-    async def begin(self, workers: int) -> None:
-        """Forget all shares, and expect so many workers."""
+    async def begin(self, workers: int, is_calm: bool = False) -> None:
+        """Forget all shares, and expect so many workers; see `calm`."""
         async with self._changed:
-            self._shares, self._arrived, self._workers = {}, {}, workers
+            self._shares, self._arrived, self._workers, self._calm = {}, {}, workers, is_calm
+
+    async def calm(self) -> bool:
+        """Whether nobody else can have a hand in the files.
+
+        That is so until one of them is lost, unless there were others before.
+        """
+        return self._calm
 
     async def barrier(self, key: str, worker: int) -> None:
         """Wait until all workers have called with this key."""
@@ -53,6 +60,7 @@ class Board:
     async def lost(self, worker: int) -> None:
         """Free the pieces that were given to a lost worker."""
         async with self._changed:
+            self._calm = False
             for share in self._shares.values():
                 share.given = {piece: owner for piece, owner in share.given.items() if owner != worker}
             self._changed.notify_all()

@@ -85,11 +85,20 @@ class BlockStates:
         pieces = [range(begin, min(begin + size, count), at_once) for begin in range(0, count, size)]
         try:
             pool.share("advance", pieces, lambda some: each(pool, one, some), dump, load)
-            for file in fresh.values() if pool.is_shared else ():
-                file.open_again()
+            self._meet(fresh.values(), pool)
             is_done = True
         finally:
             self._replace(fresh, names, is_done or not self._is_shared)
+
+    def _meet(self, fresh: Collection[SampleFile], pool: Workers) -> None:
+        """See what other workers have written.
+
+        All have then read what will be written over.
+        """
+        for file in fresh if pool.is_shared else ():
+            file.open_again()
+        if self._spare is not None:
+            pool.barrier()
 
     def _replace(self, fresh: dict[str, SampleFile], names: Collection[str], remove: bool) -> None:
         """Go on with the fresh files, and with those before of the other `names`."""
@@ -106,7 +115,7 @@ class BlockStates:
 
     def _drop(self, file: SampleFile, remove: bool = True) -> None:
         file.close(remove=remove and self._spare is None)
-        if self._spare is not None and not file.lasting:
+        if remove and self._spare is not None and not file.lasting:
             self._spare.put(file.path)
 
     def take(self, name: str) -> SampleFile:

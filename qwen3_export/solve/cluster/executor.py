@@ -106,9 +106,10 @@ class Cluster:
     def _solve_together(self, job: Job, layer: int) -> BlockRecord:
         """Solve one block on all workers together; returns when every worker has finished it."""
         pieces = self.run.scratch / PIECES
+        is_new = not (pieces / f"{layer:04d}").exists()
         (pieces / f"{layer:04d}").mkdir(parents=True, exist_ok=True)
         write_atomic(pieces / MACHINES, json.dumps(self.machines))
-        self._ask_board("begin", len(self.workers))
+        self._ask_board("begin", len(self.workers), is_new)
         fisher, record = job.fisher is not None, None
         for worker in self.workers:
             worker.call = worker.handle.call("solve", layer, fisher)

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
@@ -34,6 +34,9 @@ from qwen3_export.solve.job import BlockRecord, Job, QuantizeSettings, SolvedBlo
 from qwen3_export.solve.methods import load_method
 from qwen3_export.solve.output_folder import QuantizedFolder
 from qwen3_export.text.samples import Samples
+
+if TYPE_CHECKING:
+    from qwen3_export.solve.calibration.activations import SpareFiles
 
 
 @dataclass(frozen=True)
@@ -153,16 +156,22 @@ class Member:
         An expected error is returned as class, message and hint.
         """
         try:
-            job = self._opened(fisher)
-            job.pool.begin(self._run.scratch / PIECES / f"{layer:04d}")  # type: ignore[attr-defined]
+            job, folder = self._opened(fisher), self._run.scratch / PIECES / f"{layer:04d}"
+            job.pool.begin(folder)  # type: ignore[attr-defined]
             self._solved = {}
             trim_heap()
             started = time.monotonic()
-            self._solved = {layer: solve_block(replace(job, apart=f"-{layer:04d}"), layer)}
+            spare = self._spare_files(folder / "spare")
+            self._solved = {layer: solve_block(replace(job, apart=f"-{layer:04d}", spare_files=spare), layer)}
         except (ExportError, OSError) as error:
             return _expected(error, self._run.scratch)
         self._seconds += time.monotonic() - started
         return self._solved[layer].record
+
+    def _spare_files(self, folder: Path) -> SpareFiles:
+        from qwen3_export.solve.cluster.spare_files import SharedSpareFiles
+
+        return SharedSpareFiles(folder, lambda: bool(self._board.ask("calm")))
 
     def write(self, layer: int) -> None:
         """Write the shard of the block that was just solved."""

@@ -113,16 +113,19 @@ def live_hessians(
     return most[0], len(alive)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("fallback", ["share", "rtn"])
-def test_the_moments_of_one_expert_are_in_memory_at_a_time(
-    settings: QuantizeSettings, tmp_path: Path, reference_folder: Path, monkeypatch: pytest.MonkeyPatch, fallback: str
-) -> None:
-    most = []
+def test_the_moments_of_one_expert_a_thread_are_in_memory_at_a_time(
+    settings: QuantizeSettings, tmp_path: Path, reference_folder: Path, monkeypatch: pytest.MonkeyPatch,
+    fallback: str, threads: int,
+) -> None:  # fmt: skip
+    most, settings = [], replace(settings, threads=threads)
     for experts in (4, 16):
         folder = make_source(tmp_path / f"moe-{experts}", reference_folder, num_experts=experts, num_hidden_layers=1)
         chosen = recipe("gptq", fallback, token_floor=10_000)
         found, collected = live_hessians(folder, settings, tmp_path / f"out-{experts}", chosen, monkeypatch)
         assert collected > 3 * experts
         most.append(found)
-    # Those of the rows that are not held out, or an expert's own, when the layer's are collected.
-    assert most == [1, 1]
+    # Those of the rows that are not held out, or the layer's, when an expert's own are collected.
+    assert max(most) <= threads
+    assert most[0] >= 1
