@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from benchmarks.cost.__main__ import checkpoint as slice_of
 from benchmarks.quality.checkpoints import MAKERS, make
 from benchmarks.quality.process import environment, high_water
 from benchmarks.quality.venvs import cache_folder
+from benchmarks.scale.measure import used
 from qwen3_export.cli.console import table
 
 COMMAND = "from qwen3_export.cli import main; main()"
@@ -71,14 +73,12 @@ def real(words: Sequence[str], output: Path, options: argparse.Namespace) -> Run
 
 
 def stored(path: Path) -> int:
-    """Bytes of a file or folder, some of whose files may vanish meanwhile."""
-    total = 0
-    for file in [path] if path.is_file() else path.rglob("*"):
-        try:
-            total += file.stat().st_size if file.is_file() else 0
-        except FileNotFoundError:
-            continue
-    return total
+    """Disk space of a file, or of a folder whose files may vanish meanwhile."""
+    if path.is_dir():
+        return used(path)
+    with suppress(FileNotFoundError):
+        return 512 * path.stat().st_blocks
+    return 0
 
 
 def planned(source: Path, recipe: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -41,7 +41,7 @@ _BASE_BYTES, _PLAIN_BASE_BYTES = 440 << 20, 240 << 20
 _HOLES_SHARE, _HOLES_BYTES = 0.32, 280 << 20
 # Square matrices of a linear's inputs that are alive together: four moments, and factors; without the original beside;
 # and where one factor is made at a time.
-_SQUARES, _SQUARES_ALONE, _SQUARES_WIDE = 9, 6, 5
+_SQUARES, _SQUARES_ALONE, _SQUARES_WIDE = 9, 6, 4
 _PIECES = 8
 
 

@@ -89,7 +89,10 @@ def test_files_of_activations_are_as_large_as_they_were(monkeypatch: pytest.Monk
     [
         ("30B-A3B", {"num_experts": 16, "num_experts_per_tok": 1}, True, 1.98e9),
         ("8B", {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16}, True, 1.33e9),
-        ("8B", {}, False, 0.64e9),
+        ("8B", {"num_hidden_layers": 4}, False, 0.64e9),
+        ("8B", {"num_hidden_layers": 1}, False, 0.525e9),
+        ("32B", {"num_hidden_layers": 1}, False, 0.847e9),
+        ("235B-A22B", {"num_hidden_layers": 1}, False, 2.90e9),
         ("8B", {**EMBEDDED, "vocab_size": 8192}, True, 0.553e9),
     ],
 )

@@ -45,6 +45,17 @@ def damped(hessian: Tensor, percdamp: float) -> Tensor:
     return found
 
 
+def cholesky_in_place(matrix: Tensor) -> Tensor | None:
+    """The lower Cholesky factor of a symmetric matrix, which it overwrites.
+
+    None for one that is not positive definite. The widest linears' matrices take gigabytes, so there is no copy.
+    """
+    # LAPACK works on columns. A symmetric matrix is its own transpose, so that nothing needs to be moved.
+    columns, failed = matrix.mT, torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(columns, out=(columns, failed))
+    return None if failed else columns
+
+
 def factorise(
     hessian: Tensor, percdamp: float, act_order: bool, name: str, order: Tensor | None = None,
     pool: Workers | None = None,
@@ -64,9 +75,10 @@ def factorise(
     ordered = _pick(_pick(hessian, order, pool).T.contiguous(), order, pool)
     ordered.diagonal().add_(damping(diagonal, percdamp)[order])
     for dtype in (torch.float32, torch.float64):
-        lower, failed = torch.linalg.cholesky_ex(ordered.to(dtype).flip(0, 1))
-        if not failed:
-            upper = _inverse(lower.flip(0, 1), pool)
+        lower = cholesky_in_place(ordered.to(dtype).flip(0, 1))
+        if lower is not None:
+            reversed_, lower = lower.flip(0, 1), None
+            upper = _inverse(reversed_, pool)
             if torch.isfinite(upper.sum()):
                 return Factor(order, upper, ordered)
     raise RecipeError(

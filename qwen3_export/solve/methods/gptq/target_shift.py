@@ -29,7 +29,7 @@ from torch import Tensor
 from qwen3_export.model.threads import results
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.calibration.moments import Moments, PairedMoments
-from qwen3_export.solve.methods.gptq.cholesky import damped
+from qwen3_export.solve.methods.gptq.cholesky import cholesky_in_place, damped
 from qwen3_export.solve.methods.gptq.columns import multiply
 
 ROWS_AT_ONCE = 512
@@ -132,8 +132,7 @@ def _shifted(weight: Tensor, share: float, step: _Step, pool: Workers) -> Tensor
 
 
 def _factor(percdamp: float, moments: Moments) -> Tensor | None:
-    lower, failed = torch.linalg.cholesky_ex(damped(moments.hessian, percdamp))
-    return None if failed else lower
+    return cholesky_in_place(damped(moments.hessian, percdamp))
 
 
 def _step(moments: Moments, lower: Tensor, pool: Workers) -> _Step:
