@@ -106,6 +106,7 @@ def prepared(
     check_output(output, inputs, force, folder)
     settings = options.settings(recipe)
     if recipe is None:
+        checkpoint.hash_ahead()
         check(checkpoint)
         yield checkpoint
         return

@@ -27,7 +27,7 @@ from qwen3_export.cli.on_the_way import (
     Threads,
     prepared,
 )
-from qwen3_export.core.process import uninterrupted
+from qwen3_export.core.process import uncollected, uninterrupted
 from qwen3_export.core.units import parse_size
 from qwen3_export.errors import InputError, MissingRuntimeError
 
@@ -85,18 +85,25 @@ def onnx(
     Codes land unchanged.
     """
     _need("onnx_ir", "onnx")
-    from qwen3_export.prove.cache import cache_cost, cache_scales
-    from qwen3_export.prove.rounding import level_cost
-    from qwen3_export.ship.onnx import check_request, export_onnx
-
     show, shard_bytes = console(json, quiet, verbose), _shard_bytes(max_shard_size)
     options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume, scratch)
     choice: dict[str, Any] = {
         "flavor": flavor, "precision": precision, "accuracy_level": accuracy_level, "target": target,
         "kv_cache": kv_cache, "opset": opset,
     }  # fmt: skip
-    check = partial(check_request, **choice)
+
+    def check(checkpoint: Checkpoint) -> None:
+        # Imported here, while the source is hashed.
+        _import("onnx_ir")
+        from qwen3_export.ship.onnx import check_request
+
+        check_request(checkpoint, **choice)
+
     with prepared(source, recipe, options, output, force, show, check) as checkpoint:
+        from qwen3_export.prove.cache import cache_cost, cache_scales
+        from qwen3_export.prove.rounding import level_cost
+        from qwen3_export.ship.onnx import export_onnx
+
         result = export_onnx(
             checkpoint, output, **choice, force=force, progress=show,
             max_shard_size=shard_bytes, measure=level_cost, study_cache=(cache_scales, cache_cost),
@@ -148,6 +155,7 @@ def gguf(
     16-bit weights are rounded to any of its types, codes moved bit for bit.
     """
     _need("gguf", "gguf")
+    _import("gguf")
     from qwen3_export.core.gguf_types import Overrides
     from qwen3_export.core.imatrix import read_imatrix
     from qwen3_export.core.model_card import check_gguf_card, write_gguf_card
@@ -223,6 +231,7 @@ def tensorrt(
 ) -> None:
     """Write an ONNX for TensorRT and build its plan ahead of time."""
     _need("onnx_ir", "tensorrt")
+    _import("onnx_ir")
     from qwen3_export.ship.tensorrt import check_request, export_tensorrt
     from qwen3_export.ship.tensorrt.profiles import default_profile
 
@@ -242,12 +251,16 @@ def tensorrt(
 
 
 def _need(module: str, extra: str) -> None:
-    import importlib
     import importlib.util
 
     if importlib.util.find_spec(module) is None:
         raise MissingRuntimeError(f"this export needs {module}", f"pip install 'qwen3-export[{extra}]'")
-    with uninterrupted():
+
+
+def _import(module: str) -> None:
+    import importlib
+
+    with uninterrupted(), uncollected():
         importlib.import_module(module)
 
 

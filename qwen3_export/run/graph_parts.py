@@ -71,6 +71,13 @@ class GraphParts:
         groups = [nodes for unit in _units(varying) for nodes in self._without_wide_head(unit)]
         self.parts = tuple(self._parts(list(self._packed(groups))))
 
+    def is_small(self, part: Part) -> bool:
+        """Whether a part's weights keep to `PART_BYTES`.
+
+        Those of one wide layer may not.
+        """
+        return part.rows is not None or self._bytes(part.nodes) <= PART_BYTES
+
     def model(self, part: Part, types: Mapping[str, tuple[int, int]]) -> bytes:
         """A part as a model whose weights stay in their files.
 

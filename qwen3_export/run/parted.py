@@ -8,6 +8,8 @@ vocabulary. `run.graph_parts` cuts the graph.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +34,13 @@ Values = dict[str, Any]
 class Stream:
     """Sequences on their way through the parts.
 
-    `sequences` holds the values of each call of each sequence, `caches` what the last part has left of each.
-    `exact`: codes are multiplied with activations that nothing has rounded.
+    `sequences` holds the values of each call of each sequence, `rows` their batch sizes, `caches` what the last part
+    has left of each. `exact`: codes are multiplied with activations that nothing has rounded.
     """
 
     exact: bool
     sequences: list[list[Values]]
+    rows: list[int]
     caches: list[Values]
 
 
@@ -52,13 +55,17 @@ class PartedModel:
         self.vocab_size, self.context = self.graph.vocab_size, int(self.graph.metadata["qwen3_export.context"])
 
     def stream(self, sequences: Sequence[Sequence[NDArray]], exact: bool = False) -> Stream:
-        """A stream of sequences, each given as its calls: a prompt, then decoded tokens."""
-        return Stream(exact, [self._calls(calls) for calls in sequences], [{} for _ in sequences])
+        """A stream of sequences, each given as its calls: a prompt, then decoded tokens.
+
+        A call is token ids `[tokens]`, or `[rows, tokens]` for a batch whose rows run together.
+        """
+        rows = [len(np.atleast_2d(calls[0])) for calls in sequences]
+        return Stream(exact, [self._calls(calls) for calls in sequences], rows, [{} for _ in sequences])
 
     def logits(self, *streams: Stream) -> Iterator[list[list[NDArray[np.float32]]]]:
         """Logits `[tokens, words]` of each sequence of each stream.
 
-        One piece of the vocabulary comes after another.
+        A batch's rows stand behind each other. One piece of the vocabulary comes after another.
         """
         name, where = self.graph.logits, f"{self._folder.name} in onnxruntime"
         for part in self._passed(self.graph.parts, streams):
@@ -92,16 +99,17 @@ class PartedModel:
                     del values[name]
 
     def _calls(self, calls: Sequence[NDArray]) -> list[Values]:
-        check_ids(self, self._folder, np.concatenate(calls), 0)
-        found, past, make = [], 0, self._runtime.OrtValue.ortvalue_from_numpy
-        for ids in calls:
-            total = past + len(ids)
+        batches, found, past = [np.atleast_2d(ids) for ids in calls], [], 0
+        for row in np.concatenate(batches, axis=1):
+            check_ids(self, self._folder, row, 0)
+        for ids in batches:
+            rows, total = len(ids), past + ids.shape[1]
             values = {
                 "input_ids": ids.astype(np.int64),
-                "attention_mask": np.ones(total, np.int64),
-                "position_ids": np.arange(past, total),
+                "attention_mask": np.ones((rows, total), np.int64),
+                "position_ids": np.tile(np.arange(past, total), (rows, 1)),
             }
-            found.append({name: make(array[None]) for name, array in values.items()})
+            found.append({name: self._runtime.OrtValue.ortvalue_from_numpy(array) for name, array in values.items()})
             past = total
         return found
 
@@ -120,17 +128,30 @@ class PartedModel:
         plain = without_rounding(model)
         # ONNX Runtime makes rounding products of DequantizeLinear and MatMul on its own.
         rounds = plain != model or any(node.op_type == "DequantizeLinear" for node in part.nodes)
+        together = {kind: [s for s in streams if (s.exact or not rounds) == kind] for kind in (False, True)}
+        jobs = [(model if not kind else plain, kind, found) for kind, found in together.items() if found]
+        # Making a session packs weights in one thread; two at once take twice the memory.
+        beside = len(jobs) > 1 and self.graph.is_small(part)
+        threads = max(1, thread_count() // 2) if beside else thread_count()
+
+        def work(job: tuple[bytes, bool, list[Stream]]) -> None:
+            graph, exact, found = job
+            # Packing a piece of the head takes longer than its few products gain by it.
+            settings = self._settings(exact, threads, packs=rounds or part.rows is None)
+            session = self._runtime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
+            for stream in found:
+                self._run(session, part, stream)
+            del session
+            trim_heap()
+
+        with self._errors_named(), ThreadPoolExecutor(2 if beside else 1) as pool:
+            list(pool.map(work, jobs))
+
+    @contextmanager
+    def _errors_named(self) -> Iterator[None]:
+        """Raise what ONNX Runtime raises as an error of ours."""
         try:
-            for exact in sorted({stream.exact or not rounds for stream in streams}):
-                # Packing a piece of the head takes longer than its few products gain by it.
-                settings = self._settings(exact, packs=rounds or part.rows is None)
-                graph = plain if exact else model
-                session = self._runtime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
-                for stream in streams:
-                    if (stream.exact or not rounds) == exact:
-                        self._run(session, part, stream)
-                del session
-                trim_heap()
+            yield
         except MemoryError as error:
             raise ResourceError(
                 f"{self._folder}: out of memory while {self._path.name} ran", "close other programs"
@@ -147,22 +168,22 @@ class PartedModel:
     def _run(self, session: Any, part: Part, stream: Stream) -> None:
         wanted = [*part.gives, *part.caches.values()]
         for i, calls in enumerate(stream.sequences):
-            held = {name: self._empty(name) for name in part.caches}
+            held = {name: self._empty(name, stream.rows[i]) for name in part.caches}
             for values in calls:
                 outputs = session.run_with_ort_values(wanted, {name: values[name] for name in part.needs} | held)
                 values.update(zip(part.gives, outputs, strict=False))
                 held = dict(zip(part.caches, outputs[len(part.gives) :], strict=True))
             stream.caches[i] = held
 
-    def _empty(self, name: str) -> Any:
+    def _empty(self, name: str, rows: int) -> Any:
         """A cache without tokens."""
-        kind, sizes = self.graph.inputs[name].type.tensor_type, {"batch_size": 1, "past_sequence_length": 0}
+        kind, sizes = self.graph.inputs[name].type.tensor_type, {"batch_size": rows, "past_sequence_length": 0}
         shape = [sizes.get(axis.dim_param, axis.dim_value) for axis in kind.shape.dim]
         return self._runtime.OrtValue.ortvalue_from_shape_and_type(shape, kind.elem_type)
 
-    def _settings(self, exact: bool, packs: bool) -> Any:
+    def _settings(self, exact: bool, threads: int, packs: bool) -> Any:
         settings = self._runtime.SessionOptions()
-        settings.intra_op_num_threads, settings.log_severity_level = thread_count(), 4
+        settings.intra_op_num_threads, settings.log_severity_level = threads, 4
         # An arena keeps what it has grown to, and a pattern is one piece as large as all activations together, whose
         # place in the heap smaller ones take: 0.5 GB of freed memory, where 0.1 GB was ever in use.
         settings.enable_cpu_mem_arena = settings.enable_mem_pattern = False
@@ -180,5 +201,6 @@ class PartedModel:
 
 def _joined(calls: Sequence[Values], name: str) -> NDArray[np.float32]:
     """One value of all calls of a sequence, `[tokens, …]`, dropped from the calls."""
-    found = [values.pop(name).numpy()[0] for values in calls]
-    return (found[0] if len(found) == 1 else np.concatenate(found)).astype(np.float32, copy=False)
+    found = [values.pop(name).numpy() for values in calls]
+    whole = found[0] if len(found) == 1 else np.concatenate(found, axis=1)
+    return whole.reshape(-1, whole.shape[-1]).astype(np.float32, copy=False)

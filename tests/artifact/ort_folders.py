@@ -48,7 +48,7 @@ def check_codes(exported: Exported) -> None:
     for module, shape in exported.linears.items():
         wanted = exported.source.linear(module)
         if not isinstance(wanted, QuantizedTensor):
-            assert weights.node(graph_name(module)).op_type == "MatMul"
+            assert weights.node(graph_name(module)).op_type == "FusedMatMul"
             continue
         codes, scales, zeros = read_matmul(weights, module)
         assert codes.shape == shape

@@ -106,6 +106,21 @@ def test_tokens_decoded_one_by_one(onnx_folder: OnnxFolder, rows: list[NDArray])
     assert largest_difference([wanted], [np.concatenate(pieces, -1)]) < SAME
 
 
+@pytest.mark.parametrize("size", [1, 1 << 40], ids=["one level after the other", "both at once"])
+def test_a_batch_gives_what_its_rows_give(
+    onnx_folder: OnnxFolder, rows: list[NDArray], monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr("qwen3_export.run.graph_parts.PART_BYTES", size)
+    folder, batch = onnx_folder("edge-w4").path, np.stack([ids[:8] for ids in rows[:3]])
+    model = PartedModel(folder)
+    streams = model.stream([[batch]], exact=True), model.stream([[batch]])
+    pieces = list(model.logits(*streams))
+    for stream, exact in enumerate((True, False)):
+        wanted = np.concatenate(logits(folder, list(batch), exact=exact))
+        found = np.concatenate([piece[stream][0] for piece in pieces], -1)
+        assert mean_kl([wanted], [found]) < 1e-6
+
+
 def test_a_quantized_cache_in_parts(
     source: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

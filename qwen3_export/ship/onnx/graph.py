@@ -27,6 +27,8 @@ from qwen3_export.ship.onnx.target import Files
 CONTRIB, TENSORRT = "com.microsoft", "trt"
 # Weights start on page boundaries, so that a runtime can map each of them on its own.
 ALIGNMENT = 4096
+# Bytes after which the hash is told to go on, also in the midst of a large matrix.
+_ANNOUNCED = 16 << 20
 _IR_VERSION = 10
 _DEFAULT_FILES = Files()
 
@@ -82,9 +84,11 @@ class GraphBuilder:
         self._make_room(dtype.bitwidth * math.prod(shape) // 8)
         offset = self._data.tell()
         for part in parts:
-            self._data.write(contiguous(part).reshape(-1).view(np.uint8).data)
+            whole = contiguous(part).reshape(-1).view(np.uint8).data
+            for begin in range(0, len(whole), _ANNOUNCED):
+                self._data.write(whole[begin : begin + _ANNOUNCED])
+                self._announce()
         length = self._data.tell() - offset
-        self._announce()
         place = ir.Shape(shape)
         data = Path(self._data.name).name
         tensor = ir.ExternalTensor(data, offset, length, dtype, shape=place, name=name, base_dir=self._place)
