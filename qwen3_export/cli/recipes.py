@@ -82,6 +82,13 @@ def search_recipe(
         str,
         typer.Option(help="Below 8 bits: `symmetric`, `signed` scales, `asymmetric`; or `gguf`: ggml types."),
     ] = "signed,asymmetric",
+    groups: Annotated[
+        str, typer.Option(help="Sizes of groups that are tried below 8 bits, of 128, 64 and 32.")
+    ] = "128,64,32",
+    by_kind: Annotated[
+        bool,
+        typer.Option("--by-kind/--by-layer", help="One scheme per kind of linear in all layers, for other models too."),
+    ] = False,
     fused: Annotated[
         bool, typer.Option("--fused/--separate", help="One scheme for q,k,v and one for gate,up, as vLLM needs it.")
     ] = False,
@@ -116,7 +123,7 @@ def search_recipe(
     show = console(json, quiet, verbose)
     settings = SearchSettings(
         target_bpw,
-        None if bits is None else _bits(bits),
+        None if bits is None else _numbers("--bits", bits),
         _words(grids),
         method,
         calibration,
@@ -129,6 +136,8 @@ def search_recipe(
         embeddings,
         fold,
         cluster,
+        _numbers("--groups", groups),
+        by_kind,
     )
     inputs: list[str | Path | None] = [checkpoint.folder, calibration]
     with staged_file(path, force, inputs) as partial, scratch_folder(scratch, path, inputs) as spilled:
@@ -142,10 +151,10 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _bits(text: str) -> tuple[int, ...]:
+def _numbers(option: str, text: str) -> tuple[int, ...]:
     words = _words(text)
     if not words or not all(word.isdecimal() for word in words):
-        raise InputError(f"--bits {text}: numbers of bits such as 4,8 were expected")
+        raise InputError(f"{option} {text}: numbers such as 4,8 were expected")
     return tuple(int(word) for word in words)
 
 

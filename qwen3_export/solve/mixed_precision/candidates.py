@@ -1,6 +1,6 @@
 """The schemes that a search may choose from.
 
-symmetric, signed, asymmetric    integers in groups of 128, 64 and 32
+symmetric, signed, asymmetric    integers in groups of 128, 64 and 32, or in some of these
 gguf                             ggml's block types; embedding and head as llama.cpp's mixes have them
 """
 
@@ -22,7 +22,7 @@ OPTIONS_OF = {"gptq": "gptq-w4a16-g32", "rtn": "rtn-w4a16-g32", "awq": "awq-w4a1
 _GGUF_RECIPE = "gguf-q4_k_m"
 _GGUF_TYPES = ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
 _USUAL_BITS, _USUAL_GGUF_BITS = (4, 8), (3, 4, 5, 6, 8)
-_GROUPS = (128, 64, 32)
+GROUPS = (128, 64, 32)
 
 
 def one_of(option: str, value: object, known: Sequence[Any]) -> Any:
@@ -49,10 +49,16 @@ def options_recipe(method: str, grids: Sequence[str]) -> str:
     return OPTIONS_OF[one_of("--method", method, tuple(OPTIONS_OF))]
 
 
-def schemes(grids: Sequence[str], bits: Sequence[int] | None) -> list[QuantScheme | None]:
-    """All candidates, coarse to fine, None for 16 bits."""
+def schemes(
+    grids: Sequence[str], bits: Sequence[int] | None, groups: Sequence[int] = GROUPS
+) -> list[QuantScheme | None]:
+    """All candidates, coarse to fine, None for 16 bits.
+
+    `groups` are the sizes of groups below 8 bits.
+    """
     for grid in grids:
         one_of("--grids", grid, GRIDS)
+    sizes = sorted({one_of("--groups", size, GROUPS) for size in groups}, reverse=True)
     chosen = sorted({one_of("--bits", number, BITS) for number in bits or _usual(grids)})
     if is_gguf(grids):
         found: list[QuantScheme | None] = [scheme_of_type(name) for name in _GGUF_TYPES]
@@ -64,7 +70,8 @@ def schemes(grids: Sequence[str], bits: Sequence[int] | None) -> list[QuantSchem
             raise InputError(f"--bits {number}: only --grids gguf has types of {number} bits")
         for grid in () if number == 16 else ("symmetric",) if number == 8 else grids:
             signed, symmetric = grid == "signed", grid != "asymmetric"
-            found += [QuantScheme(number, "int", symmetric, "group", g, signed_scales=signed) for g in _GROUPS]
+            fitting_sizes = GROUPS if number == 8 else sizes
+            found += [QuantScheme(number, "int", symmetric, "group", g, signed_scales=signed) for g in fitting_sizes]
         found += [None] if number == 16 else []
     return found
 
@@ -85,7 +92,7 @@ def fitting(unit: Unit, tried: Sequence[QuantScheme | None]) -> list[QuantScheme
     if not any(found):
         raise RecipeError(
             f"{unit.match}: no candidate fits its {wide[0]} inputs",
-            f"groups of {_GROUPS} and --bits 2 to 8 are tried, with --grids gguf blocks of 256 and 32",
+            f"groups of {GROUPS} and --bits 2 to 8 are tried, with --grids gguf blocks of 256 and 32",
         )
     return found
 

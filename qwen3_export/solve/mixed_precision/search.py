@@ -22,6 +22,7 @@ from typing import Any
 from qwen3_export.cluster.session import check_cluster
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.progress import Progress
+from qwen3_export.core.qwen3 import HEAD
 from qwen3_export.core.recipe import Recipe, Rule, load_recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.units import binary_size
@@ -30,6 +31,7 @@ from qwen3_export.model.workers import workers
 from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.methods import load_method
 from qwen3_export.solve.mixed_precision.candidates import (
+    GROUPS,
     fitting,
     gguf_outer,
     is_gguf,
@@ -69,6 +71,8 @@ class SearchSettings:
     of samples, of at most 256 tokens each, that the KL is measured on and no solver sees. `fused` gives
     q,k,v of a block one scheme and gate,up one, which vLLM and SGLang need. `fold` is one of `FOLDS`;
     None folds where the method looks at inputs anyway: it costs little, and is left out where it does not pay.
+    `groups` are the sizes of groups that are tried below 8 bits. `by_kind` gives linears of a kind one scheme in all
+    blocks, so that the recipe fits other models too.
     """
 
     target_bpw: float
@@ -85,6 +89,8 @@ class SearchSettings:
     embeddings: bool = False
     fold: str | None = None
     cluster: str | None = None
+    groups: tuple[int, ...] = GROUPS
+    by_kind: bool = False
 
 
 def search(
@@ -104,7 +110,7 @@ def search(
         raise InputError(f"{checkpoint.folder} is quantized already", "give the 16-bit original")
     base = _base(settings)
     method, options = load_method(base)
-    tried = schemes(settings.grids, settings.bits)
+    tried = schemes(settings.grids, settings.bits, settings.groups)
     options_of = {unit: fitting(unit, tried) for unit in units(checkpoint.config, settings.fused, settings.embeddings)}
     capacity = _capacity(options_of, settings.target_bpw)
     calibration, held_out = _samples(checkpoint, settings)
@@ -117,7 +123,7 @@ def search(
         else:
             with progress.bar(f"search {checkpoint.name}", steps(study)) as tick:
                 measured = measure_sensitivities(study, tick)
-    chosen = _choose(measured, options_of, capacity)
+    chosen = _choose(measured, options_of, capacity, settings.by_kind)
     for sensitivity, scheme in chosen:
         label = scheme.label if scheme else "16 bits"
         progress.log(f"{sensitivity.unit.match}  KL {sensitivity.kl:.2e} at {sensitivity.probe.label}  → {label}")
@@ -216,13 +222,22 @@ def _check_disk(checkpoint: Checkpoint, count: int, calibration: list[Any], held
 
 
 def _choose(
-    measured: list[Sensitivity], candidates: Mapping[Unit, list[QuantScheme | None]], capacity: int
+    measured: list[Sensitivity], candidates: Mapping[Unit, list[QuantScheme | None]], capacity: int, by_kind: bool
 ) -> list[tuple[Sensitivity, QuantScheme | None]]:
     """Every unit's scheme."""
-    choices = [[Choice(s.unit.bits(scheme), s.loss(scheme)) for scheme in candidates[s.unit]] for s in measured]
+    groups: dict[str, list[Sensitivity]] = {}
+    for sensitivity in measured:
+        groups.setdefault(sensitivity.unit.kind if by_kind else sensitivity.unit.match, []).append(sensitivity)
+    # Linears of one kind have one shape, and so the same candidates.
+    tried = [candidates[found[0].unit] for found in groups.values()]
+    choices = [
+        [Choice(sum(s.unit.bits(scheme) for s in found), sum(s.loss(scheme) for s in found)) for scheme in options]
+        for found, options in zip(groups.values(), tried, strict=True)
+    ]
     picks = choose(choices, capacity)
     assert picks is not None  # the smallest choices fit: `_capacity` has seen to it
-    return [(s, candidates[s.unit][pick]) for s, pick in zip(measured, picks, strict=True)]
+    chosen = {key: options[pick] for key, options, pick in zip(groups, tried, picks, strict=True)}
+    return [(s, chosen[s.unit.kind if by_kind else s.unit.match]) for s in measured]
 
 
 def _recipe(
@@ -236,9 +251,12 @@ def _recipe(
     usual = max(weights, key=lambda scheme: weights[scheme])
     # No wildcard reaches embedding and head.
     rules = [Rule(s.unit.match, scheme) for s, scheme in chosen if s.unit.stage == OUTER and scheme]
+    if settings.by_kind and checkpoint.config.tie_word_embeddings:
+        rules += [Rule(HEAD, rule.scheme) for rule in rules]
     if is_gguf(settings.grids) and not settings.embeddings:
         rules += [Rule(module, scheme) for module, scheme in gguf_outer(checkpoint.config).items()]
-    rules += [Rule(s.unit.match, scheme) for s, scheme in inner if scheme != usual]
+    named = [(s.unit.kind if settings.by_kind else s.unit.match, scheme) for s, scheme in inner if scheme != usual]
+    rules += [Rule(match, scheme) for match, scheme in dict.fromkeys(named)]
     bits = sum(s.unit.bits(scheme) for s, scheme in chosen) / sum(s.unit.weights for s, _ in chosen)
     counted = "weight of linears, embedding and head" if settings.embeddings else "decoder weight"
     return Recipe(
@@ -246,6 +264,7 @@ def _recipe(
         method=base.method,
         rules=(*rules, Rule("*", usual)),
         description=f"mixed precision for {checkpoint.name}, {bits:.3f} bits per {counted}, found by search"
+        + (", the same in all layers" if settings.by_kind else "")
         + ("" if settings.fused else "; q, k, v and gate, up may differ, which vLLM refuses"),
         options=base.options,
         calibration={"samples": settings.samples, "sequence_length": settings.sequence_length},

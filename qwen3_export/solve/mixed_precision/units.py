@@ -38,6 +38,11 @@ class Unit:
         return self.pattern if self.stage == OUTER else f"*.layers.{self.layer}.{self.pattern}"
 
     @property
+    def kind(self) -> str:
+        """The pattern of a rule for units of this kind in all blocks."""
+        return self.pattern if self.stage == OUTER else f"*.{self.pattern}"
+
+    @property
     def weights(self) -> int:
         """Number of weights."""
         return sum(math.prod(shape) for shape in self.shapes.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import shutil
 from dataclasses import replace
@@ -19,6 +20,7 @@ from qwen3_export.errors import InputError, RecipeError, ResourceError
 from qwen3_export.model.decoder import Decoder
 from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.mixed_precision.candidates import OPTIONS_OF
+from qwen3_export.solve.mixed_precision.knapsack import Choice, choose
 from qwen3_export.solve.mixed_precision.result import SearchResult, to_yaml
 from qwen3_export.solve.mixed_precision.search import SearchSettings, search
 from qwen3_export.solve.mixed_precision.units import OUTER, Unit, units
@@ -204,6 +206,40 @@ def test_only_what_was_asked_for_is_mixed(source: Path, tmp_path: Path) -> None:
     assert None in chosen
     assert {(s.num_bits, s.symmetric, s.signed_scales) for s in chosen if s} == {(3, True, False)}
     assert sum(s.loss(None) for s, _ in found.units) == 0
+
+
+def test_by_kind_a_recipe_fits_models_of_any_depth(source: Path, tmp_path: Path) -> None:
+    original = open_checkpoint(source)
+    settings = replace(
+        SETTINGS, target_bpw=5.5, method="rtn", embeddings=True, fused=False, groups=(64, 32), by_kind=True
+    )
+    found = search(original, settings, tmp_path)
+    kinds: dict[str, set[QuantScheme | None]] = {}
+    for sensitivity, scheme in found.units:
+        kinds.setdefault(sensitivity.unit.pattern, set()).add(scheme)
+    assert {len(schemes) for schemes in kinds.values()} == {1}
+    assert len(set().union(*kinds.values())) > 1
+    assert {s.group_size for schemes in kinds.values() for s in schemes if s and s.num_bits == 4} <= {64, 32}
+    assert found.bits_per_weight <= 5.5
+    deeper = replace(original.config, num_layers=5, tie_word_embeddings=False)
+    found.recipe.check_against(deeper.all_matrices())
+    for name in deeper.all_matrices():
+        pattern = name.split(".", 3)[3] if ".layers." in name else "model.embed_tokens"
+        wanted = [schemes for kind, schemes in kinds.items() if fnmatch.fnmatchcase(pattern, kind)]
+        assert wanted == [{found.recipe.scheme_for(name)}], name
+
+
+def test_the_recipe_for_devices_is_what_a_search_by_kind_finds(reference_model: Checkpoint, tmp_path: Path) -> None:
+    """With 4 bits in groups of 32 and 8 in groups of 128, at its own size."""
+    shipped, matrices = load_recipe("edge-w4-mixed"), reference_model.config.all_matrices()
+    settings = replace(SETTINGS, target_bpw=5.63, fused=False, embeddings=True, grids=("signed",), groups=(32,))
+    found = search(reference_model, replace(settings, by_kind=True), tmp_path)
+    assert {name: found.recipe.scheme_for(name) for name in matrices} == {n: shipped.scheme_for(n) for n in matrices}
+    # A mix made for this model, layer by layer, expects little less at this size.
+    sizes = [[Choice(s.unit.bits(scheme), s.loss(scheme)) for scheme in s.errors] for s, _ in found.units]
+    picks = choose(sizes, math.floor(5.63 * sum(s.unit.weights for s, _ in found.units)))
+    assert picks is not None
+    assert found.expected_kl < 1.2 * sum(unit[pick].loss for unit, pick in zip(sizes, picks, strict=True))
 
 
 @pytest.mark.parametrize("target", [2.0, 9.0])
