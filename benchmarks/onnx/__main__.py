@@ -25,8 +25,13 @@ BUILDER = (
     ("builder int8", "int8", ()),
     ("builder k_quant_mixed", "int4", ("algo_config=k_quant_mixed",)),
 )
-# Our recipe → the builder's model that it is compared with.
-PAIRS = (("edge-w4", "builder int4"), ("edge-w4-mixed", "builder k_quant_mixed"), ("edge-w8", "builder int8"))
+# Our recipe → the builder's models that it is compared with.
+PAIRS = {
+    "edge-w4": ("builder int4",),
+    "edge-w4-mixed": ("builder int4", "builder k_quant_mixed"),
+    "edge-w8": ("builder int8",),
+}
+HEADERS = ["folder", "MB", "KL", "top-1", "KL beside", "bytes beside"]
 
 
 def build(source: Path, output: Path, precision: str, options: tuple[str, ...]) -> None:
@@ -53,21 +58,27 @@ def measure(name: str, base: Path) -> list[dict[str, Any]]:
 
 
 def report(found: dict[str, list[dict[str, Any]]]) -> str:
-    """A table per checkpoint, with ratios to the builder's model of similar size."""
+    """A table per checkpoint, with ratios to the builder's models of similar size."""
     names = ("onnxruntime", "onnxruntime-genai")
     text = (
         f"# ONNX for devices\n\nWritten by `benchmarks.onnx`. {', '.join(f'{n} {metadata.version(n)}' for n in names)}."
     )
     for checkpoint, rows in found.items():
-        kl = {row["folder"]: row["kl"] for row in rows}
-        beside = {ours: f"{kl[ours] / kl[theirs]:.2f} × {theirs}" for ours, theirs in PAIRS}
+        found_of = {row["folder"]: row for row in rows}
+        ratios = {ours: [_beside(found_of, ours, theirs) for theirs in PAIRS[ours]] for ours in PAIRS}
         lines = [
             [row["folder"], f"{row['bytes'] / 1e6:.2f}", f"{row['kl']:.5f} ± {row['standard_error']:.5f}",
-             f"{row['top1']:.1%}", beside.get(row["folder"], "")]
+             f"{row['top1']:.1%}", *map(", ".join, zip(*ratios.get(row["folder"], [("", "")]), strict=True))]
             for row in rows
         ]  # fmt: skip
-        text += f"\n\n## {checkpoint}\n\n{table(['folder', 'MB', 'KL', 'top-1', 'KL beside'], lines)}"
+        text += f"\n\n## {checkpoint}\n\n{table(HEADERS, lines)}"
     return text + "\n"
+
+
+def _beside(rows: dict[str, dict[str, Any]], ours: str, theirs: str) -> tuple[str, str]:
+    """Both ratios to the builder's model: of KL and of bytes."""
+    kl, size = (rows[ours][key] / rows[theirs][key] for key in ("kl", "bytes"))
+    return f"{kl:.2f} × {theirs}", f"{size:.2f} ×"
 
 
 def main() -> None:
