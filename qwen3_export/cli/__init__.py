@@ -24,6 +24,7 @@ from typing import Any
 from qwen3_export.cli.streams import finish_streams, steady_streams
 from qwen3_export.cli.tables import plain
 from qwen3_export.core.disk import disk_of
+from qwen3_export.core.memory import HINT, lacks_memory
 from qwen3_export.core.process import STOPPING
 from qwen3_export.errors import ExportError, InputError, InputWarning
 
@@ -130,8 +131,9 @@ def _report(error: BaseException, arguments: Sequence[str] = (), started: float 
         return _say("interrupted", _after_interrupt(arguments, started), _EXIT_INTERRUPTED)
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return _say("no more threads may be started", "give fewer --threads, or raise the limit", _EXIT_RESOURCES)
-    if isinstance(error, MemoryError):
-        return _say("out of memory", "close other programs, or use a machine with more", _EXIT_RESOURCES)
+    if isinstance(error, MemoryError | RuntimeError) and lacks_memory(error):
+        reason = str(error).strip().partition("\n")[0]
+        return _say("out of memory" + (f" ({reason})" if reason else ""), HINT, _EXIT_RESOURCES)
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _say(f"the disk is full{_where(error)}{_on(error)}", _full_disk_hint(arguments), _EXIT_RESOURCES)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from qwen3_export.core.memory import check_child
 from qwen3_export.core.source import REFERENCE_MODEL, open_source
 from qwen3_export.errors import MissingRuntimeError
 
@@ -29,6 +30,7 @@ def build(output: Path) -> tuple[None, float]:
     command = [sys.executable, "-m", _MODULE, "-i", str(checkpoint.folder), "-o", str(output), "-c", str(cache)]
     child = subprocess.run([*command, "-p", "int4", "-e", "cpu"], capture_output=True, text=True, check=False)
     if child.returncode:
+        check_child("onnxruntime-genai's builder", child)
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
         raise MissingRuntimeError(
             f"onnxruntime-genai's builder ended with status {child.returncode} ({last})",

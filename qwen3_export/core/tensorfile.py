@@ -93,7 +93,7 @@ class TensorFile:
             )
         try:
             header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
-        except (ValueError, RecursionError, MemoryError) as error:
+        except (ValueError, RecursionError) as error:
             raise self._fail(f"its header is no valid JSON ({error})") from error
         if not isinstance(header, dict):
             raise self._fail("its header is no JSON object")

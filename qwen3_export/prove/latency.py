@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export import errors
+from qwen3_export.core.memory import check_child, memory_named
 from qwen3_export.core.process import end_with_parent
 from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.errors import ExportError, InputError
@@ -112,6 +113,7 @@ def _in_child(artifact: Path, workload: Workload) -> dict[str, Any]:
     try:
         answer = json.loads(child.stdout.splitlines()[-1])
     except (ValueError, IndexError):
+        check_child(artifact, child)
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
         raise InputError(f"{artifact}: the runtime ended with status {child.returncode} ({last})") from None
     if "error" in answer:
@@ -240,9 +242,11 @@ def main() -> None:
     values = json.loads(sys.argv[2])
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     try:
-        answer = measure(Path(sys.argv[1]), Workload(**values))
+        with memory_named(sys.argv[1]):
+            answer = measure(Path(sys.argv[1]), Workload(**values))
     except ExportError as error:
-        answer = {"error": type(error).__name__, "message": str(error), "hint": error.hint}
+        kind = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+        answer = {"error": kind.__name__, "message": str(error), "hint": error.hint}
     print(json.dumps(answer), flush=True)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_export.core.coverage import GGUF_KEY, Summary, read_coverage, summary_of
+from qwen3_export.core.memory import memory_named
 from qwen3_export.core.onnx_header import onnx_data_files
 from qwen3_export.errors import InputError, MissingRuntimeError
 from qwen3_export.run.devices import PROVIDERS, check_device, find_provider
@@ -19,9 +20,10 @@ from qwen3_export.text.tokenizer import ModelTokenizer, TextModel
 def open_session(artifact: Path, options: RuntimeOptions | None = None) -> Session:
     """Open an artifact in its own runtime.
 
-    Raises InputError when it is none, MissingRuntimeError without it.
+    Raises InputError when it is none, MissingRuntimeError without it, ResourceError where memory is too small.
     """
-    return with_checked_logits(_open(artifact, options or RuntimeOptions()), artifact.name)
+    with memory_named(artifact):
+        return with_checked_logits(_open(artifact, options or RuntimeOptions()), artifact.name)
 
 
 def kind_of(artifact: Path) -> str:

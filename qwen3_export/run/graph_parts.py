@@ -59,6 +59,8 @@ class GraphParts:
     def __init__(self, path: Path) -> None:
         try:
             self._model = onnx.load(str(path), load_external_data=False)
+        except MemoryError:
+            raise
         except Exception as error:  # protobuf's errors share no public base below Exception
             raise InputError(f"{path}: not an ONNX model ({str(error).strip() or type(error).__name__})") from error
         graph = self._model.graph

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_export.core.memory import lacks_memory, out_of_memory
 from qwen3_export.core.onnx_header import read_onnx_header
 from qwen3_export.core.process import uninterrupted
 from qwen3_export.core.processors import sums_int8_exactly, thread_count
@@ -74,6 +75,8 @@ class OrtSession:
         except ExportError:
             raise
         except Exception as error:  # onnxruntime's errors share no public base below Exception
+            if lacks_memory(error):
+                raise out_of_memory(folder, error) from error
             reason = str(error).strip().splitlines()[0]
             if "NOT_IMPLEMENTED" in reason or (of_plan and "is not a registered function/op" in reason):
                 raise MissingRuntimeError(
@@ -170,7 +173,7 @@ class OrtSession:
             self._bind_moving()
         # Outputs come back in the order in which they were first bound: the caches, then the logits.
         binding.bind_output(self.signature.logits)
-        self._run_bound(binding)
+        self.run_bound(binding)
         *presents, logits = binding.get_outputs()
         if not self.in_place:
             self._cache = dict(zip(self._past, presents, strict=True))
@@ -182,13 +185,6 @@ class OrtSession:
                 "export the model with logits of every position",
             )
         return found.astype(np.float32, copy=False)
-
-    def _run_bound(self, binding: Any) -> None:
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:  # onnxruntime's errors share no public base below Exception
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"{self._folder}: ONNX Runtime cannot run it ({reason})") from error
 
     def _bind_moving(self) -> None:
         """The last present as past, and a new present of the runtime's own."""
@@ -205,7 +201,13 @@ class OrtSession:
 
     def run_bound(self, binding: Any) -> None:
         """Run the model on what is bound."""
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's errors share no public base below Exception
+            if lacks_memory(error):
+                raise out_of_memory(self._folder, error) from error
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"{self._folder}: ONNX Runtime cannot run it ({reason})") from error
 
     def cache_shapes(self) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Shape `[1, kv_heads, 0, head_dim]` and dtype of every past, by input name."""

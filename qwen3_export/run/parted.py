@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_export.core.memory import lacks_memory, out_of_memory
 from qwen3_export.core.process import trim_heap
 from qwen3_export.core.processors import thread_count
-from qwen3_export.errors import InputError, MissingRuntimeError, ResourceError
+from qwen3_export.errors import InputError, MissingRuntimeError
 from qwen3_export.run.exact_graph import without_rounding
 from qwen3_export.run.graph_parts import GraphParts, Part
 from qwen3_export.run.onnx_files import find_onnx
@@ -152,11 +153,9 @@ class PartedModel:
         """Raise what ONNX Runtime raises as an error of ours."""
         try:
             yield
-        except MemoryError as error:
-            raise ResourceError(
-                f"{self._folder}: out of memory while {self._path.name} ran", "close other programs"
-            ) from error
         except Exception as error:  # onnxruntime's errors share no public base below Exception
+            if lacks_memory(error):
+                raise out_of_memory(self._path, error) from error
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if "NOT_IMPLEMENTED" in reason:
                 raise MissingRuntimeError(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.core.finite import all_finite
+from qwen3_export.core.memory import memory_named
 from qwen3_export.errors import InputError
 from qwen3_export.text.tokenizer import TextModel
 
@@ -78,13 +80,19 @@ Opened = TypeVar("Opened", bound=Session)
 def with_checked_logits(session: Opened, name: str) -> Opened:
     """The session, whose logits are checked from now on.
 
-    NaN or infinity is an InputError in every runtime.
+    NaN or infinity is an InputError in every runtime, a failed allocation a ResourceError.
     """
-    prefill, decode, where = session.prefill, session.decode, f"{name} in {session.runtime}"
+    where = f"{name} in {session.runtime}"
+
+    def checked(run: Callable[[Any], NDArray[np.float32]]) -> Callable[[Any], NDArray[np.float32]]:
+        def call(given: Any) -> NDArray[np.float32]:
+            with memory_named(where):
+                return check_logits(run(given), where)
+
+        return call
+
     # On the object itself, so that it stays what it is to those who ask for more than logits.
-    vars(session).update(
-        prefill=lambda ids: check_logits(prefill(ids), where), decode=lambda token: check_logits(decode(token), where)
-    )
+    vars(session).update(prefill=checked(session.prefill), decode=checked(session.decode))
     return session
 
 

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.core.files import open_regular, parse_json, read_json, read_lines, read_text
+from qwen3_export.core.memory import memory_named
 from qwen3_export.core.resources import resource
-from qwen3_export.errors import InputError, MissingRuntimeError
+from qwen3_export.errors import InputError, MissingRuntimeError, ResourceError
 from qwen3_export.text.row_kinds import HINT, Document, document_of
 from qwen3_export.text.tokenizer import TextModel, chat_text
 
@@ -132,8 +133,10 @@ def _read_parquet(path: Path) -> list[Document]:
             f"{path}: reading Parquet needs pyarrow", "pip install 'qwen3-export[parquet]'"
         ) from error
     try:
-        with open_regular(path) as file:
+        with memory_named(path), open_regular(path) as file:
             items = parquet.read_table(file).to_pylist()
+    except ResourceError:
+        raise
     except Exception as error:  # pyarrow's errors have no common base class below Exception
         raise InputError(f"{path}: not a Parquet file ({error})") from error
     return [_document(_without_nulls(row), path.stem, f"{path}, row {n}") for n, row in enumerate(items, 1)]
@@ -156,7 +159,10 @@ def _from_hub(spec: str) -> list[Document]:
     except ImportError as error:
         raise MissingRuntimeError(f"hf:{spec} needs the datasets library", "pip install datasets") from error
     try:
-        items = datasets.load_dataset(name, split=split or "train")
+        with memory_named(f"hf:{spec}"):
+            items = datasets.load_dataset(name, split=split or "train")
+    except ResourceError:
+        raise
     except Exception as error:  # an unreachable hub surfaces as many unrelated classes
         raise MissingRuntimeError(
             f"hf:{spec} cannot be loaded ({error})", "check the name and the network, or give a file instead"

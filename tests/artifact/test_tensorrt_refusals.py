@@ -79,6 +79,14 @@ def test_too_little_memory_is_refused_before_the_work(
 BROKEN_BUILDERS = [
     (-9, "", "", ResourceError, "memory"),
     (-11, "", "Internal Error: CHECK failed\n", UnsupportedError, "CHECK failed"),
+    (-6, "", "terminate called after throwing an instance of 'std::bad_alloc'\n", ResourceError, "bad_alloc"),
+    (
+        0,
+        json.dumps({"error": "OutOfMemory (Requested …)", "kind": "memory"}),
+        "",
+        ResourceError,
+        "builder: out of memory",
+    ),
     (0, json.dumps({"error": "the disk is full", "kind": "resource"}), "", ResourceError, "disk is full"),
     (0, json.dumps({"error": "no kernel", "kind": "unsupported"}), "", UnsupportedError, "no kernel"),
 ]

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.core.processors import thread_count
-from qwen3_export.errors import InputError
-from qwen3_export.run.llamacpp.interface import PINNED, LlamaBatch, errors, failure_reason, library, opened
+from qwen3_export.run.llamacpp.interface import PINNED, LlamaBatch, errors, failure, library, opened
 from qwen3_export.run.llamacpp.tokenizer import LlamaTokenizer, header_value
 from qwen3_export.run.session import RuntimeOptions, check_ids
 
@@ -57,7 +56,7 @@ class LlamaSession:
         opened[:] = [self._path]
         self._model = self._lib.llama_model_load_from_file(os.fsencode(self._path), parameters)
         if not self._model:
-            raise InputError(f"{self._path}: llama.cpp cannot load it ({failure_reason()})")
+            raise failure(f"{self._path}: llama.cpp cannot load it")
 
     def _open_context(self, exact: bool) -> None:
         parameters = self._lib.llama_context_default_params()
@@ -71,9 +70,9 @@ class LlamaSession:
         errors.clear()
         self._context = self._lib.llama_init_from_model(self._model, parameters)
         if not self._context:
-            reason = failure_reason()
+            error = failure(f"{self._path}: llama.cpp cannot open a context of {self.context}")
             self.close()
-            raise InputError(f"{self._path}: llama.cpp cannot open a context of {self.context} ({reason})")
+            raise error
 
     def prefill(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """Start a new sequence; logits `[len(ids), vocab]`."""
@@ -91,7 +90,7 @@ class LlamaSession:
         errors.clear()
         status = self._lib.llama_decode(self._context, self._arrays.fill(ids, self._length))
         if status:
-            raise InputError(f"{self._path}: llama.cpp failed with status {status} ({failure_reason()})")
+            raise failure(f"{self._path}: llama.cpp failed with status {status}")
         self._length += count
         pointer = self._lib.llama_get_logits(self._context)
         return np.ctypeslib.as_array(pointer, (count, self.vocab_size)).copy()

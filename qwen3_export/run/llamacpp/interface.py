@@ -18,7 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from qwen3_export.errors import InputError, MissingRuntimeError
+from qwen3_export.core.memory import lacks_memory, out_of_memory
+from qwen3_export.errors import ExportError, InputError, MissingRuntimeError, ResourceError
 
 PINNED = "2026.10.11549"
 _INSTALL = "pip install 'qwen3-export[llamacpp]'"
@@ -132,7 +133,7 @@ def _on_abort(text: bytes | None) -> None:
     sys.stdout.flush()
     where = f"{opened[-1]}: " if opened else ""
     print(f"error: {where}llama.cpp gave the file up ({reason})", file=sys.stderr, flush=True)
-    os._exit(InputError.exit_code)
+    os._exit(ResourceError.exit_code if _lacks_memory() else InputError.exit_code)
 
 
 _abort_callback = _Abort(_on_abort)
@@ -195,6 +196,18 @@ def _check_structures(lib: C.CDLL) -> None:
         raise MissingRuntimeError("the installed llama.cpp has another interface than its version says", _INSTALL)
 
 
-def failure_reason() -> str:
-    """The first error that llama.cpp has logged since `errors` was cleared."""
-    return errors[0] if errors else "no reason given"
+def failure(what: str) -> ExportError:
+    """The error after a call that failed, by what llama.cpp has logged since `errors` was cleared.
+
+    Its first line tells the reason.
+    """
+    reason = errors[0] if errors else "no reason given"
+    return out_of_memory(what, reason) if _lacks_memory() else InputError(f"{what} ({reason})")
+
+
+def _lacks_memory() -> bool:
+    """Whether memory failed.
+
+    A thread without room for its stack is "temporarily unavailable".
+    """
+    return any(lacks_memory(text) or "Resource temporarily unavailable" in text for text in errors)

@@ -93,6 +93,8 @@ def _general(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
         copied = _plain_texts(checkpoint.folder, Path(place))
         try:
             found = gguf.Metadata.load(None, copied, None, checkpoint.config.num_parameters)
+        except MemoryError:
+            raise
         except Exception as error:  # gguf-py's heuristics over other people's YAML can raise anything
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"{checkpoint.folder}: README.md has broken front matter ({first})") from error

@@ -14,6 +14,7 @@ import sys
 import time
 from typing import Any
 
+from qwen3_export.core.memory import lacks_memory
 from qwen3_export.core.process import end_with_parent
 from qwen3_export.core.progress import peak_rss_bytes
 
@@ -128,12 +129,15 @@ def main() -> None:
     try:
         answer = build(json.loads(sys.argv[1]))
     except BuildError as error:
-        answer = {"error": str(error), "kind": "unsupported"}
+        kind = "memory" if lacks_memory(error) else "unsupported"
+        answer = {"error": str(error), "kind": kind}
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         answer = {"error": "the disk is full" if full else str(error), "kind": "resource"}
-    except MemoryError:
-        answer = {"error": "out of memory while building the plan", "kind": "resource"}
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        answer = {"error": str(error) or type(error).__name__, "kind": "memory"}
     print(json.dumps(answer), flush=True)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_export.core.cuda import Gpu
+from qwen3_export.core.memory import check_child, out_of_memory
 from qwen3_export.core.progress import Progress
 from qwen3_export.errors import ResourceError, UnsupportedError
 from qwen3_export.ship.onnx.target import DATA, MODEL
@@ -74,14 +75,15 @@ def _build(folder: Path, engine: str, capabilities: Sequence[str], profiles: Seq
     }
     command = [sys.executable, "-m", "qwen3_export.ship.tensorrt.build", json.dumps(request)]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
-    if child.returncode == -9:
-        raise ResourceError("the TensorRT builder was killed: it needs about four times the ONNX in memory")
+    check_child("the TensorRT builder", child)
     try:
         answer = json.loads(child.stdout.splitlines()[-1])
     except (ValueError, IndexError):
         reason = (child.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise UnsupportedError(f"the TensorRT builder failed ({reason})") from None
     if "error" in answer:
+        if answer["kind"] == "memory":
+            raise out_of_memory("the TensorRT builder", answer["error"])
         if answer["kind"] == "resource":
             raise ResourceError(answer["error"], "free some room, or use a machine with more of it")
         raise UnsupportedError(f"TensorRT: {answer['error']}")
