@@ -9,19 +9,22 @@ CUDA Driver API: https://docs.nvidia.com/cuda/cuda-driver-api
 from __future__ import annotations
 
 import ctypes as C
+from contextlib import suppress
 from typing import Any
 
 from numpy.typing import NDArray
 
+from qwen3_export.core.memory import GPU_HINT
 from qwen3_export.errors import MissingRuntimeError, ResourceError
 
 LIBRARY = "libcuda.so.1"
 _OUT_OF_MEMORY = 2
 _MAJOR, _MINOR = 75, 76
 _NON_BLOCKING = 1
+_HINT = "see what nvidia-smi says"
 
 
-class CudaError(Exception):
+class CudaError(MissingRuntimeError):
     """A call of the driver that failed, with the driver's own words."""
 
 
@@ -44,7 +47,7 @@ class Gpu:
             self._call("cuDeviceGet", C.byref(device), 0)
             self._call("cuDevicePrimaryCtxRetain", C.byref(context), device)
         except CudaError as error:
-            raise MissingRuntimeError(f"no usable NVIDIA GPU is here ({error})", "see what nvidia-smi says") from error
+            raise MissingRuntimeError(f"no usable NVIDIA GPU is here ({error})", _HINT) from error
         self._device, self._context = device, context
         self.activate()
         self._call("cuStreamCreate", C.byref(stream), _NON_BLOCKING)
@@ -94,8 +97,9 @@ class Gpu:
 
     def close(self) -> None:
         """Give the stream and the context back."""
-        self._call("cuStreamDestroy_v2", self._stream)
-        self._call("cuDevicePrimaryCtxRelease_v2", self._device)
+        with suppress(CudaError):  # after some failures the driver refuses everything
+            self._call("cuStreamDestroy_v2", self._stream)
+            self._call("cuDevicePrimaryCtxRelease_v2", self._device)
 
     def _copy(self, name: str, target: Any, source: Any, count: int) -> None:
         if count:
@@ -115,9 +119,9 @@ class Gpu:
     def _call(self, name: str, *arguments: Any) -> None:
         code = int(getattr(self._cuda, name)(*arguments))
         if code == _OUT_OF_MEMORY:
-            raise ResourceError("the GPU's memory is full", "close what else uses it, or give a smaller context")
+            raise ResourceError("the GPU's memory is full", GPU_HINT)
         if code:
-            raise CudaError(f"{name}: {self._words(code)}")
+            raise CudaError(f"{name}: {self._words(code)}", _HINT)
 
     def _words(self, code: int) -> str:
         text = C.c_char_p()

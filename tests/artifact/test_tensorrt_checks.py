@@ -17,9 +17,12 @@ import pytest
 import tensorrt_rtx
 
 from qwen3_export.core.checkpoint import open_checkpoint
+from qwen3_export.core.cuda import Gpu
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.scheme import QuantScheme
-from qwen3_export.errors import UnsupportedError
+from qwen3_export.errors import InputError, MissingRuntimeError, UnsupportedError
+from qwen3_export.run.plan_engine import PlanEngine
+from qwen3_export.run.plan_files import read_plan
 from qwen3_export.ship import tensorrt
 from qwen3_export.ship.tensorrt import export_tensorrt, plan_file
 from qwen3_export.ship.tensorrt.parser import check_graph
@@ -136,3 +139,29 @@ def test_classic_tensorrt_is_asked_for_the_same_plan(
     assert described["version"] == tensorrt_rtx.__version__
     assert (tmp_path / "trt" / "model.plan").stat().st_size > onnx_weight_bytes(tmp_path / "trt")
     assert result["build"]["profiles"] == 1
+
+
+PLANS: dict[str, tuple[Callable[[bytes], bytes], type[Exception], str]] = {
+    "whole": (lambda plan: plan, MissingRuntimeError, "CUDA driver version is insufficient"),
+    "another magic": (lambda plan: b"none" + plan[4:], InputError, "magicTag"),
+    "half": (lambda plan: plan[: len(plan) // 2], InputError, "header.size"),
+    "a few bytes": (lambda plan: plan[:40], InputError, "bufferSize"),
+    "empty": (lambda plan: b"", InputError, "empty memory buffer"),
+}
+
+
+@pytest.mark.parametrize(("change", "kind", "reason"), PLANS.values(), ids=PLANS.keys())
+def test_the_library_itself_tells_a_damaged_plan_from_a_missing_driver(
+    made: Path, tmp_path: Path, change: Callable, kind: type[Exception], reason: str
+) -> None:
+    """TensorRT-RTX reads a plan as far as it can without a GPU."""
+    try:
+        Gpu().close()
+        pytest.skip("a GPU is here")
+    except MissingRuntimeError:
+        pass
+    shutil.copyfile(made / "engine.json", tmp_path / "engine.json")
+    (tmp_path / "model.plan").write_bytes(change((made / "model.plan").read_bytes()))
+    with pytest.raises(kind, match=reason) as caught:
+        PlanEngine(tensorrt_rtx, read_plan(tmp_path))
+    assert caught.type is kind

@@ -1,13 +1,12 @@
-"""A fake of TensorRT's Python API and the CUDA driver, in host memory.
+"""A fake of TensorRT's Python API over a fake driver, with the rules of NvInferRuntime.h.
 
-`execute_async_v3` runs the plan's ONNX in ONNX Runtime on the buffers at the addresses that were set, in the shapes
-that were set: a wrong name, shape, address or order gives other logits, or an error.
+A step runs the plan's ONNX in ONNX Runtime on the buffers whose addresses were set, in the shapes that were set, when
+the stream is synchronized. A wrong name, shape, address or order gives other logits, or the failure that TensorRT
+reports: False, and a reason for the logger. Types, modes and shapes are the real module's.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,67 +14,12 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from numpy.typing import NDArray
+import tensorrt_rtx as real
 
-from qwen3_export.errors import ResourceError
+from tests.unit.run.fake_cuda import FakeDriver
 
-TYPES = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int64)": "INT64"}
-NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64}
-
-
-@dataclasses.dataclass
-class FakeGpu:
-    """`core.cuda.Gpu` with `room` bytes of host memory."""
-
-    capability: str = "8.9"
-    name: str = "Fake RTX"
-    stream: int = 7
-    room: int = 1 << 30
-
-    def __post_init__(self) -> None:
-        self.buffers: dict[int, bytearray] = {}
-        self.uploads: list[int] = []
-        self.downloads: list[int] = []
-        self.closed = False
-        self._addresses = itertools.count(1 << 20, 1 << 20)
-
-    def open(self) -> FakeGpu:
-        self.closed = False
-        return self
-
-    def activate(self) -> None:
-        assert not self.closed
-
-    def free_bytes(self) -> int:
-        return self.room - sum(map(len, self.buffers.values()))
-
-    def allocate(self, count: int) -> int:
-        if count > self.free_bytes():
-            raise ResourceError("the GPU's memory is full")
-        address = next(self._addresses)
-        self.buffers[address] = bytearray(count)
-        return address
-
-    def release(self, address: int) -> None:
-        del self.buffers[address]
-
-    def upload(self, address: int, values: NDArray) -> None:
-        assert values.flags.c_contiguous
-        self.uploads.append(values.nbytes)
-        self.buffers[address][: values.nbytes] = values.tobytes()
-
-    def download(self, address: int, values: NDArray) -> None:
-        self.downloads.append(values.nbytes)
-        values[...] = np.frombuffer(self.buffers[address], values.dtype, values.size).reshape(values.shape)
-
-    def copy(self, target: int, source: int, count: int) -> None:
-        self.buffers[target][:count] = self.buffers[source][:count]
-
-    def synchronize(self) -> None:
-        assert not self.closed
-
-    def close(self) -> None:
-        self.closed = True
+TYPES = {"tensor(float)": real.float32, "tensor(float16)": real.float16, "tensor(int64)": real.int64}
+Profiles = list[dict[str, Any]]
 
 
 class FakeContext:
@@ -87,94 +31,140 @@ class FakeContext:
         self.places: dict[str, int] = {}
 
     def set_optimization_profile_async(self, number: int, stream: int) -> bool:
-        assert stream == self._engine.gpu.stream
-        self.profile = number
+        if not 0 <= number < self._engine.num_optimization_profiles or stream not in self._engine.driver.streams:
+            return self._engine.refuse(f"optimization profile {number} is out of range")
+        # Shapes must be set again for a new profile.
+        self.profile, self.shapes = number, {}
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        if self._engine.items[name].inward is False:
+            return self._engine.refuse(f"{name} is no input")
+        open_shape = self._engine.get_tensor_shape(name)
+        if len(shape) != len(open_shape):
+            return self._engine.refuse(f"{name} has {len(open_shape)} dimensions")
+        if any(wanted not in (-1, size) for wanted, size in zip(open_shape, shape, strict=True)):
+            return self._engine.refuse(f"{name}: static dimension mismatch")
         least, _, most = self._engine.get_tensor_profile_shape(name, self.profile)
-        fits = all(a <= b <= c for a, b, c in zip(least, shape, most, strict=True))
-        if fits:
-            self.shapes[name] = tuple(shape)
-        return fits
+        if not all(a <= b <= c for a, b, c in zip(least, shape, most, strict=True)):
+            return self._engine.refuse(f"{name} {shape} does not satisfy profile {self.profile}")
+        self.shapes[name] = tuple(shape)
+        return True
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        if name not in self._engine.items or address % 256:
+            return self._engine.refuse(f"{name}: unknown, or {address:#x} is not aligned")
         self.places[name] = address
-        return address in self._engine.gpu.buffers
+        return True
 
     def execute_async_v3(self, stream: int) -> bool:
-        engine, buffers = self._engine, self._engine.gpu.buffers
-        engine.steps.append((self.profile, self.shapes["input_ids"][1]))
+        engine, items = self._engine, self._engine.items
         if engine.fails:
-            engine.log.log(1, "Error Code 1: the kernel failed\nat some place")
-            return False
-        feeds = {}
-        for item in engine.session.get_inputs():
-            dtype, shape = NUMPY[TYPES[item.type]], self.shapes[item.name]
-            count = int(np.prod(shape))
-            feeds[item.name] = np.frombuffer(buffers[self.places[item.name]], dtype, count).reshape(shape)
-        names = [item.name for item in engine.session.get_outputs()]
-        for name, values in zip(names, engine.session.run(names, feeds), strict=True):
-            place = buffers[self.places[name]]
-            assert len(place) >= values.nbytes, f"{name} has {len(place)} bytes for {values.nbytes}"
-            place[: values.nbytes] = values.tobytes()
+            return engine.refuse(*engine.fails)
+        unset = [name for name, item in items.items() if item.inward and name not in self.shapes]
+        unset += [name for name in items if not self.places.get(name)]
+        if unset:
+            return engine.refuse(f"shape or address of {', '.join(unset)} is not set")
+        sizes: dict[str, int] = {}
+        for name, shape in self.shapes.items():
+            for axis, size in zip(items[name].shape, shape, strict=True):
+                if isinstance(axis, str) and sizes.setdefault(axis, size) != size:
+                    return engine.refuse(f"{name}: {axis} is {size}, and {sizes[axis]} elsewhere")
+        if sizes["past_sequence_length"] + sizes["sequence_length"] != sizes["total_sequence_length"]:
+            return engine.refuse(f"broadcast of {sizes}")
+        outward = [name for name in items if not items[name].inward]
+        places = dict(self.places)
+        assert not {places[name] for name in outward} & {places[name] for name in self.shapes}, "an output is an input"
+        assert len({places[name] for name in outward}) == len(outward), "two outputs in one place"
+        shapes = dict(self.shapes)
+        engine.driver.enqueue(stream, lambda: engine.compute(shapes, places, sizes), list(places.values()))
+        engine.steps.append((self.profile, shapes["input_ids"][1]))
         return True
 
 
 class FakeEngine:
-    """`ICudaEngine` of a folder's ONNX, with the profiles that its engine.json names."""
+    """`ICudaEngine` of a folder's ONNX; `kinds` and `locations` are what tests change."""
 
-    def __init__(self, folder: Path, gpu: FakeGpu, profiles: list[dict[str, Any]], log: Any) -> None:
+    def __init__(self, folder: Path, driver: FakeDriver, profiles: Profiles, log: Any) -> None:
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 4
         self.session = onnxruntime.InferenceSession(
             str(folder / "model.onnx"), settings, providers=["CPUExecutionProvider"]
         )
-        self.gpu, self.log, self._profiles = gpu, log, profiles
+        self.driver, self.log, self._profiles = driver, log, profiles
         self.num_optimization_profiles = len(profiles)
         self.steps: list[tuple[int, int]] = []
-        self.fails = False
-        self._outputs = {item.name for item in self.session.get_outputs()}
-        self._items = {item.name: item for item in (*self.session.get_inputs(), *self.session.get_outputs())}
-        self.num_io_tensors = len(self._items)
+        self.fails: tuple[str, ...] = ()
+        inward, outward = self.session.get_inputs(), self.session.get_outputs()
+        self.items = {
+            item.name: SimpleNamespace(shape=item.shape, kind=TYPES[item.type], inward=item in inward, place="DEVICE")
+            for item in (*inward, *outward)
+        }
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self.items)
+
+    def refuse(self, *reasons: str) -> bool:
+        for reason in reasons:
+            self.log.log(real.ILogger.ERROR, reason)
+        return False
+
+    def compute(self, shapes: dict[str, Any], places: dict[str, int], sizes: dict[str, int]) -> None:
+        """The kernels, when their turn has come."""
+        driver, feeds = self.driver, {}
+        for name, shape in shapes.items():
+            dtype = np.dtype(real.nptype(self.items[name].kind))
+            given = driver.bytes_at(places[name], int(np.prod(shape)) * dtype.itemsize)
+            feeds[name] = np.frombuffer(bytes(given), dtype).reshape(shape)
+        names = [item.name for item in self.session.get_outputs()]
+        for name, values in zip(names, self.session.run(names, feeds), strict=True):
+            assert values.shape == tuple(sizes.get(axis, axis) for axis in self.items[name].shape)
+            driver.bytes_at(places[name], values.nbytes)[:] = values.tobytes()
 
     def get_tensor_name(self, index: int) -> str:
-        return list(self._items)[index]
+        return list(self.items)[index]
 
     def get_tensor_mode(self, name: str) -> Any:
-        return SimpleNamespace(name="OUTPUT" if name in self._outputs else "INPUT")
+        return real.TensorIOMode.INPUT if self.items[name].inward else real.TensorIOMode.OUTPUT
 
     def get_tensor_dtype(self, name: str) -> Any:
-        return SimpleNamespace(name=TYPES[self._items[name].type])
+        return self.items[name].kind
 
-    def get_tensor_shape(self, name: str) -> list[int]:
-        return [size if isinstance(size, int) else -1 for size in self._items[name].shape]
+    def get_tensor_location(self, name: str) -> Any:
+        return getattr(real.TensorLocation, self.items[name].place)
 
-    def get_tensor_profile_shape(self, name: str, number: int) -> list[list[int]]:
-        return self._profiles[number][name]
+    def get_tensor_shape(self, name: str) -> Any:
+        return real.Dims([size if isinstance(size, int) else -1 for size in self.items[name].shape])
 
-    def create_execution_context(self) -> FakeContext:
+    def get_tensor_profile_shape(self, name: str, number: int) -> list[Any]:
+        assert self.items[name].inward
+        return [real.Dims(list(shape)) for shape in self._profiles[number][name]]
+
+    def create_execution_context(self) -> FakeContext | None:
         return FakeContext(self)
 
 
-def fake_module(folder: Path, gpu: FakeGpu, profiles: list[dict[str, Any]], version: str | None = None) -> Any:
-    """A fake `tensorrt_rtx` module; `made` holds the engine that was opened."""
-
-    class Logger:
-        ERROR = 1
-
-    made: list[FakeEngine] = []
+def fake_module(folder: Path, driver: FakeDriver, profiles: Profiles, version: str | None = None) -> Any:
+    """A fake `tensorrt_rtx`; `made` holds the engine that was opened, `change` is called with it first."""
 
     class Runtime:
         def __init__(self, log: Any) -> None:
+            assert isinstance(log, real.ILogger)
             self._log = log
 
-        def deserialize_cuda_engine(self, plan: bytes) -> FakeEngine | None:
-            if plan[:4] != b"vtrt":
-                self._log.log(1, "magic tag does not match")
+        def deserialize_cuda_engine(self, plan: Any) -> FakeEngine | None:
+            if bytes(memoryview(plan)[:4]) != b"vtrt":
+                self._log.log(real.ILogger.ERROR, "Error Code 1: Serialization (magic tag does not match)\nat a place")
+                self._log.log(real.ILogger.ERROR, "what follows from it")
                 return None
-            made.append(FakeEngine(folder, gpu, profiles, self._log))
-            return made[0]
+            made.append(FakeEngine(folder, driver, profiles, self._log))
+            module.change(made[-1])
+            return made[-1]
 
+    made: list[FakeEngine] = []
     stated = json.loads((folder / "engine.json").read_text())["version"]
-    return SimpleNamespace(ILogger=Logger, Runtime=Runtime, __version__=version or stated, made=made)
+    module = SimpleNamespace(
+        ILogger=real.ILogger, Runtime=Runtime, __version__=version or stated, made=made, change=lambda engine: None
+    )
+    return module

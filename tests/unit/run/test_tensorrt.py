@@ -1,19 +1,24 @@
 """The plan's runner over a fake of TensorRT and of the driver: names, shapes, buffers, profiles and errors.
 
-The fake computes with ONNX Runtime on the bytes that lie in its buffers; see `fake_tensorrt`. What a real GPU does is
-`tests/artifact/test_gpu_tensorrt.py`.
+The fakes compute with ONNX Runtime on the bytes that lie in their buffers, and refuse what the real ones refuse; see
+`fake_tensorrt` and `fake_cuda`. What a real GPU does is `tests/artifact/test_gpu_tensorrt.py`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import tensorrt_rtx
 
+from qwen3_export.core import cuda
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.errors import ExportError, InputError, MissingRuntimeError, ResourceError
 from qwen3_export.run import plan_files
@@ -24,7 +29,8 @@ from qwen3_export.run.tensorrt import PlanSession
 from qwen3_export.ship.tensorrt import export_tensorrt
 from qwen3_export.ship.tensorrt.profiles import Profile, decode_shapes, prefill_shapes
 from tests.conftest import tiny_config, write_checkpoint
-from tests.unit.run.fake_tensorrt import FakeGpu, fake_module
+from tests.unit.run.fake_cuda import FakeDriver
+from tests.unit.run.fake_tensorrt import FakeEngine, fake_module
 
 PROFILE = Profile(max_prompt=16, max_context=96)
 IDS = np.random.default_rng(3).integers(0, 320, 40).astype(np.int32)
@@ -45,17 +51,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def device(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[..., Any]:
     """Puts a GPU and TensorRT into this machine; returns both."""
 
-    def install(gpu: FakeGpu | None = None, profiles: int = 2, version: str | None = None) -> tuple[FakeGpu, Any]:
-        gpu = gpu or FakeGpu()
+    def install(
+        driver: FakeDriver | None = None, profiles: int = 2, version: str | None = None
+    ) -> tuple[FakeDriver, Any]:
+        driver = driver or FakeDriver()
         config = open_checkpoint(folder.parent / "tiny").config
         shapes = [make(config, PROFILE) for make in (prefill_shapes, decode_shapes)[:profiles]]
-        module = fake_module(folder, gpu, shapes, version)
-        monkeypatch.setattr(plan_files, "Gpu", gpu.open)
+        module = fake_module(folder, driver, shapes, version)
+        monkeypatch.setattr(cuda, "C", SimpleNamespace(**{**vars(ctypes), "CDLL": lambda name: driver}))
         monkeypatch.setattr(plan_files.importlib.util, "find_spec", lambda name: object())
         monkeypatch.setattr(plan_files.importlib, "import_module", lambda name: module)
-        return gpu, module
+        return driver, module
 
     return install
+
+
+def nothing_is_held(driver: FakeDriver) -> bool:
+    return not driver.buffers and not driver.streams and not driver.retained
 
 
 def of_the_onnx(folder: Path, prompt: int, steps: int) -> list[np.ndarray]:
@@ -70,7 +82,7 @@ def of_the_onnx(folder: Path, prompt: int, steps: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("prompt", [1, 7, 16, 33])
 def test_prefill_and_decode_give_the_graphs_logits(device: Callable, folder: Path, profiles: int, prompt: int) -> None:
     """33 tokens go in three pieces: a profile takes 16 at once."""
-    gpu, module = device(profiles=profiles)
+    driver, module = device(profiles=profiles)
     session = open_session(folder)
     assert isinstance(session, PlanSession)
     assert (session.runtime, session.version, session.device) == ("tensorrt-rtx", "1.7.1.116", "cuda (Fake RTX, 8.9)")
@@ -83,8 +95,7 @@ def test_prefill_and_decode_give_the_graphs_logits(device: Callable, folder: Pat
     # The profile that is made for one token takes one token, where there is one.
     assert all(number == (1 if profiles == 2 and count == 1 else 0) for number, count in steps)
     session.close()
-    assert gpu.closed
-    assert not gpu.buffers
+    assert nothing_is_held(driver)
 
 
 def test_a_new_sequence_forgets_the_last(device: Callable, folder: Path) -> None:
@@ -98,20 +109,39 @@ def test_a_new_sequence_forgets_the_last(device: Callable, folder: Path) -> None
 
 def test_caches_stay_on_the_device(device: Callable, folder: Path) -> None:
     """Ids, positions and mask go there, logits come back: nothing of the size of a cache does either."""
-    gpu, _ = device()
+    driver, _ = device()
     session = open_session(folder)
     session.prefill(IDS[:12])
-    gpu.uploads.clear()
-    gpu.downloads.clear()
+    driver.uploads.clear()
+    driver.downloads.clear()
     session.decode(1)
-    assert sorted(gpu.uploads) == [8, 8, 13 * 8]
-    assert gpu.downloads == [session.vocab_size * 4]
+    assert sorted(driver.uploads) == [8, 8, 13 * 8]
+    assert driver.downloads == [session.vocab_size * 4]
     assert session.device_memory_bytes > 0
     session.close()
 
 
-def test_a_cache_grows_with_what_is_in_it(device: Callable, folder: Path) -> None:
-    device()
+def test_past_and_present_change_places_in_buffers_that_stay(device: Callable, folder: Path) -> None:
+    driver, _ = device()
+    session = open_session(folder)
+    session.prefill(IDS[:12])
+    session.decode(1)
+    buffers, places = set(driver.buffers), []
+    for token in range(4):
+        session.decode(token)
+        places.append({name: at for name, (at, _) in session._buffers.items() if name.startswith(("past", "present"))})
+    assert places[0] == places[2] != places[1] == places[3]
+    for name in (name for name in places[0] if name.startswith("past")):
+        present = name.replace("past_key_values", "present")
+        assert (places[0][name], places[0][present]) == (places[1][present], places[1][name])
+    # The mask alone has become longer.
+    assert len(set(driver.buffers) ^ buffers) == 2
+    session.close()
+
+
+@pytest.mark.parametrize("profiles", [1, 2])
+def test_a_cache_grows_with_what_is_in_it(device: Callable, folder: Path, profiles: int) -> None:
+    device(profiles=profiles)
     session = open_session(folder, RuntimeOptions(context=8))
     ours = [session.prefill(IDS[:6]), *(session.decode(int(token)) for token in IDS[6:30])]
     for mine, theirs in zip(ours, of_the_onnx(folder, 6, 24), strict=True):
@@ -119,13 +149,28 @@ def test_a_cache_grows_with_what_is_in_it(device: Callable, folder: Path) -> Non
     session.close()
 
 
-def test_tokens_beyond_the_context_are_refused(device: Callable, folder: Path) -> None:
-    device()
+def test_a_session_runs_in_any_thread(device: Callable, folder: Path) -> None:
+    """A server answers in threads of its own, and the driver's context belongs to a thread."""
+    driver, _ = device()
+    session, found = open_session(folder), []
+    thread = threading.Thread(target=lambda: found.append(session.prefill(IDS[:5])))
+    thread.start()
+    thread.join()
+    np.testing.assert_array_equal(found[0], session.prefill(IDS[:5]))
+    session.close()
+    assert nothing_is_held(driver)
+
+
+@pytest.mark.parametrize("profiles", [1, 2])
+def test_tokens_beyond_the_context_are_refused(device: Callable, folder: Path, profiles: int) -> None:
+    """What is accepted runs to its end, with one profile too, whose mask has room for more."""
+    device(profiles=profiles)
     session = open_session(folder)
     assert session.context == PROFILE.max_context + 1
     with pytest.raises(InputError, match="98 tokens, between 1 and 97"):
         session.prefill(np.zeros(98, np.int32))
-    session.prefill(np.zeros(97, np.int32))
+    session.prefill(np.zeros(96, np.int32))
+    session.decode(0)
     with pytest.raises(InputError, match="98 tokens"):
         session.decode(0)
     with pytest.raises(InputError, match="vocabulary"):
@@ -133,38 +178,140 @@ def test_tokens_beyond_the_context_are_refused(device: Callable, folder: Path) -
     session.close()
 
 
+KERNEL, MEMORY = (
+    "Error Code 1: the kernel failed\nat a place",
+    "Error Code 2: OutOfMemory (Requested size was 99 bytes.)",
+)
+FAILURES = [
+    (MEMORY, ResourceError, r"OutOfMemory \(Requested size was 99 bytes"),
+    (KERNEL, MissingRuntimeError, r"tensorrt-rtx cannot run it \(Error Code 1: the kernel failed\)$"),
+]
+
+
 def test_what_tensorrt_says_is_the_error(device: Callable, folder: Path) -> None:
-    _, module = device()
+    """Of each step the first words: the others follow from it. A later step works again."""
+    driver, module = device()
     session = open_session(folder)
-    module.made[0].fails = True
-    with pytest.raises(InputError, match=r"Error Code 1: the kernel failed\)$"):
-        session.prefill(IDS[:3])
+    first = session.prefill(IDS[:3])
+    for said, kind, reason in FAILURES:
+        module.made[0].fails = (said, "what follows")
+        with pytest.raises(kind, match=reason) as caught:
+            session.prefill(IDS[:3])
+        assert caught.value.hint
+    module.made[0].fails = ()
+    np.testing.assert_array_equal(session.prefill(IDS[:3]), first)
+    session.close()
+    assert nothing_is_held(driver)
+
+
+def test_a_broken_driver_is_a_missing_device(device: Callable, folder: Path) -> None:
+    """After an illegal access the driver refuses every call, those that free memory too."""
+    driver, _ = device()
+    session = open_session(folder)
+    session.prefill(IDS[:3])
+    for name, (address, _) in session._buffers.items():
+        if name.startswith("present.0"):
+            del driver.buffers[address]
+    with pytest.raises(MissingRuntimeError, match="an illegal memory access was encountered") as caught:
+        session.decode(1)
+    assert folder.name in str(caught.value)
     session.close()
 
 
-def test_a_plan_that_is_none(device: Callable, folder: Path, tmp_path: Path) -> None:
-    device()
+def no_context(engine: FakeEngine) -> None:
+    engine.create_execution_context = lambda: engine.refuse(MEMORY) or None  # type: ignore[method-assign]
+
+
+def failing_context(engine: FakeEngine) -> None:
+    engine.create_execution_context = lambda: engine.refuse(KERNEL) or None  # type: ignore[method-assign]
+
+
+def with_kind(name: str, kind: Any) -> Callable[[FakeEngine], None]:
+    return lambda engine: setattr(engine.items[name], "kind", kind)
+
+
+def with_place(name: str) -> Callable[[FakeEngine], None]:
+    return lambda engine: setattr(engine.items[name], "place", "HOST")
+
+
+def with_another(engine: FakeEngine) -> None:
+    engine.items["beam"] = engine.items["logits"]
+
+
+UNFIT = {
+    "half logits": (with_kind("logits", tensorrt_rtx.float16), InputError, "logits is HALF OUTPUT in DEVICE"),
+    "int32 ids": (with_kind("input_ids", tensorrt_rtx.int32), InputError, "INT64 INPUT in DEVICE memory was expected"),
+    "8-bit cache": (with_kind("past_key_values.0.key", tensorrt_rtx.int8), InputError, "INT8 INPUT"),
+    "two types": (with_kind("present.1.key", tensorrt_rtx.bfloat16), InputError, "present.1.key is BF16"),
+    "shape tensor": (with_place("attention_mask"), InputError, "attention_mask is INT64 INPUT in HOST memory"),
+    "one more": (with_another, InputError, "no decoder of ours has the tensor beam"),
+    "one less": (lambda engine: engine.items.pop("present.0.value"), InputError, "lacks the tensor present.0.value"),
+    "no room": (no_context, ResourceError, "OutOfMemory"),
+    "no kernels": (failing_context, MissingRuntimeError, "has no context for profile 0"),
+}
+
+
+@pytest.mark.parametrize(("change", "kind", "reason"), UNFIT.values(), ids=UNFIT.keys())
+def test_a_plan_that_this_runner_cannot_feed(
+    device: Callable, folder: Path, change: Callable[[FakeEngine], None], kind: type[ExportError], reason: str
+) -> None:
+    driver, module = device()
+    module.change = change
+    with pytest.raises(kind, match=reason):
+        open_session(folder)
+    assert nothing_is_held(driver)
+
+
+def with_plan(folder: Path, output: Path, plan: bytes) -> Path:
+    """The folder with another plan."""
+    output.mkdir()
     for path in folder.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    (tmp_path / "model.plan").unlink()
-    (tmp_path / "model.plan").write_bytes(b"none")
-    with pytest.raises(InputError, match="magic tag does not match"):
-        open_session(tmp_path)
+        (output / path.name).symlink_to(path)
+    (output / "model.plan").unlink()
+    (output / "model.plan").write_bytes(plan)
+    return output
+
+
+def test_a_plan_that_is_none(device: Callable, folder: Path, tmp_path: Path) -> None:
+    driver, _ = device()
+    with pytest.raises(InputError, match=r"tensorrt-rtx cannot load it \(.*magic tag does not match\)\)$") as caught:
+        open_session(with_plan(folder, tmp_path / "none", b"none"))
+    assert caught.type is InputError
+    assert nothing_is_held(driver)
 
 
 def test_a_full_gpu_is_a_lack_of_memory(device: Callable, folder: Path) -> None:
-    device(FakeGpu(room=1000))
+    driver, _ = device(FakeDriver(room=1000))
     with pytest.raises(ResourceError, match="GPU's memory is full"):
         open_session(folder)
+    assert nothing_is_held(driver)
+
+
+def test_a_gpu_that_fills_up_later(device: Callable, folder: Path) -> None:
+    """The session keeps what it had, and can be closed."""
+    driver, _ = device()
+    session = open_session(folder, RuntimeOptions(context=8))
+    session.prefill(IDS[:8])
+    driver.room = sum(map(len, driver.buffers.values())) + 1000
+    with pytest.raises(ResourceError, match="GPU's memory is full"):
+        session.decode(1)
+    driver.room = 1 << 30
+    assert np.isfinite(session.prefill(IDS[:40])).all()
+    session.close()
+    assert nothing_is_held(driver)
 
 
 NOT_HERE: list[tuple[dict[str, Any], str]] = [
-    ({"gpu": FakeGpu(capability="9.0", name="H200")}, "H200 has compute capability 9.0, the plan is for 8.9, 12.0"),
+    ({"driver": FakeDriver("9.0", "H200")}, "H200 has compute capability 9.0, the plan is for 8.9, 12.0"),
+    (
+        {"driver": FakeDriver(devices=0)},
+        "no usable NVIDIA GPU is here (cuDeviceGet: no CUDA-capable device is detected)",
+    ),
     ({"version": "1.6.0.50"}, "tensorrt-rtx 1.6.0.50 is installed, the plan is one of 1.7.1.116"),
 ]
 
 
-@pytest.mark.parametrize(("given", "reason"), NOT_HERE, ids=["device", "version"])
+@pytest.mark.parametrize(("given", "reason"), NOT_HERE, ids=["device", "none", "version"])
 def test_a_plan_of_another_device_or_version(device: Callable, folder: Path, given: dict, reason: str) -> None:
     """Asked for by name it is refused; else its ONNX runs, and says why."""
     device(**given)
