@@ -68,7 +68,7 @@ def lacks_memory(error: BaseException | str) -> bool:
 
 
 def out_of_memory(where: object, error: BaseException | str) -> ResourceError:
-    """The error for a failed allocation: what was at work, and what could not be allocated."""
+    """The error for a failed allocation, which names the work and the reason."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ResourceError(f"{where}: out of memory ({reason})", HINT)
 
@@ -87,7 +87,10 @@ def memory_named(where: object) -> Iterator[None]:
 
 
 def check_child(where: object, child: subprocess.CompletedProcess[str]) -> None:
-    """Raise ResourceError when memory was what a child process ended for: killed for it, or by its last words."""
+    """Raise ResourceError for a child process that memory ended.
+
+    The system killed it, or its last words say so.
+    """
     last = (child.stderr.strip().splitlines() or [""])[-1]
     if child.returncode == -signal.SIGKILL:
         raise out_of_memory(where, "the system killed its process")

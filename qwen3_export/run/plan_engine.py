@@ -140,7 +140,10 @@ class PlanEngine:
 
 
 def _mapped(path: Path) -> mmap.mmap | bytes:
-    """A file's bytes, in no memory of this process; an empty file cannot be mapped."""
+    """A file's bytes, outside of this process's memory.
+
+    An empty file cannot be mapped.
+    """
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
 
@@ -163,7 +166,7 @@ def _logger(trt: Any) -> Any:
                 self.errors.append(message)
 
         def reason(self) -> str:
-            """The first error since `errors` was cleared: those after it follow from it."""
+            """The first error since `errors` was cleared; others follow from it."""
             return (self.errors[0] if self.errors else "no reason given").strip().splitlines()[0]
 
     return Log()

@@ -197,9 +197,9 @@ def _check_structures(lib: C.CDLL) -> None:
 
 
 def failure(what: str) -> ExportError:
-    """The error after a call that failed, by what llama.cpp has logged since `errors` was cleared.
+    """The error after a call that failed.
 
-    Its first line tells the reason.
+    The first error that llama.cpp has logged since `errors` was cleared is the reason.
     """
     reason = errors[0] if errors else "no reason given"
     return out_of_memory(what, reason) if _lacks_memory() else InputError(f"{what} ({reason})")

@@ -193,3 +193,8 @@ class FakeDriver:
 
     def _free(self) -> int:
         return self.room - sum(map(len, self.buffers.values()))
+
+
+def nothing_is_held(driver: FakeDriver) -> bool:
+    """Whether all buffers, streams and contexts were given back."""
+    return not driver.buffers and not driver.streams and not driver.retained

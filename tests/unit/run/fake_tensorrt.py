@@ -16,9 +16,11 @@ import numpy as np
 import onnxruntime
 import tensorrt_rtx as real
 
+from qwen3_export.ship.tensorrt.profiles import Profile
 from tests.unit.run.fake_cuda import FakeDriver
 
 TYPES = {"tensor(float)": real.float32, "tensor(float16)": real.float16, "tensor(int64)": real.int64}
+PROFILE = Profile(max_prompt=16, max_context=96)
 Profiles = list[dict[str, Any]]
 
 
