@@ -57,6 +57,11 @@ def scratch_folder(
         yield folder
 
 
+def quantized_path(output: Path) -> Path:
+    """The folder that an export with a recipe quantizes in."""
+    return partial_path(output.with_name(f"{output.name}.quantized"))
+
+
 def activations_path(scratch: Path, output: Path) -> Path:
     """The folder that `scratch_folder` yields for an output."""
     place = _place(scratch, output)

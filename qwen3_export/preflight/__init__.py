@@ -14,6 +14,7 @@ This package may import both solving and shipping, which never import each other
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from qwen3_export.core.progress import Progress
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.errors import ExportError, InputError, RecipeError
 from qwen3_export.preflight.formats import (
+    EXPORTS,
     FORMATS,
     Verdict,
     as_quantized,
@@ -54,7 +56,8 @@ def plan(
     """What a recipe needs and where its result can go, as `--json` prints it.
 
     All `formats` must work; without any, one format is enough. `measure` times the recipe on random numbers; `nodes`
-    like this one share the work (`--cluster`), and each needs the memory. The result would go to `output`.
+    like this one share the work (`--cluster`), and each needs the memory. The result would go to `output`, and so would
+    exports to the formats.
     A recipe that cannot work raises no error: `possible` and `reasons` say so.
     """
     settings, progress = settings or QuantizeSettings(), progress or Progress()
@@ -80,6 +83,7 @@ def plan(
         with _collecting(reasons):
             needs = _needs(checkpoint, recipe, settings, measure and not reasons, progress, nodes)
         reasons += memory_limits(needs, settings, free)
+        needs = replace(needs, export_bytes=sum(found[name].bytes or 0 for name in set(formats) & set(EXPORTS)))
     disks = disks_of(needs, settings, nodes, place)
     reasons += disk_limits(needs, disks, settings)
     return {

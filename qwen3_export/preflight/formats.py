@@ -143,16 +143,20 @@ def _tensorrt(quantized: Checkpoint) -> Verdict:
     return Verdict(None, planned_bytes(quantized), note, asdict(cost))
 
 
+# What is written from the quantized folder, beside it.
+EXPORTS: dict[str, Callable[[Checkpoint], Verdict]] = {
+    "onnx": _asked("onnx_ir", "onnx", _onnx("ort")),
+    "onnx-standard": _asked("onnx_ir", "onnx", _onnx("standard")),
+    "gguf": _asked("gguf", "gguf", _gguf),
+    "tensorrt": _asked("onnx_ir", "tensorrt", _tensorrt),
+}
 FORMATS: dict[str, Callable[[Checkpoint], Verdict]] = {
     "compressed-tensors": _folder("compressed-tensors"),
     "gptq": _folder("gptq"),
     "awq": _folder("awq"),
     "fp8": _folder("fp8"),
     "ggml": _folder("ggml"),
-    "onnx": _asked("onnx_ir", "onnx", _onnx("ort")),
-    "onnx-standard": _asked("onnx_ir", "onnx", _onnx("standard")),
-    "gguf": _asked("gguf", "gguf", _gguf),
-    "tensorrt": _asked("onnx_ir", "tensorrt", _tensorrt),
+    **EXPORTS,
 }
 
 

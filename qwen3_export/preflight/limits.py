@@ -6,14 +6,15 @@ several nodes, is judged by what its options name: a limit of memory, a place on
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen3_export.core.disk import Room, room_of, stored_bytes
+from qwen3_export.core.disk import Room, nearest, room_of, stored_bytes
 from qwen3_export.core.outputs import partial_path
 from qwen3_export.core.units import binary_size
-from qwen3_export.core.working_folders import activations_path
+from qwen3_export.core.working_folders import activations_path, quantized_path
 from qwen3_export.solve.job import QuantizeSettings
 
 
@@ -21,18 +22,21 @@ from qwen3_export.solve.job import QuantizeSettings
 class Needs:
     """Peak memory of a run in bytes, its files' bytes, its time in seconds.
 
-    None where nothing was computed or timed.
+    None where nothing was computed or timed. Exports are written from the quantized folder, when its activations are
+    gone.
     """
 
     peak_rss_bytes: int | None = None
     artifact_bytes: int | None = None
     activation_bytes: int = 0
+    export_bytes: int = 0
     seconds: float | None = None
 
     @property
     def disk_bytes(self) -> int | None:
         """Bytes of all files at their fullest."""
-        return None if self.artifact_bytes is None else self.artifact_bytes + self.activation_bytes
+        later = max(self.activation_bytes, self.export_bytes)
+        return None if self.artifact_bytes is None else self.artifact_bytes + later
 
 
 def memory_limits(needs: Needs, settings: QuantizeSettings, free: int | None) -> list[str]:
@@ -52,20 +56,24 @@ def disks_of(needs: Needs, settings: QuantizeSettings, nodes: int, output: Path 
     """The disks of this machine that the run writes to.
 
     Without `output`, an absolute path, its result goes to the current folder. Files of an unfinished run, which a next
-    one takes over, need no more room.
+    one takes over, need no more room. Exports come after solving, so each disk must have the room for either.
     """
     if needs.artifact_bytes is None:
         return []
     here, scratch = settings.memory is None and nodes == 1, settings.scratch
-    needed: dict[Path, int] = {}
+    solving: dict[Path, int] = {}
+    exporting: dict[Path, int] = {}
     if output is not None or here:
-        spilled = needs.activation_bytes if scratch is None else 0
-        needed[Path.cwd() if output is None else output.parent] = needs.artifact_bytes + spilled - _present(output)
+        place = Path.cwd() if output is None else output.parent
+        written = needs.artifact_bytes - _present(output, needs.export_bytes > 0)
+        solving[place] = written + (needs.activation_bytes if scratch is None else 0)
+        exporting[place] = written + needs.export_bytes
     if scratch is not None:
         present = 0 if output is None else _stored(activations_path(scratch, output))
         spills = scratch.absolute()
-        needed[spills] = needed.get(spills, 0) + needs.activation_bytes - present
-    return room_of(needed)
+        solving[spills] = solving.get(spills, 0) + needs.activation_bytes - present
+    later = {_device(room.folder): room for room in room_of(exporting)} if needs.export_bytes else {}
+    return [max(room, later.get(_device(room.folder), room), key=lambda one: one.needed) for room in room_of(solving)]
 
 
 def disk_limits(needs: Needs, disks: list[Room], settings: QuantizeSettings) -> list[str]:
@@ -88,8 +96,15 @@ def described(disks: list[Room]) -> list[dict[str, Any]]:
     return [{"path": str(disk.folder), "bytes": max(0, disk.needed), "free_bytes": disk.free} for disk in disks]
 
 
-def _present(output: Path | None) -> int:
-    return 0 if output is None else _stored(partial_path(output))
+def _device(folder: Path) -> int:
+    return os.stat(nearest(folder)).st_dev
+
+
+def _present(output: Path | None, exports: bool) -> int:
+    """Bytes of an unfinished run: in OUTPUT.partial, and in an export's copy beside it."""
+    if output is None:
+        return 0
+    return _stored(partial_path(output)) + (_stored(quantized_path(output)) if exports else 0)
 
 
 def _stored(folder: Path) -> int:

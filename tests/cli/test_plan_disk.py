@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 import qwen3_export
+from qwen3_export.core.disk import stored_bytes
+from qwen3_export.core.working_folders import quantized_path
 from tests.cli.helpers import call, refused
 
 COMMON = ("--recipe", "gptq-w4a16-g32", "--samples", "8", "--sequence-length", "64", "--no-time")
@@ -111,6 +113,58 @@ def test_files_of_an_unfinished_run_need_no_more_room(model: Path, tmp_path: Pat
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "shard").write_bytes(bytes(1000))
     assert _plan(model, "--output", tmp_path / "out")["disks"][0]["bytes"] == whole - 1000
+
+
+def _exported(model: Path, *formats: str, output: Path) -> tuple[int, dict[str, Any]]:
+    """Bytes that the formats add, beside the whole answer."""
+    asked = [argument for name in formats for argument in ("--format", name)]
+    found = _plan(model, *asked, "--output", output)
+    return sum(found["formats"][name]["bytes"] for name in formats), found
+
+
+def test_exports_count_beside_the_quantized_folder(model: Path, tmp_path: Path, free: Full) -> None:
+    """Activations are gone by then: the fuller moment counts, on each disk."""
+    output, scratch = tmp_path / "out", ("--scratch", tmp_path / "scratch")
+    alone, folder = (_plan(model, *given, "--output", output) for given in ((), ("--format", "compressed-tensors")))
+    assert folder["disk_bytes"] == alone["disk_bytes"]
+    # The same types, rounded: no activations, the folder alone.
+    rounded = _plan(model, "--output", output, "--recipe", "rtn-w4a16-g32")["disk_bytes"]
+    for formats in (("onnx",), ("gguf",), ("onnx", "onnx-standard", "gguf")):
+        exported, found = _exported(model, *formats, output=output)
+        assert found["disk_bytes"] == max(alone["disk_bytes"], rounded + exported)
+        assert [disk["bytes"] for disk in found["disks"]] == [found["disk_bytes"]]
+    asked = [argument for name in formats for argument in ("--format", name)]
+    assert _plan(model, *asked, *scratch, "--output", output)["disk_bytes"] == found["disk_bytes"]
+    free(found["disk_bytes"] - 1)
+    assert "of disk are needed" in _plan(model, *asked, "--output", output)["reasons"][0]
+    assert found["disk_bytes"] > alone["disk_bytes"]
+    assert _plan(model, "--output", output)["possible"]
+
+
+def test_an_exports_unfinished_copy_needs_no_more_room(model: Path, tmp_path: Path) -> None:
+    """The copy that the same export would go on with; `quantize` does not read it."""
+    output = tmp_path / "out"
+    _, whole = _exported(model, "onnx", output=output)
+    alone = _plan(model, "--output", output)["disks"][0]["bytes"]
+    copy = tmp_path / "out.quantized.partial" / "model.partial"
+    copy.mkdir(parents=True)
+    (copy / "shard").write_bytes(bytes(1000))
+    assert _exported(model, "onnx", output=output)[1]["disks"][0]["bytes"] == whole["disks"][0]["bytes"] - 1000
+    assert _plan(model, "--output", output)["disks"][0]["bytes"] == alone
+
+
+def test_the_copy_is_where_an_export_leaves_it(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qwen3_export.ship.gguf.export_gguf", stopped)
+    exporting = ("gguf", model, *COMMON[:-1], "--output", tmp_path / "m.gguf")
+    assert call(*exporting).code == 130
+    copy = stored_bytes(quantized_path(tmp_path / "m.gguf"))
+    assert copy > 0
+    _, whole = _exported(model, "gguf", output=tmp_path / "other.gguf")
+    _, rest = _exported(model, "gguf", output=tmp_path / "m.gguf")
+    assert whole["disks"][0]["bytes"] - rest["disks"][0]["bytes"] == copy
 
 
 def test_plan_and_quantize_ask_for_the_same_room(model: Path, tmp_path: Path, free: Full) -> None:
