@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from qwen3_export.core.memory import lacks_memory, out_of_memory
 from qwen3_export.core.process import uncollected, uninterrupted
 from qwen3_export.errors import InputError, MissingRuntimeError, ResourceError
 
@@ -27,6 +28,12 @@ _CONNECT_SECONDS, _END_SECONDS = 5, 10
 _LONGEST_PLACE = 24
 # Environment variables of Ray's authentication: `token` or `disabled`, and the token.
 _MODE, _TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
+# Remedies where Ray's processes do not start: on this machine alone, and on a cluster.
+LOCAL_HINT = "Ray lacks memory, processes (ulimit -u) or room for temporary files here: leave --cluster away or give it"
+_JOIN_HINT = (
+    "run on a node of the cluster (ray start --address=HOST:PORT), with the same versions of Python and ray; "
+    "if the cluster has a token, with RAY_AUTH_MODE=token and that token in ~/.ray/auth_token"
+)
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -169,7 +176,7 @@ def _get(call: Any, seconds: float | None = None) -> Any:
         if "creation task" in str(error) or "__init__" in str(error):
             raise MissingRuntimeError(
                 f"a node cannot start a worker: {str(error).strip().splitlines()[-1]}",
-                "install the same version of qwen3-export, with the extra `cluster`, on every node",
+                "other machines need the same version of qwen3-export with the extra `cluster`, this one memory",
             ) from error
         raise LostWorkerError(str(error)) from error
     except (RayActorError, RaySystemError) as error:
@@ -223,10 +230,11 @@ def _connect(address: str, folder: str | None, workers: int, gpus: int) -> None:
             else:
                 ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, OSError, ValueError, RayError) as error:
+        if lacks_memory(error):
+            raise out_of_memory(f"--cluster {address}", error) from error
         raise MissingRuntimeError(
             f"--cluster {address}: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
-            "run on a node of the cluster (ray start --address=HOST:PORT), with the same versions of Python and ray; "
-            "if the cluster has a token, with RAY_AUTH_MODE=token and that token in ~/.ray/auth_token",
+            LOCAL_HINT if is_local else _JOIN_HINT,
         ) from error
 
 

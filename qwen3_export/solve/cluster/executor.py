@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3_export import errors
-from qwen3_export.cluster.session import Handle, LostWorkerError, Node, RaySession
+from qwen3_export.cluster.session import LOCAL_HINT, Handle, LostWorkerError, Node, RaySession
 from qwen3_export.core.outputs import write_atomic
 from qwen3_export.core.progress import Progress
 from qwen3_export.errors import ExportError, MissingRuntimeError, ResourceError
@@ -179,7 +179,9 @@ class Cluster:
         except LostWorkerError as error:
             raise MissingRuntimeError(
                 f"{node.name}: a worker cannot be started there ({str(error).strip().splitlines()[-1]})",
-                "every node needs the same environment as this one, ray and qwen3-export in the same versions",
+                LOCAL_HINT
+                if self.is_local
+                else "every node needs the same environment as this one, ray and qwen3-export in the same versions",
             ) from error
 
     def _place(self, node: Node) -> _Worker:

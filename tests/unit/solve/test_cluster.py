@@ -13,12 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from qwen3_export.cluster.session import Node, open_session
+from qwen3_export.cluster.session import Node
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.manifest import sha256_file
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.recipe import Recipe
-from qwen3_export.errors import CheckpointError, InputError, ResourceError, StateError
+from qwen3_export.errors import (
+    CheckpointError,
+    InputError,
+    ResourceError,
+    StateError,
+)
 from qwen3_export.solve.cluster import Run, _places
 from qwen3_export.solve.cluster.part_files import read_parts, write_parts
 from qwen3_export.solve.job import QuantizeSettings
@@ -253,17 +258,3 @@ def test_workers_of_this_machine_must_fit_into_its_memory(source: Path, tmp_path
     with pytest.raises(ResourceError, match=r"3 workers need about 6\.00 GiB") as caught:
         _places([here], 3, 2 << 30, run_of(tmp_path, source), Notes())
     assert caught.value.hint == "--cluster local:2"
-
-
-def test_rays_store_is_small_and_spills_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray  # noqa: TID251  (its start is watched)
-
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(ray, "init", lambda **options: given.update(options))
-    monkeypatch.setattr(ray, "shutdown", lambda: None)
-    with open_session("local:2", 2):
-        pass
-    assert given["object_store_memory"] == 100 << 20
-    assert given["_system_config"] == {"automatic_object_spilling_enabled": False}
-    assert given["include_dashboard"] is False
-    assert not Path(given["_temp_dir"]).exists()

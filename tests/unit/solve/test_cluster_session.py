@@ -1,0 +1,48 @@
+"""How a session with Ray starts: with which settings, and what is said where it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray  # noqa: TID251  (its start is watched)
+
+from qwen3_export.cluster.session import open_session
+from qwen3_export.errors import ExportError, MissingRuntimeError, ResourceError
+
+HERE, THERE = "leave --cluster away", "RAY_AUTH_MODE=token"
+NOT_STARTED: list[tuple[str, Exception, type[ExportError], str]] = [
+    ("local", RuntimeError("The node did not start in time.\nmore"), MissingRuntimeError, HERE),
+    ("local:2", OSError(11, "Resource temporarily unavailable"), MissingRuntimeError, HERE),
+    ("local", OSError(12, "Cannot allocate memory"), ResourceError, "close other programs"),
+    ("auto", ConnectionError("Could not find any running Ray instance."), MissingRuntimeError, THERE),
+]
+
+
+@pytest.mark.parametrize(("address", "said", "kind", "hint"), NOT_STARTED)
+def test_what_helps_a_cluster_to_start_is_said(
+    monkeypatch: pytest.MonkeyPatch, address: str, said: Exception, kind: type[ExportError], hint: str
+) -> None:
+    """Nothing of other nodes and tokens, where the cluster is this machine."""
+
+    def fail(**_: Any) -> None:
+        raise said
+
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(kind, match=f"--cluster {address}") as caught, open_session(address):
+        pass
+    assert hint in str(caught.value.hint)
+    assert ("token" in str(caught.value.hint)) == (address == "auto")
+
+
+def test_rays_store_is_small_and_spills_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(ray, "init", lambda **options: given.update(options))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with open_session("local:2", 2):
+        pass
+    assert given["object_store_memory"] == 100 << 20
+    assert given["_system_config"] == {"automatic_object_spilling_enabled": False}
+    assert given["include_dashboard"] is False
+    assert not Path(given["_temp_dir"]).exists()
