@@ -2,7 +2,8 @@
 
 Most of a tensor is lost where its numbers are too small for its type's scales, which are fp16, or too large for them.
 Whether that is so is known for certain when its data are made, which is the work of the export. So one pass over the
-numbers looks for tensors that are near these limits, and only their data are made beforehand.
+numbers looks for tensors that are near these limits, and only their data are made beforehand. Weights that are rounded
+are therefore read twice, of weights that are moved the scales alone.
 """
 
 from __future__ import annotations
