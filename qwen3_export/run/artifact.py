@@ -88,7 +88,9 @@ def takes_plan(artifact: Path, options: RuntimeOptions) -> bool:
     Raises InputError for a plan that was asked for and is not there, MissingRuntimeError where it cannot run.
     """
     if options.device == "plan" and not has_plan(artifact):
-        raise InputError(f"{artifact}: there is no plan in it", "give a folder of `qwen3-export tensorrt`")
+        raise InputError(
+            f"{artifact}: there is no plan in it", "give a folder of `qwen3-export tensorrt`, without --onnx-only"
+        )
     if options.device == "plan" and options.exact:
         raise InputError("--exact: a plan has one precision", "leave --device away: its ONNX has an exact mode")
     if options.device == "plan":

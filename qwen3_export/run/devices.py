@@ -11,8 +11,10 @@ that was asked for and is not there is an error: nothing falls back to the proce
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +46,7 @@ PROVIDERS = {
     "cuda": Provider(
         "CUDAExecutionProvider",
         "cuda",
-        "pip uninstall onnxruntime; pip install onnxruntime-gpu",
+        "pip uninstall onnxruntime; pip install 'onnxruntime-gpu[cuda,cudnn]'",
         # The cache grows by doubling already: the arena need not add to it.
         options={"device_id": "0", "arena_extend_strategy": "kSameAsRequested"},
     ),
@@ -87,32 +89,48 @@ def open_on(provider: Provider, graph: Any, settings: Any, where: Path) -> Any:
     """
     onnxruntime = _onnxruntime()
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    # Errors of loading are logged by nobody's session, in colours.
+    onnxruntime.set_default_logger_severity(4)
     if not hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info"):
         raise MissingRuntimeError(
             f"onnxruntime {onnxruntime.__version__} does not tell which operators run where, 1.24 or later does",
             provider.install,
         )
     if provider.name in onnxruntime.get_available_providers():
+        _load_cuda(onnxruntime)
         named = [(provider.name, dict(provider.options)), "CPUExecutionProvider"]
         session = onnxruntime.InferenceSession(graph, settings, providers=named)
     else:
         settings.add_provider_for_devices(_plugin_devices(onnxruntime, provider), dict(provider.options))
         session = onnxruntime.InferenceSession(graph, settings)
     if provider.name not in session.get_providers():
-        raise MissingRuntimeError(f"{where}: {provider.name} finds no GPU that it can use", "see what nvidia-smi says")
+        raise MissingRuntimeError(
+            f"{where}: {provider.name} finds no GPU that it can use, or lacks CUDA's libraries",
+            "see what nvidia-smi says; pip install 'onnxruntime-gpu[cuda,cudnn]' brings the libraries",
+        )
     session.disable_fallback()
     _check_assignment(session, provider, where)
     return session
 
 
+def _load_cuda(onnxruntime: Any) -> None:
+    """Load CUDA's libraries where pip has put them.
+
+    ONNX Runtime does not do so by itself, and prints what it does not find.
+    """
+    if (load := getattr(onnxruntime, "preload_dlls", None)) is not None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            load()
+
+
 def _plugin_devices(onnxruntime: Any, provider: Provider) -> list[Any]:
     """The devices of a provider that comes as a plugin, registered first."""
     assert provider.plugin is not None
-    plugin = importlib.import_module(provider.plugin)
     known = {device.ep_name for device in onnxruntime.get_ep_devices()}
     if provider.name not in known:
         try:
-            onnxruntime.register_execution_provider_library(provider.name, plugin.get_library_path())
+            library = importlib.import_module(provider.plugin).get_library_path()
+            onnxruntime.register_execution_provider_library(provider.name, library)
         except Exception as error:  # onnxruntime's errors share no public base below Exception
             reason = str(error).strip().splitlines()[0]
             raise MissingRuntimeError(

@@ -27,6 +27,8 @@ from qwen3_export.run.session import RuntimeOptions, check_ids
 from qwen3_export.run.signature import read_signature
 
 _SMALLEST_CACHE = 256
+# What errors of a GPU's libraries have in their text.
+_OF_THE_DRIVER, _SMI = ("CUDA", "CUBLAS", "CUDNN"), "see what nvidia-smi says"
 _PLAN_ALONE = "run the plan on its GPU; here, the quantized folder that it was exported from has the same codes"
 
 
@@ -207,6 +209,8 @@ class OrtSession:
             if lacks_memory(error):
                 raise out_of_memory(self._folder, error) from error
             reason = str(error).strip().splitlines()[0]
+            if self._on_device and any(word in reason for word in _OF_THE_DRIVER):
+                raise MissingRuntimeError(f"{self._folder}: {self.device} failed ({reason})", _SMI) from error
             raise InputError(f"{self._folder}: ONNX Runtime cannot run it ({reason})") from error
 
     def cache_shapes(self) -> dict[str, tuple[tuple[int, ...], Any]]:

@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 
 from qwen3_export.core.checkpoint import open_checkpoint
-from qwen3_export.errors import InputError, MissingRuntimeError
+from qwen3_export.errors import ExportError, InputError, MissingRuntimeError, ResourceError
 from qwen3_export.run import devices
 from qwen3_export.run.artifact import check_runnable, open_session
 from qwen3_export.run.batch import batch_of
@@ -74,6 +74,29 @@ def test_a_device_gives_the_processors_logits(folders: dict, monkeypatch: pytest
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate provider")
+def test_cudas_libraries_are_loaded_without_a_word(
+    folders: dict, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Stdout is for results, and a library that is missing is named by one error."""
+    monkeypatch.setitem(devices.PROVIDERS, "cuda", Provider("CPUExecutionProvider", "cpu", ""))
+    called = []
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: called.append(print("Failed to load libcublas.so")))
+    open_session(folders["ort"], RuntimeOptions(threads=1, device="cuda")).close()
+    assert called
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate provider")
+def test_a_provider_without_its_libraries(folders: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime goes on with the processor's provider; we do not."""
+    monkeypatch.setitem(devices.PROVIDERS, "cuda", Provider("CPUExecutionProvider", "cpu", ""))
+    monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda _: ["AzureExecutionProvider"])
+    with pytest.raises(MissingRuntimeError, match="finds no GPU that it can use, or lacks CUDA's libraries") as caught:
+        open_session(folders["ort"], RuntimeOptions(device="cuda"))
+    assert "onnxruntime-gpu[cuda,cudnn]" in caught.value.hint
+
+
 def test_products_on_the_processor_are_refused(folders: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(devices.PROVIDERS, "cuda", Provider("AzureExecutionProvider", "cpu", ""))
     with pytest.raises(MissingRuntimeError, match=r"no kernels for .*MatMul.*would run on the processor"):
@@ -98,6 +121,40 @@ def test_a_plugin_that_cannot_be_loaded(folders: dict, monkeypatch: pytest.Monke
     plugin(monkeypatch, str(tmp_path / "none.so"))
     with pytest.raises(MissingRuntimeError, match="NvTensorRTRTXExecutionProvider cannot be loaded"):
         open_session(folders["standard"], RuntimeOptions(device="rtx"))
+
+
+def test_a_plugin_that_is_incomplete(folders: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin(monkeypatch, "")
+
+    def missing() -> str:
+        raise FileNotFoundError("libonnxruntime_providers_nv_tensorrt_rtx.so")
+
+    monkeypatch.setattr(sys.modules["onnxruntime_ep_nv_tensorrt_rtx"], "get_library_path", missing)
+    with pytest.raises(MissingRuntimeError, match=r"cannot be loaded \(libonnxruntime_providers_nv_tensorrt_rtx"):
+        open_session(folders["standard"], RuntimeOptions(device="rtx"))
+
+
+FAILED: list[tuple[str, type[ExportError]]] = [
+    ("CUDA failure 700: an illegal memory access was encountered ; GPU=0", MissingRuntimeError),
+    ("CUDA failure 2: out of memory ; GPU=0", ResourceError),
+    ("Non-zero status code returned while running Add node: shapes differ", InputError),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate provider")
+@pytest.mark.parametrize(("said", "kind"), FAILED, ids=["driver", "memory", "graph"])
+def test_a_device_that_fails(
+    folders: dict, monkeypatch: pytest.MonkeyPatch, said: str, kind: type[ExportError]
+) -> None:
+    monkeypatch.setitem(devices.PROVIDERS, "cuda", Provider("CPUExecutionProvider", "cpu", ""))
+    session = open_session(folders["ort"], RuntimeOptions(threads=1, device="cuda"))
+
+    def fail(_: object) -> None:
+        raise RuntimeError(said)
+
+    session._session = SimpleNamespace(run_with_iobinding=fail)
+    with pytest.raises(kind, match=said.split(":")[0]):
+        session.prefill(IDS[:4])
 
 
 def test_a_plugin_without_a_gpu(folders: dict, monkeypatch: pytest.MonkeyPatch) -> None:
