@@ -175,7 +175,7 @@ def _needs(
         from qwen3_export.preflight.timing import estimate_seconds
 
         seconds = estimate_seconds(checkpoint, recipe, samples, settings, progress, nodes)
-    return Needs(memory, artifact, activations, seconds)
+    return Needs(memory, artifact, activations, seconds=seconds)
 
 
 def planned_samples(checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSettings, progress: Progress) -> Samples:
