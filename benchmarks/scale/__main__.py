@@ -69,6 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--no-plan", action="store_true")
+    parser.add_argument("--plan-only", action="store_true", help="predict again, and keep what was measured")
     parser.add_argument("--table", action="store_true", help="write the table again, measure nothing")
     return parser.parse_args()
 
@@ -91,8 +92,9 @@ def main() -> None:
         for item in wanted(given):
             changes = {} if given.experts is None else {"num_experts": given.experts}
             source = make_slice(base / "source", item.model, item.layers, **changes)
+            measured = predictions if given.plan_only else runs
             try:
-                for record in runs(given, item, source, base):
+                for record in measured(given, item, source, base):
                     print(json.dumps(record), file=sys.stderr, flush=True)
                     if given.experts is None:
                         keep(given.results, record)
@@ -128,18 +130,39 @@ def runs(given: argparse.Namespace, item: Wanted, source: Path, base: Path) -> I
     for recipe in item.recipes:
         shutil.rmtree(out, ignore_errors=True)
         scratch.mkdir()
-        planned = None if given.no_plan else measure(["plan", source, "--recipe", recipe, *calibration], given.threads)
+        said = None if given.no_plan else planned(given, item, source, recipe)
         command = ["quantize", source, "--recipe", recipe, "--output", out, "--scratch", scratch, *calibration]
         run = measure(command, given.threads, scratch)
         scratch.rmdir()  # which it can only be when it was left empty
-        yield record(recipe, run, common, planned)
+        yield record(recipe, run, common, said)
     for kind in item.export:
         target = base / f"made-{kind}"
         yield record(f"{kind} of {item.recipes[-1]}", measure([kind, out, "--output", target], given.threads), common)
         shutil.rmtree(target) if target.is_dir() else target.unlink()
 
 
-def record(what: str, run: Run, common: dict[str, Any], planned: Run | None = None) -> dict[str, Any]:
+def predictions(given: argparse.Namespace, item: Wanted, source: Path, base: Path) -> Iterator[dict[str, Any]]:
+    """Yield the kept measurements of one slice with what `plan` says now."""
+    rows = f"{item.samples} × {given.sequence_length}"
+    kept = json.loads(given.results.read_text())
+    for found in kept:
+        of_slice = (found["model"], found["layers"], found["rows"]) == (item.model, item.layers, rows)
+        if of_slice and found["what"] in item.recipes:
+            yield {**found, "plan": prediction(planned(given, item, source, found["what"]))}
+
+
+def planned(given: argparse.Namespace, item: Wanted, source: Path, recipe: str) -> Run:
+    """What `plan` says of a recipe."""
+    calibration = ["--samples", str(item.samples), "--sequence-length", str(given.sequence_length)]
+    return measure(["plan", source, "--recipe", recipe, *calibration], given.threads)
+
+
+def prediction(run: Run) -> dict[str, Any]:
+    """The part of it that is kept."""
+    return {name: run.result[name] for name in ("peak_rss_bytes", "disk_bytes", "seconds")}
+
+
+def record(what: str, run: Run, common: dict[str, Any], said: Run | None = None) -> dict[str, Any]:
     """One line of the results."""
     values: dict[str, Any] = {
         **common,
@@ -156,8 +179,8 @@ def record(what: str, run: Run, common: dict[str, Any], planned: Run | None = No
     # Without calibration no tokens reach them.
     if run.result.get("experts") and run.result.get("calibration_sha256"):
         values["experts"] = {name: run.result["experts"].get(name) for name in ("min_tokens", "below_floor")}
-    if planned is not None:
-        values["plan"] = {name: planned.result[name] for name in ("peak_rss_bytes", "disk_bytes", "seconds")}
+    if said is not None:
+        values["plan"] = prediction(said)
     return values
 
 
