@@ -29,7 +29,7 @@ from qwen3_export.run.signature import read_signature
 _SMALLEST_CACHE = 256
 # What errors of a GPU's libraries have in their text.
 _OF_THE_DRIVER, _SMI = ("CUDA", "CUBLAS", "CUDNN"), "see what nvidia-smi says"
-_PLAN_ALONE = "run the plan on its GPU; here, the quantized folder that it was exported from has the same codes"
+_PLAN_ALONE = "run the plan on its GPU; here, the folder that it was exported from has the same numbers"
 
 
 def onnxruntime_for(folder: Path) -> Any:
