@@ -60,9 +60,7 @@ class Workers:
         """
         return self._pool.submit(function)
 
-    def map_apart(
-        self, function: Callable[[Item], Result], items: Sequence[Item], at_once: int
-    ) -> list[Result]:  # fmt: skip
+    def map_apart(self, function: Callable[[Item], Result], items: Sequence[Item], at_once: int) -> list[Result]:
         """As `map`, for items that ask this pool for work of their own.
 
         `at_once` items are worked on side by side. Each has an equal part of the threads.
@@ -70,11 +68,9 @@ class Workers:
         beside = min(at_once, self.threads.count, len(items))
         if beside < 2 or hasattr(self._apart, "part"):
             return [function(item) for item in items]
-        stop = threading.Event()
+        stop, around = threading.Event(), self._around
         with ExitStack() as stack:
             parts = [ThreadsApart.of(self.threads, self.threads.count // beside, stop, stack) for _ in range(beside)]
-
-            around = self._around
 
             def begin() -> None:
                 self.threads.prepare()
