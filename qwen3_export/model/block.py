@@ -26,6 +26,7 @@ from torch import Tensor
 from qwen3_export.core.architecture import ATTENTION, ROUTER, SWIGLU, Stage, expert_of, is_expert
 from qwen3_export.core.qwen3 import Qwen3Config
 from qwen3_export.model.attention import causal_attention
+from qwen3_export.model.routing import route
 from qwen3_export.model.streamed import StreamedWeights
 
 if TYPE_CHECKING:
@@ -57,8 +58,9 @@ class Block:
 
     `matmul_dtype` is the type that linears and attention multiply in; None stands for the type of the weights.
     `rounders` are the functions that round some linears' inputs (`model.activations`). Where `outputs` is given, every
-    linear leaves its output there. `integer_linears` are multiplied as integers and are not in `weights`; with
-    `int_matmul`, for processors where that is fastest, linears become such as soon as they are quantized.
+    linear leaves its output there. `routing_noise` smooths the router's choices (`model.routing`). `integer_linears`
+    are multiplied as integers and are not in `weights`; with `int_matmul`, for processors where that is fastest,
+    linears become such as soon as they are quantized.
     """
 
     config: Qwen3Config
@@ -69,6 +71,7 @@ class Block:
     outputs: dict[str, Tensor] | None = field(default=None, repr=False)
     int_matmul: bool = False
     integer_linears: dict[str, IntegerLinear] = field(default_factory=dict, repr=False)
+    routing_noise: float = 0.0
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -225,14 +228,11 @@ class Block:
         return rotate(self.norm(norm, heads.transpose(1, 2)), *rope).to(heads.dtype)
 
     def _route(self, stage: Stage, state: State) -> State:
-        """Choose each token's experts: the top k of an fp32 softmax over all."""
+        """Choose each token's experts."""
         if not stage.routed:
             return state
-        probabilities = F.linear(state["x"], self.weights[ROUTER]).softmax(-1)
-        mix, experts = probabilities.topk(self.config.experts_per_token, dim=-1)
-        if self.config.norm_topk_prob:
-            mix = mix / mix.sum(-1, keepdim=True)
-        return {**state, "experts": experts, "mix": mix}
+        logits = F.linear(state["x"], self.weights[ROUTER])
+        return {**state, **route(logits, self.config, self.routing_noise)}
 
     def _routed(self, stage: Stage, state: State) -> Tensor:
         """Outputs of the chosen experts for their tokens, `[…, k, n]`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from qwen3_export.core.architecture import is_expert
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.disk import check_room
 from qwen3_export.core.progress import peak_rss_bytes
@@ -95,7 +96,10 @@ def activation_bytes(
             total += 4 * samples.tokens * config.hidden_size
         if fisher_samples:
             tokens = min(fisher_samples, len(samples.ids)) * len(samples.ids[0])
-            kept = sum(min(OUTPUT_PIECE, shape[0]) * shape[0] for shape in config.linear_shapes(0).values())
+            shapes = config.linear_shapes(0)
+            rows = [shape[0] for name, shape in shapes.items() if not is_expert(name)]
+            rows += [config.hidden_size] if config.sparse_layers else []
+            kept = sum(min(OUTPUT_PIECE, count) * count for count in rows)
             total += 4 * (config.num_layers * kept + tokens * config.hidden_size * (config.num_layers + 2))
     return total
 

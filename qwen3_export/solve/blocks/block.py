@@ -24,7 +24,7 @@ from pathlib import Path
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qwen3_export.core.architecture import Stage
+from qwen3_export.core.architecture import Stage, is_expert
 from qwen3_export.core.qwen3 import EMBEDDING, block_name
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
@@ -37,6 +37,7 @@ from qwen3_export.solve.blocks.forward import BlockRun, RunSettings, layer_input
 from qwen3_export.solve.blocks.paired import add_missing_output, linear_inputs
 from qwen3_export.solve.calibration.activations import SampleFile, write_embeddings
 from qwen3_export.solve.calibration.experts import LayerInputs, LinearInputs
+from qwen3_export.solve.calibration.fisher import OF_EXPERTS
 from qwen3_export.solve.calibration.moments import Moments
 from qwen3_export.solve.chunk_sizes import FOLD_EVERY
 from qwen3_export.solve.job import QUANTIZED, Job, SolvedBlock, SolvedLinear
@@ -257,6 +258,10 @@ def _outputs(job: Job, block: Block, weights: dict[str, Tensor]) -> dict[str, li
     """Fisher information of the linears' outputs by module name, where it was measured."""
     if job.fisher is None:
         return {}
-    prefix = f"{block_name(block.layer)}."
-    found = {n: job.fisher.of(block.layer, n.removeprefix(prefix), len(weight)) for n, weight in weights.items()}
+    prefix, found = f"{block_name(block.layer)}.", {}
+    for name, weight in weights.items():
+        local = name.removeprefix(prefix)
+        # Experts that write to the residual stream share what is known of their sum.
+        shared = is_expert(local) and block.stage_of(local).writes_residual
+        found[name] = job.fisher.of(block.layer, OF_EXPERTS if shared else local, len(weight))
     return {name: pieces for name, pieces in found.items() if pieces is not None}

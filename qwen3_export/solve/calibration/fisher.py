@@ -7,6 +7,9 @@ then costs ½ Δyᵀ G Δy of KL divergence: G says how much the model's answer 
     top    gradient at the last hidden state, through final norm and head, the vocabulary in pieces
     down   block by block: run it again, push the gradient through, add up g gᵀ of every linear
 
+A router's choice has no slope: an error either changes it or does not. On the way down it is smoothed by noise
+(`model.routing`), so that an output counts for what it does to later routers, too.
+
 Memory is bounded by one block and the activations of a few samples. Only diagonal pieces of G, of at most 256 output
 rows each, are kept: the rest matters little, and files would grow with the square of `out`.
 """
@@ -42,6 +45,10 @@ _CONVERTED_ROWS = 1024
 _DONE = "outputs"
 # G of looked-up rows, in that folder.
 _EMBEDDING = "embedding.safetensors"
+# The name of what a layer's experts add to the residual stream.
+OF_EXPERTS = "experts"
+# Noise on the router's logits, as a share of their root mean square: about what 4-bit codes cause.
+ROUTING_NOISE = 0.1
 
 
 def pieces_of(out_rows: int) -> list[slice]:
@@ -59,7 +66,7 @@ class FisherInformation:
     def of(self, layer: int, name: str, out_rows: int) -> list[Tensor] | None:
         """Pieces `[n, n]` fp32 of one linear's G, in the order of `pieces_of`.
 
-        None for an expert's linear.
+        `OF_EXPERTS` is what a layer's experts add to the residual stream together. None for an expert's own linear.
         """
         file = TensorFile(self.folder / f"{layer:04d}.safetensors")
         if f"{name}.0" not in file.entries:
@@ -245,30 +252,31 @@ def draw(shares: Tensor, generator: torch.Generator) -> Tensor:
 
 def _backward(work: FisherPass, block: Block, rope: Rope) -> None:
     """Push the gradients through one block and write its pieces of G."""
-    shapes = block.config.linear_shapes(block.layer)
-    names = [name for name in shapes if not is_expert(name)]
-    totals = {(name, i): torch.zeros(1) for name in names for i in range(len(pieces_of(shapes[name][0])))}
+    rows = {name: shape[0] for name, shape in block.config.linear_shapes(block.layer).items() if not is_expert(name)}
+    names = list(rows)
+    if block.config.is_sparse(block.layer):
+        rows[OF_EXPERTS] = block.config.hidden_size
+    totals = {(name, i): torch.zeros(1) for name in rows for i in range(len(pieces_of(rows[name])))}
     hidden, gradient, count = work.file(str(block.layer)), work.file("gradient"), len(work.ids)
     at_once = max(1, BACK_TOKENS // len(work.ids[0]))
 
     def one(sample: int) -> list[Tensor]:
-        own = replace(block, outputs={})
+        own = replace(block, outputs={}, routing_noise=ROUTING_NOISE)
         with torch.enable_grad():
             before = hidden.read(sample).to(work.device).requires_grad_()
             after = own.forward(before, rope)
         assert own.outputs is not None
-        found = torch.autograd.grad(
-            after, [before, *(own.outputs[n] for n in names)], gradient.read(sample).to(work.device)
-        )
+        behind = gradient.read(sample).to(work.device)
+        found = torch.autograd.grad(after, [before, *(own.outputs[n] for n in names)], behind)
         gradient.write(sample, found[0])
-        return [part.reshape(-1, part.shape[-1]) for part in found[1:]]
+        return [part.reshape(-1, part.shape[-1]) for part in (*found[1:], behind)]
 
     for begin in range(0, count, at_once):
         parts = work.pool.map(one, range(begin, min(begin + at_once, count)))
-        slopes = {name: torch.cat([part[i] for part in parts]) for i, name in enumerate(names)}
+        slopes = {name: torch.cat([part[i] for part in parts]) for i, name in enumerate(rows)}
 
         def add(key: tuple[str, int], slopes: dict[str, Tensor] = slopes) -> None:
-            part = slopes[key[0]][:, pieces_of(shapes[key[0]][0])[key[1]]]
+            part = slopes[key[0]][:, pieces_of(rows[key[0]])[key[1]]]
             totals[key] = totals[key] + part.T @ part
 
         work.pool.map(add, list(totals))

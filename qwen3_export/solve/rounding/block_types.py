@@ -7,13 +7,15 @@ Where a type has mins, zero points are not integers. For a codebook, codes are i
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen3_export.core.scheme import QuantScheme
-from qwen3_export.core.tensor import block_specs
+from qwen3_export.core.tensor import QuantizedTensor, block_specs
 from qwen3_export.model.table import to_numpy
 
 # Stands in for a scale of zero: any code times it is almost zero.
@@ -38,14 +40,24 @@ def search_blocks(
     ggml.import_loops()
     weighed = None if importance is None else importance.float().cpu().numpy()
     tensor = ggml.round_rows("", to_numpy(weight.cpu()), scheme, weighed).tensor
-    scales = torch.from_numpy(tensor.scales32.astype(np.float32)).to(weight.device)
+    fields = {key: getattr(tensor, key) for key in block_specs(scheme, tensor.shape)}
+    return *grid_of_fields(fields, scheme, weight.device), fields
+
+
+def grid_of_fields(fields: dict[str, Any], scheme: QuantScheme, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scales and zero points `[rows, groups]` of the stored arrays of a block type."""
+    rows, groups = fields["scales"].shape
+    block = scheme.block_type
+    assert block is not None
+    shape = (rows, groups * block.group)
+    tensor = QuantizedTensor("", shape, scheme, np.broadcast_to(np.uint8(0), shape), **fields)
+    scales = torch.from_numpy(tensor.scales32.astype(np.float32)).to(device)
     # In a group whose scale is zero every code stands for the offset alone.
     scales = torch.where(scales == 0, _NO_SCALE, scales)
     zeros = torch.full_like(scales, middle_code(scheme))
     if (offsets := tensor.offsets32) is not None:
-        zeros -= torch.from_numpy(offsets).to(weight.device) / scales
-    fields = {key: getattr(tensor, key) for key in block_specs(scheme, tensor.shape)}
-    return scales, zeros, fields
+        zeros -= torch.from_numpy(offsets).to(device) / scales
+    return scales, zeros
 
 
 def nearest_code(units: Tensor, zeros: Tensor, scheme: QuantScheme) -> Tensor:

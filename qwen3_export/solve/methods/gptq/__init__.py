@@ -179,7 +179,7 @@ def _solve_rows(weight: Tensor, problem: Problem) -> tuple[Grid, Tensor]:
     """Grid and codes of some output rows: GPTQ, then descent and refitted scales."""
     scheme, factor, unit, options = problem.scheme, problem.factor, problem.global_scale, problem.options
     if scheme.block_type is not None:
-        return solve_block_type(weight, scheme, factor, options.descent, problem.matmul_dtype)
+        return solve_block_type(weight, scheme, factor, options.descent, problem.damped, problem.matmul_dtype)
     if options.scale_search == "solve" and scheme.strategy == "group":
         codes, grid = search_columns(weight, scheme, factor.order, factor.upper, unit, problem.matmul_dtype)
     else:
