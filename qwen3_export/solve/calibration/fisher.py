@@ -47,7 +47,7 @@ _DONE = "outputs"
 _EMBEDDING = "embedding.safetensors"
 # The name of what a layer's experts add to the residual stream.
 OF_EXPERTS = "experts"
-# Noise on the router's logits, as a share of their root mean square: about what 4-bit codes cause.
+# Noise on the router's logits, as a share of their root mean square. Half or twice as much changes little.
 ROUTING_NOISE = 0.1
 
 
