@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from qwen3_export.core.architecture import is_expert
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.disk import check_room
 from qwen3_export.core.progress import peak_rss_bytes
@@ -13,6 +12,7 @@ from qwen3_export.core.qwen3 import Qwen3Config
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.units import binary_size
 from qwen3_export.errors import InputError, ResourceError
+from qwen3_export.solve.calibration.measured_outputs import measured_rows
 from qwen3_export.solve.chunk_sizes import FOLD_EVERY, OUTPUT_PIECE
 from qwen3_export.solve.memory import memory_parts
 from qwen3_export.solve.method import fold_of
@@ -96,11 +96,10 @@ def activation_bytes(
             total += 4 * samples.tokens * config.hidden_size
         if fisher_samples:
             tokens = min(fisher_samples, len(samples.ids)) * len(samples.ids[0])
-            shapes = config.linear_shapes(0)
-            rows = [shape[0] for name, shape in shapes.items() if not is_expert(name)]
-            rows += [config.hidden_size] if config.sparse_layers else []
-            kept = sum(min(OUTPUT_PIECE, count) * count for count in rows)
-            total += 4 * (config.num_layers * kept + tokens * config.hidden_size * (config.num_layers + 2))
+            rows = [n for layer in range(config.num_layers) for n in measured_rows(config, layer).values()]
+            total += 4 * (
+                sum(min(OUTPUT_PIECE, n) * n for n in rows) + tokens * config.hidden_size * (config.num_layers + 2)
+            )
     return total
 
 

@@ -37,7 +37,7 @@ from qwen3_export.solve.blocks.forward import BlockRun, RunSettings, layer_input
 from qwen3_export.solve.blocks.paired import add_missing_output, linear_inputs
 from qwen3_export.solve.calibration.activations import SampleFile, write_embeddings
 from qwen3_export.solve.calibration.experts import LayerInputs, LinearInputs
-from qwen3_export.solve.calibration.fisher import OF_EXPERTS
+from qwen3_export.solve.calibration.measured_outputs import OF_EXPERTS
 from qwen3_export.solve.calibration.moments import Moments
 from qwen3_export.solve.chunk_sizes import FOLD_EVERY
 from qwen3_export.solve.job import QUANTIZED, Job, SolvedBlock, SolvedLinear

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen3_export.core.architecture import is_expert
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.qwen3 import EMBEDDING
 from qwen3_export.core.tensorfile import TensorFile, TensorFileWriter
@@ -35,6 +34,7 @@ from qwen3_export.model.decoder import Rope, load_block, rope_tables, to_torch
 from qwen3_export.model.table import Table
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.calibration.activations import SampleFile, write_embeddings
+from qwen3_export.solve.calibration.measured_outputs import OF_EXPERTS, measured_rows
 from qwen3_export.solve.chunk_sizes import BACK_TOKENS, OUTPUT_PIECE, TOP_TOKENS
 from qwen3_export.text.samples import Samples
 
@@ -45,8 +45,6 @@ _CONVERTED_ROWS = 1024
 _DONE = "outputs"
 # G of looked-up rows, in that folder.
 _EMBEDDING = "embedding.safetensors"
-# The name of what a layer's experts add to the residual stream.
-OF_EXPERTS = "experts"
 # Noise on the router's logits, as a share of their root mean square. Half or twice as much changes little.
 ROUTING_NOISE = 0.1
 
@@ -252,10 +250,8 @@ def draw(shares: Tensor, generator: torch.Generator) -> Tensor:
 
 def _backward(work: FisherPass, block: Block, rope: Rope) -> None:
     """Push the gradients through one block and write its pieces of G."""
-    rows = {name: shape[0] for name, shape in block.config.linear_shapes(block.layer).items() if not is_expert(name)}
-    names = list(rows)
-    if block.config.is_sparse(block.layer):
-        rows[OF_EXPERTS] = block.config.hidden_size
+    rows = measured_rows(block.config, block.layer)
+    names = [name for name in rows if name != OF_EXPERTS]
     totals = {(name, i): torch.zeros(1) for name in rows for i in range(len(pieces_of(rows[name])))}
     hidden, gradient, count = work.file(str(block.layer)), work.file("gradient"), len(work.ids)
     at_once = max(1, BACK_TOKENS // len(work.ids[0]))

@@ -15,7 +15,8 @@ from qwen3_export.model.block import Block, rms_norm
 from qwen3_export.model.decoder import load_block, rope_tables, to_torch
 from qwen3_export.model.workers import Workers
 from qwen3_export.solve.calibration import fisher
-from qwen3_export.solve.calibration.fisher import OF_EXPERTS, ROUTING_NOISE, measure_fisher, pieces_of
+from qwen3_export.solve.calibration.fisher import ROUTING_NOISE, measure_fisher, pieces_of
+from qwen3_export.solve.calibration.measured_outputs import OF_EXPERTS
 from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.methods.gptq import noise_shaping
 from qwen3_export.solve.quantize import quantize
