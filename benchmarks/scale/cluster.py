@@ -1,6 +1,6 @@
 """One Ray node and two compared, and a simulation of up to 64 nodes.
 
-    python -m benchmarks.scale.cluster [--rows 64] [--quick]
+    python -m benchmarks.scale.cluster [--rows 64] [--layers 4] [--quick]
 
     namespace a, core 0   10.77.0.1   head, driver, one worker       ┐ veth
     namespace b, core 1   10.77.0.2   one worker                     ┘
@@ -28,7 +28,7 @@ from benchmarks.scale.cluster_model import SLICES, curve
 from benchmarks.scale.models import make_slice
 
 RESULT = Path(__file__).parents[1] / "results" / "2026-11-cluster.md"
-LAYERS, LENGTH, RECIPE = 2, 512, "gptq-w4a16-g128"
+LENGTH, RECIPE = 512, "gptq-w4a16-g128"
 COMMAND = [sys.executable, "-c", "from qwen3_export.cli import main; main()"]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 HEAD, PORT = "10.77.0.1", 6391
@@ -123,11 +123,11 @@ def same(first: Path, second: Path) -> bool:
     return subprocess.run(["diff", "-r", str(first), str(second)], capture_output=True).returncode == 0
 
 
-def measure(folder: Path, rows: int) -> dict[str, dict[str, Any]]:
+def measure(folder: Path, rows: int, layers: int) -> dict[str, dict[str, Any]]:
     """Each slice without Ray, on one node and on two."""
     found: dict[str, dict[str, Any]] = {}
     address = ["--cluster", f"{HEAD}:{PORT}"]
-    sources = {name: make_slice(folder / name, base, LAYERS, **more) for name, (base, more) in SLICES.items()}
+    sources = {name: make_slice(folder / name, base, layers, **more) for name, (base, more) in SLICES.items()}
     with namespaces():
         for name, source in sources.items():
             found[name] = {"none": quantize(source, folder / f"{name}-0", rows)}
@@ -142,14 +142,14 @@ def measure(folder: Path, rows: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def report(found: dict[str, dict[str, Any]], rows: int) -> str:
+def report(found: dict[str, dict[str, Any]], rows: int, layers: int) -> str:
     """The results file."""
     lines = [
         "# One run on many machines",
         "",
-        f"Measured {describe(('ray', 'torch'))}; `python -m benchmarks.scale.cluster --rows {rows}`.",
+        f"Measured {describe(('ray', 'torch'))}; `python -m benchmarks.scale.cluster --rows {rows} --layers {layers}`.",
         "",
-        f"Two Ray nodes in two network namespaces, one core each; {RECIPE}, {rows} × {LENGTH} tokens, {LAYERS} layers",
+        f"Two Ray nodes in two network namespaces, one core each; {RECIPE}, {rows} × {LENGTH} tokens, {layers} layers",
         "of width 1,024 (dense: 3,072 inner; moe: 32 experts of 384, 8 active). Seconds are the whole command's;",
         "the nodes were running before. The bytes are the same in all runs.",
         "",
@@ -174,18 +174,19 @@ def report(found: dict[str, dict[str, Any]], rows: int) -> str:
                 times = " | ".join(f"{item[part]:.1f}" for part in ("working", "waiting", "writing", "reading"))
                 megabytes = f"{item['bytes_written'] / 1e6:.0f} | {item['bytes_read'] / 1e6:.0f}"
                 lines.append(f"| {name}, {key} nodes | {label} | {item['pieces']} | {times} | {megabytes} |")
-    return "\n".join([*lines, "", *curve(found, rows * LENGTH, LAYERS)]) + "\n"
+    return "\n".join([*lines, "", *curve(found, rows * LENGTH, layers)]) + "\n"
 
 
 def main() -> None:
     """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--quick", action="store_true", help="8 rows; nothing is written")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--quick", action="store_true", help="8 rows, one layer; nothing is written")
     given = parser.parse_args()
-    rows = 8 if given.quick else given.rows
+    rows, layers = (8, 1) if given.quick else (given.rows, given.layers)
     with tempfile.TemporaryDirectory(prefix="q3e-bench-") as folder:
-        text = report(measure(Path(folder), rows), rows)
+        text = report(measure(Path(folder), rows, layers), rows, layers)
     print(text)
     if not given.quick:
         RESULT.write_text(text)

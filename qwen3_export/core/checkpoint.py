@@ -26,7 +26,7 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.shards import INDEX, open_shards
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.core.tensor_names import refuse_adapter, with_usual_names
-from qwen3_export.core.tensorfile import DTYPES, Entry, Spec, TensorFile
+from qwen3_export.core.tensorfile import DTYPES, Entry, Spec, StoredTensor, TensorFile
 from qwen3_export.errors import CheckpointError, RecipeError
 
 _IGNORED = (".rotary_emb.inv_freq",)
@@ -70,9 +70,12 @@ class Checkpoint:
 
     def read(self, tensor: str) -> NDArray:
         """One stored tensor in its stored type; CheckpointError when absent."""
+        return self._unread(tensor).whole()
+
+    def _unread(self, tensor: str) -> StoredTensor:
         if tensor not in self.files:
             raise CheckpointError(f"{self.folder}: tensor {tensor} is missing")
-        return self.files[tensor].read(tensor)
+        return StoredTensor(self.files[tensor], tensor)
 
     def rows(self, tensor: str, begin: int, end: int) -> NDArray:
         """Rows `begin:end` of a stored tensor."""
@@ -85,8 +88,14 @@ class Checkpoint:
         stored tensors contradict each other or a scale is not finite.
         """
         scheme = self.schemes.get(module)
-        if scheme is None:
-            return self.read(f"{module}.weight")
+        return self._quantized(module, scheme) if scheme else self.read(f"{module}.weight")
+
+    def matrix(self, module: str) -> QuantizedTensor | StoredTensor:
+        """As `linear`, but a matrix that is not quantized is not read yet."""
+        scheme = self.schemes.get(module)
+        return self._quantized(module, scheme) if scheme else self._unread(f"{module}.weight")
+
+    def _quantized(self, module: str, scheme: QuantScheme) -> QuantizedTensor:
         try:
             tensor: QuantizedTensor = layout(self.layout).unpack(
                 self.stored, module, self._linear_shapes[module], scheme

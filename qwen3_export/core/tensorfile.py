@@ -137,6 +137,29 @@ class TensorFile:
         row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
         return self._read(name, entry.begin + begin * row, entry.begin + end * row, (end - begin, *entry.shape[1:]))
 
+    def pieces(self, name: str) -> Iterator[NDArray]:
+        """The tensor's elements in order, `[n]` at a time in the stored type.
+
+        Every piece lies in the same memory, so it is gone when the next one comes. New memory for each tensor costs
+        more than reading it: the kernel zeroes every page first.
+        """
+        entry = self.entries[name]
+        left = entry.end - entry.begin
+        buffer = memoryview(bytearray(min(left, _PIECE)))
+        try:
+            with self.path.open("rb") as file:
+                file.seek(entry.begin)
+                while left:
+                    part = buffer[:left]
+                    if file.readinto(part) < len(part):
+                        raise self._fail(f"tensor {name}: the file became shorter while it was read")
+                    piece = np.frombuffer(part, entry.dtype)
+                    self.check_finite(name, piece)
+                    yield piece
+                    left -= len(part)
+        except OSError as error:
+            raise self._fail(f"tensor {name}: cannot be read ({error})", "the file changed or is truncated") from error
+
     def _read(self, name: str, begin: int, end: int, shape: tuple[int, ...]) -> NDArray:
         entry = self.entries[name]
         try:
@@ -154,6 +177,22 @@ class TensorFile:
                 f"tensor {name}: it holds NaN or infinity",
                 "the file is damaged, or the training diverged: download it again, or use an earlier checkpoint",
             )
+
+
+class StoredTensor:
+    """A tensor that still lies in its file, to be read whole or in pieces."""
+
+    def __init__(self, file: TensorFile, name: str) -> None:
+        self._file, self._name = file, name
+        self.dtype, self.shape = file.entries[name].dtype, file.entries[name].shape
+
+    def whole(self) -> NDArray:
+        """All of it."""
+        return self._file.read(self._name)
+
+    def pieces(self) -> Iterator[NDArray]:
+        """Its elements in order, see `TensorFile.pieces`."""
+        return self._file.pieces(self._name)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -216,17 +255,8 @@ class TensorFileWriter:
         entry = source.entries[name]
         if name != next(self._pending, None) or (entry.dtype, entry.shape) != self._specs[name]:
             raise ValueError(f"{name} {entry.dtype} {entry.shape} is not the next announced tensor")
-        with source.path.open("rb") as file:
-            file.seek(entry.begin)
-            left = entry.end - entry.begin
-            buffer = memoryview(bytearray(min(left, _PIECE)))
-            while left:
-                piece = buffer[:left]
-                if file.readinto(piece) < len(piece):
-                    raise CheckpointError(f"{source.path}: tensor {name}: the file became shorter while it was read")
-                source.check_finite(name, np.frombuffer(piece, entry.dtype))
-                self._append(piece)
-                left -= len(piece)
+        for piece in source.pieces(name):
+            self._append(piece.view(np.uint8).data)
 
     def __enter__(self) -> TensorFileWriter:
         return self

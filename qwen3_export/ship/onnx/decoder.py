@@ -19,6 +19,7 @@ from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config, block_name
 from qwen3_export.core.tensor import QuantizedTensor
+from qwen3_export.core.tensorfile import StoredTensor
 from qwen3_export.ship.onnx.experts import SparseLayer
 from qwen3_export.ship.onnx.graph import GraphBuilder
 
@@ -35,7 +36,7 @@ class Flavor(Protocol):
     def prepare(self, config: Qwen3Config) -> None:
         """Declare inputs and what all layers share (mask, rope tables)."""
 
-    def embedding(self, table: QuantizedTensor | NDArray) -> ir.Value:
+    def embedding(self, table: QuantizedTensor | StoredTensor) -> ir.Value:
         """Hidden states of `input_ids`."""
 
     def norm(self, x: ir.Value, weight: NDArray, name: str) -> ir.Value:
@@ -44,10 +45,12 @@ class Flavor(Protocol):
     def add_norm(self, h: ir.Value, delta: ir.Value, weight: NDArray, name: str) -> tuple[ir.Value, ir.Value]:
         """`h + delta` and its RMSNorm."""
 
-    def linear(self, x: ir.Value, weight: QuantizedTensor | NDArray, name: str) -> ir.Value:
+    def linear(self, x: ir.Value, weight: QuantizedTensor | StoredTensor, name: str) -> ir.Value:
         """`x @ weight.T` for a weight `[out, in]`."""
 
-    def linears(self, x: ir.Value, weights: Mapping[str, QuantizedTensor | NDArray], name: str) -> Sequence[ir.Value]:
+    def linears(
+        self, x: ir.Value, weights: Mapping[str, QuantizedTensor | StoredTensor], name: str
+    ) -> Sequence[ir.Value]:
         """Linears of the same inputs by name, as one product where faster."""
 
     def attention(
@@ -58,7 +61,7 @@ class Flavor(Protocol):
     def experts(self, x: ir.Value, layer: SparseLayer) -> ir.Value:
         """The MLP of a sparse layer: router, and the sum of the chosen experts."""
 
-    def head(self, x: ir.Value, table: QuantizedTensor | NDArray | None) -> ir.Value:
+    def head(self, x: ir.Value, table: QuantizedTensor | StoredTensor | None) -> ir.Value:
         """Logits in fp32.
 
         `table` None when the head is the embedding, which is stored once.
@@ -69,7 +72,7 @@ def build_decoder(flavor: Flavor, checkpoint: Checkpoint, progress: Progress) ->
     """Write the whole decoder into the flavor's graph, reading one tensor at a time."""
     config, graph = checkpoint.config, flavor.graph
     flavor.prepare(config)
-    h = flavor.embedding(checkpoint.linear(EMBEDDING))
+    h = flavor.embedding(checkpoint.matrix(EMBEDDING))
     delta: ir.Value | None = None
     with progress.bar(f"export layers of {graph.folder.name.removesuffix('.partial')}", config.num_layers) as tick:
         for layer in range(config.num_layers):
@@ -77,7 +80,7 @@ def build_decoder(flavor: Flavor, checkpoint: Checkpoint, progress: Progress) ->
             tick()
     assert delta is not None
     _, x = flavor.add_norm(h, delta, _weight(checkpoint, "model.norm"), "norm")
-    table = None if config.tie_word_embeddings else checkpoint.linear(HEAD)
+    table = None if config.tie_word_embeddings else checkpoint.matrix(HEAD)
     logits = flavor.head(x, table)
     graph.output(logits, "logits", ir.DataType.FLOAT, ["batch_size", "sequence_length", config.vocab_size])
     # `logits` is computed last but declared as the first output, as every consumer expects.
@@ -94,10 +97,10 @@ def _block(
     prefix, short = block_name(layer), f"layer.{layer}"
 
     def linear(name: str, x: ir.Value) -> ir.Value:
-        return flavor.linear(x, checkpoint.linear(f"{prefix}.{name}"), f"{short}.{name}")
+        return flavor.linear(x, checkpoint.matrix(f"{prefix}.{name}"), f"{short}.{name}")
 
     def linears(names: Sequence[str], x: ir.Value, together: str) -> Sequence[ir.Value]:
-        weights = {f"{short}.{name}": checkpoint.linear(f"{prefix}.{name}") for name in names}
+        weights = {f"{short}.{name}": checkpoint.matrix(f"{prefix}.{name}") for name in names}
         return flavor.linears(x, weights, f"{short}.{together}")
 
     inputs, output, gated, down = checkpoint.config.block(layer).stages

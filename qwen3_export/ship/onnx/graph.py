@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.contiguous import contiguous
 from qwen3_export.core.growing_hash import GrowingHash
+from qwen3_export.core.tensorfile import StoredTensor
 from qwen3_export.ship.onnx.target import Files
 
 # ONNX Runtime's own operators, and TensorRT's.
@@ -75,7 +76,7 @@ class GraphBuilder:
         return self.weight_parts(name, [array], kind, shape or array.shape)
 
     def weight_parts(self, name: str, parts: Iterable[NDArray], dtype: ir.DataType, shape: Sequence[int]) -> ir.Value:
-        """As `weight`, for one that comes piece by piece along its first axis.
+        """As `weight`, for one whose elements come piece by piece.
 
         One piece is in memory at a time.
         """
@@ -172,14 +173,18 @@ class GraphBuilder:
         finally:
             self._nodes = outer
 
-    def float_weight(self, name: str, array: NDArray, dtype: ir.DataType) -> ir.Value:
+    def float_weight(self, name: str, weight: NDArray | StoredTensor, dtype: ir.DataType) -> ir.Value:
         """Store a 16- or 32-bit weight for use as `dtype`.
 
         `as_type` then gives it that type.
 
-        Under fp32 activations a 16-bit array is stored as it came: half the size, and exact.
+        Under fp32 activations a 16-bit weight is stored as it came: half the size, and exact.
         """
-        keep = dtype == ir.DataType.FLOAT and array.dtype.itemsize == 2
+        kind = ir.DataType.from_numpy(weight.dtype)
+        keep = kind == dtype or (dtype == ir.DataType.FLOAT and weight.dtype.itemsize == 2)
+        if keep and isinstance(weight, StoredTensor):
+            return self.weight_parts(name, weight.pieces(), kind, weight.shape)
+        array = weight.whole() if isinstance(weight, StoredTensor) else weight
         return self.weight(name, array if keep else array.astype(dtype.numpy()))
 
     def as_type(self, value: ir.Value, have: ir.DataType | None, want: ir.DataType, name: str) -> ir.Value:

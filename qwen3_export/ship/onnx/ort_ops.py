@@ -26,6 +26,7 @@ from qwen3_export.core import pack
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor, join_rows
+from qwen3_export.core.tensorfile import StoredTensor
 from qwen3_export.ship.onnx import qmoe, routed, w8a8
 from qwen3_export.ship.onnx.cache import FloatCache, QuantizedCache
 from qwen3_export.ship.onnx.experts import SparseLayer
@@ -102,7 +103,7 @@ class OrtOps:
         rows = op("Range", [constant(0), count, constant(1)], "rope.range")
         self._positions = op("Reshape", [rows, op("Shape", [positions], "rope.shape")], "rope.rows")
 
-    def embedding(self, table: QuantizedTensor | NDArray) -> ir.Value:
+    def embedding(self, table: QuantizedTensor | StoredTensor) -> ir.Value:
         """Rows of the table in its stored type, then cast.
 
         That is half the size of an fp32 table, and exact.
@@ -149,7 +150,7 @@ class OrtOps:
         )
         return outputs[3], outputs[0]
 
-    def linear(self, x: ir.Value, weight: QuantizedTensor | NDArray, name: str) -> ir.Value:
+    def linear(self, x: ir.Value, weight: QuantizedTensor | StoredTensor, name: str) -> ir.Value:
         """`MatMulNBits` or, beside int8 inputs, `MatMulInteger` for codes; a plain product for 16-bit weights.
 
         On a CPU `FusedMatMul` takes them as the source stores them, `[out, in]`: turning them was a fifth of an export.
@@ -159,13 +160,15 @@ class OrtOps:
         if isinstance(weight, QuantizedTensor):
             return self._quantized(x, [weight], self._stored([weight], name), name)
         as_stored = (self._provider, self.dtype) == ("cpu", _FLOAT)
-        stored = self.graph.float_weight(f"{name}.weight", weight if as_stored else weight.T, self.dtype)
+        stored = self.graph.float_weight(f"{name}.weight", weight if as_stored else weight.whole().T, self.dtype)
         matrix = self.graph.as_type(stored, stored.dtype, self.dtype, f"{name}.cast")
         if as_stored:
             return self.graph.op("FusedMatMul", [x, matrix], name, CONTRIB, transB=1)
         return self.graph.op("MatMul", [x, matrix], name)
 
-    def linears(self, x: ir.Value, weights: Mapping[str, QuantizedTensor | NDArray], name: str) -> Sequence[ir.Value]:
+    def linears(
+        self, x: ir.Value, weights: Mapping[str, QuantizedTensor | StoredTensor], name: str
+    ) -> Sequence[ir.Value]:
         """One `MatMulNBits` or `MatMulInteger` for linears of one scheme, and a Split behind it.
 
         It has the rows of all of them, and rounds their inputs once.
@@ -278,7 +281,7 @@ class OrtOps:
             return "QMoE on CUDA has 16-bit activations"
         return qmoe.cannot_hold(layer, self.accuracy_level, self._provider)
 
-    def head(self, x: ir.Value, table: QuantizedTensor | NDArray | None) -> ir.Value:
+    def head(self, x: ir.Value, table: QuantizedTensor | StoredTensor | None) -> ir.Value:
         """Logits; a tied head multiplies by the one stored embedding table."""
         weight, name = (self._tied, EMBEDDING) if table is None else (table, HEAD)
         x = self._order.as_given(x, "head.order")

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
+from qwen3_export.core.tensorfile import StoredTensor
 from qwen3_export.ship.onnx import dense_experts, opset21, qdq, rounded_products, routed, w8a8
 from qwen3_export.ship.onnx.experts import SparseLayer
 from qwen3_export.ship.onnx.graph import GraphBuilder
@@ -94,7 +95,7 @@ class StandardOps:
         causal = op("And", [op("LessOrEqual", [column, row], "mask.past"), present], "mask.causal")
         return op("Or", [causal, op("Equal", [column, row], "mask.self")], "mask.allowed")
 
-    def embedding(self, table: QuantizedTensor | NDArray) -> ir.Value:
+    def embedding(self, table: QuantizedTensor | StoredTensor) -> ir.Value:
         """Rows of the table."""
         if isinstance(table, QuantizedTensor):
             return self._looked_up(table)
@@ -140,7 +141,7 @@ class StandardOps:
         total = self.graph.op("Add", [h, delta], f"{name}.sum")
         return total, self.norm(total, weight, name)
 
-    def linear(self, x: ir.Value, weight: QuantizedTensor | NDArray, name: str) -> ir.Value:
+    def linear(self, x: ir.Value, weight: QuantizedTensor | StoredTensor, name: str) -> ir.Value:
         """`MatMul` with a plain or dequantized matrix `[in, out]`.
 
         Inputs are rounded where the scheme says so.
@@ -152,7 +153,7 @@ class StandardOps:
                 return rounded_products.product(self.graph, x, weight, self._matrix(weight, name), self.dtype, name)
             x = self._rounded_inputs(x, weight, name)
             return self.graph.op("MatMul", [x, self._matrix(weight, name)], name)
-        stored = self.graph.float_weight(f"{name}.weight", weight.T, self.dtype)
+        stored = self.graph.float_weight(f"{name}.weight", weight.whole().T, self.dtype)
         return self.graph.op("MatMul", [x, self.graph.as_type(stored, stored.dtype, self.dtype, f"{name}.cast")], name)
 
     def _matrix(self, weight: QuantizedTensor, name: str) -> ir.Value:
@@ -163,7 +164,9 @@ class StandardOps:
         shape = self.graph.constant([weight.shape[1], weight.shape[0]])
         return self.graph.op("Reshape", [matrix, shape], f"{name}.matrix")
 
-    def linears(self, x: ir.Value, weights: Mapping[str, QuantizedTensor | NDArray], name: str) -> Sequence[ir.Value]:
+    def linears(
+        self, x: ir.Value, weights: Mapping[str, QuantizedTensor | StoredTensor], name: str
+    ) -> Sequence[ir.Value]:
         """One product each: what joins them is left to the runtime."""
         return [self.linear(x, weight, own) for own, weight in weights.items()]
 
@@ -234,7 +237,7 @@ class StandardOps:
         """Why a layer's experts are no fused operator."""
         return "ai.onnx has no operator for experts"
 
-    def head(self, x: ir.Value, table: QuantizedTensor | NDArray | None) -> ir.Value:
+    def head(self, x: ir.Value, table: QuantizedTensor | StoredTensor | None) -> ir.Value:
         """Logits in fp32; a tied head multiplies by the transposed embedding, stored once."""
         if isinstance(table, QuantizedTensor):
             logits = self.linear(x, table, HEAD)

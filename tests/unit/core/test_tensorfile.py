@@ -12,7 +12,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from qwen3_export.core.tensorfile import DTYPES, TensorFile, TensorFileWriter, write_tensors
+from qwen3_export.core.tensorfile import DTYPES, StoredTensor, TensorFile, TensorFileWriter, write_tensors
 from qwen3_export.model.decoder import to_torch
 
 NUMPY_DTYPES = {name: dtype for name, dtype in DTYPES.items() if not dtype.name.startswith(("bfloat", "float8"))}
@@ -87,6 +87,18 @@ def test_rows_are_those_of_the_whole_tensor(tmp_path: Path) -> None:
     file = TensorFile(tmp_path / "a.safetensors")
     for begin, end in ((0, 9), (2, 5), (8, 9), (3, 3)):
         assert_same_bits(file.rows("x", begin, end), array[begin:end])
+
+
+@pytest.mark.parametrize("shape", [(), (0, 4), (3, 5), (1200, 500)])
+def test_an_unread_tensor_has_the_same_elements_whole_and_in_pieces(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    wanted = np.random.default_rng(0).normal(size=shape).astype(ml_dtypes.bfloat16)
+    write_tensors(tmp_path / "a.safetensors", [("b", sample(np.dtype(np.int8), (5,))), ("a", wanted)])
+    unread = StoredTensor(TensorFile(tmp_path / "a.safetensors"), "a")
+    assert (unread.dtype, unread.shape) == (wanted.dtype, wanted.shape)
+    assert_same_bits(unread.whole(), wanted)
+    pieces = [piece.copy() for piece in unread.pieces()]
+    assert all(piece.nbytes <= 1 << 20 for piece in pieces)
+    assert_same_bits(np.concatenate([np.empty(0, wanted.dtype), *pieces]).reshape(shape), wanted)
 
 
 def test_the_writer_takes_non_contiguous_arrays_pieces_and_copies(tmp_path: Path) -> None:
