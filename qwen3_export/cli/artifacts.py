@@ -18,7 +18,10 @@ from qwen3_export.core.onnx_header import OnnxTensor, onnx_data_files, read_onnx
 from qwen3_export.run.onnx_files import find_onnx, is_onnx
 
 _SHOWN_VALUES = ("general.architecture", "general.name", "general.file_type", "general.quantized_by", "general.license")
-_STATED = ("version", "flavor", "precision", "exact", "expert_layers", "source", "quantized")
+_STATED = (
+    "version", "target", "flavor", "precision", "accuracy_level", "added_kl", "kv_cache", "kv_cache_kl", "exact",
+    "expert_layers", "source", "quantized",
+)  # fmt: skip
 _OURS, _FOREIGN = "qwen3-export", "another tool"
 
 

@@ -38,7 +38,18 @@ def _costs(result: dict[str, Any]) -> dict[str, str]:
     cache = {}
     if "kv_cache_kl" in result:
         cache["cache"] = f"{result['kv_cache']} keys and values; adds a KL of {result['kv_cache_kl']:.1e}"
-    return {**_level(result), **cache}
+    return {**_level(result), **cache, **_experts(result)}
+
+
+def _experts(result: dict[str, Any]) -> dict[str, str]:
+    """Line of the summary: the operators that experts became, with the reason where it is the slower one."""
+    found = result.get("expert_layers") or ()
+    parts = [f"{len(item['layers'])} layers as {item['operator']}{_because(item['reason'])}" for item in found]
+    return {"experts": "; ".join(parts)} if parts else {}
+
+
+def _because(reason: str | None) -> str:
+    return f" ({reason})" if reason else ""
 
 
 def _plan(result: dict[str, Any]) -> dict[str, str]:

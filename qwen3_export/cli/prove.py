@@ -96,7 +96,9 @@ def reference(
         list[Path] | None, typer.Option(help="SOURCE is a reference file: add the rows of this one; repeatable.")
     ] = None,
     tokens: Tokens = None,
-    window: Annotated[int, typer.Option(min=32, max=1 << 20, help="Tokens per row.")] = 256,
+    window: Annotated[
+        int | None, typer.Option(min=32, max=1 << 20, help="Tokens per row (default: 256, or what the model takes).")
+    ] = None,
     top_k: Annotated[
         int, typer.Option(min=0, max=1 << 20, help="Most likely tokens kept per position; 0 keeps all.")
     ] = 256,
@@ -113,7 +115,7 @@ def reference(
     """
     from qwen3_export.prove.original import write_reference
     from qwen3_export.prove.tasks import read_tasks
-    from qwen3_export.prove.validate import held_out
+    from qwen3_export.prove.validate import WINDOW, held_out
 
     show = console(json, quiet, verbose)
     if merge:
@@ -121,11 +123,12 @@ def reference(
         return
     checkpoint = open_source(source)
     asked = read_tasks(tasks) if tasks else ()
-    if window > checkpoint.config.max_position:
-        raise InputError(f"--window {window}: the model has {checkpoint.config.max_position} positions")
+    most = checkpoint.config.max_position
+    if window is not None and window > most:
+        raise InputError(f"--window {window}: the model has {most} positions", f"--window {most}, or less")
     inputs = [checkpoint.folder, tasks, *(split_domain(item)[1] for item in text or ())]
     check_output(output, inputs, force, folder=False)
-    rows = held_out(checkpoint.folder, text or (), window, tokens)
+    rows = held_out(checkpoint.folder, text or (), window or min(WINDOW, most), tokens)
     result = write_reference(checkpoint, rows, output, top_k, force, show, thinking_budget, asked)
     shown = {k: result[k] for k in ("output", "positions", "rows", "top_k")} | {"size": size(result["bytes"])}
     show.result(result, lambda: fields(shown))

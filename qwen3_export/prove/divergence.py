@@ -16,18 +16,24 @@ from numpy.typing import NDArray
 
 # Logits of as many positions are compared at once.
 _POSITIONS = 16
-# A piece's logits of each sequence, `[positions, words]`: those of the truth, and those found.
-Piece = tuple[Sequence[NDArray[np.float32]], Sequence[NDArray[np.float32]]]
+# A piece's logits of each sequence, `[positions, words]`.
+Logits = Sequence[NDArray[np.float32]]
 
 
-def divergence(pieces: Iterable[Piece]) -> NDArray[np.float64]:
+def divergence(pieces: Iterable[tuple[Logits, Logits]]) -> NDArray[np.float64]:
     """KL(truth ‖ found) in nats of each position, sequence after sequence."""
-    sums: list[_Sums] = []
-    for truth, found in pieces:
-        sums = sums or [_Sums(len(logits)) for logits in truth]
-        for one, a, b in zip(sums, truth, found, strict=True):
-            one.add(a, b)
-    return np.concatenate([one.divergence() for one in sums])
+    return divergences((truth, [found]) for truth, found in pieces)[0]
+
+
+def divergences(pieces: Iterable[tuple[Logits, Sequence[Logits]]]) -> list[NDArray[np.float64]]:
+    """As `divergence`, for several that were found beside one truth."""
+    sums: list[list[_Sums]] = []
+    for truth, several in pieces:
+        sums = sums or [[_Sums(len(logits)) for logits in truth] for _ in several]
+        for own, found in zip(sums, several, strict=True):
+            for one, a, b in zip(own, truth, found, strict=True):
+                one.add(a, b)
+    return [np.concatenate([one.divergence() for one in own]) for own in sums]
 
 
 class _Sums:

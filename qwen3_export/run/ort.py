@@ -20,7 +20,7 @@ from qwen3_export.core.process import uninterrupted
 from qwen3_export.core.processors import sums_int8_exactly, thread_count
 from qwen3_export.errors import ExportError, InputError, MissingRuntimeError
 from qwen3_export.run.devices import PROVIDERS, find_provider, open_on
-from qwen3_export.run.exact_graph import exact_graph
+from qwen3_export.run.exact_graph import exact_graph, kernels
 from qwen3_export.run.onnx_files import OnnxFiles, find_onnx
 from qwen3_export.run.plan_files import ENGINE
 from qwen3_export.run.session import RuntimeOptions, check_ids
@@ -70,7 +70,8 @@ class OrtSession:
         try:
             graph = exact_graph(files.graph) if options.exact else str(files.graph)
             if provider is None:
-                self._session = onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
+                with kernels(graph if isinstance(graph, bytes) else b"", options.exact):
+                    self._session = onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
             else:
                 self._session = open_on(provider, graph, settings, folder)
                 self.device, self._memory = str(options.device), provider.memory
@@ -85,7 +86,10 @@ class OrtSession:
                     f"{folder}: ONNX Runtime has no kernel for it on this device ({reason})",
                     _PLAN_ALONE if of_plan else "export with --precision fp32, or run it where bf16 is supported",
                 ) from error
-            raise InputError(f"{folder}: ONNX Runtime cannot load {files.graph.name} ({reason})") from error
+            raise InputError(
+                f"{files.graph}: ONNX Runtime cannot load it ({reason})",
+                "a damaged or incomplete file: export it again, or download it again",
+            ) from error
         self._read_signature(files)
         self._binding = self._session.io_binding()
         self._length = self._capacity = 0

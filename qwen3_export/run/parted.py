@@ -21,7 +21,7 @@ from qwen3_export.core.memory import lacks_memory, out_of_memory
 from qwen3_export.core.process import trim_heap
 from qwen3_export.core.processors import thread_count
 from qwen3_export.errors import InputError, MissingRuntimeError
-from qwen3_export.run.exact_graph import without_rounding
+from qwen3_export.run.exact_graph import kernels, without_rounding
 from qwen3_export.run.graph_parts import GraphParts, Part
 from qwen3_export.run.onnx_files import find_onnx
 from qwen3_export.run.ort import needs_exact_sums, onnxruntime_for
@@ -139,7 +139,8 @@ class PartedModel:
             graph, exact, found = job
             # Packing a piece of the head takes longer than its few products gain by it.
             settings = self._settings(exact, threads, packs=rounds or part.rows is None)
-            session = self._runtime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
+            with kernels(graph, exact):
+                session = self._runtime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
             for stream in found:
                 self._run(session, part, stream)
             del session

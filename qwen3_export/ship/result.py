@@ -26,11 +26,15 @@ _WEIGHTS = re.compile(r"(\.onnx[._]data(_\d+)?|\.gguf|\.plan)$")
 
 
 def check_schemes(
-    checkpoint: Checkpoint, supports: Supports, target: str, supports_experts: Supports | None = None
+    checkpoint: Checkpoint,
+    supports: Supports,
+    target: str,
+    supports_experts: Supports | None = None,
+    elsewhere: Callable[[QuantScheme], str | None] = lambda scheme: None,
 ) -> None:
     """Raise UnsupportedError for the first tensor that a target cannot hold.
 
-    `supports_experts` is the rule for experts, where it is another one.
+    `supports_experts` is the rule for experts, where it is another one. `elsewhere` says what holds a scheme as it is.
     """
     reasons: dict[tuple[QuantScheme, bool], str | None] = {}
     for name, scheme in checkpoint.schemes.items():
@@ -40,7 +44,8 @@ def check_schemes(
         if reason := reasons[scheme, expert]:
             raise UnsupportedError(
                 f"{name} ({scheme.label}) cannot be exported to {target}: {reason}",
-                "quantize again with a recipe that fits, e.g. gptq-w4a16-g128 or gptq-w4a16-g32",
+                (None if expert else elsewhere(scheme))
+                or "quantize again with a recipe that fits, e.g. gptq-w4a16-g128 or gptq-w4a16-g32",
             )
     for name in checkpoint.schemes:
         if name in checkpoint.reordered:

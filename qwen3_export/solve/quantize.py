@@ -174,6 +174,9 @@ def check_device(device: str) -> None:
         raise MissingRuntimeError(
             f"--device {device}: this torch sees no CUDA device", "install a CUDA build of torch, or use cpu"
         )
+    if device != "cpu":
+        # torch loads its library of factorisations at the first one, and fails where two threads have theirs at once.
+        torch.linalg.inv(torch.eye(2, device=device))
 
 
 def needs_inputs(recipe: Recipe, method: ModuleType, options: Any) -> bool:

@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.errors import InputError
 from qwen3_export.prove.rounding import level_cost
 from qwen3_export.ship.onnx import export_onnx
 from tests.artifact.ort_folders import QUANTIZED
@@ -49,6 +50,18 @@ def test_what_the_level_costs_is_measured_and_written_down(
     exact = export_onnx(checkpoint, tmp_path / "exact", accuracy_level=0, measure=level_cost)
     assert exact["accuracy_level"] == 0
     assert "added_kl" not in exact
+
+
+def test_levels_that_say_nothing_else_are_refused(onnx_folder: OnnxFolder, tmp_path: Path) -> None:
+    """1 to 3 are other types of exact activations, which a CPU has no kernels for."""
+    with pytest.raises(InputError, match=r"--accuracy-level 3: 0 .* or 4 .* expected"):
+        export_onnx(onnx_folder("gptq-w4a16-g128").source, tmp_path / "onnx", accuracy_level=3)
+
+
+def test_where_every_input_is_rounded_no_level_is_stated(onnx_folder: OnnxFolder, tmp_path: Path) -> None:
+    result = export_onnx(onnx_folder("int8-dynamic").source, tmp_path / "onnx", measure=level_cost)
+    assert result["accuracy_level"] is None
+    assert "added_kl" not in result
 
 
 def test_a_cost_that_cannot_be_measured_says_why(make_checkpoint: Callable, tmp_path: Path) -> None:

@@ -6,24 +6,32 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime_genai as genai
 import pytest
 from numpy.typing import NDArray
 
+from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.source import open_source
 from qwen3_export.errors import InputError
 from qwen3_export.prove.cache import cache_cost, cache_scales
+from qwen3_export.prove.rounding import level_cost
 from qwen3_export.run.ort import OrtSession
 from qwen3_export.run.session import RuntimeOptions, greedy
 from qwen3_export.ship.onnx import export_onnx
 from qwen3_export.text.tokenizer import ModelTokenizer
-from tests.artifact.support import THREADS, OnnxWeights, logits, mean_kl
+from tests.artifact.support import THREADS, OnnxFolder, OnnxWeights, logits, mean_kl
 from tests.artifact.test_genai import genai_greedy
 
 # Largest KL that the codes may add, and their size beside fp32's.
 LIMITS = {"int8": (2e-4, 0.26), "int4": (0.05, 0.14)}
+
+
+def export_and_path(checkpoint: Checkpoint, output: Path, **options: Any) -> Path:
+    export_onnx(checkpoint, output, **options)
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +52,24 @@ def test_it_costs_what_the_manifest_says(folders: dict[str, Path], rows: list[ND
     # Prompts, as `validate` reads them, read the codes too: nothing is measured beside them.
     assert manifest["kv_cache_kl"] / 4 < measured <= LIMITS[kind][0]
     assert not (folders[kind] / "plain-cache").exists()
+
+
+def test_the_costs_of_cache_and_level_add_up(onnx_folder: OnnxFolder, rows: list[NDArray], tmp_path: Path) -> None:
+    """Beside rounded activations, too, a cache costs what it adds to the folder's drift."""
+    checkpoint, study = onnx_folder("edge-w4").source, (cache_scales, cache_cost)
+    truth = logits(export_and_path(checkpoint, tmp_path / "exact", accuracy_level=0), rows)
+    found = {}
+    for kind in ("fp32", "int8", "int4"):
+        folder = export_and_path(checkpoint, tmp_path / kind, kv_cache=kind, study_cache=study, measure=level_cost)
+        manifest = json.loads((folder / "qwen3-export.json").read_text())
+        found[kind] = (manifest["added_kl"], manifest.get("kv_cache_kl", 0.0), mean_kl(truth, logits(folder, rows)))
+    assert len({level for level, _, _ in found.values()}) == 1, "the level's cost has nothing to do with the cache"
+    plain = found["fp32"][2]
+    for kind, (most, _) in LIMITS.items():
+        _, cost, drift = found[kind]
+        # Other text, the same order; prompts read the codes, as `validate` does.
+        assert cost <= most
+        assert (drift - plain) / 4 < cost < (drift - plain) * 4
 
 
 @pytest.mark.parametrize("kind", LIMITS)

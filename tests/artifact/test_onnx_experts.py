@@ -3,6 +3,7 @@ the same codes; the codes in the file equal the solver's; and what neither can h
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.errors import UnsupportedError
 from qwen3_export.run.artifact import open_session
+from qwen3_export.run.parted import PartedModel
 from qwen3_export.run.session import RuntimeOptions, greedy
 from qwen3_export.ship.onnx import export_onnx
 from qwen3_export.ship.tensorrt import export_tensorrt
@@ -110,13 +112,38 @@ def test_the_onnx_has_the_folders_kl(make_checkpoint: Callable, tmp_path: Path, 
         assert abs(mean_kl(truth, logits(tmp_path / flavor, ids)) - wanted) < 1e-6
 
 
-def test_eight_bits_are_fused_where_activations_may_be_rounded(make_checkpoint: Callable, tmp_path: Path) -> None:
-    checkpoint = with_experts(make_checkpoint(WIDE), QuantScheme(8, group_size=32), tmp_path)
+def test_two_bits_are_fused_at_no_level_where_nothing_undoes_the_rounding(
+    make_checkpoint: Callable, tmp_path: Path
+) -> None:
+    scheme = QuantScheme(2, group_size=32, symmetric=False)
+    checkpoint = with_experts(make_checkpoint(WIDE), scheme, tmp_path)
+    (group,) = export(checkpoint, tmp_path / "ort", accuracy_level=4)
+    assert group["operator"] != "QMoE"
+    assert largest_difference(logits(tmp_path / "ort", IDS, exact=True), logits(checkpoint.folder, IDS)) < SAME
+
+
+@pytest.mark.parametrize("scheme", [s for s in LOOPED if s.num_bits == 8], ids=lambda scheme: scheme.label)
+def test_experts_are_fused_where_activations_may_be_rounded_and_exact_undoes_it(
+    make_checkpoint: Callable, tmp_path: Path, scheme: QuantScheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = with_experts(make_checkpoint(WIDE), scheme, tmp_path)
     (group,) = export(checkpoint, tmp_path / "ort", accuracy_level=4)
     assert (group["operator"], group["reason"]) == ("QMoE", None)
     found, truth = logits(tmp_path / "ort", IDS), logits(checkpoint.folder, IDS)
     assert largest_difference(found, truth) > SAME
     assert mean_kl(truth, found) < 1e-3
+    # As `validate --exact` runs it, and as the level's cost is measured: in parts, beside rounded streams.
+    assert largest_difference(logits(tmp_path / "ort", IDS, exact=True), truth) < SAME
+    monkeypatch.setattr("qwen3_export.run.graph_parts.PART_BYTES", 1)
+    model = PartedModel(tmp_path / "ort")
+    streams = model.stream([[ids] for ids in IDS]), model.stream([[ids] for ids in IDS], exact=True)
+    pieces = list(model.logits(*streams))
+    as_it_runs, exact = (
+        [np.concatenate(parts, -1) for parts in zip(*of, strict=True)] for of in zip(*pieces, strict=True)
+    )
+    assert largest_difference(exact, truth) < SAME
+    assert largest_difference(as_it_runs, found) < SAME
+    assert "ORT_QMOE_CPU_QNBIT_GEMM" not in os.environ
 
 
 def test_gate_and_down_of_different_bits_go_into_the_loop(make_checkpoint: Callable, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BATCH = 1
 # On a processor without bf16 products, torch takes a hundred times as long for them as for fp32.
-BF16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+BF16 = torch.cuda.is_available() or any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 DTYPE = "auto" if BF16 else torch.float32
 IGNORE = ["lm_head", "re:.*mlp.gate$"]
 PRESETS = {
@@ -30,7 +30,8 @@ PRESETS = {
 }
 
 # Its AWQ pins memory for copies to a GPU, and stops where there is none.
-IntermediatesCache.pin_memory = lambda *_, **__: None
+if not torch.cuda.is_available():
+    IntermediatesCache.pin_memory = lambda *_, **__: None
 
 
 def weights(scheme: str, observer: str | None) -> dict[str, object]:

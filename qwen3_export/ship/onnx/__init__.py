@@ -21,10 +21,11 @@ from qwen3_export.core.growing_hash import GrowingHash
 from qwen3_export.core.manifest import file_list, to_json, write_manifest
 from qwen3_export.core.outputs import staged_folder
 from qwen3_export.core.progress import Progress
+from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tokenizer_files import TOKENIZER, tokenizer_values
 from qwen3_export.errors import InputError, UnsupportedError
 from qwen3_export.ship.exactness import cast_errors
-from qwen3_export.ship.onnx import experts, ort_ops, standard_ops
+from qwen3_export.ship.onnx import experts, ort_ops, standard_ops, w8a8
 from qwen3_export.ship.onnx.cache import BITS, QuantizedCache
 from qwen3_export.ship.onnx.decoder import build_decoder
 from qwen3_export.ship.onnx.graph import GraphBuilder
@@ -75,7 +76,9 @@ def export_onnx(
         hashes, sparse = write_graph(checkpoint, folder, aim, files, progress, cache)
         _check_shards(aim, len(hashes))
         _write_sidecars(checkpoint, folder, aim, files, len(hashes), cache)
-        level = {**_cost_of(cache, folder, study_cache, kv_cache), **_level(checkpoint, aim, folder, measure)}
+        # The level's cost is that of a plain cache, so that both costs add up.
+        level = _level(checkpoint, aim, folder if cache is None else folder / _PLAIN, measure)
+        level = {**_cost_of(cache, folder, study_cache, kv_cache), **level}
         values = {
             "target": aim.name, "flavor": aim.flavor, "precision": aim.precision,
             **level, **_described(cache), **provenance(checkpoint), **exactness(inexact), **sparse,
@@ -99,9 +102,9 @@ def _warn_of_browsers(target: Target, checkpoint: Checkpoint, progress: Progress
 def _level(checkpoint: Checkpoint, target: Target, folder: Path, measure: Measure | None) -> dict[str, Any]:
     """The accuracy level, and what it costs where it rounds.
 
-    None where no level has a say.
+    None where no level has a say: 16-bit weights are multiplied as they are, and W8A8's inputs always rounded.
     """
-    if not checkpoint.schemes:
+    if all(w8a8.fits(scheme) for scheme in checkpoint.schemes.values()):
         return {"accuracy_level": None}
     rounds = target.accuracy_level > 0
     return {"accuracy_level": target.accuracy_level, **(measure(folder) if measure and rounds else {})}
@@ -148,7 +151,7 @@ def check_request(
     """
     aim = choose(target, flavor, precision, accuracy_level, max_shard_size, opset)
     supports = ort_ops.supports if aim.flavor == "ort" else standard_ops.supports
-    check_schemes(checkpoint, supports, f"onnx ({aim.flavor})", experts.supports)
+    check_schemes(checkpoint, supports, f"onnx ({aim.flavor})", experts.supports, _elsewhere)
     experts.sparse_layers(checkpoint)
     files_of(aim, checkpoint)
     if kv_cache not in BITS:
@@ -159,6 +162,13 @@ def check_request(
             "leave --target, --flavor and --precision away",
         )
     return aim
+
+
+def _elsewhere(scheme: QuantScheme) -> str | None:
+    """Which target holds a scheme that ONNX Runtime's own operators do not."""
+    if standard_ops.supports(scheme):
+        return None
+    return "--target standard holds it exactly, in ai.onnx operators alone"
 
 
 def _calibrated(

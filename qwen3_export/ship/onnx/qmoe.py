@@ -47,14 +47,14 @@ def cannot_hold(layer: SparseLayer, level: int, provider: str = "cpu") -> str | 
         return None if scheme.num_bits in (4, 8) else "QMoE has no 2-bit codes with one scale per channel"
     if scheme.group_size not in _BLOCKS:
         return f"QMoE needs a group_size that is a power of two from 16 to 256, not {scheme.group_size}"
-    if provider == "cpu" and level != _INT8_ACTIVATIONS and _rounds(scheme):
+    if provider == "cpu" and (_always_rounds(scheme) or (level != _INT8_ACTIVATIONS and scheme.num_bits == 8)):
         return f"QMoE rounds activations to int8 beside {scheme.num_bits}-bit groups of {scheme.group_size}"
     return None
 
 
-def _rounds(scheme: QuantScheme) -> bool:
-    """Whether the CPU's kernel has no exact way, at any accuracy level."""
-    return scheme.num_bits == 8 or (scheme.num_bits == 2 and scheme.group_size != _BLOCKS[0])
+def _always_rounds(scheme: QuantScheme) -> bool:
+    """Whether nothing makes the CPU's kernel exact; `run.exact_graph` does with 8 bits."""
+    return scheme.num_bits == 2 and scheme.group_size != _BLOCKS[0]
 
 
 def _cuda(layer: SparseLayer, scheme: QuantScheme) -> str | None:

@@ -96,8 +96,10 @@ def choose(
         if value is not None and value not in choices:
             raise InputError(f"{option} {value}: one of {', '.join(choices)} was expected")
     target = TARGETS[name]
-    if accuracy_level is not None and not 0 <= accuracy_level <= 4:
-        raise InputError(f"--accuracy-level {accuracy_level}: 0 to 4 was expected")
+    if accuracy_level not in (None, 0, 4):
+        raise InputError(
+            f"--accuracy-level {accuracy_level}: 0 (activations as they are) or 4 (rounded to int8) was expected"
+        )
     if target.is_web and flavor == "standard":
         raise InputError("--target web is written in ONNX Runtime's operators", "leave --flavor standard away")
     if opset is not None and (opset not in OPSETS or (flavor or target.flavor) != "standard"):

@@ -62,9 +62,9 @@ class FoldSite:
 
     def collapse(self, values: Tensor) -> Tensor:
         """Means `[source rows]` over the columns that share a source row."""
-        rows = int(self.index.max()) + 1
-        total = torch.zeros(rows, device=values.device).index_add_(0, self.index, values)
-        return total / torch.zeros(rows, device=values.device).index_add_(0, self.index, torch.ones_like(values))
+        rows, index = int(self.index.max()) + 1, self.index.to(values.device)
+        total = torch.zeros(rows, device=values.device).index_add_(0, index, values)
+        return total / torch.zeros(rows, device=values.device).index_add_(0, index, torch.ones_like(values))
 
 
 def fold_sites(block: Block) -> list[FoldSite]:

@@ -252,7 +252,7 @@ def _backward(work: FisherPass, block: Block, rope: Rope) -> None:
     """Push the gradients through one block and write its pieces of G."""
     rows = measured_rows(block.config, block.layer)
     names = [name for name in rows if name != OF_EXPERTS]
-    totals = {(name, i): torch.zeros(1) for name in rows for i in range(len(pieces_of(rows[name])))}
+    totals = {(name, i): torch.zeros(1, device=work.device) for name in rows for i in range(len(pieces_of(rows[name])))}
     hidden, gradient, count = work.file(str(block.layer)), work.file("gradient"), len(work.ids)
     at_once = max(1, BACK_TOKENS // len(work.ids[0]))
 

@@ -148,7 +148,8 @@ def _problem(group: LinearGroup, scheme: QuantScheme, options: Options, pool: Wo
 def _solve_linear(group: LinearGroup, name: str, problem: Problem, target: Tensor, pool: Workers) -> SolvedWeight:
     """Solve one linear for `target`, in independent chunks of output rows."""
     weight = group.weights[name]
-    uppers = fisher_factors(group.fisher.get(name, [])) if problem.scheme.per_row else []
+    measured = group.fisher.get(name, []) if problem.scheme.per_row else []
+    uppers = [upper.to(weight.device) for upper in fisher_factors(measured)]
     solve_chunk = partial(_solve_chunk, target, problem, uppers)
     return solve_rows(name, weight, group, solve_chunk, pool, problem.global_scale, _chunks(weight, uppers))
 
