@@ -180,7 +180,7 @@ class TensorFile:
 
 
 class StoredTensor:
-    """A tensor that still lies in its file, to be read whole or in pieces."""
+    """A tensor still in its file, to be read whole or in pieces."""
 
     def __init__(self, file: TensorFile, name: str) -> None:
         self._file, self._name = file, name

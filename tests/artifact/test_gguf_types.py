@@ -18,10 +18,7 @@ from qwen3_export.core.qwen3 import parse_config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.errors import InputError, UnsupportedError
-from qwen3_export.run.artifact import open_session, tokenizer_of
 from qwen3_export.ship.gguf import Options, export_gguf
-from qwen3_export.text.chat_template import render_chat
-from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.artifact.support import (
     SAME,
     VOCABULARY,
@@ -267,22 +264,3 @@ def test_another_type_on_request(tiny: Callable[[str], Path], tmp_path: Path) ->
     stored = {t.name: t.type for t in read_tensors(tmp_path / "model.gguf")}
     assert {module: stored[f"{gguf_name(module)}.weight"] for module in types} == types
     assert len(result["requantized"]) == len(checkpoint.schemes)
-
-
-# Chats
-
-
-@pytest.mark.parametrize("thinking", [True, False])
-def test_template_in_both_modes(reference_folder: Path, tmp_path: Path, thinking: bool) -> None:
-    path = tmp_path / "model.gguf"
-    export_gguf(open_checkpoint(reference_folder), path, "q4_k_m")
-    session = open_session(path)
-    inside, outside = tokenizer_of(path, session), ModelTokenizer(reference_folder)
-    messages = [{"role": "user", "content": "What is rain?"}]
-    texts = [render_chat(model.template, messages, True, thinking) for model in (inside, outside)]
-    assert texts[0] == texts[1]
-    assert ("</think>" in texts[0]) is not thinking
-    np.testing.assert_array_equal(inside.encode(texts[0]), outside.encode(texts[1]))
-    token = int(session.prefill(inside.encode(texts[0]))[-1].argmax())
-    assert 0 <= token < session.vocab_size
-    session.close()

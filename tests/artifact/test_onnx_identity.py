@@ -1,13 +1,15 @@
 """Identity probes: a linear that is given the identity matrix answers with its own weights, turned.
 
 Each product of a graph is cut out with what it is made of, and run in ONNX Runtime by itself. One wrong code, scale,
-zero point or row shows, which logits could hide.
+zero point or row shows, which logits could hide. Experts are cut out with what follows the router's scores, and asked
+one at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,13 +18,15 @@ import pytest
 from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import open_checkpoint
-from qwen3_export.core.qwen3 import EMBEDDING, HEAD
+from qwen3_export.core.processors import sums_int8_exactly
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD, parse_config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
-from qwen3_export.ship.onnx import export_onnx
+from qwen3_export.ship.onnx import export_onnx, w8a8
+from qwen3_export.ship.onnx.experts import LOOP, QMOE
 from tests.artifact.ort_folders import packed_rows
-from tests.artifact.support import Exported, OnnxWeights, round_to_nearest
-from tests.conftest import tiny_config
+from tests.artifact.support import Exported, OnnxWeights, round_to_nearest, tiny_with_tokenizer
+from tests.conftest import random_tensors, tiny_config, tiny_moe_config
 
 SCHEMES = {
     "16 bits": None,
@@ -45,28 +49,41 @@ CASES = [
 ]
 
 
-def answer_to_identity(weights: OnnxWeights, product: str, width: int) -> NDArray[np.float32]:
-    """A product `[out, in]`, cut out of its graph: its node, and everything before it that is made of weights."""
-    graph, node = weights.model.graph, weights.node(product)
-    makers = {name: other for other in graph.node for name in other.output}
-    nodes, needed = [node], list(node.input[1:])
+def answer(weights: OnnxWeights, output: str, given: dict[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+    """A value of a graph, computed by the nodes behind it from values that are given."""
+    graph, names, needed = weights.model.graph, set[str](), [output]
+    makers = {name: node for node in graph.node for name in node.output}
     while needed:
-        if (maker := makers.get(needed.pop())) is not None and maker not in nodes:
-            nodes.insert(0, maker)
-            needed += maker.input
-    names = {name for item in nodes for name in item.input}
+        if (name := needed.pop()) not in names:
+            names.add(name)
+            if name in makers and name not in given:
+                needed += reads(makers[name])
+    nodes = [node for node in graph.node if names & set(node.output) - given.keys()]
     kept = [tensor for tensor in graph.initializer if tensor.name in names]
-    ends = [
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
-        for name in (node.input[0], node.output[0])
-    ]
-    ends[0].type.tensor_type.shape.dim.extend([onnx.TensorShapeProto.Dimension()] * 3)
-    cut = onnx.helper.make_graph(nodes, "product", ends[:1], ends[1:], kept)
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in (*given, output)]
+    for end, axes in zip(ends, [*(array.ndim for array in given.values()), 3], strict=True):
+        end.type.tensor_type.shape.dim.extend([onnx.TensorShapeProto.Dimension()] * axes)
+    cut = onnx.helper.make_graph(nodes, "cut", ends[:-1], ends[-1:], kept)
     model = onnx.helper.make_model(cut, opset_imports=weights.model.opset_import, ir_version=weights.model.ir_version)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    for key, entry in () if sums_int8_exactly() else w8a8.SESSION.items():
+        options.add_session_config_entry(key, entry)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, {node.input[0]: np.eye(width, dtype=np.float32)[None]})[0][0].T
+    found: NDArray[np.float32] = session.run(None, given)[0]
+    return found
+
+
+def reads(node: onnx.NodeProto) -> list[str]:
+    """What a node reads, in its body too."""
+    bodies = [inner for item in node.attribute for inner in item.g.node]
+    return [*filter(None, node.input), *(name for inner in bodies for name in reads(inner))]
+
+
+def answer_to_identity(weights: OnnxWeights, product: str, width: int) -> NDArray[np.float32]:
+    """A product `[out, in]`, from its node alone."""
+    node = weights.node(product)
+    return answer(weights, node.output[0], {node.input[0]: np.eye(width, dtype=np.float32)[None]})[0].T
 
 
 def weight(exported: Exported, module: str) -> NDArray[np.float32]:
@@ -96,3 +113,101 @@ def test_every_linear_answers_with_its_weights(
     product = next(node.name for node in weights.model.graph.node if node.name in ("head", HEAD))
     found = answer_to_identity(weights, product, config["hidden_size"])
     np.testing.assert_array_equal(found, weight(exported, table), "head")
+
+
+# Int8 inputs: one of the identity's becomes a whole code, which the weights' codes are multiplied by.
+
+
+INT8 = {
+    "dynamic": QuantScheme(8, strategy="channel", activations="dynamic-token"),
+    "static": QuantScheme(8, strategy="tensor", activations="static-tensor"),
+}
+
+
+@pytest.mark.parametrize("flavor", ["ort", "standard"])
+@pytest.mark.parametrize("scheme", INT8.values(), ids=INT8.keys())
+def test_int8_linears_answer_with_their_weights(
+    reference_folder: Path, tmp_path: Path, scheme: QuantScheme, flavor: str
+) -> None:
+    """Bit for bit: a product of whole numbers, times the input's scale, times the weights'."""
+    source = tiny_with_tokenizer(tmp_path / "tiny", reference_folder)
+    checkpoint = round_to_nearest(source, tmp_path / "quantized", ("*", scheme))
+    export_onnx(checkpoint, tmp_path / "onnx", flavor)
+    exported, weights = Exported(tmp_path / "onnx", {}, checkpoint), OnnxWeights(tmp_path / "onnx")
+    assert exported.linears
+    for module, (_, width) in exported.linears.items():
+        product, rows = packed_rows(weights, module)
+        assert weights.node(product).op_type == "MatMulInteger"
+        tensor = checkpoint.linear(module)
+        assert isinstance(tensor, QuantizedTensor)
+        # A token's largest input becomes 127, a static scale's hundredfold 100.
+        unit = np.float32(tensor.input_scale or 1 / np.float32(127.5))
+        code = 100 if tensor.input_scale else 127
+        given = np.eye(width, dtype=np.float32)[None] * (100 * unit if tensor.input_scale else 1)
+        x, out = weights.node(f"{product}.input.units").input[0], weights.node(f"{product}.out").output[0]
+        whole = (code * (tensor.codes.astype(np.int32) - 128)).astype(np.float32)
+        found = answer(weights, out, {x: given})[0].T[rows]
+        np.testing.assert_array_equal(found, whole * unit * tensor.scales.astype(np.float32), module)
+
+
+# Experts: in each layer one of the three matrices is at random, and the other two let it through.
+
+
+EXPERTS = {
+    "QMoE, 4 bits": (QuantScheme(4, group_size=32), "ort", QMOE),
+    "QMoE, zero points": (QuantScheme(4, group_size=16, symmetric=False), "ort", QMOE),
+    "QMoE, 4 bits per channel": (QuantScheme(4, strategy="channel"), "ort", QMOE),
+    "QMoE, 8 bits per channel": (QuantScheme(8, strategy="channel"), "ort", QMOE),
+    "QMoE, 2 bits": (QuantScheme(2, group_size=16), "ort", QMOE),
+    "loop, 16 bits": (None, "ort", LOOP),
+    "loop, 4 bits": (QuantScheme(4, group_size=32), "standard", LOOP),
+    "loop, zero points": (QuantScheme(4, group_size=16, symmetric=False), "standard", LOOP),
+    "loop, 8 bits": (QuantScheme(8, group_size=32), "ort", LOOP),
+    "loop, 2 bits": (QuantScheme(2, group_size=32, symmetric=False), "standard", LOOP),
+}
+SIDE, PARTS = 128, ("gate", "up", "down")
+
+
+def open_experts() -> tuple[dict[str, Any], dict[str, NDArray]]:
+    """A model of three layers, whose experts show their gate, their up and their down matrix.
+
+    A gate of 32 everywhere lets `up` through as a product, since silu(32) is 32; an up matrix of ones keeps silu of the
+    gate; the identity as up or down matrix sends a product on as it is.
+    """
+    config = tiny_moe_config(hidden_size=SIDE, moe_intermediate_size=SIDE, num_experts=4, num_hidden_layers=3)
+    tensors = random_tensors(parse_config(config, "test"))
+    opened = [{"up": "ones", "down": "eye"}, {"gate": "ones", "down": "eye"}, {"gate": "ones", "up": "eye"}]
+    for layer, parts in enumerate(opened):
+        for expert in range(4):
+            for part, kind in parts.items():
+                name = f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"
+                matrix = np.eye(SIDE) if kind == "eye" else np.full((SIDE, SIDE), 32 if part == "gate" else 1)
+                tensors[name] = matrix.astype(tensors[name].dtype)
+    return config, tensors
+
+
+@pytest.mark.parametrize(("scheme", "flavor", "operator"), EXPERTS.values(), ids=EXPERTS.keys())
+def test_every_expert_answers_with_its_weights(
+    make_checkpoint: Callable, tmp_path: Path, scheme: QuantScheme | None, flavor: str, operator: str
+) -> None:
+    """Sums have one term that is not zero; only silu and two factors are rounded."""
+    source = make_checkpoint(*open_experts())
+    rule = ("*.experts.*", scheme)
+    checkpoint = round_to_nearest(source, tmp_path / "quantized", rule) if scheme else open_checkpoint(source)
+    result = export_onnx(checkpoint, tmp_path / "onnx", flavor, accuracy_level=0)
+    assert [(item["operator"], item["layers"]) for item in result["expert_layers"]] == [(operator, [0, 1, 2])]
+    exported, weights = Exported(tmp_path / "onnx", {}, checkpoint), OnnxWeights(tmp_path / "onnx")
+    identity = np.eye(SIDE, dtype=np.float32)[None]
+    for layer in range(3):
+        first, last = (f"layer.{layer}.experts{end if operator == LOOP else ''}" for end in (".rows", ".out"))
+        x, out = weights.node(first).input[0], weights.node(last).output[0]
+        scores = weights.node(f"layer.{layer}.experts.router").output[0]
+        for expert in range(4):
+            # The router is so sure that the second expert counts nothing.
+            sure = np.full((SIDE, 4), -1e4, np.float32)
+            sure[:, expert] = 0
+            found = answer(weights, out, {x: identity, scores: sure})[0].T
+            module = f"model.layers.{layer}.mlp.experts.{expert}"
+            gate, up, down = (weight(exported, f"{module}.{part}_proj").astype(np.float64) for part in PARTS)
+            wanted = down @ (gate / (1 + np.exp(-gate)) * up)
+            np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=1e-6 * np.abs(wanted).max(), err_msg=module)

@@ -13,7 +13,7 @@ from qwen3_export.core.kquant import BLOCK_TYPES
 from qwen3_export.core.layouts import Stored, layout
 from qwen3_export.core.scheme import scheme_of_type
 from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor, block_specs, dequantize, join_rows
-from tests.reference.ggml import dequantize_row
+from tests.reference.ggml import dequantize_row, quantize_rows
 
 ROWS, INPUTS = 5, 768
 
@@ -92,6 +92,18 @@ def test_symmetric_two_bits_are_q2_0() -> None:
     again = unpack_q2_0(raw)
     np.testing.assert_array_equal(again[0], codes)
     np.testing.assert_array_equal(again[1], scales)
+
+
+def test_blocks_that_libggml_quantized_to_two_bits_are_read() -> None:
+    """What `ggml_quantize_chunk` wrote, read by us and by libggml, and written again."""
+    weight = np.random.default_rng(5).standard_normal((ROWS, INPUTS)).astype(np.float32)
+    raw = quantize_rows(weight, "q2_0")
+    codes, scales = unpack_q2_0(raw)
+    # It scales the largest weight to 1 or −1, and never uses the type's fourth value, 2.
+    assert set(codes.flat) == {1, 2, 3}
+    tensor = QuantizedTensor("a", codes.shape, scheme_of_type("q2_0"), codes, scales)
+    np.testing.assert_array_equal(np.stack([dequantize_row(row, "q2_0", INPUTS) for row in raw]), dequantize(tensor))
+    np.testing.assert_array_equal(pack_q2_0(codes, scales), raw)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from qwen3_export.core.ggml_blocks import pack_blocks
+from qwen3_export.core.ggml_blocks import pack_blocks, pack_q2_0
 from qwen3_export.core.pack import pack_q4_0, pack_q8_0
 from qwen3_export.core.scheme import scheme_of_type
 from qwen3_export.core.source import open_source
@@ -16,7 +16,7 @@ from qwen3_export.ggml import round_rows
 from tests.reference.ggml import dequantize_row, quantize_rows
 
 TYPES = [
-    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "mxfp4",
+    "q2_0", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "mxfp4",
 ]  # fmt: skip
 by_type = pytest.mark.parametrize("name", TYPES)
 
@@ -24,10 +24,9 @@ by_type = pytest.mark.parametrize("name", TYPES)
 def packed(tensor: QuantizedTensor) -> NDArray[np.uint8]:
     """Bytes of a GGUF file."""
     name = tensor.scheme.label
-    if tensor.scheme == scheme_of_type("q8_0"):
-        return pack_q8_0(tensor.codes, tensor.scales)
-    if tensor.scheme == scheme_of_type("q4_0"):
-        return pack_q4_0(tensor.codes, tensor.scales)
+    for kind, pack in (("q8_0", pack_q8_0), ("q4_0", pack_q4_0), ("q2_0", pack_q2_0)):
+        if tensor.scheme == scheme_of_type(kind):
+            return pack(tensor.codes, tensor.scales)
     assert name
     return pack_blocks(tensor)
 

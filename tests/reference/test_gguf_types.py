@@ -1,15 +1,25 @@
-"""The mix rule against llama.cpp's own, for nine Qwen3 shapes and every file type: no difference."""
+"""The mix rule against llama.cpp's own, for every file type: no difference.
+
+Nine Qwen3 shapes are compared without an importance matrix, four small models with one.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from qwen3_export.core.checkpoint import open_checkpoint
+from qwen3_export.core.gguf_header import read_gguf_header
 from qwen3_export.core.gguf_types import FILE_TYPES, Overrides, gguf_name, module_types
 from qwen3_export.core.qwen3 import Qwen3Config, parse_config
 from qwen3_export.errors import InputError
-from tests.reference.llama_quantize import Description, computed_types
+from qwen3_export.ship.gguf import export_gguf
+from tests.artifact.support import tiny_with_tokenizer
+from tests.conftest import tiny_config, tiny_moe_config
+from tests.reference.llama_quantize import Description, computed_types, quantize
 
 
 def shape(hidden: int, width: int, layers: int, heads: int, kv_heads: int, tied: bool = False, **more: Any) -> Any:
@@ -73,6 +83,36 @@ def test_types_are_llama_cpps(size: str) -> None:
         assert {f"{gguf_name(module)}.weight": found for module, found in types.items()} == wanted, name
         compared += len(wanted)
     assert compared > 18 * config.num_layers * 7
+
+
+# Eight layers, of which the first is the eighth that a matrix decides on.
+SMALL = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 8, "tie_word_embeddings": True}
+WEIGHED = {
+    "dense": tiny_config(**SMALL),
+    "four queries to a key": tiny_config(**SMALL, num_key_value_heads=1),
+    "four experts": tiny_moe_config(**SMALL, moe_intermediate_size=256, num_experts=4),
+    "eight experts": tiny_moe_config(**SMALL, moe_intermediate_size=256, num_experts=8),
+}
+# File types in whose mix llama.cpp asks for a matrix.
+CHANGED = {"q4_0", "q5_0", "iq4_nl", "iq4_xs"}
+
+
+@pytest.mark.parametrize("kind", WEIGHED)
+def test_types_with_a_matrix_are_llama_cpps(tmp_path: Path, reference_folder: Path, kind: str) -> None:
+    """Whole files, since `llama_quant_compute_types` is not told of a matrix; every file type on the dense one."""
+    checkpoint = open_checkpoint(tiny_with_tokenizer(tmp_path / "tiny", reference_folder, WEIGHED[kind]))
+    config = checkpoint.config
+    export_gguf(checkpoint, tmp_path / "bf16.gguf", "bf16")
+    linears = {name: sizes for name, sizes in tensors(config).items() if name.startswith("blk.")}
+    means = {name: np.ones((*sizes[2:], sizes[0]), np.float32) for name, sizes in linears.items()}
+    changed = set()
+    for name in FILE_TYPES.keys() - {"mxfp4"} if kind == "dense" else CHANGED:
+        quantize(tmp_path / "bf16.gguf", tmp_path / "theirs.gguf", FILE_TYPES[name].number, means)
+        theirs = {tensor.name: tensor.type for tensor in read_gguf_header(tmp_path / "theirs.gguf").tensors}
+        types, plain = (module_types(config, name, weighed) for weighed in (True, False))
+        assert types == {module: theirs[f"{gguf_name(module)}.weight"] for module in types}, name
+        changed |= {name} if types != plain else set()
+    assert changed == CHANGED
 
 
 def test_experts_share_their_stacks_type() -> None:

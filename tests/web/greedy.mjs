@@ -24,5 +24,5 @@ const texts = JSON.parse(prompts);
 const alone = [];
 for (const text of texts) alone.push((await continued([text]))[0]);
 const batch = await continued(texts);
-const text = tokenizer.decode(alone[0], { skip_special_tokens: true });
+const text = alone.map((ids) => tokenizer.decode(ids, { skip_special_tokens: true }));
 console.log(JSON.stringify({ alone, batch, text }));

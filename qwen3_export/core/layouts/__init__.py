@@ -40,7 +40,7 @@ IDLE = ("weight_zero_point", "input_zero_point", "bias")
 _FLOATS = tuple(SCALE_TYPES[name] for name in ("fp16", "bf16", "fp32"))
 
 
-class StoredTensor(Protocol):
+class TypedShape(Protocol):
     """A tensor's type and shape."""
 
     @property
@@ -59,7 +59,7 @@ class Stored:
     `config` is the `quantization_config` of the tool that wrote it, empty for a folder of ours.
     """
 
-    entries: Mapping[str, StoredTensor]
+    entries: Mapping[str, TypedShape]
     read: Callable[[str], NDArray]
     config: Mapping[str, Any] = field(default_factory=dict)
 

@@ -287,13 +287,12 @@ class OrtOps:
         x = self._order.as_given(x, "head.order")
         if isinstance(weight, QuantizedTensor) and w8a8.fits(weight.scheme):
             logits = w8a8.linear(self.graph, x, weight, self.dtype, "head")
-            return self.graph.as_type(logits, self.dtype, ir.DataType.FLOAT, "head.fp32")
-        if isinstance(weight, QuantizedTensor):
+        elif isinstance(weight, QuantizedTensor):
             logits = self._quantized(x, [weight], self._stored([weight], name), "head")
-            return self.graph.as_type(logits, self.dtype, ir.DataType.FLOAT, "head.fp32")
-        stored = self._table if weight is None else self.graph.float_weight(f"{HEAD}.weight", weight, self.dtype)
-        matrix = self.graph.as_type(stored, stored.dtype, self.dtype, "head.cast")
-        logits = self.graph.op("FusedMatMul", [x, matrix], "head", CONTRIB, transB=1)
+        else:
+            stored = self._table if weight is None else self.graph.float_weight(f"{HEAD}.weight", weight, self.dtype)
+            matrix = self.graph.as_type(stored, stored.dtype, self.dtype, "head.cast")
+            logits = self.graph.op("FusedMatMul", [x, matrix], "head", CONTRIB, transB=1)
         return self.graph.as_type(logits, self.dtype, ir.DataType.FLOAT, "head.fp32")
 
 
