@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3_export.core.gguf_header import read_gguf_header
+from qwen3_export.core.gguf_header import GgufTensor, read_gguf_header
 from tests.cli.helpers import call, refused
 
 
@@ -24,6 +24,10 @@ def matrix(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def types_of(path: Path) -> dict[str, str]:
     return {tensor.name: tensor.type for tensor in read_gguf_header(path).tensors}
+
+
+def data_of(path: Path, tensor: GgufTensor) -> bytes:
+    return path.read_bytes()[tensor.begin :][: tensor.bytes]
 
 
 def test_every_option_at_once(model: Path, matrix: Path, tmp_path: Path) -> None:
@@ -62,6 +66,40 @@ def test_mistakes_are_told_before_anything_is_written(
 ) -> None:
     refused(call("gguf", model, "--output", tmp_path / "model.gguf", *options), 2, message)
     assert not list(tmp_path.iterdir())
+
+
+NOT_WEIGHED = {
+    "bf16": ("model", (), "bf16 is not rounded by importance"),
+    "f16": ("model", ("--type", "f16"), "f16 is not rounded by importance"),
+    "q8_0": ("model", ("--type", "q8_0"), "q8_0 is not rounded by importance"),
+    "the embedding alone": ("model", ("--token-embedding-type", "q4_0"), "such as token_embd.weight"),
+    "recipe": ("model", ("--recipe", "gguf-q4_0"), "quantized weights are moved as they are"),
+    "codes": ("quantized", (), "quantized weights are moved as they are"),
+}
+
+
+@pytest.mark.parametrize(("source", "options", "reason"), NOT_WEIGHED.values(), ids=NOT_WEIGHED.keys())
+def test_a_matrix_that_nothing_is_rounded_with_is_refused(
+    model: Path, made: dict[str, Path], matrix: Path, tmp_path: Path, source: str, options: tuple[str, ...], reason: str
+) -> None:
+    command = ("gguf", {"model": model, **made}[source], "--output", tmp_path / "model.gguf", "--imatrix", matrix)
+    refused(call(*command, *options), 2, "--imatrix imatrix.gguf: no weight", reason, "leave --imatrix away")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_matrix_that_one_tensor_is_rounded_with_is_named(model: Path, matrix: Path, tmp_path: Path) -> None:
+    command = ("gguf", model, "--type", "q8_0", "--tensor-type", r"blk\.1\.ffn_down=q4_0")
+    for name, options in {"plain": (), "weighed": ("--imatrix", matrix)}.items():
+        assert call(*command, *options, "--output", tmp_path / f"{name}.gguf", "-q").code == 0
+    plain, weighed = (read_gguf_header(tmp_path / f"{name}.gguf") for name in ("plain", "weighed"))
+    assert "quantize.imatrix.file" not in plain.values
+    assert weighed.values["quantize.imatrix.file"] == "imatrix.gguf"
+    changed = {
+        one.name
+        for one, other in zip(plain.tensors, weighed.tensors, strict=True)
+        if data_of(tmp_path / "plain.gguf", one) != data_of(tmp_path / "weighed.gguf", other)
+    }
+    assert changed == {"blk.1.ffn_down.weight"}
 
 
 def test_codes_are_rounded_again_on_request_alone(made: dict[str, Path], tmp_path: Path) -> None:
