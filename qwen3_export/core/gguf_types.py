@@ -90,7 +90,8 @@ _NAMES = {
 class Overrides:
     """Types that the user asked for, by pattern or by role.
 
-    Patterns are regular expressions, searched for in tensor names; the first that matches decides.
+    Patterns are regular expressions, searched for in tensor names; the first that matches decides. Their capitals are
+    made small first, as llama-quantize does it.
     """
 
     patterns: tuple[tuple[str, str], ...] = ()
@@ -103,7 +104,7 @@ class Overrides:
         for pattern, name in self.patterns:
             check_type(name, f"--tensor-type {pattern}={name}")
             try:
-                compiled.append((re.compile(pattern), name))
+                compiled.append((re.compile(pattern.lower()), name))
             except re.error as error:
                 raise InputError(f"--tensor-type {pattern}={name}: not a regular expression ({error})") from error
         for option, given in (("--token-embedding-type", self.token_embedding), ("--output-type", self.output)):

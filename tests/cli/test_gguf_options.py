@@ -33,7 +33,7 @@ def data_of(path: Path, tensor: GgufTensor) -> bytes:
 def test_every_option_at_once(model: Path, matrix: Path, tmp_path: Path) -> None:
     output = tmp_path / "model.gguf"
     values = call(
-        "gguf", model, "--output", output, "--type", "q5_0", "--tensor-type", "attn_v=Q8_0", "--tensor-type",
+        "gguf", model, "--output", output, "--type", "q5_0", "--tensor-type", "Attn_V=Q8_0", "--tensor-type",
         r"blk\.1\.=iq4_nl", "--token-embedding-type", "q4_1", "--imatrix", matrix, "--split-max-size", "200k", "--json",
     ).json  # fmt: skip
     parts = [tmp_path / item["path"] for item in values["files"]]
@@ -54,6 +54,24 @@ REFUSED = {
     "pattern": (("--tensor-type", "attn_v"), "--tensor-type attn_v: PATTERN=TYPE was expected"),
     "its type": (("--tensor-type", "attn_v=q4_k_m"), "--tensor-type attn_v=q4_k_m: one of"),
     "expression": (("--tensor-type", "(=q4_k"), "not a regular expression"),
+    "in no name": (
+        ("--tensor-type", "attn_qkv=q8_0"),
+        "--tensor-type attn_qkv=q8_0: found in no name of a tensor that can have another type\n"
+        "hint: names are such as token_embd.weight, blk.0.ffn_down.weight, blk.1.attn_q.weight, blk.1.attn_v.weight",
+    ),
+    "norm": (
+        ("--tensor-type", "NORM=q8_0"),
+        "--tensor-type NORM=q8_0: found in no name of a tensor that can have another type; blk.0.attn_norm.weight is "
+        "always of type f32\nhint: names are such as token_embd.weight",
+    ),
+    "too late": (
+        ("--tensor-type", "attn=q8_0", "--tensor-type", "attn_v=q4_0"),
+        "--tensor-type attn_v=q4_0: another option decides the type of blk.0.attn_v.weight",
+    ),
+    "decided": (
+        ("--token-embedding-type", "q8_0", "--tensor-type", "token_embd=q4_0"),
+        "--tensor-type token_embd=q4_0: another option decides the type of token_embd.weight",
+    ),
     "shard": (("--split-max-size", "small"), "--split-max-size small: a size such as 4G was expected"),
     "matrix": (("--imatrix", "nowhere.gguf"), "nowhere.gguf: cannot be read"),
     "row": (("--token-embedding-type", "q4_k"), "inputs are not divisible by 256"),

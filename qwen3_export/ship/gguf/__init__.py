@@ -36,7 +36,7 @@ from qwen3_export.ggml import import_loops
 from qwen3_export.ship.gguf.encode import Encoder, in_order
 from qwen3_export.ship.gguf.losses import refuse_lost
 from qwen3_export.ship.gguf.metadata import ARCHITECTURES, add_metadata, check_architecture
-from qwen3_export.ship.gguf.options import Options, check_importance, weighed_tensors
+from qwen3_export.ship.gguf.options import Options, check_importance, check_patterns, weighed_tensors
 from qwen3_export.ship.gguf.plan import check_stacks, planned_tensors
 from qwen3_export.ship.gguf.types import Types, choose_types, supports
 from qwen3_export.ship.gguf.write import Planned, shard_paths, split, staged_files, write_header, write_shard
@@ -80,6 +80,7 @@ def _checked(checkpoint: Checkpoint, type_name: str | None, options: Options) ->
     types = choose_types(checkpoint, type_name, options.overrides, given is not None, options.allow_requantize)
     check_stacks(checkpoint.config, types)
     plan = list(planned_tensors(checkpoint, types))
+    check_patterns(plan, types, options.overrides)
     encoder = Encoder(checkpoint, types, {} if given is None else given.for_model(checkpoint.config))
     if given is not None:
         check_importance(plan, encoder, given)

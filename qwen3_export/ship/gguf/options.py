@@ -9,6 +9,7 @@ from qwen3_export.core.gguf_types import Overrides
 from qwen3_export.core.imatrix import Imatrix
 from qwen3_export.errors import InputError
 from qwen3_export.ship.gguf.encode import Encoder
+from qwen3_export.ship.gguf.types import Types
 from qwen3_export.ship.gguf.write import Planned
 
 
@@ -24,6 +25,28 @@ class Options:
     importance: Imatrix | None = None
     split_max_bytes: int | None = None
     allow_requantize: bool = False
+
+
+def check_patterns(plan: Sequence[Planned], types: Types, overrides: Overrides) -> None:
+    """Raise InputError for a pattern that decides no tensor's type."""
+    names = [item.name for item in plan if item.modules[0] in types.modules]
+    decided = {"token_embd.weight"} if overrides.token_embedding else set[str]()
+    for pattern, kind in overrides.patterns:
+        alone, option = Overrides(((pattern, kind),)), f"--tensor-type {pattern}={kind}"
+        matched = {name for name in names if alone.of(name)}
+        if not matched:
+            fixed = next((item.name for item in plan if alone.of(item.name)), None)
+            reason = "" if fixed is None else f"; {fixed} is always of type f32"
+            raise InputError(
+                f"{option}: found in no name of a tensor that can have another type{reason}",
+                f"names are such as {', '.join(names[:2] + names[-2:])}",
+            )
+        if matched <= decided:
+            raise InputError(
+                f"{option}: another option decides the type of {min(matched)} and of all others it is found in",
+                "the first pattern that is found in a name decides: give this one before the others",
+            )
+        decided |= matched
 
 
 def weighed_tensors(plan: Sequence[Planned], encoder: Encoder) -> list[str]:
