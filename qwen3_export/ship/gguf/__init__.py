@@ -74,7 +74,7 @@ def export_gguf(
 
 
 def _checked(checkpoint: Checkpoint, type_name: str | None, options: Options) -> tuple[Encoder, list[Planned]]:
-    """The maker of the data, and the tensors of the file; raises the errors of `check_request`."""
+    """The encoder and the tensors of the file; raises what `check_request` does."""
     check_architecture(checkpoint.config)
     given = options.importance
     types = choose_types(checkpoint, type_name, options.overrides, given is not None, options.allow_requantize)

@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file, in its order: names, shapes, types, and the matrices that make up their data."""
+"""The tensors of a GGUF file in their order, each with its matrices."""
 
 from __future__ import annotations
 
