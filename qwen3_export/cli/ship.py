@@ -170,7 +170,7 @@ def gguf(
     )
     show = console(json, quiet, verbose)
     options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume, scratch)
-    check = partial(check_request, type_name=type_name, options=chosen)
+    check = partial(check_request, type_name=type_name, options=chosen, output=output, force=force)
     if card:
         check_gguf_card(output)
     with prepared(source, recipe, options, output, force, show, check, False, imatrix) as checkpoint:

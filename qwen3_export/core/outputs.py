@@ -77,13 +77,13 @@ def staged_file(output: Path, force: bool = False, inputs: Inputs = ()) -> Itera
         file = reservation.partial / place.name
         try:
             yield file
-            _flush(file)
+            flush(file)
             file.replace(place)
         except BaseException:
             reservation.undo(everything=True)
             raise
         reservation.remove()
-    _flush(place.parent)
+    flush(place.parent)
 
 
 def clear_partial(partial: Path) -> None:
@@ -98,7 +98,7 @@ def write_atomic(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".new")
     with naming(beside):
         beside.write_text(text, encoding="utf-8")
-        _flush(beside)
+        flush(beside)
         beside.replace(path)
 
 
@@ -262,8 +262,8 @@ def _finish_replacing(place: Path) -> None:
 def _move_into_place(partial: Path, place: Path) -> None:
     for path in partial.rglob("*"):
         if path.is_file() and path.name != MARKER:
-            _flush(path)
-    _flush(partial)
+            flush(path)
+    flush(partial)
     if place.is_symlink():
         place.unlink()
     old = _replaced(place) if place.is_dir() else None
@@ -280,7 +280,7 @@ def _move_into_place(partial: Path, place: Path) -> None:
     (place / MARKER).unlink()
     if old is not None:
         _remove_marked(old)
-    _flush(place.parent)
+    flush(place.parent)
 
 
 def _remove_marked(old: Path) -> None:
@@ -291,7 +291,8 @@ def _remove_marked(old: Path) -> None:
     shutil.rmtree(old)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with naming(path):

@@ -39,7 +39,15 @@ from qwen3_export.ship.gguf.metadata import ARCHITECTURES, add_metadata, check_a
 from qwen3_export.ship.gguf.options import Options, check_importance, check_patterns, weighed_tensors
 from qwen3_export.ship.gguf.plan import check_stacks, planned_tensors
 from qwen3_export.ship.gguf.types import Types, choose_types, supports
-from qwen3_export.ship.gguf.write import Planned, shard_paths, split, staged_files, write_header, write_shard
+from qwen3_export.ship.gguf.write import (
+    Planned,
+    check_places,
+    shard_paths,
+    split,
+    staged_files,
+    write_header,
+    write_shard,
+)
 from qwen3_export.ship.result import export_result, provenance
 
 __all__ = ["Options", "check_request", "export_gguf", "planned_bytes", "supports"]
@@ -87,13 +95,20 @@ def _checked(checkpoint: Checkpoint, type_name: str | None, options: Options) ->
     return encoder, plan
 
 
-def check_request(checkpoint: Checkpoint, type_name: str | None = None, options: Options | None = None) -> None:
+def check_request(
+    checkpoint: Checkpoint, type_name: str | None = None, options: Options | None = None, output: Path | None = None,
+    force: bool = False,
+) -> None:  # fmt: skip
     """Check everything that can be known before the long work.
 
     An export with a recipe is checked with it before the recipe runs. Raises InputError for an unknown type and for
-    an option that would change nothing, UnsupportedError for the first tensor that does not fit.
+    an option that would change nothing, UnsupportedError for the first tensor that does not fit. With an `output`,
+    InputError where one of its files may not be replaced.
     """
-    _checked(checkpoint, type_name, options or Options())
+    options = options or Options()
+    _, plan = _checked(checkpoint, type_name, options)
+    if output is not None:
+        check_places(output, len(split(plan, options.split_max_bytes)), force, _inputs(checkpoint, options))
 
 
 def planned_bytes(checkpoint: Checkpoint, type_name: str | None = None) -> int:
@@ -148,8 +163,6 @@ def _write(
 ) -> list[Path]:  # fmt: skip
     """Write the file or its shards, and return where they are."""
     shards = split(plan, options.split_max_bytes)
-    inputs = [checkpoint.folder, None if options.importance is None else options.importance.path]
-    paths = shard_paths(output, len(shards))
     architecture = ARCHITECTURES[checkpoint.config.model_type]
     label = f"export tensors of {output.name}"
 
@@ -160,7 +173,8 @@ def _write(
             yield encoded.data
         encoder.refuse_lost(item.modules)
 
-    with staged_files(paths, force, inputs) as partials, progress.bar(label, 2 * len(plan)) as tick:
+    inputs = _inputs(checkpoint, options)
+    with staged_files(output, len(shards), force, inputs) as partials, progress.bar(label, 2 * len(plan)) as tick:
         refuse_lost(encoder, plan, tick)
         for number, (partial, shard) in enumerate(zip(partials, shards, strict=True)):
 
@@ -173,7 +187,12 @@ def _write(
                     writer.add_int32("split.tensors.count", len(plan))
 
             write_shard(partial, architecture, shard, describe, pieces, tick)
-    return paths
+    return shard_paths(output, len(shards))
+
+
+def _inputs(checkpoint: Checkpoint, options: Options) -> list[Path | None]:
+    """What the export reads, which no file of its output may replace."""
+    return [checkpoint.folder, None if options.importance is None else options.importance.path]
 
 
 def _describe(writer: gguf.GGUFWriter, checkpoint: Checkpoint, types: Types, options: Options) -> None:

@@ -9,6 +9,8 @@ only. llama.cpp opens the first and finds the others.
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,8 +24,8 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.gguf_header import ALIGNMENT
 from qwen3_export.core.gguf_types import GGML_NUMBERS, block_size
-from qwen3_export.core.outputs import staged_file
-from qwen3_export.core.places import Inputs, refuse_existing
+from qwen3_export.core.outputs import flush, staged_file
+from qwen3_export.core.places import Inputs, checked_place
 from qwen3_export.errors import ResourceError
 
 
@@ -66,16 +68,46 @@ def shard_paths(output: Path, count: int) -> list[Path]:
     return [output.with_name(f"{stem}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
 
 
-@contextmanager
-def staged_files(paths: Sequence[Path], force: bool, inputs: Inputs) -> Iterator[list[Path]]:
-    """Partial files for several outputs, renamed when all are done.
+def earlier_files(output: Path, paths: Sequence[Path]) -> list[Path]:
+    """Files of an output that is there in another number of shards.
 
-    The first one is renamed last, since llama.cpp opens the others through it.
+    These are the output's own name, and names that `shard_paths` could have given. llama.cpp's tools take all shards of
+    a name for one model.
     """
-    for path in paths:
-        refuse_existing(path.absolute(), force, folder=False)
+    stem = re.escape(output.name.removesuffix(".gguf"))
+    shard = re.compile(rf"{stem}-(\d{{5}})-of-(\d{{5}})\.gguf")
+    beside = output.parent.iterdir() if output.parent.is_dir() else ()
+    shards = [
+        path for path in sorted(beside) if (found := shard.fullmatch(path.name)) and "00001" <= found[1] <= found[2]
+    ]
+    found = [*([output] if os.path.lexists(output) else []), *shards]
+    return [path for path in found if path not in paths]
+
+
+def check_places(output: Path, count: int, force: bool, inputs: Inputs) -> None:
+    """Raise InputError when an output's shards or files of an earlier one may not be replaced."""
+    paths, inputs = shard_paths(output, count), list(inputs)
+    for path in (*paths, *earlier_files(output, paths)):
+        checked_place(path, inputs, force, folder=False)
+
+
+@contextmanager
+def staged_files(output: Path, count: int, force: bool, inputs: Inputs) -> Iterator[list[Path]]:
+    """Partial files for an output's shards, renamed when all are done.
+
+    The first one is renamed last, since llama.cpp opens the others through it. Then the files of an earlier output in
+    another number of shards are removed.
+    """
+    check_places(output, count, force, inputs := list(inputs))
+    paths = shard_paths(output, count)
+    earlier = earlier_files(output, paths)
     with ExitStack() as stack:
-        yield [stack.enter_context(staged_file(path, force, inputs)) for path in paths]
+        partials = [stack.enter_context(staged_file(path, force, inputs)) for path in paths]
+        yield partials
+        for partial in partials:
+            flush(partial)
+    for path in earlier:
+        path.unlink(missing_ok=True)
 
 
 def write_header(
