@@ -127,7 +127,8 @@ def gguf(
     output_type: Annotated[str | None, typer.Option(help="Type of the output head, tied or not.")] = None,
     imatrix: Annotated[Path | None, typer.Option(help="Importance matrix that weighs the errors of rounding.")] = None,
     split_max_size: Annotated[
-        str | None, typer.Option(help="Write shards of at most this size, e.g. 4G (NAME-00001-of-0000N.gguf).")
+        str | None,
+        typer.Option(help="Write shards of tensors of at most this size, e.g. 4G (NAME-00001-of-0000N.gguf)."),
     ] = None,
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Round codes again that no type holds, or another was asked for.")

@@ -30,6 +30,8 @@ from qwen3_export.core.scheme import GGML_TYPES
 from qwen3_export.errors import InputError
 
 PLAIN = ("f32", "f16", "bf16")
+# What llama.cpp's own converter writes, and `gguf` byte for byte the same.
+CONVERTERS_TYPES = (*PLAIN, "q8_0")
 # ggml's numbers of the types, and how many weights of a row are stored together in how many bytes.
 GGML_NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
 _BLOCKS = {name: (length, size) for name, length, size in TYPES.values()}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from qwen3_export import __version__
 from qwen3_export.core.gguf_header import GgufTensor, read_gguf_header
 from tests.cli.helpers import call, refused
 
@@ -26,27 +28,41 @@ def types_of(path: Path) -> dict[str, str]:
     return {tensor.name: tensor.type for tensor in read_gguf_header(path).tensors}
 
 
+def values_bytes(values: dict[str, Any]) -> int:
+    return sum(item["bytes"] for item in values["files"])
+
+
 def data_of(path: Path, tensor: GgufTensor) -> bytes:
     return path.read_bytes()[tensor.begin :][: tensor.bytes]
 
 
 def test_every_option_at_once(model: Path, matrix: Path, tmp_path: Path) -> None:
     output = tmp_path / "model.gguf"
-    values = call(
+    outcome = call(
         "gguf", model, "--output", output, "--type", "q5_0", "--tensor-type", "Attn_V=Q8_0", "--tensor-type",
-        r"blk\.1\.=iq4_nl", "--token-embedding-type", "q4_1", "--imatrix", matrix, "--split-max-size", "200k", "--json",
-    ).json  # fmt: skip
+        r"blk\.1\.=iq4_nl", "--token-embedding-type", "q8_0", "--imatrix", matrix, "--split-max-size", "1M", "--json",
+    )  # fmt: skip
+    values = outcome.json
+    large = "warning: token_embd.weight has 1.1 MB, more than --split-max-size: it gets a larger shard of its own"
+    assert outcome.err.splitlines().count(large) == 1
     parts = [tmp_path / item["path"] for item in values["files"]]
     assert values["output"] == str(parts[0])
     assert len(parts) > 1
     assert all(part.is_file() for part in parts)
     found = types_of(parts[0])
-    assert found["token_embd.weight"] == "q4_1"
+    assert found["token_embd.weight"] == "q8_0"
     assert found["blk.0.attn_v.weight"] == found["blk.1.attn_v.weight"] == "q8_0"
     assert found["blk.1.attn_q.weight"] == "iq4_nl"
     assert found["blk.0.attn_q.weight"] == "q5_0"
     assert read_gguf_header(parts[0]).values["quantize.imatrix.file"] == "imatrix.gguf"
     assert sorted(tmp_path.iterdir()) == sorted(parts)
+    assert len(parts) == 2
+    for number, part in enumerate(parts, 1):
+        seen = call("inspect", part, "--json").json
+        assert seen["provenance"]["written by"] == "qwen3-export"
+        assert seen["provenance"]["version"] == __version__
+        assert seen["shard"] == f"{number} of 2, all of which are described"
+        assert seen["bytes"] == values_bytes(values)
 
 
 REFUSED = {
@@ -73,6 +89,10 @@ REFUSED = {
         "--tensor-type token_embd=q4_0: another option decides the type of token_embd.weight",
     ),
     "shard": (("--split-max-size", "small"), "--split-max-size small: a size such as 4G was expected"),
+    "small shard": (
+        ("--split-max-size", "999kB"),
+        "--split-max-size: 999000 bytes are too few for a shard\nhint: give 1M",
+    ),
     "matrix": (("--imatrix", "nowhere.gguf"), "nowhere.gguf: cannot be read"),
     "row": (("--token-embedding-type", "q4_k"), "inputs are not divisible by 256"),
 }
@@ -142,3 +162,11 @@ def test_inspect_shows_a_rounded_file(model: Path, tmp_path: Path) -> None:
     outcome = call("inspect", tmp_path / "model.gguf")
     assert outcome.code == 0
     assert "q5_0" in outcome.out
+    assert "written by            qwen3-export\n" in outcome.out
+
+
+def test_inspect_does_not_call_a_converters_file_somebody_elses(model: Path, tmp_path: Path) -> None:
+    assert call("gguf", model, "--output", tmp_path / "model.gguf", "-q").code == 0
+    found = call("inspect", tmp_path / "model.gguf", "--json").json
+    assert found["provenance"]["written by"].startswith("llama.cpp's converter, or qwen3-export")
+    assert "shard" not in found

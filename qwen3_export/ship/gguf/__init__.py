@@ -29,14 +29,21 @@ from numpy.typing import NDArray
 from qwen3_export import __version__
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.coverage import GGUF_KEY
-from qwen3_export.core.gguf_types import FILE_TYPES, PLAIN
+from qwen3_export.core.gguf_types import CONVERTERS_TYPES, FILE_TYPES, PLAIN
 from qwen3_export.core.manifest import sha256_file
 from qwen3_export.core.progress import Progress
 from qwen3_export.ggml import import_loops
 from qwen3_export.ship.gguf.encode import Encoder, in_order
 from qwen3_export.ship.gguf.losses import refuse_lost
 from qwen3_export.ship.gguf.metadata import ARCHITECTURES, add_metadata, check_architecture
-from qwen3_export.ship.gguf.options import Options, check_importance, check_patterns, weighed_tensors
+from qwen3_export.ship.gguf.options import (
+    Options,
+    check_importance,
+    check_patterns,
+    check_split_size,
+    larger_than_shards,
+    weighed_tensors,
+)
 from qwen3_export.ship.gguf.plan import check_stacks, planned_tensors
 from qwen3_export.ship.gguf.types import Types, choose_types, supports
 from qwen3_export.ship.gguf.write import (
@@ -70,6 +77,8 @@ def export_gguf(
         import_loops()
     if options.importance is not None:
         _tell_unweighed(plan, encoder, progress)
+    if (warning := larger_than_shards(plan, options)) is not None:
+        progress.warn(warning)
     paths = _write(checkpoint, output, plan, encoder, force, progress, options)
     files = [{"path": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in paths]
     linears = checkpoint.config.all_linears()
@@ -83,6 +92,7 @@ def export_gguf(
 
 def _checked(checkpoint: Checkpoint, type_name: str | None, options: Options) -> tuple[Encoder, list[Planned]]:
     """The encoder and the tensors of the file; raises what `check_request` does."""
+    check_split_size(options)
     check_architecture(checkpoint.config)
     given = options.importance
     types = choose_types(checkpoint, type_name, options.overrides, given is not None, options.allow_requantize)
@@ -180,7 +190,7 @@ def _write(
 
             def describe(writer: gguf.GGUFWriter, number: int = number) -> None:
                 if number == 0:
-                    _describe(writer, checkpoint, encoder.types, options)
+                    _describe(writer, checkpoint, encoder.types, options, len(shards))
                 if len(shards) > 1:
                     writer.add_uint16("split.no", number)
                     writer.add_uint16("split.count", len(shards))
@@ -195,17 +205,21 @@ def _inputs(checkpoint: Checkpoint, options: Options) -> list[Path | None]:
     return [checkpoint.folder, None if options.importance is None else options.importance.path]
 
 
-def _describe(writer: gguf.GGUFWriter, checkpoint: Checkpoint, types: Types, options: Options) -> None:
-    """Add all metadata: the converter's keys, the origin of the codes, the importance matrix."""
+def _describe(writer: gguf.GGUFWriter, checkpoint: Checkpoint, types: Types, options: Options, shards: int) -> None:
+    """Add all metadata: the converter's keys, our version, the origin of the codes, the importance matrix.
+
+    A file that llama.cpp's converter writes too is the same as its own, byte for byte, and does not name us.
+    """
     add_metadata(writer, checkpoint, FILE_TYPES[types.file_type].number)
     if options.importance is not None:
         writer.add_string("quantize.imatrix.file", options.importance.name)
         writer.add_string("quantize.imatrix.dataset", ", ".join(options.importance.datasets))
         writer.add_uint32("quantize.imatrix.entries_count", len(options.importance.entries))
         writer.add_uint32("quantize.imatrix.chunks_count", options.importance.chunks)
+    if checkpoint.schemes or shards > 1 or not set(types.modules.values()) <= set(CONVERTERS_TYPES):
+        writer.add_string("qwen3_export.version", __version__)
     if checkpoint.schemes:
         origin = provenance(checkpoint)
-        writer.add_string("qwen3_export.version", __version__)
         writer.add_string("qwen3_export.source.sha256", origin["source"]["sha256"])
         writer.add_string("qwen3_export.recipe", origin["quantized"]["recipe"])
         if origin["experts"] is not None:

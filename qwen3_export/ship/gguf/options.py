@@ -12,6 +12,8 @@ from qwen3_export.ship.gguf.encode import Encoder
 from qwen3_export.ship.gguf.types import Types
 from qwen3_export.ship.gguf.write import Planned
 
+LEAST_SHARD = 1_000_000
+
 
 @dataclass(frozen=True)
 class Options:
@@ -25,6 +27,26 @@ class Options:
     importance: Imatrix | None = None
     split_max_bytes: int | None = None
     allow_requantize: bool = False
+
+
+def check_split_size(options: Options) -> None:
+    """Raise InputError for shards of less than a megabyte, the least that llama-gguf-split takes."""
+    if options.split_max_bytes is not None and options.split_max_bytes < LEAST_SHARD:
+        raise InputError(
+            f"--split-max-size: {options.split_max_bytes} bytes are too few for a shard",
+            "give 1M at least, e.g. 4G: a number alone counts bytes",
+        )
+
+
+def larger_than_shards(plan: Sequence[Planned], options: Options) -> str | None:
+    """A warning of tensors that no shard of the wanted size holds; None where there is none."""
+    limit = options.split_max_bytes
+    large = [] if limit is None else sorted((item.nbytes, item.name) for item in plan if item.nbytes > limit)
+    if not large:
+        return None
+    size, name = large[-1]
+    others = f" (and {len(large) - 1} others)" if len(large) > 1 else ""
+    return f"{name} has {size / 1e6:.1f} MB{others}, more than --split-max-size: it gets a larger shard of its own"
 
 
 def check_patterns(plan: Sequence[Planned], types: Types, overrides: Overrides) -> None:

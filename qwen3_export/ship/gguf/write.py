@@ -78,10 +78,9 @@ def earlier_files(output: Path, paths: Sequence[Path]) -> list[Path]:
     shard = re.compile(rf"{stem}-(\d{{5}})-of-(\d{{5}})\.gguf")
     beside = output.parent.iterdir() if output.parent.is_dir() else ()
     shards = [
-        path for path in sorted(beside) if (found := shard.fullmatch(path.name)) and "00001" <= found[1] <= found[2]
+        path for path in sorted(beside) if (names := shard.fullmatch(path.name)) and "00001" <= names[1] <= names[2]
     ]
-    found = [*([output] if os.path.lexists(output) else []), *shards]
-    return [path for path in found if path not in paths]
+    return [path for path in ([output] if os.path.lexists(output) else []) + shards if path not in paths]
 
 
 def check_places(output: Path, count: int, force: bool, inputs: Inputs) -> None:
