@@ -83,7 +83,8 @@ def export_gguf(
     files = [{"path": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in paths]
     linears = checkpoint.config.all_linears()
     linear_bytes = sum(item.nbytes for item in plan if item.modules[0] in linears)
-    result = export_result(paths[0], files, checkpoint, encoder.inexact(), started, linear_bytes)
+    tensor_bytes = sum(item.nbytes for item in plan)
+    result = export_result(paths[0], files, checkpoint, encoder.inexact(), started, linear_bytes, tensor_bytes)
     result["type"] = types.file_type
     if types.requantized:
         result["requantized"] = _requantized(types, encoder)
