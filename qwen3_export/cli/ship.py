@@ -20,6 +20,7 @@ from qwen3_export.cli.on_the_way import (
     Quantizing,
     RecipeOption,
     Resume,
+    RoundingThreads,
     Samples,
     ScratchOption,
     Seed,
@@ -143,7 +144,7 @@ def gguf(
     seed: Seed = None,
     memory: Memory = None,
     device: Device = None,
-    threads: Threads = None,
+    threads: RoundingThreads = None,
     resume: Resume = None,
     scratch: ScratchOption = None,
     force: Force = False,
@@ -168,9 +169,12 @@ def gguf(
         None if imatrix is None else read_imatrix(imatrix),
         None if split_max_size is None else _split_size(split_max_size),
         allow_requantize,
+        threads,
     )
     show = console(json, quiet, verbose)
-    options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume, scratch)
+    options = Quantizing(
+        calibration, samples, sequence_length, seed, memory, device, threads if recipe else None, resume, scratch
+    )
     check = partial(check_request, type_name=type_name, options=chosen, output=output, force=force)
     if card:
         check_gguf_card(output)

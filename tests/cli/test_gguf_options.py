@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from qwen3_export import __version__
 from qwen3_export.core.gguf_header import GgufTensor, read_gguf_header
+from qwen3_export.ship.gguf import encode
 from tests.cli.helpers import call, refused
 
 
@@ -147,6 +149,26 @@ def test_codes_are_rounded_again_on_request_alone(made: dict[str, Path], tmp_pat
     assert {item["to"] for item in values["requantized"]} == {"q5_1"}
     assert len(values["requantized"]) == 14
     assert set(types_of(tmp_path / "model.gguf").values()) == {"q5_1", "q8_0", "f32"}
+
+
+def test_threads_limit_the_rounding_and_change_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    class Recording(ThreadPoolExecutor):
+        def __init__(self, count: int) -> None:
+            asked.append(count)
+            super().__init__(count)
+
+    monkeypatch.setattr(encode, "ThreadPoolExecutor", Recording)
+    sums = set[str]()
+    for threads in (1, 3):
+        command = ("gguf", model, "--type", "q4_0", "--threads", threads, "--output", tmp_path / f"{threads}.gguf")
+        sums.add(call(*command, "--json").json["files"][0]["sha256"])
+        assert set(asked) == {threads}
+        asked.clear()
+    assert len(sums) == 1
 
 
 def test_a_matrix_is_not_replaced_unasked(model: Path, matrix: Path) -> None:

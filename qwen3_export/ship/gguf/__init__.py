@@ -100,7 +100,8 @@ def _checked(checkpoint: Checkpoint, type_name: str | None, options: Options) ->
     check_stacks(checkpoint.config, types)
     plan = list(planned_tensors(checkpoint, types))
     check_patterns(plan, types, options.overrides)
-    encoder = Encoder(checkpoint, types, {} if given is None else given.for_model(checkpoint.config))
+    importance = {} if given is None else given.for_model(checkpoint.config)
+    encoder = Encoder(checkpoint, types, importance, options.threads)
     if given is not None:
         check_importance(plan, encoder, given)
     return encoder, plan
@@ -179,7 +180,7 @@ def _write(
 
     def pieces(item: Planned) -> Iterator[NDArray]:
         tasks = (task for module in item.modules for task in encoder.tasks(module, item.type))
-        for encoded in in_order(tasks):
+        for encoded in in_order(tasks, encoder.threads):
             encoder.note(encoded.changes)
             yield encoded.data
         encoder.refuse_lost(item.modules)

@@ -50,8 +50,11 @@ class Encoded:
 class Encoder:
     """Turns matrices of a checkpoint into data, and collects what changed."""
 
-    def __init__(self, checkpoint: Checkpoint, types: Types, importance: Mapping[str, NDArray]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, types: Types, importance: Mapping[str, NDArray], threads: int | None = None
+    ) -> None:
         self.checkpoint, self.types, self.importance = checkpoint, types, importance
+        self.threads = thread_count(threads)
         self.changes: Changes = {}
 
     def tasks(self, module: str, name: str) -> Iterator[Callable[[], Encoded]]:

@@ -20,13 +20,15 @@ class Options:
     """Options of an export beside the type.
 
     `importance` weighs the errors of rounding. `split_max_bytes` divides the file into shards. `allow_requantize`
-    permits to round codes again, if no type holds them or another type is asked for.
+    permits to round codes again, if no type holds them or another type is asked for. `threads` make the data, by
+    default as many as there are processors; their number never changes the bytes.
     """
 
     overrides: Overrides = field(default_factory=Overrides)
     importance: Imatrix | None = None
     split_max_bytes: int | None = None
     allow_requantize: bool = False
+    threads: int | None = None
 
 
 def check_split_size(options: Options) -> None:
