@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qwen3_export.core.disk import naming
+from qwen3_export.core.disk import flush, naming, naming_full
 from qwen3_export.core.manifest import MARKER
 from qwen3_export.core.places import Inputs, checked_place, no_place, refuse_existing
 from qwen3_export.errors import InputError
@@ -57,7 +57,8 @@ def staged_folder(
         if resumable is None:
             clear_partial(reservation.partial)
         try:
-            yield reservation.partial
+            with naming_full(reservation.partial):
+                yield reservation.partial
             if not (reservation.partial / MARKER).exists():
                 raise InputError(f"{reservation.partial} was removed while it was written")
             _move_into_place(reservation.partial, place)
@@ -76,7 +77,8 @@ def staged_file(output: Path, force: bool = False, inputs: Inputs = ()) -> Itera
         clear_partial(reservation.partial)
         file = reservation.partial / place.name
         try:
-            yield file
+            with naming_full(file):
+                yield file
             flush(file)
             file.replace(place)
         except BaseException:
@@ -289,13 +291,3 @@ def _remove_marked(old: Path) -> None:
         if path.name != MARKER:
             (shutil.rmtree if path.is_dir() and not path.is_symlink() else os.unlink)(path)
     shutil.rmtree(old)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with naming(path):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from qwen3_export import __version__
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.coverage import GGUF_KEY
+from qwen3_export.core.disk import naming_full
 from qwen3_export.core.gguf_types import CONVERTERS_TYPES, FILE_TYPES, PLAIN
 from qwen3_export.core.manifest import sha256_file
 from qwen3_export.core.progress import Progress
@@ -132,7 +133,8 @@ def planned_bytes(checkpoint: Checkpoint, type_name: str | None = None) -> int:
         def describe(writer: gguf.GGUFWriter) -> None:
             add_metadata(writer, checkpoint, FILE_TYPES[encoder.types.file_type].number)
 
-        write_header(path, ARCHITECTURES[checkpoint.config.model_type], plan, describe)
+        with naming_full(path):
+            write_header(path, ARCHITECTURES[checkpoint.config.model_type], plan, describe)
         return path.stat().st_size + sum(item.nbytes for item in plan)
 
 

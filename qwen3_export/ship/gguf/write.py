@@ -22,11 +22,11 @@ import numpy as np
 from gguf.gguf_writer import TensorInfo
 from numpy.typing import NDArray
 
+from qwen3_export.core.disk import flush, naming_full
 from qwen3_export.core.gguf_header import ALIGNMENT
 from qwen3_export.core.gguf_types import GGML_NUMBERS, block_size
-from qwen3_export.core.outputs import flush, staged_file
+from qwen3_export.core.outputs import staged_file
 from qwen3_export.core.places import Inputs, checked_place
-from qwen3_export.errors import ResourceError
 
 
 @dataclass(frozen=True)
@@ -132,21 +132,17 @@ def write_shard(
     pieces: Callable[[Planned], Iterator[NDArray]], done: Callable[[], None],
 ) -> None:  # fmt: skip
     """Write one file; `pieces` gives a tensor's data."""
-    try:
+    with naming_full(path):
         write_header(path, architecture, plan, describe)
         with path.open("ab") as file:
             _pad(file)
             for item in plan:
                 begin = file.tell()
                 for piece in pieces(item):
-                    np.ascontiguousarray(piece).tofile(file)
+                    file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
                 assert file.tell() - begin == item.nbytes, item.name
                 _pad(file)
                 done()
-    except OSError as error:
-        if error.errno is None:  # numpy's error says how much was written, but not why writing failed
-            raise ResourceError(f"{path.parent}: the disk is full ({error})", "free some room") from error
-        raise
 
 
 def _pad(file: BinaryIO) -> None:
