@@ -33,9 +33,10 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def naming_full(path: Path) -> Iterator[None]:
-    """Let an error of a full disk inside the block name the file, if it names none.
+    """Let an error of a full disk inside the block name the file.
 
-    For blocks that also read: an error of reading is no error of this file.
+    One that names a file already is left as it is. For blocks that also read: an error of reading is no error of this
+    file.
     """
     try:
         yield

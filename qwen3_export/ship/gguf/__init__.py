@@ -210,9 +210,10 @@ def _inputs(checkpoint: Checkpoint, options: Options) -> list[Path | None]:
 
 
 def _describe(writer: gguf.GGUFWriter, checkpoint: Checkpoint, types: Types, options: Options, shards: int) -> None:
-    """Add all metadata: the converter's keys, our version, the origin of the codes, the importance matrix.
+    """Add all metadata: the converter's keys and our own.
 
-    A file that llama.cpp's converter writes too is the same as its own, byte for byte, and does not name us.
+    These are our version, the origin of the codes, and the importance matrix. A file that llama.cpp's converter writes
+    too is the same as its own, byte for byte, and does not name us.
     """
     add_metadata(writer, checkpoint, FILE_TYPES[types.file_type].number)
     if options.importance is not None:

@@ -41,7 +41,7 @@ def check_split_size(options: Options) -> None:
 
 
 def larger_than_shards(plan: Sequence[Planned], options: Options) -> str | None:
-    """A warning of tensors that no shard of the wanted size holds; None where there is none."""
+    """A warning of tensors that no shard of the wanted size holds, or None."""
     limit = options.split_max_bytes
     large = [] if limit is None else sorted((item.nbytes, item.name) for item in plan if item.nbytes > limit)
     if not large:

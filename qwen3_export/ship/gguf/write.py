@@ -84,7 +84,10 @@ def earlier_files(output: Path, paths: Sequence[Path]) -> list[Path]:
 
 
 def check_places(output: Path, count: int, force: bool, inputs: Inputs) -> None:
-    """Raise InputError when an output's shards or files of an earlier one may not be replaced."""
+    """Raise InputError when a file of an output may not be replaced.
+
+    That is one of its shards, or a file of an earlier output of its name.
+    """
     paths, inputs = shard_paths(output, count), list(inputs)
     for path in (*paths, *earlier_files(output, paths)):
         checked_place(path, inputs, force, folder=False)
