@@ -4,8 +4,8 @@
     speed     model, type → tokens per second                 `benchmarks.gguf.speed`
     cost      model, job → CPU seconds, peak memory           `benchmarks.gguf.cost`
 
-Every run adds its rows to the file. `python -m benchmarks.gguf.report FILE.json` writes the page and the guide's table
-again.
+Every run adds its rows to the file. `python -m benchmarks.gguf.report FILE.json` writes the page, the guide's table
+and the README's again.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ BEST = "llama.cpp imatrix"
 # Aims: largest share of the KL of llama.cpp's quantizer with the matrix; the second for `outliers`.
 AIMS = {"q4_k_m": 0.45, "q4_0": 0.60, "q3_k_m": 0.40, "q2_k": 0.35, "q5_k_m": 0.60}
 AIM_WITH_OUTLIERS = 0.20
+# The largest KL of a solved file in llama.cpp, over that of its folder in torch.
+GAP_AIM = 1.10
 ORDER = ("q2_k", "q3_k_m", "iq4_xs", "q4_0", "q4_k_m", "q5_k_m", "q6_k", "q8_0")
 SAID = """KL in nats per token and top-1 agreement, in llama.cpp. `×`: solved, relative to llama.cpp's quantizer with
-its matrix. Gap: the solved file's KL over that of its folder in torch, where inputs are not rounded. Sizes: how far
-those two files' are apart.
+its matrix. Gap: the solved file's KL over that of its folder in torch, where inputs are not rounded; its aim is
+{aim:.2f}. Sizes: how far those two files' are apart.
 """
 # The shape of Qwen3-8B, for sizes.
 BIG = {
@@ -55,7 +57,8 @@ USES = {
     "q3_k_m": "only where 4 bits do not fit",
     "q2_k": "only where nothing else fits",
 }
-GUIDE, BEGIN, END = Path("docs/cpu.md"), "<!-- written by benchmarks.gguf.report -->\n", "<!-- end -->\n"
+GUIDE, README = Path("docs/cpu.md"), Path("README.md")
+BEGIN, END = "<!-- written by benchmarks.gguf.report -->\n", "<!-- end -->\n"
 
 
 def add(path: Path, part: str, rows: Iterable[Row]) -> None:
@@ -88,9 +91,33 @@ def write_page(path: Path) -> None:
 
 def write_guide(path: Path, guide: Path = GUIDE) -> None:
     """Rewrite the guide's table between its two marks."""
-    text, found = guide.read_text(encoding="utf-8"), json.loads(path.read_text(encoding="utf-8"))
-    before, rest = text.split(BEGIN)
-    guide.write_text(f"{before}{BEGIN}\n{which_type(found)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    _rewrite(guide, which_type(json.loads(path.read_text(encoding="utf-8"))))
+
+
+def write_readme(path: Path, readme: Path = README) -> None:
+    """Rewrite the README's table between its two marks."""
+    _rewrite(readme, at_a_glance(json.loads(path.read_text(encoding="utf-8"))["quality"]))
+
+
+def _rewrite(page: Path, written: str) -> None:
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{written}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+def at_a_glance(rows: list[Row]) -> str:
+    """The README's table: size, KL and device of the reference model's files."""
+    mine = {(row["type"], row["way"]): row for row in rows if row["checkpoint"] == "reference-model"}
+    lines = [
+        [
+            f"`{name}`",
+            f"{mine[name, SOLVED]['bytes'] / 1e6:.2f}",
+            *(f"{mine[name, way]['kl']:.4f}" for way in (SOLVED, BEST)),
+            USES[name],
+        ]
+        for name in USES
+        if {(name, SOLVED), (name, BEST)} <= set(mine)
+    ]
+    return table(["file type", "MB", "solved", "`llama-quantize`, matrix", "for"], lines)
 
 
 def which_type(found: dict[str, list[Row]]) -> str:
@@ -132,7 +159,7 @@ def bits_per_weight(type_name: str) -> float:
 def quality(rows: list[Row]) -> str:
     """One table per checkpoint: KL by type and way, solving's gain, gap to torch."""
     names = list(dict.fromkeys(row["checkpoint"] for row in rows))
-    parts = [SAID]
+    parts = [SAID.format(aim=GAP_AIM)]
     for name in names:
         mine = [row for row in rows if row["checkpoint"] == name]
         types = sorted({row["type"] for row in mine}, key=lambda t: (ORDER.index(t) if t in ORDER else 99, t))
@@ -158,6 +185,7 @@ def _quality_line(checkpoint: str, type_name: str, ways: dict[str, Row]) -> list
     if aim is not None and checkpoint == "outliers":
         aim = min(aim, AIM_WITH_OUTLIERS)
     share = solved["kl"] / best["kl"] if solved and best else None
+    gap = solved["kl"] / solved["kl_torch"] if solved else None
     return [
         type_name,
         f"{max(sizes) / 1e6:.2f}",
@@ -165,7 +193,7 @@ def _quality_line(checkpoint: str, type_name: str, ways: dict[str, Row]) -> list
         "–" if share is None else f"{share:.2f}",
         "–" if aim is None or share is None else f"{aim:.2f} {'holds' if share <= aim else 'missed'}",
         f"{solved['top1']:.1%}" if solved else "–",
-        f"{solved['kl'] / solved['kl_torch']:.2f}" if solved else "–",
+        "–" if gap is None else f"{gap:.3f} {'holds' if gap <= GAP_AIM else 'missed'}",
         "–" if apart is None else f"{apart:.2%}",
     ]
 
@@ -196,3 +224,4 @@ def cost(rows: list[Row]) -> str:
 if __name__ == "__main__":
     write_page(Path(sys.argv[1]))
     write_guide(Path(sys.argv[1]))
+    write_readme(Path(sys.argv[1]))

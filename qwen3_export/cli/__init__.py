@@ -23,7 +23,7 @@ from typing import Any
 
 from qwen3_export.cli.streams import finish_streams, steady_streams
 from qwen3_export.cli.tables import plain
-from qwen3_export.core.disk import disk_of
+from qwen3_export.core.disk import FULL, disk_of
 from qwen3_export.core.memory import HINT, lacks_memory
 from qwen3_export.core.process import STOPPING
 from qwen3_export.errors import ExportError, InputError, InputWarning
@@ -33,6 +33,7 @@ _EXIT_RESOURCES = 4
 _EXIT_INPUT = 2
 _GOES_ON = "finished blocks are kept in {}: repeat the command to go on"
 _AGAIN = "nothing was written: repeat the command to start over"
+_TOO_LARGE = "raise the limit (`ulimit -f unlimited`), or write to a file system that holds larger files"
 _WHOLE = "{} was finished before that, and is whole"
 # Commands that write no files.
 _READING = ("run", "inspect", "plan")
@@ -135,7 +136,9 @@ def _report(error: BaseException, arguments: Sequence[str] = (), started: float 
         reason = str(error).strip().partition("\n")[0]
         return _say("out of memory" + (f" ({reason})" if reason else ""), HINT, _EXIT_RESOURCES)
     if isinstance(error, OSError):
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno == errno.EFBIG:
+            return _say(f"a file may not get as large{_where(error)}{_on(error)}", _TOO_LARGE, _EXIT_RESOURCES)
+        if error.errno in FULL:
             return _say(f"the disk is full{_where(error)}{_on(error)}", _full_disk_hint(arguments), _EXIT_RESOURCES)
         if error.errno is not None:
             return _say(f"{error.strerror}{_where(error)}", None, _EXIT_INPUT)

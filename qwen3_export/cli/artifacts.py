@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from qwen3_export.cli.console import fields, size, table
 from qwen3_export.cli.show_companions import show_companion
 from qwen3_export.core.files import read_object
 from qwen3_export.core.gguf_header import GgufTensor, read_gguf_header
+from qwen3_export.core.gguf_types import CONVERTERS_TYPES
 from qwen3_export.core.manifest import MANIFEST, read_manifest
 from qwen3_export.core.onnx_header import OnnxTensor, onnx_data_files, read_onnx_header
 from qwen3_export.run.onnx_files import find_onnx, is_onnx
@@ -23,6 +24,8 @@ _STATED = (
     "expert_layers", "source", "quantized",
 )  # fmt: skip
 _OURS, _FOREIGN = "qwen3-export", "another tool"
+# Of a file that the converter, and whoever else writes the same bytes, would not sign.
+_UNNAMED = "llama.cpp's converter, or qwen3-export, whose files of these types are the same"
 
 
 def is_artifact(path: Path) -> bool:
@@ -97,19 +100,26 @@ def _gguf(path: Path) -> dict[str, Any]:
     if header.values.get("general.type") == "imatrix":
         return describe_imatrix(path)
     ours = {key.removeprefix("qwen3_export."): value for key, value in header.values.items() if "qwen3_export." in key}
+    plain = {tensor.type for tensor in header.tensors} <= set(CONVERTERS_TYPES)
     return {
         "artifact": str(path),
         "kind": "GGUF",
+        **({"shard": _shard(header.files, path)} if len(header.files) > 1 else {}),
         "bytes": sum(file.stat().st_size for file in header.files),
         "files": {file.name: file.stat().st_size for file in header.files},
         "values": header.values,
         "provenance": {
-            "written by": _OURS if ours else _FOREIGN,
+            "written by": _OURS if ours else _UNNAMED if plain and len(header.files) == 1 else _FOREIGN,
             **{key: header.values[key] for key in _SHOWN_VALUES if key in header.values},
             **ours,
         },
         **_tensors(header.tensors),
     }
+
+
+def _shard(files: Sequence[Path], path: Path) -> str:
+    """Which of a split model's files was named; all are described."""
+    return f"{[file.name for file in files].index(path.name) + 1} of {len(files)}, all of which are described"
 
 
 def _tensors(found: Iterable[OnnxTensor | GgufTensor]) -> dict[str, Any]:

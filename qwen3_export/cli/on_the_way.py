@@ -39,6 +39,10 @@ Seed = Annotated[
 Memory = Annotated[str | None, typer.Option(help="With --recipe: refuse to start when more is needed, e.g. 8GiB.")]
 Device = Annotated[str | None, typer.Option(help="With --recipe: `cpu` or `cuda`.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="With --recipe: threads of quantizing.")]
+RoundingThreads = Annotated[
+    int | None,
+    typer.Option(min=1, max=MOST_THREADS, help="Of rounding, and with --recipe of quantizing (default: all)."),
+]
 Resume = Annotated[
     bool | None, typer.Option("--resume/--no-resume", help="With --recipe: go on with an interrupted run.")
 ]

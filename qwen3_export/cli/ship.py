@@ -20,6 +20,7 @@ from qwen3_export.cli.on_the_way import (
     Quantizing,
     RecipeOption,
     Resume,
+    RoundingThreads,
     Samples,
     ScratchOption,
     Seed,
@@ -127,7 +128,8 @@ def gguf(
     output_type: Annotated[str | None, typer.Option(help="Type of the output head, tied or not.")] = None,
     imatrix: Annotated[Path | None, typer.Option(help="Importance matrix that weighs the errors of rounding.")] = None,
     split_max_size: Annotated[
-        str | None, typer.Option(help="Write shards of at most this size, e.g. 4G (NAME-00001-of-0000N.gguf).")
+        str | None,
+        typer.Option(help="Write shards of tensors of at most this size, e.g. 4G (NAME-00001-of-0000N.gguf)."),
     ] = None,
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Round codes again that no type holds, or another was asked for.")
@@ -142,7 +144,7 @@ def gguf(
     seed: Seed = None,
     memory: Memory = None,
     device: Device = None,
-    threads: Threads = None,
+    threads: RoundingThreads = None,
     resume: Resume = None,
     scratch: ScratchOption = None,
     force: Force = False,
@@ -167,10 +169,13 @@ def gguf(
         None if imatrix is None else read_imatrix(imatrix),
         None if split_max_size is None else _split_size(split_max_size),
         allow_requantize,
+        threads,
     )
     show = console(json, quiet, verbose)
-    options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume, scratch)
-    check = partial(check_request, type_name=type_name, options=chosen)
+    options = Quantizing(
+        calibration, samples, sequence_length, seed, memory, device, threads if recipe else None, resume, scratch
+    )
+    check = partial(check_request, type_name=type_name, options=chosen, output=output, force=force)
     if card:
         check_gguf_card(output)
     with prepared(source, recipe, options, output, force, show, check, False, imatrix) as checkpoint:

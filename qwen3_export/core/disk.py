@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,9 @@ from pathlib import Path
 
 from qwen3_export.core.units import binary_size
 from qwen3_export.errors import ResourceError
+
+# Errors of a full disk, of a used-up quota, and of a limit on the size of a file (`ulimit -f`, or the file system's).
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -25,6 +29,31 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise
+
+
+@contextmanager
+def naming_full(path: Path) -> Iterator[None]:
+    """Let an error of a full disk inside the block name the file.
+
+    One that names a file already is left as it is. For blocks that also read: an error of reading is no error of this
+    file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in FULL:
+            error.filename = str(path)
+        raise
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with naming(path):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def nearest(path: Path) -> Path:

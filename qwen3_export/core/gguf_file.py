@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_export.core.disk import naming
 from qwen3_export.core.gguf_header import ALIGNMENT, GgufTensor
 from qwen3_export.errors import InputError
 
@@ -46,7 +47,7 @@ def write_fp32(path: Path, metadata: Mapping[str, str | int | list[str]], tensor
         parts.append(struct.pack("<IQ", _FP32, offset))
         offset += -(-array.size * 4 // ALIGNMENT) * ALIGNMENT
     head = b"".join(parts)
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(head + bytes(-len(head) % ALIGNMENT))
         for array in tensors.values():
             data = np.ascontiguousarray(array, "<f4").tobytes()

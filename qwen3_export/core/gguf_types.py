@@ -30,6 +30,8 @@ from qwen3_export.core.scheme import GGML_TYPES
 from qwen3_export.errors import InputError
 
 PLAIN = ("f32", "f16", "bf16")
+# What llama.cpp's own converter writes, and `gguf` byte for byte the same.
+CONVERTERS_TYPES = (*PLAIN, "q8_0")
 # ggml's numbers of the types, and how many weights of a row are stored together in how many bytes.
 GGML_NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
 _BLOCKS = {name: (length, size) for name, length, size in TYPES.values()}
@@ -90,7 +92,8 @@ _NAMES = {
 class Overrides:
     """Types that the user asked for, by pattern or by role.
 
-    Patterns are regular expressions, searched for in tensor names; the first that matches decides.
+    Patterns are regular expressions, searched for in tensor names; the first that matches decides. Their capitals are
+    made small first, as llama-quantize does it.
     """
 
     patterns: tuple[tuple[str, str], ...] = ()
@@ -103,7 +106,7 @@ class Overrides:
         for pattern, name in self.patterns:
             check_type(name, f"--tensor-type {pattern}={name}")
             try:
-                compiled.append((re.compile(pattern), name))
+                compiled.append((re.compile(pattern.lower()), name))
             except re.error as error:
                 raise InputError(f"--tensor-type {pattern}={name}: not a regular expression ({error})") from error
         for option, given in (("--token-embedding-type", self.token_embedding), ("--output-type", self.output)):

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qwen3_export.core.disk import naming
+from qwen3_export.core.disk import flush, naming, naming_full
 from qwen3_export.core.manifest import MARKER
 from qwen3_export.core.places import Inputs, checked_place, no_place, refuse_existing
 from qwen3_export.errors import InputError
@@ -57,7 +57,8 @@ def staged_folder(
         if resumable is None:
             clear_partial(reservation.partial)
         try:
-            yield reservation.partial
+            with naming_full(reservation.partial):
+                yield reservation.partial
             if not (reservation.partial / MARKER).exists():
                 raise InputError(f"{reservation.partial} was removed while it was written")
             _move_into_place(reservation.partial, place)
@@ -76,14 +77,15 @@ def staged_file(output: Path, force: bool = False, inputs: Inputs = ()) -> Itera
         clear_partial(reservation.partial)
         file = reservation.partial / place.name
         try:
-            yield file
-            _flush(file)
+            with naming_full(file):
+                yield file
+            flush(file)
             file.replace(place)
         except BaseException:
             reservation.undo(everything=True)
             raise
         reservation.remove()
-    _flush(place.parent)
+    flush(place.parent)
 
 
 def clear_partial(partial: Path) -> None:
@@ -98,7 +100,7 @@ def write_atomic(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".new")
     with naming(beside):
         beside.write_text(text, encoding="utf-8")
-        _flush(beside)
+        flush(beside)
         beside.replace(path)
 
 
@@ -262,8 +264,8 @@ def _finish_replacing(place: Path) -> None:
 def _move_into_place(partial: Path, place: Path) -> None:
     for path in partial.rglob("*"):
         if path.is_file() and path.name != MARKER:
-            _flush(path)
-    _flush(partial)
+            flush(path)
+    flush(partial)
     if place.is_symlink():
         place.unlink()
     old = _replaced(place) if place.is_dir() else None
@@ -280,7 +282,7 @@ def _move_into_place(partial: Path, place: Path) -> None:
     (place / MARKER).unlink()
     if old is not None:
         _remove_marked(old)
-    _flush(place.parent)
+    flush(place.parent)
 
 
 def _remove_marked(old: Path) -> None:
@@ -289,12 +291,3 @@ def _remove_marked(old: Path) -> None:
         if path.name != MARKER:
             (shutil.rmtree if path.is_dir() and not path.is_symlink() else os.unlink)(path)
     shutil.rmtree(old)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with naming(path):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

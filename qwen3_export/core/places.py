@@ -15,6 +15,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from qwen3_export.core.disk import FULL
 from qwen3_export.core.manifest import MANIFEST
 from qwen3_export.errors import InputError
 
@@ -98,7 +99,7 @@ def no_place(wanted: Path, error: OSError) -> BaseException:
 
     A full disk stays what it is; everywhere else another place helps.
     """
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return error
     place = wanted.with_name(wanted.name.removesuffix(".partial"))
     reason = f"{place.parent} takes no new files" if error.errno == errno.ENOENT else error.strerror

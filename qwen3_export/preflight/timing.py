@@ -17,6 +17,7 @@ from pathlib import Path
 
 from qwen3_export.core.architecture import is_expert
 from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.disk import naming_full
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
 from qwen3_export.core.recipe import Recipe
@@ -68,7 +69,8 @@ def estimate_seconds(
     without_torch = runs_without_torch(checkpoint, recipe, settings)
     with tempfile.TemporaryDirectory(prefix="qwen3-export-plan-") as name, progress.bar("time a block", 4) as tick:
         folder = Path(name)
-        small = write_block(folder / "block", narrowed(checkpoint.raw_config, config))
+        with naming_full(folder):
+            small = write_block(folder / "block", narrowed(checkpoint.raw_config, config))
         few, more = (random_samples(small, count) if samples else None for count in (_FEW, _SAMPLES))
         starved = as_starved(inner, checkpoint, samples, small, more)
         run_trial(small, starved, few, settings, folder / "warm")

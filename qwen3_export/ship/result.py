@@ -20,9 +20,9 @@ from qwen3_export.errors import UnsupportedError
 from qwen3_export.ship.exactness import Inexact
 
 Supports = Callable[[QuantScheme], str | None]
-# `model.onnx.data`, its later shards, the names of transformers.js, and formats of one file.
 _LINEAR = re.compile(r"layer\.\d+\..*(_proj|experts)")
-_WEIGHTS = re.compile(r"(\.onnx[._]data(_\d+)?|\.gguf|\.plan)$")
+# `model.onnx.data`, its later shards, and the names of transformers.js.
+_DATA = re.compile(r"\.onnx[._]data(_\d+)?$")
 
 
 def check_schemes(
@@ -104,13 +104,15 @@ def export_result(
     inexact: list[Inexact],
     started: float,
     linear_bytes: int,
+    tensor_bytes: int | None = None,
 ) -> dict[str, Any]:
     """The JSON object of an export command.
 
-    `linear_bytes` are what the decoder's linears take in the artifact.
+    `linear_bytes` are what the decoder's linears take in the artifact, `tensor_bytes` what all tensors take. The latter
+    are by default the files that hold nothing else.
     """
-    holds_weights = [item for item in files if len(files) == 1 or _WEIGHTS.search(item["path"])]
-    weights = sum(item["bytes"] for item in holds_weights)
+    data = sum(item["bytes"] for item in files if _DATA.search(item["path"]))
+    weights = data if tensor_bytes is None else tensor_bytes
     return {
         "output": str(output),
         "files": files,

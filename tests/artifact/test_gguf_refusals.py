@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.qwen3 import parse_config
+from qwen3_export.core.recipe import recipe_names
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import CheckpointError, InputError, UnsupportedError
 from qwen3_export.ship.gguf import export_gguf
@@ -18,22 +20,31 @@ from tests.conftest import random_tensors, tiny_config, tiny_moe_config, write_c
 # Groups of 48 need widths of 96 throughout.
 WIDTH_96 = {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1}
 UNFIT = [
-    (QuantScheme(4, strategy="channel"), "multiple of 32"),
-    (QuantScheme(8, strategy="channel"), "multiple of 32"),
-    (QuantScheme(4, group_size=48), "multiple of 32"),
-    (QuantScheme(4, group_size=16), "multiple of 32"),
-    (QuantScheme(2, group_size=32), "2-bit"),
-    (QuantScheme(8, group_size=32, symmetric=False), "8-bit asymmetric"),
+    (QuantScheme(4, strategy="channel"), "multiple of 32", "gguf-q4_k_m"),
+    (QuantScheme(8, strategy="channel"), "multiple of 32", "--type q8_0"),
+    (QuantScheme(4, group_size=48), "multiple of 32", "gguf-q4_k_m"),
+    (QuantScheme(4, group_size=16), "multiple of 32", "gguf-q4_k_m"),
+    (QuantScheme(3, group_size=32), "no ggml block type has 3-bit", "gguf-q3_k_m"),
+    (QuantScheme(2, group_size=32), "2-bit", "gguf-q2_k"),
+    (QuantScheme(8, group_size=32, symmetric=False), "8-bit asymmetric", "--type q8_0"),
+    (QuantScheme(8, "float", strategy="channel"), "no type of 8-bit floats", "--type q8_0"),
+    (QuantScheme(8, "float", strategy="channel", activations="dynamic-token"), "activations", "gguf-q6_k"),
+    (QuantScheme(4, "float", group_size=16, scale_dtype="e4m3"), "type for it, NVFP4, is not written", "gguf-q4_k_m"),
 ]
 
 
-@pytest.mark.parametrize(("scheme", "reason"), UNFIT, ids=lambda value: getattr(value, "label", None))
-def test_schemes_that_do_not_fit(make_checkpoint: Callable, tmp_path: Path, scheme: QuantScheme, reason: str) -> None:
+@pytest.mark.parametrize(("scheme", "reason", "remedy"), UNFIT, ids=lambda value: getattr(value, "label", None))
+def test_schemes_that_do_not_fit(
+    make_checkpoint: Callable, tmp_path: Path, scheme: QuantScheme, reason: str, remedy: str
+) -> None:
     checkpoint = round_to_nearest(make_checkpoint(tiny_config(**WIDTH_96)), tmp_path / "quantized", ("*", scheme))
     with pytest.raises(UnsupportedError, match=reason) as caught:
         export_gguf(checkpoint, tmp_path / "out" / "model.gguf")
     assert "self_attn.q_proj" in str(caught.value)
-    assert caught.value.hint
+    hint = caught.value.hint or ""
+    assert remedy in hint
+    assert set(re.findall(r"gguf-\w+", hint)) <= set(recipe_names())
+    assert "g_idx" not in hint
     assert not (tmp_path / "out").exists()
 
 

@@ -1,4 +1,4 @@
-"""Every type of a GGUF file, dense and MoE, in llama.cpp against torch with the file's weights; shards; requests."""
+"""Every type of a GGUF file, dense and MoE, in llama.cpp against torch with the file's weights; requests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -17,7 +16,7 @@ from qwen3_export.core.gguf_types import FILE_TYPES, Overrides, block_size, gguf
 from qwen3_export.core.qwen3 import parse_config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
-from qwen3_export.errors import InputError, UnsupportedError
+from qwen3_export.errors import UnsupportedError
 from qwen3_export.ship.gguf import Options, export_gguf
 from tests.artifact.support import (
     SAME,
@@ -130,41 +129,6 @@ def test_losses_are_named_tensor_by_tensor(tiny: Callable[[str], Path], tmp_path
         original = checkpoint.read(name).astype(np.float32)
         assert found.pop(name) == pytest.approx(np.abs(weight - original).max() / np.abs(original).max(), rel=1e-3)
     assert not found
-
-
-# Shards
-
-
-def test_llama_cpp_loads_shards(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(tiny("moe"))
-    whole = export_gguf(checkpoint, tmp_path / "whole.gguf", "q4_k_m")
-    result = export_gguf(checkpoint, tmp_path / "model.gguf", "q4_k_m", options=Options(split_max_bytes=1_000_000))
-    paths = sorted(tmp_path.glob("model-*.gguf"))
-    count = len(paths)
-    assert [path.name for path in paths] == [f"model-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)]
-    assert [item["path"] for item in result["files"]] == [path.name for path in paths]
-    assert result["output"] == str(paths[0])
-    assert count > 2
-    headers = [gguf.GGUFReader(path) for path in paths]
-    tensors = sum(len(header.tensors) for header in headers)
-    for number, header in enumerate(headers):
-        values = [header.fields[f"split.{key}"].contents() for key in ("no", "count", "tensors.count")]
-        assert values == [number, count, tensors]
-    assert not (tmp_path / "model.gguf").exists()
-    assert sum(path.stat().st_size for path in paths[:-1]) > 0.5 * whole["files"][0]["bytes"]
-    for mine, other in zip(logits(paths[0], IDS), logits(tmp_path / "whole.gguf", IDS), strict=True):
-        np.testing.assert_array_equal(mine, other)
-
-
-def test_existing_shards_stop_the_export(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    checkpoint, options = open_checkpoint(tiny("dense")), Options(split_max_bytes=1_000_000)
-    export_gguf(checkpoint, tmp_path / "model.gguf", "q8_0", options=options)
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(InputError, match="exists already"):
-        export_gguf(checkpoint, tmp_path / "model.gguf", "q8_0", options=options)
-    assert sorted(tmp_path.iterdir()) == before
-    export_gguf(checkpoint, tmp_path / "model.gguf", "q8_0", force=True, options=options)
-    assert sorted(tmp_path.iterdir()) == before
 
 
 # Types on request

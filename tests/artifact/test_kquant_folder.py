@@ -92,7 +92,7 @@ def test_codes_move_into_the_file_that_rounding_at_once_writes(
         np.testing.assert_array_equal(data[0], data[1], mine.name)
     assert result["exact"]
     assert moved.values["general.file_type"] == FILE_TYPES[name].number
-    assert result["bits_per_weight"] == pytest.approx(checkpoint.bits_per_weight, rel=0.2)
+    assert result["bits_per_weight"] == pytest.approx(checkpoint.bits_per_weight, rel=0.02)
 
 
 def test_torch_runs_the_folder(tmp_path: Path, reference_folder: Path) -> None:

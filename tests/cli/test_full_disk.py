@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import subprocess
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from qwen3_export.core.imatrix import Imatrix, ImatrixEntry
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
 from qwen3_export.solve.preflight import artifact_bytes
 from tests.cli.deep_runs import LAYERS, OPTIONS, start_run
 from tests.cli.helpers import call, fill, finish, finished_blocks, hashes, names, refused, wait_for
+from tests.cli.test_outputs import WRITERS
+
+SMALL = ("--samples", "2", "--sequence-length", "16")
 
 
 def test_disk_that_fills_up_during_the_run(
@@ -63,3 +71,44 @@ def test_disk_that_is_full_at_the_end(deep_model: Path, disk: Callable[..., Path
     subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
     assert call(*command, "--json").json["resumed_blocks"] == LAYERS
     assert names(place) == ["out"]
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """What `ulimit -f` sets, for this process."""
+    usual, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (usual, most))
+
+
+@pytest.mark.parametrize("size", [100, 10_000, 300_000])
+@pytest.mark.parametrize("kind", [*WRITERS, "calibrate", "search"])
+def test_a_limit_on_the_size_of_files_is_named(
+    kind: str, size: int, made: dict[str, Path], model: Path, tmp_path: Path
+) -> None:
+    """It is met in files of every sort: spilled activations, tensors, graphs, texts."""
+    others = {
+        "calibrate": ("calibrate", model, *SMALL),
+        "search": ("recipes", "search", model, "--target-bpw", "5", "--samples", "2", "--sequence-length", "32"),
+    }
+    command = others[kind] if kind in others else WRITERS[kind](made, model)
+    if size == 300_000 and kind in (*others, "reference"):
+        pytest.skip("all of its files are smaller")
+    with largest_file(size):
+        outcome = call(*command, "--output", tmp_path / "out")
+    refused(outcome, 4, "a file may not get as large: ", "hint: raise the limit (`ulimit -f unlimited`)")
+    # gguf-py reads copies of the model's texts, which lie in the system's own folder.
+    places = (tmp_path, tempfile.gettempdir()) if (kind, size) == ("gguf", 100) else (tmp_path,)
+    assert any(f"get as large: {place}/" in outcome.err for place in places), outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_importance_matrix_names_itself(tmp_path: Path) -> None:
+    """Whatever folders of intermediate files are open around it."""
+    entry = ImatrixEntry(np.ones((1, 256), np.float32), np.ones(1, np.float32))
+    with largest_file(100), pytest.raises(OSError, match="File too large") as caught:
+        Imatrix({"blk.0.attn_q.weight": entry}).write(tmp_path / "imatrix.gguf")
+    assert caught.value.filename == str(tmp_path / "imatrix.gguf")

@@ -69,7 +69,8 @@ def test_an_order_is_refused_by_every_export(shipped: Callable[..., packers.Fold
     ):
         with pytest.raises(UnsupportedError, match="its groups are not consecutive inputs") as caught:
             export()
-        assert "gptq-w4a16-g128" in str(caught.value.hint)
+        assert "gptq-w4a16-g128, whose act_order needs no g_idx" in str(caught.value.hint)
+        assert ("gguf-q4_k_m" in str(caught.value.hint)) == ("GGUF" in str(caught.value))
     assert not (tmp_path / "onnx").exists()
 
 

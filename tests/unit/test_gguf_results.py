@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gguf.report import add, bits_per_weight, write_guide, write_page
+from benchmarks.gguf.report import BEGIN, END, add, bits_per_weight, quality, write_guide, write_page, write_readme
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "2026-11-gguf.json"
@@ -23,6 +23,49 @@ def test_page_and_guide_are_written_from_the_results(tmp_path: Path) -> None:
     write_guide(results, guide)
     assert results.with_suffix(".md").read_text() == RESULTS.with_suffix(".md").read_text()
     assert guide.read_text() == (ROOT / "docs" / "cpu.md").read_text()
+
+
+def cells(text: str) -> dict[tuple[str, str], str]:
+    """`{(file type, column): cell}` of the table between the report's marks."""
+    written = text.split(BEGIN)[1].split(END)[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in written.splitlines() if line[:1] == "|"]
+    header, _, *lines = rows
+    return {(row[0], column): cell for row in lines for column, cell in zip(header, row, strict=True)}
+
+
+def test_the_readmes_table_is_written_from_the_results(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text()
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    write_readme(RESULTS, readme)
+    # Compared cell by cell, so that a difference is named; then as a whole.
+    assert cells(text) == cells(readme.read_text()), "python -m benchmarks.gguf.report writes the table again"
+    assert text == readme.read_text()
+
+
+def test_the_readmes_cells_are_those_of_the_rows() -> None:
+    rows = {
+        (row["type"], row["way"]): row
+        for row in json.loads(RESULTS.read_text())["quality"]
+        if row["checkpoint"] == "reference-model"
+    }
+    found = cells((ROOT / "README.md").read_text())
+    types = {name for name, _ in found}
+    assert {"`q4_k_m`", "`q4_0`", "`q2_k`"} <= types
+    for name in types:
+        solved, best = (rows[name.strip("`"), way] for way in ("ours solved", "llama.cpp imatrix"))
+        shown = {"MB": f"{solved['bytes'] / 1e6:.2f}", "solved": f"{solved['kl']:.4f}"}
+        shown["`llama-quantize`, matrix"] = f"{best['kl']:.4f}"
+        assert {column: found[name, column] for column in shown} == shown, name
+
+
+def test_a_gap_above_its_aim_is_marked() -> None:
+    row = {
+        "checkpoint": "m", "type": "q4_0", "positions": 1, "samples": 1, "sequence_length": 1, "bytes": 1, "top1": 1.0,
+        "kl_error": 0.1,
+    }  # fmt: skip
+    for kl, shown in ((1.1, "1.100 holds"), (1.102, "1.102 missed")):
+        assert f"| {shown} |" in quality([{**row, "way": "ours solved", "kl": kl, "kl_torch": 1.0}])
 
 
 def test_rows_with_the_same_key_are_replaced(tmp_path: Path) -> None:

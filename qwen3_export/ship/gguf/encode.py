@@ -32,6 +32,8 @@ from qwen3_export.ship.gguf.types import Types, widened
 _ELEMENTS_AT_ONCE, _ROWS = 1 << 20, 32
 _FLOATS: dict[str, np.dtype] = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
 _PLAIN = {**_FLOATS, "bf16": np.dtype(ml_dtypes.bfloat16)}
+# Types that are rounded without importance: q8_0's scale is that of its largest weight.
+_UNWEIGHED = (*_PLAIN, "q8_0")
 Made = TypeVar("Made")
 # By the names of the tensors that could not be stored unchanged.
 Changes = dict[str, Change]
@@ -48,8 +50,11 @@ class Encoded:
 class Encoder:
     """Turns matrices of a checkpoint into data, and collects what changed."""
 
-    def __init__(self, checkpoint: Checkpoint, types: Types, importance: Mapping[str, NDArray]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, types: Types, importance: Mapping[str, NDArray], threads: int | None = None
+    ) -> None:
         self.checkpoint, self.types, self.importance = checkpoint, types, importance
+        self.threads = thread_count(threads)
         self.changes: Changes = {}
 
     def tasks(self, module: str, name: str) -> Iterator[Callable[[], Encoded]]:
@@ -80,6 +85,11 @@ class Encoder:
     def rounds_again(self, module: str) -> bool:
         """Whether a matrix's codes are rounded onto another type."""
         return module in self.types.requantized and not self._widens(module)
+
+    def weighs(self, module: str, name: str) -> bool:
+        """Whether a matrix is rounded so that the importance of its inputs matters."""
+        rounded = module not in self.checkpoint.schemes or self.rounds_again(module)
+        return rounded and module in self.types.modules and name not in _UNWEIGHED
 
     def _widens(self, module: str) -> bool:
         again = self.types.requantized.get(module)

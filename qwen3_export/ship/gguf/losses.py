@@ -43,8 +43,8 @@ def refuse_lost(encoder: Encoder, plan: Sequence[Planned], done: Callable[[], No
     for item in plan:
         for module in item.modules:
             if not _is_safe(encoder, module, item.type, scales.get(module, [])):
-                trial = Encoder(encoder.checkpoint, encoder.types, encoder.importance)
-                for encoded in in_order(trial.tasks(module, item.type)):
+                trial = Encoder(encoder.checkpoint, encoder.types, encoder.importance, encoder.threads)
+                for encoded in in_order(trial.tasks(module, item.type), encoder.threads):
                     trial.note(encoded.changes)
                 trial.refuse_lost([module])
         done()
@@ -58,12 +58,12 @@ def _is_safe(encoder: Encoder, module: str, name: str, scales: Sequence[str]) ->
             return True
         tensor = f"{module}.weight"
         rows = (partial(checkpoint.rows, tensor, cut.start, cut.stop) for cut in encoder.cuts(module))
-        return _far(in_order(partial(_power, read) for read in rows), *_WEIGHTS)
+        return _far(in_order((partial(_power, read) for read in rows), encoder.threads), *_WEIGHTS)
     if encoder.rounds_again(module):
         weight = checkpoint.linear(module)
         assert isinstance(weight, QuantizedTensor)
         parts = (partial(dequantize, part) for part in pieces_of_rows(weight))
-        return _far(in_order(partial(_power, make) for make in parts), *_WEIGHTS)
+        return _far(in_order((partial(_power, make) for make in parts), encoder.threads), *_WEIGHTS)
     if scheme.ggml_type is not None or scheme.type == "float":
         return True
     return all(_far([_power(partial(checkpoint.read, scale))], *_SCALES) for scale in scales)

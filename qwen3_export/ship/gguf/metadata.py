@@ -15,6 +15,7 @@ from typing import Any
 import gguf
 
 from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.disk import naming_full
 from qwen3_export.core.files import read_sidecar, read_text
 from qwen3_export.core.qwen3 import Qwen3Config
 from qwen3_export.core.rope import Rope
@@ -124,11 +125,12 @@ def _plain_texts(folder: Path, place: Path) -> Path:
     folder = folder.absolute()
     copied = place / folder.parent.name / folder.name
     copied.mkdir(parents=True)
-    for name in ("config.json", "generation_config.json"):
-        (copied / name).write_text(json.dumps(read_sidecar(folder / name)), encoding="utf-8")
-    if (folder / "README.md").is_file():
-        text = read_text(folder / "README.md", CheckpointError)
-        (copied / "README.md").write_text(text, encoding="utf-8")
+    with naming_full(copied):
+        for name in ("config.json", "generation_config.json"):
+            (copied / name).write_text(json.dumps(read_sidecar(folder / name)), encoding="utf-8")
+        if (folder / "README.md").is_file():
+            text = read_text(folder / "README.md", CheckpointError)
+            (copied / "README.md").write_text(text, encoding="utf-8")
     return copied
 
 

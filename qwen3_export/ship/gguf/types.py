@@ -32,6 +32,13 @@ from qwen3_export.ggml import import_loops, round_rows
 _CANDIDATES = ("q4_0", "q4_1", "q4_k", "q5_0", "q5_k", "q6_k", "q8_0")
 _CLOSE = 0.01
 _SAMPLE_ROWS = 64
+# What gives llama.cpp about as many bits as codes that it has no type for.
+_REMEDIES = {
+    2: "--recipe gguf-q2_k",
+    3: "--recipe gguf-q3_k_m",
+    4: "--recipe gguf-q4_k_m",
+    8: "--type q8_0, or with --recipe gguf-q6_k",
+}
 _HELD = "leave --type away, or quantize the 16-bit original for it, or --allow-requantize to round the codes again"
 
 
@@ -91,8 +98,10 @@ def supports(scheme: QuantScheme) -> str | None:
         return None
     if scheme.activations:
         return f"activations rounded by {scheme.activations} have no place there; the folder itself runs in vLLM"
+    if (scheme.type, scheme.scale_dtype) == ("float", "e4m3"):
+        return "llama.cpp's type for it, NVFP4, is not written here; the folder itself runs in vLLM and SGLang"
     if scheme.type == "float":
-        return f"no ggml type here holds its {scheme.num_bits}-bit floats; the folder itself runs in vLLM and SGLang"
+        return f"ggml has no type of {scheme.num_bits}-bit floats; the folder itself runs in vLLM and SGLang"
     kind = f"{scheme.num_bits}-bit {'symmetric' if scheme.symmetric else 'asymmetric'}"
     if scheme.num_bits == 3 or (scheme.num_bits in (2, 8) and not scheme.symmetric):
         return f"no ggml block type has {kind} codes"
@@ -183,9 +192,15 @@ def _unsupported(checkpoint: Checkpoint, module: str, scheme: QuantScheme) -> Un
     )
     return UnsupportedError(
         f"{module} ({scheme.label}) cannot be exported to GGUF: {reason}; the nearest type is {name}: {cost}",
-        "--allow-requantize rounds such tensors onto it; better is to quantize the 16-bit original with a recipe that "
-        "fits: gptq-w4a16-g32, or gptq-w4a16-g128, whose act_order needs no g_idx",
+        f"--allow-requantize rounds such tensors onto it; better is to {_remedy(scheme)}",
     )
+
+
+def _remedy(scheme: QuantScheme) -> str:
+    """What to do in place of exporting codes that no type holds."""
+    remedy = f"export the 16-bit original with {_REMEDIES[scheme.num_bits]}"
+    ordered = supports(scheme) is None
+    return f"{remedy}, or with gptq-w4a16-g128, whose act_order needs no g_idx" if ordered else remedy
 
 
 def nearest_type(checkpoint: Checkpoint, module: str) -> tuple[str, float]:

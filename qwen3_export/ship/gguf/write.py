@@ -9,6 +9,8 @@ only. llama.cpp opens the first and finds the others.
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,11 +22,11 @@ import numpy as np
 from gguf.gguf_writer import TensorInfo
 from numpy.typing import NDArray
 
+from qwen3_export.core.disk import flush, naming_full
 from qwen3_export.core.gguf_header import ALIGNMENT
 from qwen3_export.core.gguf_types import GGML_NUMBERS, block_size
 from qwen3_export.core.outputs import staged_file
-from qwen3_export.core.places import Inputs, refuse_existing
-from qwen3_export.errors import ResourceError
+from qwen3_export.core.places import Inputs, checked_place
 
 
 @dataclass(frozen=True)
@@ -66,16 +68,48 @@ def shard_paths(output: Path, count: int) -> list[Path]:
     return [output.with_name(f"{stem}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
 
 
-@contextmanager
-def staged_files(paths: Sequence[Path], force: bool, inputs: Inputs) -> Iterator[list[Path]]:
-    """Partial files for several outputs, renamed when all are done.
+def earlier_files(output: Path, paths: Sequence[Path]) -> list[Path]:
+    """Files of an output that is there in another number of shards.
 
-    The first one is renamed last, since llama.cpp opens the others through it.
+    These are the output's own name, and names that `shard_paths` could have given. llama.cpp's tools take all shards of
+    a name for one model.
     """
-    for path in paths:
-        refuse_existing(path.absolute(), force, folder=False)
+    stem = re.escape(output.name.removesuffix(".gguf"))
+    shard = re.compile(rf"{stem}-(\d{{5}})-of-(\d{{5}})\.gguf")
+    beside = output.parent.iterdir() if output.parent.is_dir() else ()
+    shards = [
+        path for path in sorted(beside) if (names := shard.fullmatch(path.name)) and "00001" <= names[1] <= names[2]
+    ]
+    return [path for path in ([output] if os.path.lexists(output) else []) + shards if path not in paths]
+
+
+def check_places(output: Path, count: int, force: bool, inputs: Inputs) -> None:
+    """Raise InputError when a file of an output may not be replaced.
+
+    That is one of its shards, or a file of an earlier output of its name.
+    """
+    paths, inputs = shard_paths(output, count), list(inputs)
+    for path in (*paths, *earlier_files(output, paths)):
+        checked_place(path, inputs, force, folder=False)
+
+
+@contextmanager
+def staged_files(output: Path, count: int, force: bool, inputs: Inputs) -> Iterator[list[Path]]:
+    """Partial files for an output's shards, renamed when all are done.
+
+    The first one is renamed last, since llama.cpp opens the others through it. Then the files of an earlier output in
+    another number of shards are removed.
+    """
+    check_places(output, count, force, inputs := list(inputs))
+    paths = shard_paths(output, count)
+    earlier = earlier_files(output, paths)
     with ExitStack() as stack:
-        yield [stack.enter_context(staged_file(path, force, inputs)) for path in paths]
+        partials = [stack.enter_context(staged_file(path, force, inputs)) for path in paths]
+        yield partials
+        for partial in partials:
+            flush(partial)
+    for path in earlier:
+        path.unlink(missing_ok=True)
 
 
 def write_header(
@@ -101,21 +135,17 @@ def write_shard(
     pieces: Callable[[Planned], Iterator[NDArray]], done: Callable[[], None],
 ) -> None:  # fmt: skip
     """Write one file; `pieces` gives a tensor's data."""
-    try:
+    with naming_full(path):
         write_header(path, architecture, plan, describe)
         with path.open("ab") as file:
             _pad(file)
             for item in plan:
                 begin = file.tell()
                 for piece in pieces(item):
-                    np.ascontiguousarray(piece).tofile(file)
+                    file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
                 assert file.tell() - begin == item.nbytes, item.name
                 _pad(file)
                 done()
-    except OSError as error:
-        if error.errno is None:  # numpy's error says how much was written, but not why writing failed
-            raise ResourceError(f"{path.parent}: the disk is full ({error})", "free some room") from error
-        raise
 
 
 def _pad(file: BinaryIO) -> None:

@@ -6,7 +6,6 @@ records and the board's short messages go through Ray.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import socket
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.cluster.session import Handle
 from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
+from qwen3_export.core.disk import FULL
 from qwen3_export.core.process import end_with_parent, trim_heap
 from qwen3_export.core.processors import thread_count
 from qwen3_export.core.progress import peak_rss_bytes
@@ -112,7 +112,7 @@ def _expected(error: ExportError | OSError, folder: Path) -> tuple[str, str, str
     """Class, message and hint of an expected error; raises any other."""
     if isinstance(error, ExportError):
         return type(error).__name__, str(error), error.hint
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno not in FULL:
         raise error
     text = f"{error.filename or folder}: {os.strerror(error.errno)}"
     return "ResourceError", text, "free some room: what is finished is kept, the same command goes on"

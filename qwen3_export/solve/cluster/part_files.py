@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qwen3_export.core.disk import naming
 from qwen3_export.core.tensor import SCALE_TYPES
 from qwen3_export.errors import StateError
 
@@ -28,7 +29,7 @@ def write_parts(path: Path, parts: Any) -> int:
     arrays: list[np.ndarray] = []
     tree = json.dumps({"tree": _packed(parts, arrays), "arrays": [[a.nbytes] for a in arrays]}).encode()
     beside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.new")
-    with beside.open("wb") as file:
+    with naming(beside), beside.open("wb") as file:
         file.write(len(tree).to_bytes(8, "little") + tree)
         for array in arrays:
             file.write(array.data)

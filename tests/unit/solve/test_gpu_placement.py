@@ -15,7 +15,14 @@ from qwen3_export.solve.quantize import quantize
 from tests.conftest import copy_tokenizer, tiny_config, tiny_moe_config, write_checkpoint
 from tests.unit.solve.pretended_gpu import GPU, pretended_gpu
 
-SHAPE = {"vocab_size": 8192, "hidden_size": 256, "rope_theta": 1e6, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 64}
+SHAPE = {
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "rope_theta": 1e6,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "head_dim": 64,
+}
 MODELS = {
     "dense": tiny_config(**SHAPE, intermediate_size=256),
     "moe": tiny_moe_config(**SHAPE, intermediate_size=256, moe_intermediate_size=256, num_experts=3),

@@ -1,0 +1,95 @@
+"""Options of a GGUF export, and errors for those that would change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from qwen3_export.core.gguf_types import Overrides
+from qwen3_export.core.imatrix import Imatrix
+from qwen3_export.errors import InputError
+from qwen3_export.ship.gguf.encode import Encoder
+from qwen3_export.ship.gguf.types import Types
+from qwen3_export.ship.gguf.write import Planned
+
+LEAST_SHARD = 1_000_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of an export beside the type.
+
+    `importance` weighs the errors of rounding. `split_max_bytes` divides the file into shards. `allow_requantize`
+    permits to round codes again, if no type holds them or another type is asked for. `threads` make the data, by
+    default as many as there are processors; their number never changes the bytes.
+    """
+
+    overrides: Overrides = field(default_factory=Overrides)
+    importance: Imatrix | None = None
+    split_max_bytes: int | None = None
+    allow_requantize: bool = False
+    threads: int | None = None
+
+
+def check_split_size(options: Options) -> None:
+    """Raise InputError for shards of less than a megabyte, the least that llama-gguf-split takes."""
+    if options.split_max_bytes is not None and options.split_max_bytes < LEAST_SHARD:
+        raise InputError(
+            f"--split-max-size: {options.split_max_bytes} bytes are too few for a shard",
+            "give 1M at least, e.g. 4G: a number alone counts bytes",
+        )
+
+
+def larger_than_shards(plan: Sequence[Planned], options: Options) -> str | None:
+    """A warning of tensors that no shard of the wanted size holds, or None."""
+    limit = options.split_max_bytes
+    large = [] if limit is None else sorted((item.nbytes, item.name) for item in plan if item.nbytes > limit)
+    if not large:
+        return None
+    size, name = large[-1]
+    others = f" (and {len(large) - 1} others)" if len(large) > 1 else ""
+    return f"{name} has {size / 1e6:.1f} MB{others}, more than --split-max-size: it gets a larger shard of its own"
+
+
+def check_patterns(plan: Sequence[Planned], types: Types, overrides: Overrides) -> None:
+    """Raise InputError for a pattern that decides no tensor's type."""
+    names = [item.name for item in plan if item.modules[0] in types.modules]
+    decided = {"token_embd.weight"} if overrides.token_embedding else set[str]()
+    for pattern, kind in overrides.patterns:
+        alone, option = Overrides(((pattern, kind),)), f"--tensor-type {pattern}={kind}"
+        matched = {name for name in names if alone.of(name)}
+        if not matched:
+            fixed = next((item.name for item in plan if alone.of(item.name)), None)
+            reason = "" if fixed is None else f"; {fixed} is always of type f32"
+            raise InputError(
+                f"{option}: found in no name of a tensor that can have another type{reason}",
+                f"names are such as {', '.join(names[:2] + names[-2:])}",
+            )
+        if matched <= decided:
+            raise InputError(
+                f"{option}: another option decides the type of {min(matched)} and of all others it is found in",
+                "the first pattern that is found in a name decides: give this one before the others",
+            )
+        decided |= matched
+
+
+def weighed_tensors(plan: Sequence[Planned], encoder: Encoder) -> list[str]:
+    """The tensors whose rounding an importance would change, in it or not."""
+    return [item.name for item in plan if any(encoder.weighs(module, item.type) for module in item.modules)]
+
+
+def check_importance(plan: Sequence[Planned], encoder: Encoder, given: Imatrix) -> None:
+    """Raise InputError when no tensor is rounded with the importance matrix."""
+    rounded = weighed_tensors(plan, encoder)
+    if any(name in encoder.importance for name in rounded):
+        return
+    if rounded:
+        reason = f"it has none of the tensors that are rounded, such as {rounded[0]}"
+    elif encoder.checkpoint.schemes:
+        reason = "quantized weights are moved as they are"
+    else:
+        reason = f"{encoder.types.file_type} is not rounded by importance"
+    raise InputError(
+        f"--imatrix {given.name}: no weight would be rounded with it: {reason}",
+        "leave --imatrix away, or export a 16-bit source without --recipe and with a --type that rounds, e.g. q4_k_m",
+    )
