@@ -118,7 +118,8 @@ def _code_bytes(codes: Tensor, scheme: QuantScheme) -> Tensor:
         return codes
     block = scheme.block_type
     if block is not None and block.values is not None:
-        return torch.bucketize(codes, torch.tensor(block.values, dtype=torch.float32)).to(torch.uint8)
+        values = torch.tensor(block.values, dtype=torch.float32, device=codes.device)
+        return torch.bucketize(codes, values).to(torch.uint8).cpu()
     if scheme.type != "float":
         # numpy converts several times as fast as torch.
         return torch.from_numpy(codes.cpu().numpy().astype(np.uint8))

@@ -1,8 +1,9 @@
 """One block of columns: GPTQ's rounding, scale search and coordinate descent.
 
 Everything is `[columns, rows]` in solving order, so that the innermost loops work on contiguous memory. Integer codes
-on a CPU use the compiled loops of `gptq.column_kernels`; floats and other devices use torch. A test bounds the
-difference of their results.
+use the compiled loops of `gptq.column_kernels`, floats use torch. A test bounds the difference of their results. The
+compiled loops run on the CPU, also where a GPU has the tensors: every column waits for the one before it, and a GPU
+would be given thousands of tasks that are too small for it.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ def round_block(
 
     Returns codes and errors e.
     """
-    codes, errors = torch.empty_like(rest), torch.empty_like(rest)
-    if _is_compiled(rest, scheme):
+    if _is_compiled(scheme):
         from qwen3_export.solve.methods.gptq import column_kernels
 
+        codes, errors = torch.empty(rest.shape), torch.empty(rest.shape)
         column_kernels.round_block(
             *_arrays(rest, scales, zeros, upper), _largest(scheme), codes.numpy(), errors.numpy()
         )
-        return codes, errors
-    rest = rest.clone()
+        return codes.to(rest.device), errors.to(rest.device)
+    codes, errors, rest = torch.empty_like(rest), torch.empty_like(rest), rest.clone()
     for j, pivot in enumerate(upper.diagonal().tolist()):
         codes[j] = round_to(rest[j], scales[j], zeros[j], scheme)
         errors[j] = (rest[j] - (codes[j] - zeros[j]) * scales[j]) / pivot
@@ -47,14 +48,14 @@ def search_block(
 
     Returns codes and errors of each row's best candidate, the first with the least Σ e², and its number.
     """
-    if _is_compiled(part, scheme):
+    if _is_compiled(scheme):
         from qwen3_export.solve.methods.gptq import column_kernels
 
-        codes, errors = torch.empty_like(part), torch.empty_like(part)
+        codes, errors = torch.empty(part.shape), torch.empty(part.shape)
         chosen = column_kernels.search_block(
             *_arrays(part, scales, zeros, upper), _largest(scheme), codes.numpy(), errors.numpy()
         )
-        return codes, errors, torch.from_numpy(chosen)
+        return codes.to(part.device), errors.to(part.device), torch.from_numpy(chosen).to(part.device)
     tries, rows = scales.shape
     wide = part.repeat(1, tries)
     each = [values.reshape(-1).expand(len(part), -1) for values in (scales, zeros)]
@@ -72,14 +73,16 @@ def descend_block(
     `block` `[n, n]` is the block's part of H, `values` are the present weights, `slopes` their gradient. Changes
     `codes` `[n, rows]` and returns the steps of the values.
     """
-    steps = torch.empty_like(values)
-    if _is_compiled(values, scheme):
+    if _is_compiled(scheme):
         from qwen3_export.solve.methods.gptq import column_kernels
 
+        found, steps = codes.cpu(), torch.empty(values.shape)
         arrays = _arrays(values, scales, zeros, block)
-        column_kernels.descend_block(*arrays, _largest(scheme), *_arrays(slopes), codes.numpy(), steps.numpy())
-        return steps
-    slopes = slopes.clone()
+        column_kernels.descend_block(*arrays, _largest(scheme), *_arrays(slopes), found.numpy(), steps.numpy())
+        if found is not codes:
+            codes.copy_(found)
+        return steps.to(values.device)
+    steps, slopes = torch.empty_like(values), slopes.clone()
     for j, pivot in enumerate(block.diagonal().tolist()):
         code = round_to(values[j] - slopes[j] / pivot, scales[j], zeros[j], scheme)
         steps[j] = (code - codes[j]) * scales[j]
@@ -96,13 +99,12 @@ def multiply(left: Tensor, right: Tensor, matmul_dtype: torch.dtype) -> Tensor:
     return left.to(matmul_dtype) @ right.to(matmul_dtype)
 
 
-def _is_compiled(values: Tensor, scheme: QuantScheme) -> bool:
-    has_kernel = scheme.type == "int" or (scheme.block_type is not None and scheme.block_type.values is None)
-    return has_kernel and values.device.type == "cpu"
+def _is_compiled(scheme: QuantScheme) -> bool:
+    return scheme.type == "int" or (scheme.block_type is not None and scheme.block_type.values is None)
 
 
 def _arrays(*tensors: Tensor) -> list[Any]:
-    return [np.ascontiguousarray(tensor.numpy()) for tensor in tensors]
+    return [np.ascontiguousarray(tensor.cpu().numpy()) for tensor in tensors]
 
 
 def _largest(scheme: QuantScheme) -> np.float32:
