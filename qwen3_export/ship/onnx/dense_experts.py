@@ -38,8 +38,9 @@ def experts(graph: GraphBuilder, x: ir.Value, layer: SparseLayer, dtype: ir.Data
     weights = _weights(graph, x, layer, dtype)
     total: ir.Value | None = None
     gate_part, up_part, down_part = layer.parts
-    for number, (gate, up, down) in enumerate(layer.read(*layer.parts)):
+    for number in range(layer.checkpoint.config.num_experts):
         own = f"{name}.{number}"
+        gate, up, down = (layer.checkpoint.matrix(layer.module(number, part)) for part in layer.parts)
         opened, value = linear(rows, gate, f"{own}.{gate_part}"), linear(rows, up, f"{own}.{up_part}")
         silu = op("Mul", [opened, op("Sigmoid", [opened], f"{own}.sigmoid")], f"{own}.silu")
         out = linear(op("Mul", [silu, value], f"{own}.glu"), down, f"{own}.{down_part}")
