@@ -42,7 +42,10 @@ def _costs(result: dict[str, Any]) -> dict[str, str]:
 
 
 def _experts(result: dict[str, Any]) -> dict[str, str]:
-    """Line of the summary: the operators that experts became, with the reason where it is the slower one."""
+    """Line of the summary: the operators that experts became.
+
+    It has the reason where that is the slower one.
+    """
     found = result.get("expert_layers") or ()
     parts = [f"{len(item['layers'])} layers as {item['operator']}{_because(item['reason'])}" for item in found]
     return {"experts": "; ".join(parts)} if parts else {}

@@ -35,7 +35,7 @@ def without_rounding(graph: bytes) -> bytes:
 
 @contextmanager
 def kernels(graph: bytes, exact: bool) -> Iterator[None]:
-    """Within it a session of the graph gets QMoE's usual kernels, or, if `exact`, those that round no input.
+    """A session that is made inside gets QMoE's usual or exact kernels.
 
     The environment is the process's own, so sessions of graphs with experts are made one at a time.
     """
