@@ -24,6 +24,7 @@ from qwen3_export.ship import tensorrt
 from qwen3_export.ship.tensorrt import export_tensorrt
 from qwen3_export.ship.tensorrt.plan_file import check_header
 from qwen3_export.ship.tensorrt.profiles import Profile, default_profile
+from qwen3_export.ship.triton import export_triton
 from tests.artifact.plans import header, onnx_weight_bytes
 from tests.artifact.support import Exported, largest_difference, load_graph, logits, round_to_nearest
 from tests.artifact.test_onnx_standard import check_codes
@@ -220,3 +221,14 @@ def test_without_the_library_the_line_is_the_hint(make_checkpoint: Callable, tmp
     assert profiles == [{name: list(shapes) for name, shapes in one.items()} for one in wanted]
     assert "--onnx-only" in hint
     assert not (tmp_path / "trt").exists()
+
+
+def test_a_plan_whose_version_is_unknown_is_served_by_whatever_is_installed(
+    make_checkpoint: Callable, tmp_path: Path
+) -> None:
+    """As after `--onnx-only`, where the plan is built on another machine."""
+    export_tensorrt(open_checkpoint(make_checkpoint()), tmp_path / "trt", engine="trt", onnx_only=True)
+    (tmp_path / "trt" / "model.plan").write_bytes(b"of another machine")
+    needed = export_triton(tmp_path / "trt", tmp_path / "repository")["requirements"]
+    assert needed.split()[-1] == "tensorrt"
+    assert "None" not in (tmp_path / "repository" / "README.md").read_text()

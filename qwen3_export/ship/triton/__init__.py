@@ -31,12 +31,12 @@ from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.errors import InputError
 from qwen3_export.ship.triton.config import Serving, python_config, vllm_config
 
-# What the server's Python needs, by the kind of artifact.
+# What the server's Python needs, by the kind of artifact. A plan's library comes last: its version is added.
 REQUIREMENTS = {
     "onnx": "numpy ml_dtypes safetensors tokenizers jinja2 huggingface_hub PyYAML onnxruntime",
     "gguf": "numpy ml_dtypes safetensors tokenizers jinja2 huggingface_hub PyYAML xllamacpp==2026.10.11549",
-    "rtx": "numpy ml_dtypes safetensors tokenizers jinja2 huggingface_hub PyYAML tensorrt-rtx=={version}",
-    "trt": "numpy ml_dtypes safetensors tokenizers jinja2 huggingface_hub PyYAML tensorrt=={version}",
+    "rtx": "numpy ml_dtypes safetensors tokenizers jinja2 huggingface_hub PyYAML tensorrt-rtx",
+    "trt": "numpy ml_dtypes safetensors tokenizers jinja2 huggingface_hub PyYAML tensorrt",
     "vllm": "vllm",
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -102,8 +102,9 @@ def _plan(artifact: Path) -> Kind:
     described = read_object(artifact / "engine.json", hint="export the folder again")
     if not (artifact / "model.plan").is_file() or described.get("engine") not in REQUIREMENTS:
         raise InputError(f"{artifact}: its plan has not been built", "build it on its device, as engine.json says")
-    needed = REQUIREMENTS[described["engine"]].format(version=described.get("version"))
-    return Kind(described["engine"], "artifact", needed, device="plan")
+    needed, version = REQUIREMENTS[described["engine"]], described.get("version")
+    # The version of a plan that was built elsewhere is not known here: whoever built it has it installed.
+    return Kind(described["engine"], "artifact", f"{needed}=={version}" if version else needed, device="plan")
 
 
 def export_triton(
