@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.source import open_source
-from qwen3_export.errors import MissingRuntimeError, UnsupportedError
+from qwen3_export.errors import InputError, MissingRuntimeError, UnsupportedError
 from qwen3_export.run.artifact import open_session
 from qwen3_export.run.session import RuntimeOptions
 from qwen3_export.ship import tensorrt
@@ -205,7 +205,11 @@ def test_the_trtexec_line_is_the_profile(make_checkpoint: Callable, tmp_path: Pa
     assert profiles[0]["input_ids"] == [(1, 1), (1, 12), (1, 24)]
     assert profiles[0]["attention_mask"][2] == (1, 124)
     assert not (tmp_path / "trt" / "model.plan").exists()
-    assert json.loads((tmp_path / "trt" / "engine.json").read_text())["version"] is None
+    described = json.loads((tmp_path / "trt" / "engine.json").read_text())
+    assert described["version"] is None
+    inside, shapes = parsed(described["trtexec"])
+    assert shapes == profiles
+    assert inside == ["trtexec", "--onnx=model.onnx", "--saveEngine=model.plan", *others[3:]]
 
 
 def test_without_the_library_the_line_is_the_hint(make_checkpoint: Callable, tmp_path: Path) -> None:
@@ -232,3 +236,10 @@ def test_a_plan_whose_version_is_unknown_is_served_by_whatever_is_installed(
     needed = export_triton(tmp_path / "trt", tmp_path / "repository")["requirements"]
     assert needed.split()[-1] == "tensorrt"
     assert "None" not in (tmp_path / "repository" / "README.md").read_text()
+
+
+def test_a_folder_without_its_plan_says_how_it_is_built(make_checkpoint: Callable, tmp_path: Path) -> None:
+    export_tensorrt(open_checkpoint(make_checkpoint()), tmp_path / "trt", engine="trt", onnx_only=True)
+    with pytest.raises(InputError, match="its plan has not been built") as caught:
+        export_triton(tmp_path / "trt", tmp_path / "repository")
+    assert "under trtexec in engine.json" in caught.value.hint

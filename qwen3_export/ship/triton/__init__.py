@@ -101,7 +101,10 @@ def _plan(artifact: Path) -> Kind:
     """
     described = read_object(artifact / "engine.json", hint="export the folder again")
     if not (artifact / "model.plan").is_file() or described.get("engine") not in REQUIREMENTS:
-        raise InputError(f"{artifact}: its plan has not been built", "build it on its device, as engine.json says")
+        hint = "in that folder, on its device, run the command that stands under trtexec in engine.json"
+        raise InputError(
+            f"{artifact}: its plan has not been built", hint if "trtexec" in described else "export the folder again"
+        )
     needed, version = REQUIREMENTS[described["engine"]], described.get("version")
     # The version of a plan that was built elsewhere is not known here: whoever built it has it installed.
     return Kind(described["engine"], "artifact", f"{needed}=={version}" if version else needed, device="plan")
