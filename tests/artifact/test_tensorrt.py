@@ -243,3 +243,15 @@ def test_a_folder_without_its_plan_says_how_it_is_built(make_checkpoint: Callabl
     with pytest.raises(InputError, match="its plan has not been built") as caught:
         export_triton(tmp_path / "trt", tmp_path / "repository")
     assert "under trtexec in engine.json" in caught.value.hint
+    card = (tmp_path / "trt" / "README.md").read_text()
+    assert "an ONNX whose TensorRT plan is built on its device" in card
+    assert f"\n{json.loads((tmp_path / 'trt' / 'engine.json').read_text())['trtexec']}\n" in card
+    assert "compute capabilities" not in card
+    assert card.index("trtexec --onnx") < card.index("--device plan")
+
+
+def test_a_plans_card_names_its_devices(folder: Callable) -> None:
+    card = (folder("gptq-w4a16-g128").path / "README.md").read_text()
+    assert "an ONNX and the TensorRT plan built from it" in card
+    assert "| compute capabilities | 8.9, 12.0 |" in card
+    assert "trtexec" not in card
