@@ -49,7 +49,7 @@ def show_artifact(values: dict[str, Any]) -> None:
     single = {key: value for key, value in values.items() if not isinstance(value, dict | list)}
     counted = {key: values.get(key, {}) for key in ("operators", "opsets")}
     lists = {key: ", ".join(f"{a} ({b})" for a, b in items.items()) for key, items in counted.items() if items}
-    provenance = {key: _plain(value) for key, value in values["provenance"].items()}
+    provenance = {key: _plain(value) for key, value in values["provenance"].items() if value is not None}
     fields({**single, **lists, **provenance, "size": size(values["bytes"])})
     rows = [[name, str(item["tensors"]), size(item["bytes"])] for name, item in values["types"].items()]
     table(["type", "tensors", "size"], rows)

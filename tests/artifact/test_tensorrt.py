@@ -28,6 +28,7 @@ from qwen3_export.ship.triton import export_triton
 from tests.artifact.plans import header, onnx_weight_bytes
 from tests.artifact.support import Exported, largest_difference, load_graph, logits, round_to_nearest
 from tests.artifact.test_onnx_standard import check_codes
+from tests.cli.helpers import call
 from tests.conftest import tiny_config
 
 PLANS = ["original", "gptq-w4a16-g128", "gptq-w4a16-g32"]
@@ -247,6 +248,10 @@ def test_a_folder_without_its_plan_says_how_it_is_built(make_checkpoint: Callabl
     assert "an ONNX whose TensorRT plan is built on its device" in card
     assert f"\n{json.loads((tmp_path / 'trt' / 'engine.json').read_text())['trtexec']}\n" in card
     assert "compute capabilities" not in card
+    shown = call("inspect", tmp_path / "trt").out
+    assert "TensorRT" in shown
+    assert "None" not in shown
+    assert "--minShapes" not in shown
     assert card.index("trtexec --onnx") < card.index("--device plan")
 
 
