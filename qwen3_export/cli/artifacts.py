@@ -64,7 +64,10 @@ def show_artifact(values: dict[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A value as one line of text; a plan's build command, which has thousands of characters, is in --json alone."""
+    """A value as one line of text.
+
+    A plan's build command, which has thousands of characters, is in --json alone.
+    """
     if isinstance(value, dict):
         value = {key: item for key, item in value.items() if key != "trtexec"}
     return json.dumps(value) if isinstance(value, dict | list) else value

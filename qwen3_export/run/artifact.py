@@ -138,7 +138,7 @@ def of_a_plan(session: Session) -> dict[str, Any]:
 
 
 def plan_line(artifact: str, found: Mapping[str, Any]) -> str | None:
-    """The line that says why an ONNX ran in place of its plan; None where it did not."""
+    """Why an ONNX ran in place of its plan, as a line; else None."""
     reason = found.get("plan_not_run")
     return f"{artifact}: its ONNX ran in ONNX Runtime, not its plan: {reason}" if reason else None
 
