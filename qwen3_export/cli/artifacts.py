@@ -49,7 +49,7 @@ def show_artifact(values: dict[str, Any]) -> None:
     single = {key: value for key, value in values.items() if not isinstance(value, dict | list)}
     counted = {key: values.get(key, {}) for key in ("operators", "opsets")}
     lists = {key: ", ".join(f"{a} ({b})" for a, b in items.items()) for key, items in counted.items() if items}
-    provenance = {key: _plain(value) for key, value in values["provenance"].items()}
+    provenance = {key: _plain(value) for key, value in values["provenance"].items() if value is not None}
     fields({**single, **lists, **provenance, "size": size(values["bytes"])})
     rows = [[name, str(item["tensors"]), size(item["bytes"])] for name, item in values["types"].items()]
     table(["type", "tensors", "size"], rows)
@@ -64,6 +64,12 @@ def show_artifact(values: dict[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
+    """A value as one line of text.
+
+    A plan's build command, which has thousands of characters, is in --json alone.
+    """
+    if isinstance(value, dict):
+        value = {key: item for key, item in value.items() if key != "trtexec"}
     return json.dumps(value) if isinstance(value, dict | list) else value
 
 

@@ -19,8 +19,9 @@ def triton(
     instances: Annotated[int, typer.Option(help="Copies of the model.")] = 1,
     threads: Annotated[int | None, typer.Option(help="Threads of each copy (default: all processors).")] = None,
     sequences: Annotated[
-        int, typer.Option(help="Answers that one copy decodes together (ONNX folders; GGUF files: one).")
-    ] = 8,
+        int | None,
+        typer.Option(help="Answers that one copy decodes together (ONNX folders: 8; GGUF files, plans: one)."),
+    ] = None,
     queue: Annotated[int, typer.Option(help="Requests that may wait in each copy; more are refused.")] = 64,
     mount: Annotated[str, typer.Option(help="Where the server sees the repository; vLLM's path to the model.")] = (
         "/models"

@@ -61,8 +61,10 @@ def _notes(name: str, item: Mapping[str, Any]) -> None:
 
 def plan_note(artifact: str, item: Mapping[str, Any]) -> None:
     """Print why an ONNX ran in place of its TensorRT plan, if it did."""
-    if "plan_not_run" in item:
-        tell(f"{artifact}: its ONNX ran in ONNX Runtime, not its plan: {item['plan_not_run']}")
+    from qwen3_export.run.artifact import plan_line
+
+    if line := plan_line(artifact, item):
+        tell(line)
 
 
 def _explained(artifact: str, found: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ _WHAT = {
     "quantized-checkpoint": ("a quantized Hugging Face folder", "transformers"),
     "onnx": ("an ONNX folder for ONNX Runtime and onnxruntime-genai", "onnxruntime"),
     "tensorrt": ("an ONNX and the TensorRT plan built from it", "tensorrt"),
+    "onnx for tensorrt": ("an ONNX whose TensorRT plan is built on its device", "tensorrt"),
     "triton": ("a model repository for Triton Inference Server", "triton"),
 }
 _RUN = {
@@ -57,6 +58,11 @@ _RUN = {
         ),
     ),
 }
+_BUILD = """# On the device, inside this folder:
+{trtexec}
+qwen3-export run . --device plan --prompt "Hello"   # the plan, or an error
+
+qwen3-export run . --device cpu --prompt "Hello"   # anywhere: the ONNX in ONNX Runtime"""
 _SERVE = """pip install {requirements}   # into the Python of the server's backend
 tritonserver --model-repository=.
 
@@ -72,7 +78,8 @@ def write_card(folder: Path, kind: str, values: Mapping[str, Any]) -> None:
 
 def card_text(kind: str, values: Mapping[str, Any]) -> str:
     """The card of one kind of artifact, from its manifest's values."""
-    what, library = _WHAT[kind]
+    shown = "ggml" if values.get("layout") == "ggml" else "onnx for tensorrt" if "trtexec" in values else kind
+    what, library = _WHAT.get(shown) or _WHAT[kind]
     source = values.get("source") or {}
     name = source.get("name", "Qwen3")
     lines = [*_front(library), "", f"# {name}: {what}", ""]
@@ -81,8 +88,8 @@ def card_text(kind: str, values: Mapping[str, Any]) -> str:
     if kind != "triton":
         lines += ["", "## What was measured", "", _BEGIN, _NOTHING.format("."), _END]
     lines += ["", "## How to run it", ""]
-    shown = "ggml" if values.get("layout") == "ggml" else kind
-    for language, text in _RUN.get(shown) or (("bash", _SERVE.format(**values)),):
+    filled = (_BUILD if "trtexec" in values else _SERVE) if shown not in _RUN else ""
+    for language, text in _RUN.get(shown) or (("bash", filled.format(**values)),):
         lines += [f"```{language}", text, "```", ""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -169,7 +176,7 @@ def _provenance(values: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(calibration, Mapping):
         found["calibration"] = ", ".join(f"{k} {v}" for k, v in calibration.items() if isinstance(v, str | int))
     for key in _STATED:
-        if values.get(key) is not None:
+        if values.get(key) not in (None, []):
             value = values[key]
             found[key.replace("_", " ")] = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     if values.get("accuracy_level") is not None:

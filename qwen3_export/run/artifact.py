@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,12 @@ def of_a_plan(session: Session) -> dict[str, Any]:
     """
     told = {name: getattr(session, name, None) for name in ("plan_not_run", "device_memory_bytes")}
     return {name: value for name, value in told.items() if value is not None}
+
+
+def plan_line(artifact: str, found: Mapping[str, Any]) -> str | None:
+    """Why an ONNX ran in place of its plan, as a line; else None."""
+    reason = found.get("plan_not_run")
+    return f"{artifact}: its ONNX ran in ONNX Runtime, not its plan: {reason}" if reason else None
 
 
 def tokenizer_of(artifact: Path, session: Session) -> TextModel:

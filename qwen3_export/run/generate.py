@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.progress import Progress
 from qwen3_export.errors import InputError
-from qwen3_export.run.artifact import of_a_plan, open_session, tokenizer_of
+from qwen3_export.run.artifact import of_a_plan, open_session, plan_line, tokenizer_of
 from qwen3_export.run.session import RuntimeOptions, Session
 from qwen3_export.run.thinking import Thought, thinking_budget
 from qwen3_export.text.tokenizer import TextModel, chat_text
@@ -47,10 +47,12 @@ def converse(
 
     The questions are asked for one by one, after the answer to the last; `on_answer` gets each result.
     """
-    history, found = list(messages), []
-    with (progress or Progress()).bar(f"load {artifact.name}", 1) as tick:
+    history, found, progress = list(messages), [], progress or Progress()
+    with progress.bar(f"load {artifact.name}", 1) as tick:
         session = open_session(artifact, options)
         tick()
+    if line := plan_line(artifact.name, of_a_plan(session)):
+        progress.note(line)
     try:
         tokenizer = tokenizer_of(artifact, session)
         for question in questions:

@@ -79,7 +79,7 @@ class PlanEngine:
     def _deserialized(self) -> Any:
         engine = self._runtime.deserialize_cuda_engine(_mapped(self._files.plan))
         if engine is None:
-            # Capability and version are those of engine.json: what remains is driver, memory, or the file.
+            # Capability and version are those that engine.json names, if any: else driver, memory, or the file remain.
             error = self.failure("cannot load it")
             if type(error) is MissingRuntimeError and not any(word in self.log.reason().lower() for word in _DRIVER):
                 raise self._damaged(f"{self._files.runtime} cannot load it ({self.log.reason()})")

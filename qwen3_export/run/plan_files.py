@@ -30,12 +30,12 @@ _BUILD = "build the plan for this device with `qwen3-export tensorrt`, or leave 
 class PlanFiles:
     """A plan with the device and version it was built for.
 
-    `capabilities` is empty where the folder does not tell them.
+    `version` is None where the folder does not tell it (`--onnx-only`), and `capabilities` are empty then.
     """
 
     plan: Path
     engine: str
-    version: str
+    version: str | None
     capabilities: tuple[str, ...]
 
     @property
@@ -52,11 +52,11 @@ def has_plan(artifact: Path) -> bool:
 def read_plan(folder: Path) -> PlanFiles:
     """Read engine.json; InputError when it is damaged."""
     values = read_object(folder / ENGINE, hint="export the folder again")
-    engine, named = values.get("engine"), values.get("compute_capabilities")
+    engine, version, named = (values.get(key) for key in ("engine", "version", "compute_capabilities"))
     return PlanFiles(
         folder / PLAN,
         engine if engine in _MODULES else "rtx",
-        str(values.get("version")),
+        str(version) if version else None,
         tuple(map(str, named)) if isinstance(named, list) else (),
     )
 
@@ -64,7 +64,8 @@ def read_plan(folder: Path) -> PlanFiles:
 def load_runtime(files: PlanFiles) -> tuple[Gpu, Any]:
     """The GPU and the plan's TensorRT module.
 
-    Raises MissingRuntimeError, which names what is not there or what differs from engine.json.
+    Raises MissingRuntimeError, which names what is not there or what differs from engine.json. A version that is not
+    named there is not compared: TensorRT itself refuses the plan of another.
     """
     module = _MODULES[files.engine]
     if importlib.util.find_spec(module) is None:
@@ -74,7 +75,7 @@ def load_runtime(files: PlanFiles) -> tuple[Gpu, Any]:
         _check_capability(files, gpu)
         with uninterrupted():
             loaded = importlib.import_module(module)
-        if loaded.__version__ != files.version:
+        if files.version and loaded.__version__ != files.version:
             raise MissingRuntimeError(
                 f"{files.runtime} {loaded.__version__} is installed, the plan is one of {files.version}",
                 f"pip install {files.runtime}=={files.version}, or build the plan again",

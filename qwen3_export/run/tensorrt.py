@@ -43,7 +43,7 @@ class PlanSession:
         files = read_plan(folder)
         self._folder = folder
         self._gpu, trt = load_runtime(files)
-        self.runtime, self.version = files.runtime, files.version
+        self.runtime, self.version = files.runtime, str(trt.__version__)
         self.device = f"cuda ({self._gpu.name}, {self._gpu.capability})"
         self._length = self._capacity = 0
         # Address and size by the tensor's name; address 0 where there is none yet.

@@ -17,16 +17,18 @@ from numpy.typing import NDArray
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.source import open_source
-from qwen3_export.errors import MissingRuntimeError, UnsupportedError
+from qwen3_export.errors import InputError, MissingRuntimeError, UnsupportedError
 from qwen3_export.run.artifact import open_session
 from qwen3_export.run.session import RuntimeOptions
 from qwen3_export.ship import tensorrt
 from qwen3_export.ship.tensorrt import export_tensorrt
 from qwen3_export.ship.tensorrt.plan_file import check_header
 from qwen3_export.ship.tensorrt.profiles import Profile, default_profile
+from qwen3_export.ship.triton import export_triton
 from tests.artifact.plans import header, onnx_weight_bytes
 from tests.artifact.support import Exported, largest_difference, load_graph, logits, round_to_nearest
 from tests.artifact.test_onnx_standard import check_codes
+from tests.cli.helpers import call
 from tests.conftest import tiny_config
 
 PLANS = ["original", "gptq-w4a16-g128", "gptq-w4a16-g32"]
@@ -204,7 +206,11 @@ def test_the_trtexec_line_is_the_profile(make_checkpoint: Callable, tmp_path: Pa
     assert profiles[0]["input_ids"] == [(1, 1), (1, 12), (1, 24)]
     assert profiles[0]["attention_mask"][2] == (1, 124)
     assert not (tmp_path / "trt" / "model.plan").exists()
-    assert json.loads((tmp_path / "trt" / "engine.json").read_text())["version"] is None
+    described = json.loads((tmp_path / "trt" / "engine.json").read_text())
+    assert described["version"] is None
+    inside, shapes = parsed(described["trtexec"])
+    assert shapes == profiles
+    assert inside == ["trtexec", "--onnx=model.onnx", "--saveEngine=model.plan", *others[3:]]
 
 
 def test_without_the_library_the_line_is_the_hint(make_checkpoint: Callable, tmp_path: Path) -> None:
@@ -220,3 +226,37 @@ def test_without_the_library_the_line_is_the_hint(make_checkpoint: Callable, tmp
     assert profiles == [{name: list(shapes) for name, shapes in one.items()} for one in wanted]
     assert "--onnx-only" in hint
     assert not (tmp_path / "trt").exists()
+
+
+def test_a_plan_whose_version_is_unknown_is_served_by_whatever_is_installed(
+    make_checkpoint: Callable, tmp_path: Path
+) -> None:
+    """As after `--onnx-only`, where the plan is built on another machine."""
+    export_tensorrt(open_checkpoint(make_checkpoint()), tmp_path / "trt", engine="trt", onnx_only=True)
+    (tmp_path / "trt" / "model.plan").write_bytes(b"of another machine")
+    needed = export_triton(tmp_path / "trt", tmp_path / "repository")["requirements"]
+    assert needed.split()[-1] == "tensorrt"
+    assert "None" not in (tmp_path / "repository" / "README.md").read_text()
+
+
+def test_a_folder_without_its_plan_says_how_it_is_built(make_checkpoint: Callable, tmp_path: Path) -> None:
+    export_tensorrt(open_checkpoint(make_checkpoint()), tmp_path / "trt", engine="trt", onnx_only=True)
+    with pytest.raises(InputError, match="its plan has not been built") as caught:
+        export_triton(tmp_path / "trt", tmp_path / "repository")
+    assert "under trtexec in engine.json" in caught.value.hint
+    card = (tmp_path / "trt" / "README.md").read_text()
+    assert "an ONNX whose TensorRT plan is built on its device" in card
+    assert f"\n{json.loads((tmp_path / 'trt' / 'engine.json').read_text())['trtexec']}\n" in card
+    assert "compute capabilities" not in card
+    shown = call("inspect", tmp_path / "trt").out
+    assert "TensorRT" in shown
+    assert "None" not in shown
+    assert "--minShapes" not in shown
+    assert card.index("trtexec --onnx") < card.index("--device plan")
+
+
+def test_a_plans_card_names_its_devices(folder: Callable) -> None:
+    card = (folder("gptq-w4a16-g128").path / "README.md").read_text()
+    assert "an ONNX and the TensorRT plan built from it" in card
+    assert "| compute capabilities | 8.9, 12.0 |" in card
+    assert "trtexec" not in card

@@ -130,6 +130,20 @@ def test_a_triton_repository(made: dict[str, Path], tmp_path: Path) -> None:
     assert "mine" in shown
 
 
+def test_a_gguf_file_is_served_one_answer_at_a_time(made: dict[str, Path], tmp_path: Path) -> None:
+    """By default and where more is asked for, which is said."""
+    for number, options in enumerate([(), ("--sequences", "5"), ("--sequences", "1")]):
+        place = tmp_path / str(number)
+        outcome = call("triton", made["gguf"], "--output", place, *options)
+        assert outcome.code == 0, outcome.err
+        assert ("warning: --sequences 5 has no effect" in outcome.err) is ("5" in options)
+        [found] = call("inspect", place, "--json").json["models"]
+        assert found["parameters"]["sequences"] == "1"
+    assert call("triton", made["onnx"], "--output", tmp_path / "onnx").code == 0
+    [found] = call("inspect", tmp_path / "onnx", "--json").json["models"]
+    assert found["parameters"]["sequences"] == "8"
+
+
 def test_a_triton_repository_of_somebody_else(tmp_path: Path) -> None:
     for name, text in {"a": 'platform: "onnxruntime_onnx"\n', "b": 'backend:"tensorrtllm"\n'}.items():
         (tmp_path / name).mkdir()

@@ -64,6 +64,10 @@ def test_a_plan_that_cannot_run_here_is_called_by_what_ran(made: dict[str, Path]
     assert "NVIDIA" in found["plan_not_run"]
     spoken = call("run", artifact, "--prompt", "hi", *FEW, "--json").json
     assert spoken["runtime"] == found["runtime"]
+    aloud = call("run", artifact, "--prompt", "hi", *FEW)
+    assert f"{artifact.name}: {reason}{found['plan_not_run']}\n" in aloud.err
+    assert reason not in aloud.out
+    assert reason not in call("run", made["onnx"], "--prompt", "hi", *FEW).err
     for command in ("validate", "bench", "run"):
         more = {"validate": ("--reference", made["reference"]), "run": ("--prompt", "hi")}.get(command, ())
         refused(call(command, artifact, *more, "--device", "plan"), 3, "NVIDIA")

@@ -70,7 +70,7 @@ def stream(question: str, stop_after: int | None = None) -> dict[str, object]:
         reason = result.as_numpy("finish_reason")[0].decode()
         if stop_after and len(pieces) == stop_after:
             client.stop_stream(cancel_requests=True)
-            return {"text": "".join(pieces), "reason": "cancelled"}
+            return {"text": "".join(pieces), "pieces": len(pieces), "reason": reason}
         if reason:
             break
     client.stop_stream()

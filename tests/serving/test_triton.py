@@ -94,7 +94,8 @@ def test_server_answers_as_run_does(
     assert [item.get("text_output") for item in found["together"]] == wanted
     assert found["grpc"]["text"] == wanted[0], found["grpc"]
     assert found["grpc"]["pieces"] > 3
-    assert found["cancelled"]["reason"] == "cancelled"
+    # It was cancelled in the middle; what it cost afterwards is counted in `tests/unit/run/test_serving.py`.
+    assert (found["cancelled"]["pieces"], found["cancelled"]["reason"]) == (2, "")
     assert [code for code, _ in found["bad"]].count(200) == 0
     assert all("Traceback" not in text and "unexpected" not in text for _, text in found["bad"])
     assert found["flood"]["other"] == 0

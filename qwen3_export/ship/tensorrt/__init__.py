@@ -2,7 +2,8 @@
 
     model.onnx + model.onnx.data   ai.onnx operators only, also runs in ONNX Runtime
     model.plan                     runs on the compute capabilities named in engine.json, and no others
-    engine.json                    engine, version, capabilities, shape profile, hash of the source
+    engine.json                    engine, version, capabilities, shape profile, hash of the source; where no plan was
+                                   built also `trtexec`, the command that builds it inside the folder
 
 TensorRT-RTX builds the plan without a GPU: it specialises its kernels when the plan is loaded on the device.
 """
@@ -91,6 +92,7 @@ def export_tensorrt(
             "profile": asdict(profile),
             "profiles": built["profiles"] if built else len(profiles),
             "source_sha256": origin["source"]["sha256"],
+            **({} if built else {"trtexec": trtexec_line(Path(MODEL), Path(PLAN), profiles)}),
         }
         (folder / ENGINE).write_text(to_json(described), encoding="utf-8")
         for path in checkpoint.sidecars():

@@ -31,12 +31,14 @@ from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.errors import InputError
 from qwen3_export.ship.triton.config import Serving, python_config, vllm_config
 
-# What the server's Python needs, by the kind of artifact.
+# Answers that one copy decodes together in ONNX Runtime, where nothing else is asked for.
+SEQUENCES = 8
+# What the server's Python needs, by the kind of artifact. A plan's library comes last: its version is added.
 REQUIREMENTS = {
     "onnx": "numpy ml_dtypes safetensors tokenizers jinja2 huggingface_hub PyYAML onnxruntime",
     "gguf": "numpy ml_dtypes safetensors tokenizers jinja2 huggingface_hub PyYAML xllamacpp==2026.10.11549",
-    "rtx": "numpy ml_dtypes safetensors tokenizers jinja2 huggingface_hub PyYAML tensorrt-rtx=={version}",
-    "trt": "numpy ml_dtypes safetensors tokenizers jinja2 huggingface_hub PyYAML tensorrt=={version}",
+    "rtx": "numpy ml_dtypes safetensors tokenizers jinja2 huggingface_hub PyYAML tensorrt-rtx",
+    "trt": "numpy ml_dtypes safetensors tokenizers jinja2 huggingface_hub PyYAML tensorrt",
     "vllm": "vllm",
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -101,9 +103,13 @@ def _plan(artifact: Path) -> Kind:
     """
     described = read_object(artifact / "engine.json", hint="export the folder again")
     if not (artifact / "model.plan").is_file() or described.get("engine") not in REQUIREMENTS:
-        raise InputError(f"{artifact}: its plan has not been built", "build it on its device, as engine.json says")
-    needed = REQUIREMENTS[described["engine"]].format(version=described.get("version"))
-    return Kind(described["engine"], "artifact", needed, device="plan")
+        hint = "in that folder, on its device, run the command that stands under trtexec in engine.json"
+        raise InputError(
+            f"{artifact}: its plan has not been built", hint if "trtexec" in described else "export the folder again"
+        )
+    needed, version = REQUIREMENTS[described["engine"]], described.get("version")
+    # The version of a plan that was built elsewhere is not known here: whoever built it has it installed.
+    return Kind(described["engine"], "artifact", f"{needed}=={version}" if version else needed, device="plan")
 
 
 def export_triton(
@@ -135,7 +141,7 @@ def export_triton(
             engine = {"model": f"{mount.rstrip('/')}/{name}/1/{kind.place}", "disable_log_stats": True}
             (version / "model.json").write_text(json.dumps(engine, indent=2) + "\n")
         else:
-            text = python_config(name, kind.place, serving, kind.device)
+            text = python_config(name, kind.place, serving, _sequences(kind, serving, progress), kind.device)
             shutil.copyfile(Path(__file__).with_name("model.py"), version / "model.py")
             _copy_package(version / "qwen3_export")
         (folder / name / "config.pbtxt").write_text(text)
@@ -153,6 +159,16 @@ def export_triton(
         "seconds": time.monotonic() - started,
         "peak_rss_bytes": peak_rss_bytes(),
     }
+
+
+def _sequences(kind: Kind, serving: Serving, progress: Progress) -> int:
+    """Answers that one copy decodes together: one, unless ONNX Runtime runs it."""
+    if kind.name == "onnx":
+        return serving.sequences or SEQUENCES
+    if serving.sequences not in (None, 1):
+        named = "GGUF files" if kind.name == "gguf" else "TensorRT plans"
+        progress.warn(f"--sequences {serving.sequences} has no effect: answers of {named} are decoded one at a time")
+    return 1
 
 
 def _check_files(artifact: Path) -> None:

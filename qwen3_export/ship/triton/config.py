@@ -21,28 +21,31 @@ _MOST_INSTANCES, _MOST_SEQUENCES, _LONGEST_QUEUE = 64, 1024, 100_000
 
 @dataclass(frozen=True)
 class Serving:
-    """Settings of serving: copies of the model, their threads, length of the queue."""
+    """Settings of serving: copies of the model, their threads, length of the queue.
+
+    `sequences` are answers that a copy decodes together; None takes what the artifact's runtime can.
+    """
 
     instances: int = 1
     threads: int | None = None
-    sequences: int = 8
+    sequences: int | None = None
     queue: int = 64
 
     def __post_init__(self) -> None:
         """Raise InputError for numbers out of range."""
-        bounds = (
+        bounds: tuple[tuple[str, int | None, int], ...] = (
             ("instances", self.instances, _MOST_INSTANCES),
             ("sequences", self.sequences, _MOST_SEQUENCES),
             ("queue", self.queue, _LONGEST_QUEUE),
         )
         for key, value, most in bounds:
-            if not 1 <= value <= most:
+            if value is not None and not 1 <= value <= most:
                 raise InputError(f"--{key} {value}: a number from 1 to {most} was expected")
         if self.threads is not None and not 1 <= self.threads <= 1024:
             raise InputError(f"--threads {self.threads}: a number from 1 to 1024 was expected")
 
 
-def python_config(name: str, artifact: str, serving: Serving, device: str | None = None) -> str:
+def python_config(name: str, artifact: str, serving: Serving, sequences: int, device: str | None = None) -> str:
     """For the python backend: streaming, continuous batching, a bounded queue.
 
     Sequences join and leave a batch at every token, inside the backend (`run.serving`). Triton's own batcher is turned
@@ -57,7 +60,7 @@ def python_config(name: str, artifact: str, serving: Serving, device: str | None
     lines += [f"instance_group [ {{ count: {serving.instances}, {place} }} ]"]
     values = {
         "artifact": artifact,
-        "sequences": str(serving.sequences),
+        "sequences": str(sequences),
         "queue": str(serving.queue),
         "threads": str(serving.threads or 0),
         "device": device or "",

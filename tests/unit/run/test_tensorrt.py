@@ -6,6 +6,7 @@ The fakes compute with ONNX Runtime on the bytes that lie in their buffers, and 
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -154,6 +155,23 @@ def test_a_plan_of_another_device_or_version(device: Callable, folder: Path, giv
     session = open_session(folder)
     assert session.runtime == "onnxruntime (the plan's ONNX)"
     assert session.plan_not_run == reason
+    session.close()
+
+
+def test_a_plan_that_trtexec_built_runs_in_whatever_version_is_installed(
+    device: Callable, folder: Path, tmp_path: Path
+) -> None:
+    """Its folder, of `--onnx-only`, names neither version nor capabilities."""
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "engine.json").unlink()
+    described = json.loads((folder / "engine.json").read_text())
+    unknown = {**described, "engine": "trt", "version": None, "compute_capabilities": []}
+    (tmp_path / "engine.json").write_text(json.dumps(unknown))
+    device(FakeDriver(capability="9.0"), version="10.13.0.35")
+    session = open_session(tmp_path, RuntimeOptions(device="plan"))
+    assert isinstance(session, PlanSession)
+    assert (session.runtime, session.version) == ("tensorrt", "10.13.0.35")
     session.close()
 
 
