@@ -71,9 +71,10 @@ def _scale(values: NDArray, bits: int) -> NDArray[np.float32]:
 def cache_cost(plain: Path, quantized: Path) -> dict[str, Any]:
     """What the cache's codes add to the drift.
 
-    `{kv_cache_kl, kv_cache_tokens}`, in nats per token. It is KL(exact ‖ quantized) − KL(exact ‖ plain), so that the accuracy level's cost and the cache's together are that
-    of the folder. KL(plain ‖ quantized) would be larger at level 4: a small change of an input moves its 8-bit code,
-    and that counts although neither code is nearer to the truth. Half of the tokens are decoded one by one.
+    `{kv_cache_kl, kv_cache_tokens}`, in nats per token. It is KL(exact ‖ quantized) − KL(exact ‖ plain), so that the
+    accuracy level's cost and the cache's together are that of the folder. KL(plain ‖ quantized) would be larger at
+    level 4: a small change of an input moves its 8-bit code, and that counts although neither code is nearer to the
+    truth. Half of the tokens are decoded one by one.
     """
     first, second = PartedModel(plain), PartedModel(quantized)
     calls = [_calls(ids) for ids in _samples(plain, first)[::3]]
