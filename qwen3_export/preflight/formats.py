@@ -119,9 +119,8 @@ def _onnx(flavor: str) -> Callable[[Checkpoint], Verdict]:
 
 
 def _gguf(quantized: Checkpoint) -> Verdict:
-    from qwen3_export.ship.gguf import check_request, planned_bytes
+    from qwen3_export.ship.gguf import planned_bytes
 
-    check_request(quantized)
     return Verdict(None, planned_bytes(quantized))
 
 
@@ -171,12 +170,12 @@ def unsupported_tensors(quantized: Checkpoint) -> list[dict[str, Any]]:
 
     Each has the number of its tensors, one of their names, and the reasons by format.
     """
-    found = []
+    found, every_shape = [], quantized.config.all_matrices()
     for scheme in dict.fromkeys(quantized.schemes.values()):
         names = [name for name, other in quantized.schemes.items() if other == scheme]
         alone = replace(quantized, schemes=dict.fromkeys(names, scheme))
         reasons = {name: reason for name, check in FORMATS.items() if (reason := check(alone).reason)}
-        shapes = sorted({quantized.config.all_matrices()[name] for name in names})
+        shapes = sorted({every_shape[name] for name in names})
         found.append(
             {
                 "scheme": scheme.label,
