@@ -86,7 +86,7 @@ class Stage:
         """Number of inputs of each linear."""
         return self.linears[0].in_features
 
-    @property
+    @cached_property
     def prefixes(self) -> list[str]:
         """The modules that hold these linears: one, or one per expert."""
         return [f"{self.prefix}{EXPERTS}{expert}" for expert in range(self.experts)] or [self.prefix]

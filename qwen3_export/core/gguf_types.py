@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from qwen3_export.core.architecture import is_expert
 from qwen3_export.core.gguf_header import TYPES
@@ -148,9 +149,14 @@ def gguf_name(module: str) -> str:
     if module in (EMBEDDING, HEAD):
         return "token_embd" if module == EMBEDDING else "output"
     layer, _, local = module.removeprefix("model.layers.").partition(".")
-    part = local.rpartition(".")[2]
-    name = _NAMES[local] if local in _NAMES else _NAMES[part]
-    return f"blk.{layer}.{name}{'_exps' if is_expert(local) else ''}"
+    return f"blk.{layer}.{_role(local)}"
+
+
+@lru_cache(maxsize=4096)
+def _role(local: str) -> str:
+    """A linear's name behind its block's; experts of a stack share it."""
+    name = _NAMES[local] if local in _NAMES else _NAMES[local.rpartition(".")[2]]
+    return f"{name}{'_exps' if is_expert(local) else ''}"
 
 
 def module_types(
@@ -167,11 +173,10 @@ def module_types(
             found[module] = rule.outer(module)
     for layer in range(config.num_layers):
         for local, shape in config.linear_shapes(layer).items():
-            module = f"{block_name(layer)}.{local}"
-            tensor = gguf_name(module)
+            tensor = f"blk.{layer}.{_role(local)}"
             if tensor not in stacks:
                 stacks[tensor] = rule.inner(tensor, layer, shape[1])
-            found[module] = stacks[tensor]
+            found[f"{block_name(layer)}.{local}"] = stacks[tensor]
     return found
 
 

@@ -98,7 +98,7 @@ def plan(
         "nodes": nodes,
         "formats": {name: verdict.to_dict() for name, verdict in found.items()},
         "runtimes": {name: _runtime(rule(quantized, found)) for name, rule in RUNTIMES.items()},
-        "tensors": unsupported_tensors(quantized) if fits else [],
+        "tensors": unsupported_tensors(quantized, found) if fits else [],
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -62,12 +62,16 @@ def _folder(name: str) -> Callable[[Checkpoint], Verdict]:
         reasons = {scheme: chosen.supports(scheme) for scheme in set(quantized.schemes.values())}
         if reason := _first(quantized, lambda scheme: reasons[scheme]):
             return Verdict(reason)
+        # Matrices of one shape and scheme are stored alike: bytes and number of their tensors.
+        stored: dict[tuple[tuple[int, int], QuantScheme], tuple[int, int]] = {}
         total, count = 0, 0
         try:
             for module, scheme in quantized.schemes.items():
-                specs = chosen.specs(module, shapes[module], scheme)
-                total += sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values())
-                count += len(specs)
+                kind = shapes[module], scheme
+                if kind not in stored:
+                    specs = chosen.specs(module, *kind).values()
+                    stored[kind] = sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs), len(specs)
+                total, count = total + stored[kind][0], count + stored[kind][1]
             chosen.config(dict(quantized.schemes), list(quantized.config.all_linears()))
         except InputError as error:
             return Verdict(str(error))
@@ -119,9 +123,8 @@ def _onnx(flavor: str) -> Callable[[Checkpoint], Verdict]:
 
 
 def _gguf(quantized: Checkpoint) -> Verdict:
-    from qwen3_export.ship.gguf import check_request, planned_bytes
+    from qwen3_export.ship.gguf import planned_bytes
 
-    check_request(quantized)
     return Verdict(None, planned_bytes(quantized))
 
 
@@ -166,17 +169,20 @@ def formats_with(layout_name: str) -> dict[str, Callable[[Checkpoint], Verdict]]
     return FORMATS if name in FORMATS else {**FORMATS, name: _folder(layout_name)}
 
 
-def unsupported_tensors(quantized: Checkpoint) -> list[dict[str, Any]]:
+def unsupported_tensors(quantized: Checkpoint, whole: Mapping[str, Verdict]) -> list[dict[str, Any]]:
     """The schemes that some format cannot hold.
 
-    Each has the number of its tensors, one of their names, and the reasons by format.
+    Each has the number of its tensors, one of their names, and the reasons by format. `whole` are the formats' verdicts
+    on the checkpoint, which are those on its scheme where it has only one.
     """
-    found = []
+    found, every_shape = [], quantized.config.all_matrices()
     for scheme in dict.fromkeys(quantized.schemes.values()):
         names = [name for name, other in quantized.schemes.items() if other == scheme]
         alone = replace(quantized, schemes=dict.fromkeys(names, scheme))
-        reasons = {name: reason for name, check in FORMATS.items() if (reason := check(alone).reason)}
-        shapes = sorted({quantized.config.all_matrices()[name] for name in names})
+        is_whole = len(names) == len(quantized.schemes)
+        verdicts = ((name, whole[name] if is_whole else check(alone)) for name, check in FORMATS.items())
+        reasons = {name: verdict.reason for name, verdict in verdicts if verdict.reason}
+        shapes = sorted({every_shape[name] for name in names})
         found.append(
             {
                 "scheme": scheme.label,

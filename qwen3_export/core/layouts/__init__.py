@@ -20,6 +20,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -81,6 +82,7 @@ class Stored:
         return found if [n for n in found if n != 1] == [n for n in wanted if n != 1] else wanted
 
 
+@lru_cache(maxsize=64)
 def layout(name: str) -> ModuleType:
     """The module of a layout; InputError when it is unknown."""
     known = [module.name for module in pkgutil.iter_modules(__path__)]

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TypeVar
 
 import ml_dtypes
@@ -112,10 +112,11 @@ class Encoder:
         if found is None:
             return None
         expert = expert_of(module) if is_expert(module) else 0
-        return found.reshape(-1, self._inputs(module))[expert]
+        return found.reshape(-1, self._shapes[module][1])[expert]
 
-    def _inputs(self, module: str) -> int:
-        return self.checkpoint.config.all_matrices()[module][1]
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        return self.checkpoint.config.all_matrices()
 
     def note(self, changes: Changes) -> None:
         """Keep what has changed of every tensor."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from qwen3_export.core.architecture import ROUTER, is_expert
 from qwen3_export.core.checkpoint import Checkpoint
@@ -24,8 +24,9 @@ _OTHERS = {
 def planned_tensors(checkpoint: Checkpoint, types: Types) -> Iterator[Planned]:
     """Every tensor of the file in its order: head, embedding, blocks, final norm."""
     config = checkpoint.config
+    shapes = config.all_matrices()
     for module in (EMBEDDING,) if config.tie_word_embeddings else (HEAD, EMBEDDING):
-        yield _matrix(config, types, module)
+        yield _matrix(shapes, types, module)
     for layer in range(config.num_layers):
         others, prefix = config.other_shapes(layer), block_name(layer)
         names = [*others, *config.linear_shapes(layer)]
@@ -33,7 +34,7 @@ def planned_tensors(checkpoint: Checkpoint, types: Types) -> Iterator[Planned]:
             if local in others:
                 yield _float(checkpoint, f"{prefix}.{local}", f"blk.{layer}.{_OTHERS[local]}")
             else:
-                yield _matrix(config, types, f"{prefix}.{local}")
+                yield _matrix(shapes, types, f"{prefix}.{local}")
             if local == "input_layernorm" and config.is_sparse(layer):
                 yield from _experts(config, types, layer)
     yield _float(checkpoint, "model.norm", "output_norm")
@@ -44,8 +45,8 @@ def _float(checkpoint: Checkpoint, module: str, name: str) -> Planned:
     return Planned(f"{name}.weight", checkpoint.entry(f"{module}.weight").shape, "f32", (module,))
 
 
-def _matrix(config: Qwen3Config, types: Types, module: str) -> Planned:
-    return Planned(f"{gguf_name(module)}.weight", config.all_matrices()[module], types.modules[module], (module,))
+def _matrix(shapes: Mapping[str, tuple[int, int]], types: Types, module: str) -> Planned:
+    return Planned(f"{gguf_name(module)}.weight", shapes[module], types.modules[module], (module,))
 
 
 def _stacks(config: Qwen3Config, layer: int) -> list[tuple[tuple[int, int], tuple[str, ...]]]:

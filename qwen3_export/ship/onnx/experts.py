@@ -66,7 +66,8 @@ class SparseLayer:
         return {part: self._scheme(part) for part in self.parts}
 
     def _scheme(self, part: str) -> QuantScheme | None:
-        modules = [self.module(expert, part) for expert in range(self.checkpoint.config.num_experts)]
+        stage, _ = self._linear(part)
+        modules = [f"{block_name(self.layer)}.{prefix}.{part}" for prefix in stage.prefixes]
         first = self.checkpoint.schemes.get(modules[0])
         for module in modules:
             if (found := self.checkpoint.schemes.get(module)) != first:
