@@ -1,6 +1,6 @@
 """One Ray node and two compared, and a simulation of up to 64 nodes.
 
-    python -m benchmarks.scale.cluster [--rows 64] [--layers 4] [--quick]
+    python -m benchmarks.scale.cluster [--rows 64] [--layers 3] [--quick]
 
     namespace a, core 0   10.77.0.1   head, driver, one worker       ┐ veth
     namespace b, core 1   10.77.0.2   one worker                     ┘
@@ -181,7 +181,7 @@ def main() -> None:
     """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="8 rows, one layer; nothing is written")
     given = parser.parse_args()
     rows, layers = (8, 1) if given.quick else (given.rows, given.layers)

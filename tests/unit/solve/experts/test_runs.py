@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import weakref
 from collections.abc import Callable
@@ -93,13 +94,17 @@ def live_hessians(
     folder: Path, settings: QuantizeSettings, output: Path, chosen: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[int, int]:
     """The most moments alive whenever new ones are collected, and how often that was."""
-    alive: list[weakref.ref] = []
+    # Asking a weak reference makes a strong one for a moment, in which another thread may count it: none is asked.
+    refs: list[weakref.ref] = []
+    numbers, alive = itertools.count(), set[int]()
     most, plain = [0], forward.collect_moments
 
     def spy(*arguments: Any) -> Any:
-        most[0] = max(most[0], sum(ref() is not None for ref in alive))
+        most[0] = max(most[0], len(alive))
         moments = plain(*arguments)
-        alive.append(weakref.ref(moments.hessian))
+        number = next(numbers)
+        alive.add(number)
+        refs.append(weakref.ref(moments.hessian, lambda _: alive.discard(number)))
         return moments
 
     monkeypatch.setattr(forward, "collect_moments", spy)
@@ -110,7 +115,7 @@ def live_hessians(
     finally:
         gc.enable()
         monkeypatch.undo()
-    return most[0], len(alive)
+    return most[0], len(refs)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
