@@ -66,6 +66,11 @@ def gpu_memory() -> Iterator[list[int]]:
         thread.join()
 
 
+def output_of(folder: Path, way: str) -> Path:
+    """Where a run writes its folder."""
+    return folder / way.replace(", ", "-").replace(" ", "-")
+
+
 def same_codes(first: Path, second: Path) -> float:
     """The share of codes that two folders have in common."""
     one, other = open_checkpoint(first), open_checkpoint(second)
@@ -83,7 +88,7 @@ def measure(name: str, folder: Path, given: argparse.Namespace) -> list[list[str
     setting = make_setting(name, source, given.samples, LENGTH, None)
     costs: dict[str, tuple[Cost, int]] = {}
     for way in given.ways:
-        output = folder / way.replace(", ", "-").replace(" ", "-")
+        output = output_of(folder, way)
         with gpu_memory() as most:
             try:
                 gpu = {} if way == "ours, CPU" else {"CUDA_VISIBLE_DEVICES": "0"}
@@ -96,8 +101,8 @@ def measure(name: str, folder: Path, given: argparse.Namespace) -> list[list[str
         print(f"{name}, {way}: {costs[way]}", file=sys.stderr, flush=True)
     lines = []
     for way, (cost, memory) in costs.items():
-        output = folder / way.replace(", ", "-").replace(" ", "-")
-        against = "" if way in ("ours", "llm-compressor") else f"{same_codes(folder / 'ours', output):.4%}"
+        output = output_of(folder, way)
+        against = "" if way in ("ours", "llm-compressor") else f"{same_codes(output_of(folder, 'ours'), output):.4%}"
         size = [f"{cost.wall_s:.1f}", f"{cost.cpu_s:.1f}", f"{memory}", f"{cost.peak_rss / 1e6:.0f}"]
         lines.append([f"{base}, {layers} layers", way, *size, against])
     return lines

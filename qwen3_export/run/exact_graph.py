@@ -34,12 +34,13 @@ def without_rounding(graph: bytes) -> bytes:
 
 
 @contextmanager
-def kernels(graph: bytes, exact: bool) -> Iterator[None]:
+def kernels(graph: bytes | str, exact: bool) -> Iterator[None]:
     """A session that is made inside gets QMoE's usual or exact kernels.
 
     The environment is the process's own, so sessions of graphs with experts are made one at a time.
     """
-    if _EXPERTS not in graph:
+    if isinstance(graph, str) or _EXPERTS not in graph:
+        # A graph that is named by its path is not edited, so not exact.
         yield
         return
     with _MAKING:

@@ -70,7 +70,7 @@ class OrtSession:
         try:
             graph = exact_graph(files.graph) if options.exact else str(files.graph)
             if provider is None:
-                with kernels(graph if isinstance(graph, bytes) else b"", options.exact):
+                with kernels(graph, options.exact):
                     self._session = onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
             else:
                 self._session = open_on(provider, graph, settings, folder)
