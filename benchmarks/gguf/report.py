@@ -32,7 +32,10 @@ AIMS = {"q4_k_m": 0.45, "q4_0": 0.60, "q3_k_m": 0.40, "q2_k": 0.35, "q5_k_m": 0.
 AIM_WITH_OUTLIERS = 0.20
 # The largest KL of a solved file in llama.cpp, over that of its folder in torch.
 GAP_AIM = 1.10
-ORDER = ("q2_k", "q3_k_m", "iq4_xs", "q4_0", "q4_k_m", "q5_k_m", "q6_k", "q8_0")
+ORDER = (
+    "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "iq4_xs", "iq4_nl", "q4_0", "q4_1", "q4_k_s", "q4_k_m",
+    "q5_0", "q5_1", "q5_k_s", "q5_k_m", "q6_k", "mxfp4", "mxfp4_moe", "q8_0",
+)  # fmt: skip
 SAID = """KL in nats per token and top-1 agreement, in llama.cpp. `×`: solved, relative to llama.cpp's quantizer with
 its matrix. Gap: the solved file's KL over that of its folder in torch, where inputs are not rounded; its aim is
 {aim:.2f}. Sizes: how far those two files' are apart.

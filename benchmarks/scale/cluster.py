@@ -38,6 +38,8 @@ QUIET = {
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_AUTH_MODE": "disabled",
     "OMP_NUM_THREADS": "1",
+    # As without Ray; by default other processes would come first.
+    "RAY_worker_niceness": "0",
 }
 
 

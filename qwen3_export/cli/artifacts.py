@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ _STATED = (
     "version", "target", "flavor", "precision", "accuracy_level", "added_kl", "kv_cache", "kv_cache_kl", "exact",
     "expert_layers", "source", "quantized",
 )  # fmt: skip
+_PLAN, _ENGINE = "model.plan", "engine.json"
 _OURS, _FOREIGN = "qwen3-export", "another tool"
 # Of a file that the converter, and whoever else writes the same bytes, would not sign.
 _UNNAMED = "llama.cpp's converter, or qwen3-export, whose files of these types are the same"
@@ -34,7 +35,12 @@ def is_artifact(path: Path) -> bool:
 
 
 def describe_artifact(path: Path) -> dict[str, Any]:
-    """Types, sizes and provenance of an artifact; InputError for any other file."""
+    """Types, sizes and provenance of an artifact; InputError for any other file.
+
+    A plan is described with the folder that it lies in.
+    """
+    if path.name == _PLAN and (path.parent / _ENGINE).is_file():
+        return _onnx(path.parent)
     found = describer(path)
     if found:
         return found(path)
@@ -49,7 +55,7 @@ def show_artifact(values: dict[str, Any]) -> None:
     single = {key: value for key, value in values.items() if not isinstance(value, dict | list)}
     counted = {key: values.get(key, {}) for key in ("operators", "opsets")}
     lists = {key: ", ".join(f"{a} ({b})" for a, b in items.items()) for key, items in counted.items() if items}
-    provenance = {key: _plain(value) for key, value in values["provenance"].items() if value is not None}
+    provenance = {key: _plain(value) for key, value in _flat(values["provenance"]).items() if value not in (None, [])}
     fields({**single, **lists, **provenance, "size": size(values["bytes"])})
     rows = [[name, str(item["tensors"]), size(item["bytes"])] for name, item in values["types"].items()]
     table(["type", "tensors", "size"], rows)
@@ -63,13 +69,20 @@ def show_artifact(values: dict[str, Any]) -> None:
     table(["tensor", "count", "type", "shape of the first", "size"], rows)
 
 
-def _plain(value: Any) -> Any:
-    """A value as one line of text.
+def _flat(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The provenance with a line for everything that is known of a plan.
 
-    A plan's build command, which has thousands of characters, is in --json alone.
+    Its build command, which has thousands of characters, is in --json alone.
     """
-    if isinstance(value, dict):
-        value = {key: item for key, item in value.items() if key != "trtexec"}
+    engine = {key: value for key, value in provenance.get("engine", {}).items() if key not in ("engine", "trtexec")}
+    named = {"engine": provenance["engine"].get("engine")} if "engine" in provenance else {}
+    return {**provenance, **named, **{f"engine.{key}": value for key, value in engine.items()}}
+
+
+def _plain(value: Any) -> Any:
+    """A value as one line of text."""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return ", ".join(value)
     return json.dumps(value) if isinstance(value, dict | list) else value
 
 
@@ -77,16 +90,17 @@ def _onnx(path: Path) -> dict[str, Any]:
     files = find_onnx(path)
     header = read_onnx_header(files.graph)
     manifest = read_manifest(files.folder) if (files.folder / MANIFEST).is_file() else {}
-    engine = files.folder / "engine.json"
+    engine, built = files.folder / _ENGINE, files.folder / _PLAN
     plan = {"engine": read_object(engine)} if engine.is_file() else {}
     stated = {key: manifest[key] for key in _STATED if key in manifest}
-    data = onnx_data_files(files.graph)
+    parts = [files.graph, *onnx_data_files(files.graph), *([built] if plan and built.is_file() else [])]
     return {
         "artifact": str(path),
         "kind": "TensorRT" if plan else "ONNX",
         "graph": files.graph.name,
-        "bytes": sum(file.stat().st_size for file in [files.graph, *data]),
-        "files": {file.name: file.stat().st_size for file in [files.graph, *data]},
+        **({"plan": _built(built)} if plan else {}),
+        "bytes": sum(file.stat().st_size for file in parts),
+        "files": {file.name: file.stat().st_size for file in parts},
         "opsets": header.opsets,
         "inputs": header.inputs,
         "outputs": header.outputs,
@@ -99,6 +113,13 @@ def _onnx(path: Path) -> dict[str, Any]:
         },
         **_tensors(header.tensors),
     }
+
+
+def _built(plan: Path) -> str:
+    """A plan's file and size, or that it has to be built."""
+    if plan.is_file():
+        return f"{plan.name}, {size(plan.stat().st_size)}"
+    return f"not built yet: trtexec in {_ENGINE} is the command, for this folder on the plan's device"
 
 
 def _gguf(path: Path) -> dict[str, Any]:

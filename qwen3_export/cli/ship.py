@@ -95,7 +95,7 @@ def onnx(
 
     def check(checkpoint: Checkpoint) -> None:
         # Imported here, while the source is hashed.
-        _import("onnx_ir")
+        _import("qwen3_export.ship.onnx.library")
         from qwen3_export.ship.onnx import check_request
 
         check_request(checkpoint, **choice)
@@ -217,7 +217,7 @@ def tensorrt(
     ] = None,
     max_context: Annotated[int | None, typer.Option(min=1, max=1 << 20, help="Longest cache (default 4096).")] = None,
     onnx_only: Annotated[
-        bool, typer.Option("--onnx-only", help="No plan: print the trtexec line that builds it on its device.")
+        bool, typer.Option("--onnx-only", help="No plan: print the command that builds it on its device.")
     ] = False,
     recipe: RecipeOption = None,
     calibration: Calibration = None,
@@ -236,7 +236,7 @@ def tensorrt(
 ) -> None:
     """Write an ONNX for TensorRT and build its plan ahead of time."""
     _need("onnx_ir", "tensorrt")
-    _import("onnx_ir")
+    _import("qwen3_export.ship.onnx.library")
     from qwen3_export.ship.tensorrt import check_request, export_tensorrt
     from qwen3_export.ship.tensorrt.profiles import default_profile
 

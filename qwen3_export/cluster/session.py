@@ -9,15 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
 import socket
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from qwen3_export.cluster.folder import ray_folder
 from qwen3_export.core.memory import lacks_memory, out_of_memory
 from qwen3_export.core.process import uncollected, uninterrupted
 from qwen3_export.errors import InputError, MissingRuntimeError, ResourceError
@@ -25,7 +24,6 @@ from qwen3_export.errors import InputError, MissingRuntimeError, ResourceError
 STORE_BYTES = 100 << 20
 # Seconds to wait for a connection, and for a process to end.
 _CONNECT_SECONDS, _END_SECONDS = 5, 10
-_LONGEST_PLACE = 24
 # Environment variables of Ray's authentication: `token` or `disabled`, and the token.
 _MODE, _TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
 # Remedies where Ray's processes do not start: on this machine alone, and on a cluster.
@@ -43,6 +41,8 @@ _QUIET = {
     # Ray would kill workers when memory is short; the run has a memory limit of its own.
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_enable_metrics_collection": "0",
+    # Ray would give workers a niceness of 15, so that every other process of the machine comes first.
+    "RAY_worker_niceness": "0",
 }
 
 
@@ -195,21 +195,14 @@ def open_session(address: str, workers: int = 1, gpus: int = 0) -> Iterator[RayS
     is_local = local_workers(address) is not None
     if not is_local:
         _check_reachable(address)
-    usual = tempfile.gettempdir()
-    # A short folder, since a socket's path may have 107 characters and Ray's own names take 80.
-    place = usual if len(usual) <= _LONGEST_PLACE else "/tmp"
-    folder = tempfile.mkdtemp(prefix="q3e-", dir=place) if is_local else None
     with uninterrupted(), uncollected():
         import ray
-    try:
+    with ray_folder() if is_local else nullcontext() as folder:
         _connect(address, folder, workers, gpus)
         try:
             yield RaySession()
         finally:
             ray.shutdown()
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _connect(address: str, folder: str | None, workers: int, gpus: int) -> None:

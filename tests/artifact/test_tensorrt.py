@@ -213,6 +213,24 @@ def test_the_trtexec_line_is_the_profile(make_checkpoint: Callable, tmp_path: Pa
     assert inside == ["trtexec", "--onnx=model.onnx", "--saveEngine=model.plan", *others[3:]]
 
 
+def test_a_prompt_fits_into_the_cache(make_checkpoint: Callable) -> None:
+    config = open_checkpoint(make_checkpoint()).config
+    assert default_profile(config, max_context=48) == Profile(48, 48)
+    assert default_profile(config, 8192).max_context == 8192
+    with pytest.raises(InputError, match=r"--max-prompt 96: .* does not fit into the cache of --max-context 64"):
+        default_profile(config, 96, 64)
+
+
+def test_the_line_for_tensorrt_rtx_names_its_own_tool(make_checkpoint: Callable, tmp_path: Path) -> None:
+    """It has `trtexec`'s options, but none for the typing, since it has strongly typed networks alone."""
+    checkpoint = open_checkpoint(make_checkpoint())
+    others, profiles = parsed(export_tensorrt(checkpoint, tmp_path / "rtx", onnx_only=True)["trtexec"])
+    assert others[0] == "tensorrt_rtx"
+    assert "--stronglyTyped" not in others
+    wanted = tensorrt.profiles_of(checkpoint, default_profile(checkpoint.config))
+    assert profiles == [{name: list(shapes) for name, shapes in one.items()} for one in wanted]
+
+
 def test_without_the_library_the_line_is_the_hint(make_checkpoint: Callable, tmp_path: Path) -> None:
     """TensorRT cannot be installed here: its absence is real."""
     assert importlib.util.find_spec("tensorrt") is None
@@ -252,7 +270,23 @@ def test_a_folder_without_its_plan_says_how_it_is_built(make_checkpoint: Callabl
     assert "TensorRT" in shown
     assert "None" not in shown
     assert "--minShapes" not in shown
+    assert "not built yet: trtexec in engine.json" in shown
+    assert "engine.compute_capabilities" not in shown
     assert card.index("trtexec --onnx") < card.index("--device plan")
+
+
+def test_inspect_tells_what_a_plan_is_for(folder: Callable) -> None:
+    """Of the folder, and of the plan's file alone."""
+    place = folder("gptq-w4a16-g128").path
+    values = call("inspect", place, "--json").json
+    plan_bytes = (place / "model.plan").stat().st_size
+    assert values["files"]["model.plan"] == plan_bytes
+    assert values["bytes"] == sum((place / name).stat().st_size for name in values["files"])
+    assert call("inspect", place / "model.plan", "--json").json == values
+    lines = {line.partition(" ")[0]: line.partition(" ")[2].strip() for line in call("inspect", place).out.splitlines()}
+    assert lines["plan"].startswith("model.plan, ")
+    assert lines["engine"] == "rtx"
+    assert lines["engine.compute_capabilities"] == "8.9, 12.0"
 
 
 def test_a_plans_card_names_its_devices(folder: Callable) -> None:

@@ -90,6 +90,14 @@ REFUSED = {
         ("--token-embedding-type", "q8_0", "--tensor-type", "token_embd=q4_0"),
         "--tensor-type token_embd=q4_0: another option decides the type of token_embd.weight",
     ),
+    "tied": (
+        ("--token-embedding-type", "q8_0", "--output-type", "q4_0"),
+        "--output-type q4_0: the head is the embedding here, and --token-embedding-type q8_0 decides its type",
+    ),
+    "tied to a pattern": (
+        ("--tensor-type", "token_embd=q8_0", "--output-type", "q4_0"),
+        "--output-type q4_0: the head is the embedding here, and --tensor-type for token_embd.weight, q8_0, decides",
+    ),
     "shard": (("--split-max-size", "small"), "--split-max-size small: a size such as 4G was expected"),
     "small shard": (
         ("--split-max-size", "999kB"),

@@ -40,7 +40,7 @@ from qwen3_export.ship.gguf.metadata import ARCHITECTURES, add_metadata, check_a
 from qwen3_export.ship.gguf.options import (
     Options,
     check_importance,
-    check_patterns,
+    check_overrides,
     check_split_size,
     larger_than_shards,
     weighed_tensors,
@@ -100,7 +100,7 @@ def _checked(checkpoint: Checkpoint, type_name: str | None, options: Options) ->
     types = choose_types(checkpoint, type_name, options.overrides, given is not None, options.allow_requantize)
     check_stacks(checkpoint.config, types)
     plan = list(planned_tensors(checkpoint, types))
-    check_patterns(plan, types, options.overrides)
+    check_overrides(plan, types, options.overrides)
     importance = {} if given is None else given.for_model(checkpoint.config)
     encoder = Encoder(checkpoint, types, importance, options.threads)
     if given is not None:

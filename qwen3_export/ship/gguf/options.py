@@ -13,6 +13,7 @@ from qwen3_export.ship.gguf.types import Types
 from qwen3_export.ship.gguf.write import Planned
 
 LEAST_SHARD = 1_000_000
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,14 @@ def larger_than_shards(plan: Sequence[Planned], options: Options) -> str | None:
     return f"{name} has {size / 1e6:.1f} MB{others}, more than --split-max-size: it gets a larger shard of its own"
 
 
-def check_patterns(plan: Sequence[Planned], types: Types, overrides: Overrides) -> None:
-    """Raise InputError for a pattern that decides no tensor's type."""
+def check_overrides(plan: Sequence[Planned], types: Types, overrides: Overrides) -> None:
+    """Raise InputError for a type that was asked for and that no tensor gets."""
     names = [item.name for item in plan if item.modules[0] in types.modules]
-    decided = {"token_embd.weight"} if overrides.token_embedding else set[str]()
+    decided = {_EMBEDDING} if overrides.token_embedding else set[str]()
+    if overrides.output and _HEAD not in names:
+        _check_tied_output(overrides)
+    elif overrides.output:
+        decided.add(_HEAD)
     for pattern, kind in overrides.patterns:
         alone, option = Overrides(((pattern, kind),)), f"--tensor-type {pattern}={kind}"
         matched = {name for name in names if alone.of(name)}
@@ -71,6 +76,20 @@ def check_patterns(plan: Sequence[Planned], types: Types, overrides: Overrides) 
                 "the first pattern that is found in a name decides: give this one before the others",
             )
         decided |= matched
+
+
+def _check_tied_output(overrides: Overrides) -> None:
+    """Raise InputError for the type of a tied head that is not the embedding's."""
+    if overrides.token_embedding not in (None, overrides.output):
+        other = f"--token-embedding-type {overrides.token_embedding}"
+    elif overrides.token_embedding is None and (found := overrides.of(_EMBEDDING)) not in (None, overrides.output):
+        other = f"--tensor-type for {_EMBEDDING}, {found},"
+    else:
+        return
+    raise InputError(
+        f"--output-type {overrides.output}: the head is the embedding here, and {other} decides its type",
+        "give one of them, or the same type",
+    )
 
 
 def weighed_tensors(plan: Sequence[Planned], encoder: Encoder) -> list[str]:

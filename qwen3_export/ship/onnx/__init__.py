@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import Checkpoint
@@ -29,6 +28,7 @@ from qwen3_export.ship.onnx import experts, ort_ops, standard_ops, w8a8
 from qwen3_export.ship.onnx.cache import BITS, QuantizedCache
 from qwen3_export.ship.onnx.decoder import build_decoder
 from qwen3_export.ship.onnx.graph import GraphBuilder
+from qwen3_export.ship.onnx.library import ir
 from qwen3_export.ship.onnx.sidecars import context_length, genai_config, model_config
 from qwen3_export.ship.onnx.target import MOST_WEB_SHARDS, Files, Target, choose, files_of
 from qwen3_export.ship.result import check_schemes, exactness, export_result, onnx_linear_bytes, provenance

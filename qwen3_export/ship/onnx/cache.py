@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qwen3_export.ship.onnx.graph import GraphBuilder
+from qwen3_export.ship.onnx.library import ir
 
 BITS = {"fp32": None, "int8": 8, "int4": 4}
 # Inputs of the operator between the total length and the scales: cos, sin, positions, bias, sinks.

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import Checkpoint
@@ -22,6 +21,7 @@ from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.core.tensorfile import StoredTensor
 from qwen3_export.ship.onnx.experts import SparseLayer
 from qwen3_export.ship.onnx.graph import GraphBuilder
+from qwen3_export.ship.onnx.library import ir
 
 
 class Flavor(Protocol):

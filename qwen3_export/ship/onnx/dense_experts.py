@@ -14,10 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import onnx_ir as ir
-
 from qwen3_export.ship.onnx.experts import SparseLayer
 from qwen3_export.ship.onnx.graph import GraphBuilder
+from qwen3_export.ship.onnx.library import ir
 from qwen3_export.ship.onnx.qmoe import router_scores
 from qwen3_export.ship.onnx.routed import chosen_experts
 

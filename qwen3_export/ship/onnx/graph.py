@@ -16,12 +16,12 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qwen3_export.core.contiguous import contiguous
 from qwen3_export.core.growing_hash import GrowingHash
 from qwen3_export.core.tensorfile import StoredTensor
+from qwen3_export.ship.onnx.library import ir
 from qwen3_export.ship.onnx.target import Files
 
 # ONNX Runtime's own operators, and TensorRT's.

@@ -6,9 +6,9 @@ They are for runtimes without newer operators, and compute what the ONNX specifi
 from __future__ import annotations
 
 import numpy as np
-import onnx_ir as ir
 
 from qwen3_export.ship.onnx.graph import GraphBuilder
+from qwen3_export.ship.onnx.library import ir
 
 _FLOAT = ir.DataType.FLOAT
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qwen3_export.core import pack
@@ -31,6 +30,7 @@ from qwen3_export.ship.onnx import qmoe, routed, w8a8
 from qwen3_export.ship.onnx.cache import FloatCache, QuantizedCache
 from qwen3_export.ship.onnx.experts import SparseLayer
 from qwen3_export.ship.onnx.graph import CONTRIB, GraphBuilder
+from qwen3_export.ship.onnx.library import ir
 from qwen3_export.ship.onnx.padding import TokenOrder
 from qwen3_export.ship.result import not_integer
 

@@ -11,9 +11,8 @@ one new token per row is accepted too.
 
 from __future__ import annotations
 
-import onnx_ir as ir
-
 from qwen3_export.ship.onnx.graph import GraphBuilder
+from qwen3_export.ship.onnx.library import ir
 
 _INT32 = ir.DataType.INT32
 

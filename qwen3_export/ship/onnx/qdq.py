@@ -18,13 +18,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qwen3_export.core import pack
 from qwen3_export.core.scheme import ACTIVATION_GROUP, QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.ship.onnx.graph import GraphBuilder
+from qwen3_export.ship.onnx.library import ir
 
 _CODES = {
     ("int", 4, True): ir.DataType.INT4,

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qwen3_export.core import pack
@@ -22,6 +21,7 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.ship.onnx.experts import SparseLayer
 from qwen3_export.ship.onnx.graph import CONTRIB, GraphBuilder
+from qwen3_export.ship.onnx.library import ir
 
 _BLOCKS = (16, 32, 64, 128, 256)
 _INT8_ACTIVATIONS = 4

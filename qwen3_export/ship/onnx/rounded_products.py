@@ -18,12 +18,12 @@ TensorRT's own, which finds the scales of 16 inputs; the scale above them is a c
 from __future__ import annotations
 
 import numpy as np
-import onnx_ir as ir
 
 from qwen3_export.core.scheme import ACTIVATION_GROUP
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.ship.onnx import qdq
 from qwen3_export.ship.onnx.graph import TENSORRT, GraphBuilder
+from qwen3_export.ship.onnx.library import ir
 
 _FLOAT = ir.DataType.FLOAT
 _SMALL = 2.0**-9

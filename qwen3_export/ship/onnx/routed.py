@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.ship.onnx.experts import SparseLayer
 from qwen3_export.ship.onnx.graph import GraphBuilder
+from qwen3_export.ship.onnx.library import ir
 from qwen3_export.ship.onnx.qmoe import router_scores
 
 _INT64, _BOOL, _FLOAT = ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.FLOAT

@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
@@ -30,6 +29,7 @@ from qwen3_export.core.tensorfile import StoredTensor
 from qwen3_export.ship.onnx import dense_experts, opset21, qdq, rounded_products, routed, w8a8
 from qwen3_export.ship.onnx.experts import SparseLayer
 from qwen3_export.ship.onnx.graph import GraphBuilder
+from qwen3_export.ship.onnx.library import ir
 
 OPSET = 23
 _INT64, _BOOL, _FLOAT = ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.FLOAT

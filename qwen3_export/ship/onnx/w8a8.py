@@ -13,12 +13,12 @@ saturate, unless the session is opened with `session.x64quantprecision` = 1.
 from __future__ import annotations
 
 import numpy as np
-import onnx_ir as ir
 
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
 from qwen3_export.ship.onnx import qdq
 from qwen3_export.ship.onnx.graph import GraphBuilder
+from qwen3_export.ship.onnx.library import ir
 
 # What ONNX Runtime must be told, where its kernels would saturate.
 SESSION = {"session.x64quantprecision": "1"}

@@ -92,7 +92,7 @@ def export_tensorrt(
             "profile": asdict(profile),
             "profiles": built["profiles"] if built else len(profiles),
             "source_sha256": origin["source"]["sha256"],
-            **({} if built else {"trtexec": trtexec_line(Path(MODEL), Path(PLAN), profiles)}),
+            **({} if built else {"trtexec": trtexec_line(Path(MODEL), Path(PLAN), profiles, engine)}),
         }
         (folder / ENGINE).write_text(to_json(described), encoding="utf-8")
         for path in checkpoint.sidecars():
@@ -101,7 +101,7 @@ def export_tensorrt(
         files = file_list(folder)
     result = export_result(output, files, checkpoint, inexact, started, onnx_linear_bytes(output))
     if built is None:
-        return {**result, "trtexec": trtexec_line(output / MODEL, output / PLAN, profiles)}
+        return {**result, "trtexec": trtexec_line(output / MODEL, output / PLAN, profiles, engine)}
     plan_bytes = next(item["bytes"] for item in files if item["path"] == PLAN)
     result["bits_per_weight"] = 8 * plan_bytes / checkpoint.config.num_parameters
     result["peak_rss_bytes"] = max(result["peak_rss_bytes"], built["peak_rss_bytes"])

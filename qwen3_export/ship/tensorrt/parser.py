@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnx_ir as ir
-
 from qwen3_export.errors import UnsupportedError
+from qwen3_export.ship.onnx.library import ir
 from qwen3_export.ship.onnx.target import MODEL
 
 # Operator → its attributes: None where any value is read, else the one value that is.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen3_export.core.qwen3 import Qwen3Config
+from qwen3_export.errors import InputError
 
 Shape = tuple[int, ...]
 Shapes = dict[str, tuple[Shape, Shape, Shape]]
@@ -31,10 +32,17 @@ class Profile:
 def default_profile(config: Qwen3Config, max_prompt: int | None = None, max_context: int | None = None) -> Profile:
     """The given profile; by default 1024 prompt tokens and 4096 cached ones.
 
-    Defaults are cut to the model's positions.
+    Defaults are cut to the model's positions, and the prompt's to the given cache. Raises InputError for a prompt that
+    does not fit into the cache, after which no token could be decoded.
     """
-    longest = config.max_position
-    return Profile(max_prompt or min(1024, longest), max_context or min(4096, longest))
+    context = max_context or max(min(4096, config.max_position), max_prompt or 0)
+    prompt = max_prompt or min(1024, config.max_position, context)
+    if prompt > context:
+        raise InputError(
+            f"--max-prompt {prompt}: a prompt of that length does not fit into the cache of --max-context {context}",
+            f"give --max-context {prompt} or more",
+        )
+    return Profile(prompt, context)
 
 
 def prefill_shapes(config: Qwen3Config, profile: Profile) -> Shapes:
@@ -67,12 +75,14 @@ def _shapes(
     return found
 
 
-def trtexec_line(onnx: Path, plan: Path, profiles: Sequence[Shapes]) -> str:
+def trtexec_line(onnx: Path, plan: Path, profiles: Sequence[Shapes], engine: str = "trt") -> str:
     """The `trtexec` command that builds the same plan.
 
-    In its syntax each profile's shapes follow `--profile=N`.
+    In its syntax each profile's shapes follow `--profile=N`. TensorRT-RTX's own tool is called `tensorrt_rtx` and knows
+    strongly typed networks alone.
     """
-    words = ["trtexec", f"--onnx={onnx}", f"--saveEngine={plan}", "--stronglyTyped", "--skipInference"]
+    tool, typed = ("trtexec", ["--stronglyTyped"]) if engine == "trt" else ("tensorrt_rtx", [])
+    words = [tool, f"--onnx={onnx}", f"--saveEngine={plan}", *typed, "--skipInference"]
     for number, shapes in enumerate(profiles):
         words.append(f"--profile={number}")
         for place, option in enumerate(("--minShapes", "--optShapes", "--maxShapes")):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +51,43 @@ def test_rays_store_is_small_and_spills_nothing(monkeypatch: pytest.MonkeyPatch)
     assert given["_system_config"] == {"automatic_object_spilling_enabled": False}
     assert given["include_dashboard"] is False
     assert not Path(given["_temp_dir"]).exists()
+
+
+HOLD = """
+import sys
+from qwen3_export.cluster.folder import ray_folder
+with ray_folder() as folder:
+    print(folder, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_the_next_cluster_removes_what_a_killed_command_left(tmp_path: Path) -> None:
+    """And nothing else: neither the folder of a running one, nor one with a like name, nor through a link."""
+    place = Path(tempfile.mkdtemp(dir="/tmp", prefix="c"))
+    holders = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "TMPDIR": str(place)},
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    try:
+        killed, running = [Path(str(one.stdout and one.stdout.readline()).strip()) for one in holders]
+        assert killed.parent == running.parent == place
+        holders[0].kill()
+        holders[0].wait(30)
+        (place / "q3e-other").mkdir()
+        (place / "q3e-link").symlink_to(shutil.copytree(killed, tmp_path / "q3e-elsewhere"))
+        third = subprocess.run(
+            [sys.executable, "-c", HOLD], input="\n", capture_output=True, text=True,
+            env={**os.environ, "TMPDIR": str(place)}, check=True,
+        )  # fmt: skip
+        assert {path.name for path in place.iterdir()} == {running.name, "q3e-other", "q3e-link"}
+        assert (tmp_path / "q3e-elsewhere").is_dir()
+        assert not Path(third.stdout.strip()).exists()
+    finally:
+        for one in holders:
+            one.kill()
+            one.wait(30)
+        shutil.rmtree(place)
