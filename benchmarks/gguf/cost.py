@@ -79,9 +79,10 @@ def jobs(source: Path, folder: Path) -> dict[str, tuple[list[str | Path], str]]:
     for kind in ("bf16", "q8_0"):
         theirs: list[str | Path] = [sys.executable, script, source, kind, folder / f"converter-{kind}.gguf"]
         found[f"converter {kind}"] = (theirs, str(converter()))
-    for kind, extra in (("bf16", []), ("q8_0", []), ("q4_k_m", []), ("q4_k_m imatrix", ["--imatrix", matrix])):
-        command = [sys.executable, "-c", OURS, "gguf", source, "--type", kind.split()[0], "--force", "-q"]
-        found[f"ours {kind}"] = ([*command, "--output", folder / "ours.gguf", *extra], str(ROOT))
+    ours = (sys.executable, "-c", OURS, "gguf", source, "--force", "-q", "--output", folder / "ours.gguf")
+    for kind in ("bf16", "q8_0", "q4_k_m"):
+        found[f"ours {kind}"] = ([*ours, "--type", kind], str(ROOT))
+    found["ours q4_k_m imatrix"] = ([*ours, "--type", "q4_k_m", "--imatrix", matrix], str(ROOT))
     quantize: list[str | Path] = [sys.executable, "-c", THEIRS, bf16, folder / "theirs.gguf"]
     found["llama-quantize q4_k_m"] = (quantize, str(ROOT))
     found["llama-quantize q4_k_m imatrix"] = ([*quantize, matrix], str(ROOT))

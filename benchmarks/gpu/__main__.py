@@ -22,6 +22,7 @@ from benchmarks.quality.runs import Setting, make_setting
 from benchmarks.quality.venvs import PEERS
 from benchmarks.scale.models import make_slice
 from qwen3_export.core.checkpoint import open_checkpoint
+from qwen3_export.core.tensor import QuantizedTensor
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE, SCHEME, LENGTH = "gptq-w4a16-g128", "w4-g128", 512
@@ -77,6 +78,8 @@ def same_codes(first: Path, second: Path) -> float:
     equal = total = 0
     for name in one.schemes:
         a, b = one.linear(name), other.linear(name)
+        assert isinstance(a, QuantizedTensor)
+        assert isinstance(b, QuantizedTensor)
         equal, total = equal + int((a.codes == b.codes).sum()), total + a.codes.size
     return equal / total
 

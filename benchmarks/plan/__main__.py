@@ -105,7 +105,8 @@ def row(name: str, recipe: str, step: str, said: tuple[float | None, ...], run: 
         f"{run.seconds:.1f} s",
         f"{run.size / 1e6:.1f} MB",
     )
-    return [name, recipe, step, *(f"{text} ({ratio(*pair)})" for text, *pair in zip(shown, said, took, strict=True))]
+    columns = zip(shown, said, took, strict=True)
+    return [name, recipe, step, *(f"{text} ({ratio(plan, measured)})" for text, plan, measured in columns)]
 
 
 def rows(name: str, source: Path, recipe: str, options: argparse.Namespace) -> Iterator[list[str]]:

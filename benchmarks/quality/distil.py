@@ -9,14 +9,24 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from benchmarks.quality.folders import Experts, load
+from benchmarks.quality.folders import Expert, Experts, load
 from benchmarks.quality.sidecars import copy_sidecars
 from qwen3_export.core.source import locate
 from qwen3_export.model.workers import has_bf16
@@ -29,12 +39,14 @@ STEPS = {"small": 150, "moe": 80}
 RATE, BALANCE, NOISE = 1e-3, 0.01, 0.1
 KEPT_LAYERS = (0, 1, 3, 5)
 EXPERTS, CHOSEN, EXPERT_WIDTH = 8, 2, 384
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def make(name: str, folder: Path) -> None:
     """Initialise, train and write one student, with a fixed seed."""
     torch.manual_seed(0)
     teacher = load(locate("reference-model"))
+    assert isinstance(teacher, Qwen3ForCausalLM)
     student = {"small": widened, "moe": with_experts}[name](teacher)
     samples = calibration_samples(
         ModelTokenizer(locate("reference-model")), load_documents("bundled"), 10_000, LENGTH, 0
@@ -44,7 +56,7 @@ def make(name: str, folder: Path) -> None:
     write(student, folder)
 
 
-def write(student: nn.Module, folder: Path) -> None:
+def write(student: PreTrainedModel, folder: Path) -> None:
     """A Hugging Face folder in bf16, one tensor per expert."""
     config = student.config.to_dict() | {"dtype": "bfloat16", "architectures": [type(student).__name__]}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
@@ -54,14 +66,15 @@ def write(student: nn.Module, folder: Path) -> None:
     copy_sidecars(folder)
 
 
-def train(student: nn.Module, teacher: nn.Module, ids: Tensor, steps: int) -> None:
+def train(student: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor, steps: int) -> None:
     """AdamW with a cosine schedule on KL(teacher ‖ student), experts kept in balance."""
     student.train()
     optimizer = torch.optim.AdamW(student.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
     order = torch.cat([torch.randperm(len(ids)) for _ in range(steps * BATCH // len(ids) + 1)])
     routed: list[Tensor] = []
-    hooks = [m.register_forward_hook(lambda _m, _i, out: routed.append(out[0])) for m in routers(student)]
+    routers = [block.gate for block in modules_of(student, Qwen3MoeSparseMoeBlock)]
+    hooks = [m.register_forward_hook(lambda _m, _i, out: routed.append(out[0])) for m in routers]
     for step in range(steps):
         batch = ids[order[step * BATCH : (step + 1) * BATCH]]
         routed.clear()
@@ -81,8 +94,9 @@ def train(student: nn.Module, teacher: nn.Module, ids: Tensor, steps: int) -> No
         hook.remove()
 
 
-def routers(model: nn.Module) -> list[nn.Module]:
-    return [module.gate for module in model.modules() if hasattr(module, "experts")]
+def modules_of(model: nn.Module, kind: type[Kind]) -> list[Kind]:
+    """The modules of one class, in the model's order."""
+    return [module for module in model.modules() if isinstance(module, kind)]
 
 
 def imbalance(routed: list[Tensor]) -> Tensor:
@@ -95,15 +109,16 @@ def imbalance(routed: list[Tensor]) -> Tensor:
     return total
 
 
-def widened(teacher: nn.Module) -> nn.Module:
+def widened(teacher: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
     """Hidden 384, four layers, four key/value heads, intermediate 896, a head of its own."""
     old = teacher.config
+    assert old.num_key_value_heads is not None
     config = Qwen3Config(
         **{**shared(old), "hidden_size": 384, "num_hidden_layers": len(KEPT_LAYERS), "intermediate_size": 896},
         num_key_value_heads=old.num_attention_heads,
         tie_word_embeddings=False,
     )
-    student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    student: Qwen3ForCausalLM = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     state, source = student.state_dict(), teacher.state_dict()
     repeats = old.num_attention_heads // old.num_key_value_heads
     # The new channels, near zero at first, lower the root mean square that RMSNorm divides by.
@@ -124,9 +139,10 @@ def widened(teacher: nn.Module) -> nn.Module:
     return student
 
 
-def with_experts(teacher: nn.Module) -> nn.Module:
+def with_experts(teacher: Qwen3ForCausalLM) -> Qwen3MoeForCausalLM:
     """Every MLP as eight experts of half its width, two at a time."""
     old = teacher.config
+    assert old.num_key_value_heads is not None
     config = Qwen3MoeConfig(
         **shared(old),
         num_key_value_heads=old.num_key_value_heads,
@@ -137,12 +153,12 @@ def with_experts(teacher: nn.Module) -> nn.Module:
         norm_topk_prob=True,
         decoder_sparse_step=1,
     )
-    student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for block, dense in zip(student.model.layers, teacher.model.layers, strict=True):
-        block.mlp.experts = Experts(EXPERTS, old.hidden_size, EXPERT_WIDTH)
-        nn.init.normal_(block.mlp.gate.weight, std=old.hidden_size**-0.5)
-        for expert in block.mlp.experts:
-            cut(expert, dense.mlp)
+    student: Qwen3MoeForCausalLM = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for block, dense in zip(modules_of(student, Qwen3MoeSparseMoeBlock), modules_of(teacher, Qwen3MLP), strict=True):
+        block.add_module("experts", Experts(EXPERTS, old.hidden_size, EXPERT_WIDTH))
+        nn.init.normal_(block.gate.weight, std=old.hidden_size**-0.5)
+        for expert in modules_of(block, Expert):
+            cut(expert, dense)
     common = {k: v for k, v in teacher.state_dict().items() if ".mlp." not in k}
     student.load_state_dict(common, strict=False)
     student.tie_weights()
@@ -150,7 +166,7 @@ def with_experts(teacher: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def cut(expert: nn.Module, dense: nn.Module) -> None:
+def cut(expert: Expert, dense: Qwen3MLP) -> None:
     """An expert from a random half of the channels, plus noise.
 
     Its outputs are doubled, since the mean of two experts is taken.

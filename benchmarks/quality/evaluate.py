@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from benchmarks.quality.folders import load, quantization_of
 from benchmarks.quality.samples import read_samples
 
 
 @torch.inference_mode()
-def log_probabilities(model: torch.nn.Module, ids: np.ndarray) -> torch.Tensor:
+def log_probabilities(model: PreTrainedModel, ids: np.ndarray) -> torch.Tensor:
     """fp32 log-probabilities `[len(ids) − 1, vocab]`, without the last position."""
     logits = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0, :-1]
     return logits.float().log_softmax(-1)

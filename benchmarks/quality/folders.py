@@ -19,7 +19,7 @@ from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from compressed_tensors.utils import match_named_modules
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 State = dict[str, Tensor]
 
@@ -52,14 +52,14 @@ class Expert(nn.Module):
         return self.down_proj(nn.functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
-def load(folder: Path) -> nn.Module:
+def load(folder: Path) -> PreTrainedModel:
     """The model of a 16-bit or quantized folder, ready for fp32 logits."""
     config = AutoConfig.from_pretrained(folder)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         del config.quantization_config
     config.dtype = torch.float32
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for module in model.modules():
         if hasattr(module, "experts"):
             module.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size)
@@ -148,7 +148,7 @@ def awq(model: nn.Module, state: State, values: dict) -> State:
     result = dict(state)
     for name in modules(state, "qweight"):
         codes, zeros = (
-            unpack(state[f"{name}.{key}"], values["bits"]).unflatten(-1, (-1, 8))[..., order].flatten(-2)
+            torch.unflatten(unpack(state[f"{name}.{key}"], values["bits"]), -1, (-1, 8))[..., order].flatten(-2)
             for key in ("qweight", "qzeros")
         )
         scales = state[f"{name}.scales"].float()

@@ -152,9 +152,10 @@ def evaluate(setting: Setting, model: Path, limits: Limits) -> dict[str, Any]:
     def make() -> dict[str, Any]:
         shutil.rmtree(quality, ignore_errors=True)
         quality.mkdir()
-        line = [sys.executable, "-m", "benchmarks.quality.evaluate", setting.checkpoint, model, setting.heldout]
+        files = (setting.checkpoint, model, setting.heldout, truth, quality / "measured.json")
         paths = f"{PACKAGE.parent}:{HERE.parent.parent}"
-        run([*line, truth, quality / "measured.json"], quality, 1, limits.timeout, PYTHONPATH=paths)
+        line = (sys.executable, "-m", "benchmarks.quality.evaluate", *files)
+        run(line, quality, 1, limits.timeout, PYTHONPATH=paths)
         return json.loads((quality / "measured.json").read_text())
 
     return cached(quality / "quality.json", limits.fresh, make)

@@ -37,7 +37,7 @@ def python_of(peer: str) -> Path:
     if not (stamp.is_file() and stamp.read_text() == wanted):
         print(f"installing {peer} {version(peer)} into {folder}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        install = [python, "-m", "pip", "install", "--quiet", "--no-deps"]
+        install: list[str | Path] = [python, "-m", "pip", "install", "--quiet", "--no-deps"]
         # GPTQModel comes as source only: its build needs the installed torch, and newer build tools than Python's.
         subprocess.run([*install, *BUILD_TOOLS], check=True)
         subprocess.run([*install, "-r", without(pins, BUILT_HERE, folder)], check=True)

@@ -14,12 +14,14 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qwen3_export import quantize
 from qwen3_export.cli.console import table
 from qwen3_export.core.source import open_source
 from qwen3_export.prove.drift import sample_drift
 from qwen3_export.prove.reference import answer_specs, full_truth, partial_truth, top_of
+from qwen3_export.prove.statistics import SampleDrift
 from qwen3_export.prove.validate import held_out
 from qwen3_export.run.artifact import open_session
 
@@ -38,7 +40,8 @@ def main() -> None:
         folder = Path(name) / "quantized"
         quantize("reference-model", options.recipe, folder)
         original, artifact = open_session(source.folder), open_session(folder)
-        whole, drifts = [], {k: [] for k in COUNTS}
+        whole: list[NDArray[np.float64]] = []
+        drifts: dict[int, list[SampleDrift]] = {k: [] for k in COUNTS}
         for ids in held_out(source.folder, tokens=options.tokens).ids:
             truth, logits = full_truth(original.prefill(ids), ids), artifact.prefill(ids)
             whole.append(sample_drift(truth, logits, ids).kl)
@@ -47,9 +50,10 @@ def main() -> None:
     full = np.concatenate(whole)
     rows = []
     for k, found in drifts.items():
-        bound = np.concatenate([drift.kl_bound for drift in found])
+        bound = np.concatenate([drift.kl_bound for drift in found if drift.kl_bound is not None])
         estimate = np.concatenate([drift.kl for drift in found]).mean()
-        error = math.sqrt(sum(drift.kl_variance.sum() for drift in found)) / len(full)
+        variances = [drift.kl_variance for drift in found if drift.kl_variance is not None]
+        error = math.sqrt(sum(variance.sum() for variance in variances)) / len(full)
         specs = answer_specs(POSITIONS, k, VOCABULARY).values()
         size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs)
         shares = [f"{100 * value / full.mean():.2f} %" for value in (bound.mean(), estimate, error)]

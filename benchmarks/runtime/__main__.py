@@ -143,8 +143,8 @@ def _row(runner: Runner, item: Round, bandwidth: float) -> list[str]:
     return [
         runner.name, runner.runtime, f"{read / 1e6:.0f}",
         f"{item.prompt / statistics.median(runner.prefill):.0f}", f"{1 / token:.1f}",
-        _beside(runner.token, rival and rival.token, rival_name),
-        _beside(runner.prefill, rival and rival.prefill, rival_name),
+        _beside(runner.token, rival.token if rival else None, rival_name),
+        _beside(runner.prefill, rival.prefill if rival else None, rival_name),
         f"{read / token / bandwidth:.2f}",
     ]  # fmt: skip
 

@@ -131,8 +131,8 @@ def runs(given: argparse.Namespace, item: Wanted, source: Path, base: Path) -> I
         shutil.rmtree(out, ignore_errors=True)
         scratch.mkdir()
         said = None if given.no_plan else planned(given, item, source, recipe)
-        command = ["quantize", source, "--recipe", recipe, "--output", out, "--scratch", scratch, *calibration]
-        run = measure(command, given.threads, scratch)
+        folders = ("--output", out, "--scratch", scratch)
+        run = measure(["quantize", source, "--recipe", recipe, *folders, *calibration], given.threads, scratch)
         scratch.rmdir()  # which it can only be when it was left empty
         yield record(recipe, run, common, said)
     for kind in item.export:

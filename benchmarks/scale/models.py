@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.core.checkpoint import INDEX
 from qwen3_export.core.qwen3 import parse_config
+from qwen3_export.core.shards import INDEX
 from qwen3_export.core.source import locate
 from qwen3_export.core.tensorfile import TensorFileWriter
 

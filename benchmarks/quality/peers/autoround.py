@@ -36,7 +36,7 @@ def main() -> None:
         scheme="W4A16",
         group_size=int(arguments.scheme.split("-g")[1].split("-")[0]),
         sym=not arguments.scheme.endswith("asym"),
-        dataset=[{"input_ids": part} for part in rows.split(BATCH)],
+        dataset=[{"input_ids": part} for part in torch.split(rows, BATCH)],
         nsamples=len(rows),
         seqlen=rows.shape[1],
         batch_size=BATCH,

@@ -3,6 +3,8 @@
 It sorts rows by length; ours all have one length, so it sees exactly these tokens in this order.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
@@ -18,7 +20,7 @@ from gptqmodel import GPTQModel
 from gptqmodel.quantization import AWQConfig, GPTAQConfig, QuantizeConfig, RTNConfig
 
 
-def config(method: str, scheme: str):
+def config(method: str, scheme: str) -> QuantizeConfig | RTNConfig | AWQConfig:
     """GPTQModel's configuration of a method; everything else is its default."""
     shape = {"bits": 4, "group_size": int(scheme.split("-g")[1].split("-")[0]), "sym": not scheme.endswith("asym")}
     if method == "rtn":

@@ -13,6 +13,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BATCH = 1
@@ -60,13 +61,15 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = torch.from_numpy(np.load(arguments.rows)).long()
     started = time.monotonic()
-    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(BATCH)]
+    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in torch.split(rows, BATCH)]
+    # To torch a list is a data set, which its annotations do not say.
+    loader: DataLoader[dict[str, torch.Tensor]] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
     free = arguments.method == "rtn" and arguments.scheme != "fp8-static"
     oneshot(
         model=AutoModelForCausalLM.from_pretrained(arguments.model, dtype=DTYPE),
         tokenizer=AutoTokenizer.from_pretrained(arguments.model),
         recipe=modifiers(arguments.method, arguments.scheme),
-        dataset=None if free else torch.utils.data.DataLoader(batches, batch_size=None),
+        dataset=None if free else loader,
         num_calibration_samples=len(rows),
         max_seq_length=rows.shape[1],
         output_dir=arguments.output,
