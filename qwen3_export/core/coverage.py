@@ -13,13 +13,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3_export.core.files import read_json
+from qwen3_export.core.files import read_sidecar
 from qwen3_export.core.manifest import read_manifest
 from qwen3_export.core.qwen3 import parse_config
+from qwen3_export.errors import CheckpointError
 
 Summary = dict[str, Any]
 # Where a GGUF file keeps the summary, as JSON: it has no manifest beside it.
 GGUF_KEY = "qwen3_export.experts"
+# Where other families' config.json have the number of experts: Qwen's others, Mixtral's and Llama 4's, DeepSeek's.
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 UNKNOWN: Summary = dict.fromkeys(("min_tokens", "below_floor", "floor", "fallback"))
 
 
@@ -46,12 +49,18 @@ def summary_of(values: object) -> Summary | None:
 def read_coverage(folder: Path) -> Summary | None:
     """The summary of an artifact folder, from its manifest.
 
-    Without a manifest, config.json tells whether there are experts at all.
+    Without a manifest, config.json tells whether there are experts at all. It may be any model's, since other tools'
+    artifacts are measured too.
     """
     manifest = read_manifest(folder)
     if "experts" in manifest:
         return summary_of(manifest["experts"])
-    config = folder / "config.json"
-    if config.is_file() and not parse_config(read_json(config), str(config)).sparse_layers:
-        return None
-    return dict(UNKNOWN)
+    config = read_sidecar(folder / "config.json")
+    return None if config and not _has_experts(config) else dict(UNKNOWN)
+
+
+def _has_experts(config: dict[str, Any]) -> bool:
+    try:
+        return bool(parse_config(config, "config.json").sparse_layers)
+    except CheckpointError:
+        return any(config.get(key) for key in _COUNTS)

@@ -56,7 +56,8 @@ def open_reference(
     from qwen3_export.prove.original import LiveReference
 
     checkpoint = open_source(spec)
-    return LiveReference(checkpoint, held_out(checkpoint.folder, texts, tokens=tokens), progress, budget_tokens)
+    samples = held_out(checkpoint.folder, texts, min(WINDOW, checkpoint.config.max_position), tokens)
+    return LiveReference(checkpoint, samples, progress, budget_tokens)
 
 
 def _refuse_artifact(path: Path) -> None:
