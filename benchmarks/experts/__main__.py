@@ -20,6 +20,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.quality.report import table
+from benchmarks.runtime.machine import describe
 from qwen3_export.core.layouts import DEFAULT, layout
 from qwen3_export.core.manifest import to_json, write_manifest
 from qwen3_export.core.qwen3 import Qwen3Config, block_name, parse_config
@@ -147,32 +149,68 @@ def child(code: str, *arguments: str | Path) -> dict[str, Any]:
     return found
 
 
+def measure(base: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Make the slice, export it, and run it in both runtimes."""
+    make_slice(base / "source", options.layers)
+    code = "from qwen3_export.cli import main; main()"
+    arguments = ["onnx", base / "source", "--output", base / "onnx", "--accuracy-level", options.level, "--json"]
+    result = child(code, *arguments)
+    report = {
+        "layers": options.layers,
+        "export": {key: result[key] for key in ("peak_rss_bytes", "seconds", "bits_per_weight", "expert_layers")},
+        "bytes": sum(item["bytes"] for item in result["files"]),
+    }
+    if not options.export_only:
+        shutil.rmtree(base / "source")
+        report["onnxruntime"] = child(RUN, base / "onnx", str(PROMPT), str(NEW_TOKENS))
+        report["onnxruntime-genai"] = child(GENAI, base / "onnx", str(PROMPT), str(NEW_TOKENS))
+    return report
+
+
+def page(report: dict[str, Any], level: str) -> str:
+    """The results file."""
+    export, ours, genai = (report.get(key) for key in ("export", "onnxruntime", "onnxruntime-genai"))
+    assert export
+    lines = [
+        "# Mixture of experts in ONNX Runtime",
+        "",
+        f"`python -m benchmarks.experts --layers {report['layers']} --level {level}`: layers as wide as",
+        f"Qwen3-30B-A3B's, 128 experts each, random 4-bit codes in groups of 128.",
+        "",
+        describe(("onnxruntime", "onnxruntime-genai")),
+        "",
+        f"Layers by operator: {json.dumps(export['expert_layers'])}; {report['bytes'] / 1e9:.2f} GB, "
+        f"{export['bits_per_weight']:.2f} bits per weight.",
+        "",
+    ]
+    rows = [["export", f"{export['peak_rss_bytes'] / 1e6:.0f}", f"{export['seconds']:.1f} s"]]
+    if ours and genai:
+        speed = f"{ours['prefill_tokens_per_second']:.1f} and {ours['decode_tokens_per_second']:.1f} tokens/s"
+        same = "the same" if genai["tokens"] == ours["tokens"] else "other"
+        rows += [
+            [f"ONNX Runtime, {PROMPT} tokens and {NEW_TOKENS} new ones", f"{ours['peak_rss_bytes'] / 1e6:.0f}", speed],
+            ["onnxruntime-genai, the same", f"{genai['peak_rss_bytes'] / 1e6:.0f}", f"{same} greedy tokens"],
+        ]
+    return "\n".join([*lines, table(["process", "peak MB", ""], rows)]) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--level", default="4", help="accuracy level of the export")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder, removed at the end)")
     parser.add_argument("--export-only", action="store_true")
+    parser.add_argument("--output", type=Path, help="Markdown file to write")
     options = parser.parse_args()
     base = options.folder or Path(tempfile.mkdtemp())
     try:
-        make_slice(base / "source", options.layers)
-        code = "from qwen3_export.cli import main; main()"
-        arguments = ["onnx", base / "source", "--output", base / "onnx", "--accuracy-level", options.level, "--json"]
-        result = child(code, *arguments)
-        report = {
-            "layers": options.layers,
-            "export": {key: result[key] for key in ("peak_rss_bytes", "seconds", "bits_per_weight", "expert_layers")},
-            "bytes": sum(item["bytes"] for item in result["files"]),
-        }
-        if not options.export_only:
-            shutil.rmtree(base / "source")
-            report["onnxruntime"] = child(RUN, base / "onnx", str(PROMPT), str(NEW_TOKENS))
-            report["onnxruntime-genai"] = child(GENAI, base / "onnx", str(PROMPT), str(NEW_TOKENS))
-        print(json.dumps(report, indent=2))
+        report = measure(base, options)
     finally:
         if options.folder is None:
             shutil.rmtree(base)
+    print(json.dumps(report, indent=2))
+    if options.output:
+        options.output.write_text(page(report, options.level), encoding="utf-8")
 
 
 if __name__ == "__main__":
