@@ -27,6 +27,7 @@ from qwen3_export.errors import CheckpointError
 
 MODEL_TYPES = ("qwen3", "qwen3_moe")
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+FINAL_NORM = "model.norm.weight"
 # Far above any model; a damaged number must not fill the memory with tensor names.
 _MOST_LAYERS, _MOST_EXPERTS = 1000, 1024
 
@@ -100,7 +101,7 @@ class Qwen3Config:
         """`{tensor name: shape}` of what lies outside the blocks; `lm_head` only when untied."""
         shapes: dict[str, tuple[int, ...]] = {
             f"{EMBEDDING}.weight": (self.vocab_size, self.hidden_size),
-            "model.norm.weight": (self.hidden_size,),
+            FINAL_NORM: (self.hidden_size,),
         }
         if not self.tie_word_embeddings:
             shapes[f"{HEAD}.weight"] = (self.vocab_size, self.hidden_size)

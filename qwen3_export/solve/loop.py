@@ -113,12 +113,12 @@ def _finish_head(job: Job, target: QuantizedFolder, found: dict[str, Any], progr
     """Quantize an untied head, as the last step."""
     if HEAD in found["outer"]:
         return
-    from qwen3_export.solve.blocks.embeddings import solve_head
+    from qwen3_export.solve.blocks.head import solve_head
 
     head = solve_head(job)
     assert head is not None
     target.write_head(head)
-    found["outer"].update(_outer_result(job.recipe, head, progress))
+    found["outer"].update(_outer_result(job.recipe, head.linears[HEAD], progress))
     target.save_progress(found)
 
 

@@ -1,8 +1,8 @@
 """The quantized folder while it is being written, and how it is finished.
 
-    OUTPUT.partial/model-00001-of-000NN.safetensors   embedding, final norm, a head that stays as it is
+    OUTPUT.partial/model-00001-of-000NN.safetensors   embedding; final norm and head where the head stays as it is
                    model-0000K-of-000NN.safetensors   block K - 2, written when it is solved
-                   model-000NN-of-000NN.safetensors   a quantized head, written last
+                   model-000NN-of-000NN.safetensors   final norm and a quantized head, written last
                    state/progress.json                what the run is, which blocks are done
                    state/quantized-0007.samples       hidden states before block 7, unless `--scratch` has them
 
@@ -24,7 +24,7 @@ from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.layouts import layout
 from qwen3_export.core.manifest import sha256_file, to_json, write_manifest
 from qwen3_export.core.outputs import clear_partial, write_atomic
-from qwen3_export.core.qwen3 import EMBEDDING, HEAD, block_name
+from qwen3_export.core.qwen3 import EMBEDDING, FINAL_NORM, HEAD, block_name
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.shards import INDEX
@@ -154,20 +154,21 @@ class QuantizedFolder:
         return self.folder / f"model-{layer + 2:05d}-of-{total:05d}.safetensors"
 
     def write_outer(self, embedding: SolvedLinear | None = None) -> None:
-        """Write embedding, final norm and an untied head, byte for byte unless quantized."""
+        """Write the embedding, and final norm and head unless the head is quantized apart."""
         specs: dict[str, Spec] = {}
         linears = {} if embedding is None else {EMBEDDING: embedding}
         for name in self.checkpoint.config.outer_shapes():
             module = name.removesuffix(".weight")
             if module in linears:
                 specs.update(self._packed(linears[module]))
-            elif not (module == HEAD and self.head_apart):
+            elif not (self.head_apart and (module == HEAD or name == FINAL_NORM)):
                 specs[name] = self._stored(name)
         self._write(self.shard(-1), specs, SolvedBlock(linears))
 
-    def write_head(self, head: SolvedLinear) -> None:
-        """Write the shard of a quantized head."""
-        self._write(self.shard(self.checkpoint.config.num_layers), self._packed(head), SolvedBlock({HEAD: head}))
+    def write_head(self, head: SolvedBlock) -> None:
+        """Write the shard of a quantized head and of the norm before it."""
+        specs = {FINAL_NORM: self._stored(FINAL_NORM), **self._packed(head.linears[HEAD])}
+        self._write(self.shard(self.checkpoint.config.num_layers), specs, head)
 
     def _packed(self, linear: SolvedLinear) -> dict[str, Spec]:
         tensor = linear.solved.tensor

@@ -1,12 +1,12 @@
-"""The embedding and the output head, where the recipe names them.
+"""The embedding, which is also the head when tied, where the recipe names it.
 
     embedding ─▶ block 0 ─▶ … ─▶ last block ─▶ norm ─▶ head
-    first: block 0 is calibrated on what is shipped      last: solved on what the quantized blocks hand on
+    first: block 0 is calibrated on what is shipped      last: see `head`
 
 Rows of an embedding are looked up and not multiplied, so only their own error e matters. It costs ½ eᵀ G e, where G is
 the mean of g gᵀ over the slopes g at looked-up rows (`calibration.fisher`). Where a pass back through the original
-measured G, the embedding is solved against it by the recipe's method; elsewhere it is rounded to nearest. A head is
-solved like any linear. The matrix of a tied model is both. It is solved first, against
+measured G, the embedding is solved against it by the recipe's method; elsewhere it is rounded to nearest. The matrix of
+a tied model is embedding and head. It is solved first, against
 
     H = G + mean (1 − Σ p²) · mean x xᵀ     x: inputs of the head in the original model, p: its answers
 
@@ -20,8 +20,8 @@ some at a time, and only the codes are in memory as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 
 import torch
@@ -29,21 +29,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen3_export.core.checkpoint import Checkpoint
-from qwen3_export.core.qwen3 import EMBEDDING, HEAD
+from qwen3_export.core.qwen3 import EMBEDDING
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import join_rows
-from qwen3_export.model.block import Block, rms_norm
+from qwen3_export.model.block import Block
 from qwen3_export.model.decoder import load_block, rope_tables
 from qwen3_export.model.table import Table, to_torch
 from qwen3_export.model.workers import Workers
-from qwen3_export.solve.blocks.paired import paired_inputs
+from qwen3_export.solve.blocks.head_inputs import head_moments
 from qwen3_export.solve.calibration.activations import SampleFile, share_samples, write_embeddings
-from qwen3_export.solve.calibration.collect import collect_moments
-from qwen3_export.solve.calibration.experts import LinearInputs
 from qwen3_export.solve.calibration.fisher import FisherInformation
-from qwen3_export.solve.calibration.moments import Moments, SampleInputs
-from qwen3_export.solve.chunk_sizes import out_rows_at_once, samples_at_once
-from qwen3_export.solve.job import ORIGINAL, Job, SolvedLinear
+from qwen3_export.solve.chunk_sizes import out_rows_at_once
+from qwen3_export.solve.job import Job, SolvedLinear
 from qwen3_export.solve.method import LinearGroup, SolvedWeight
 from qwen3_export.solve.rounding.nearest import round_group
 from qwen3_export.solve.rounding.row_chunks import quadratic_form
@@ -119,36 +116,15 @@ def tied_hessian(
     return (own + torch.eye(len(own), device=device)) / 2, moments.tokens
 
 
-def solve_head(job: Job) -> SolvedLinear | None:
-    """Solve an untied head; None when it stays in 16 bits or is tied.
-
-    With calibration samples, their hidden states after the last block must be in the job's scratch folder.
-    """
-    scheme = job.recipe.scheme_for(HEAD)
-    if scheme is None or job.checkpoint.config.tie_word_embeddings:
-        return None
-    inputs = None if job.samples is None else _inputs(job)
-    hessian, paired, peak = None, None, 0.0
-    if inputs is not None:
-        hessian, paired = inputs.moments.hessian, inputs.paired
-        peak = 0.0 if inputs.moments.peak is None else float(inputs.moments.peak.max())
-    tokens = inputs.tokens if inputs else 0
-
-    def solve(weight: Tensor) -> SolvedWeight:
-        group = LinearGroup({HEAD: weight}, {HEAD: scheme}, hessian, tokens, paired, peak)
-        return job.method.solve(group, job.options, job.pool)[HEAD]
-
-    return SolvedLinear(solve_row_chunks(job.checkpoint, HEAD, solve, hessian, job.device), tokens)
-
-
 def solve_row_chunks(
     checkpoint: Checkpoint,
     module: str,
     solve: Callable[[Tensor], SolvedWeight],
     hessian: Tensor | None,
     device: str = "cpu",
+    columns: Tensor | None = None,
 ) -> SolvedWeight:
-    """Solve a matrix `[vocab, hidden]` in pieces of rows.
+    """Solve a matrix `[vocab, hidden]` in pieces of rows, after multiplying its columns.
 
     The error that is returned is that of the whole.
     """
@@ -157,58 +133,9 @@ def solve_row_chunks(
     for begin in range(0, rows, step):
         piece = checkpoint.rows(f"{module}.weight", begin, min(begin + step, rows))
         weight = to_torch(piece).float().to(device)
+        weight = weight if columns is None else weight * columns
         solved = solve(weight)
         size = quadratic_form(weight, hessian)
         parts.append(solved.tensor)
         error, total = error + solved.error * size, total + size
     return SolvedWeight(join_rows(parts), error / total if total > 0 else 0.0)
-
-
-def _inputs(job: Job) -> LinearInputs:
-    """Moments of the head's inputs after the quantized blocks.
-
-    They are paired where the original runs beside.
-    """
-    assert job.samples is not None
-    length = len(job.samples.ids[0])
-    with ExitStack() as stack:
-        paths = [job.hidden_path(job.checkpoint.config.num_layers, stream) for stream in job.models]
-        files = [stack.enter_context(closing(job.hidden_file(path))) for path in paths]
-        norm = _final_norm(job.checkpoint, job.device)
-        places = {sample: place for place, sample in enumerate(job.samples_of(ORIGINAL))}
-        samples = [
-            partial(_sample, some, places, norm, job.checkpoint.config.rms_norm_eps, job.device)
-            for some in (files, files[:1])
-        ]
-        if len(files) > 1:
-            return paired_inputs(job, samples, job.checkpoint.config.hidden_size)
-        moments = head_moments(job.checkpoint, files, range(len(job.samples.ids)), length, job.pool, job.device)
-        return LinearInputs(moments, moments.tokens)
-
-
-def head_moments(
-    checkpoint: Checkpoint, files: Sequence[SampleFile], samples: Sequence[int], length: int, pool: Workers, device: str
-) -> Moments:
-    """Moments of the head's inputs: hidden states after the last block and the norm.
-
-    `files` have the hidden states before the norm, `[1, length, hidden]` per sample.
-    """
-    config = checkpoint.config
-    sample = partial(_sample, files, {}, _final_norm(checkpoint, device), config.rms_norm_eps, device)
-    return collect_moments(sample, samples, samples_at_once(length), config.hidden_size, device, pool)
-
-
-def _final_norm(checkpoint: Checkpoint, device: str) -> Tensor:
-    return to_torch(checkpoint.read("model.norm.weight")).float().to(device)
-
-
-def _sample(
-    files: Sequence[SampleFile], places: Mapping[int, int], norm: Tensor, eps: float, device: str, sample: int
-) -> SampleInputs:
-    """One sample's inputs of the head, and their drift where the original runs beside.
-
-    `places` are the original's samples by number.
-    """
-    at = (sample, places.get(sample, sample))
-    x, *original = (rms_norm(file.read(place)[0].to(device), norm, eps) for file, place in zip(files, at, strict=False))
-    return SampleInputs(x, original[0] - x) if original else SampleInputs(x)

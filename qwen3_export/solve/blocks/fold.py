@@ -5,6 +5,7 @@
     v_proj (rows)                        o_proj, query heads that share a value head alike
     post_attention_layernorm             gate_proj, up_proj of all experts, and the router
     up_proj (rows)                       down_proj, for each expert
+    final norm                           the head of an untied model, after all blocks (`head`)
 
 q and k themselves are normalised per head, so nothing can be moved through them. A norm is stored in
 16 bits: it is rounded first, and the columns are multiplied by what was really divided, so that
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen3_export.core.architecture import ROUTER
+from qwen3_export.core.qwen3 import HEAD
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.model.block import Block
 from qwen3_export.model.streamed import change
@@ -38,7 +40,7 @@ from qwen3_export.solve.rounding.grid import find_grid, round_to, shared_global_
 
 _EXPONENTS = [0.1 * step for step in range(1, 11)]
 # So many rows of a linear, evenly chosen, speak for all of it.
-_ROWS_TRIED = 96
+ROWS_TRIED = 96
 # Less than this is noise, and a fold is a change to more weights.
 _LEAST_GAIN = 0.1
 
@@ -146,6 +148,15 @@ def search_scales(
     return torch.exp2(torch.log2(scales).round())
 
 
+def search_head_scales(rows: Tensor, scheme: QuantScheme, moments: Moments, pool: Workers) -> Tensor | None:
+    """The scales `[hidden]` to move from the final norm to the head, or None.
+
+    `rows` `[some, hidden]` of the head speak for all of them.
+    """
+    site = FoldSite("norm", (HEAD,), 0, torch.arange(rows.shape[1]))
+    return _awq(site, {HEAD: rows}, moments, {HEAD: scheme}, pool)
+
+
 def _awq(
     site: FoldSite, weights: Mapping[str, Tensor], moments: Moments, schemes: Mapping[str, QuantScheme], pool: Workers
 ) -> Tensor | None:
@@ -184,7 +195,7 @@ def _at_least_median(hessian: Tensor) -> Tensor:
 
 def _some_rows(weight: Tensor, scheme: QuantScheme) -> Tensor:
     """Rows that speak for all; all of them where some share a scale."""
-    return weight if scheme.strategy in ("block", "tensor") else weight[:: math.ceil(len(weight) / _ROWS_TRIED)]
+    return weight if scheme.strategy in ("block", "tensor") else weight[:: math.ceil(len(weight) / ROWS_TRIED)]
 
 
 def _relative(weight: Tensor, scheme: QuantScheme) -> Tensor:
@@ -228,12 +239,7 @@ def apply_fold(block: Block, site: FoldSite, scales: Tensor, stored_as: np.dtype
     """
     kept_as = None
     if site.is_norm:
-        source = block.weights[site.source]
-        _, divided = _store(source / scales, stored_as)
-        # What was really divided; a channel that the norm silences, or 16 bits cannot hold, keeps its scale.
-        kept = (divided == 0) | ~torch.isfinite(divided)
-        kept_as, divided = _store(torch.where(kept, source, divided), stored_as)
-        scales = torch.where(kept, 1.0, source / divided)
+        kept_as, divided, scales = divide_norm(block.weights[site.source], scales, stored_as)
         block.weights[site.source] = divided
     else:
         change(block.weights, site.source, lambda weight: weight / scales[:, None])
@@ -241,6 +247,17 @@ def apply_fold(block: Block, site: FoldSite, scales: Tensor, stored_as: np.dtype
     for name in site.targets:
         change(block.weights, name, lambda weight: weight * columns)
     return kept_as
+
+
+def divide_norm(norm: Tensor, scales: Tensor, stored_as: np.dtype) -> tuple[NDArray, Tensor, Tensor]:
+    """A norm divided by scales: as it is stored, in fp32, and what was really divided.
+
+    A channel that the norm silences, or that 16 bits cannot hold, keeps its scale.
+    """
+    _, divided = _store(norm / scales, stored_as)
+    kept = (divided == 0) | ~torch.isfinite(divided)
+    array, divided = _store(torch.where(kept, norm, divided), stored_as)
+    return array, divided, torch.where(kept, 1.0, norm / divided)
 
 
 def _store(values: Tensor, stored_as: np.dtype) -> tuple[NDArray, Tensor]:

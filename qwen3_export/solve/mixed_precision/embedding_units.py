@@ -29,7 +29,8 @@ from qwen3_export.model.block import Block
 from qwen3_export.model.decoder import rope_tables
 from qwen3_export.model.table import Table, to_torch
 from qwen3_export.model.workers import Workers
-from qwen3_export.solve.blocks.embeddings import AHEAD_EVERY, head_moments, solve_row_chunks, tied_hessian
+from qwen3_export.solve.blocks.embeddings import AHEAD_EVERY, solve_row_chunks, tied_hessian
+from qwen3_export.solve.blocks.head_inputs import head_moments
 from qwen3_export.solve.calibration.activations import SampleFile, share_samples
 from qwen3_export.solve.method import LinearGroup, SolvedWeight
 from qwen3_export.solve.mixed_precision.compensation import Compensation, fit_compensation, run_compensated
