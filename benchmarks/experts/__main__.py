@@ -175,7 +175,7 @@ def page(report: dict[str, Any], level: str) -> str:
         "# Mixture of experts in ONNX Runtime",
         "",
         f"`python -m benchmarks.experts --layers {report['layers']} --level {level}`: layers as wide as",
-        f"Qwen3-30B-A3B's, 128 experts each, random 4-bit codes in groups of 128.",
+        "Qwen3-30B-A3B's, 128 experts each, random 4-bit codes in groups of 128.",
         "",
         describe(("onnxruntime", "onnxruntime-genai")),
         "",

@@ -123,10 +123,11 @@ class RaySession:
     def place(
         self, kind: type, arguments: Sequence[Any], node: Node | None = None, cpus: float = 0, gpus: float = 0,
         memory: int = 0, together: int = 1, resources: Mapping[str, float] | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> Handle:  # fmt: skip
         """Start an actor of class `kind`, on the given node if there is one.
 
-        Up to `together` of its calls run at a time.
+        Up to `together` of its calls run at a time. Its process starts with the variables of `environment`.
         """
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -134,6 +135,8 @@ class RaySession:
         where: Any = "DEFAULT" if node is None else NodeAffinitySchedulingStrategy(node.id, soft=False)
         asked = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory or None, "resources": dict(resources or {})}
         options = {**asked, "max_restarts": 0, "scheduling_strategy": where, "max_concurrency": together}
+        if environment:
+            options["runtime_env"] = {"env_vars": dict(environment)}
         return Handle(ray.remote(kind).options(**options).remote(*arguments))
 
     def answers(self, calls: Sequence[Any], seconds: float | None = None) -> list[Any]:

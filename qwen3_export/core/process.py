@@ -22,6 +22,10 @@ _LARGEST_IN_HEAP, _KEPT = 32 << 20, 1 << 30
 _KERNELS, _CACHES = 32, ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
+# For a process whose threads, made by others, would have heaps before `keep_freed_memory` is called.
+ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}
+
+
 def keep_freed_memory() -> None:
     """Let all threads allocate from one heap that keeps freed memory.
 

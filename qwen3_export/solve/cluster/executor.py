@@ -13,6 +13,7 @@ from typing import Any
 from qwen3_export import errors
 from qwen3_export.cluster.session import LOCAL_HINT, Handle, LostWorkerError, Node, RaySession
 from qwen3_export.core.outputs import write_atomic
+from qwen3_export.core.process import ONE_HEAP
 from qwen3_export.core.progress import Progress
 from qwen3_export.errors import ExportError, MissingRuntimeError, ResourceError
 from qwen3_export.solve.cluster.member import Member, Run, SearchRequest
@@ -191,7 +192,8 @@ class Cluster:
         whole = max(1.0, node.cpus // max(node.gpus, 1)) if on_gpu else node.cpus
         arguments = (self.run, self.numbers, self.board)
         cpus, gpus = 1.0 if self.is_local else whole, 1.0 if on_gpu else 0.0
-        return _Worker(self.numbers, node, self.session.place(Member, arguments, node, cpus, gpus, self.needed))
+        handle = self.session.place(Member, arguments, node, cpus, gpus, self.needed, environment=ONE_HEAP)
+        return _Worker(self.numbers, node, handle)
 
     def summary(self) -> list[dict[str, Any]]:
         """Node, memory, seconds and bytes of each worker, for the result."""
