@@ -149,7 +149,7 @@ def search_scales(
 
 
 def search_head_scales(rows: Tensor, scheme: QuantScheme, moments: Moments, pool: Workers) -> Tensor | None:
-    """The scales `[hidden]` to move from the final norm to the head, or None.
+    """Scales `[hidden]` to move from the final norm to the head, or None.
 
     `rows` `[some, hidden]` of the head speak for all of them.
     """
@@ -250,7 +250,7 @@ def apply_fold(block: Block, site: FoldSite, scales: Tensor, stored_as: np.dtype
 
 
 def divide_norm(norm: Tensor, scales: Tensor, stored_as: np.dtype) -> tuple[NDArray, Tensor, Tensor]:
-    """A norm divided by scales: as it is stored, in fp32, and what was really divided.
+    """A norm divided by scales: as stored, in fp32, and what was divided.
 
     A channel that the norm silences, or that 16 bits cannot hold, keeps its scale.
     """

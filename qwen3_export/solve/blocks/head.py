@@ -63,7 +63,7 @@ def _solve(job: Job, scheme: QuantScheme, inputs: LinearInputs | None, columns: 
 
 
 def _fold(job: Job, scheme: QuantScheme, file: SampleFile) -> tuple[Tensor, Tensor | None, dict[str, NDArray]]:
-    """The final norm `[hidden]`, the factors of the head's columns, and the norm as stored.
+    """The final norm `[hidden]`, factors of the head's columns, the norm as stored.
 
     Without a fold the latter are None and empty.
     """

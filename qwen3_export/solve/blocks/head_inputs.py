@@ -1,4 +1,4 @@
-"""What the output head gets: hidden states after the last block and the final norm."""
+"""Inputs of the output head: normed hidden states after the last block."""
 
 from __future__ import annotations
 
