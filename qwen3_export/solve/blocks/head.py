@@ -12,6 +12,7 @@ from contextlib import ExitStack, closing
 from functools import partial
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -28,6 +29,9 @@ from qwen3_export.solve.calibration.experts import LinearInputs
 from qwen3_export.solve.chunk_sizes import FOLD_EVERY
 from qwen3_export.solve.job import ORIGINAL, Job, SolvedBlock, SolvedLinear
 from qwen3_export.solve.method import LinearGroup, SolvedWeight
+
+# Calibration samples whose rounding to bytes speaks for all.
+_SAMPLES = 8
 
 
 def solve_head(job: Job) -> SolvedBlock | None:
@@ -73,7 +77,9 @@ def _fold(job: Job, scheme: QuantScheme, file: SampleFile) -> tuple[Tensor, Tens
         return norm, None, {}
     some, length = range(0, len(job.samples.ids), FOLD_EVERY), len(job.samples.ids[0])
     moments = head_moments(checkpoint, [file], some, length, job.pool, job.device)
-    scales = search_head_scales(_some_rows(checkpoint, job.device), scheme, moments, job.pool)
+    eps = checkpoint.config.rms_norm_eps
+    inputs = torch.cat([head_sample([file], {}, norm, eps, job.device, i).x for i in some[:_SAMPLES]])
+    scales = search_head_scales(_some_rows(checkpoint, job.device), inputs, scheme, moments, job.pool)
     if scales is None:
         return norm, None, {}
     array, divided, columns = divide_norm(norm, scales, checkpoint.entry(FINAL_NORM).dtype)
