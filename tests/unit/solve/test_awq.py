@@ -153,7 +153,7 @@ def test_awq_takes_the_scales_with_the_least_output_error(
     tmp_path: Path, pool: Workers, number: int, rows_tried: int, within: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against every candidate of the grid, its error measured on the outputs themselves, of all rows."""
-    monkeypatch.setattr("qwen3_export.solve.blocks.fold._ROWS_TRIED", rows_tried)
+    monkeypatch.setattr("qwen3_export.solve.blocks.fold.ROWS_TRIED", rows_tried)
     config = tiny_config(intermediate_size=64)
     block = load_block(open_checkpoint(write_checkpoint(tmp_path / "model", config)), 0)
     site, group = fold_sites(block)[number], 16

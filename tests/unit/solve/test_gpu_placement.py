@@ -27,7 +27,9 @@ SHAPE = {
 }
 MODELS = {
     "dense": tiny_config(**SHAPE, intermediate_size=256),
-    "moe": tiny_moe_config(**SHAPE, intermediate_size=256, moe_intermediate_size=256, num_experts=3),
+    "moe": tiny_moe_config(
+        **SHAPE, intermediate_size=256, moe_intermediate_size=256, num_experts=3, tie_word_embeddings=False
+    ),
 }
 SCHEMES = [
     QuantScheme(type="kquant", ggml_type="iq4_nl"),
@@ -44,7 +46,7 @@ RECIPES = {
         "gguf-q2_k",
         "gguf-iq4_xs",
     ],
-    "moe": ["gptq-w4a16-g128", "fp8-static", "edge-w8"],
+    "moe": ["gptq-w4a16-g128", "fp8-static", "edge-w4", "edge-w8"],
 }
 
 

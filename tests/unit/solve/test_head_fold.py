@@ -13,7 +13,9 @@ import torch
 
 from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
 from qwen3_export.core.qwen3 import FINAL_NORM, HEAD
+from qwen3_export.core.scheme import scheme_of_type
 from qwen3_export.model.decoder import Decoder
+from qwen3_export.solve.blocks.fold import input_noise
 from qwen3_export.solve.quantize import quantize
 from tests.conftest import copy_tokenizer, random_tensors, tiny_config, write_checkpoint
 from tests.unit.solve.support import Interrupted, hashes, spied
@@ -89,3 +91,15 @@ def test_a_stop_before_the_head_changes_no_byte(source: Checkpoint, tmp_path: Pa
         quantize(source, chosen, tmp_path / "stopped", replace(SETTINGS, threads=2), Interrupted(2))
     quantize(source, chosen, tmp_path / "stopped", replace(SETTINGS, threads=2))
     assert hashes(tmp_path / "stopped") == hashes(tmp_path / "wanted")
+
+
+@pytest.mark.parametrize(("scheme", "width", "length"), [("q4_k", 512, 256), ("q8_0", 512, 32), ("q8_0", 96, 32)])
+def test_the_error_of_rounded_inputs_is_what_rounding_them_causes(scheme: str, width: int, length: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(48, width, generator=random), torch.randn(400, width, generator=random)
+    x[:, ::9] *= 8
+    blocks = x.reshape(len(x), -1, length)
+    steps = blocks.abs().amax(-1, keepdim=True) / 127
+    rounded = ((blocks / steps).round() * steps).reshape(x.shape)
+    wanted = ((rounded - x) @ weight.T).square().sum(-1).mean()
+    assert input_noise(weight, x, scheme_of_type(scheme)) == pytest.approx(float(wanted), rel=0.05)
