@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
-from qwen3_export.core.recipe import load_recipe
+from qwen3_export.core.recipe import Recipe, load_recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.quantize import quantize
@@ -44,7 +44,6 @@ RECIPES = {
         "int8-smooth-dynamic",
         "nvfp4-w4a4",
         "gguf-q2_k",
-        "gguf-iq4_xs",
     ],
     "moe": ["gptq-w4a16-g128", "fp8-static", "edge-w4", "edge-w8"],
 }
@@ -73,6 +72,18 @@ def test_every_method_keeps_its_tensors_on_one_device(
     with pretended_gpu(monkeypatch):
         quantize(checkpoint, load_recipe(name).for_model(checkpoint.config), tmp_path / "out", settings)
     assert open_checkpoint(tmp_path / "out").schemes
+
+
+def test_a_code_book_keeps_its_tensors_on_one_device(
+    source_of: Callable[[str], Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one linear, since its columns run in torch."""
+    values = {"name": "test", "method": "gptq", "rules": [{"match": "*.k_proj", "scheme": "iq4_xs"}], "layout": "ggml"}
+    recipe = Recipe.from_dict({**values, "options": {"scale_search": "solve", "descent": 1}}, "test")
+    settings = QuantizeSettings(samples=9, sequence_length=32, device="cuda", threads=1)
+    with pretended_gpu(monkeypatch):
+        quantize(source_of("dense"), recipe, tmp_path / "out", settings)
+    assert len(open_checkpoint(tmp_path / "out").schemes) == 1
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label)
