@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cost.__main__ import SHAPE
-from benchmarks.gguf.files import SOLVED, WAYS
+from benchmarks.gguf.files import SOLVED, UNWEIGHED, WAYS
 from benchmarks.quality.checkpoints import MAKERS
 from benchmarks.quality.report import table
 from qwen3_export.core.gguf_types import block_size, module_types
@@ -133,7 +133,9 @@ def which_type(found: dict[str, list[Row]]) -> str:
         kl = {key: row["kl"] for key, row in rows.items() if key[1] == type_name}
         if not kl:
             continue
-        own = [kl.get((names[0], type_name, way)) for way in (BEST, "ours imatrix", SOLVED)]
+        same = type_name in UNWEIGHED  # with the matrix and without
+        ways = [way.removesuffix(" imatrix") if same else way for way in (BEST, "ours imatrix", SOLVED)]
+        own = [kl.get((names[0], type_name, way)) for way in ways]
         pairs = [(kl.get((name, type_name, SOLVED)), kl.get((name, type_name, BEST))) for name in names]
         lines.append(
             [
