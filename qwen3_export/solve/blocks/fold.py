@@ -20,7 +20,7 @@ nothing is lost. The router stays in 16 bits: before it, s is a power of two, wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -149,15 +149,19 @@ def search_scales(
 
 
 def search_head_scales(
-    rows: Tensor, inputs: Tensor, scheme: QuantScheme, moments: Moments, pool: Workers
+    rows: Tensor, inputs: Sequence[Tensor], scheme: QuantScheme, moments: Moments, pool: Workers
 ) -> Tensor | None:
     """Scales `[hidden]` to move from the final norm to the head, or None.
 
-    `rows` `[some, hidden]` of the head speak for all of them, and `inputs` `[tokens, hidden]` for what is rounded to
-    bytes: at the head this costs as much as rounding the codes does.
+    `rows` `[some, hidden]` of the head speak for all of them, and `inputs`, some samples' `[tokens, hidden]`, for what
+    is rounded to bytes: at the head this costs as much as rounding the codes does.
     """
     site = FoldSite("norm", (HEAD,), 0, torch.arange(rows.shape[1]))
-    return _awq(site, {HEAD: rows}, moments, {HEAD: scheme}, pool, lambda s: input_noise(rows * s, inputs / s, scheme))
+
+    def noise(scales: Tensor) -> float:
+        return sum(input_noise(rows * scales, x / scales, scheme) for x in inputs) / len(inputs)
+
+    return _awq(site, {HEAD: rows}, moments, {HEAD: scheme}, pool, noise)
 
 
 def input_noise(weight: Tensor, inputs: Tensor, scheme: QuantScheme) -> float:

@@ -12,7 +12,6 @@ from contextlib import ExitStack, closing
 from functools import partial
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -78,7 +77,7 @@ def _fold(job: Job, scheme: QuantScheme, file: SampleFile) -> tuple[Tensor, Tens
     some, length = range(0, len(job.samples.ids), FOLD_EVERY), len(job.samples.ids[0])
     moments = head_moments(checkpoint, [file], some, length, job.pool, job.device)
     eps = checkpoint.config.rms_norm_eps
-    inputs = torch.cat([head_sample([file], {}, norm, eps, job.device, i).x for i in some[:_SAMPLES]])
+    inputs = [head_sample([file], {}, norm, eps, job.device, sample).x for sample in some[:_SAMPLES]]
     scales = search_head_scales(_some_rows(checkpoint, job.device), inputs, scheme, moments, job.pool)
     if scales is None:
         return norm, None, {}
