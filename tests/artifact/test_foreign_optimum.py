@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import shutil
 import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +13,7 @@ from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.run.artifact import open_session
 from qwen3_export.run.session import RuntimeOptions, greedy
 from qwen3_export.ship.onnx import export_onnx
+from tests.artifact.environments import environment
 from tests.artifact.support import THREADS, random_ids
 from tests.conftest import cli, copy_tokenizer, tiny_config, write_checkpoint
 
@@ -36,23 +32,8 @@ LlamaForCausalLM(LlamaConfig(**sizes, **heads, rope_scaling=rope)).save_pretrain
 
 @pytest.fixture(scope="session")
 def programs() -> Path:
-    """The programs of an environment with optimum, kept for the next run; torch is this environment's."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qwen3-export-tests"
-    folder = cache / OPTIMUM[1].replace("==", "-")
-    cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / "optimum.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of these tests may be installing it
-        if not (folder / "done").is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-            subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-            python = folder / "bin" / "python"
-            show = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
-            own = subprocess.run([python, "-c", show], capture_output=True, text=True, check=True).stdout.strip()
-            Path(own, "shared.pth").write_text(sysconfig.get_paths()["purelib"])
-            command = [str(python), "-m", "pip", "install", "-q", *OPTIMUM, TRANSFORMERS]
-            subprocess.run(command, check=True, capture_output=True)
-            (folder / "done").touch()
-    return folder / "bin"
+    """The programs of an environment with optimum; torch is this environment's."""
+    return environment(OPTIMUM[1].replace("==", "-"), *OPTIMUM, TRANSFORMERS, shares=True)
 
 
 def exported(programs: Path, source: Path, output: Path) -> Path:

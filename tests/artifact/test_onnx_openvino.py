@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +13,7 @@ from numpy.typing import NDArray
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.ship.onnx import export_onnx
+from tests.artifact.environments import environment
 from tests.artifact.support import SAME, largest_difference, logits, mean_kl, random_ids, round_to_nearest
 from tests.conftest import tiny_config, tiny_moe_config
 
@@ -57,19 +54,8 @@ np.savez(sys.argv[3], **results)
 
 @pytest.fixture(scope="session")
 def python() -> Path:
-    """An environment with OpenVINO from PyPI, kept for the next run."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qwen3-export-tests"
-    folder = cache / f"openvino-{VERSION}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / "openvino.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of these tests may be installing it
-        if not (folder / "done").is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-            subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-            command = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", f"openvino=={VERSION}"]
-            subprocess.run(command, check=True, capture_output=True)
-            (folder / "done").touch()
-    return folder / "bin" / "python"
+    """Python of an environment with OpenVINO."""
+    return environment(f"openvino-{VERSION}", f"openvino=={VERSION}") / "python"
 
 
 def openvino_logits(python: Path, folder: Path, rows: list[NDArray], place: Path) -> list[NDArray]:
