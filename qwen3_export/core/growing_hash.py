@@ -1,10 +1,11 @@
 """SHA-256 of a file that is still being written.
 
-    writer   ───────── write ──────── write ─────▶ end
-    hash        ─ read, digest, to the disk ─ read, digest, to the disk ─▶
+    writer   ──── write ──── write ─────▶ end
+    hash        ─ read, digest ─ read, digest ─▶
+    flush         ──── to the disk ──── to the disk ─▶
 
-A thread follows the writer: it reads new bytes from the page cache and flushes them to the disk. When the last byte is
-written, hash and flush are almost done.
+Two threads follow the writer: one reads new bytes from the page cache, one flushes them to the disk. When the last
+byte is written, hash and flush are almost done.
 """
 
 from __future__ import annotations
@@ -27,42 +28,50 @@ class GrowingHash:
     def __init__(self, path: Path) -> None:
         self._path, self._written, self._complete = path, 0, False
         self._changed = threading.Condition()
-        self._digest = beside(self._follow)
+        self._digest, self._flushed = beside(self._hash), beside(self._flush)
 
     def wrote(self, end: int) -> None:
         """Tell that the file's bytes up to `end` will not change any more."""
         with self._changed:
             self._written = end
-            self._changed.notify()
+            self._changed.notify_all()
 
     def finish(self) -> None:
         """Tell that nothing more will be written."""
         with self._changed:
             self._complete = True
-            self._changed.notify()
+            self._changed.notify_all()
 
     def result(self) -> str:
-        """Hex digest of the whole file; call `finish` first.
+        """Hex digest of the whole file, which is on the disk; call `finish` first.
 
         Raises the error of a failed read or flush.
         """
+        self._flushed.result()
         return self._digest.result()
 
-    def _follow(self) -> str:
-        digest, position, flushed = hashlib.sha256(), 0, 0
+    def _hash(self) -> str:
+        digest, position = hashlib.sha256(), 0
         buffer = memoryview(bytearray(_PIECE))
         with self._path.open("rb", buffering=0) as file:
             while end := self._available(position):
                 while position < end and (count := file.readinto(buffer[: end - position])):
                     digest.update(buffer[:count])
                     position += count
-                if position - flushed >= _FLUSHED:
-                    os.fdatasync(file.fileno())
-                    flushed = position
         return digest.hexdigest()
 
-    def _available(self, position: int) -> int:
-        """Wait for bytes beyond `position`; their end, 0 when no more will come."""
+    def _flush(self) -> None:
+        position = 0
+        with self._path.open("rb", buffering=0) as file:
+            while end := self._available(position, _FLUSHED):
+                os.fdatasync(file.fileno())
+                position = end
+
+    def _available(self, position: int, least: int = 1) -> int:
+        """Wait for `least` bytes beyond `position`.
+
+        Gives their end; at the end of the file there may be fewer, and then none, 0.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._written > position or self._complete)
+            self._changed.wait_for(lambda: self._written >= position + least or self._complete)
             return self._written if self._written > position else 0

@@ -12,12 +12,14 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qwen3_export import __version__
 from qwen3_export.core.files import read_object
 from qwen3_export.core.model_card import write_card
 from qwen3_export.errors import InputError
+
+T = TypeVar("T")
 
 MANIFEST = "qwen3-export.json"
 _PIECE = 16 << 20
@@ -44,12 +46,12 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def beside(work: Callable[[], str]) -> Future[str]:
+def beside(work: Callable[[], T]) -> Future[T]:
     """Start some work in a thread of its own.
 
     A command that fails meanwhile does not wait for it.
     """
-    future: Future[str] = Future()
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
