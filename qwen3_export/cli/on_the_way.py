@@ -14,12 +14,13 @@ from qwen3_export.cli.app import complete_recipe
 from qwen3_export.cli.console import Console
 from qwen3_export.cli.solve import parse_bytes
 from qwen3_export.core.checkpoint import Checkpoint
-from qwen3_export.core.outputs import check_output
+from qwen3_export.core.disk import check_room
+from qwen3_export.core.outputs import check_output, partial_path
 from qwen3_export.core.process import uninterrupted
 from qwen3_export.core.processors import MOST_THREADS, check_device_name
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import open_source
-from qwen3_export.core.working_folders import working_folder
+from qwen3_export.core.working_folders import quantized_path, working_folder
 from qwen3_export.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ Resume = Annotated[
 ScratchOption = Annotated[
     Path | None, typer.Option("--scratch", help="With --recipe: folder for activations, on another disk.")
 ]
-Check = Callable[[Checkpoint], object]
+# An export's own check: raises, or gives about the bytes that it will write.
+Check = Callable[[Checkpoint], int]
+_ROOM = "free some room, or write --output to another disk"
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ def prepared(
     whole copy, stay in `OUTPUT.quantized.partial/`, and the same command goes on from there.
 
     `check` is the export's own check, made before anything is quantized; `folder` says whether the export writes a
-    folder; `reads` are files that it reads beside the source.
+    folder; `reads` are files that it reads beside the source. Raises ResourceError when the output's disk has too
+    little room for the copy and the export.
     """
     checkpoint = open_source(source)
     inputs = [checkpoint.folder, recipe, options.calibration, reads]
@@ -111,15 +115,20 @@ def prepared(
     settings = options.settings(recipe)
     if recipe is None:
         checkpoint.hash_ahead()
-        check(checkpoint)
+        size = check(checkpoint)
+        check_room({partial_path(output): size}, {partial_path(output): _ROOM})
         yield checkpoint
         return
     with uninterrupted():
         from qwen3_export.preflight import check_target
+        from qwen3_export.solve.preflight import artifact_bytes
         from qwen3_export.solve.quantize import quantize
 
     chosen = load_recipe(recipe)
-    check_target(checkpoint, chosen, settings, check)
+    exported = check_target(checkpoint, chosen, settings, check)
+    copy = artifact_bytes(checkpoint, chosen.for_model(checkpoint.config))
+    needed = {quantized_path(output): copy, partial_path(output): exported}
+    check_room(needed, dict.fromkeys(needed, _ROOM))
     with working_folder(output, "quantized", inputs) as working:
         quantized = working / checkpoint.name
         quantize(checkpoint, chosen, quantized, replace(settings, force=True, reuse=settings.resume), show)

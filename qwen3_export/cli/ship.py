@@ -93,12 +93,13 @@ def onnx(
         "kv_cache": kv_cache, "opset": opset,
     }  # fmt: skip
 
-    def check(checkpoint: Checkpoint) -> None:
+    def check(checkpoint: Checkpoint) -> int:
         # Imported here, while the source is hashed.
         _import("qwen3_export.ship.onnx.library")
         from qwen3_export.ship.onnx import check_request
+        from qwen3_export.ship.onnx.size import planned_bytes
 
-        check_request(checkpoint, **choice)
+        return planned_bytes(checkpoint, check_request(checkpoint, **choice).precision)
 
     with prepared(source, recipe, options, output, force, show, check) as checkpoint:
         from qwen3_export.prove.cache import cache_cost, cache_scales
@@ -237,15 +238,17 @@ def tensorrt(
     """Write an ONNX for TensorRT and build its plan ahead of time."""
     _need("onnx_ir", "tensorrt")
     _import("qwen3_export.ship.onnx.library")
-    from qwen3_export.ship.tensorrt import check_request, export_tensorrt
+    from qwen3_export.ship.onnx.size import planned_bytes as onnx_bytes
+    from qwen3_export.ship.tensorrt import check_request, export_tensorrt, planned_bytes
     from qwen3_export.ship.tensorrt.profiles import default_profile
 
     show, capabilities = console(json, quiet, verbose), tuple(sm) if sm else None
     options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume, scratch)
 
-    def check(checkpoint: Checkpoint) -> None:
+    def check(checkpoint: Checkpoint) -> int:
         profile = default_profile(checkpoint.config, max_prompt, max_context)
         check_request(checkpoint, engine, capabilities, precision, profile, onnx_only)
+        return (onnx_bytes if onnx_only else planned_bytes)(checkpoint, precision)
 
     with prepared(source, recipe, options, output, force, show, check) as checkpoint:
         profile = default_profile(checkpoint.config, max_prompt, max_context)

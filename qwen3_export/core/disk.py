@@ -113,7 +113,7 @@ def check_room(needed: Mapping[Path, int], hints: Mapping[Path, str]) -> None:
 
     `needed` are the most bytes that each folder will hold, present files included. `hints` are the remedies by folder.
     """
-    for room in room_of({folder: most - stored_bytes(folder) for folder, most in needed.items()}):
+    for room in room_of({folder: max(most - stored_bytes(folder), 0) for folder, most in needed.items()}):
         if not room.suffices:
             needs, free = binary_size(room.needed), binary_size(room.free, up=False)
             raise ResourceError(f"{room.folder.parent}: about {needs} are needed, {free} are free", hints[room.folder])

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -41,6 +41,7 @@ from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.text.samples import Samples
 
 MOST_NODES = 10_000
+T = TypeVar("T")
 
 
 def plan(
@@ -189,17 +190,18 @@ def planned_samples(checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSe
 
 
 def check_target(
-    checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSettings, check: Callable[[Checkpoint], object]
-) -> None:
+    checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSettings, check: Callable[[Checkpoint], T]
+) -> T:
     """Check recipe, model and target before an export quantizes; raises the first error.
 
-    `check` is the export's own check of a quantized checkpoint and of its options.
+    `check` is the export's own check of a quantized checkpoint and of its options, whose answer is returned.
     """
     from qwen3_export.solve.quantize import check_recipe
 
     recipe = recipe.for_model(checkpoint.config)
     check_recipe(checkpoint, recipe, settings.layout or recipe.layout)
-    check(as_quantized(checkpoint, recipe))
+    answer = check(as_quantized(checkpoint, recipe))
     _, length = settings.size(recipe)
     if length > checkpoint.config.max_position:
         raise InputError(f"--sequence-length {length}: the model has {checkpoint.config.max_position} positions")
+    return answer

@@ -59,6 +59,31 @@ def test_estimate_of_the_disk_is_enough(recipe: str, deep_model: Path, disk: Cal
     assert call(*command, "--output", place / "out").code == 0
 
 
+EXPORTS = {
+    "onnx": (("onnx",), ""),
+    "gguf": (("gguf", "--type", "q8_0"), ".gguf"),
+    "tensorrt": (("tensorrt", "--onnx-only"), ""),
+}
+
+
+@pytest.mark.parametrize("kind", EXPORTS)
+@pytest.mark.parametrize("recipe", [(), ("--recipe", "rtn-w4a16-g32")], ids=["", "recipe"])
+def test_exports_look_for_room_before_the_start(
+    kind: str, recipe: tuple[str, ...], deep_model: Path, disk: Callable[..., Path]
+) -> None:
+    """With a recipe the room is that of the quantized copy and of what is exported from it."""
+    (name, *options), suffix = EXPORTS[kind]
+    options = [] if recipe and kind == "gguf" else options
+    command = (name, deep_model, *options, *recipe)
+    probe = disk(64 << 10)
+    refusal = call(*command, "--output", probe / f"out{suffix}")
+    refused(refusal, 4, "are needed", "free some room, or write --output to another disk")
+    assert names(probe) == []
+    needed = float(refusal.err.partition("about ")[2].split()[0])
+    place = disk(int((needed * 1.05 + 0.7) * (1 << 20)) // 4096 * 4096)
+    assert call(*command, "--output", place / f"out{suffix}").code == 0
+
+
 def test_disk_that_is_full_at_the_end(deep_model: Path, disk: Callable[..., Path]) -> None:
     """The estimate knows tensors and sidecars, not the last kilobytes of JSON."""
     recipe = "rtn-w4a16-g32"

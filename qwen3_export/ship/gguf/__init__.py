@@ -111,17 +111,18 @@ def _checked(checkpoint: Checkpoint, type_name: str | None, options: Options) ->
 def check_request(
     checkpoint: Checkpoint, type_name: str | None = None, options: Options | None = None, output: Path | None = None,
     force: bool = False,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
     """Check everything that can be known before the long work.
 
-    An export with a recipe is checked with it before the recipe runs. Raises InputError for an unknown type and for
-    an option that would change nothing, UnsupportedError for the first tensor that does not fit. With an `output`,
-    InputError where one of its files may not be replaced.
+    Gives the bytes of all tensors. An export with a recipe is checked with it before the recipe runs. Raises InputError
+    for an unknown type and for an option that would change nothing, UnsupportedError for the first tensor that does not
+    fit. With an `output`, InputError where one of its files may not be replaced.
     """
     options = options or Options()
     _, plan = _checked(checkpoint, type_name, options)
     if output is not None:
         check_places(output, len(split(plan, options.split_max_bytes)), force, _inputs(checkpoint, options))
+    return sum(item.nbytes for item in plan)
 
 
 def planned_bytes(checkpoint: Checkpoint, type_name: str | None = None) -> int:
