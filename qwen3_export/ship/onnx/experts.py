@@ -66,7 +66,7 @@ class SparseLayer:
         return {part: self._scheme(part) for part in self.parts}
 
     def _scheme(self, part: str) -> QuantScheme | None:
-        stage, _ = self._linear(part)
+        stage, linear = self._linear(part)
         modules = [f"{block_name(self.layer)}.{prefix}.{part}" for prefix in stage.prefixes]
         first = self.checkpoint.schemes.get(modules[0])
         for module in modules:
@@ -76,6 +76,11 @@ class SparseLayer:
                     f"{module} is {labels[1]}, {modules[0]} {labels[0]}: an ONNX graph stacks a layer's experts",
                     "give all experts of a layer one scheme, by a rule that matches mlp.experts.*",
                 )
+        if first and linear.in_features % first.group_length(linear.in_features):
+            raise UnsupportedError(
+                f"{modules[0]} is {first.label}: its {linear.in_features} inputs are no whole number of groups",
+                "quantize with groups that divide it, or with one scale per channel",
+            )
         return first
 
     def module(self, expert: int, part: str) -> str:
@@ -102,12 +107,10 @@ def supports(scheme: QuantScheme) -> str | None:
 
     Schemes that QMoE cannot hold are written in ai.onnx operators.
     """
-    if reason := not_integer(scheme):
-        return reason
+    if scheme.ggml_type is not None or (scheme.type, scheme.num_bits) == ("float", 4):
+        return not_integer(scheme)
     if scheme.num_bits not in (2, 4, 8):
         return f"experts of {scheme.num_bits} bits have no place in ONNX: 2, 4 and 8 are packed into whole bytes"
-    if scheme.strategy not in ("group", "channel"):
-        return f"experts with one scale per {scheme.strategy} have no place in ONNX; use group or channel"
     return None
 
 

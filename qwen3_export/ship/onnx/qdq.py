@@ -120,25 +120,35 @@ def rounded_inputs(graph: GraphBuilder, x: ir.Value, weight: QuantizedTensor | N
     """
     if not isinstance(weight, QuantizedTensor) or weight.scheme.activations is None:
         return x
-    scheme, width = weight.scheme, weight.shape[1]
-    if weight.input_scale is not None:
-        return _in_units(graph, x, graph.constant(weight.input_scale, np.float32), scheme, name)
+    fixed = None if weight.input_scale is None else graph.constant(weight.input_scale, np.float32)
+    return rounded_rows(graph, x, weight.scheme, (0, 0, weight.shape[1]), fixed, name)
+
+
+def rounded_rows(
+    graph: GraphBuilder, x: ir.Value, scheme: QuantScheme, shape: tuple[int, ...], fixed: ir.Value | None, name: str
+) -> ir.Value:
+    """As `rounded_inputs`, for rows of one scheme.
+
+    `shape` is that of `x` with 0 for an axis that is not known; `fixed` is a static scheme's scale.
+    """
+    if fixed is not None:
+        return _in_units(graph, x, fixed, scheme, name)
     if scheme.activations == "dynamic-token":
-        return _in_units(graph, x, dynamic_scale(graph, x, weight, name), scheme, name)
-    shape = graph.constant([0, 0, width // ACTIVATION_GROUP, ACTIVATION_GROUP])
-    x = graph.op("Reshape", [x, shape], f"{name}.input.groups")
-    x = _in_units(graph, x, dynamic_scale(graph, x, weight, name), scheme, name)
-    return graph.op("Reshape", [x, graph.constant([0, 0, width])], f"{name}.input.flat")
+        return _in_units(graph, x, dynamic_scale(graph, x, scheme, name), scheme, name)
+    groups = graph.constant([*shape[:-1], shape[-1] // ACTIVATION_GROUP, ACTIVATION_GROUP])
+    x = graph.op("Reshape", [x, groups], f"{name}.input.groups")
+    x = _in_units(graph, x, dynamic_scale(graph, x, scheme, name), scheme, name)
+    return graph.op("Reshape", [x, graph.constant(shape)], f"{name}.input.flat")
 
 
-def dynamic_scale(graph: GraphBuilder, x: ir.Value, weight: QuantizedTensor, name: str) -> ir.Value:
+def dynamic_scale(graph: GraphBuilder, x: ir.Value, scheme: QuantScheme, name: str) -> ir.Value:
     """The dynamic scale of the last axis.
 
     It brings the largest number to the end of the type's range.
     """
     size = graph.op("Abs", [x], f"{name}.input.abs")
     largest = graph.op("ReduceMax", [size, graph.constant([-1])], f"{name}.input.max", keepdims=1)
-    unit = graph.constant(448.0 if weight.scheme.type == "float" else 127.5, np.float32)
+    unit = graph.constant(448.0 if scheme.type == "float" else 127.5, np.float32)
     share = graph.op("Div", [largest, unit], f"{name}.input.share")
     return graph.op("Max", [share, graph.constant(np.finfo(np.float32).tiny, np.float32)], f"{name}.input.scale")
 

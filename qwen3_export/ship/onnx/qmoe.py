@@ -41,6 +41,8 @@ def cannot_hold(layer: SparseLayer, level: int, provider: str = "cpu") -> str | 
         return "QMoE wants gate, up and down of one scheme"
     scheme = schemes.pop()
     assert scheme is not None
+    if scheme.type == "float" or scheme.activations or scheme.strategy not in ("group", "channel"):
+        return f"QMoE has no {scheme.label} experts"
     if provider != "cpu" and (reason := _ON_A_GPU[provider](layer, scheme)):
         return reason
     if scheme.strategy == "channel":

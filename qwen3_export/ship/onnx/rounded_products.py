@@ -46,7 +46,7 @@ def product(
     if activations == "dynamic-group":
         return op("MatMul", [_by_groups(graph, x, weight, dtype, name), matrix], name)
     wide = graph.as_type(x, dtype, _FLOAT, f"{name}.fp32")
-    scale = qdq.dynamic_scale(graph, wide, weight, name)
+    scale = qdq.dynamic_scale(graph, wide, weight.scheme, name)
     units = op("Div", [wide, scale], f"{name}.input.units")
     rounded = _rounded(graph, units, weight, dtype, _SMALL, name)
     summed = graph.as_type(op("MatMul", [rounded, matrix], name), dtype, _FLOAT, f"{name}.sum")
@@ -74,7 +74,7 @@ def _by_groups(graph: GraphBuilder, x: ir.Value, weight: QuantizedTensor, dtype:
     shape = constant([0, 0, width // ACTIVATION_GROUP, ACTIVATION_GROUP])
     groups = op("Reshape", [x, shape], f"{name}.input.groups")
     wide = graph.as_type(groups, dtype, _FLOAT, f"{name}.fp32")
-    scale = qdq.dynamic_scale(graph, wide, weight, name)
+    scale = qdq.dynamic_scale(graph, wide, weight.scheme, name)
     units = op("Div", [wide, scale], f"{name}.input.units")
     rounded = _rounded(graph, units, weight, _FLOAT, 1.0, name)
     scaled = graph.as_type(op("Mul", [rounded, scale], f"{name}.input.scaled"), _FLOAT, dtype, f"{name}.input.cast")

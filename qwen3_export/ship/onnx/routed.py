@@ -12,18 +12,23 @@ code j in its lowest bits, code j + row bytes above it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
+from qwen3_export.ship.onnx import qdq
 from qwen3_export.ship.onnx.experts import SparseLayer
 from qwen3_export.ship.onnx.graph import GraphBuilder
 from qwen3_export.ship.onnx.library import ir
 from qwen3_export.ship.onnx.qmoe import router_scores
 
 _INT64, _BOOL, _FLOAT = ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.FLOAT
+# The number of each E4M3 code; no tensor holds the two of NaN.
+_E4M3 = np.nan_to_num(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32))
 
 
 def experts(graph: GraphBuilder, x: ir.Value, layer: SparseLayer, dtype: ir.DataType) -> ir.Value:
@@ -64,36 +69,47 @@ def chosen_experts(
     return chosen, mix
 
 
-Stack = tuple[ir.Value, ir.Value | None, ir.Value | None]
+@dataclass(frozen=True)
+class _Stack:
+    """One matrix of all experts: 16-bit numbers, or codes with scales and what else their scheme has."""
+
+    stored: ir.Value
+    scales: ir.Value | None = None
+    zeros: ir.Value | None = None
+    input_scales: ir.Value | None = None
 
 
-def _stored(graph: GraphBuilder, layer: SparseLayer, part: str, dtype: ir.DataType) -> Stack:
-    """One matrix of all experts: codes, scales and zero points.
-
-    Or the 16-bit matrices alone.
-    """
+def _stored(graph: GraphBuilder, layer: SparseLayer, part: str, dtype: ir.DataType) -> _Stack:
+    """Write one matrix of all experts."""
     config, scheme, name = layer.checkpoint.config, layer.schemes[part], f"{layer.name}.{part}"
     rows, width = layer.shape(part)
     if scheme is None:
         kind = layer.checkpoint.entry(f"{layer.module(0, part)}.weight").dtype
         keep = ir.DataType.from_numpy(kind) if kind.itemsize == 2 and dtype == _FLOAT else dtype
         plain = (tensors[0].astype(keep.numpy()) for tensors in layer.read(part) if isinstance(tensors[0], np.ndarray))
-        return graph.weight_parts(f"{name}.weight", plain, keep, (config.num_experts, rows, width)), None, None
-    scales: list[NDArray] = []
-    zeros: list[NDArray] = []
+        return _Stack(graph.weight_parts(f"{name}.weight", plain, keep, (config.num_experts, rows, width)))
+    scales, zeros, inputs = list[NDArray](), list[NDArray](), list[float]()
 
     def codes(bits: int) -> Iterator[NDArray]:
         for (tensor,) in layer.read(part):
             assert isinstance(tensor, QuantizedTensor)
-            scales.append(tensor.scales.astype(dtype.numpy()))
+            scales.append(_by_row(tensor.scales32, scheme, rows).astype(dtype.numpy()))
             if tensor.zeros is not None:
-                zeros.append(tensor.zeros)
+                zeros.append(_by_row(tensor.zeros, scheme, rows))
+            if tensor.input_scale is not None:
+                inputs.append(tensor.input_scale)
             yield _packed(tensor.codes, bits)
 
     shape = (config.num_experts, rows, width * scheme.num_bits // 8)
     packed = graph.weight_parts(f"{name}.codes", codes(scheme.num_bits), ir.DataType.UINT8, shape)
     points = graph.weight(f"{name}.zeros", np.stack(zeros)) if zeros else None
-    return packed, graph.weight(f"{name}.scales", np.stack(scales)), points
+    fixed = graph.weight(f"{name}.input_scales", np.array(inputs, np.float32)) if inputs else None
+    return _Stack(packed, graph.weight(f"{name}.scales", np.stack(scales)), points, fixed)
+
+
+def _by_row(values: NDArray, scheme: QuantScheme, rows: int) -> NDArray:
+    """Scales or zero points `[rows, groups]`: those that rows share, repeated for each of them."""
+    return np.repeat(values, scheme.rows_per_scale(rows), axis=0)[:rows]
 
 
 def _packed(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -110,7 +126,7 @@ def _body(
     graph: GraphBuilder,
     layer: SparseLayer,
     outer: tuple[ir.Value, ir.Value, ir.Value, ir.Value],
-    stacks: dict[str, Stack],
+    stacks: dict[str, _Stack],
     dtype: ir.DataType,
 ) -> ir.Graph:
     """What happens in one expert's turn.
@@ -130,6 +146,7 @@ def _body(
 
         def linear(value: ir.Value, part: str) -> ir.Value:
             shape, scheme = layer.shape(part), layer.schemes[part]
+            value = _rounded(graph, value, stacks[part], scheme, shape[1], expert, f"{name}.{part}", dtype)
             matrix = _matrix(graph, stacks[part], scheme, shape, expert, f"{name}.{part}", dtype)
             return op("Gemm", [value, matrix], f"{name}.{part}", transB=1)
 
@@ -147,7 +164,7 @@ def _body(
 
 def _matrix(
     graph: GraphBuilder,
-    stack: Stack,
+    stack: _Stack,
     scheme: QuantScheme | None,
     shape: tuple[int, int],
     expert: ir.Value,
@@ -156,23 +173,46 @@ def _matrix(
 ) -> ir.Value:
     """One expert's matrix `[out, in]` in the type of activations."""
     op, constant = graph.op, graph.constant
-    stored, scales, zeros = stack
-    one = op("Gather", [stored, expert], f"{name}.stored", axis=0)
-    if scheme is None or scales is None:
-        return graph.as_type(one, stored.dtype, dtype, f"{name}.cast")
-    codes = _unpacked(graph, op("Cast", [one], f"{name}.bytes", to=dtype), scheme.num_bits, name, dtype)
-    rows, width = shape
-    groups = constant([rows, scheme.num_groups(width), -1])
-    zero = constant(scheme.midpoint, dtype.numpy())
-    if zeros is not None:
-        zero = op("Gather", [zeros, expert], f"{name}.zero", axis=0)
-        zero = op(
-            "Unsqueeze", [op("Cast", [zero], f"{name}.zero.cast", to=dtype), constant([2])], f"{name}.zero.column"
-        )
-    scale = op("Unsqueeze", [op("Gather", [scales, expert], f"{name}.scale", axis=0), constant([2])], f"{name}.column")
-    centred = op("Sub", [op("Reshape", [codes, groups], f"{name}.groups"), zero], f"{name}.centred")
-    matrix = op("Mul", [centred, scale], f"{name}.scaled")
-    return op("Reshape", [matrix, constant([rows, width])], f"{name}.matrix")
+    one = op("Gather", [stack.stored, expert], f"{name}.stored", axis=0)
+    if scheme is None or stack.scales is None:
+        return graph.as_type(one, stack.stored.dtype, dtype, f"{name}.cast")
+    groups = constant([shape[0], scheme.num_groups(shape[1]), -1])
+    if scheme.type == "float":
+        places = op("Cast", [one], f"{name}.places", to=ir.DataType.INT32)
+        values = op("Gather", [constant(_E4M3, dtype.numpy()), places], f"{name}.values", axis=0)
+        centred = op("Reshape", [values, groups], f"{name}.groups")
+    else:
+        codes = _unpacked(graph, op("Cast", [one], f"{name}.bytes", to=dtype), scheme.num_bits, name, dtype)
+        zero = constant(scheme.midpoint, dtype.numpy())
+        if stack.zeros is not None:
+            zero = op("Gather", [stack.zeros, expert], f"{name}.zero", axis=0)
+            wide = op("Cast", [zero], f"{name}.zero.cast", to=dtype)
+            zero = op("Unsqueeze", [wide, constant([2])], f"{name}.zero.column")
+        centred = op("Sub", [op("Reshape", [codes, groups], f"{name}.groups"), zero], f"{name}.centred")
+    own = op("Gather", [stack.scales, expert], f"{name}.scale", axis=0)
+    matrix = op("Mul", [centred, op("Unsqueeze", [own, constant([2])], f"{name}.column")], f"{name}.scaled")
+    return op("Reshape", [matrix, constant(shape)], f"{name}.matrix")
+
+
+def _rounded(
+    graph: GraphBuilder,
+    x: ir.Value,
+    stack: _Stack,
+    scheme: QuantScheme | None,
+    width: int,
+    expert: ir.Value,
+    name: str,
+    dtype: ir.DataType,
+) -> ir.Value:
+    """Inputs `[tokens, in]` of one expert's matrix, rounded as its scheme says."""
+    if scheme is None or scheme.activations is None:
+        return x
+    fixed = None
+    if stack.input_scales is not None:
+        fixed = graph.op("Gather", [stack.input_scales, expert], f"{name}.input_scale", axis=0)
+    wide = graph.as_type(x, dtype, _FLOAT, f"{name}.fp32")
+    rounded = qdq.rounded_rows(graph, wide, scheme, (0, width), fixed, name)
+    return graph.as_type(rounded, _FLOAT, dtype, f"{name}.input.cast")
 
 
 def _unpacked(graph: GraphBuilder, packed: ir.Value, bits: int, name: str, dtype: ir.DataType) -> ir.Value:

@@ -47,7 +47,9 @@ def linear(graph: GraphBuilder, x: ir.Value, weight: QuantizedTensor, dtype: ir.
     op, constant = graph.op, graph.constant
     x = graph.as_type(x, dtype, _FLOAT, f"{name}.fp32")
     scale = (
-        constant(weight.input_scale, np.float32) if weight.input_scale else qdq.dynamic_scale(graph, x, weight, name)
+        constant(weight.input_scale, np.float32)
+        if weight.input_scale
+        else qdq.dynamic_scale(graph, x, weight.scheme, name)
     )
     whole = op("Round", [op("Div", [x, scale], f"{name}.input.units")], f"{name}.input.whole")
     clipped = op("Clip", [whole, constant(-128, np.float32), constant(127, np.float32)], f"{name}.input.clipped")
