@@ -15,8 +15,9 @@ from qwen3_export.core.files import read_object
 from qwen3_export.core.gguf_header import GgufTensor, read_gguf_header
 from qwen3_export.core.gguf_types import CONVERTERS_TYPES
 from qwen3_export.core.manifest import MANIFEST, read_manifest
-from qwen3_export.core.onnx_header import OnnxTensor, onnx_data_files, read_onnx_header
+from qwen3_export.core.onnx_header import OnnxHeader, OnnxTensor, onnx_data_files, read_onnx_header
 from qwen3_export.run.onnx_files import find_onnx, is_onnx
+from qwen3_export.run.signature import why_no_decoder
 
 _SHOWN_VALUES = ("general.architecture", "general.name", "general.file_type", "general.quantized_by", "general.license")
 _STATED = (
@@ -101,6 +102,7 @@ def _onnx(path: Path) -> dict[str, Any]:
         **({"plan": _built(built)} if plan else {}),
         "bytes": sum(file.stat().st_size for file in parts),
         "files": {file.name: file.stat().st_size for file in parts},
+        **_lacking(files.graph, header),
         "opsets": header.opsets,
         "inputs": header.inputs,
         "outputs": header.outputs,
@@ -113,6 +115,14 @@ def _onnx(path: Path) -> dict[str, Any]:
         },
         **_tensors(header.tensors),
     }
+
+
+def _lacking(graph: Path, header: OnnxHeader) -> dict[str, Any]:
+    """Missing data files, and why the graph is no decoder, if so."""
+    named = {tensor.file for tensor in header.tensors if tensor.file}
+    missing = sorted(name for name in named if not (graph.parent / name).is_file())
+    reason = why_no_decoder(graph, header)
+    return {**({"missing files": missing} if missing else {}), **({"no decoder": reason} if reason else {})}
 
 
 def _built(plan: Path) -> str:

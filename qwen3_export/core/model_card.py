@@ -27,6 +27,8 @@ _NOTHING = "Nothing yet: `qwen3-export validate {} --reference ORIGINAL --card` 
 _WHAT = {
     "quantized-checkpoint": ("a quantized Hugging Face folder", "transformers"),
     "onnx": ("an ONNX folder for ONNX Runtime and onnxruntime-genai", "onnxruntime"),
+    "onnx for web": ("an ONNX folder for transformers.js", "transformers.js"),
+    "onnx of ai.onnx": ("an ONNX folder in operators of ai.onnx alone", "onnx"),
     "tensorrt": ("an ONNX and the TensorRT plan built from it", "tensorrt"),
     "onnx for tensorrt": ("an ONNX whose TensorRT plan is built on its device", "tensorrt"),
     "triton": ("a model repository for Triton Inference Server", "triton"),
@@ -50,6 +52,18 @@ _RUN = {
         ("bash", 'pip install "qwen3-export[ort]"\nqwen3-export run . --prompt "Hello"'),
         ("python", 'import onnxruntime_genai\n\nmodel = onnxruntime_genai.Model(".")'),
     ),
+    "onnx for web": (
+        (
+            "javascript",
+            'import { env, pipeline } from "@huggingface/transformers";\n\n'
+            "env.allowRemoteModels = false;\n"
+            'env.localModelPath = "..";   // the folder that this one lies in\n'
+            'const generate = await pipeline("text-generation", "NAME-OF-THIS-FOLDER");\n'
+            'await generate([{ role: "user", content: "Hello" }], { max_new_tokens: 100 });',
+        ),
+        ("bash", 'pip install "qwen3-export[ort]"\nqwen3-export run . --prompt "Hello"'),
+    ),
+    "onnx of ai.onnx": (("bash", 'pip install "qwen3-export[ort]"\nqwen3-export run . --prompt "Hello"'),),
     "tensorrt": (
         (
             "bash",
@@ -78,7 +92,7 @@ def write_card(folder: Path, kind: str, values: Mapping[str, Any]) -> None:
 
 def card_text(kind: str, values: Mapping[str, Any]) -> str:
     """The card of one kind of artifact, from its manifest's values."""
-    shown = "ggml" if values.get("layout") == "ggml" else "onnx for tensorrt" if "trtexec" in values else kind
+    shown = _variant(kind, values)
     what, library = _WHAT.get(shown) or _WHAT[kind]
     source = values.get("source") or {}
     name = source.get("name", "Qwen3")
@@ -92,6 +106,17 @@ def card_text(kind: str, values: Mapping[str, Any]) -> str:
     for language, text in _RUN.get(shown) or (("bash", filled.format(**values)),):
         lines += [f"```{language}", text, "```", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _variant(kind: str, values: Mapping[str, Any]) -> str:
+    """The kind of artifact as the card tells it, by what runs it."""
+    if values.get("layout") == "ggml":
+        return "ggml"
+    if kind == "onnx" and values.get("target") == "web":
+        return "onnx for web"
+    if kind == "onnx" and values.get("flavor") == "standard":
+        return "onnx of ai.onnx"
+    return "onnx for tensorrt" if "trtexec" in values else kind
 
 
 def _front(library: str) -> list[str]:

@@ -43,7 +43,7 @@ def level_cost(folder: Path) -> dict[str, Any]:
     try:
         kl, tokens = _added_kl(folder)
     except ExportError as error:
-        return {"added_kl": None, "added_kl_tokens": 0, "added_kl_reason": str(error).replace(str(folder), "it")}
+        return {"added_kl": None, "added_kl_tokens": 0, "added_kl_reason": str(error).removeprefix(f"{folder}: ")}
     return {"added_kl": float(f"{kl:.2g}"), "added_kl_tokens": tokens}
 
 

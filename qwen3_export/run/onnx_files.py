@@ -45,7 +45,7 @@ def _graphs(folder: Path) -> list[Path]:
 
 def find_onnx(artifact: Path) -> OnnxFiles:
     """Find the graph; InputError when several are there and none has a usual name."""
-    folder = _folder_of(artifact) if artifact.is_file() else artifact
+    folder = _folder_of(artifact) if artifact.is_file() else _above(artifact)
     genai = read_sidecar(folder / "genai_config.json")
     model = _object(genai, "model")
     graph = artifact if artifact.is_file() else _graph(folder, _object(model, "decoder").get("filename"))
@@ -62,9 +62,14 @@ def find_onnx(artifact: Path) -> OnnxFiles:
 
 def _folder_of(file: Path) -> Path:
     """The folder of a graph's tokenizer: its own, or the one above `onnx/`."""
-    parent = file.absolute().parent
-    above = parent.name == "onnx" and not (parent / "tokenizer.json").is_file()
-    return parent.parent if above and (parent.parent / "tokenizer.json").is_file() else parent
+    return _above(file.absolute().parent)
+
+
+def _above(folder: Path) -> Path:
+    """The folder of a tokenizer: the one above `onnx/`, or the folder itself."""
+    above = folder.absolute().parent
+    alone = folder.absolute().name == "onnx" and not (folder / "tokenizer.json").is_file()
+    return above if alone and (above / "tokenizer.json").is_file() else folder
 
 
 def _object(values: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from qwen3_export.run.session import RuntimeOptions, check_ids
 from qwen3_export.run.signature import read_signature
 
 _SMALLEST_CACHE = 256
+# Tokens that try out an order of caches, and how far logits may be apart, as a share of their range.
+_TRIED, _ALIKE = 12, 0.02
 # What errors of a GPU's libraries have in their text.
 _OF_THE_DRIVER, _SMI = ("CUDA", "CUBLAS", "CUDNN"), "see what nvidia-smi says"
 _PLAN_ALONE = "run the plan on its GPU; here, the folder that it was exported from has the same numbers"
@@ -96,6 +98,7 @@ class OrtSession:
         self._cache: dict[str, Any] = {}
         if self.in_place:
             self._grow(_SMALLEST_CACHE)
+        self._check_order()
 
     def _settings(self, settings: Any, files: OnnxFiles, exact: bool) -> Any:
         """ONNX Runtime's settings of this session."""
@@ -130,6 +133,23 @@ class OrtSession:
         feeds = self.signature.feeds(np.zeros(1, np.int64), 0)
         feeds.update({cache.past: np.zeros(cache.shape, cache.dtype) for cache in self.signature.caches})
         return int(self._session.run([self.signature.logits], feeds)[0].shape[-1])
+
+    def _check_order(self) -> None:
+        """Refuse caches whose order, by which they were matched, is wrong.
+
+        A decoded token's logits show it.
+        """
+        if self.signature.named or self.context < _TRIED:
+            return
+        ids = np.arange(_TRIED, dtype=np.int32) % self.vocab_size
+        at_once = self.prefill(ids)[-1]
+        self.prefill(ids[:-1])
+        decoded = self.decode(int(ids[-1]))
+        if np.abs(at_once - decoded).max() > _ALIKE * np.ptp(at_once):
+            raise InputError(
+                f"{self._folder}: its caches are named without layers, and not in one order among inputs and outputs",
+                "export it with names such as past_key_values.0.key and present.0.key",
+            )
 
     def _grow(self, capacity: int) -> None:
         """Buffers for at least `capacity` positions, bound as past and present alike."""

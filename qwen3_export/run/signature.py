@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_export.core.onnx_header import OnnxHeader
 from qwen3_export.errors import InputError, MissingRuntimeError
 
 _HINT = "a decoder with a cache is wanted: token ids and past keys and values in, logits and present ones out"
@@ -34,6 +35,8 @@ _TYPES: dict[str, Any] = {
     "tensor(int32)": np.int32,
     "tensor(bool)": np.bool_,
 }
+# Types by the name that headers have for them.
+_ORT_NAMES = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
 _CACHE_TYPES = ("tensor(float)", "tensor(float16)", "tensor(int8)", "tensor(uint8)", "tensor(bfloat16)")
 _IDS, _MASK, _POSITIONS = re.compile(r"input_?ids|^(ids|tokens|input)$"), re.compile("mask"), re.compile("position")
 _LENGTH_AXIS = re.compile("seq|past|len|total|kv")
@@ -67,7 +70,8 @@ class Cache:
 class Signature:
     """Names and types of a decoder's inputs and outputs.
 
-    `others` are inputs whose values follow from lengths alone.
+    `others` are inputs whose values follow from lengths alone. `named`: caches were matched by their names, not by
+    their order alone.
     """
 
     ids: tuple[str, Any]
@@ -77,6 +81,7 @@ class Signature:
     logits: str
     vocab_size: int | None
     others: tuple[tuple[str, Any, int], ...] = ()
+    named: bool = True
 
     def feeds(self, ids: NDArray, past: int) -> dict[str, NDArray]:
         """Every input but the caches, for new `ids` of one sequence after `past` tokens."""
@@ -122,6 +127,11 @@ def read_signature(
     ids = _take(left, stated["inputs"].get("input_ids"), _IDS, (2,), integers=True)
     if ids is None:
         raise InputError(f"{where}: no input of token ids among {_names(inputs)}", _HINT)
+    if (isinstance(ids.shape[0], int) and ids.shape[0] != 1) or isinstance(ids.shape[1], int):
+        raise InputError(
+            f"{where}: {ids.name} has shape {list(ids.shape)}, one sequence of any length was expected",
+            "export the model with dynamic axes for batch and sequence",
+        )
     others = [left.pop(name) for name in list(left) if _is_other(left[name])]
     positions = _take(left, stated["inputs"].get("position_ids"), _POSITIONS, (2,), integers=True)
     mask = _take(left, stated["inputs"].get("attention_mask"), _MASK, (2,), integers=False)
@@ -134,7 +144,7 @@ def read_signature(
     found = list(outputs)
     logits = _logits(where, found, stated["outputs"].get("logits"))
     found.remove(logits)
-    pairs = _pairs(where, pasts, found)
+    pairs, named = _pairs(where, pasts, found)
     vocab = logits.shape[-1]
     return Signature(
         (ids.name, _TYPES[ids.type]),
@@ -144,7 +154,38 @@ def read_signature(
         logits.name,
         vocab if isinstance(vocab, int) else None,
         tuple((item.name, _TYPES[item.type], len(item.shape)) for item in others),
+        named,
     )
+
+
+@dataclass
+class _Described:
+    """A graph input or output as its header describes it."""
+
+    name: str
+    type: str
+    shape: Sequence[int | str | None]
+
+
+def why_no_decoder(where: Path, header: OnnxHeader) -> str | None:
+    """Why `read_signature` refuses a graph, from its header alone; None when it does not."""
+    inputs, outputs = (
+        [_described(name, text) for name, text in values.items()] for values in (header.inputs, header.outputs)
+    )
+    try:
+        read_signature(where, inputs, outputs, {})
+    except InputError as error:
+        return str(error).removeprefix(f"{where}: ")
+    except MissingRuntimeError:
+        return None
+    return None
+
+
+def _described(name: str, text: str) -> _Described:
+    """From a header's text, such as `fp32 [batch_size, 2, 128]`."""
+    kind, _, axes = text.partition(" [")
+    shape = [int(axis) if axis.isdigit() else axis for axis in axes.rstrip("]").split(", ") if axis]
+    return _Described(name, f"tensor({_ORT_NAMES.get(kind, kind)})", shape)
 
 
 def _names(items: Sequence[GraphValue]) -> str:
@@ -195,11 +236,15 @@ def _place(name: str) -> tuple[str, str]:
 
 def _pairs(
     where: Path, pasts: Sequence[GraphValue], outputs: Sequence[GraphValue]
-) -> list[tuple[GraphValue, GraphValue]]:
-    """Each past with its present: matched by names, else by order."""
+) -> tuple[list[tuple[GraphValue, GraphValue]], bool]:
+    """Each past with its present, and whether names matched them.
+
+    Otherwise it was their order.
+    """
     presents = [item for item in outputs if len(item.shape) >= 4 and item.type in _CACHE_TYPES]
     places = {_place(item.name): item for item in presents}
-    if len(places) == len(presents) and {_place(item.name) for item in pasts} == set(places):
+    by_name = len(places) == len(presents) and {_place(item.name) for item in pasts} == set(places)
+    if by_name:
         pairs = [(past, places[_place(past.name)]) for past in pasts]
     elif len(presents) == len(pasts):
         pairs = list(zip(pasts, presents, strict=True))
@@ -208,7 +253,7 @@ def _pairs(
     for past, present in pairs:
         if past.type != present.type or len(past.shape) != len(present.shape):
             raise InputError(f"{where}: {past.name} is {past.type}, {present.name} {present.type}", _HINT)
-    return pairs
+    return pairs, by_name
 
 
 def _cache(where: Path, past: GraphValue, present: str, config: Mapping[str, Any]) -> Cache:

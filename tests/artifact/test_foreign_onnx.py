@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from qwen3_export.run.artifact import artifact_bytes, open_session, tokenizer_of
 from qwen3_export.run.session import RuntimeOptions, greedy
 from qwen3_export.ship.onnx import export_onnx
 from tests.artifact.support import SAME, THREADS, largest_difference, logits, random_ids
+from tests.artifact.test_inspect_artifacts import described
 from tests.conftest import cli, tiny_config
 
 IDS = [random_ids(40), random_ids(1)]
@@ -123,6 +125,29 @@ def renamed(model: onnx.ModelProto) -> None:
     rename(model, other)
 
 
+def anonymous(model: onnx.ModelProto) -> None:
+    """Caches named by letters, outputs in the order of the inputs."""
+    letters = iter("abcdefghijklmnop")
+    rename(model, lambda name: next(letters) if name.startswith(("past", "present")) else name)
+
+
+def shuffled(model: onnx.ModelProto) -> None:
+    """And outputs in another order: no name tells which belongs to which input."""
+    anonymous(model)
+    caches = [item for item in model.graph.output if item.name != "logits"]
+    others = [item for item in model.graph.output if item.name == "logits"]
+    del model.graph.output[:]
+    model.graph.output.extend([*others, *reversed(caches)])
+
+
+def one_batch(model: onnx.ModelProto) -> None:
+    next(item for item in model.graph.input if item.name == "input_ids").type.tensor_type.shape.dim[0].dim_value = 2
+
+
+def one_token(model: onnx.ModelProto) -> None:
+    next(item for item in model.graph.input if item.name == "input_ids").type.tensor_type.shape.dim[1].dim_value = 1
+
+
 def int32_ids(model: onnx.ModelProto) -> None:
     rename(model, lambda name: f"{name}_wide" if name in ("input_ids", "position_ids", "attention_mask") else name)
     for item in model.graph.input[:3]:
@@ -151,7 +176,10 @@ def symbolic(model: onnx.ModelProto) -> None:
             item.type.tensor_type.shape.dim[1].dim_param = "heads"
 
 
-@pytest.mark.parametrize("change", [renamed, int32_ids, more_inputs, lambda model: None], ids=lambda f: f.__name__)
+OTHERS = [renamed, anonymous, int32_ids, more_inputs, lambda model: None]
+
+
+@pytest.mark.parametrize("change", OTHERS, ids=lambda f: f.__name__)
 def test_other_names_types_and_inputs(plain: tuple[Path, list[NDArray]], tmp_path: Path, change: Callable) -> None:
     folder = changed(plain[0], tmp_path / "other", change)
     assert largest_difference(logits(folder, IDS), plain[1]) < SAME
@@ -236,6 +264,9 @@ def fewer_presents(model: onnx.ModelProto) -> None:
         (no_logits, "no logits"),
         (last_logits, r"last_logits has shape \['b', 320\]"),
         (fewer_presents, "4 past inputs, but 3 present"),
+        (shuffled, "named without layers, and not in one order"),
+        (one_batch, r"input_ids has shape \[2, 'sequence_length'\], one sequence of any length"),
+        (one_token, r"input_ids has shape \['batch_size', 1\], one sequence of any length"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -246,3 +277,13 @@ def test_what_is_no_decoder_with_a_cache_is_refused(
     with pytest.raises(InputError, match=reason) as caught:
         open_session(folder)
     assert caught.value.hint
+    # What names and shapes tell, `inspect` says without running it.
+    told = described(folder).get("no decoder", "")
+    assert change is shuffled or re.search(reason, told)
+
+
+def test_inspect_names_a_missing_data_file(plain: tuple[Path, list[NDArray]], tmp_path: Path) -> None:
+    folder = changed(plain[0], tmp_path / "other", lambda model: None)
+    assert not {"missing files", "no decoder"} & set(described(folder))
+    (folder / "model.onnx.data").unlink()
+    assert described(folder)["missing files"] == ["model.onnx.data"]

@@ -127,6 +127,19 @@ def test_text_without_ties_is_the_same(node_modules: Path, folder: Path) -> None
         assert text == tokenizer.decode(wanted)
 
 
+def test_the_cards_script_runs(node_modules: Path, folder: Path, tmp_path: Path) -> None:
+    card = (folder / "README.md").read_text()
+    assert "library_name: transformers.js" in card
+    assert "onnxruntime_genai" not in card
+    script = card.partition("```javascript\n")[2].partition("```")[0].replace("NAME-OF-THIS-FOLDER", folder.name)
+    *lines, last = script.replace('".."', json.dumps(str(folder.parent))).strip().splitlines()
+    text = "\n".join([*lines, f"console.log(JSON.stringify({last.removesuffix(';')}));"])
+    (node_modules / f"{tmp_path.name}.mjs").write_text(text.replace("100", "8"))
+    command = ["node", f"{tmp_path.name}.mjs"]
+    answer = subprocess.run(command, cwd=node_modules, capture_output=True, text=True, check=True, timeout=120)
+    assert json.loads(answer.stdout.splitlines()[-1])[0]["generated_text"][-1]["role"] == "assistant"
+
+
 def test_files_and_configuration_are_transformers_js_own(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     files = {path.name for path in (folder / "onnx").iterdir()}

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_export.core.architecture import is_expert
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.growing_hash import GrowingHash
 from qwen3_export.core.manifest import file_list, to_json, write_manifest
@@ -24,7 +25,7 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tokenizer_files import TOKENIZER, tokenizer_values
 from qwen3_export.errors import InputError, UnsupportedError
 from qwen3_export.ship.exactness import cast_errors
-from qwen3_export.ship.onnx import experts, ort_ops, standard_ops, w8a8
+from qwen3_export.ship.onnx import experts, nbits, ort_ops, standard_ops, w8a8
 from qwen3_export.ship.onnx.cache import BITS, QuantizedCache
 from qwen3_export.ship.onnx.decoder import build_decoder
 from qwen3_export.ship.onnx.graph import GraphBuilder
@@ -41,6 +42,8 @@ Measure = Callable[[Path], dict[str, Any]]
 CacheScales = Callable[[Path, int], Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]]]
 StudyCache = tuple[CacheScales, Callable[[Path, Path], dict[str, Any]]]
 _PLAIN = "plain-cache"
+# What GroupQueryAttention's heads must be a multiple of.
+_HEAD_DIM = 8
 
 
 def export_onnx(
@@ -78,7 +81,7 @@ def export_onnx(
         _write_sidecars(checkpoint, folder, aim, files, len(hashes), cache)
         # The level's cost is that of a plain cache, so that both costs add up.
         level = _level(checkpoint, aim, folder if cache is None else folder / _PLAIN, measure)
-        level = {**_cost_of(cache, folder, study_cache, kv_cache), **level}
+        level = {**_cost_of(cache, folder, study_cache, kv_cache if cache else aim.precision), **level}
         values = {
             "target": aim.name, "flavor": aim.flavor, "precision": aim.precision,
             **level, **_described(cache), **provenance(checkpoint), **exactness(inexact), **sparse,
@@ -151,8 +154,10 @@ def check_request(
     """
     aim = choose(target, flavor, precision, accuracy_level, max_shard_size, opset)
     supports = ort_ops.supports if aim.flavor == "ort" else standard_ops.supports
-    check_schemes(checkpoint, supports, f"onnx ({aim.flavor})", experts.supports, _elsewhere)
+    check_schemes(checkpoint, supports, f"onnx ({aim.flavor})", experts.supports, _elsewhere(aim.flavor))
     experts.sparse_layers(checkpoint)
+    if aim.flavor == "ort":
+        _check_shapes(checkpoint)
     files_of(aim, checkpoint)
     if kv_cache not in BITS:
         raise InputError(f"--kv-cache {kv_cache}: one of {', '.join(BITS)} was expected")
@@ -164,11 +169,28 @@ def check_request(
     return aim
 
 
-def _elsewhere(scheme: QuantScheme) -> str | None:
-    """Which target holds a scheme that ONNX Runtime's own operators do not."""
-    if standard_ops.supports(scheme):
-        return None
-    return "--target standard holds it exactly, in ai.onnx operators alone"
+def _elsewhere(flavor: str) -> Callable[[QuantScheme], str | None]:
+    """Which target holds a scheme that a flavor does not."""
+    other = standard_ops.supports if flavor == "ort" else ort_ops.supports
+    hint = "standard holds it exactly, in ai.onnx operators alone" if flavor == "ort" else "cpu holds it exactly"
+    return lambda scheme: None if other(scheme) else f"--target {hint}"
+
+
+def _check_shapes(checkpoint: Checkpoint) -> None:
+    """Refuse sizes that ONNX Runtime's kernels cannot compute with."""
+    head_dim, shapes = checkpoint.config.head_dim, checkpoint.config.all_matrices()
+    if head_dim % _HEAD_DIM:
+        raise UnsupportedError(
+            f"{checkpoint.folder}: heads of {head_dim}; GroupQueryAttention needs a multiple of {_HEAD_DIM}",
+            "--target standard has no such limit",
+        )
+    for name, scheme in checkpoint.schemes.items():
+        whole = w8a8.fits(scheme) or is_expert(name) or nbits.divides(scheme, shapes[name][1])
+        if not whole:
+            raise UnsupportedError(
+                f"{name} ({scheme.label}): MatMulNBits takes rows of a multiple of 16, not of {shapes[name][1]}",
+                "--target standard has no such limit",
+            )
 
 
 def _calibrated(

@@ -1,8 +1,7 @@
 """The decoder in ONNX Runtime's fused operators (`com.microsoft`).
 
     MatMulInteger    int8 weights beside int8 inputs, see `ship.onnx.w8a8`
-    MatMulNBits      B uint8 [out, groups, group·bits/8], low nibble first; scales [out, groups];
-                     zero points packed along groups, absent when symmetric (implicit 2^(bits-1))
+    MatMulNBits      see `ship.onnx.nbits`
     GatherBlockQuantized  the same codes and scales as `[vocab, in·bits/8]` and `[vocab, groups]`: a tied
                      table is stored once, and reshaped for the lookup
     GroupQueryAttention   q [b, s, heads·d], past and present [b, kv_heads, length, d]
@@ -16,23 +15,21 @@ Operator definitions: ONNX Runtime, docs/ContribOperators.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.core import pack
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, Qwen3Config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor, join_rows
 from qwen3_export.core.tensorfile import StoredTensor
-from qwen3_export.ship.onnx import qmoe, routed, w8a8
+from qwen3_export.ship.onnx import nbits, qmoe, routed, w8a8
 from qwen3_export.ship.onnx.cache import FloatCache, QuantizedCache
 from qwen3_export.ship.onnx.experts import SparseLayer
 from qwen3_export.ship.onnx.graph import CONTRIB, GraphBuilder
 from qwen3_export.ship.onnx.library import ir
 from qwen3_export.ship.onnx.padding import TokenOrder
-from qwen3_export.ship.result import not_integer
 
 OPSET = 21
 _INT64, _FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
@@ -40,18 +37,7 @@ _INT64, _FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
 
 def supports(scheme: QuantScheme) -> str | None:
     """Why neither `MatMulNBits` nor `MatMulInteger` holds a scheme, or None when one does."""
-    size = scheme.group_size
-    if w8a8.fits(scheme):
-        return None
-    if reason := not_integer(scheme):
-        return reason
-    if scheme.num_bits not in (2, 4, 8):
-        return f"MatMulNBits runs with 2, 4 and 8 bits, not {scheme.num_bits}"
-    if scheme.strategy != "group" or size is None:
-        return "one scale per channel has no place in MatMulNBits; use strategy: group"
-    if size not in (16, 32, 64, 128, 256):
-        return f"MatMulNBits needs a group_size that is a power of two from 16 to 256, not {size}"
-    return None
+    return None if w8a8.fits(scheme) else nbits.supports(scheme)
 
 
 class OrtOps:
@@ -126,7 +112,7 @@ class OrtOps:
             "embedding",
             CONTRIB,
             bits=scheme.num_bits,
-            block_size=scheme.group_length(width),
+            block_size=nbits.block_size(scheme, width),
             gather_axis=0,
             quantize_axis=1,
         )
@@ -188,41 +174,12 @@ class OrtOps:
         return self.graph.ops("Split", [product, sizes], f"{name}.split", list(weights), axis=-1)
 
     def _stored(self, weights: Sequence[QuantizedTensor], name: str) -> list[ir.Value]:
-        """Codes, scales and zero points of matrices of one scheme, stacked."""
-        scheme, in_features = weights[0].scheme, weights[0].shape[1]
-        rows, groups = sum(weight.shape[0] for weight in weights), scheme.num_groups(in_features)
-
-        def stored(part: str, parts: Iterable[NDArray], dtype: ir.DataType, width: int) -> ir.Value:
-            shape = [rows, groups, width] if part == "codes" else [rows, width]
-            return self.graph.weight_parts(f"{name}.{part}", parts, dtype, shape)
-
-        bits, length = scheme.num_bits, scheme.group_length(in_features)
-        codes = (pack.pack_bytes(weight.codes, bits) for weight in weights)
-        scales = (weight.scales.astype(self._numpy) for weight in weights)
-        values = [
-            stored("codes", codes, ir.DataType.UINT8, length * bits // 8),
-            stored("scales", scales, self.dtype, groups),
-        ]
-        if not scheme.symmetric:
-            zeros = (pack.pack_bytes(weight.zeros, bits) for weight in weights if weight.zeros is not None)
-            values.append(stored("zeros", zeros, ir.DataType.UINT8, -(-groups * bits // 8)))
-        return values
+        return nbits.stored(self.graph, weights, name, self.dtype)
 
     def _quantized(
         self, x: ir.Value, weights: Sequence[QuantizedTensor], stored: list[ir.Value], name: str
     ) -> ir.Value:
-        scheme, in_features = weights[0].scheme, weights[0].shape[1]
-        return self.graph.op(
-            "MatMulNBits",
-            [x, *stored],
-            name,
-            CONTRIB,
-            K=in_features,
-            N=sum(weight.shape[0] for weight in weights),
-            bits=scheme.num_bits,
-            block_size=scheme.group_length(in_features),
-            accuracy_level=self.accuracy_level,
-        )
+        return nbits.product(self.graph, x, weights, stored, name, self.accuracy_level)
 
     def attention(
         self, qkv: tuple[ir.Value, ir.Value, ir.Value], norms: tuple[NDArray, NDArray], layer: int

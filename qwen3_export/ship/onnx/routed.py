@@ -71,7 +71,10 @@ def chosen_experts(
 
 @dataclass(frozen=True)
 class _Stack:
-    """One matrix of all experts: 16-bit numbers, or codes with scales and what else their scheme has."""
+    """One matrix of all experts.
+
+    16-bit numbers, or codes with scales and what else their scheme has.
+    """
 
     stored: ir.Value
     scales: ir.Value | None = None
@@ -108,7 +111,10 @@ def _stored(graph: GraphBuilder, layer: SparseLayer, part: str, dtype: ir.DataTy
 
 
 def _by_row(values: NDArray, scheme: QuantScheme, rows: int) -> NDArray:
-    """Scales or zero points `[rows, groups]`: those that rows share, repeated for each of them."""
+    """Scales or zero points `[rows, groups]`.
+
+    Those that rows share are repeated for each of them.
+    """
     return np.repeat(values, scheme.rows_per_scale(rows), axis=0)[:rows]
 
 

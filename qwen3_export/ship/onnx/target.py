@@ -102,10 +102,11 @@ def choose(
         )
     if target.is_web and flavor == "standard":
         raise InputError("--target web is written in ONNX Runtime's operators", "leave --flavor standard away")
-    if opset is not None and (opset not in OPSETS or (flavor or target.flavor) != "standard"):
+    is_standard = (flavor or target.flavor) == "standard"
+    if opset is not None and (opset not in OPSETS or not is_standard):
         raise InputError(
             f"--opset {opset}: one of {', '.join(map(str, OPSETS))} was expected, with --target or --flavor standard",
-            "leave --opset away: ONNX Runtime's own operators need no other",
+            "leave --opset away" + ("" if is_standard else ": ONNX Runtime's own operators need no other"),
         )
     if flavor == "standard" and accuracy_level is None:
         accuracy_level = TARGETS["standard"].accuracy_level
