@@ -35,11 +35,16 @@ def triton(
 
     It generates text: streaming, chat template, sampling, a bounded queue.
     """
-    from qwen3_export.ship.triton import export_triton
+    from qwen3_export.ship.triton import export_triton, kind_of
     from qwen3_export.ship.triton.config import Serving
 
     show = console(json, quiet, verbose)
-    result = export_triton(artifact, output, name, Serving(instances, threads, sequences, queue), mount, force, show)
+    serving = Serving(instances, threads, sequences, queue)
+    if kind_of(artifact).name == "vllm":
+        from qwen3_export.preflight.runtimes import check_served
+
+        check_served(artifact)
+    result = export_triton(artifact, output, name, serving, mount, force, show)
     show.result(result, lambda: _written(result))
 
 

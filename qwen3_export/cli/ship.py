@@ -28,6 +28,7 @@ from qwen3_export.cli.on_the_way import (
     Threads,
     prepared,
 )
+from qwen3_export.cli.solve import parse_bytes
 from qwen3_export.core.process import uncollected, uninterrupted
 from qwen3_export.core.units import parse_size
 from qwen3_export.errors import InputError, MissingRuntimeError
@@ -210,7 +211,7 @@ def tensorrt(
         "rtx"
     ),
     sm: Annotated[
-        list[str] | None, typer.Option(help="Compute capability, repeatable (default 8.6, 8.9, 12.0).")
+        list[str] | None, typer.Option(help="Compute capability of `rtx`, repeatable (default 8.6, 8.9, 12.0).")
     ] = None,
     precision: Annotated[str, typer.Option(help="Activations and unquantized weights: fp16 or bf16.")] = "fp16",
     max_prompt: Annotated[
@@ -243,11 +244,12 @@ def tensorrt(
     from qwen3_export.ship.tensorrt.profiles import default_profile
 
     show, capabilities = console(json, quiet, verbose), tuple(sm) if sm else None
+    limit = parse_bytes(memory) if memory else None
     options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume, scratch)
 
     def check(checkpoint: Checkpoint) -> int:
         profile = default_profile(checkpoint.config, max_prompt, max_context)
-        check_request(checkpoint, engine, capabilities, precision, profile, onnx_only)
+        check_request(checkpoint, engine, capabilities, precision, profile, onnx_only, limit)
         return (onnx_bytes if onnx_only else planned_bytes)(checkpoint, precision)
 
     with prepared(source, recipe, options, output, force, show, check) as checkpoint:

@@ -9,21 +9,21 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from qwen3_export.cluster.address import check_reachable, parsed
 from qwen3_export.cluster.folder import ray_folder
 from qwen3_export.core.memory import lacks_memory, out_of_memory
 from qwen3_export.core.process import uncollected, uninterrupted
 from qwen3_export.errors import InputError, MissingRuntimeError, ResourceError
 
 STORE_BYTES = 100 << 20
-# Seconds to wait for a connection, and for a process to end.
-_CONNECT_SECONDS, _END_SECONDS = 5, 10
+# Seconds to wait for a process to end.
+_END_SECONDS = 10
 # Environment variables of Ray's authentication: `token` or `disabled`, and the token.
 _MODE, _TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
 # Remedies where Ray's processes do not start: on this machine alone, and on a cluster.
@@ -84,7 +84,7 @@ def check_cluster(address: str) -> None:
     if find_spec("ray") is None:
         raise MissingRuntimeError("--cluster needs ray", "pip install 'qwen3-export[cluster]'")
     if local_workers(address) is None and address != "auto":
-        _parsed(address)
+        parsed(address)
 
 
 def local_workers(address: str) -> int | None:
@@ -196,8 +196,8 @@ def open_session(address: str, workers: int = 1, gpus: int = 0) -> Iterator[RayS
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     is_local = local_workers(address) is not None
-    if not is_local:
-        _check_reachable(address)
+    if not is_local and address != "auto":
+        check_reachable(address)
     with uninterrupted(), uncollected():
         import ray
     with ray_folder() if is_local else nullcontext() as folder:
@@ -254,24 +254,3 @@ def _own_token() -> Iterator[None]:
 def _token() -> str:
     """One for all clusters of this process, since Ray reads it once."""
     return secrets.token_hex(32)
-
-
-def _parsed(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or "/" in host:
-        raise InputError(f"--cluster {address}: local, local:N, auto or HOST:PORT was expected")
-    return host, int(port)
-
-
-def _check_reachable(address: str) -> None:
-    """Raise MissingRuntimeError at once where nothing listens; Ray would try for a minute."""
-    if address == "auto":
-        return
-    host, port = _parsed(address)
-    try:
-        socket.create_connection((host, port), _CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise MissingRuntimeError(
-            f"--cluster {address}: no Ray cluster answers there ({error})",
-            "start one: ray start --head on one machine, ray start --address=HOST:PORT on the others",
-        ) from error

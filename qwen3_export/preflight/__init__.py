@@ -14,7 +14,6 @@ This package may import both solving and shipping, which never import each other
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,7 +34,15 @@ from qwen3_export.preflight.formats import (
     formats_with,
     unsupported_tensors,
 )
-from qwen3_export.preflight.limits import Needs, described, disk_limits, disks_of, memory_limits
+from qwen3_export.preflight.limits import (
+    Needs,
+    build_limits,
+    described,
+    disk_limits,
+    disks_of,
+    memory_limits,
+    with_exports,
+)
 from qwen3_export.preflight.runtimes import RUNTIMES
 from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.text.samples import Samples
@@ -72,10 +79,10 @@ def plan(
     recipe = recipe.for_model(checkpoint.config)
     reasons = _recipe_reasons(checkpoint, recipe)
     fits = not reasons
-    folder = folder_of(settings.layout or recipe.layout)
+    folder, checks = folder_of(settings.layout or recipe.layout), formats_with(settings.layout or recipe.layout)
     quantized = as_quantized(checkpoint, recipe)
-    checks = formats_with(settings.layout or recipe.layout)
-    found = {name: check(quantized) if fits else Verdict(reasons[0]) for name, check in checks.items()}
+    held = {name: check(quantized) if fits else Verdict(reasons[0]) for name, check in checks.items()}
+    found = build_limits(held, settings, free)
     if fits and (reason := found[folder].reason):
         reasons.append(reason)
     reasons += [f"{name}: {found[name].reason}" for name in formats if found[name].reason and name != folder]
@@ -84,7 +91,7 @@ def plan(
         with _collecting(reasons):
             needs = _needs(checkpoint, recipe, settings, measure and not reasons, progress, nodes)
         reasons += memory_limits(needs, settings, free)
-        needs = replace(needs, export_bytes=sum(found[name].bytes or 0 for name in set(formats) & set(EXPORTS)))
+        needs = with_exports(needs, [found[name] for name in set(formats) & set(EXPORTS)])
     disks = disks_of(needs, settings, nodes, place)
     reasons += disk_limits(needs, disks, settings)
     return {
@@ -99,7 +106,7 @@ def plan(
         "nodes": nodes,
         "formats": {name: verdict.to_dict() for name, verdict in found.items()},
         "runtimes": {name: _runtime(rule(quantized, found)) for name, rule in RUNTIMES.items()},
-        "tensors": unsupported_tensors(quantized, found) if fits else [],
+        "tensors": unsupported_tensors(quantized, held) if fits else [],
     }
 
 

@@ -16,7 +16,7 @@ from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.layouts import layout
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
-from qwen3_export.errors import ExportError, InputError, MissingRuntimeError
+from qwen3_export.errors import ExportError, InputError
 
 # Bytes of the manifest: for each quantized tensor, and for everything else.
 _MANIFEST_BYTES, _TENSOR_BYTES, _INDEX_BYTES = 4 << 10, 460, 110
@@ -129,14 +129,12 @@ def _gguf(quantized: Checkpoint) -> Verdict:
 
 
 def _tensorrt(quantized: Checkpoint) -> Verdict:
-    from qwen3_export.ship.tensorrt import check_request, planned_bytes, planned_cost
-    from qwen3_export.ship.tensorrt.capabilities import DEFAULT, fitting
+    from qwen3_export.ship.tensorrt import INSTALL, check_request, planned_bytes, planned_cost
+    from qwen3_export.ship.tensorrt.plan_file import MODULES
 
-    hint = ""
-    try:
-        capabilities = check_request(quantized, "rtx", None, "fp16")
-    except MissingRuntimeError as error:
-        capabilities, hint = fitting(quantized.schemes.values(), DEFAULT), f"; to build it here: {error.hint}"
+    # The builder's memory is judged by `limits`.
+    capabilities = check_request(quantized, "rtx", None, "fp16", onnx_only=True)
+    hint = "" if importlib.util.find_spec(MODULES["rtx"]) else f"; to build it here: {INSTALL['rtx']}"
     cost = planned_cost(quantized)
     note = (
         f"building it takes about {cost.peak_rss_bytes / 1e9:.1f} GB of memory and {cost.seconds:.0f} s; it runs on "

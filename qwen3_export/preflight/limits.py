@@ -7,7 +7,8 @@ several nodes, is judged by what its options name: a limit of memory, a place on
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from qwen3_export.core.disk import Room, nearest, room_of, stored_bytes
 from qwen3_export.core.outputs import partial_path
 from qwen3_export.core.units import binary_size
 from qwen3_export.core.working_folders import activations_path, quantized_path
+from qwen3_export.preflight.formats import Verdict
 from qwen3_export.solve.job import QuantizeSettings
 
 
@@ -41,15 +43,35 @@ class Needs:
 
 def memory_limits(needs: Needs, settings: QuantizeSettings, free: int | None) -> list[str]:
     """Too little memory: what `--memory` allows, or else what this machine has free."""
-    if needs.peak_rss_bytes is None:
+    if needs.peak_rss_bytes is None or not (there := _too_little(needs.peak_rss_bytes, settings, free)):
         return []
-    if settings.memory is not None and needs.peak_rss_bytes > settings.memory:
-        needed, allowed = binary_size(needs.peak_rss_bytes), binary_size(settings.memory)
-        return [f"about {needed} of memory are needed, --memory allows {allowed}"]
-    if settings.memory is None and free is not None and needs.peak_rss_bytes > free:
-        needed, there = binary_size(needs.peak_rss_bytes), binary_size(free, up=False)
-        return [f"about {needed} of memory are needed, {there} are free here; --memory says what another machine has"]
-    return []
+    return [f"about {binary_size(needs.peak_rss_bytes)} of memory are needed, {there}"]
+
+
+def with_exports(needs: Needs, verdicts: Sequence[Verdict]) -> Needs:
+    """The needs, those of exports and of what they build included."""
+    builds = [verdict.build["peak_rss_bytes"] for verdict in verdicts if verdict.build]
+    peak = None if needs.peak_rss_bytes is None else max(needs.peak_rss_bytes, *builds, 0)
+    return replace(needs, export_bytes=sum(verdict.bytes or 0 for verdict in verdicts), peak_rss_bytes=peak)
+
+
+def build_limits(found: Mapping[str, Verdict], settings: QuantizeSettings, free: int | None) -> dict[str, Verdict]:
+    """The formats' verdicts, where what is built further has too little memory, too."""
+    limited = dict(found)
+    for name, verdict in found.items():
+        if verdict.build and (there := _too_little(needed := verdict.build["peak_rss_bytes"], settings, free)):
+            reason = f"building it takes about {binary_size(needed)} of memory, {there}"
+            limited[name] = replace(verdict, reason=reason, note=None)
+    return limited
+
+
+def _too_little(needed: int, settings: QuantizeSettings, free: int | None) -> str | None:
+    """What memory there is, where less than is needed; else None."""
+    if settings.memory is not None:
+        return f"--memory allows {binary_size(settings.memory)}" if needed > settings.memory else None
+    if free is not None and needed > free:
+        return f"{binary_size(free, up=False)} are free here; --memory says what another machine has"
+    return None
 
 
 def disks_of(needs: Needs, settings: QuantizeSettings, nodes: int, output: Path | None) -> list[Room]:

@@ -12,11 +12,14 @@ vLLM and SGLang multiply q, k, v and gate, up as one matrix each, so these need 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.qwen3 import EMBEDDING, block_name
 from qwen3_export.core.scheme import QuantScheme
-from qwen3_export.preflight.formats import Verdict
+from qwen3_export.core.source import open_source
+from qwen3_export.errors import UnsupportedError
+from qwen3_export.preflight.formats import EXPORTS, Verdict
 
 Verdicts = Mapping[str, Verdict]
 Rule = Callable[[Checkpoint, Verdicts], str | None]
@@ -41,17 +44,39 @@ def _transformers(quantized: Checkpoint, found: Verdicts) -> str | None:
 
 def _server(name: str) -> Rule:
     def rule(quantized: Checkpoint, found: Verdicts) -> str | None:
-        if EMBEDDING in quantized.schemes:
-            return f"{EMBEDDING}: {name} takes no quantized embedding"
-        for module, scheme in quantized.schemes.items():
-            if reason := _kernel(scheme):
-                return f"{module} ({scheme.label}): {name} {reason}"
-        for layer in range(quantized.config.num_layers):
-            if reason := _one_scheme(quantized, layer):
-                return f"{reason}; {name} multiplies them as one matrix"
-        return _reads(*_FOLDERS)(quantized, found)
+        return not_served(quantized, name) or _reads(*_FOLDERS)(quantized, found)
 
     return rule
+
+
+def not_served(quantized: Checkpoint, name: str) -> str | None:
+    """Why a server such as vLLM cannot run a checkpoint, or None."""
+    if EMBEDDING in quantized.schemes:
+        return f"{EMBEDDING}: {name} takes no quantized embedding"
+    for module, scheme in quantized.schemes.items():
+        if reason := _kernel(scheme):
+            return f"{module} ({scheme.label}): {name} {reason}"
+    for layer in range(quantized.config.num_layers):
+        if reason := _one_scheme(quantized, layer):
+            return f"{reason}; {name} multiplies them as one matrix"
+    return None
+
+
+def check_served(folder: Path) -> None:
+    """Raise UnsupportedError for a quantized folder that vLLM cannot load.
+
+    The hint names the formats that hold its codes.
+    """
+    quantized = open_source(str(folder))
+    reason = not_served(quantized, "vLLM")
+    if reason is None:
+        return
+    exports = [name for name in ("gguf", "onnx") if EXPORTS[name](quantized).reason is None]
+    if exports:
+        hint = f"export the folder with qwen3-export {' or '.join(exports)}, and serve what that writes"
+    else:
+        hint = "quantize the original with another recipe: qwen3-export plan says which vLLM runs"
+    raise UnsupportedError(f"{folder}: vLLM cannot load it: {reason}", hint)
 
 
 def _kernel(scheme: QuantScheme) -> str | None:

@@ -89,17 +89,18 @@ def measure_on_nodes(
     tasks = [(artifact.absolute(), label) for label in (labels or [""]) for artifact in artifacts]
     with open_session(address, local_workers(address) or thread_count()) as session:
         _check_labels(session, labels)
-        placed = {_start(session, label): (artifact, label) for artifact, label in tasks}
-        calls = {device.call("measure", task[0], request): device for device, task in placed.items()}
-        found: dict[tuple[Path, str], dict[str, Any]] = {}
+        devices = [_start(session, label) for _, label in tasks]
+        # By the task's number, since one artifact may be asked for several times.
+        calls = {devices[number].call("measure", task[0], request): number for number, task in enumerate(tasks)}
+        found: dict[int, dict[str, Any]] = {}
         with progress.bar("measure on nodes", len(tasks)) as tick:
             while len(found) < len(tasks):
                 for call in session.answers(list(calls)):
-                    device = calls.pop(call)
-                    found[placed[device]] = _answer(session, call, *placed[device])
-                    session.end([device])
+                    number = calls.pop(call)
+                    found[number] = _answer(session, call, *tasks[number])
+                    session.end([devices[number]])
                     tick()
-    results = [found[task] for task in tasks]
+    results = [found[number] for number in range(len(tasks))]
     passed = all(item.get("gate", {}).get("passed", True) for item in results)
     return {"results": results, "passed": passed, "environment": environment()}
 

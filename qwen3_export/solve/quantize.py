@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -201,10 +201,20 @@ def _check_layout(checkpoint: Checkpoint, recipe: Recipe, name: str) -> None:
         if reason := chosen.supports(scheme):
             raise RecipeError(
                 f"{module} ({scheme.label}) does not fit the {name} layout: {reason}",
-                "--layout compressed-tensors holds every scheme",
+                _layout_hint(scheme, set(schemes.values())),
             )
         chosen.specs(module, matrices[module], scheme)
     chosen.config(schemes, list(checkpoint.config.all_linears()))
+
+
+def _layout_hint(scheme: QuantScheme, schemes: Collection[QuantScheme]) -> str:
+    """What helps where a scheme does not fit: another layout, or another scheme."""
+    for name in ("compressed-tensors", "ggml"):
+        if not any(layout(name).supports(other) for other in schemes):
+            return f"use layout {name}: it holds every scheme of the recipe"
+    if scheme.type == "int" and not scheme.per_row:
+        return "use strategy: group or channel"
+    return "no layout holds all schemes of the recipe together: use others"
 
 
 def calibration_of(checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSettings, progress: Progress) -> Samples:

@@ -15,6 +15,7 @@ from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import ExportError, InputError, MissingRuntimeError, ResourceError, UnsupportedError
 from qwen3_export.ship import tensorrt
 from qwen3_export.ship.tensorrt import cost, export_tensorrt, plan_file
+from qwen3_export.ship.tensorrt.profiles import Profile, default_profile
 from tests.artifact.plans import refused
 from tests.artifact.support import round_to_nearest
 from tests.conftest import tiny_config
@@ -41,6 +42,10 @@ REQUESTS = [
     ({"engine": "openvino"}, InputError, "openvino"),
     ({"precision": "fp32"}, InputError, "fp32"),
     ({"capabilities": ("7.5", "8.9")}, UnsupportedError, r"7\.5"),
+    ({"capabilities": ("8.7",), "engine": "trt"}, InputError, r"--sm 8\.7: --engine trt"),
+    ({"capabilities": ("12.0",), "engine": "trt", "onnx_only": True}, InputError, r"--sm 12\.0: --engine trt"),
+    ({"profile": Profile(16, 2049)}, InputError, "--max-context 2049: the model has 2048 positions"),
+    ({"profile": Profile(2049, 4096)}, InputError, "--max-prompt 2049: the model has 2048 positions"),
 ]
 
 
@@ -49,6 +54,17 @@ def test_requests_that_cannot_be_met(
     quantized: Callable, tmp_path: Path, options: dict, error: type[ExportError], match: str
 ) -> None:
     refused(open_checkpoint(quantized("gptq-w4a16-g128")), tmp_path, error, match, **options)
+
+
+def test_yarn_stretches_the_positions(make_checkpoint: Callable, tmp_path: Path) -> None:
+    """With and without, a profile of exactly the model's positions is taken."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    for config, most in ((tiny_config(), 128), (tiny_config(rope_scaling=scaling), 512)):
+        checkpoint = open_checkpoint(make_checkpoint(config))
+        profile = default_profile(checkpoint.config, 64, most)
+        tensorrt.check_request(checkpoint, "rtx", None, "fp16", profile, onnx_only=True)
+        match = f"--max-context {most + 1}: the model has {most} positions"
+        refused(checkpoint, tmp_path, InputError, match, profile=Profile(64, most + 1))
 
 
 def test_bf16_needs_more_than_7_5(make_checkpoint: Callable, tmp_path: Path) -> None:

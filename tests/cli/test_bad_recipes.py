@@ -44,6 +44,34 @@ def test_bad_recipe_is_refused(case: str, model: Path, tmp_path: Path) -> None:
     assert names(tmp_path) == ["recipe.yaml"]
 
 
+BLOCKS = "num_bits: 4, strategy: block, group_size: null, block_shape: [32, 32]"
+# A recipe's scheme and layout, and the remedy.
+UNFIT = {
+    "one scale per matrix": (
+        "num_bits: 4, strategy: tensor, group_size: null",
+        "compressed-tensors",
+        "strategy: group",
+    ),
+    "integers in blocks": (BLOCKS, "compressed-tensors", "strategy: group or channel"),
+    "in another layout": (BLOCKS, "gptq", "strategy: group or channel"),
+    "3 bits for AWQ": ("num_bits: 3, group_size: 32", "awq", "use layout compressed-tensors"),
+    "ggml's blocks": ("type: kquant, ggml_type: q4_1", "compressed-tensors", "use layout ggml"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_remedy_that_holds_is_given_for_a_layout_that_does_not_fit(case: str, model: Path, tmp_path: Path) -> None:
+    scheme, layout, remedy = UNFIT[case]
+    recipe = tmp_path / "recipe.yaml"
+    text = GOOD.replace("gptq", "rtn").replace("num_bits: 4, group_size: 32", scheme)
+    recipe.write_text(f"{text}layout: {layout}\n")
+    outcome = call("quantize", model, "--recipe", recipe, "--output", tmp_path / "out")
+    refused(outcome, 2, f"does not fit the {layout} layout", f"hint: {remedy}" if "use" in remedy else remedy)
+    repaired = {"use layout": text + f"layout: {remedy.removeprefix('use layout ')}\n"}
+    recipe.write_text(repaired.get(remedy[:10], text.replace(scheme, "num_bits: 4, strategy: group, group_size: 32")))
+    assert call("quantize", model, "--recipe", recipe, "--output", tmp_path / "out").code == 0
+
+
 def test_unsolvable_recipe_leaves_nothing(model: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(GOOD + "options: {percdamp: 0.0}\n")

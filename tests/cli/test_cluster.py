@@ -162,7 +162,10 @@ def test_workers_started_here_are_quiet_and_leave_nothing(
         ("local:many", 2, "--cluster local:many"),
         ("somewhere", 2, "HOST:PORT was expected"),
         ("ray://host:1", 2, "HOST:PORT was expected"),
+        ("127.0.0.1:65536", 2, "HOST:PORT was expected"),
+        ("::1:6379", 2, "HOST:PORT was expected"),
         ("127.0.0.1:1", 3, "no Ray cluster answers there"),
+        ("[::1]:1", 3, "no Ray cluster answers there"),
     ],
 )
 def test_addresses_that_are_none_are_refused(
@@ -203,6 +206,17 @@ def test_artifacts_are_measured_on_the_nodes_that_are_named(
     timed = call("bench", made["gguf"].name, *options, *labels[:4])
     assert [item["node"]["label"] for item in timed.json["results"]] == ["device-0"]
     assert call("validate", made["gguf"].name, *asked[3:], *labels[:4], "--max-kl", "0").code == 1
+
+
+def test_what_is_named_twice_is_measured_twice(nodes: Nodes, made: dict[str, Path], tmp_path: Path) -> None:
+    """The same artifact, and the same node: one row for each, numbered as without a cluster."""
+    options = ("--prompt-tokens", "16", "--new-tokens", "2", "--repeat", "1", "--report", tmp_path / "report")
+    labels = ("--cluster", nodes.address, "--node", "device-0", "--node", "device-0")
+    found = call("bench", made["gguf"], made["gguf"], *options, *labels, "--json").json["results"]
+    assert [item["artifact"] for item in found] == [str(made["gguf"])] * 4
+    text = (tmp_path / "report" / "report.md").read_text()
+    for number in ("", " (2)", " (3)", " (4)"):
+        assert f"| {made['gguf'].name} on device-0{number} |" in text
 
 
 def test_what_no_node_offers_is_refused_by_name(nodes: Nodes, made: dict[str, Path], tmp_path: Path) -> None:

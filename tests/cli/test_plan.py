@@ -113,8 +113,35 @@ def test_memory_of_this_machine_counts_unless_another_is_named(model: Path, monk
     here = _plan(model, "--recipe", "gptq-w4a16-g32", "--no-time")
     assert "64 MiB are free here" in here["reasons"][0]
     assert _plan(model, "--recipe", "gptq-w4a16-g32", "--no-time", "--memory", "8GiB")["possible"]
+    assert "64 MiB are free here" in here["formats"]["tensorrt"]["reason"]
+    larger = _plan(model, "--recipe", "gptq-w4a16-g32", "--no-time", "--memory", "8GiB", "--format", "tensorrt")
+    assert larger["possible"]
     monkeypatch.setattr("qwen3_export.preflight.available_bytes", lambda: None)
     assert _plan(model, "--recipe", "gptq-w4a16-g32", "--no-time")["possible"]
+
+
+def test_memory_counts_for_a_plan_that_is_built_too(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what is asked for: a plan takes more to build than this model takes to quantize."""
+    asked = (model, "--recipe", "rtn-w4a16-g32", "--no-time", "--memory")
+    need = _plan(*asked, "1GiB", "--format", "tensorrt")
+    build = need["formats"]["tensorrt"]["build"]["peak_rss_bytes"]
+    assert need["possible"]
+    assert need["peak_rss_bytes"] == build
+    below = f"{build - 1}"
+    (reason,) = _plan(*asked, below, "--format", "tensorrt")["reasons"]
+    assert reason.startswith("tensorrt: building it takes about ")
+    assert " of memory, --memory allows " in reason
+    other = _plan(*asked, below)
+    assert other["possible"]
+    assert not other["formats"]["tensorrt"]["supported"]
+    assert not other["runtimes"]["tensorrt-rtx"]["supported"]
+
+    monkeypatch.setattr("qwen3_export.solve.quantize.run_blocks", None)
+    command = ("tensorrt", model, "--recipe", "rtn-w4a16-g32", "--output", tmp_path / "out", "--memory", below)
+    refused(call(*command), 2, "building the plan takes about", "--memory allows", "--onnx-only")
+    assert names(tmp_path) == []
 
 
 def test_nodes_share_the_blocks_and_not_the_start(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,6 +164,9 @@ def test_every_repository_has_its_model_card(artifacts: dict[str, Path], tmp_pat
     ("options", "word"),
     [
         (("--name", "a/b"), "--name"),
+        (("--name", "q" * 256), "--name: 256 letters"),
+        (("--mount", ""), "--mount ''"),
+        (("--mount", "models"), "--mount 'models'"),
         (("--queue", "0"), "--queue"),
         (("--sequences", "0"), "--sequences"),
         (("--instances", "-3"), "--instances"),
@@ -176,6 +179,31 @@ def test_what_cannot_be_served_is_refused(
     outcome = call("triton", artifacts["gguf"], "--output", tmp_path / "repository", *options)
     assert outcome.code == 2
     assert word in outcome.err
+    assert not (tmp_path / "repository").exists()
+
+
+# A scheme and its layout; why vLLM does not run it; and what helps.
+UNSERVED = [
+    ("type: kquant, ggml_type: q4_1", "ggml", "does not read q4_1", "qwen3-export gguf,"),
+    ("num_bits: 3, group_size: 32", "gptq", "no kernel for 3-bit integers", "another recipe"),
+    ("num_bits: 4, group_size: 16", "compressed-tensors", "groups of 32, 64 and 128, not 16", "qwen3-export onnx,"),
+]
+
+
+@pytest.mark.parametrize(("scheme", "layout", "reason", "remedy"), UNSERVED)
+def test_folders_that_vllm_does_not_load_are_refused(
+    scheme: str, layout: str, reason: str, remedy: str, tmp_path: Path
+) -> None:
+    recipe, folder = tmp_path / "recipe.yaml", tmp_path / "folder"
+    rules = f"rules:\n  - match: 'model.layers.*'\n    scheme: {{{scheme}}}\n"
+    recipe.write_text(f"name: mine\nmethod: rtn\nlayout: {layout}\n{rules}")
+    outcome = call("quantize", "reference-model", "--recipe", recipe, "--output", folder)
+    assert outcome.code == 0, outcome.err
+    outcome = call("triton", folder, "--output", tmp_path / "repository")
+    assert outcome.code == 2
+    assert f"{folder}: vLLM cannot load it: " in outcome.err
+    assert reason in outcome.err
+    assert remedy in outcome.err
     assert not (tmp_path / "repository").exists()
 
 

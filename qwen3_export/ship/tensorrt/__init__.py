@@ -40,6 +40,7 @@ from qwen3_export.ship.tensorrt.plan_file import MODULES, PLAN, build_plan
 from qwen3_export.ship.tensorrt.profiles import (
     Profile,
     Shapes,
+    check_positions,
     decode_shapes,
     default_profile,
     prefill_shapes,
@@ -186,20 +187,49 @@ def check_request(
     precision: str,
     profile: Profile | None = None,
     onnx_only: bool = False,
+    memory: int | None = None,
 ) -> tuple[str, ...]:
     """Refuse what cannot be exported, before the long work.
 
-    Returns the compute capabilities; where none were given, the default ones that can hold the schemes.
+    Returns the compute capabilities; where none were given, the default ones that can hold the schemes. Classic
+    TensorRT has none: it builds for the GPU it runs on. `memory` is a limit on the builder's, in bytes.
     """
-    if capabilities is None:
-        capabilities = fitting(checkpoint.schemes.values(), DEFAULT)
     if engine not in MODULES:
         raise InputError(f"--engine {engine}: one of {', '.join(MODULES)} was expected")
     if precision not in ("fp16", "bf16"):
         raise InputError(f"--precision {precision}: fp16 or bf16 was expected")
-    unknown = [name for name in capabilities if name not in CAPABILITIES]
-    if unknown or not capabilities:
+    profile = profile or default_profile(checkpoint.config)
+    check_positions(checkpoint.config, profile)
+    chosen = _capabilities(checkpoint, engine, capabilities)
+    _check_kind(checkpoint)
+    check_schemes(checkpoint, supports, "TensorRT")
+    _check_siblings(checkpoint)
+    if chosen and (reason := too_old(checkpoint.schemes.values(), precision, chosen)):
+        raise UnsupportedError(reason, "name later capabilities with --sm, or quantize with another recipe")
+    if not onnx_only:
+        _check_builder(checkpoint, engine, profile)
+        check_memory(planned_cost(checkpoint, precision), memory)
+    return chosen
+
+
+def _capabilities(checkpoint: Checkpoint, engine: str, asked: Sequence[str] | None) -> tuple[str, ...]:
+    """The compute capabilities that a plan is built for; InputError for impossible ones."""
+    if engine == "trt":
+        if asked is not None:
+            raise InputError(
+                f"--sm {' '.join(asked)}: --engine trt takes no compute capability",
+                "leave --sm away: TensorRT builds for the GPU it runs on",
+            )
+        return ()
+    chosen = fitting(checkpoint.schemes.values(), DEFAULT) if asked is None else tuple(asked)
+    unknown = [name for name in chosen if name not in CAPABILITIES]
+    if unknown or not chosen:
         raise InputError(f"--sm {' '.join(unknown) or 'without a value'}: known are {', '.join(CAPABILITIES)}")
+    return chosen
+
+
+def _check_kind(checkpoint: Checkpoint) -> None:
+    """Refuse outer matrices of floats, and mixtures of more experts than are all computed."""
     for name in checkpoint.config.outer_matrices():
         if name in checkpoint.schemes and checkpoint.schemes[name].type != "int":
             raise UnsupportedError(
@@ -211,14 +241,6 @@ def check_request(
             f"it takes no loop over the chosen ones, so all are computed, and that is done for up to {MOST_EXPERTS}",
             "`qwen3-export onnx` and `gguf` export it",
         )
-    check_schemes(checkpoint, supports, "TensorRT")
-    _check_siblings(checkpoint)
-    if reason := too_old(checkpoint.schemes.values(), precision, capabilities):
-        raise UnsupportedError(reason, "name later capabilities with --sm, or quantize with another recipe")
-    if not onnx_only:
-        _check_builder(checkpoint, engine, profile or default_profile(checkpoint.config))
-        check_memory(planned_cost(checkpoint, precision))
-    return tuple(capabilities)
 
 
 def _check_siblings(checkpoint: Checkpoint) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwen3_export.core.memory import available_bytes
-from qwen3_export.errors import ResourceError
+from qwen3_export.core.units import binary_size
+from qwen3_export.errors import InputError, ResourceError
 
 # Peak memory: the library; bytes held per byte of outer matrices and of linears in 16 bits; per quantized byte, once
 # and for each profile.
@@ -37,9 +38,17 @@ def build_cost(outer: int, linear: int, quantized: int, profiles: int) -> BuildC
     return BuildCost(int(_BASE_BYTES + held), _BASE_SECONDS + seconds)
 
 
-def check_memory(cost: BuildCost) -> None:
-    """Raise ResourceError when the builder needs more memory than is left."""
+def check_memory(cost: BuildCost, limit: int | None = None) -> None:
+    """Refuse a builder that needs more memory than `--memory` allows, or than is left.
+
+    Raises InputError for the first, ResourceError for the second.
+    """
     needed, left = cost.peak_rss_bytes, available_bytes()
+    if limit is not None and needed > limit:
+        raise InputError(
+            f"building the plan takes about {binary_size(needed)} of memory, --memory allows {binary_size(limit)}",
+            "allow more, or write the ONNX alone with --onnx-only",
+        )
     if left is not None and needed > left:
         raise ResourceError(
             f"building the plan takes about {needed / 2**30:.2f} GiB of memory, {left / 2**30:.2f} GiB are left",

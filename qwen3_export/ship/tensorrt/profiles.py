@@ -16,6 +16,7 @@ from pathlib import Path
 
 from qwen3_export.core.qwen3 import Qwen3Config
 from qwen3_export.errors import InputError
+from qwen3_export.ship.onnx.sidecars import context_length
 
 Shape = tuple[int, ...]
 Shapes = dict[str, tuple[Shape, Shape, Shape]]
@@ -35,14 +36,23 @@ def default_profile(config: Qwen3Config, max_prompt: int | None = None, max_cont
     Defaults are cut to the model's positions, and the prompt's to the given cache. Raises InputError for a prompt that
     does not fit into the cache, after which no token could be decoded.
     """
-    context = max_context or max(min(4096, config.max_position), max_prompt or 0)
-    prompt = max_prompt or min(1024, config.max_position, context)
+    most = context_length(config)
+    context = max_context or max(min(4096, most), max_prompt or 0)
+    prompt = max_prompt or min(1024, most, context)
     if prompt > context:
         raise InputError(
             f"--max-prompt {prompt}: a prompt of that length does not fit into the cache of --max-context {context}",
             f"give --max-context {prompt} or more",
         )
     return Profile(prompt, context)
+
+
+def check_positions(config: Qwen3Config, profile: Profile) -> None:
+    """Raise InputError for a profile of more positions than the model has."""
+    most = context_length(config)
+    for option, asked in (("--max-prompt", profile.max_prompt), ("--max-context", profile.max_context)):
+        if asked > most:
+            raise InputError(f"{option} {asked}: the model has {most} positions", f"give {option} {most}, or less")
 
 
 def prefill_shapes(config: Qwen3Config, profile: Profile) -> Shapes:

@@ -42,6 +42,8 @@ REQUIREMENTS = {
     "vllm": "vllm",
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# Bytes of a folder's name on Linux.
+_LONGEST_NAME = 255
 _PACKAGE = Path(__file__).resolve().parents[2]
 _SERVED = ("__init__.py", "api.py", "errors.py", "result.py", "core", "text", "run")
 
@@ -127,8 +129,7 @@ def export_triton(
     Raises InputError for an artifact or a name that cannot be served.
     """
     started, progress, serving = time.monotonic(), progress or Progress(), serving or Serving()
-    if not _NAME.fullmatch(name):
-        raise InputError(f"--name {name!r}: letters, digits, '.', '_' and '-' were expected")
+    _check_options(name, mount)
     kind = kind_of(artifact)
     _check_files(artifact)
     with staged_folder(output, force, [artifact]) as folder:
@@ -159,6 +160,17 @@ def export_triton(
         "seconds": time.monotonic() - started,
         "peak_rss_bytes": peak_rss_bytes(),
     }
+
+
+def _check_options(name: str, mount: str) -> None:
+    """Refuse a name that no folder can have, and a relative mount."""
+    if not _NAME.fullmatch(name):
+        raise InputError(f"--name {name!r}: letters, digits, '.', '_' and '-' were expected")
+    if len(name) > _LONGEST_NAME:
+        raise InputError(f"--name: {len(name)} letters; it names a folder, which takes {_LONGEST_NAME} at most")
+    if not mount.startswith("/"):
+        # vLLM would take a relative path for a model's id on the hub.
+        raise InputError(f"--mount {mount!r}: an absolute path such as /models was expected")
 
 
 def _sequences(kind: Kind, serving: Serving, progress: Progress) -> int:
