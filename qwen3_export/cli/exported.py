@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen3_export.cli.console import fields, size
@@ -24,13 +25,25 @@ def exported(result: dict[str, Any]) -> None:
                 if result["output"].endswith(".gguf") and len(result["files"]) > 1
                 else {}
             ),
-            **({"requantized": f"{len(result['requantized'])} tensors"} if "requantized" in result else {}),
+            **({"requantized": _requantized(result["requantized"])} if "requantized" in result else {}),
             **_costs(result),
             **_plan(result),
             "time": f"{result['seconds']:.1f} s",
             "peak memory": size(result["peak_rss_bytes"]),
         }
     )
+
+
+def _requantized(tensors: Sequence[Mapping[str, Any]]) -> str:
+    """From which scheme to which type codes were rounded again, and at what cost."""
+    errors: dict[tuple[str, str], list[float]] = {}
+    for item in tensors:
+        errors.setdefault((item["from"], item["to"]), []).append(item["max_rel_error"])
+    pairs = [
+        f"{len(found)} from {old} to {new}, relative error up to {max(found):.1e}"
+        for (old, new), found in errors.items()
+    ]
+    return f"{len(tensors)} tensors: {'; '.join(pairs)}"
 
 
 def _costs(result: dict[str, Any]) -> dict[str, str]:

@@ -167,7 +167,7 @@ def gguf(
     from qwen3_export.ship.result import provenance
 
     chosen = Options(
-        Overrides(tuple(map(_pattern, tensor_type or ())), token_embedding_type, output_type),
+        Overrides(tuple(map(_pattern, tensor_type or ())), _lower(token_embedding_type), _lower(output_type)),
         None if imatrix is None else read_imatrix(imatrix),
         None if split_max_size is None else _split_size(split_max_size),
         allow_requantize,
@@ -194,6 +194,10 @@ def _pattern(text: str) -> tuple[str, str]:
     if not found or not pattern:
         raise InputError(f"--tensor-type {text}: PATTERN=TYPE was expected", "e.g. --tensor-type attn_v=q8_0")
     return pattern, name.lower()
+
+
+def _lower(name: str | None) -> str | None:
+    return name and name.lower()
 
 
 def _split_size(text: str) -> int:

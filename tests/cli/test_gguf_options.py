@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from qwen3_export import __version__
+from qwen3_export.cli.exported import _requantized
 from qwen3_export.core.gguf_header import GgufTensor, read_gguf_header
 from qwen3_export.ship.gguf import encode
 from tests.cli.helpers import call, refused
@@ -157,6 +158,20 @@ def test_codes_are_rounded_again_on_request_alone(made: dict[str, Path], tmp_pat
     assert {item["to"] for item in values["requantized"]} == {"q5_1"}
     assert len(values["requantized"]) == 14
     assert set(types_of(tmp_path / "model.gguf").values()) == {"q5_1", "q8_0", "f32"}
+    worst = max(item["max_rel_error"] for item in values["requantized"])
+    assert _requantized(values["requantized"]).startswith("14 tensors: 14 from ")
+    assert _requantized(values["requantized"]).endswith(f" to q5_1, relative error up to {worst:.1e}")
+
+
+def test_types_are_named_in_any_case(tmp_path: Path) -> None:
+    """As in `llama-quantize`."""
+    files = []
+    for name, embedding in (("a", "q8_0"), ("b", "Q8_0")):
+        files.append(tmp_path / f"{name}.gguf")
+        options = ("--type", "q4_k_m" if name == "a" else "Q4_K_M", "--token-embedding-type", embedding)
+        outcome = call("gguf", "reference-model", *options, "--output", files[-1])
+        assert outcome.code == 0, outcome.err
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_threads_limit_the_rounding_and_change_nothing(

@@ -83,7 +83,10 @@ def test_types_of_llama_cpp_are_mixed_and_shipped(tmp_path: Path) -> None:
     schemes = {rule["match"]: rule["scheme"] for rule in yaml.safe_load((tmp_path / "x.yaml").read_text())["rules"]}
     assert schemes["model.embed_tokens"] == "q6_k"
     assert len(set(schemes.values()) - {"q6_k"}) > 1
-    assert set(schemes.values()) <= {"q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0"}
+    # 128 inputs of o_proj are no block of 256.
+    short = {scheme for match, scheme in schemes.items() if "o_proj" in match}
+    assert short <= {"iq4_nl", "q4_1", "q5_0", "q5_1", "q8_0"}
+    assert set(schemes.values()) - short <= {"q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0"}
     assert values["bits_per_weight"] <= 4.7
     made = call("quantize", model, "--recipe", tmp_path / "x.yaml", "--output", tmp_path / "q", "--samples", "8")
     assert made.code == 0, made.err

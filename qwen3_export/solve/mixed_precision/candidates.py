@@ -21,6 +21,8 @@ BITS = (2, 3, 4, 5, 6, 8, 16)
 OPTIONS_OF = {"gptq": "gptq-w4a16-g32", "rtn": "rtn-w4a16-g32", "awq": "awq-w4a16-g128"}
 _GGUF_RECIPE = "gguf-q4_k_m"
 _GGUF_TYPES = ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
+# In blocks of 32, for rows that blocks of 256 do not divide.
+_GGUF_SHORT_TYPES = ("iq4_nl", "q4_1", "q5_0", "q5_1")
 _USUAL_BITS, _USUAL_GGUF_BITS = (4, 8), (3, 4, 5, 6, 8)
 GROUPS = (128, 64, 32)
 
@@ -61,7 +63,7 @@ def schemes(
     sizes = sorted({one_of("--groups", size, GROUPS) for size in groups}, reverse=True)
     chosen = sorted({one_of("--bits", number, BITS) for number in bits or _usual(grids)})
     if is_gguf(grids):
-        found: list[QuantScheme | None] = [scheme_of_type(name) for name in _GGUF_TYPES]
+        found: list[QuantScheme | None] = [scheme_of_type(name) for name in (*_GGUF_SHORT_TYPES, *_GGUF_TYPES)]
         found = [scheme for scheme in found if scheme is not None and scheme.num_bits in chosen]
         return found + [None] * (16 in chosen)
     found = []
@@ -83,18 +85,27 @@ def _usual(grids: Sequence[str]) -> tuple[int, ...]:
 def fitting(unit: Unit, tried: Sequence[QuantScheme | None]) -> list[QuantScheme | None]:
     """Candidates whose groups or blocks divide the unit's inputs.
 
-    Of those with 8 bits only the coarsest is kept, since their error is negligible anyway.
+    Of those with 8 bits only the coarsest is kept, since their error is negligible anyway. ggml's blocks of 32 below 8
+    bits are for rows that its blocks of 256 do not divide.
     """
     wide = [shape[1] for shape in unit.shapes.values()]
     found = [s for s in tried if s is None or not any(n % _length(s, n) for n in wide)]
     eight = [s for s in found if s is not None and s.num_bits == 8]
     found = [s for s in found if s not in eight[1:]]
+    if any(_is_wide(s) for s in found):
+        found = [s for s in found if s is None or s.block_type is None or _is_wide(s)]
     if not any(found):
         raise RecipeError(
             f"{unit.match}: no candidate fits its {wide[0]} inputs",
-            f"groups of {GROUPS} and --bits 2 to 8 are tried, with --grids gguf blocks of 256 and 32",
+            f"groups of {GROUPS} and --bits 2 to 8 are tried, with --grids gguf blocks of 256, "
+            "and of 32 with 4, 5 and 8 bits",
         )
     return found
+
+
+def _is_wide(scheme: QuantScheme | None) -> bool:
+    """Whether a scheme is one of ggml's blocks of 256."""
+    return scheme is not None and scheme.block_type is not None and scheme.block_type.is_super
 
 
 def _length(scheme: QuantScheme, inputs: int) -> int:
