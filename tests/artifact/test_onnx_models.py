@@ -165,7 +165,6 @@ def test_overflow_is_refused(make_checkpoint: Callable, tmp_path: Path) -> None:
 
 
 REFUSED = [
-    ("ort", QuantScheme(4, strategy="channel"), "channel"),
     ("ort", QuantScheme(4, group_size=48), "48"),
     ("ort", QuantScheme(4, group_size=8), "8"),
     ("standard", QuantScheme(2, group_size=32), "2-bit"),
