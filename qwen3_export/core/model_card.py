@@ -33,6 +33,7 @@ _WHAT = {
     "onnx for tensorrt": ("an ONNX whose TensorRT plan is built on its device", "tensorrt"),
     "triton": ("a model repository for Triton Inference Server", "triton"),
 }
+_IN_ORT = ("bash", 'pip install "qwen3-export[ort]"\nqwen3-export run . --prompt "Hello"')
 _RUN = {
     "quantized-checkpoint": (
         ("bash", 'qwen3-export run . --prompt "Hello"\nvllm serve .   # where its kernels take the scheme'),
@@ -49,7 +50,7 @@ _RUN = {
         ),
     ),
     "onnx": (
-        ("bash", 'pip install "qwen3-export[ort]"\nqwen3-export run . --prompt "Hello"'),
+        _IN_ORT,
         ("python", 'import onnxruntime_genai\n\nmodel = onnxruntime_genai.Model(".")'),
     ),
     "onnx for web": (
@@ -61,9 +62,9 @@ _RUN = {
             'const generate = await pipeline("text-generation", "NAME-OF-THIS-FOLDER");\n'
             'await generate([{ role: "user", content: "Hello" }], { max_new_tokens: 100 });',
         ),
-        ("bash", 'pip install "qwen3-export[ort]"\nqwen3-export run . --prompt "Hello"'),
+        _IN_ORT,
     ),
-    "onnx of ai.onnx": (("bash", 'pip install "qwen3-export[ort]"\nqwen3-export run . --prompt "Hello"'),),
+    "onnx of ai.onnx": (_IN_ORT,),
     "tensorrt": (
         (
             "bash",

@@ -25,7 +25,6 @@ from tests.artifact.support import (
 from tests.artifact.test_onnx_sources import foreign
 from tests.conftest import tiny_moe_config
 
-# Neither width is a whole number of blocks of 128 rows; inputs are.
 CONFIG = tiny_moe_config(hidden_size=256, moe_intermediate_size=128, num_experts=5)
 EXACT = [
     QuantScheme(8, type="float", strategy="channel"),
