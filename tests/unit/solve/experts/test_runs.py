@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -93,13 +94,20 @@ UNCOUNTED = {"min_tokens", "below_floor", "floor", "fallback"}
 def live_hessians(
     folder: Path, settings: QuantizeSettings, output: Path, chosen: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[int, int]:
-    """The most moments alive whenever new ones are collected, and how often that was."""
+    """The most moments alive whenever new ones are collected, and how often that was.
+
+    A pool's thread lets go of its last piece of work a moment after it has told that it is done: more than one for each
+    thread are counted if they stay.
+    """
     # Asking a weak reference makes a strong one for a moment, in which another thread may count it: none is asked.
     refs: list[weakref.ref] = []
     numbers, alive = itertools.count(), set[int]()
     most, plain = [0], forward.collect_moments
 
     def spy(*arguments: Any) -> Any:
+        deadline = time.monotonic() + 0.5
+        while len(alive) > settings.threads and time.monotonic() < deadline:
+            time.sleep(0.002)
         most[0] = max(most[0], len(alive))
         moments = plain(*arguments)
         number = next(numbers)
