@@ -21,7 +21,6 @@ from qwen3_export.errors import InputError, MissingRuntimeError
 _CONNECT_SECONDS, _ANSWER_SECONDS = 5, 10
 _SETTINGS, _SETTING_BYTES, _FRAME_BYTES = 4, 6, 9
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, _SETTINGS, 0, 0, 0, 0, 0))
-_START = "ray start --head on one machine, ray start --address=HOST:PORT on the others"
 
 
 def parsed(address: str) -> tuple[str, int]:
@@ -56,11 +55,12 @@ def check_reachable(address: str) -> None:
             if not _uses_tls() and not _greets(connection):
                 raise MissingRuntimeError(
                     f"--cluster {address}: something listens there, but does not answer as a Ray head does",
-                    f"give the address that ray start --head prints ({_START}); a head with TLS needs RAY_USE_TLS=1",
+                    "give the address that ray start --head prints; a head with TLS needs RAY_USE_TLS=1",
                 )
     except (OSError, UnicodeError) as error:
         raise MissingRuntimeError(
-            f"--cluster {address}: no Ray cluster answers there ({error})", f"start one: {_START}"
+            f"--cluster {address}: no Ray cluster answers there ({error})",
+            f"start one there: ray start --head --port={port}",
         ) from error
 
 

@@ -97,7 +97,22 @@ def test_what_is_no_ray_head_is_refused_soon(
     with listening(answer) as place:
         with pytest.raises(MissingRuntimeError, match=f"--cluster {place}: .* does not answer as a Ray head") as caught:
             check_reachable(place)
-        assert "ray start --head" in str(caught.value.hint)
+        _is_one_short_line(caught.value.hint)
+
+
+def test_where_nothing_listens_the_hint_is_one_short_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(MissingRuntimeError, match="no Ray cluster answers there") as caught:
+        check_reachable(f"127.0.0.1:{port}")
+    _is_one_short_line(caught.value.hint)
+
+
+def _is_one_short_line(hint: str | None) -> None:
+    assert hint is not None
+    assert "ray start --head" in hint
+    assert "\n" not in hint
+    assert len(hint) < 90
 
 
 def test_a_web_server_is_no_ray_head(monkeypatch: pytest.MonkeyPatch) -> None:
