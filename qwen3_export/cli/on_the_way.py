@@ -40,6 +40,12 @@ Seed = Annotated[
 Memory = Annotated[str | None, typer.Option(help="With --recipe: refuse to start when more is needed, e.g. 8GiB.")]
 Device = Annotated[str | None, typer.Option(help="With --recipe: `cpu` or `cuda`.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="With --recipe: threads of quantizing.")]
+StudyThreads = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=MOST_THREADS, help="Of measuring level and cache, and with --recipe of quantizing (default: all)."
+    ),
+]
 RoundingThreads = Annotated[
     int | None,
     typer.Option(min=1, max=MOST_THREADS, help="Of rounding, and with --recipe of quantizing (default: all)."),

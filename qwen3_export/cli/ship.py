@@ -25,6 +25,7 @@ from qwen3_export.cli.on_the_way import (
     ScratchOption,
     Seed,
     SequenceLength,
+    StudyThreads,
     Threads,
     prepared,
 )
@@ -74,7 +75,7 @@ def onnx(
     seed: Seed = None,
     memory: Memory = None,
     device: Device = None,
-    threads: Threads = None,
+    threads: StudyThreads = None,
     resume: Resume = None,
     scratch: ScratchOption = None,
     force: Force = False,
@@ -88,7 +89,9 @@ def onnx(
     """
     _need("onnx_ir", "onnx")
     show, shard_bytes = console(json, quiet, verbose), _shard_bytes(max_shard_size)
-    options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume, scratch)
+    options = Quantizing(
+        calibration, samples, sequence_length, seed, memory, device, threads if recipe else None, resume, scratch
+    )
     choice: dict[str, Any] = {
         "flavor": flavor, "precision": precision, "accuracy_level": accuracy_level, "target": target,
         "kv_cache": kv_cache, "opset": opset,
@@ -109,7 +112,8 @@ def onnx(
 
         result = export_onnx(
             checkpoint, output, **choice, force=force, progress=show,
-            max_shard_size=shard_bytes, measure=level_cost, study_cache=(cache_scales, cache_cost),
+            max_shard_size=shard_bytes, measure=partial(level_cost, threads=threads),
+            study_cache=(partial(cache_scales, threads=threads), partial(cache_cost, threads=threads)),
         )  # fmt: skip
     show.result(result, lambda: exported(result))
 
@@ -249,6 +253,8 @@ def tensorrt(
 
     show, capabilities = console(json, quiet, verbose), tuple(sm) if sm else None
     limit = parse_bytes(memory) if memory else None
+    if threads is not None and recipe is None:
+        raise InputError("--threads: building a plan takes one thread, and there is no --recipe", "leave it away")
     options = Quantizing(calibration, samples, sequence_length, seed, memory, device, threads, resume, scratch)
 
     def check(checkpoint: Checkpoint) -> int:

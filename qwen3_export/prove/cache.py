@@ -32,9 +32,9 @@ _WHERE = "calibrating the cache"
 Scales = list[tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 
-def cache_scales(folder: Path, bits: int) -> Scales:
+def cache_scales(folder: Path, bits: int, threads: int | None = None) -> Scales:
     """Scales of every layer's keys and values, fp32 `[kv_heads, 1, head_dim]`."""
-    model, scales = PartedModel(folder), {}
+    model, scales = PartedModel(folder, threads), {}
     for caches in model.caches(model.stream([[ids] for ids in _samples(folder, model)])):
         for name, parts in caches.items():
             values = np.concatenate(parts, 1)
@@ -68,7 +68,7 @@ def _scale(values: NDArray, bits: int) -> NDArray[np.float32]:
     return np.take_along_axis(np.stack(tried), best[None], 0)[0]
 
 
-def cache_cost(plain: Path, quantized: Path) -> dict[str, Any]:
+def cache_cost(plain: Path, quantized: Path, threads: int | None = None) -> dict[str, Any]:
     """What the cache's codes add to the drift.
 
     `{kv_cache_kl, kv_cache_tokens}`, in nats per token. It is KL(exact ‖ quantized) − KL(exact ‖ plain), so that the
@@ -76,7 +76,7 @@ def cache_cost(plain: Path, quantized: Path) -> dict[str, Any]:
     level 4: a small change of an input moves its 8-bit code, and that counts although neither code is nearer to the
     truth. Half of the tokens are decoded one by one.
     """
-    first, second = PartedModel(plain), PartedModel(quantized)
+    first, second = PartedModel(plain, threads), PartedModel(quantized, threads)
     calls = [_calls(ids) for ids in _samples(plain, first)[::3]]
     before = first.logits(first.stream(calls, exact=True), first.stream(calls))
     after = (sequences for [sequences] in second.logits(second.stream(calls)))

@@ -35,20 +35,20 @@ _JOINED = 4
 _DOCUMENTS_EVERY = 8
 
 
-def level_cost(folder: Path) -> dict[str, Any]:
+def level_cost(folder: Path, threads: int | None = None) -> dict[str, Any]:
     """`{added_kl, added_kl_tokens}` in nats per token.
 
     Where it cannot be measured, `added_kl` is None and `added_kl_reason` says why.
     """
     try:
-        kl, tokens = _added_kl(folder)
+        kl, tokens = _added_kl(folder, threads)
     except ExportError as error:
         return {"added_kl": None, "added_kl_tokens": 0, "added_kl_reason": str(error).removeprefix(f"{folder}: ")}
     return {"added_kl": float(f"{kl:.2g}"), "added_kl_tokens": tokens}
 
 
-def _added_kl(folder: Path) -> tuple[float, int]:
-    model = PartedModel(folder)
+def _added_kl(folder: Path, threads: int | None) -> tuple[float, int]:
+    model = PartedModel(folder, threads)
     config = folder / "config.json"
     samples = _SPARSE_SAMPLES if parse_config(read_object(config), str(config)).sparse_layers else _SAMPLES
     prompts = [[_prompts(ModelTokenizer(folder), model.context, samples)]]

@@ -46,10 +46,13 @@ class Stream:
 
 
 class PartedModel:
-    """One of our ONNX folders, of which one part is open at a time."""
+    """One of our ONNX folders, of which one part is open at a time.
 
-    def __init__(self, folder: Path) -> None:
-        onnxruntime = onnxruntime_for(folder)
+    `threads` compute, by default as many as there are processors.
+    """
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        onnxruntime, self._threads = onnxruntime_for(folder), thread_count(threads)
         self._runtime, self._folder, self._path = onnxruntime, folder, find_onnx(folder).graph
         self.graph = GraphParts(self._path)
         self._exact_sums = needs_exact_sums(self._path)
@@ -132,8 +135,8 @@ class PartedModel:
         together = {kind: [s for s in streams if (s.exact or not rounds) == kind] for kind in (False, True)}
         jobs = [(model if not kind else plain, kind, found) for kind, found in together.items() if found]
         # Making a session packs weights in one thread; two at once take twice the memory.
-        beside = len(jobs) > 1 and self.graph.is_small(part)
-        threads = max(1, thread_count() // 2) if beside else thread_count()
+        beside = len(jobs) > 1 and self._threads > 1 and self.graph.is_small(part)
+        threads = self._threads // 2 if beside else self._threads
 
         def work(job: tuple[bytes, bool, list[Stream]]) -> None:
             graph, exact, found = job
