@@ -224,8 +224,9 @@ def validate(
     """Measure artifacts against a reference file or the original.
 
     Limits are those of a gate file, given one by one or as the file `gate`. `report` writes a report folder, `card`
-    the measured table into each artifact folder's model card; `explain` traces drift through a folder. Returns
-    `{results, passed}` as `qwen3-export validate --json` prints; raises `errors.ExportError`.
+    the measured table into each artifact folder's model card; `explain` traces drift through a folder.
+    Returns `{results, failed, passed}` as `qwen3-export validate --json` prints. Of several artifacts, one that fails
+    stands in `failed` with its error; one alone raises it, an `errors.ExportError`.
     """
     from qwen3_export.prove.limits import parse_limit, read_limits
     from qwen3_export.prove.report import check_report, write_report
@@ -278,7 +279,8 @@ def bench(
 ) -> Result:
     """Time artifacts on this device: load, prompts of `prompt_tokens`, `new_tokens` decoded after the shortest.
 
-    Returns `{results, passed}` as `qwen3-export bench --json` prints; raises `errors.ExportError`.
+    Returns `{results, failed, passed}` as `qwen3-export bench --json` prints. Of several artifacts, one that fails
+    stands in `failed` with its error; one alone raises it, an `errors.ExportError`.
     """
     from qwen3_export.prove.latency import Workload
     from qwen3_export.prove.latency import bench as run

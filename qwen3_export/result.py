@@ -29,7 +29,8 @@ class Result(dict[str, Any]):
             rows = [[key, _shown(value)] for key, value in self.items() if not isinstance(value, list | dict)]
             return _html_table(["", ""], rows)
         named = {name: path for name, path in _COLUMNS.items() if any(_at(item, path) is not None for item in results)}
-        return _html_table(list(named), [[_shown(_at(item, path)) for path in named.values()] for item in results])
+        rows = [[_shown(_at(item, path)) for path in named.values()] for item in results]
+        return _html_table(list(named), rows) + _not_measured(self)
 
 
 def _at(item: Mapping[str, Any], path: str) -> Any:
@@ -41,6 +42,14 @@ def _at(item: Mapping[str, Any], path: str) -> Any:
 
 def _shown(value: object) -> str:
     return f"{value:.5g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def _not_measured(result: Mapping[str, Any]) -> str:
+    if not result.get("failed"):
+        return ""
+    from qwen3_export.prove.report.failures import failures
+
+    return f"<ul>{''.join(f'<li>{html.escape(text)}</li>' for text in failures(result))}</ul>"
 
 
 def _html_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

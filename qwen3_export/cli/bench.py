@@ -22,7 +22,7 @@ from qwen3_export.cli.prove import (
     everywhere,
     find_all,
 )
-from qwen3_export.cli.validated import plan_note
+from qwen3_export.cli.validated import failed_notes, plan_note
 from qwen3_export.errors import InputError
 
 
@@ -56,7 +56,11 @@ def bench(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure speed, load time and peak memory on this device."""
+    """Measure speed, load time and peak memory on this device.
+
+    Of several artifacts, one that fails stands in the report with its error, and the exit code is that of the error.
+    """
+    from qwen3_export.prove.failed import first_error
     from qwen3_export.prove.latency import Workload, judged
     from qwen3_export.prove.latency import bench as run
     from qwen3_export.prove.report import append_summary, check_report, write_report
@@ -79,6 +83,8 @@ def bench(
         write_report(report, result, force, title="Latency")
     append_summary(result, "Latency")
     show.result(result, lambda: _benched(result))
+    if error := first_error(result):
+        raise error
     if not result["passed"]:
         raise typer.Exit(1)
 
@@ -118,6 +124,7 @@ def _benched(result: dict[str, Any]) -> None:
             )
     headers = ["artifact", "runtime", "prompt", "prefill tok/s", "decode tok/s", "p99 ms/tok", "load s", "peak memory"]
     table(headers, rows)
+    failed_notes(result)
     for name, item in named(result):
         plan_note(name, item)
         for check in item.get("gate", {}).get("checks", ()):

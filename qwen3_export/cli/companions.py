@@ -148,13 +148,14 @@ def _report(path: Path) -> dict[str, Any]:
     items = next((values[key] for key in ("results", "pairs", "candidates") if isinstance(values.get(key), list)), None)
     if items is None or not all(isinstance(item, dict) for item in items):
         raise InputError(f"{folder / REPORT}: no report of qwen3-export", "--report of validate or bench writes one")
+    failed = [item for item in _as(values.get("failed"), list) or () if isinstance(item, dict)]
     return {
         "artifact": str(path),
         "kind": "report",
         "bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
         "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()},
         "title": _as(read_manifest(folder).get("title"), str) if (folder / MANIFEST).is_file() else None,
-        "artifacts": list({str(item.get("artifact")): _measured(item) for item in items}.values()),
+        "artifacts": list({str(item.get("artifact")): _measured(item) for item in [*failed, *items]}.values()),
         "passed": _as(values.get("passed"), bool),
         "verdict": _as(values.get("verdict"), str),
         "environment": _as(values.get("environment"), dict),

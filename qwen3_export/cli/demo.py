@@ -169,6 +169,7 @@ def _open(folder: Path, source: str) -> Any:
 
 def _prove(folder: Path, made: dict[str, tuple[Bits, str]], show: Console) -> dict[str, Any]:
     """Validate and time every artifact; one result for each."""
+    from qwen3_export.prove.failed import first_error
     from qwen3_export.prove.latency import Workload, bench
     from qwen3_export.prove.validate import open_reference, validate
 
@@ -179,8 +180,10 @@ def _prove(folder: Path, made: dict[str, tuple[Bits, str]], show: Console) -> di
         update_card(folder / name, drift)
         results.append({**drift, "bits_per_weight": bits, "linear_bits_per_weight": linears})
     workload, calm = Workload((128, 512), new_tokens=32, repeat=3), _Calm(show.json, show.quiet, show.verbose)
-    speeds = bench([folder / name for name in made], workload, calm)["results"]
-    results = [{**drift, **speed} for drift, speed in zip(results, speeds, strict=True)]
+    timed = bench([folder / name for name in made], workload, calm)
+    if error := first_error(timed):
+        raise error
+    results = [{**drift, **speed} for drift, speed in zip(results, timed["results"], strict=True)]
     return {"results": results, "passed": all(item["gate"]["passed"] for item in results)}
 
 

@@ -176,8 +176,10 @@ def validate(
 ) -> None:
     """Measure accuracy drift in the artifact's own runtime.
 
-    Exit 1 when a limit is exceeded.
+    Exit 1 when a limit is exceeded. Of several artifacts, one that fails stands in the report with its error, and the
+    exit code is that of the error.
     """
+    from qwen3_export.prove.failed import first_error
     from qwen3_export.prove.gate import CHOICES
     from qwen3_export.prove.limits import parse_limit, read_limits
     from qwen3_export.prove.report import append_summary, check_report, write_report
@@ -214,6 +216,8 @@ def validate(
     if note := _kl_note(result, truth.is_lower_bound and "max_kl" in limits):
         show.say(f"note: {note}")
     show.result(result, lambda: validated(result))
+    if error := first_error(result):
+        raise error
     if not result["passed"]:
         raise typer.Exit(1)
 
@@ -235,7 +239,7 @@ def _kl_note(result: dict[str, Any], weak: bool) -> str | None:
     """A note on a KL that is no exact one; None when it is."""
     if weak:
         return "the reference keeps the likeliest tokens only: KL is a lower bound, a pass of max_kl is weak"
-    if not all(item["kl_estimate"] for item in result["results"]):
+    if not result["results"] or not all(item["kl_estimate"] for item in result["results"]):
         return None
     worst = max(item["kl_estimate"]["stderr"] for item in result["results"])
     return f"KL is estimated from the tokens that the reference file keeps, give or take {worst:.1g} nats"

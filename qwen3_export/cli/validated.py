@@ -39,6 +39,7 @@ def validated(result: dict[str, Any]) -> None:
         "verdict",
     ]
     table(headers, rows)
+    failed_notes(result)
     for name, item in named(result):
         _notes(name, item)
 
@@ -57,6 +58,14 @@ def _notes(name: str, item: Mapping[str, Any]) -> None:
             tell(f"{name}: {explain(check)}")
         elif doubt(check):
             tell(f"{name}: passed, but {doubt(check)}")
+
+
+def failed_notes(result: Mapping[str, Any]) -> None:
+    """Print why artifacts could not be measured."""
+    from qwen3_export.prove.report.tables import named_failures
+
+    for name, item in named_failures(result):
+        tell(f"{name}: not measured: {item['error']}")
 
 
 def plan_note(artifact: str, item: Mapping[str, Any]) -> None:

@@ -43,8 +43,11 @@ def read_report(path: Path) -> dict[str, Any]:
     """Read a report from its folder or report.json; InputError for anything else."""
     file = path / "report.json" if path.is_dir() else path
     values = read_json(file, hint=_WRITTEN)
-    if not isinstance(values, dict) or not isinstance(values.get("results"), list) or not values["results"]:
+    if not isinstance(values, dict) or not isinstance(values.get("results"), list):
         raise InputError(f"{file}: no report of validate or bench", _WRITTEN)
+    if not values["results"]:
+        failed = values.get("failed")
+        raise InputError(f"{file}: {'none of its artifacts was' if failed else 'nothing was'} measured", _WRITTEN)
     if not all(isinstance(item, dict) and isinstance(item.get("artifact"), str) for item in values["results"]):
         raise InputError(f"{file}: its results do not name their artifacts", _WRITTEN)
     return values
@@ -58,6 +61,7 @@ def compare_with_baseline(
     Raises InputError when the reports cannot be compared.
     """
     pairs, unpaired = list[dict[str, Any]](), list[str]()
+    _refuse_unmeasured(report)
     machines = [values.get("environment", {}).get("cpu") for values in (report, baseline)]
     for name, new, old in _pair_artifacts(report["results"], baseline["results"], unpaired):
         try:
@@ -72,6 +76,13 @@ def compare_with_baseline(
         pairs += [{"artifact": name, **item} for item in found]
     verdict = max((item["verdict"] for item in pairs), key=_RANK.index)
     return {"verdict": verdict, "passed": verdict != "worse", "strict": strict, "pairs": pairs, "unpaired": unpaired}
+
+
+def _refuse_unmeasured(report: Mapping[str, Any]) -> None:
+    """Raise InputError for a report with an artifact that could not be measured: it may be worse."""
+    for item in report.get("failed") or ():
+        text = item.get("error") if isinstance(item, dict) else item
+        raise InputError(f"the report has an artifact that was not measured: {text}", "measure it again")
 
 
 def _pair_artifacts(

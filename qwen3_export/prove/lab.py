@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen3_export import errors
 from qwen3_export.cluster.session import Handle, LostWorkerError, RaySession, local_workers, open_session
 from qwen3_export.core.process import end_with_parent
 from qwen3_export.core.processors import thread_count
 from qwen3_export.core.progress import Progress
 from qwen3_export.errors import ExportError, InputError, ResourceError
 from qwen3_export.prove.environment import environment
+from qwen3_export.prove.failed import expected, failure, first_error
 from qwen3_export.prove.latency import Workload, bench, judged
 from qwen3_export.prove.tasks import Task
 from qwen3_export.prove.validate import open_reference, validate
@@ -73,8 +73,8 @@ class Device:
             if not artifact.exists():
                 raise InputError(f"{artifact} is not there", "put artifacts on a path that every node sees alike")
             return name, request.measure(artifact)
-        except ExportError as error:
-            return name, (type(error).__name__, str(error), error.hint)
+        except Exception as error:
+            return name, failure(artifact, expected(artifact, error))
 
 
 def measure_on_nodes(
@@ -83,8 +83,8 @@ def measure_on_nodes(
 ) -> dict[str, Any]:  # fmt: skip
     """Measure every artifact on a node of every label; without labels, on any node.
 
-    Returns `{results, passed, environment}`; each result names its `node` and the `environment` there. Raises
-    InputError for a label that no node offers, and a task's error with the name of its node.
+    Returns `{results, failed, passed, environment}`; each result names its `node` and the `environment` there, and an
+    error names its node. Raises InputError for a label that no node offers, and the error of a single task.
     """
     tasks = [(artifact.absolute(), label) for label in (labels or [""]) for artifact in artifacts]
     with open_session(address, local_workers(address) or thread_count()) as session:
@@ -100,9 +100,13 @@ def measure_on_nodes(
                     found[number] = _answer(session, call, *tasks[number])
                     session.end([devices[number]])
                     tick()
-    results = [found[number] for number in range(len(tasks))]
-    passed = all(item.get("gate", {}).get("passed", True) for item in results)
-    return {"results": results, "passed": passed, "environment": environment()}
+    answers = [found[number] for number in range(len(tasks))]
+    results, failed = ([item for item in answers if ("error" in item) is wrong] for wrong in (False, True))
+    passed = not failed and all(item.get("gate", {}).get("passed", True) for item in results)
+    result = {"results": results, "failed": failed, "passed": passed, "environment": environment()}
+    if len(tasks) == 1 and (error := first_error(result)):
+        raise error
+    return result
 
 
 def _check_labels(session: RaySession, labels: Sequence[str]) -> None:
@@ -121,16 +125,19 @@ def _start(session: RaySession, label: str) -> Handle:
 
 
 def _answer(session: RaySession, call: Any, artifact: Path, label: str) -> dict[str, Any]:
-    """The result of one task, with its node."""
+    """The result of one task or its entry of `failed`, with its node."""
     try:
         name, answer = session.answer(call)
-    except LostWorkerError as error:
-        raise ResourceError(
+    except LostWorkerError:
+        lost = ResourceError(
             f"{artifact}: the node that measured it was lost" + (f" ({label})" if label else ""),
             "ray status shows which nodes are there",
-        ) from error
-    if isinstance(answer, tuple):
-        kind, text, hint = answer
-        raise getattr(errors, kind, ExportError)(f"{label or name}: {text}", hint)
+        )
+        return {**failure(artifact, lost), "node": {"name": None, "label": label or None}}
+    except ExportError as error:
+        return {**failure(artifact, error), "node": {"name": None, "label": label or None}}
+    node = {"name": name, "label": label or None}
+    if "error" in answer:
+        return {**answer, "error": f"{label or name}: {answer['error']}", "node": node}
     (result,) = answer["results"]
-    return {**result, "node": {"name": name, "label": label or None}, "environment": answer["environment"]}
+    return {**result, "node": node, "environment": answer["environment"]}

@@ -27,6 +27,7 @@ from qwen3_export.core.process import end_with_parent
 from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.errors import ExportError, InputError
 from qwen3_export.prove.environment import environment
+from qwen3_export.prove.failed import measure_each
 from qwen3_export.prove.gate import check
 from qwen3_export.prove.meters import NOTICEABLE, EnergyMeter, MachineLoad, energy_meter, memory_bandwidth
 from qwen3_export.prove.naming import unique_names
@@ -51,19 +52,30 @@ class Workload:
 
 
 def bench(artifacts: Sequence[Path], workload: Workload, progress: Progress | None = None) -> dict[str, Any]:
-    """The result of `bench`: `{results: [one per artifact], passed, environment}`."""
-    results = []
-    progress = progress or Progress()
+    """The result of `bench`: `{results: [one per artifact], failed, passed, environment}`.
+
+    An artifact that cannot be measured stands in `failed`; the error of a single one is raised.
+    """
+    progress, names = progress or Progress(), unique_names([str(path) for path in artifacts])
     with progress.bar("bench", len(artifacts)) as tick:
-        for artifact, name in zip(artifacts, unique_names([str(path) for path in artifacts]), strict=True):
-            found = {**_in_child(artifact, workload), "load_average": list(os.getloadavg())}
-            found["bandwidth"] = _bandwidth(artifact, found, sparse=found.pop("sparse"))
-            found["warnings"] = _warnings(found)
-            for text in found["warnings"]:
-                progress.warn(f"{name}: {text}")
-            results.append(found)
-            tick()
-    return {"results": results, "passed": True, "environment": environment()}
+
+        def timed(number: int) -> dict[str, Any]:
+            try:
+                return _timed(artifacts[number], names[number], workload, progress)
+            finally:
+                tick()
+
+        results, failed = measure_each(artifacts, timed, progress)
+    return {"results": results, "failed": failed, "passed": not failed, "environment": environment()}
+
+
+def _timed(artifact: Path, name: str, workload: Workload, progress: Progress) -> dict[str, Any]:
+    found = {**_in_child(artifact, workload), "load_average": list(os.getloadavg())}
+    found["bandwidth"] = _bandwidth(artifact, found, sparse=found.pop("sparse"))
+    found["warnings"] = _warnings(found)
+    for text in found["warnings"]:
+        progress.warn(f"{name}: {text}")
+    return found
 
 
 def _bandwidth(artifact: Path, found: Mapping[str, Any], sparse: bool) -> dict[str, Any]:
@@ -104,7 +116,8 @@ def judged(result: dict[str, Any], limits: Mapping[str, float]) -> dict[str, Any
     if not limits:
         return result
     results = [{**item, "gate": check(item, limits)} for item in result["results"]]
-    return {**result, "results": results, "passed": all(item["gate"]["passed"] for item in results)}
+    passed = result["passed"] and all(item["gate"]["passed"] for item in results)
+    return {**result, "results": results, "passed": passed}
 
 
 def _in_child(artifact: Path, workload: Workload) -> dict[str, Any]:

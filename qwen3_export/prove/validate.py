@@ -14,6 +14,7 @@ from qwen3_export.core.source import open_source
 from qwen3_export.errors import InputError
 from qwen3_export.prove.drift import measure
 from qwen3_export.prove.environment import environment
+from qwen3_export.prove.failed import measure_each
 from qwen3_export.prove.gate import check
 from qwen3_export.prove.latency import Workload, bench
 from qwen3_export.prove.limits import is_latency, parse_limit, refuse_unmeasurable, refuse_without_experts
@@ -81,8 +82,9 @@ def validate(
     tasks: Sequence[Task] = (),
     explained: bool = False,
 ) -> dict[str, Any]:
-    """The result of `validate`: `{results: [one per artifact], passed, …}`.
+    """The result of `validate`: `{results: [one per artifact], failed, passed, …}`.
 
+    An artifact that cannot be measured stands in `failed`; the error of a single one is raised.
     `on`: whether a limit applies to the mean or to the worse end of its interval. With limits on latency, latency is
     measured too and adds the fields of `prove.latency.bench`. `tasks` are answered by both models. `explained` adds
     where drift comes from; it needs Hugging Face folders, and the original itself as reference.
@@ -93,20 +95,21 @@ def validate(
     measured = {"tasks": bool(tasks), "sidecars": sidecars, "thinking": chats, "no_thinking": chats}
     refuse_unmeasurable(limits, reference.samples.domains, measured)
     right = reference.tasks_right(tasks, progress) if tasks else []
-    results = [_validate_one(artifact, reference, limits, options, progress, tasks, right) for artifact in artifacts]
-    if any(is_latency(name) for name in limits):
-        options = options or RuntimeOptions()
-        workload = Workload(GATE_PROMPTS, threads=options.threads, device=options.device)
-        speeds = bench(artifacts, workload, progress)["results"]
-        results = [{**drift, **speed} for drift, speed in zip(results, speeds, strict=True)]
-    for result, checkpoint in zip(results, checkpoints, strict=False):
-        result["explain"] = _explained(reference, checkpoint, progress)
-    results = [{**result, "gate": check(result, limits, on)} for result in results]
-    return {
-        "results": results,
-        "passed": all(result["gate"]["passed"] for result in results),
-        "environment": environment(),
-    }
+
+    def measured_one(number: int) -> dict[str, Any]:
+        artifact = artifacts[number]
+        result = _validate_one(artifact, reference, limits, options, progress, tasks, right)
+        if any(is_latency(name) for name in limits):
+            given = options or RuntimeOptions()
+            workload = Workload(GATE_PROMPTS, threads=given.threads, device=given.device)
+            result |= bench([artifact], workload, progress)["results"][0]
+        if checkpoints:
+            result["explain"] = _explained(reference, checkpoints[number], progress)
+        return {**result, "gate": check(result, limits, on)}
+
+    results, failed = measure_each(artifacts, measured_one, progress or Progress())
+    passed = not failed and all(result["gate"]["passed"] for result in results)
+    return {"results": results, "failed": failed, "passed": passed, "environment": environment()}
 
 
 def rounding_errors(artifact: Path) -> dict[str, dict[str, float]] | None:

@@ -70,6 +70,14 @@ def check_schema(text: str, *arguments: str) -> None:
     assert not errors, (command, errors)
 
 
+def reported(outcome: Outcome, command: str) -> dict[str, Any]:
+    """The JSON object of a command that ends with an error after its report."""
+    check_schema(outcome.out, command)
+    values = json.loads(outcome.out)
+    assert isinstance(values, dict)
+    return values
+
+
 def start(*arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> subprocess.Popen[str]:
     """Start a command line in a process of its own."""
     command = [*COMMAND, *map(str, arguments)]

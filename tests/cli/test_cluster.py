@@ -14,7 +14,7 @@ import pytest
 
 from qwen3_export.core.outputs import partial_path
 from tests.cli.cluster_kills import Deaths, kill_worker_then_driver, wait_for_end
-from tests.cli.helpers import call, finish, hashes, names, refused, start, write_text_model
+from tests.cli.helpers import call, finish, hashes, names, refused, reported, start, write_text_model
 from tests.conftest import tiny_moe_config
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -206,6 +206,26 @@ def test_artifacts_are_measured_on_the_nodes_that_are_named(
     timed = call("bench", made["gguf"].name, *options, *labels[:4])
     assert [item["node"]["label"] for item in timed.json["results"]] == ["device-0"]
     assert call("validate", made["gguf"].name, *asked[3:], *labels[:4], "--max-kl", "0").code == 1
+
+
+def test_the_report_of_a_lab_has_the_others_where_one_fails(
+    nodes: Nodes, made: dict[str, Path], tmp_path: Path
+) -> None:
+    lost, report = tmp_path / "empty.gguf", tmp_path / "report"
+    lost.touch()
+    labels = ("--cluster", nodes.address, "--node", "device-0", "--report", report)
+    for command in (
+        ("bench", lost, made["gguf"], "--prompt-tokens", "16", "--new-tokens", "2", "--repeat", "1"),
+        ("validate", lost, made["gguf"], "--reference", made["reference"]),
+    ):
+        outcome = call(*command, *labels, "--force", "--json")
+        found = reported(outcome, command[0])
+        assert outcome.code == 2
+        assert [item["artifact"] for item in found["results"]] == [str(made["gguf"])]
+        (item,) = found["failed"]
+        assert (item["artifact"], item["node"]["label"]) == (str(lost), "device-0")
+        assert item["error"].startswith("device-0: ")
+        assert f"{lost.name} on device-0: not measured: " in (report / "report.md").read_text()
 
 
 def test_what_is_named_twice_is_measured_twice(nodes: Nodes, made: dict[str, Path], tmp_path: Path) -> None:

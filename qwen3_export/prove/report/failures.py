@@ -7,12 +7,13 @@ from typing import Any
 
 from qwen3_export.prove.gate import distinct, doubt, explain, short
 from qwen3_export.prove.report.numbers import bytes_text, span
-from qwen3_export.prove.report.tables import named
+from qwen3_export.prove.report.tables import named, named_failures
 
 
 def failures(result: Mapping[str, Any]) -> list[str]:
-    """Every failed check and worse pair in words."""
-    return _told(result)[0]
+    """Every artifact that was not measured, failed check and worse pair in words."""
+    unmeasured = [f"{name}: not measured: {item['error']}" for name, item in named_failures(result)]
+    return unmeasured + _told(result)[0]
 
 
 def remarks(result: Mapping[str, Any]) -> list[str]:

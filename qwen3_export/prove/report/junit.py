@@ -7,11 +7,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qwen3_export.prove.gate import explain, number
-from qwen3_export.prove.report.tables import named
+from qwen3_export.prove.report.tables import named, named_failures
 
 
 def junit(result: Mapping[str, Any], title: str = "Validation") -> bytes:
-    """JUnit XML with a case per check; an artifact without limits passes one."""
+    """JUnit XML with a case per check.
+
+    An artifact without limits passes one; one that could not be measured has an error.
+    """
     suite = ElementTree.Element("testsuite", name=f"qwen3-export: {title}")
     cases = list(_cases(result))
     for owner, name, seconds, facts, failure in cases:
@@ -21,7 +24,12 @@ def junit(result: Mapping[str, Any], title: str = "Validation") -> bytes:
             ElementTree.SubElement(properties, "property", name=key, value=value)
         if failure:
             ElementTree.SubElement(case, "failure", message=failure)
-    suite.set("tests", str(len(cases)))
+    unmeasured = named_failures(result)
+    for owner, item in unmeasured:
+        case = ElementTree.SubElement(suite, "testcase", classname=owner, name="measured", time="0.000")
+        ElementTree.SubElement(case, "error", message=item["error"])
+    suite.set("tests", str(len(cases) + len(unmeasured)))
+    suite.set("errors", str(len(unmeasured)))
     suite.set("failures", str(sum(bool(failure) for *_, failure in cases)))
     suite.set("time", f"{sum(seconds for _, _, seconds, _, _ in cases):.3f}")
     environment = result.get("environment") or {}

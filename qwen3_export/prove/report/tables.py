@@ -15,21 +15,32 @@ from qwen3_export.prove.report.table import ReportTable
 
 
 def named(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """`(unique short name, result)` of every artifact."""
-    results = result.get("results", [])
-    paths = [item["artifact"] for item in results]
-    if any("node" in item for item in results):
+    """`(unique short name, result)` of every artifact that was measured."""
+    return _named(result)[: len(result.get("results", []))]
+
+
+def named_failures(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """`(unique short name, entry of failed)` of every artifact that could not be measured."""
+    return _named(result)[len(result.get("results", [])) :]
+
+
+def _named(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    items = [*result.get("results", []), *result.get("failed", [])]
+    paths = [item["artifact"] for item in items]
+    if any("node" in item for item in items):
         # The same artifact on several nodes is named after the node, not numbered.
         short = dict(zip(distinct := list(dict.fromkeys(paths)), unique_names(distinct), strict=True))
-        nodes = [item["node"]["label"] or item["node"]["name"] for item in results]
+        nodes = [item["node"]["label"] or item["node"]["name"] or "a lost node" for item in items]
         paths = [f"{short[path]} on {node}" for path, node in zip(paths, nodes, strict=True)]
-    return list(zip(unique_names(paths), results, strict=True))
+    return list(zip(unique_names(paths), items, strict=True))
 
 
 def verdict_of(result: Mapping[str, Any]) -> str:
-    """`pass`, `FAIL` or the gate's own word; `-` when no limit was given."""
+    """`pass`, `FAIL` or the gate's own word; `-` where all were measured without a limit."""
     if "verdict" in result:
         return str(result["verdict"])
+    if result.get("failed"):
+        return "FAIL"
     if not any(item.get("gate", {}).get("checks") for item in result.get("results", [])):
         return "-"
     return "pass" if result["passed"] else "FAIL"
