@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import tritonclient.grpc as triton
-from client_questions import QUESTIONS  # this script's own folder comes first in the path
+from client_questions import DRAWN, QUESTIONS  # this script's own folder comes first in the path
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
@@ -85,6 +85,11 @@ def main() -> None:
     found["chat"] = post("generate", asked("", messages=json.dumps([{"role": "user", "content": QUESTIONS[0]}])))
     with ThreadPoolExecutor(8) as pool:
         found["together"] = [json.loads(text) for _, text in pool.map(lambda q: post("generate", asked(q)), QUESTIONS)]
+    for name, (thinking, sampling) in DRAWN.items():
+        drawn = json.dumps({"max_tokens": TOKENS, **sampling})
+        found[name] = post("generate", asked(QUESTIONS[0], sampling_parameters=drawn, thinking=thinking))
+    # What `run` does without options: it thinks.
+    found["plain"] = post("generate", {"text_input": QUESTIONS[0]})
     found["grpc"] = stream(QUESTIONS[0])
     found["cancelled"] = stream(QUESTIONS[1], stop_after=2)
     found["after"] = post("generate", asked(QUESTIONS[0]))

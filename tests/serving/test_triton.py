@@ -19,7 +19,7 @@ from qwen3_export.ship.tensorrt import export_tensorrt
 from qwen3_export.ship.triton import REQUIREMENTS
 from tests.cli.helpers import call
 from tests.serving import tritonserver
-from tests.serving.client_questions import QUESTIONS
+from tests.serving.client_questions import DRAWN, QUESTIONS
 
 TOKENS = 12
 
@@ -70,6 +70,20 @@ def expected(artifact: Path) -> list[str]:
     return [chat(artifact, messages, False, sampling)["text"] for messages in asked]
 
 
+def ran(artifact: Path, *options: object) -> tuple[str, str, int]:
+    """Text, stop reason and number of tokens of the command `run`."""
+    found = call("run", artifact, "--prompt", QUESTIONS[0], *options, "--json").json
+    return found["text"], {"end": "stop"}.get(found["stop"], found["stop"]), found["new_tokens"]
+
+
+def served(answer: tuple[int, str]) -> tuple[str, str, int]:
+    """The same of the server's answer."""
+    code, text = answer
+    assert code == 200, text
+    found = json.loads(text)
+    return found["text_output"], found["finish_reason"], found["num_output_tokens"]
+
+
 @pytest.mark.parametrize("kind", ["onnx", "gguf"])
 def test_server_answers_as_run_does(
     kind: str, environment: tritonserver.Environment, artifacts: dict[str, Path], tmp_path: Path
@@ -92,6 +106,13 @@ def test_server_answers_as_run_does(
     assert pieces[-1]["finish_reason"] in ("stop", "length")
     # Eight at once fit into the queue: every one is answered, and as if it were alone.
     assert [item.get("text_output") for item in found["together"]] == wanted
+    for name, (thinking, sampling) in DRAWN.items():
+        given = [text for key, value in sampling.items() for text in (f"--{key.replace('_', '-')}", value)]
+        switch = "--thinking" if thinking else "--no-thinking"
+        answer = ran(artifacts[kind], switch, "--max-new-tokens", TOKENS, *given)
+        assert served(found[name]) == answer, name
+    assert served(found["plain"]) == ran(artifacts[kind])
+    assert len({served(found[name])[0] for name in (*DRAWN, "generate")}) == len(DRAWN) + 1
     assert found["grpc"]["text"] == wanted[0], found["grpc"]
     assert found["grpc"]["pieces"] > 3
     # It was cancelled in the middle; what it cost afterwards is counted in `tests/unit/run/test_serving.py`.
