@@ -137,7 +137,7 @@ def planned_cost(checkpoint: Checkpoint, precision: str = "fp16") -> BuildCost:
         if name not in checkpoint.schemes
     )
     profiles = profiles_of(checkpoint, default_profile(checkpoint.config))
-    return build_cost(outer, max(plain - outer, 0), quantized, len(profiles))
+    return build_cost(outer, max(plain - outer, 0), quantized, len(profiles), checkpoint.config.num_layers)
 
 
 def _named(engine: str, capabilities: Sequence[str], built: dict[str, Any] | None) -> list[str]:
