@@ -19,6 +19,7 @@ from qwen3_export.cli.prove import (
     Texts,
     Threads,
     check_nodes,
+    end,
     everywhere,
     find_all,
 )
@@ -60,7 +61,6 @@ def bench(
 
     Of several artifacts, one that fails stands in the report with its error, and the exit code is that of the error.
     """
-    from qwen3_export.prove.failed import first_error
     from qwen3_export.prove.latency import Workload, judged
     from qwen3_export.prove.latency import bench as run
     from qwen3_export.prove.report import append_summary, check_report, write_report
@@ -83,10 +83,7 @@ def bench(
         write_report(report, result, force, title="Latency")
     append_summary(result, "Latency")
     show.result(result, lambda: _benched(result))
-    if error := first_error(result):
-        raise error
-    if not result["passed"]:
-        raise typer.Exit(1)
+    end(result)
 
 
 def _latency_limits(gate: Path, show: Console) -> dict[str, float]:

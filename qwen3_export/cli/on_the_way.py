@@ -103,6 +103,7 @@ def prepared(
     force: bool,
     show: Console,
     check: Check,
+    target: str,
     folder: bool = True,
     reads: Path | None = None,
 ) -> Iterator[Checkpoint]:
@@ -111,9 +112,9 @@ def prepared(
     The copy lies beside the output and is removed afterwards. When the command is interrupted, finished blocks, or the
     whole copy, stay in `OUTPUT.quantized.partial/`, and the same command goes on from there.
 
-    `check` is the export's own check, made before anything is quantized; `folder` says whether the export writes a
-    folder; `reads` are files that it reads beside the source. Raises ResourceError when the output's disk has too
-    little room for the copy and the export.
+    `check` is the export's own check, made before anything is quantized; `target` is the plan's name of the format,
+    whose memory counts against `--memory`; `folder` says whether the export writes a folder; `reads` are files that it
+    reads beside the source. Raises ResourceError when the output's disk has too little room for copy and export.
     """
     checkpoint = open_source(source)
     inputs = [checkpoint.folder, recipe, options.calibration, reads]
@@ -131,7 +132,7 @@ def prepared(
         from qwen3_export.solve.quantize import quantize
 
     chosen = load_recipe(recipe)
-    exported = check_target(checkpoint, chosen, settings, check)
+    exported = check_target(checkpoint, chosen, settings, check, target)
     copy = artifact_bytes(checkpoint, chosen.for_model(checkpoint.config))
     needed = {quantized_path(output): copy, partial_path(output): exported}
     check_room(needed, dict.fromkeys(needed, _ROOM))

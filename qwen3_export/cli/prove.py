@@ -179,7 +179,6 @@ def validate(
     Exit 1 when a limit is exceeded. Of several artifacts, one that fails stands in the report with its error, and the
     exit code is that of the error.
     """
-    from qwen3_export.prove.failed import first_error
     from qwen3_export.prove.gate import CHOICES
     from qwen3_export.prove.limits import parse_limit, read_limits
     from qwen3_export.prove.report import append_summary, check_report, write_report
@@ -216,6 +215,13 @@ def validate(
     if note := _kl_note(result, truth.is_lower_bound and "max_kl" in limits):
         show.say(f"note: {note}")
     show.result(result, lambda: validated(result))
+    end(result)
+
+
+def end(result: dict[str, Any]) -> None:
+    """Raise the error of an artifact that was not measured, or Exit for a gate."""
+    from qwen3_export.prove.failed import first_error
+
     if error := first_error(result):
         raise error
     if not result["passed"]:

@@ -97,6 +97,10 @@ def onnx(
         "kv_cache": kv_cache, "opset": opset,
     }  # fmt: skip
 
+    rounds = accuracy_level == 4 or (accuracy_level is None and target in ("cpu", "web") and flavor != "standard")
+    # Of the plan's two kinds of ONNX the second is not measured.
+    measured = "onnx" if rounds or kv_cache != "fp32" else "onnx-standard"
+
     def check(checkpoint: Checkpoint) -> int:
         # Imported here, while the source is hashed.
         _import("qwen3_export.ship.onnx.library")
@@ -105,7 +109,7 @@ def onnx(
 
         return planned_bytes(checkpoint, check_request(checkpoint, **choice).precision)
 
-    with prepared(source, recipe, options, output, force, show, check) as checkpoint:
+    with prepared(source, recipe, options, output, force, show, check, measured) as checkpoint:
         from qwen3_export.prove.cache import cache_cost, cache_scales
         from qwen3_export.prove.rounding import level_cost
         from qwen3_export.ship.onnx import export_onnx
@@ -184,7 +188,7 @@ def gguf(
     check = partial(check_request, type_name=type_name, options=chosen, output=output, force=force)
     if card:
         check_gguf_card(output)
-    with prepared(source, recipe, options, output, force, show, check, False, imatrix) as checkpoint:
+    with prepared(source, recipe, options, output, force, show, check, "gguf", False, imatrix) as checkpoint:
         result = export_gguf(checkpoint, output, type_name, force, show, chosen)
         if card:
             origin = {**provenance(checkpoint), "imatrix": imatrix and imatrix.name}
@@ -262,7 +266,7 @@ def tensorrt(
         check_request(checkpoint, engine, capabilities, precision, profile, onnx_only, limit)
         return (onnx_bytes if onnx_only else planned_bytes)(checkpoint, precision)
 
-    with prepared(source, recipe, options, output, force, show, check) as checkpoint:
+    with prepared(source, recipe, options, output, force, show, check, "tensorrt") as checkpoint:
         profile = default_profile(checkpoint.config, max_prompt, max_context)
         result = export_tensorrt(
             checkpoint, output, engine, capabilities, precision, profile, force, show, onnx_only

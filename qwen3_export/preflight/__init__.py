@@ -3,6 +3,7 @@
 Nothing is written.
 
     __init__    the answer: reasons, memory, disk, time
+    exports     the memory of writing an ONNX or GGUF
     formats     every format's verdict and size
     limits      what is needed, beside the memory and the disks that there are
     runtimes    what each runtime takes of a recipe's schemes
@@ -14,6 +15,7 @@ This package may import both solving and shipping, which never import each other
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +27,7 @@ from qwen3_export.core.places import absolute_place
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.errors import ExportError, InputError, RecipeError
+from qwen3_export.preflight.exports import check_export, export_peak
 from qwen3_export.preflight.formats import (
     EXPORTS,
     FORMATS,
@@ -45,6 +48,7 @@ from qwen3_export.preflight.limits import (
 )
 from qwen3_export.preflight.runtimes import RUNTIMES
 from qwen3_export.solve.job import QuantizeSettings
+from qwen3_export.solve.methods import load_method
 from qwen3_export.text.samples import Samples
 
 MOST_NODES = 10_000
@@ -82,7 +86,7 @@ def plan(
     folder, checks = folder_of(settings.layout or recipe.layout), formats_with(settings.layout or recipe.layout)
     quantized = as_quantized(checkpoint, recipe)
     held = {name: check(quantized) if fits else Verdict(reasons[0]) for name, check in checks.items()}
-    found = build_limits(held, settings, free)
+    found = build_limits(_with_peaks(held, quantized, recipe, settings) if fits else held, settings, free)
     if fits and (reason := found[folder].reason):
         reasons.append(reason)
     reasons += [f"{name}: {found[name].reason}" for name in formats if found[name].reason and name != folder]
@@ -108,6 +112,43 @@ def plan(
         "runtimes": {name: _runtime(rule(quantized, found)) for name, rule in RUNTIMES.items()},
         "tensors": unsupported_tensors(quantized, held) if fits else [],
     }
+
+
+def _with_peaks(
+    held: dict[str, Verdict], quantized: Checkpoint, recipe: Recipe, settings: QuantizeSettings
+) -> dict[str, Verdict]:
+    """The formats' verdicts with the memory that writing them takes."""
+    left = _left_behind(quantized, recipe, settings)
+    return {
+        name: replace(verdict, peak_rss_bytes=export_peak(quantized, name, left, settings.threads))
+        if verdict.reason is None
+        else verdict
+        for name, verdict in held.items()
+    }
+
+
+def _left_behind(quantized: Checkpoint, recipe: Recipe, settings: QuantizeSettings) -> int:
+    """Bytes that the process still holds when the recipe has been solved."""
+    from qwen3_export.solve.memory import left_behind
+    from qwen3_export.solve.quantize import needs_inputs
+    from qwen3_export.solve.setup import runs_without_torch
+
+    original = replace(quantized, schemes={})
+    (count, length), without_torch = settings.size(recipe), runs_without_torch(original, recipe, settings)
+    samples = Samples((np.zeros(length, np.int32),) * count, ("",) * count)
+    inputs = samples if needs_inputs(recipe, *load_method(recipe)) else None
+    return left_behind(_solving_peak(original, recipe, inputs, without_torch), without_torch)
+
+
+def _solving_peak(checkpoint: Checkpoint, recipe: Recipe, samples: Samples | None, without_torch: bool) -> int:
+    """Peak memory of solving a recipe."""
+    from qwen3_export.solve.preflight import memory_needed
+
+    method, options = load_method(recipe)
+    floor = recipe.experts.token_floor(checkpoint.config.expert_width)
+    outer = any(recipe.scheme_for(module) for module in checkpoint.config.outer_matrices())
+    beside = method.needs_original(options), floor, method.fisher_samples(options), outer
+    return memory_needed(checkpoint.config, samples, *beside, without_torch)
 
 
 def _runtime(reason: str | None) -> dict[str, Any]:
@@ -161,8 +202,7 @@ def _needs(
     """
     from qwen3_export.model.workers import import_torch
     from qwen3_export.solve.blocks import rtn_without_torch
-    from qwen3_export.solve.methods import load_method
-    from qwen3_export.solve.preflight import activation_bytes, artifact_bytes, memory_needed
+    from qwen3_export.solve.preflight import activation_bytes, artifact_bytes
     from qwen3_export.solve.quantize import check_device, check_recipe, needs_inputs
 
     check_recipe(checkpoint, recipe, settings.layout or recipe.layout)
@@ -173,9 +213,7 @@ def _needs(
     method, options = load_method(recipe)
     samples = planned_samples(checkpoint, recipe, settings, progress) if needs_inputs(recipe, method, options) else None
     original, outputs = method.needs_original(options), method.fisher_samples(options)
-    token_floor = recipe.experts.token_floor(checkpoint.config.expert_width)
-    outer = any(recipe.scheme_for(module) for module in checkpoint.config.outer_matrices())
-    memory = memory_needed(checkpoint.config, samples, original, token_floor, outputs, outer, without_torch)
+    memory = _solving_peak(checkpoint, recipe, samples, without_torch)
     artifact = artifact_bytes(checkpoint, recipe)
     activations = activation_bytes(checkpoint, recipe, samples, original, outputs)
     seconds = None
@@ -197,17 +235,22 @@ def planned_samples(checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSe
 
 
 def check_target(
-    checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSettings, check: Callable[[Checkpoint], T]
+    checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSettings, check: Callable[[Checkpoint], T], target: str
 ) -> T:
     """Check recipe, model and target before an export quantizes; raises the first error.
 
-    `check` is the export's own check of a quantized checkpoint and of its options, whose answer is returned.
+    `check` is the export's own check of a quantized checkpoint and of its options, whose answer is returned; `target`
+    is the name among `FORMATS` of what is written, whose memory counts too.
     """
     from qwen3_export.solve.quantize import check_recipe
 
     recipe = recipe.for_model(checkpoint.config)
     check_recipe(checkpoint, recipe, settings.layout or recipe.layout)
-    answer = check(as_quantized(checkpoint, recipe))
+    quantized = as_quantized(checkpoint, recipe)
+    answer = check(quantized)
+    if settings.memory is not None:
+        left = _left_behind(quantized, recipe, settings)
+        check_export(export_peak(quantized, target, left, settings.threads), settings.memory)
     _, length = settings.size(recipe)
     if length > checkpoint.config.max_position:
         raise InputError(f"--sequence-length {length}: the model has {checkpoint.config.max_position} positions")

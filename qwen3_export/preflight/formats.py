@@ -27,18 +27,19 @@ class Verdict:
     """One format's answer.
 
     It says why it cannot hold the result (None: it can), the bytes it takes, and what to know. `build` is what a
-    further step takes: `{peak_rss_bytes, seconds}`.
+    further step takes: `{peak_rss_bytes, seconds}`; `peak_rss_bytes` is the export's own peak memory.
     """
 
     reason: str | None = None
     bytes: int | None = None
     note: str | None = None
     build: dict[str, Any] | None = None
+    peak_rss_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The contract's `{supported, reason, bytes}`; `note` and `build` where there are any."""
+        """The contract's `{supported, reason, bytes}`; `note`, `build` and `peak_rss_bytes` where there are any."""
         values = {"supported": self.reason is None, "reason": self.reason, "bytes": self.bytes}
-        more = {"note": self.note, "build": self.build}
+        more = {"note": self.note, "build": self.build, "peak_rss_bytes": self.peak_rss_bytes}
         return {**values, **{key: value for key, value in more.items() if value is not None}}
 
 

@@ -50,19 +50,26 @@ def memory_limits(needs: Needs, settings: QuantizeSettings, free: int | None) ->
 
 def with_exports(needs: Needs, verdicts: Sequence[Verdict]) -> Needs:
     """The needs, those of exports and of what they build included."""
-    builds = [verdict.build["peak_rss_bytes"] for verdict in verdicts if verdict.build]
-    peak = None if needs.peak_rss_bytes is None else max(needs.peak_rss_bytes, *builds, 0)
+    peaks = [peak for verdict in verdicts for _, peak in _peaks(verdict)]
+    peak = None if needs.peak_rss_bytes is None else max(needs.peak_rss_bytes, *peaks, 0)
     return replace(needs, export_bytes=sum(verdict.bytes or 0 for verdict in verdicts), peak_rss_bytes=peak)
 
 
 def build_limits(found: Mapping[str, Verdict], settings: QuantizeSettings, free: int | None) -> dict[str, Verdict]:
-    """The formats' verdicts, where what is built further has too little memory, too."""
+    """The formats' verdicts, where writing or building one has too little memory too."""
     limited = dict(found)
     for name, verdict in found.items():
-        if verdict.build and (there := _too_little(needed := verdict.build["peak_rss_bytes"], settings, free)):
-            reason = f"building it takes about {binary_size(needed)} of memory, {there}"
-            limited[name] = replace(verdict, reason=reason, note=None)
+        for work, needed in _peaks(verdict):
+            if there := _too_little(needed, settings, free):
+                reason = f"{work} it takes about {binary_size(needed)} of memory, {there}"
+                limited[name] = replace(verdict, reason=reason, note=None)
     return limited
+
+
+def _peaks(verdict: Verdict) -> list[tuple[str, int]]:
+    """Peak memory of writing and of building a format, where they are known."""
+    written = [] if verdict.peak_rss_bytes is None else [("writing", verdict.peak_rss_bytes)]
+    return written + ([("building", int(verdict.build["peak_rss_bytes"]))] if verdict.build else [])
 
 
 def _too_little(needed: int, settings: QuantizeSettings, free: int | None) -> str | None:

@@ -79,7 +79,7 @@ def compare_with_baseline(
 
 
 def _refuse_unmeasured(report: Mapping[str, Any]) -> None:
-    """Raise InputError for a report with an artifact that could not be measured: it may be worse."""
+    """Raise InputError for a report with an unmeasured artifact, which may be worse."""
     for item in report.get("failed") or ():
         text = item.get("error") if isinstance(item, dict) else item
         raise InputError(f"the report has an artifact that was not measured: {text}", "measure it again")

@@ -61,7 +61,7 @@ def failure(artifact: Path, error: ExportError) -> dict[str, Any]:
 
 
 def first_error(result: Mapping[str, Any]) -> ExportError | None:
-    """The error that a command ends with after its report, None where all were measured."""
+    """The error that a command ends with, None where all were measured."""
     failed = result.get("failed") or []
     if not failed:
         return None

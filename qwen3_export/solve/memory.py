@@ -39,6 +39,8 @@ from qwen3_export.text.samples import Samples
 _BASE_BYTES, _PLAIN_BASE_BYTES = 440 << 20, 240 << 20
 # What the allocator keeps of freed pieces: this share of what is alive, and no more than so many bytes.
 _HOLES_SHARE, _HOLES_BYTES = 0.32, 280 << 20
+# What is still kept when the run is over, as a share of the peak above what is always there.
+_LEFT_SHARE = 0.3
 # Square matrices of a linear's inputs that are alive together: four moments, and factors; without the original beside;
 # and where one factor is made at a time.
 _SQUARES, _SQUARES_ALONE, _SQUARES_WIDE = 9, 6, 4
@@ -95,6 +97,15 @@ def memory_parts(
         _passes(config, fisher_samples) if samples is not None else 0,
         _outer(config, samples, original) if outer else 0, _HOLES_BYTES,
     )  # fmt: skip
+
+
+def left_behind(peak: int, without_torch: bool) -> int:
+    """Bytes that a run with this peak leaves in its process.
+
+    They are libraries, and part of what was freed.
+    """
+    base = _PLAIN_BASE_BYTES if without_torch else _BASE_BYTES
+    return base + int(_LEFT_SHARE * max(0, peak - base))
 
 
 def _weights(shapes: dict[str, tuple[int, int]]) -> int:

@@ -36,7 +36,7 @@ def _named(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def verdict_of(result: Mapping[str, Any]) -> str:
-    """`pass`, `FAIL` or the gate's own word; `-` where all were measured without a limit."""
+    """`pass`, `FAIL` or the gate's own word; `-` when no limit was given."""
     if "verdict" in result:
         return str(result["verdict"])
     if result.get("failed"):
