@@ -219,7 +219,10 @@ def validate(
 
 
 def end(result: dict[str, Any]) -> None:
-    """Raise the error of an artifact that was not measured, or Exit for a gate."""
+    """Raise what a command ends with after its report.
+
+    The error of an artifact that was not measured, or Exit where a gate failed.
+    """
     from qwen3_export.prove.failed import first_error
 
     if error := first_error(result):
