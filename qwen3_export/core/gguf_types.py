@@ -167,15 +167,24 @@ def module_types(
     Experts of a stack share one type. `weighed` says whether an importance matrix is used. Types are lower-case names
     such as `q4_k` or `f16`.
     """
+    shapes = config.all_matrices()
+    wanted = wanted_types(config, name, weighed, overrides)
+    return {module: fitting_type(found, shapes[module][1]) for module, found in wanted.items()}
+
+
+def wanted_types(
+    config: Qwen3Config, name: str, weighed: bool = False, overrides: Overrides | None = None
+) -> Mapping[str, str]:
+    """As `module_types`, before the widths of rows are looked at."""
     rule, found, stacks = _Rule(config, file_type(name), weighed, overrides or Overrides()), dict[str, str](), {}
     for module in (EMBEDDING, HEAD):
         if module in config.outer_matrices():
             found[module] = rule.outer(module)
     for layer in range(config.num_layers):
-        for local, shape in config.linear_shapes(layer).items():
+        for local in config.linear_shapes(layer):
             tensor = f"blk.{layer}.{_role(local)}"
             if tensor not in stacks:
-                stacks[tensor] = rule.inner(tensor, layer, shape[1])
+                stacks[tensor] = rule.inner(tensor, layer)
             found[f"{block_name(layer)}.{local}"] = stacks[tensor]
     return found
 
@@ -196,20 +205,20 @@ class _Rule:
         fixed = given.token_embedding if module == EMBEDDING else given.output
         head = module == HEAD or self.config.tie_word_embeddings
         if fixed is not None:
-            return _fitting(fixed, inputs, tensor)
+            _check_fits(fixed, inputs, tensor)
+            return fixed
         if (chosen := given.of(tensor)) is not None:
-            return _fallback(chosen, inputs)
+            return chosen
         if head and given.output is not None:
-            return _fallback(given.output, inputs)
+            return given.output
         if self.base in PLAIN or (not head and self.name != "mxfp4_moe"):
-            return _fallback("q4_k" if self.name == "q2_0" else self.base, inputs)
-        wide = self.name in ("q8_0", "mxfp4_moe") or bool(inputs % block_length(self.base))
-        return _fallback("q8_0" if wide else "q6_k", inputs)
+            return "q4_k" if self.name == "q2_0" else self.base
+        return "q8_0" if self.name in ("q8_0", "mxfp4_moe") else "q6_k"
 
-    def inner(self, tensor: str, layer: int, inputs: int) -> str:
+    def inner(self, tensor: str, layer: int) -> str:
         """Type of a linear, or of a stack of experts."""
         if (chosen := self.overrides.of(f"{tensor}.weight")) is not None:
-            return _fallback(chosen, inputs)
+            return chosen
         role = tensor.partition(f"blk.{layer}.")[2]
         found = self.base
         if self.name == "mxfp4_moe":
@@ -223,7 +232,7 @@ class _Rule:
             found = self._output()
         elif role == "attn_k" and self.config.num_experts == 8 and self.base not in PLAIN:
             found = "q8_0"
-        return _fallback(found, inputs)
+        return found
 
     def _more(self, index: int) -> bool:
         layers = self.config.num_layers
@@ -266,7 +275,7 @@ class _Rule:
         return {"q2_k": "q3_k", "q3_k_m": "q4_k", "q3_k_l": "q5_k"}.get(self.name, self.base)
 
 
-def _fallback(name: str, inputs: int) -> str:
+def fitting_type(name: str, inputs: int) -> str:
     """The type itself, or one whose blocks divide a row of `inputs` weights."""
     for found in (name, _FALLBACK.get(name)):
         if found is not None and inputs % block_length(found) == 0:
@@ -274,10 +283,9 @@ def _fallback(name: str, inputs: int) -> str:
     return "f16"
 
 
-def _fitting(name: str, inputs: int, tensor: str) -> str:
-    """A type asked for by role; InputError when it does not fit."""
+def _check_fits(name: str, inputs: int, tensor: str) -> None:
+    """Raise InputError where a type asked for by role does not fit."""
     if inputs % block_length(name):
         raise InputError(
             f"{tensor}: its {inputs} inputs are not divisible by {block_length(name)}, the block of {name}"
         )
-    return name

@@ -14,6 +14,7 @@ from qwen3_export import __version__
 from qwen3_export.cluster.session import check_cluster
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.disk import check_room, stored_bytes
+from qwen3_export.core.gguf_fallbacks import recipe_fallbacks
 from qwen3_export.core.layouts import layout
 from qwen3_export.core.outputs import check_output, partial_path, staged_folder
 from qwen3_export.core.processors import check_device_name
@@ -51,7 +52,8 @@ def quantize(
     Raises RecipeError, InputError or ResourceError before the long work when it cannot succeed. A run
     that was stopped goes on from its last finished block and ends with the same bytes.
     """
-    progress, started, recipe = progress or Progress(), time.monotonic(), recipe.for_model(checkpoint.config)
+    progress, started = progress or Progress(), time.monotonic()
+    recipe = _spelled_out(recipe, checkpoint, progress)
     if settings.cluster is not None:
         check_cluster(settings.cluster)
     checkpoint.hash_ahead()
@@ -90,6 +92,13 @@ def quantize(
         manifest = _finish(target, job, settings, found, progress)
     result = result_of(output, manifest, resumed, time.monotonic() - started)
     return result if workers_found is None else {**result, "workers": workers_found}
+
+
+def _spelled_out(recipe: Recipe, checkpoint: Checkpoint, progress: Progress) -> Recipe:
+    """The recipe with its file type as rules; warns of types that the model's rows cannot have."""
+    if (warning := recipe_fallbacks(recipe, checkpoint.config).warning()) is not None:
+        progress.warn(warning)
+    return recipe.for_model(checkpoint.config)
 
 
 def _finish(

@@ -30,6 +30,7 @@ from qwen3_export import __version__
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.coverage import GGUF_KEY
 from qwen3_export.core.disk import naming_full
+from qwen3_export.core.gguf_fallbacks import Fallbacks, fallbacks_of
 from qwen3_export.core.gguf_types import CONVERTERS_TYPES, FILE_TYPES, PLAIN
 from qwen3_export.core.manifest import sha256_file
 from qwen3_export.core.progress import Progress
@@ -46,7 +47,7 @@ from qwen3_export.ship.gguf.options import (
     weighed_tensors,
 )
 from qwen3_export.ship.gguf.plan import check_stacks, planned_tensors
-from qwen3_export.ship.gguf.types import Types, choose_types, supports
+from qwen3_export.ship.gguf.types import Types, choose_types, is_asked, supports
 from qwen3_export.ship.gguf.write import (
     Planned,
     check_places,
@@ -78,7 +79,10 @@ def export_gguf(
         import_loops()
     if options.importance is not None:
         _tell_unweighed(plan, encoder, progress)
-    if (warning := larger_than_shards(plan, options)) is not None:
+    if (large := larger_than_shards(plan, options)) is not None:
+        progress.warn(large)
+    others = _fallbacks(checkpoint, types, options)
+    if (warning := others.warning()) is not None:
         progress.warn(warning)
     paths = _write(checkpoint, output, plan, encoder, force, progress, options)
     files = [{"path": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in paths]
@@ -86,7 +90,7 @@ def export_gguf(
     linear_bytes = sum(item.nbytes for item in plan if item.modules[0] in linears)
     tensor_bytes = sum(item.nbytes for item in plan)
     result = export_result(paths[0], files, checkpoint, encoder.inexact(), started, linear_bytes, tensor_bytes)
-    result["type"] = types.file_type
+    result |= {"type": types.file_type, **others.result()}
     if types.requantized:
         result["requantized"] = _requantized(types, encoder)
     return result
@@ -143,6 +147,16 @@ def _rounds(checkpoint: Checkpoint, types: Types) -> bool:
     """Whether the export rounds any matrix."""
     plain = (module for module in types.modules if module not in checkpoint.schemes)
     return any(types.modules[module] not in PLAIN for module in (*plain, *types.requantized))
+
+
+def _fallbacks(checkpoint: Checkpoint, types: Types, options: Options) -> Fallbacks:
+    """The tensors whose rows the blocks of the wanted type do not divide."""
+    config = checkpoint.config
+
+    def asked(module: str) -> bool:
+        return is_asked(module, options.overrides, config.tie_word_embeddings)
+
+    return fallbacks_of(config.all_matrices(), types.modules, types.fallbacks, asked)
 
 
 def _requantized(types: Types, encoder: Encoder) -> list[dict[str, Any]]:

@@ -21,7 +21,17 @@ from numpy.typing import NDArray
 
 from qwen3_export.core import pack
 from qwen3_export.core.checkpoint import Checkpoint
-from qwen3_export.core.gguf_types import FILE_TYPES, PLAIN, Overrides, block_length, file_type, gguf_name, module_types
+from qwen3_export.core.gguf_types import (
+    FILE_TYPES,
+    PLAIN,
+    Overrides,
+    block_length,
+    file_type,
+    fitting_type,
+    gguf_name,
+    module_types,
+    wanted_types,
+)
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD
 from qwen3_export.core.scheme import QuantScheme, scheme_of_type
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
@@ -54,12 +64,14 @@ class Requantized:
 class Types:
     """The name of the file's type, and the type of every matrix.
 
-    `rounded` are the matrices whose codes are rounded again.
+    `requantized` are the matrices whose codes are rounded again. `fallbacks` have the type that was wanted for a matrix
+    whose rows its blocks do not divide.
     """
 
     file_type: str
     modules: Mapping[str, str]
     requantized: Mapping[str, Requantized] = field(default_factory=dict)
+    fallbacks: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def rounds(self) -> bool:
@@ -122,14 +134,14 @@ def choose_types(
     name = None if type_name is None else file_type(type_name)
     if not checkpoint.schemes:
         name = name or "bf16"
-        return Types(name, module_types(checkpoint.config, name, weighed, overrides))
+        return _settle(checkpoint, name, wanted_types(checkpoint.config, name, weighed, overrides), False)
     asked = _asked(checkpoint, overrides)
     if name is None:
         held = {module: type_for(scheme) for module, scheme in checkpoint.schemes.items()}
         called = _called(checkpoint, {module: found for module, found in held.items() if found is not None})
         wanted: Mapping[str, str] = {}
     else:
-        called, wanted = name, module_types(checkpoint.config, name, weighed, overrides)
+        called, wanted = name, wanted_types(checkpoint.config, name, weighed, overrides)
         if not allow_requantize:
             _refuse_other_type(checkpoint, name)
     return _settle(checkpoint, called, {**(wanted if allow_requantize else {}), **asked}, allow_requantize)
@@ -138,13 +150,12 @@ def choose_types(
 def _asked(checkpoint: Checkpoint, overrides: Overrides) -> dict[str, str]:
     """`{module: type}` of the matrices that a pattern or role decides."""
     config = checkpoint.config
-    types = module_types(config, "f16", overrides=overrides)
-    return {
-        module: found for module, found in types.items() if _is_asked(module, overrides, config.tie_word_embeddings)
-    }
+    types = wanted_types(config, "f16", overrides=overrides)
+    return {module: found for module, found in types.items() if is_asked(module, overrides, config.tie_word_embeddings)}
 
 
-def _is_asked(module: str, overrides: Overrides, tied: bool) -> bool:
+def is_asked(module: str, overrides: Overrides, tied: bool) -> bool:
+    """Whether the user asked for the type of this matrix by pattern or role."""
     if module == EMBEDDING and (overrides.token_embedding or (tied and overrides.output)):
         return True
     if module == HEAD and overrides.output:
@@ -155,17 +166,21 @@ def _is_asked(module: str, overrides: Overrides, tied: bool) -> bool:
 def _settle(checkpoint: Checkpoint, called: str, wanted: Mapping[str, str], allow: bool) -> Types:
     """The type of every matrix: codes keep theirs unless another is wanted or needed."""
     chosen, again, nearest = dict[str, str](), dict[str, Requantized](), dict[QuantScheme, str]()
+    fallbacks = {}
     for module, shape in checkpoint.config.all_matrices().items():
+        fitted = fitting_type(wanted[module], shape[1]) if module in wanted else None
+        if fitted not in (None, wanted.get(module)):
+            fallbacks[module] = wanted[module]
         scheme = checkpoint.schemes.get(module)
         if scheme is None:
-            chosen[module] = wanted.get(module, "bf16")
+            chosen[module] = fitted or "bf16"
             continue
         held = None if module in checkpoint.reordered else type_for(scheme)
         if held is None and not allow:
             raise _unsupported(checkpoint, module, scheme)
         if held is None and module not in wanted and scheme not in nearest:
             nearest[scheme] = nearest_type(checkpoint, module)[0]
-        target = wanted.get(module) or held or _that_fits(nearest[scheme], shape[1])
+        target = fitted or held or _that_fits(nearest[scheme], shape[1])
         if held is not None and target != held and not allow:
             raise UnsupportedError(
                 f"{module}: its codes are of type {held}, {target} was asked for, and codes are not rounded again",
@@ -174,7 +189,7 @@ def _settle(checkpoint: Checkpoint, called: str, wanted: Mapping[str, str], allo
         chosen[module] = target
         if target != held:
             again[module] = Requantized(scheme, target)
-    return Types(called, chosen, again)
+    return Types(called, chosen, again, fallbacks)
 
 
 def _that_fits(name: str, inputs: int) -> str:
