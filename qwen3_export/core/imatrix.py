@@ -9,6 +9,7 @@ NAME is a tensor of the model, such as blk.0.attn_q.weight. What no token reache
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ from qwen3_export.errors import InputError
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _LEGACY_LIMIT = 1 << 20
 _PROVENANCE = "qwen3_export."
+# A router is measured by llama.cpp, and never quantized.
+_BLOCK, _ROUTER = re.compile(r"blk\.(\d+)\."), ".ffn_gate_inp.weight"
+ANOTHER = "it was measured on another model: `qwen3-export calibrate` measures this one; or leave --imatrix away"
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Imatrix:
     def for_model(self, config: Qwen3Config) -> dict[str, NDArray[np.float32]]:
         """`{tensor: mean squares [matrices, inputs]}` of a model's matrices.
 
-        Raises InputError when it is another model's.
+        Raises InputError when it is another model's: the widths, experts or layers are not the same.
         """
         wanted: dict[str, tuple[int, int]] = {}
         for module, (_, inputs) in config.all_matrices().items():
@@ -73,18 +77,49 @@ class Imatrix:
         for tensor, entry in self.entries.items():
             if tensor not in wanted:
                 continue
-            # The older form has the experts' values one after the other.
-            if entry.sums.size != wanted[tensor][0] * wanted[tensor][1]:
-                raise InputError(
-                    f"{self.name}: {tensor} has {list(entry.sums.shape)} values, {list(wanted[tensor])} were expected",
-                    "it was measured on another model",
-                )
+            self._check_shape(tensor, wanted[tensor])
             if not np.isfinite(entry.means).all() or (entry.sums < 0).any():
                 raise InputError(f"{self.name}: {tensor} has an importance that is negative or no finite number")
             found[tensor] = entry.means.reshape(wanted[tensor])
+        self._check_names(wanted, config.num_layers)
         if not found:
-            raise InputError(f"{self.name}: none of its {len(self.entries)} tensors belongs to this model")
+            raise InputError(
+                f"{self.name}: none of its {len(self.entries)} tensors belongs to this model, which has such as "
+                f"{next(iter(wanted))}",
+                ANOTHER,
+            )
         return found
+
+    def _check_shape(self, tensor: str, wanted: tuple[int, int]) -> None:
+        """Raise InputError where a tensor has other inputs or experts than the model's."""
+        experts, inputs = found = self.entries[tensor].sums.shape
+        # The older form has the experts' values one after the other.
+        if found in (wanted, (1, wanted[0] * wanted[1])):
+            return
+        if experts == wanted[0]:
+            reason = f"{inputs} inputs, {wanted[1]} were expected"
+        elif inputs == wanted[1]:
+            reason = f"{experts} experts, {wanted[0]} were expected"
+        else:
+            reason = f"{experts} × {inputs} values, {wanted[0]} × {wanted[1]} were expected"
+        raise InputError(f"{self.name}: {tensor} has {reason}", ANOTHER)
+
+    def _check_names(self, wanted: Mapping[str, object], layers: int) -> None:
+        """Raise InputError for a tensor in a block that the model does not have."""
+        for tensor in self.entries:
+            if tensor in wanted or (place := _BLOCK.match(tensor)) is None or tensor.endswith(_ROUTER):
+                continue
+            if int(place[1]) >= layers:
+                raise InputError(
+                    f"{self.name}: it has {tensor}, of {self.layers} layers; this model has {layers}", ANOTHER
+                )
+            beside = ", ".join(name for name in wanted if name.startswith(f"{place[0]}ffn"))
+            raise InputError(f"{self.name}: it has {tensor}; this model has {beside} there", ANOTHER)
+
+    @property
+    def layers(self) -> int:
+        """One more than the last block that it has a tensor of."""
+        return max((int(place[1]) + 1 for place in map(_BLOCK.match, self.entries) if place), default=0)
 
     def write(self, path: Path) -> None:
         """Write the GGUF form."""

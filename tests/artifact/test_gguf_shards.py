@@ -11,7 +11,7 @@ import pytest
 from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
 from qwen3_export.core.imatrix import Imatrix, ImatrixEntry, read_imatrix
 from qwen3_export.errors import InputError
-from qwen3_export.ship.gguf import Options, check_request, export_gguf, write
+from qwen3_export.ship.gguf import Options, check_request, export_gguf, shards
 from tests.artifact.support import logits, random_ids, tiny_with_tokenizer
 from tests.cli.helpers import hashes
 from tests.conftest import tiny_config, tiny_moe_config
@@ -93,7 +93,7 @@ def test_a_run_that_fails_keeps_the_earlier_output(
     dense: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(dense, tmp_path / "m.gguf", 1_000_000)
-    before, flush, flushed = hashes(tmp_path), write.flush, list[Path]()
+    before, flush, flushed = hashes(tmp_path), shards.flush, list[Path]()
 
     def full(path: Path) -> None:
         flushed.append(path)
@@ -101,7 +101,7 @@ def test_a_run_that_fails_keeps_the_earlier_output(
             raise OSError(28, "No space left on device")
         flush(path)
 
-    monkeypatch.setattr(write, "flush", full)
+    monkeypatch.setattr(shards, "flush", full)
     for limit in (1_000_000, 2_500_000, None):
         flushed[:] = [] if limit else [tmp_path]
         with pytest.raises(OSError, match="No space left"):

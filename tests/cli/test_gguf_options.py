@@ -83,13 +83,9 @@ REFUSED = {
         "--tensor-type NORM=q8_0: found in no name of a tensor that can have another type; blk.0.attn_norm.weight is "
         "always of type f32\nhint: names are such as token_embd.weight",
     ),
-    "too late": (
-        ("--tensor-type", "attn=q8_0", "--tensor-type", "attn_v=q4_0"),
-        "--tensor-type attn_v=q4_0: another option decides the type of blk.0.attn_v.weight",
-    ),
     "decided": (
-        ("--token-embedding-type", "q8_0", "--tensor-type", "token_embd=q4_0"),
-        "--tensor-type token_embd=q4_0: another option decides the type of token_embd.weight",
+        ("--token-embedding-type", "q8_0", "--tensor-type", "attn=q8_0", "--tensor-type", "attn_v|token_embd=q4_0"),
+        "--tensor-type attn_v|token_embd=q4_0: another option decides the type of blk.0.attn_v.weight and of all",
     ),
     "tied": (
         ("--token-embedding-type", "q8_0", "--output-type", "q4_0"),

@@ -7,7 +7,8 @@
     plan       the tensors of the file in their order
     encode     a matrix as data of a type, in pieces of rows
     losses     a first look at the numbers, for tensors that their type would lose
-    write      header, metadata and data of a file or its shards
+    write      header, metadata and data of a file or of a shard
+    shards     names of the shards, and how all of them appear together
     metadata   the model's numbers, its tokenizer and its chat template
 
 The experts of a layer form one tensor, whose data are written expert after expert. The embedding is `token_embd`, an
@@ -40,23 +41,17 @@ from qwen3_export.ship.gguf.losses import refuse_lost
 from qwen3_export.ship.gguf.metadata import ARCHITECTURES, add_metadata, check_architecture
 from qwen3_export.ship.gguf.options import (
     Options,
+    another_model,
     check_importance,
     check_overrides,
     check_split_size,
     larger_than_shards,
-    weighed_tensors,
+    unweighed,
 )
 from qwen3_export.ship.gguf.plan import check_stacks, planned_tensors
+from qwen3_export.ship.gguf.shards import check_places, shard_paths, staged_files
 from qwen3_export.ship.gguf.types import Types, choose_types, is_asked, supports
-from qwen3_export.ship.gguf.write import (
-    Planned,
-    check_places,
-    shard_paths,
-    split,
-    staged_files,
-    write_header,
-    write_shard,
-)
+from qwen3_export.ship.gguf.write import Planned, split, write_header, write_shard
 from qwen3_export.ship.result import export_result, provenance
 
 __all__ = ["Options", "check_request", "export_gguf", "planned_bytes", "supports"]
@@ -77,13 +72,11 @@ def export_gguf(
     types = encoder.types
     if _rounds(checkpoint, types):
         import_loops()
-    if options.importance is not None:
-        _tell_unweighed(plan, encoder, progress)
-    if (large := larger_than_shards(plan, options)) is not None:
-        progress.warn(large)
     others = _fallbacks(checkpoint, types, options)
-    if (warning := others.warning()) is not None:
-        progress.warn(warning)
+    warnings = (unweighed(plan, encoder, options), another_model(checkpoint, options))
+    for warning in (*warnings, larger_than_shards(plan, options), others.warning()):
+        if warning is not None:
+            progress.warn(warning)
     paths = _write(checkpoint, output, plan, encoder, force, progress, options)
     files = [{"path": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in paths]
     linears = checkpoint.config.all_linears()
@@ -171,19 +164,6 @@ def _requantized(types: Types, encoder: Encoder) -> list[dict[str, Any]]:
         }
         for module, item in types.requantized.items()
     ]
-
-
-def _tell_unweighed(plan: list[Planned], encoder: Encoder, progress: Progress) -> None:
-    """Warn of rounded matrices that the importance matrix lacks.
-
-    An embedding is never in it, so there is no warning for it.
-    """
-    known = {"token_embd.weight", "output.weight", *encoder.importance}
-    missing = [name for name in weighed_tensors(plan, encoder) if name not in known]
-    if missing:
-        progress.warn(
-            f"{len(missing)} tensors are not in the importance matrix and are rounded without: {missing[0]} …"
-        )
 
 
 def _write(

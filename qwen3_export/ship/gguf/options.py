@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.gguf_types import Overrides
 from qwen3_export.core.imatrix import Imatrix
 from qwen3_export.errors import InputError
 from qwen3_export.ship.gguf.encode import Encoder
 from qwen3_export.ship.gguf.types import Types
 from qwen3_export.ship.gguf.write import Planned
+from qwen3_export.ship.result import provenance
 
 LEAST_SHARD = 1_000_000
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
@@ -111,4 +113,47 @@ def check_importance(plan: Sequence[Planned], encoder: Encoder, given: Imatrix) 
     raise InputError(
         f"--imatrix {given.name}: no weight would be rounded with it: {reason}",
         "leave --imatrix away, or export a 16-bit source without --recipe and with a --type that rounds, e.g. q4_k_m",
+    )
+
+
+def unweighed(plan: Sequence[Planned], encoder: Encoder, options: Options) -> str | None:
+    """A warning of rounded tensors that the importance matrix lacks, or None.
+
+    An embedding is never in it, so there is no warning for it.
+    """
+    given = options.importance
+    if given is None:
+        return None
+    rounded = [name for name in weighed_tensors(plan, encoder) if name not in (_EMBEDDING, _HEAD)]
+    missing = [name for name in rounded if name not in encoder.importance]
+    if not missing:
+        return None
+    wanted = encoder.checkpoint.config.num_layers
+    others = f" and {len(missing) - 1} others are" if missing[1:] else " is"
+    depth = ""
+    if given.layers < wanted:
+        depth = f" It has {given.layers} of this model's {wanted} layers, and may be of another model."
+    return (
+        f"{given.name} lacks {len(missing)} of the {len(rounded)} tensors that importance would weigh: {missing[0]}"
+        f"{others} rounded without.{depth} `qwen3-export calibrate` measures all of them"
+    )
+
+
+def another_model(checkpoint: Checkpoint, options: Options) -> str | None:
+    """A warning of an importance matrix that names another model, or None.
+
+    A matrix of `calibrate` has the name and the hash of its model. A model that was only renamed has the same hash.
+    """
+    given = options.importance
+    name = None if given is None else given.provenance.get("source.name")
+    if given is None or name is None:
+        return None
+    source = provenance(checkpoint)["source"]
+    if name in (checkpoint.name, source["name"]):
+        return None
+    if given.provenance.get("source.sha256") in (checkpoint.sha256, source["sha256"]):
+        return None
+    return (
+        f"{given.name} was measured on {name}, which is not {checkpoint.name}: its widths fit, but `qwen3-export "
+        "calibrate` measures what this model needs"
     )
