@@ -1,6 +1,7 @@
 """Rounding weights onto ggml's types, with compiled loops.
 
-There is one module per family of types.
+There is one module per family of types. `affine_fit` and `affine_super` search for the first one's scales and mins,
+`scale_fit` and `super_fit` for the others' scales; `grids` has the values that codes stand for.
 
     affine      q2_k q4_k q5_k q4_1 q5_1        scale · code + min
     symmetric   q3_k q6_k q4_0 q5_0 q2_0 q8_0   scale · (code − midpoint)
@@ -42,6 +43,7 @@ _ENDS = {
     6: np.array([-32.6, -32.2, -31.8, -31.4, -31.0, -30.4, 30.2, 30.6, 31.0, 31.4], np.float32),
 }
 _IQ4_ENDS = np.array([-135, -127, -119, -111, -104, -97, -89, -83, 120, 113, 106, 98, 89, 83], np.float32)
+_MORE_IQ4_ENDS = np.append(_IQ4_ENDS, np.array([-131, -123, -115], np.float32))
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,13 @@ def import_loops() -> None:
         ) from error
 
 
-def round_rows(name: str, weight: NDArray, scheme: QuantScheme, importance: NDArray | None = None) -> Rounded:
+def round_rows(
+    name: str, weight: NDArray, scheme: QuantScheme, importance: NDArray | None = None, *, quick: bool = False
+) -> Rounded:
     """Some rows `[rows, in]` of any float type, rounded onto a type of `core.scheme.GGML_TYPES`.
 
     `importance` `[in]` weighs the squared errors; with None all count alike. If a weight is not finite, `whole` is not
-    finite either.
+    finite either. With `quick` scales are searched for less far, for solvers, which fit them to their own codes.
     """
     words, shift = _words(weight)
     rows, inputs = words.shape
@@ -87,47 +91,49 @@ def round_rows(name: str, weight: NDArray, scheme: QuantScheme, importance: NDAr
         fields = {
             key: np.empty(shape, np.float32 if dtype == np.float16 else dtype) for key, (dtype, shape) in specs.items()
         }
-        sums = _round_blocks(words, shift, block, weights, codes, fields)
+        sums = _round_blocks(words, shift, block, weights, quick, codes, fields)
         fields = {key: array.astype(specs[key][0], copy=False) for key, array in fields.items()}
     else:
-        scales, sums = _round_plain(words, shift, scheme, weights, codes)
+        scales, sums = _round_plain(words, shift, scheme, weights, quick, codes)
         fields = {"scales": scales}
     return Rounded(QuantizedTensor(name, (rows, inputs), scheme, codes, **fields), *map(float, sums))
 
 
 def _round_blocks(
-    words: Any, shift: int, block: BlockType, weights: NDArray, codes: NDArray, fields: dict[str, NDArray]
+    words: Any, shift: int, block: BlockType, weights: NDArray, quick: bool, codes: NDArray, fields: dict[str, NDArray]
 ) -> NDArray[np.float64]:
     from qwen3_export.ggml import affine, codebook, symmetric
 
+    given = words, shift, weights, quick
+    grouped = words, shift, block.group, weights, quick
     found: NDArray[np.float64]
     if block.values is not None:
-        book = _book(np.array(block.values, np.float32), 2, 512)
+        values, ends = np.array(block.values, np.float32), _IQ4_ENDS if quick else _MORE_IQ4_ENDS
+        book = _book(values, 2, 512)
         if block.is_super:
             filled = [fields["scales"], fields["super_scales"]]
-            found = codebook.round_super(words, shift, weights, book, np.float32(32), _IQ4_ENDS, codes, *filled)
+            found = codebook.round_super(*given, book, np.float32(32), ends, values, codes, *filled)
         else:
-            found = codebook.round_simple(words, shift, weights, book, _IQ4_ENDS, codes, fields["scales"])
+            found = codebook.round_simple(*given, book, ends, values, codes, fields["scales"])
     elif block.has_mins:
         top, stretches = np.float32((1 << block.num_bits) - 1), _STRETCHES[block.num_bits]
         if block.is_super:
             filled = [fields[key] for key in ("scales", "mins", "super_scales", "super_mins")]
-            limit = np.float32(block.max_min)
-            found = affine.round_super(words, shift, block.group, weights, top, limit, stretches, codes, *filled)
+            found = affine.round_super(*grouped, top, np.float32(block.max_min), stretches, codes, *filled)
         else:
-            found = affine.round_simple(words, shift, weights, top, stretches, codes, fields["scales"], fields["mins"])
+            found = affine.round_simple(*given, top, stretches, codes, fields["scales"], fields["mins"])
     else:
         middle, ends = np.float32(1 << (block.num_bits - 1)), _ENDS[block.num_bits]
         if block.is_super:
             limit, filled = np.float32(-block.scale_range[0]), [fields["scales"], fields["super_scales"]]
-            found = symmetric.round_super(words, shift, block.group, weights, middle, limit, ends, codes, *filled)
+            found = symmetric.round_super(*grouped, middle, limit, ends, codes, *filled)
         else:
-            found = symmetric.round_simple(words, shift, block.block, weights, middle, ends, codes, fields["scales"])
+            found = symmetric.round_simple(*grouped, middle, ends, codes, fields["scales"])
     return found
 
 
 def _round_plain(
-    words: Any, shift: int, scheme: QuantScheme, weights: NDArray, codes: NDArray
+    words: Any, shift: int, scheme: QuantScheme, weights: NDArray, quick: bool, codes: NDArray
 ) -> tuple[NDArray, NDArray[np.float64]]:
     """Types that integer and float schemes describe: q2_0, q4_0, q8_0, mxfp4."""
     from qwen3_export.ggml import codebook, symmetric
@@ -142,7 +148,7 @@ def _round_plain(
         sums = symmetric.round_q8_0(words, shift, codes, scales)
     else:
         middle, ends = np.float32(scheme.midpoint), _ENDS[scheme.num_bits]
-        sums = symmetric.round_simple(words, shift, scheme.group_size, weights, middle, ends, codes, scales)
+        sums = symmetric.round_simple(words, shift, scheme.group_size, weights, quick, middle, ends, codes, scales)
     with np.errstate(over="ignore"):  # what becomes infinite is refused where it is stored
         return scales.astype(np.float16), sums
 

@@ -7,8 +7,10 @@ q3_k and q6_k have a super scale, q4_0, q5_0 and q2_0 an fp16 scale.
     super-block   fit super_scale to the groups' scales, weighed by the cost of an error
     per group     try the integers next to scale / super_scale, keep the one of least error
 
-w is the importance of the input, 1 without one. q8_0 is rounded as llama.cpp's converter does it: the largest weight
-becomes 127.
+w is the importance of the input, 1 without one. Where importance differs between inputs, more scales are tried, and
+super scales are fitted once more to the codes; where a few inputs have most of it, other ones are tried, too.
+
+q8_0 is rounded as llama.cpp's converter does it: the largest weight becomes 127.
 """
 
 from __future__ import annotations
@@ -18,100 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen3_export.ggml.scale_fit import (
-    ERROR,
-    INVERSE,
-    LINES,
-    SCALE,
-    WVV,
-    WXV,
-    begin_choice,
-    find_peak,
-    keep_fit,
-    keep_least,
-    try_best,
-    try_end,
-    try_integer,
-)
-from qwen3_export.ggml.tiles import ONE, ZERO, add_errors, half, store_codes, super_scale
-from qwen3_export.model.compiled import Array, compiled, contracted
+from qwen3_export.ggml.scale_fit import LINES, SCALE, search, store_half
+from qwen3_export.ggml.super_fit import settle
+from qwen3_export.ggml.tiles import DIFFERENT, ONE, ZERO, add_errors, effort_for, half, store_codes
+from qwen3_export.model.compiled import Array, compiled
 from qwen3_export.model.tiles import TILE, load
-
-
-@contracted
-def _attempt(work: Array, weights: Array, middle: np.float32, lines: Array) -> None:
-    """Round for `INVERSE`, and sum up what the least-squares fit needs."""
-    inverse, wxv, wvv = lines[INVERSE], lines[WXV], lines[WVV]
-    low, high = -middle, middle - ONE
-    for r in range(TILE):
-        wxv[r], wvv[r] = ZERO, ZERO
-    for j in range(0, len(work), 4):
-        for r in range(TILE):
-            first, second = ZERO, ZERO
-            for k in range(4):
-                x = work[j + k, r]
-                code = np.rint(x * inverse[r])
-                code = code if code > low else low
-                code = code if code < high else high
-                weighed = weights[j + k] * code
-                first += weighed * x
-                second += weighed * code
-            wxv[r] += first
-            wvv[r] += second
-
-
-@compiled
-def _search(work: Array, weights: Array, middle: np.float32, ends: Array, lines: Array) -> None:
-    """Leave the best scale of a group in `lines`, and Σ w code².
-
-    `ends` are the values to try for the largest weight.
-    """
-    find_peak(work, lines)
-    for end in ends:
-        try_end(end, lines)
-        _attempt(work, weights, middle, lines)
-        keep_fit(lines)
-    for _ in range(2):
-        try_best(lines)
-        _attempt(work, weights, middle, lines)
-        keep_fit(lines)
-
-
-@contracted
-def _errors(work: Array, weights: Array, middle: np.float32, lines: Array) -> None:
-    """Σ w (scale · code − x)² of `SCALE` with the nearest codes."""
-    scale, inverse, error = lines[SCALE], lines[INVERSE], lines[ERROR]
-    low, high = -middle, middle - ONE
-    for r in range(TILE):
-        inverse[r] = ONE / scale[r] if scale[r] != ZERO else ZERO
-        error[r] = ZERO
-    for j in range(0, len(work), 4):
-        for r in range(TILE):
-            part = ZERO
-            for k in range(4):
-                x = work[j + k, r]
-                code = np.rint(x * inverse[r])
-                code = code if code > low else low
-                code = code if code < high else high
-                miss = scale[r] * code - x
-                part += weights[j + k] * (miss * miss)
-            error[r] += part
-
-
-@compiled
-def _choose(
-    work: Array, weights: Array, middle: np.float32, supers: Array, limit: np.float32, near: Array, lines: Array,
-    kept: Array,
-) -> None:  # fmt: skip
-    """Choose the integer scale of a group with the least error.
-
-    It is left in `kept` [0], its error in [1]; `near` is the ideal scale.
-    """
-    begin_choice(kept)
-    for step in range(-1, 2):
-        try_integer(near, step, supers, limit, lines)
-        _errors(work, weights, middle, lines)
-        keep_least(lines, kept)
 
 
 @compiled
@@ -134,8 +47,8 @@ def _round(work: Array, scale: Array, middle: np.float32, here: int, sums: NDArr
 
 @compiled
 def round_super(
-    words: Any, shift: int, group: int, importance: Array, middle: np.float32, limit: np.float32, ends: Array,
-    codes: NDArray[np.uint8], scales: NDArray[np.int8], super_scales: Array,
+    words: Any, shift: int, group: int, importance: Array, quick: bool, middle: np.float32, limit: np.float32,
+    ends: Array, codes: NDArray[np.uint8], scales: NDArray[np.int8], super_scales: Array,
 ) -> NDArray[np.float64]:  # fmt: skip
     """Round rows of weights onto q3_k or q6_k.
 
@@ -144,28 +57,24 @@ def round_super(
     """
     per_block = 256 // group
     work, lines = np.zeros((256, TILE), np.float32), np.zeros((LINES, TILE), np.float32)
-    found, weighs = np.zeros((per_block, TILE), np.float32), np.zeros((per_block, TILE), np.float32)
-    supers, kept = np.zeros(TILE, np.float32), np.zeros((2, TILE), np.float32)
+    supers, chosen = np.zeros(TILE, np.float32), np.zeros((per_block + 1, TILE), np.float32)
+    values = np.arange(-middle, middle).astype(np.float32)
     sums, bits = np.zeros(4, np.float64), work.view(np.uint32)
     for row in range(0, len(words), TILE):
         here = min(TILE, len(words) - row)
         for block in range(super_scales.shape[1]):
             load(words, shift, row, 256 * block, 256, bits)
-            for g in range(per_block):
-                weights = importance[256 * block + g * group : 256 * block + (g + 1) * group]
-                _search(work[g * group : (g + 1) * group], weights, middle, ends, lines)
-                found[g], weighs[g] = lines[SCALE], lines[WVV]
-            for r in range(TILE):
-                supers[r] = super_scale(found, weighs, r, -limit, limit - ONE)
+            weights = importance[256 * block : 256 * block + 256]
+            effort = effort_for(weights, quick)
+            effort = min(effort, DIFFERENT) if middle > np.float32(16) else effort
+            settle(work, weights, middle, limit, ends, values, effort, lines, supers, chosen)
             for g in range(per_block):
                 part = work[g * group : (g + 1) * group]
-                weights = importance[256 * block + g * group : 256 * block + (g + 1) * group]
-                _choose(part, weights, middle, supers, limit, found[g], lines, kept)
                 for r in range(TILE):
-                    lines[SCALE, r] = kept[0, r] * supers[r]
+                    lines[SCALE, r] = chosen[g, r] * supers[r]
                 _round(part, lines[SCALE], middle, here, sums)
                 for r in range(here):
-                    scales[row + r, block * per_block + g] = np.int8(kept[0, r])
+                    scales[row + r, block * per_block + g] = np.int8(chosen[g, r])
             for r in range(here):
                 super_scales[row + r, block] = supers[r]
             store_codes(codes, work, row, 256 * block, here)
@@ -174,22 +83,24 @@ def round_super(
 
 @compiled
 def round_simple(
-    words: Any, shift: int, group: int, importance: Array, middle: np.float32, ends: Array, codes: NDArray[np.uint8],
-    scales: Array,
+    words: Any, shift: int, group: int, importance: Array, quick: bool, middle: np.float32, ends: Array,
+    codes: NDArray[np.uint8], scales: Array,
 ) -> NDArray[np.float64]:  # fmt: skip
     """Round rows of weights onto q4_0, q5_0 or q2_0, whose scales are fp16.
 
     Returns as `round_super` does.
     """
     work, lines = np.zeros((group, TILE), np.float32), np.zeros((LINES, TILE), np.float32)
+    kept, values = np.zeros((2, TILE), np.float32), np.arange(-middle, middle).astype(np.float32)
     sums, bits = np.zeros(4, np.float64), work.view(np.uint32)
     for row in range(0, len(words), TILE):
         here = min(TILE, len(words) - row)
         for g in range(scales.shape[1]):
             load(words, shift, row, group * g, group, bits)
-            _search(work, importance[group * g : group * g + group], middle, ends, lines)
-            for r in range(TILE):
-                lines[SCALE, r] = half(lines[SCALE, r])
+            weights = importance[group * g : group * g + group]
+            effort = effort_for(weights, quick)
+            search(work, weights, middle, ends, values, effort, lines)
+            store_half(work, weights, middle, effort, lines, kept)
             _round(work, lines[SCALE], middle, here, sums)
             for r in range(here):
                 scales[row + r, g] = lines[SCALE, r]

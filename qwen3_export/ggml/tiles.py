@@ -5,6 +5,8 @@ A tile (`model.tiles`) has 32 or 256 columns.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,6 +18,15 @@ HUGE = np.float32(3e38)
 # Multiplier that rounds fp32 to the eleven bits of fp16's mantissa; least normal number and subnormal step of fp16.
 _SPLIT, _TINY, _STEP = np.float32(8193.0), np.float32(2.0**-14), np.float32(2.0**-24)
 _LARGEST_HALF = np.float32(65504.0)
+# Efforts of a search: a solver fits scales anew, inputs count alike, importances differ, a few of them are most of the
+# sum.
+QUICK, ALIKE, DIFFERENT, UNEVEN = -1, 0, 1, 2
+# How much of count · Σ w² the squared sum (Σ w)² of importances must be for these efforts to be spared.
+_SAME, _EVEN = np.float32(0.999), np.float32(0.5)
+# Where importance is uneven, super scales are tried whose largest integer moves by so much.
+FURTHER = np.array([-9, -6, -4, -3, -2, -1, -0.5, 0, 0.5, 1, 2, 3, 8, 20, 40], np.float32)
+# Below, an fp16 number has at most six binary digits.
+_FEW_DIGITS = np.float32(2.0**-18)
 # The search for a super scale moves the largest integer scale by so much up or down.
 _STRETCHES = np.arange(-6, 7, dtype=np.float32) * np.float32(0.15)
 
@@ -55,27 +66,82 @@ def add_errors(
 
 
 @compiled
+def next_half(value: np.float32, steps: int) -> np.float32:
+    """The fp16 number some steps away from zero, seen from another one."""
+    size, unit = abs(value), _STEP
+    while unit * np.float32(2048) <= size:
+        unit *= np.float32(2)
+    size = min(max(size + np.float32(steps) * unit, ZERO), _LARGEST_HALF)
+    return size if value > ZERO else -size
+
+
+@compiled
+def few_digits(supers: Array) -> bool:
+    """Whether a scale is so small that fp16 rounds it by much."""
+    least = HUGE
+    for value in supers.flat:
+        least = min(least, abs(value))
+    return bool(least < _FEW_DIGITS)
+
+
+@compiled
+def effort_for(weights: Array, quick: bool) -> int:
+    """How hard to search, given some inputs' importances."""
+    if quick:
+        return QUICK
+    total, squares = ZERO, ZERO
+    for weight in weights:
+        total += weight
+        squares += weight * weight
+    part = total * total / (np.float32(len(weights)) * squares)
+    if part < _EVEN:
+        return UNEVEN
+    return DIFFERENT if part < _SAME else ALIKE
+
+
+@compiled
 def super_scale(values: Array, weights: Array, r: int, low: np.float32, high: np.float32) -> np.float32:
     """The fp16 number d of least Σ weights · (values − d · integer)².
 
     `values` and `weights` are `[groups, rows]`, integers lie between `low` and `high`. The value of largest magnitude
     gets the integer of largest magnitude, or one close to it.
     """
-    largest = ZERO
-    for g in range(len(values)):
-        if abs(values[g, r]) > abs(largest):
-            largest = values[g, r]
-    if largest == ZERO:
-        return ZERO
-    end = low if -low > high else high
-    best, found = ZERO, largest / end
+    largest, best, found = _largest(values, r), ZERO, ZERO
     for stretch in _STRETCHES:
-        inverse = (end + (stretch if end > ZERO else -stretch)) / largest
-        products, squares = ZERO, ZERO
-        for g in range(len(values)):
-            integer = min(max(np.rint(values[g, r] * inverse), low), high)
-            products += weights[g, r] * values[g, r] * integer
-            squares += weights[g, r] * integer * integer
+        products, squares = _fit_super(values, weights, r, low, high, largest, stretch)
         if squares > ZERO and products * products > best * squares:
             best, found = products * products / squares, products / squares
     return half(found)
+
+
+@compiled
+def stretched_super(
+    values: Array, weights: Array, r: int, low: np.float32, high: np.float32, stretch: np.float32
+) -> np.float32:
+    """As `super_scale`, where the largest integer moves by `stretch` alone."""
+    products, squares = _fit_super(values, weights, r, low, high, _largest(values, r), stretch)
+    return half(products / squares) if squares > ZERO else ZERO
+
+
+@compiled
+def _largest(values: Array, r: int) -> np.float32:
+    """The value of largest magnitude."""
+    largest = ZERO
+    for g in range(len(values)):
+        largest = values[g, r] if abs(values[g, r]) > abs(largest) else largest
+    return largest
+
+
+@compiled
+def _fit_super(
+    values: Array, weights: Array, r: int, low: np.float32, high: np.float32, largest: np.float32, stretch: np.float32
+) -> Any:
+    """Σ weights · values · integer and Σ weights · integer² of one attempt."""
+    products, squares = ZERO, ZERO
+    end = low if -low > high else high
+    inverse = (end + (stretch if end > ZERO else -stretch)) / largest if largest != ZERO else ZERO
+    for g in range(len(values)):
+        integer = min(max(np.rint(values[g, r] * inverse), low), high)
+        products += weights[g, r] * values[g, r] * integer
+        squares += weights[g, r] * integer * integer
+    return products, squares

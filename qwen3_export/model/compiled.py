@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,31 @@ def _may_be_kept(function: Callable[..., Any]) -> bool:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~")).is_absolute()
 
 
+@lru_cache
+def _stamp_of(folder: Path) -> float:
+    """When a module of a folder last changed, or one that loops elsewhere call."""
+    here = Path(__file__).parent
+    return max(path.stat().st_mtime for place in {folder, here, here.parent / "ggml"} for path in place.glob("*.py"))
+
+
+def _follow_siblings(compiled_function: Any, folder: Path) -> None:
+    """Forget kept machine code when modules that a function calls change.
+
+    numba asks only whether the function's own module changed, though the code of what it calls is part of its own.
+    """
+    kept = getattr(getattr(compiled_function, "_cache", None), "_cache_file", None)
+    if kept is not None:
+        kept._source_stamp = (kept._source_stamp, _stamp_of(folder))
+
+
 def compiled(function: Callable[..., Any], **options: Any) -> Any:
     """Machine code of a function, kept on the disk where possible."""
     try:
-        return numba.njit(function, nogil=True, cache=_may_be_kept(function), error_model="numpy", **options)
+        found = numba.njit(function, nogil=True, cache=_may_be_kept(function), error_model="numpy", **options)
     except RuntimeError:
         return numba.njit(function, nogil=True, error_model="numpy", **options)
+    _follow_siblings(found, Path(function.__code__.co_filename).parent)
+    return found
 
 
 def contracted(function: Callable[..., Any]) -> Any:

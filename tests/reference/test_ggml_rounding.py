@@ -8,6 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from qwen3_export.core.ggml_blocks import pack_blocks, pack_q2_0
+from qwen3_export.core.gguf_types import block_length
 from qwen3_export.core.pack import pack_q4_0, pack_q8_0
 from qwen3_export.core.scheme import scheme_of_type
 from qwen3_export.core.source import open_source
@@ -59,6 +60,36 @@ def test_no_error_is_larger_than_llama_cpps(name: str, with_importance: bool) ->
         expanded = np.stack([dequantize_row(row, name, weight.shape[1]) for row in theirs])
         ours = error(dequantize(tensor), weight, weighed)
         assert ours <= error(expanded, weight, weighed), (label, ours)
+
+
+def kinds(inputs: int) -> dict[str, NDArray]:
+    """Matrices of 64 rows that trained ones are seldom like."""
+    random = np.random.default_rng(inputs)
+    gaussian = random.standard_normal((64, inputs)) * 0.02
+    found = {
+        "shifted": gaussian + 0.06,
+        "positive": np.abs(gaussian),
+        "sparse": gaussian * (random.random(gaussian.shape) < 0.1),
+        "outlier columns": gaussian * np.where(np.arange(inputs) % 64 == 5, 30, 1),
+        "uniform": random.uniform(-1, 1, gaussian.shape),
+        "heavy": random.standard_t(2, gaussian.shape) * 0.02,
+        "tiny": gaussian * 5e-5,
+    }
+    return {label: weight.astype(ml_dtypes.bfloat16) for label, weight in found.items()}
+
+
+@by_type
+@pytest.mark.parametrize("sigma", [0.5, 1.5, 3.0])
+def test_no_error_is_larger_where_importance_is_uneven(name: str, sigma: float) -> None:
+    inputs = max(4 * block_length(name), 128)
+    for seed in range(3):
+        weighed = np.exp(sigma * np.random.default_rng(seed).standard_normal(inputs)).astype(np.float32)
+        for label, weight in kinds(inputs).items():
+            found = dequantize(round_rows("a", weight, scheme_of_type(name), weighed).tensor)
+            theirs = quantize_rows(weight.astype(np.float32), name, weighed)
+            expanded = np.stack([dequantize_row(row, name, inputs) for row in theirs])
+            ours, other = error(found, weight, weighed), error(expanded, weight, weighed)
+            assert ours <= other * (1 + 1e-9), (label, seed, ours / other)
 
 
 @by_type

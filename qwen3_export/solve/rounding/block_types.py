@@ -39,7 +39,7 @@ def search_blocks(
 
     ggml.import_loops()
     weighed = None if importance is None else importance.float().cpu().numpy()
-    tensor = ggml.round_rows("", to_numpy(weight.cpu()), scheme, weighed).tensor
+    tensor = ggml.round_rows("", to_numpy(weight.cpu()), scheme, weighed, quick=True).tensor
     fields = {key: getattr(tensor, key) for key in block_specs(scheme, tensor.shape)}
     return *grid_of_fields(fields, scheme, weight.device), fields
 
