@@ -65,7 +65,9 @@ def measure(model: str, source: Path, types: list[str], threads: int) -> list[Ro
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--types", nargs="+", default=[*ORDER, "bf16"])
+    # Without experts, mxfp4_moe is q8_0.
+    types = [name for name in (*ORDER, "bf16") if name != "mxfp4_moe"]
+    parser.add_argument("--types", nargs="+", default=types)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=FULL, help="layers of the random model; 0 leaves it out")
     parser.add_argument("--output", type=Path, help="JSON file that the rows are added to; FILE.md is written anew")
