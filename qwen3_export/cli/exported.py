@@ -37,7 +37,7 @@ def exported(result: dict[str, Any]) -> None:
 
 
 def _fallbacks(result: dict[str, Any]) -> dict[str, str]:
-    """Lines of the summary: tensors of a GGUF file whose rows took another type than wanted."""
+    """Summary lines on tensors that got another type than wanted."""
     keys = ("name", "wanted", "type", "row_width", "asked_for")
     tensors = [Fallback(*map(item.get, keys)) for item in result.get("fallbacks", ())]
     return Fallbacks(tuple(tensors), result.get("left_in_16_bits", 0.0)).summary()

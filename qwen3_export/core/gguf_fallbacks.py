@@ -1,7 +1,8 @@
-"""Tensors of a GGUF file that have another type than wanted, since its blocks do not divide their rows.
+"""Tensors of a GGUF file that cannot have the wanted type.
 
-llama.cpp then takes a type with blocks of 32, or f16 where these do not divide a row either. What its mix chooses for a
-tensor is the wanted type: only what the width of a row has changed is told here.
+Where a type's blocks do not divide a tensor's rows, llama.cpp takes a type with blocks of 32, or f16 where these do not
+divide a row either. What its mix chooses for a tensor is the wanted type: only what the width of a row has changed is
+told here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ _NAMED, _MOST = 3, 0.5
 
 @dataclass(frozen=True)
 class Fallback:
-    """One tensor: its name, the wanted type, the one it has, the weights of a row, whether an option asked for it."""
+    """A tensor, its wanted type and the one it has.
+
+    `row_width` weights are a row; `asked_for` says whether an option asked for the wanted type.
+    """
 
     name: str
     wanted: str
@@ -54,7 +58,7 @@ class Fallbacks:
         }
 
     def summary(self) -> dict[str, str]:
-        """Lines of an export's summary, by their titles; none where every tensor has the wanted type."""
+        """Lines of an export's summary, by title; none without such tensors."""
         if not self.tensors:
             return {}
         counts = Counter((item.type, item.wanted, item.row_width, item.block_size) for item in self.tensors)
@@ -92,7 +96,10 @@ def fallbacks_of(
     shapes: Mapping[str, tuple[int, int]], types: Mapping[str, str], wanted: Mapping[str, str],
     asked: Callable[[str], bool] = lambda module: False,
 ) -> Fallbacks:  # fmt: skip
-    """The tensors of matrices whose type is not that of `wanted`, by module name; experts of a stack are one tensor."""
+    """The tensors whose type is not the wanted one.
+
+    `types` and `wanted` are by module name; experts of a stack are one tensor.
+    """
     found, left, total = dict[str, Fallback](), 0, 0
     for module, kind in types.items():
         want = wanted.get(module, kind)

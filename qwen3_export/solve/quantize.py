@@ -95,7 +95,10 @@ def quantize(
 
 
 def _spelled_out(recipe: Recipe, checkpoint: Checkpoint, progress: Progress) -> Recipe:
-    """The recipe with its file type as rules; warns of types that the model's rows cannot have."""
+    """The recipe with its file type as rules.
+
+    Warns of types that the model's rows cannot have.
+    """
     if (warning := recipe_fallbacks(recipe, checkpoint.config).warning()) is not None:
         progress.warn(warning)
     return recipe.for_model(checkpoint.config)
