@@ -196,7 +196,7 @@ def export(
 
 @_named
 def validate(
-    artifacts: Sequence[str | Path],
+    artifacts: str | Path | Sequence[str | Path],
     reference: str | Path,
     *,
     text: Sequence[str] = (),
@@ -229,6 +229,7 @@ def validate(
     stands in `failed` with its error; one alone raises it, an `errors.ExportError`.
     """
     from qwen3_export.prove.limits import parse_limit, read_limits
+    from qwen3_export.prove.naming import artifact_paths
     from qwen3_export.prove.report import check_report, write_report
     from qwen3_export.prove.tasks import read_tasks
     from qwen3_export.prove.validate import open_reference
@@ -247,7 +248,7 @@ def validate(
     }
     limits = read_limits(Path(gate)) if gate else {}
     limits.update({name: parse_limit(name, value) for name, value in given.items() if value is not None})
-    show, paths = _progress(progress), [Path(artifact) for artifact in artifacts]
+    show, paths = _progress(progress), artifact_paths(artifacts)
     asked = read_tasks(Path(tasks)) if tasks else ()
     if report:
         check_report(report, [*paths, reference, gate, tasks], text, force)
@@ -265,7 +266,7 @@ def validate(
 
 @_named
 def bench(
-    artifacts: Sequence[str | Path],
+    artifacts: str | Path | Sequence[str | Path],
     *,
     prompt_tokens: Sequence[int] = (128, 512),
     new_tokens: int = 64,
@@ -284,10 +285,11 @@ def bench(
     """
     from qwen3_export.prove.latency import Workload
     from qwen3_export.prove.latency import bench as run
+    from qwen3_export.prove.naming import artifact_paths
     from qwen3_export.prove.report import check_report, write_report
 
     workload = Workload(tuple(prompt_tokens), new_tokens, repeat, threads, tuple(texts), device)
-    paths = [Path(artifact) for artifact in artifacts]
+    paths = artifact_paths(artifacts)
     if report:
         check_report(report, paths, texts, force)
     result = run(paths, workload, _progress(progress))

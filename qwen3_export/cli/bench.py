@@ -120,7 +120,8 @@ def _benched(result: dict[str, Any]) -> None:
                 ]
             )
     headers = ["artifact", "runtime", "prompt", "prefill tok/s", "decode tok/s", "p99 ms/tok", "load s", "peak memory"]
-    table(headers, rows)
+    if rows:
+        table(headers, rows)
     failed_notes(result)
     for name, item in named(result):
         plan_note(name, item)

@@ -172,6 +172,7 @@ def _measured(item: dict[str, Any]) -> dict[str, Any]:
         "kl_mean": _number(item.get("kl_mean")),
         "bytes": _as(item.get("bytes"), int),
         "tokens_per_second": _number(speed),
+        "error": _as(item.get("error"), str),
     }
 
 

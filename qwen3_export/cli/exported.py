@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen3_export.cli.console import fields, size
-from qwen3_export.core.gguf_fallbacks import Fallback, Fallbacks
+from qwen3_export.core.gguf_fallbacks import Fallbacks
 
 
 def exported(result: dict[str, Any]) -> None:
@@ -27,20 +27,13 @@ def exported(result: dict[str, Any]) -> None:
                 else {}
             ),
             **({"requantized": _requantized(result["requantized"])} if "requantized" in result else {}),
-            **_fallbacks(result),
+            **Fallbacks.of(result).summary(),
             **_costs(result),
             **_plan(result),
             "time": f"{result['seconds']:.1f} s",
             "peak memory": size(result["peak_rss_bytes"]),
         }
     )
-
-
-def _fallbacks(result: dict[str, Any]) -> dict[str, str]:
-    """Summary lines on tensors that got another type than wanted."""
-    keys = ("name", "wanted", "type", "row_width", "asked_for")
-    tensors = [Fallback(*map(item.get, keys)) for item in result.get("fallbacks", ())]
-    return Fallbacks(tuple(tensors), result.get("left_in_16_bits", 0.0)).summary()
 
 
 def _requantized(tensors: Sequence[Mapping[str, Any]]) -> str:

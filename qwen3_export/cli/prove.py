@@ -246,9 +246,11 @@ def _write_cards(result: dict[str, Any], show: Console) -> None:
 
 def _kl_note(result: dict[str, Any], weak: bool) -> str | None:
     """A note on a KL that is no exact one; None when it is."""
+    if not result["results"]:
+        return None
     if weak:
         return "the reference keeps the likeliest tokens only: KL is a lower bound, a pass of max_kl is weak"
-    if not result["results"] or not all(item["kl_estimate"] for item in result["results"]):
+    if not all(item["kl_estimate"] for item in result["results"]):
         return None
     worst = max(item["kl_estimate"]["stderr"] for item in result["results"])
     return f"KL is estimated from the tokens that the reference file keeps, give or take {worst:.1g} nats"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from qwen3_export.cli.console import fields, size, table, yaml_text
+from qwen3_export.cli.console import fields, size, table, tell, yaml_text
 
 
 def show_companion(values: dict[str, Any]) -> None:
@@ -88,6 +88,9 @@ def _show_report(values: dict[str, Any]) -> None:
         for item in values["artifacts"]
     ]
     table(["artifact", "runtime", "size", "KL (nats)", "decode tok/s"], rows)
+    for item in values["artifacts"]:
+        if item["error"]:
+            tell(f"{item['artifact']}: not measured: {item['error']}")
 
 
 def _show_triton(values: dict[str, Any]) -> None:

@@ -38,7 +38,8 @@ def validated(result: dict[str, Any]) -> None:
         "loops/original's",
         "verdict",
     ]
-    table(headers, rows)
+    if rows:
+        table(headers, rows)
     failed_notes(result)
     for name, item in named(result):
         _notes(name, item)

@@ -225,7 +225,10 @@ def _connect(address: str, folder: str | None, workers: int, gpus: int) -> None:
                 )  # fmt: skip
             else:
                 ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, OSError, ValueError, RayError) as error:
+    except Exception as error:
+        # A node that is too slow to start is an Exception of no kind.
+        if type(error) is not Exception and not isinstance(error, RuntimeError | OSError | ValueError | RayError):
+            raise
         if lacks_memory(error):
             raise out_of_memory(f"--cluster {address}", error) from error
         raise MissingRuntimeError(

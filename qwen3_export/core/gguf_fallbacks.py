@@ -49,6 +49,13 @@ class Fallbacks:
     tensors: tuple[Fallback, ...]
     left: float
 
+    @staticmethod
+    def of(result: Mapping[str, Any]) -> Fallbacks:
+        """Those that an export's result has; none for other formats."""
+        keys = ("name", "wanted", "type", "row_width", "asked_for")
+        tensors = tuple(Fallback(*map(item.get, keys)) for item in result.get("fallbacks", ()))
+        return Fallbacks(tensors, result.get("left_in_16_bits", 0.0))
+
     def result(self) -> dict[str, Any]:
         """The fields of an export's result."""
         fields = ("name", "wanted", "type", "row_width", "block_size", "asked_for")

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen3_export.core.gguf_fallbacks import Fallbacks
 from qwen3_export.errors import InputError, InputWarning
 
 CARD = "README.md"
@@ -205,6 +206,7 @@ def _provenance(values: Mapping[str, Any]) -> dict[str, str]:
         if values.get(key) not in (None, []):
             value = values[key]
             found[key.replace("_", " ")] = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    found |= Fallbacks.of(values).summary()
     if values.get("accuracy_level") is not None:
         found["accuracy level"] = _level(values)
     if "exact" in values:

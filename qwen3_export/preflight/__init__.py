@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.gguf_fallbacks import recipe_fallbacks
 from qwen3_export.core.memory import available_bytes
 from qwen3_export.core.places import absolute_place
 from qwen3_export.core.progress import Progress
@@ -80,13 +81,13 @@ def plan(
     if unknown:
         raise InputError(f"--format {unknown[0]}: one of {', '.join(FORMATS)} was expected")
     place = None if output is None else absolute_place(output)
-    recipe = recipe.for_model(checkpoint.config)
+    others, recipe = recipe_fallbacks(recipe, checkpoint.config).warning(), recipe.for_model(checkpoint.config)
     reasons = _recipe_reasons(checkpoint, recipe)
     fits = not reasons
     folder, checks = folder_of(settings.layout or recipe.layout), formats_with(settings.layout or recipe.layout)
     quantized = as_quantized(checkpoint, recipe)
     held = {name: check(quantized) if fits else Verdict(reasons[0]) for name, check in checks.items()}
-    found = build_limits(_with_peaks(held, quantized, recipe, settings) if fits else held, settings, free)
+    found = build_limits(_with_more(held, quantized, recipe, settings, others) if fits else held, settings, free)
     if fits and (reason := found[folder].reason):
         reasons.append(reason)
     reasons += [f"{name}: {found[name].reason}" for name in formats if found[name].reason and name != folder]
@@ -114,17 +115,21 @@ def plan(
     }
 
 
-def _with_peaks(
-    held: dict[str, Verdict], quantized: Checkpoint, recipe: Recipe, settings: QuantizeSettings
+def _with_more(
+    held: dict[str, Verdict], quantized: Checkpoint, recipe: Recipe, settings: QuantizeSettings, others: str | None
 ) -> dict[str, Verdict]:
-    """The formats' verdicts with the memory that writing them takes."""
+    """The formats' verdicts with the memory that writing them takes.
+
+    Those of GGUF get a note on `others`, the types that rows are too narrow for.
+    """
     left = _left_behind(quantized, recipe, settings)
-    return {
-        name: replace(verdict, peak_rss_bytes=export_peak(quantized, name, left, settings.threads))
-        if verdict.reason is None
-        else verdict
-        for name, verdict in held.items()
-    }
+    found = dict(held)
+    for name, verdict in held.items():
+        if verdict.reason is None:
+            peak = export_peak(quantized, name, left, settings.threads)
+            note = others if name in ("ggml", "gguf") else verdict.note
+            found[name] = replace(verdict, peak_rss_bytes=peak, note=note)
+    return found
 
 
 def _left_behind(quantized: Checkpoint, recipe: Recipe, settings: QuantizeSettings) -> int:
@@ -242,7 +247,7 @@ def check_target(
     `check` is the export's own check of a quantized checkpoint and of its options, whose answer is returned; `target`
     is the name among `FORMATS` of what is written, whose memory counts too.
     """
-    from qwen3_export.solve.quantize import check_recipe
+    from qwen3_export.solve.quantize import check_recipe, needs_inputs
 
     recipe = recipe.for_model(checkpoint.config)
     check_recipe(checkpoint, recipe, settings.layout or recipe.layout)
@@ -252,6 +257,6 @@ def check_target(
         left = _left_behind(quantized, recipe, settings)
         check_export(export_peak(quantized, target, left, settings.threads), settings.memory)
     _, length = settings.size(recipe)
-    if length > checkpoint.config.max_position:
+    if length > checkpoint.config.max_position and needs_inputs(recipe, *load_method(recipe)):
         raise InputError(f"--sequence-length {length}: the model has {checkpoint.config.max_position} positions")
     return answer

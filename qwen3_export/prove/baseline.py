@@ -45,12 +45,26 @@ def read_report(path: Path) -> dict[str, Any]:
     values = read_json(file, hint=_WRITTEN)
     if not isinstance(values, dict) or not isinstance(values.get("results"), list):
         raise InputError(f"{file}: no report of validate or bench", _WRITTEN)
+    _refuse_malformed(file, values)
     if not values["results"]:
         failed = values.get("failed")
         raise InputError(f"{file}: {'none of its artifacts was' if failed else 'nothing was'} measured", _WRITTEN)
     if not all(isinstance(item, dict) and isinstance(item.get("artifact"), str) for item in values["results"]):
         raise InputError(f"{file}: its results do not name their artifacts", _WRITTEN)
     return values
+
+
+def _refuse_malformed(file: Path, values: Mapping[str, Any]) -> None:
+    """Raise InputError where what a report may lack is there and of another form."""
+    failed = values.get("failed")
+    named = isinstance(failed, list) and all(
+        isinstance(item, dict) and isinstance(item.get("artifact"), str) and isinstance(item.get("error"), str)
+        for item in failed
+    )
+    if failed is not None and not named:
+        raise InputError(f"{file}: failed is no list of artifacts and their errors", _WRITTEN)
+    if not isinstance(values.get("environment", {}), dict):
+        raise InputError(f"{file}: environment is no object", _WRITTEN)
 
 
 def compare_with_baseline(
@@ -81,8 +95,7 @@ def compare_with_baseline(
 def _refuse_unmeasured(report: Mapping[str, Any]) -> None:
     """Raise InputError for a report with an unmeasured artifact, which may be worse."""
     for item in report.get("failed") or ():
-        text = item.get("error") if isinstance(item, dict) else item
-        raise InputError(f"the report has an artifact that was not measured: {text}", "measure it again")
+        raise InputError(f"the report has an artifact that was not measured: {item['error']}", "measure it again")
 
 
 def _pair_artifacts(

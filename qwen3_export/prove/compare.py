@@ -108,8 +108,13 @@ def _dominates(other: Mapping[str, Any], item: Mapping[str, Any]) -> bool:
 
 
 def _notes(reports: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Notes on what makes speeds incomparable."""
-    machines = sorted({str(report["environment"]["cpu"]) for report in reports if report.get("environment")})
-    if len(machines) < 2:
-        return []
-    return [f"measured on different processors, so speeds do not compare: {'; '.join(machines)}"]
+    """Notes on artifacts that are missing, and on what makes speeds incomparable."""
+    notes = [
+        f"{item['artifact']} is left out: it was not measured: {item['error']}"
+        for report in reports
+        for item in report.get("failed") or ()
+    ]
+    machines = sorted({str(report["environment"].get("cpu")) for report in reports if report.get("environment")})
+    if len(machines) > 1:
+        notes.append(f"measured on different processors, so speeds do not compare: {'; '.join(machines)}")
+    return notes

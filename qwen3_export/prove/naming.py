@@ -1,10 +1,23 @@
-"""Short unique names of artifacts."""
+"""Artifacts as they are given, and their short unique names."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
+
+from qwen3_export.errors import InputError
+
+
+def artifact_paths(given: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The paths of one artifact or of several.
+
+    Raises InputError for none, which would pass every limit.
+    """
+    paths = [Path(artifact) for artifact in ([given] if isinstance(given, str | Path) else given)]
+    if not paths:
+        raise InputError("no artifact was given: there is nothing to measure", "give paths, such as ['model.gguf']")
+    return paths
 
 
 def unique_names(artifacts: Sequence[str]) -> list[str]:

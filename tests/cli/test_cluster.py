@@ -176,6 +176,20 @@ def test_addresses_that_are_none_are_refused(
     assert names(tmp_path) == []
 
 
+def test_a_node_that_starts_too_slowly_is_no_bug(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray  # noqa: TID251  (its start fails, nothing is computed)
+
+    def slow(**_: object) -> None:
+        # Ray raises an Exception of no kind there.
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", slow)
+    command = ("quantize", models["dense"], "--recipe", "rtn-w4a16-g32", "--cluster", "local")
+    refused(call(*command, "--output", tmp_path / "out"), 3, "timed out during startup", "leave --cluster away")
+
+
 def test_without_ray_the_line_that_installs_it_is_given(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qwen3_export.core.checkpoint import Checkpoint
-from tests.cli.helpers import call, finish, names, refused, start
+from tests.cli.helpers import call, finish, names, refused, start, write_text_model
 from tests.conftest import copy_tokenizer, tiny_config, write_checkpoint
 
 # Matrices so wide that their codes, unpacked to be written, count.
@@ -66,3 +66,12 @@ def test_what_is_measured_counts_only_where_it_is(reference_folder: Path, tmp_pa
     refused(call(*given), 2, "writing it takes about ")
     done = finish(start(*map(str, given), "--accuracy-level", "0"))
     assert done.code == 0, done.err
+
+
+def test_a_recipe_without_calibration_needs_no_positions(tmp_path: Path) -> None:
+    """Its default rows are longer than this model takes, and are never made."""
+    short = write_text_model(tmp_path / "short", max_position_embeddings=128)
+    command = ("gguf", short, "--output", tmp_path / "out.gguf", "--recipe")
+    refused(call(*command, "gptq-w4a16-g32"), 2, "--sequence-length 512: the model has 128 positions")
+    outcome = call(*command, "rtn-w4a16-g32")
+    assert outcome.code == 0, outcome.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import xml.etree.ElementTree as ElementTree
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,19 @@ def test_validate_measures_the_others(broken: Path, made: dict[str, Path], tmp_p
         str(broken): False,
         str(made["gguf"]): True,
     }
+    (error,) = (item["error"] for item in inspected if item["error"])
+    assert f"{broken}: not measured: {error}" in call("inspect", tmp_path / "report").out
+    assert str(broken) in error
+
+
+def test_compare_says_who_is_left_out(broken: Path, made: dict[str, Path], tmp_path: Path) -> None:
+    asked = ("validate", broken, made["gguf"], "--reference", made["reference"], "--report", tmp_path / "report")
+    assert call(*asked).code == 2
+    outcome = call("compare", tmp_path / "report", "--json")
+    assert [item["artifact"] for item in outcome.json["candidates"]] == [str(made["gguf"])]
+    (note,) = outcome.json["notes"]
+    assert note.startswith(f"{broken} is left out: it was not measured: ")
+    assert f"warning: {note}" in outcome.err.splitlines()
 
 
 def test_bench_measures_the_others(broken: Path, made: dict[str, Path], tmp_path: Path) -> None:
@@ -71,6 +85,9 @@ def test_where_all_fail_the_report_says_why_of_each(broken: Path, made: dict[str
     found = reported(outcome, "validate")
     assert (outcome.code, found["results"], len(found["failed"])) == (2, [], 2)
     assert "error: 2 of 2 artifacts could not be measured, the first: " in outcome.err
+    told = call(*asked[:-1], "--force", "--max-kl", "9")
+    assert [line.partition(": ")[0] for line in told.out.splitlines() if line] == [broken.name, f"{broken.name} (2)"]
+    assert "note: " not in told.err
     refused(
         call("gate", tmp_path / "report", "--baseline", tmp_path / "report"), 2, "none of its artifacts was measured"
     )
@@ -90,6 +107,18 @@ def test_the_python_interface_has_them_too(broken: Path, made: dict[str, Path], 
     assert not result["passed"]
     assert len(result["results"]) == 1
     assert f"<li>{broken.name}: not measured: " in result._repr_html_()
+
+
+def test_one_artifact_needs_no_list_and_none_is_refused(broken: Path, made: dict[str, Path]) -> None:
+    """The letters of a path are no artifacts, and an empty list does not pass."""
+    for one in (made["gguf"], str(made["gguf"])):
+        (result,) = qwen3_export.bench(one, prompt_tokens=(16,), new_tokens=2, repeat=1)["results"]
+        assert result["artifact"] == str(made["gguf"])
+    with pytest.raises(qwen3_export.errors.InputError, match=str(broken)):
+        qwen3_export.validate(str(broken), made["reference"])
+    for measure in (partial(qwen3_export.validate, reference=made["reference"], max_kl=1), qwen3_export.bench):
+        with pytest.raises(qwen3_export.errors.InputError, match="nothing to measure"):
+            measure([])
 
 
 def test_the_memory_of_one_does_not_cost_the_others(made: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 from qwen3_export.core.gguf_header import TYPES, read_gguf_header
 from qwen3_export.core.gguf_types import FILE_TYPES, PLAIN, block_length, fitting_type, wanted_types
 from qwen3_export.core.qwen3 import parse_config
+from qwen3_export.core.resources import resource
 from qwen3_export.core.scheme import GGML_TYPES
 from tests.cli.helpers import Outcome, call, write_text_model
 from tests.conftest import random_tensors, tiny_config, tiny_moe_config, write_checkpoint
@@ -145,6 +146,24 @@ def test_a_recipe_of_a_mix_says_so_before_it_runs(narrow: dict[str, Path], model
     assert [warning] == warnings_of(plain)
     rtn = ("quantize", model, "--recipe", "rtn-w4a16-g32", "--output", tmp_path / "rtn")
     assert not warnings_of(call(*rtn))
+
+
+def test_plan_and_the_card_say_so_too(narrow: dict[str, Path], model: Path, tmp_path: Path) -> None:
+    source = narrow["rows of 48"]
+    made = call("gguf", source, "--type", "q4_k_m", "--card", "--output", tmp_path / "a.gguf")
+    (warning,) = warnings_of(made)
+    card = (tmp_path / "README.md").read_text()
+    for title, told in (line.split("  ", 1) for line in made.out.splitlines() if line.startswith(("other", "in 16"))):
+        assert f"| {title} | {told.strip()} |" in card
+    assert card.count("| in 16 bits |") == 1
+    plan = ("plan", source, "--recipe", "gguf-q4_k_m", "--no-time", "--format", "gguf")
+    formats = call(*plan, "--json").json["formats"]
+    assert {name for name, item in formats.items() if "16 bits" in item.get("note", "")} == {"ggml", "gguf"}
+    assert warning == f"warning: {formats['gguf']['note']}"
+    assert formats["gguf"]["note"] in " ".join(call(*plan).out.split())
+    for fits in (("gguf-q4_k_m", resource("calibration") / "reference-model"), ("rtn-w4a16-g32", model)):
+        plain = call("plan", fits[1], "--recipe", fits[0], "--no-time", "--json").json["formats"]
+        assert "note" not in plain["gguf"]
 
 
 def test_experts_of_a_stack_are_one_tensor(tmp_path: Path) -> None:

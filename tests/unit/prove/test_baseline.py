@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +243,22 @@ def test_a_file_that_is_no_report_is_refused_by_name(tmp_path: Path, text: str) 
         read_report(tmp_path)
     with pytest.raises(InputError, match=r"report\.json"):
         read_report(tmp_path / "report.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        *((("failed", value, "no list of artifacts")) for value in (3, "m.gguf", [3], [{}], [{"artifact": "m.gguf"}])),
+        *((("environment", value, "no object")) for value in (None, "x86", [])),
+    ],
+)
+def test_a_report_of_another_form_is_refused(tmp_path: Path, field: str, value: Any, words: str) -> None:
+    (tmp_path / "report.json").write_text(json.dumps({**OLD, field: value}))
+    with pytest.raises(InputError, match=words):
+        read_report(tmp_path)
+
+
+def test_a_report_of_before_unmeasured_artifacts_is_read(tmp_path: Path) -> None:
+    for known in ({}, {"failed": None}, {"failed": []}):
+        (tmp_path / "report.json").write_text(json.dumps({**OLD, **known}))
+        assert compare_with_baseline(read_report(tmp_path), OLD, DEFAULTS)["verdict"] == "same"
