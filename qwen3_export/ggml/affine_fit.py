@@ -24,6 +24,8 @@ LINES = OLD_MIN + 1
 _MORE = np.linspace(-2.1, 2.1, 15, dtype=np.float32)
 _CUTS = np.array([-0.06, 0, 0.06, 0.14, 0.25, 0.4], np.float32)
 _FINE_CUTS = np.array([-0.06, -0.03, 0, 0.025, 0.05, 0.08, 0.115, 0.16, 0.22, 0.3, 0.4], np.float32)
+# The scatter of codes, as a part of Σ w · Σ w code², below which it is lost in rounding.
+_SAME_CODES = np.float32(1e-5)
 # After that, by how many codes scale and min are moved around the best ones.
 _AROUND = np.array([1, 0.5, 0.25], np.float32)
 
@@ -82,11 +84,28 @@ def _keep_fit(total: np.float32, negative_only: bool, lines: Array) -> None:
         determinant = total * wqq - wq * wq
         scale = (total * wxq - wx * wq) / determinant
         least = (wqq * wx - wq * wxq) / determinant
-        if negative_only and not least < ZERO:
+        told = determinant > _SAME_CODES * total * wqq
+        if negative_only and not (told and least < ZERO):
             least, scale = ZERO, wxq / wqq
         error = wxx - scale * wxq - least * wx
-        if error < lines[BEST, r] and scale > ZERO:
+        if error < lines[BEST, r] and scale > ZERO and (told or negative_only):
             lines[BEST, r], lines[SCALE, r], lines[MIN, r] = error, scale, least
+
+
+@compiled
+def _fit_min(total: np.float32, negative_only: bool, lines: Array) -> None:
+    """Fit the min alone where the codes that count are almost the same.
+
+    There the sums say nothing of the scale: one weight, or some of one code, have nearly all importance.
+    """
+    for r in range(TILE):
+        wq, wqq = lines[WQ, r], lines[WQQ, r]
+        if lines[INVERSE, r] > ZERO and not total * wqq - wq * wq > _SAME_CODES * total * wqq:
+            lines[SCALE, r] = ONE / lines[INVERSE, r]
+            lines[MIN, r] = (lines[WX, r] - lines[SCALE, r] * wq) / total
+            if negative_only and not lines[MIN, r] < ZERO:
+                lines[MIN, r] = ZERO
+                lines[SCALE, r] = lines[WXQ, r] / wqq if lines[WXQ, r] > ZERO else lines[SCALE, r]
 
 
 @contracted
@@ -125,6 +144,7 @@ def _try(
     lines[OLD_SCALE], lines[OLD_MIN] = lines[SCALE], lines[MIN]
     lines[BEST] = HUGE
     _keep_fit(total, negative_only, lines)
+    _fit_min(total, negative_only, lines)
     errors(work, weights, top, lines)
     for r in range(TILE):
         better = lines[ERROR, r] < best[r]

@@ -46,10 +46,25 @@ def settle(
 
     `chosen` is `[2, groups + 1, rows]`: scales and mins; the last line of the first is the error.
     """
-    groups = chosen.shape[1] - 1
-    size = len(work) // groups
-    found = np.zeros((6, groups, TILE), np.float32)
-    for g in range(groups):
+    found = np.zeros((6, chosen.shape[1] - 1, TILE), np.float32)
+    _begin(work, weights, top, limit, stretches, effort, lines, found, supers, chosen)
+    if effort == UNEVEN:
+        # A few weights are fitted by scales of any size; without that effort, groups get scales of like size.
+        other, trial, near = np.zeros_like(supers), np.zeros_like(chosen), np.zeros_like(found)
+        _begin(work, weights, top, limit, stretches, ALIKE, lines, near, other, trial)
+        _keep(supers, chosen, other, trial)
+    if effort > ALIKE or (effort == ALIKE and few_digits(supers[0])):
+        _improve(work, weights, top, limit, found, effort, lines, supers, chosen)
+
+
+@compiled
+def _begin(
+    work: Array, weights: Array, top: np.float32, limit: np.float32, stretches: Array, effort: int, lines: Array,
+    found: Array, supers: Array, chosen: Array,
+) -> None:  # fmt: skip
+    """Search every group's scale and min, then the nearest super ones and integers."""
+    size = len(work) // found.shape[1]
+    for g in range(found.shape[1]):
         weighed = weights[g * size : (g + 1) * size]
         search(work[g * size : (g + 1) * size], weighed, top, stretches, True, effort, lines)
         total = weighed.sum()
@@ -61,8 +76,6 @@ def settle(
         supers[0, r] = super_scale(found[_SCALES], found[_WQQ], r, ZERO, limit)
         supers[1, r] = super_scale(found[_MINS], found[_W], r, ZERO, limit)
     _choose_all(work, weights, top, supers, limit, found, 0, 1, lines, chosen)
-    if effort > ALIKE or (effort == ALIKE and few_digits(supers[0])):
-        _improve(work, weights, top, limit, found, effort, lines, supers, chosen)
 
 
 @compiled

@@ -32,17 +32,32 @@ def settle(
     The last line of `chosen` is the error.
     """
     groups = len(chosen) - 1
-    size = len(work) // groups
     found, weighs = np.zeros((groups, TILE), np.float32), np.zeros((groups, TILE), np.float32)
-    for g in range(groups):
+    _begin(work, weights, grid, limit, ends, values, effort, lines, found, weighs, supers, chosen)
+    if effort == UNEVEN:
+        # A few weights are fitted by scales of any size; without those extra ones, groups get scales of like size.
+        other, trial = np.zeros_like(supers), np.zeros_like(chosen)
+        near, counts = np.zeros_like(found), np.zeros_like(weighs)
+        _begin(work, weights, grid, limit, ends, values, ALIKE, lines, near, counts, other, trial)
+        _keep(supers, chosen, other, trial)
+    if effort > ALIKE or (effort == ALIKE and few_digits(supers)):
+        _improve(work, weights, grid, limit, found, weighs, effort, lines, supers, chosen)
+
+
+@compiled
+def _begin(
+    work: Array, weights: Array, grid: Grid, limit: np.float32, ends: Array, values: Array, effort: int, lines: Array,
+    found: Array, weighs: Array, supers: Array, chosen: Array,
+) -> None:  # fmt: skip
+    """Search every group's scale, then the super scales and integers nearest to them."""
+    size = len(work) // len(found)
+    for g in range(len(found)):
         part = slice(g * size, (g + 1) * size)
         search(work[part], weights[part], grid, ends, values, effort, lines)
         found[g], weighs[g] = lines[SCALE], lines[WVV]
     for r in range(TILE):
         supers[r] = super_scale(found, weighs, r, -limit, limit - ONE)
     _choose_all(work, weights, grid, supers, limit, found, 1, lines, chosen)
-    if effort > ALIKE or (effort == ALIKE and few_digits(supers)):
-        _improve(work, weights, grid, limit, found, weighs, effort, lines, supers, chosen)
 
 
 @compiled

@@ -24,7 +24,7 @@ QUICK, ALIKE, DIFFERENT, UNEVEN = -1, 0, 1, 2
 # How much of count · Σ w² the squared sum (Σ w)² of importances must be for these efforts to be spared.
 _SAME, _EVEN = np.float32(0.999), np.float32(0.5)
 # Where importance is uneven, super scales are tried whose largest integer moves by so much.
-FURTHER = np.array([-9, -6, -4, -3, -2, -1, -0.5, 0, 0.5, 1, 2, 3, 8, 20, 40], np.float32)
+FURTHER = np.array([-9, -5, -3, -1.5, -0.5, 0.5, 1.5, 3, 12, 40], np.float32)
 # Below, an fp16 number has at most six binary digits.
 _FEW_DIGITS = np.float32(2.0**-18)
 # The search for a super scale moves the largest integer scale by so much up or down.

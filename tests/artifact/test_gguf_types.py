@@ -102,7 +102,7 @@ def test_llama_cpp_runs_every_type(tiny: Callable[[str], Path], tmp_path: Path, 
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-@pytest.mark.parametrize("name", ["q4_k_m", "q2_k", "iq4_xs"])
+@pytest.mark.parametrize("name", ["q4_k_m", "q2_k", "iq4_xs", "q3_k_m", "q5_0", "q5_1", "iq4_nl", "mxfp4"])
 def test_expanded_file_gives_torchs_logits(tiny: Callable[[str], Path], tmp_path: Path, name: str, kind: str) -> None:
     """In fp32 throughout, so that nothing hides a mistake."""
     source, config = tiny(kind), DENSE if kind == "dense" else MOE

@@ -188,3 +188,10 @@ def test_widths_that_every_block_divides_have_the_wanted_types(name: str) -> Non
     config = parse_config(tiny_config(hidden_size=256, intermediate_size=512, head_dim=64), "test")
     shapes = config.all_matrices()
     assert all(shapes[m][1] % block_length(kind) == 0 for m, kind in wanted_types(config, name).items())
+
+
+def test_a_type_for_experts_says_that_a_dense_model_has_none(model: Path, tmp_path: Path) -> None:
+    told = call("gguf", model, "--type", "mxfp4_moe", "--output", tmp_path / "a.gguf")
+    assert told.code == 0
+    assert "mxfp4_moe is a type for experts, of which this model has none" in told.err
+    assert "experts" not in call("gguf", model, "--type", "mxfp4", "--output", tmp_path / "b.gguf").err

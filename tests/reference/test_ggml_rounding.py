@@ -92,6 +92,27 @@ def test_no_error_is_larger_where_importance_is_uneven(name: str, sigma: float) 
             assert ours <= other * (1 + 1e-9), (label, seed, ours / other)
 
 
+def few(inputs: int, share: float, rest: float) -> NDArray[np.float32]:
+    """Importances of which a share matters, and all others are `rest`."""
+    random = np.random.default_rng(inputs)
+    found = np.where(random.random(inputs) < share, np.exp(1.5 * random.standard_normal(inputs)), rest)
+    return found.astype(np.float32)
+
+
+@by_type
+@pytest.mark.parametrize(("share", "rest"), [(0.01, 0.0), (0.05, 0.0), (0.01, 1e-3)])
+def test_no_error_is_larger_where_few_inputs_matter(name: str, share: float, rest: float) -> None:
+    gaussian, weighed = np.random.default_rng(1).standard_normal((64, 1024)) * 0.02, few(1024, share, rest)
+    for weight in (gaussian, np.abs(gaussian) + 0.1, -np.abs(gaussian) - 0.1):
+        weight = weight.astype(np.float32)
+        found = dequantize(round_rows("a", weight, scheme_of_type(name), weighed).tensor)
+        theirs = quantize_rows(weight, name, weighed)
+        expanded = np.stack([dequantize_row(row, name, 1024) for row in theirs])
+        # An error as small as that of an fp16 scale is none.
+        least = 2e-7 * error(np.zeros_like(weight), weight, weighed)
+        assert error(found, weight, weighed) <= error(expanded, weight, weighed) + least
+
+
 @by_type
 def test_libggml_reads_what_was_meant(name: str) -> None:
     for weight in weights().values():

@@ -47,6 +47,7 @@ from qwen3_export.ship.gguf.options import (
     check_split_size,
     larger_than_shards,
     unweighed,
+    without_experts,
 )
 from qwen3_export.ship.gguf.plan import check_stacks, planned_tensors
 from qwen3_export.ship.gguf.shards import check_places, shard_paths, staged_files
@@ -73,8 +74,11 @@ def export_gguf(
     if _rounds(checkpoint, types):
         import_loops()
     others = _fallbacks(checkpoint, types, options)
-    warnings = (unweighed(plan, encoder, options), another_model(checkpoint, options))
-    for warning in (*warnings, larger_than_shards(plan, options), others.warning()):
+    warnings = (
+        unweighed(plan, encoder, options), another_model(checkpoint, options), larger_than_shards(plan, options),
+        without_experts(types, checkpoint.config.num_experts), others.warning(),
+    )  # fmt: skip
+    for warning in warnings:
         if warning is not None:
             progress.warn(warning)
     paths = _write(checkpoint, output, plan, encoder, force, progress, options)

@@ -54,6 +54,13 @@ def larger_than_shards(plan: Sequence[Planned], options: Options) -> str | None:
     return f"{name} has {size / 1e6:.1f} MB{others}, more than --split-max-size: it gets a larger shard of its own"
 
 
+def without_experts(types: Types, num_experts: int) -> str | None:
+    """A warning of a type for experts that a dense model gets, or None."""
+    if types.file_type != "mxfp4_moe" or num_experts:
+        return None
+    return "mxfp4_moe is a type for experts, of which this model has none: other matrices get q8_0; mxfp4 is for all"
+
+
 def check_overrides(plan: Sequence[Planned], types: Types, overrides: Overrides) -> None:
     """Raise InputError for a type that was asked for and that no tensor gets."""
     names = [item.name for item in plan if item.modules[0] in types.modules]
