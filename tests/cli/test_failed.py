@@ -14,6 +14,8 @@ import pytest
 import qwen3_export
 from tests.cli.helpers import call, names, refused, reported
 
+# Where another process has one of two processors, llama.cpp's second thread is waited for.
+THREADS = ("--threads", "1")
 BENCH = ("--prompt-tokens", "16", "--new-tokens", "2", "--repeat", "1")
 
 
@@ -25,6 +27,12 @@ def broken(made: dict[str, Path], tmp_path: Path) -> Path:
     data = folder / "model.onnx.data"
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     return folder
+
+
+def _validate(broken: Path, made: dict[str, Path], folder: Path) -> tuple[str | Path, ...]:
+    """A command that measures one artifact of two."""
+    report = ("--report", folder / "report")
+    return ("validate", broken, made["gguf"], "--reference", made["reference"], *report, *THREADS)
 
 
 def _check(outcome: Any, command: str, report: Path, broken: Path, measured: Path) -> None:
@@ -44,7 +52,7 @@ def _check(outcome: Any, command: str, report: Path, broken: Path, measured: Pat
 
 
 def test_validate_measures_the_others(broken: Path, made: dict[str, Path], tmp_path: Path) -> None:
-    asked = ("validate", broken, made["gguf"], "--reference", made["reference"], "--report", tmp_path / "report")
+    asked = _validate(broken, made, tmp_path)
     _check(call(*asked, "--max-kl", "9", "--json"), "validate", tmp_path / "report", broken, made["gguf"])
     told = call(*asked, "--force")
     assert f"{broken.name}: not measured: " in told.out
@@ -64,7 +72,7 @@ def test_validate_measures_the_others(broken: Path, made: dict[str, Path], tmp_p
 
 
 def test_compare_says_who_is_left_out(broken: Path, made: dict[str, Path], tmp_path: Path) -> None:
-    asked = ("validate", broken, made["gguf"], "--reference", made["reference"], "--report", tmp_path / "report")
+    asked = _validate(broken, made, tmp_path)
     assert call(*asked).code == 2
     outcome = call("compare", tmp_path / "report", "--json")
     assert [item["artifact"] for item in outcome.json["candidates"]] == [str(made["gguf"])]
@@ -133,7 +141,7 @@ def test_the_memory_of_one_does_not_cost_the_others(made: dict[str, Path], monke
         return opened(artifact, options)
 
     monkeypatch.setattr(module, "open_session", scarce)
-    outcome = call("validate", made["onnx"], made["gguf"], "--reference", made["reference"], "--json")
+    outcome = call("validate", made["onnx"], made["gguf"], "--reference", made["reference"], "--json", *THREADS)
     assert outcome.code == 4
     found = reported(outcome, "validate")
     assert [item["exit_code"] for item in found["failed"]] == [4]
