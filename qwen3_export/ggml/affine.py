@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.ggml.affine_fit import LINES, MIN, SCALE, search, store_halves
 from qwen3_export.ggml.affine_super import settle
-from qwen3_export.ggml.tiles import ONE, ZERO, add_errors, effort_for, store_codes
+from qwen3_export.ggml.tiles import NO, ONE, ZERO, add_errors, effort_for, store_codes
 from qwen3_export.model.compiled import Array, compiled
 from qwen3_export.model.tiles import TILE, load
 
@@ -96,7 +96,7 @@ def round_simple(
             load(words, shift, row, 32 * group, 32, bits)
             weights = importance[32 * group : 32 * group + 32]
             effort = effort_for(weights, quick)
-            search(work, weights, top, stretches, False, effort, lines)
+            search(work, weights, top, stretches, NO, effort, lines)
             store_halves(work, weights, top, effort, lines, kept)
             _round(work, lines[SCALE], lines[MIN], top, here, sums)
             for r in range(here):

@@ -7,18 +7,18 @@ A group's state lies in `lines` `[LINES, rows]`, one line per quantity:
     WQ, WQQ, WXQ     Σ w code, Σ w code² and Σ w x code of its codes; WX, WXX: Σ w x and Σ w x²
     SCALE, MIN, BEST the best scale and min so far, and their error
     ERROR            the error of integers below a super scale, or of a fit
-    OLD_SCALE, …     the best scale and min, while others are tried in their place
+    OLD_BEST, …      those of the best, while others are tried in their place
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from qwen3_export.ggml.tiles import ALIKE, HUGE, ONE, UNEVEN, ZERO, half, next_half
+from qwen3_export.ggml.tiles import ALIKE, HUGE, NO, ONE, UNEVEN, YES, ZERO, half, next_half
 from qwen3_export.model.compiled import Array, compiled, contracted
 from qwen3_export.model.tiles import TILE
 
-LOW, RANGE, INVERSE, START, WQ, WQQ, WXQ, WX, WXX, SCALE, MIN, ERROR, BEST, OLD_SCALE, OLD_MIN = range(15)
+LOW, RANGE, INVERSE, START, WQ, WQQ, WXQ, WX, WXX, SCALE, MIN, ERROR, BEST, OLD_BEST, OLD_SCALE, OLD_MIN = range(16)
 LINES = OLD_MIN + 1
 # Where importance differs: stretches of the range that are tried, too, and parts of it that are cut off at either end.
 _MORE = np.linspace(-2.1, 2.1, 15, dtype=np.float32)
@@ -140,15 +140,15 @@ def _try(
     if not exactly:
         _keep_fit(total, negative_only, lines)
         return
-    best = lines[BEST].copy()
-    lines[OLD_SCALE], lines[OLD_MIN] = lines[SCALE], lines[MIN]
-    lines[BEST] = HUGE
+    for r in range(TILE):
+        lines[OLD_BEST, r], lines[OLD_SCALE, r], lines[OLD_MIN, r] = lines[BEST, r], lines[SCALE, r], lines[MIN, r]
+        lines[BEST, r] = HUGE
     _keep_fit(total, negative_only, lines)
     _fit_min(total, negative_only, lines)
     errors(work, weights, top, lines)
     for r in range(TILE):
-        better = lines[ERROR, r] < best[r]
-        lines[BEST, r] = lines[ERROR, r] if better else best[r]
+        better = lines[ERROR, r] < lines[OLD_BEST, r]
+        lines[BEST, r] = lines[ERROR, r] if better else lines[OLD_BEST, r]
         lines[SCALE, r] = lines[SCALE, r] if better else lines[OLD_SCALE, r]
         lines[MIN, r] = lines[MIN, r] if better else lines[OLD_MIN, r]
 
@@ -201,7 +201,7 @@ def _search_around(work: Array, weights: Array, top: np.float32, total: np.float
                     scale = lines[SCALE, r]
                     lines[START, r] += np.float32(below) * wide * scale
                     lines[INVERSE, r] *= ONE + np.float32(above) * wide / top
-                _try(work, weights, top, total, False, True, lines)
+                _try(work, weights, top, total, NO, YES, lines)
 
 
 @compiled
@@ -216,7 +216,7 @@ def _search_further(
                 size = lines[RANGE, r]
                 lines[START, r] = lines[LOW, r] + below * size
                 lines[INVERSE, r] = top / (size * (ONE - below - above)) if size > ZERO else ZERO
-            _try(work, weights, top, total, negative_only, True, lines)
+            _try(work, weights, top, total, negative_only, YES, lines)
 
 
 @compiled

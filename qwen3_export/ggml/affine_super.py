@@ -19,9 +19,13 @@ from qwen3_export.ggml.affine_fit import (
 )
 from qwen3_export.ggml.tiles import (
     ALIKE,
+    BEYOND,
     FURTHER,
     HUGE,
+    NEXT,
+    NONE,
     UNEVEN,
+    YES,
     ZERO,
     few_digits,
     half,
@@ -66,7 +70,7 @@ def _begin(
     size = len(work) // found.shape[1]
     for g in range(found.shape[1]):
         weighed = weights[g * size : (g + 1) * size]
-        search(work[g * size : (g + 1) * size], weighed, top, stretches, True, effort, lines)
+        search(work[g * size : (g + 1) * size], weighed, top, stretches, YES, effort, lines)
         total = weighed.sum()
         for r in range(TILE):
             found[_SCALES, g, r], found[_MINS, g, r] = lines[SCALE, r], -lines[MIN, r]
@@ -75,7 +79,7 @@ def _begin(
     for r in range(TILE):
         supers[0, r] = super_scale(found[_SCALES], found[_WQQ], r, ZERO, limit)
         supers[1, r] = super_scale(found[_MINS], found[_W], r, ZERO, limit)
-    _choose_all(work, weights, top, supers, limit, found, 0, 1, lines, chosen)
+    _choose_all(work, weights, top, supers, limit, found, NONE, NEXT, lines, chosen)
 
 
 @compiled
@@ -88,21 +92,20 @@ def _improve(
     if effort == UNEVEN:
         for of in (0, 1):
             for stretch in FURTHER:
-                other[:] = supers
                 for r in range(TILE):
+                    other[1 - of, r] = supers[1 - of, r]
                     other[of, r] = stretched_super(found[of], found[2 + of], r, ZERO, limit, stretch)
-                _choose_all(work, weights, top, other, limit, found, 1, 0, lines, trial)
+                _choose_all(work, weights, top, other, limit, found, NEXT, NONE, lines, trial)
                 _keep(supers, chosen, other, trial)
     if few_digits(supers[0]):
         for step in (-2, -1, 1, 2, 3):
-            other[:] = supers
             for r in range(TILE):
-                other[0, r] = next_half(supers[0, r], step)
-            _choose_all(work, weights, top, other, limit, found, 2, 1, lines, trial)
+                other[0, r], other[1, r] = next_half(supers[0, r], step), supers[1, r]
+            _choose_all(work, weights, top, other, limit, found, BEYOND, NEXT, lines, trial)
             _keep(supers, chosen, other, trial)
     for reach in range(1, 2 * effort + 1):
         _refit(work, weights, top, supers, found, chosen, lines, other)
-        _choose_all(work, weights, top, other, limit, found, reach, 1, lines, trial)
+        _choose_all(work, weights, top, other, limit, found, reach, NEXT, lines, trial)
         _keep(supers, chosen, other, trial)
 
 

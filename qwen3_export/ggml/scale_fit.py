@@ -19,7 +19,7 @@ from qwen3_export.ggml.tiles import ALIKE, HUGE, ONE, UNEVEN, ZERO, half, next_h
 from qwen3_export.model.compiled import Array, compiled, contracted
 from qwen3_export.model.tiles import TILE
 
-PEAK, DEAREST, INVERSE, WXV, WVV, SCALE, BEST, ERROR, CODE = range(9)
+PEAK, DEAREST, INVERSE, WXV, WVV, SCALE, BEST, ERROR, CODE = np.arange(9)
 LINES = CODE + 1
 # Where importance differs, the largest weight gets values beside the outermost one, too: so many eighths of it away on
 # grids of up to sixteen values. Finer grids lose more by a clipped weight, so there the steps shrink.

@@ -8,7 +8,9 @@ from qwen3_export.ggml.grids import Grid
 from qwen3_export.ggml.scale_fit import SCALE, WVV, WXV, attempt, choose, invert, search
 from qwen3_export.ggml.tiles import (
     ALIKE,
+    BEYOND,
     FURTHER,
+    NEXT,
     ONE,
     UNEVEN,
     ZERO,
@@ -54,10 +56,11 @@ def _begin(
     for g in range(len(found)):
         part = slice(g * size, (g + 1) * size)
         search(work[part], weights[part], grid, ends, values, effort, lines)
-        found[g], weighs[g] = lines[SCALE], lines[WVV]
+        for r in range(TILE):
+            found[g, r], weighs[g, r] = lines[SCALE, r], lines[WVV, r]
     for r in range(TILE):
         supers[r] = super_scale(found, weighs, r, -limit, limit - ONE)
-    _choose_all(work, weights, grid, supers, limit, found, 1, lines, chosen)
+    _choose_all(work, weights, grid, supers, limit, found, NEXT, lines, chosen)
 
 
 @compiled
@@ -71,13 +74,13 @@ def _improve(
         for stretch in FURTHER:
             for r in range(TILE):
                 other[r] = stretched_super(found, weighs, r, -limit, limit - ONE, stretch)
-            _choose_all(work, weights, grid, other, limit, found, 1, lines, trial)
+            _choose_all(work, weights, grid, other, limit, found, NEXT, lines, trial)
             _keep(supers, chosen, other, trial)
     if few_digits(supers):
         for step in range(-2, 3):
             for r in range(TILE):
                 other[r] = next_half(supers[r], step)
-            _choose_all(work, weights, grid, other, limit, found, 2, lines, trial)
+            _choose_all(work, weights, grid, other, limit, found, BEYOND, lines, trial)
             _keep(supers, chosen, other, trial)
     for reach in range(2, 2 * effort + 1, 2):
         _choose_all(work, weights, grid, supers, limit, found, reach, lines, trial)

@@ -19,8 +19,10 @@ HUGE = np.float32(3e38)
 _SPLIT, _TINY, _STEP = np.float32(8193.0), np.float32(2.0**-14), np.float32(2.0**-24)
 _LARGEST_HALF = np.float32(65504.0)
 # Efforts of a search: a solver fits scales anew, inputs count alike, importances differ, a few of them are most of the
-# sum.
-QUICK, ALIKE, DIFFERENT, UNEVEN = -1, 0, 1, 2
+# sum. They and the next ones are NumPy's numbers, since numba compiles a function anew for each of Python's.
+QUICK, ALIKE, DIFFERENT, UNEVEN = np.arange(-1, 3)
+NONE, NEXT, BEYOND = np.arange(3)
+YES, NO = np.bool_(True), np.bool_(False)
 # How much of count · Σ w² the squared sum (Σ w)² of importances must be for these efforts to be spared.
 _SAME, _EVEN = np.float32(0.999), np.float32(0.5)
 # Where importance is uneven, super scales are tried whose largest integer moves by so much.
@@ -85,7 +87,7 @@ def few_digits(supers: Array) -> bool:
 
 
 @compiled
-def effort_for(weights: Array, quick: bool) -> int:
+def effort_for(weights: Array, quick: bool) -> Any:
     """How hard to search, given some inputs' importances."""
     if quick:
         return QUICK
