@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,24 @@ def processors() -> int:
     """The default number of threads of a runtime, at least one."""
     allowed, quota = len(os.sched_getaffinity(0)), cpu_quota()
     return allowed if quota is None else max(1, min(allowed, int(quota)))
+
+
+def others_wait(loadavg: Path = Path("/proc/loadavg"), looks: int = 5, pause: float = 0.002) -> bool:
+    """Whether other work leaves a runtime fewer processors than the machine has.
+
+    More tasks want to run than this one, at every one of some looks a moment apart; False where that cannot be read.
+    """
+    for look in range(looks):
+        if look:
+            time.sleep(pause)
+        try:
+            running = int(loadavg.read_text().split()[3].partition("/")[0])
+        except (OSError, ValueError, IndexError):
+            return False
+        # One of them is this process, which reads.
+        if running - 1 + processors() <= (os.cpu_count() or 1):
+            return False
+    return True
 
 
 def sums_int8_exactly(cpuinfo: Path = Path("/proc/cpuinfo"), machine: str | None = None) -> bool:

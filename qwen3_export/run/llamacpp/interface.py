@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_export.core.memory import lacks_memory, out_of_memory
+from qwen3_export.core.processors import others_wait
 from qwen3_export.errors import ExportError, InputError, MissingRuntimeError, ResourceError
 
 PINNED = "2026.10.11549"
@@ -152,9 +153,10 @@ def library() -> C.CDLL:
     if found != PINNED:
         raise MissingRuntimeError(f"xllamacpp {found} is installed, {PINNED} is needed", _INSTALL)
     _check_cpu()
-    # Threads that wait for each other spin briefly before they sleep. Sleeping at every operation makes decoding of
-    # a small model many times slower, and so does endless spinning on a busy machine.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # Threads that wait for each other spin briefly before they sleep: sleeping at every operation halves the speed of
+    # a small model. Where other work has a processor, the thread that is waited for needs the one that would be spun
+    # on: spinning then takes two to four times as long.
+    os.environ.setdefault("GOMP_SPINCOUNT", "0" if others_wait() else "20000")
     spec = importlib.util.find_spec("xllamacpp")
     assert spec is not None
     assert spec.origin is not None

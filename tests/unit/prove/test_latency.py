@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3_export.core.processors import cpu_quota, processors
+from qwen3_export.core.processors import cpu_quota, others_wait, processors
 from qwen3_export.prove.latency import _warnings, weight_bytes
 from qwen3_export.prove.meters import MachineLoad, energy_meter, memory_bandwidth
 from qwen3_export.ship.gguf.encode import in_order
@@ -46,6 +46,32 @@ def test_quota_and_affinity_decide_the_threads(monkeypatch: pytest.MonkeyPatch) 
     for quota, threads in ((None, 8), (2.5, 2), (0.2, 1), (16.0, 8)):
         monkeypatch.setattr("qwen3_export.core.processors.cpu_quota", lambda quota=quota: quota)
         assert processors() == threads
+
+
+@pytest.mark.parametrize(
+    ("running", "threads", "waits"),
+    [("1/90", 2, False), ("2/90", 2, True), ("3/90", 1, True), ("2/90", 1, False), ("0/0", 2, False), ("?", 2, False)],
+)
+def test_other_work_that_wants_a_processor_of_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, running: str, threads: int, waits: bool
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr("qwen3_export.core.processors.processors", lambda: threads)
+    (tmp_path / "loadavg").write_text(f"0.50 0.40 0.30 {running} 4711\n")
+    assert others_wait(tmp_path / "loadavg") == waits
+    assert not others_wait(tmp_path / "absent")
+
+
+def test_waiting_threads_of_llamacpp_sleep_where_other_work_has_a_processor() -> None:
+    read = (
+        "import os; os.environ.pop('GOMP_SPINCOUNT', None)\n"
+        "from qwen3_export.run.llamacpp import interface\n"
+        "interface.others_wait = lambda: {waits}\n"
+        "interface.library(); print(os.environ['GOMP_SPINCOUNT'])"
+    )
+    for waits, spins in ((True, "0"), (False, "20000")):
+        command = [sys.executable, "-c", read.format(waits=waits)]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == spins
 
 
 def test_every_runtime_takes_the_threads_of_the_quota(monkeypatch: pytest.MonkeyPatch, reference_folder: Path) -> None:
