@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qwen3_export.core.architecture import expert_of, is_expert
-from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
+from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.qwen3 import block_name
 from qwen3_export.errors import InputError
@@ -50,14 +50,13 @@ class _Sums:
         return (self.error[name] / size) ** 0.5 if size else 0.0
 
 
-def check_explainable(artifact: Path) -> Checkpoint:
-    """The artifact's checkpoint; InputError unless it is a Hugging Face folder."""
+def check_explainable(artifact: Path) -> None:
+    """Raise InputError for an artifact that is no Hugging Face folder."""
     if artifact.is_file() or not (artifact / "config.json").is_file() or list(artifact.glob("*.onnx")):
         raise InputError(
             f"--explain: {artifact} is no Hugging Face folder",
             "explain the quantized folder that it was exported from: its codes are the same",
         )
-    return open_checkpoint(artifact)
 
 
 def explain(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
 from qwen3_export.core.manifest import read_manifest
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.source import open_source
@@ -89,7 +89,8 @@ def validate(
     measured too and adds the fields of `prove.latency.bench`. `tasks` are answered by both models. `explained` adds
     where drift comes from; it needs Hugging Face folders, and the original itself as reference.
     """
-    checkpoints = _explainable(artifacts, reference) if explained else []
+    if explained:
+        _check_explainable(artifacts, reference)
     limits = {name: parse_limit(name, value) for name, value in (limits or {}).items()}
     chats, sidecars = reference.chats is not None, reference.sidecars is not None
     measured = {"tasks": bool(tasks), "sidecars": sidecars, "thinking": chats, "no_thinking": chats}
@@ -98,13 +99,14 @@ def validate(
 
     def measured_one(number: int) -> dict[str, Any]:
         artifact = artifacts[number]
+        checkpoint = open_checkpoint(artifact) if explained else None
         result = _validate_one(artifact, reference, limits, options, progress, tasks, right)
         if any(is_latency(name) for name in limits):
             given = options or RuntimeOptions()
             workload = Workload(GATE_PROMPTS, threads=given.threads, device=given.device)
             result |= bench([artifact], workload, progress)["results"][0]
-        if checkpoints:
-            result["explain"] = _explained(reference, checkpoints[number], progress)
+        if checkpoint:
+            result["explain"] = _explained(reference, checkpoint, progress)
         return {**result, "gate": check(result, limits, on)}
 
     results, failed = measure_each(artifacts, measured_one, progress or Progress())
@@ -128,8 +130,8 @@ def rounding_errors(artifact: Path) -> dict[str, dict[str, float]] | None:
     return averaged or None
 
 
-def _explainable(artifacts: Sequence[Path], reference: Reference) -> list[Checkpoint]:
-    """The artifacts' checkpoints; InputError where drift cannot be traced."""
+def _check_explainable(artifacts: Sequence[Path], reference: Reference) -> None:
+    """Raise InputError where drift cannot be traced."""
     if isinstance(reference, ReferenceFile):
         raise InputError(
             "--explain: a reference file holds the original's answers, not its blocks",
@@ -137,7 +139,8 @@ def _explainable(artifacts: Sequence[Path], reference: Reference) -> list[Checkp
         )
     from qwen3_export.prove.explain import check_explainable
 
-    return [check_explainable(artifact) for artifact in artifacts]
+    for artifact in artifacts:
+        check_explainable(artifact)
 
 
 def _explained(reference: Reference, artifact: Checkpoint, progress: Progress | None) -> dict[str, Any]:

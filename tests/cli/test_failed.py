@@ -71,6 +71,19 @@ def test_validate_measures_the_others(broken: Path, made: dict[str, Path], tmp_p
     assert str(broken) in error
 
 
+def test_a_damaged_folder_does_not_cost_what_explains_the_others(
+    made: dict[str, Path], model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(made["quantized"], folder)
+    weights = next(folder.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    asked = ("validate", folder, made["quantized"], "--reference", model, "--tokens", "64", "--explain")
+    outcome = call(*asked, "--report", tmp_path / "report", "--json", *THREADS)
+    _check(outcome, "validate", tmp_path / "report", folder, made["quantized"])
+    assert reported(outcome, "validate")["results"][0]["explain"]["blocks"]
+
+
 def test_compare_says_who_is_left_out(broken: Path, made: dict[str, Path], tmp_path: Path) -> None:
     asked = _validate(broken, made, tmp_path)
     assert call(*asked).code == 2
