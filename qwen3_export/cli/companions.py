@@ -155,7 +155,7 @@ def _report(path: Path) -> dict[str, Any]:
         "bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
         "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()},
         "title": _as(read_manifest(folder).get("title"), str) if (folder / MANIFEST).is_file() else None,
-        "artifacts": list({str(item.get("artifact")): _measured(item) for item in [*failed, *items]}.values()),
+        "artifacts": list({(one["artifact"], one["node"]): one for one in map(_measured, [*failed, *items])}.values()),
         "passed": _as(values.get("passed"), bool),
         "verdict": _as(values.get("verdict"), str),
         "environment": _as(values.get("environment"), dict),
@@ -166,8 +166,10 @@ def _measured(item: dict[str, Any]) -> dict[str, Any]:
     """One artifact's figures in a report; None where one was not measured."""
     decode = item.get("decode")
     speed = decode.get("tokens_per_second_p50") if isinstance(decode, dict) else item.get("tokens_per_second")
+    node = _as(item.get("node"), dict) or {}
     return {
         "artifact": str(item.get("artifact")),
+        "node": _as(node.get("label"), str) or _as(node.get("name"), str),
         "runtime": _as(item.get("runtime"), str),
         "kl_mean": _number(item.get("kl_mean")),
         "bytes": _as(item.get("bytes"), int),

@@ -77,9 +77,11 @@ def _show_report(values: dict[str, Any]) -> None:
             "files": ", ".join(values["files"]),
         }
     )
+    in_a_lab = any(item["node"] for item in values["artifacts"])
     rows = [
         [
             item["artifact"],
+            *([item["node"] or "-"] if in_a_lab else ()),
             item["runtime"] or "-",
             "-" if item["bytes"] is None else size(item["bytes"]),
             "-" if item["kl_mean"] is None else f"{item['kl_mean'] + 0.0:.5f}",
@@ -87,10 +89,11 @@ def _show_report(values: dict[str, Any]) -> None:
         ]
         for item in values["artifacts"]
     ]
-    table(["artifact", "runtime", "size", "KL (nats)", "decode tok/s"], rows)
+    table(["artifact", *(["node"] if in_a_lab else ()), "runtime", "size", "KL (nats)", "decode tok/s"], rows)
     for item in values["artifacts"]:
         if item["error"]:
-            tell(f"{item['artifact']}: not measured: {item['error']}")
+            where = f" ({item['node']})" if item["node"] else ""
+            tell(f"{item['artifact']}{where}: not measured: {item['error']}")
 
 
 def _show_triton(values: dict[str, Any]) -> None:

@@ -215,6 +215,11 @@ def test_artifacts_are_measured_on_the_nodes_that_are_named(
     for name in (made["gguf"].name, made["onnx"].name):
         for label in ("device-0", "device-1"):
             assert f"{name} on {label}" in text
+    rows = call("inspect", tmp_path / "report", "--json").json["artifacts"]
+    assert [(row["artifact"], row["node"], row["kl_mean"]) for row in rows] == [
+        (item["artifact"], item["node"]["label"], item["kl_mean"]) for item in found["results"]
+    ]
+    assert "device-1" in call("inspect", tmp_path / "report").out
 
     options = ("--prompt-tokens", "16", "--new-tokens", "2", "--repeat", "1", "--json")
     timed = call("bench", made["gguf"].name, *options, *labels[:4])

@@ -190,11 +190,11 @@ def test_what_is_none_of_these_is_refused(tmp_path: Path, name: str, content: by
 
 def test_a_report_that_somebody_changed_is_shown_as_far_as_it_can_be(tmp_path: Path) -> None:
     odd = {"artifact": 3, "kl_mean": "x", "bytes": True, "runtime": [], "decode": {"tokens_per_second_p50": 1e999}}
-    odd["error"] = 7
+    odd |= {"error": 7, "node": {"label": [], "name": 2}}
     values = {"results": [odd, {"artifact": "a", "decode": 7}], "passed": "x", "environment": [1], "verdict": {}}
     (tmp_path / "report.json").write_text(json.dumps(values))
     found = described(tmp_path)
-    assert [list(item.values()) for item in found["artifacts"]] == [["3", *[None] * 5], ["a", *[None] * 5]]
+    assert [list(item.values()) for item in found["artifacts"]] == [["3", *[None] * 6], ["a", *[None] * 6]]
     assert (found["passed"], found["verdict"], found["environment"]) == (None, None, None)
     assert "nothing was asked" in call("inspect", tmp_path).out
 
