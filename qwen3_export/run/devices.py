@@ -22,6 +22,7 @@ from typing import Any
 
 from qwen3_export.core.process import uninterrupted
 from qwen3_export.errors import InputError, MissingRuntimeError
+from qwen3_export.run.ort_words import reason_of
 
 DEVICES = ("cpu", "cuda", "rtx", "plan")
 # Operators that read weights or a cache have one of these in their name: where they run is where the model runs.
@@ -132,7 +133,7 @@ def _plugin_devices(onnxruntime: Any, provider: Provider) -> list[Any]:
             library = importlib.import_module(provider.plugin).get_library_path()
             onnxruntime.register_execution_provider_library(provider.name, library)
         except Exception as error:  # onnxruntime's errors share no public base below Exception
-            reason = str(error).strip().splitlines()[0]
+            reason = reason_of(error)
             raise MissingRuntimeError(
                 f"{provider.name} cannot be loaded ({reason})", "it needs an RTX GPU and its driver"
             ) from error

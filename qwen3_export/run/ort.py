@@ -22,6 +22,7 @@ from qwen3_export.errors import ExportError, InputError, MissingRuntimeError
 from qwen3_export.run.devices import PROVIDERS, find_provider, open_on
 from qwen3_export.run.exact_graph import exact_graph, kernels
 from qwen3_export.run.onnx_files import OnnxFiles, find_onnx
+from qwen3_export.run.ort_words import reason_of
 from qwen3_export.run.plan_files import ENGINE
 from qwen3_export.run.session import RuntimeOptions, check_ids
 from qwen3_export.run.signature import read_signature
@@ -82,8 +83,8 @@ class OrtSession:
         except Exception as error:  # onnxruntime's errors share no public base below Exception
             if lacks_memory(error):
                 raise out_of_memory(folder, error) from error
-            reason = str(error).strip().splitlines()[0]
-            if "NOT_IMPLEMENTED" in reason or (of_plan and "is not a registered function/op" in reason):
+            reason = reason_of(error)
+            if "NOT_IMPLEMENTED" in str(error) or (of_plan and "is not a registered function/op" in reason):
                 raise MissingRuntimeError(
                     f"{folder}: ONNX Runtime has no kernel for it on this device ({reason})",
                     _PLAN_ALONE if of_plan else "export with --precision fp32, or run it where bf16 is supported",
@@ -232,8 +233,8 @@ class OrtSession:
         except Exception as error:  # onnxruntime's errors share no public base below Exception
             if lacks_memory(error):
                 raise out_of_memory(self._folder, error) from error
-            reason = str(error).strip().splitlines()[0]
-            if self._on_device and any(word in reason for word in _OF_THE_DRIVER):
+            reason = reason_of(error)
+            if self._on_device and any(word in str(error) for word in _OF_THE_DRIVER):
                 raise MissingRuntimeError(f"{self._folder}: {self.device} failed ({reason})", _SMI) from error
             raise InputError(f"{self._folder}: ONNX Runtime cannot run it ({reason})") from error
 

@@ -25,6 +25,7 @@ from qwen3_export.run.exact_graph import kernels, without_rounding
 from qwen3_export.run.graph_parts import GraphParts, Part
 from qwen3_export.run.onnx_files import find_onnx
 from qwen3_export.run.ort import needs_exact_sums, onnxruntime_for
+from qwen3_export.run.ort_words import reason_of
 from qwen3_export.run.session import check_ids, check_logits
 
 # Values of one call by name, in ONNX Runtime's memory.
@@ -160,8 +161,8 @@ class PartedModel:
         except Exception as error:  # onnxruntime's errors share no public base below Exception
             if lacks_memory(error):
                 raise out_of_memory(self._path, error) from error
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if "NOT_IMPLEMENTED" in reason:
+            reason = reason_of(error)
+            if "NOT_IMPLEMENTED" in str(error):
                 raise MissingRuntimeError(
                     f"{self._folder}: ONNX Runtime has no kernel for it on this device ({reason})",
                     "export with --precision fp32, or run it where bf16 is supported",
