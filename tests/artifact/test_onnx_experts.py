@@ -21,7 +21,6 @@ from qwen3_export.run.parted import PartedModel
 from qwen3_export.run.session import RuntimeOptions, greedy
 from qwen3_export.ship.onnx import export_onnx
 from qwen3_export.ship.tensorrt import export_tensorrt
-from qwen3_export.ship.tensorrt.profiles import Profile
 from tests.artifact.expert_folders import IDS, WIDE, export, with_experts
 from tests.artifact.support import (
     SAME,
@@ -252,19 +251,6 @@ def test_tensorrt_refuses_many_experts(make_checkpoint: Callable, tmp_path: Path
         export_tensorrt(open_checkpoint(make_checkpoint(many)), tmp_path / "out" / "trt")
     assert "gguf" in (caught.value.hint or "")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("scheme", [None, QuantScheme(4, group_size=16)], ids=["bf16", "w4"])
-def test_tensorrt_computes_a_few_experts_all(
-    make_checkpoint: Callable, tmp_path: Path, scheme: QuantScheme | None
-) -> None:
-    """The plan builds, stores every matrix once, and its ONNX gives the logits of a choice."""
-    folder = make_checkpoint(tiny_moe_config())
-    checkpoint = with_experts(folder, scheme, tmp_path) if scheme else open_checkpoint(folder)
-    export_tensorrt(checkpoint, tmp_path / "trt", capabilities=("8.9",), profile=Profile(32, 64))
-    assert {node.op_type for node in load_graph(tmp_path / "trt").graph.node}.isdisjoint({"Loop", "NonZero"})
-    ids = [random_ids(40, seed=seed) for seed in range(3)]
-    assert mean_kl(logits(checkpoint.folder, ids), logits(tmp_path / "trt", ids)) < 1e-4
 
 
 def test_dense_results_say_nothing_of_experts(make_checkpoint: Callable, tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ def experts(graph: GraphBuilder, x: ir.Value, layer: SparseLayer, dtype: ir.Data
     It has the shape of `x`, `[batch, sequence, hidden]`.
     """
     name, op, constant = layer.name, graph.op, graph.constant
-    rows = op("Reshape", [x, constant([-1, layer.checkpoint.config.hidden_size])], f"{name}.rows")
+    # Three axes, as every other product has: groups of inputs are cut from the last one.
+    rows = op("Reshape", [x, constant([1, -1, layer.checkpoint.config.hidden_size])], f"{name}.rows")
     weights = _weights(graph, x, layer, dtype)
     total: ir.Value | None = None
     gate_part, up_part, down_part = layer.parts
