@@ -31,15 +31,25 @@ def gate(
     Exit 1 when something got worse.
     """
     from qwen3_export.prove.baseline import compare_with_baseline, read_report
+    from qwen3_export.prove.pair import may_be_worse
     from qwen3_export.prove.report import append_summary, write_report
     from qwen3_export.prove.tolerance import read_tolerance
 
     show = console(json, quiet, verbose)
     if output:
         check_output(output, [report, baseline, tolerance], force)
-    result = compare_with_baseline(read_report(report), read_report(baseline), read_tolerance(tolerance), strict)
+    old = read_report(baseline)
+    result = compare_with_baseline(read_report(report), old, read_tolerance(tolerance), strict)
     for name in result["unpaired"]:
         show.say(f"note: {name} is new: the baseline does not have it")
+    for item in old.get("failed") or ():
+        show.say(f"note: {item['artifact']} was not measured in the baseline: {item['error']}")
+    for item in filter(may_be_worse, result["pairs"]):
+        why = item["reason"] or "its interval reaches into the tolerance"
+        show.warn(
+            f"{item['artifact']}: {item['metric']} went from {item['baseline']:.4g} to {item['value']:.4g}, beyond its "
+            f"tolerance, but is inconclusive ({why}): more text or repeats decide it, --strict fails on it"
+        )
     if output:
         write_report(output, result, force, title="Gate against a baseline")
     append_summary(result, "Gate against a baseline")
@@ -55,7 +65,7 @@ def _gated(result: dict[str, Any]) -> None:
     table(shown.headers, shown.rows)
     for item in result["pairs"]:
         if item["reason"]:
-            tell(f"{item['artifact']}: {item['metric']} is inconclusive: {item['reason']}")
+            tell(f"{item['artifact']}: {item['metric']} has no interval: {item['reason']}")
     tell(f"verdict: {result['verdict']}")
 
 

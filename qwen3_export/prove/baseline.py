@@ -23,7 +23,7 @@ from qwen3_export.errors import InputError
 from qwen3_export.prove.latency_pairs import latency_pairs
 from qwen3_export.prove.naming import unique_names
 from qwen3_export.prove.pair import pair
-from qwen3_export.prove.statistics import MIN_ROWS, ends, resampled
+from qwen3_export.prove.statistics import MIN_ROWS, ends, interval_of_few, resampled
 from qwen3_export.prove.tolerance import DRIFT, Tolerance
 
 _RANK = ("same", "better", "inconclusive", "worse")
@@ -35,6 +35,8 @@ _EQUAL = {
     "runtime": "the runtime",
     "device": "the device",
 }
+# Kinds of figures that a report may have and its baseline lack.
+_KINDS = {"kl_mean": "drift", "decode": "latency", "bytes": "size"}
 _WRITTEN = "give a folder that the --report of validate or bench wrote"
 _AGAIN = "measure both with the same reference, text and runtime settings"
 
@@ -87,6 +89,7 @@ def compare_with_baseline(
             raise InputError(f"{name}: damaged report ({type(error).__name__}: {error})") from error
         if not found:
             raise InputError(f"{name}: the reports have no measurement in common", _AGAIN)
+        unpaired += [f"{name}: {what}" for field, what in _KINDS.items() if field in new and field not in old]
         pairs += [{"artifact": name, **item} for item in found]
     verdict = max((item["verdict"] for item in pairs), key=_RANK.index)
     return {"verdict": verdict, "passed": verdict != "worse", "strict": strict, "pairs": pairs, "unpaired": unpaired}
@@ -95,7 +98,8 @@ def compare_with_baseline(
 def _refuse_unmeasured(report: Mapping[str, Any]) -> None:
     """Raise InputError for a report with an unmeasured artifact, which may be worse."""
     for item in report.get("failed") or ():
-        raise InputError(f"the report has an artifact that was not measured: {item['error']}", "measure it again")
+        what = f"{item['artifact']} was not measured"
+        raise InputError(f"{what}, and may be worse: {item['error']}", "measure it again")
 
 
 def _pair_artifacts(
@@ -138,6 +142,8 @@ def _drift_pairs(
                         f"{name}: the text has no domain {domain!r}", f"it has {', '.join(sorted(set(rows)))}"
                     )
                 yield {**_paired(metric, new, old, rows == domain, tolerances[name], strict), "metric": name}
+    if "bytes" in old and "bytes" not in new:
+        raise InputError(f"{new['artifact']}: the baseline has its size, the report has not", _AGAIN)
     if "bytes" in new and "bytes" in old:
         yield pair("bytes", old["bytes"], new["bytes"], None, tolerances["bytes"], strict)
 
@@ -175,11 +181,22 @@ def _paired(
     value, before = (float(_figure(metric, sums.sum() / counts.sum())) for sums in (ours, theirs))
     if not np.isfinite([value, before]).all():
         raise ValueError(f"{metric} is no finite number")
-    draws = [_figure(metric, means) for means in resampled(counts, ours, theirs)]
-    interval = ends(draws[0] - draws[1])
-    few = len(counts) < MIN_ROWS and not np.array_equal(ours, theirs)
-    reason = f"{len(counts)} rows are too few for an interval" if few else None
-    return pair(metric, before, value, interval, tolerance, strict, higher_is_better=metric == DRIFT[1], doubt=reason)
+    if 1 < len(counts) < MIN_ROWS:
+        deviations = _deviations(metric, counts, ours) - _deviations(metric, counts, theirs)
+        interval = interval_of_few(counts, value - before, deviations)
+    else:
+        draws = [_figure(metric, means) for means in resampled(counts, ours, theirs)]
+        interval = ends(draws[0] - draws[1])
+    alone = len(counts) == 1 and not np.array_equal(ours, theirs)
+    reason = "one row is too few for an interval" if alone else None
+    return pair(metric, before, value, interval, tolerance, strict, doubt=reason)
+
+
+def _deviations(metric: str, counts: NDArray, sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What each row adds to the sum behind a figure beyond its share, to first order."""
+    mean = sums.sum() / counts.sum()
+    slope = float(np.exp(mean)) if metric == "ppl_ratio" else 1.0
+    return slope * (sums - mean * counts)
 
 
 def _sums(metric: str, rows: Mapping[str, Any]) -> NDArray[np.float64]:

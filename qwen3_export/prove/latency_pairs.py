@@ -38,8 +38,11 @@ def latency_pairs(
         delta, half = value - before, _TWO_SIDED * scatter
         yield pair(metric, before, value, (delta - half, delta + half), tolerance, strict, doubt=doubt)
     for metric in ("load_seconds", "peak_rss_bytes"):
-        if metric in tolerances and metric in new and metric in old:
-            yield pair(metric, old[metric], new[metric], None, tolerances[metric], strict, doubt=doubt)
+        if metric not in tolerances or old.get(metric) is None:
+            continue
+        if new.get(metric) is None:
+            raise InputError(f"{new['artifact']}: the baseline has {metric}, the report has not", "run bench as well")
+        yield pair(metric, old[metric], new[metric], None, tolerances[metric], strict, doubt=doubt)
 
 
 def _refuse_unlike(new: Mapping[str, Any], old: Mapping[str, Any]) -> None:

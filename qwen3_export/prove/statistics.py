@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 RESAMPLES = 1000
 # With fewer rows the resampled interval is too narrow.
 MIN_ROWS = 5
+# Student's t: 97.5 % lie below it, by number of rows.
+_STUDENT = {2: 12.706, 3: 4.303, 4: 3.182}
 _TWO_SIDED = 1.96
 _KL_QUANTILES = {
     "p99_9": 0.999,
@@ -61,6 +63,17 @@ def resampled(counts: NDArray, *sums: NDArray) -> tuple[NDArray[np.float64], ...
     draws = np.random.default_rng(0).integers(0, len(counts), (RESAMPLES, len(counts)))
     positions = counts[draws].sum(-1)
     return tuple(values[draws].sum(-1) / positions for values in sums)
+
+
+def interval_of_few(counts: NDArray, difference: float, deviations: NDArray[np.float64]) -> list[float]:
+    """The 95 % interval of a difference by Student's t, for 2 to 4 rows.
+
+    `deviations` are what each row's sum, of `counts` positions, adds to the difference beyond its share of it.
+    """
+    rows = len(counts)
+    error = np.sqrt(rows / (rows - 1) * (deviations**2).sum()) / counts.sum()
+    half = float(_STUDENT[rows] * error)
+    return [difference - half, difference + half]
 
 
 def ends(values: NDArray[np.float64]) -> list[float]:

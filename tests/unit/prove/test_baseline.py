@@ -11,7 +11,7 @@ import pytest
 
 from qwen3_export.errors import InputError
 from qwen3_export.prove.baseline import compare_with_baseline, read_report
-from qwen3_export.prove.pair import judge
+from qwen3_export.prove.pair import judge, may_be_worse
 from qwen3_export.prove.statistics import SampleDrift
 from qwen3_export.prove.tolerance import DEFAULTS, Tolerance, read_tolerance
 from tests.unit.prove.reports import OLD, ROWS, TOKENS, drifts, report, result, speed
@@ -169,12 +169,28 @@ def test_a_report_without_row_sums_or_with_others_is_refused() -> None:
         damaged = result(drifts())
 
 
-def test_few_rows_decide_nothing() -> None:
-    old, new = report(result(drifts(rows=4))), report(result(drifts(2.0, rows=4)))
-    found = compare_with_baseline(new, old, DEFAULTS)["pairs"][0]
-    assert found["verdict"] == "inconclusive"
-    assert found["reason"] == "4 rows are too few for an interval"
-    assert verdicts(old, old)["kl_mean"] == "same"
+def test_a_smaller_agreement_may_be_worse() -> None:
+    item = {"metric": "domains.math.top1_agreement", "verdict": "inconclusive", "delta": -0.1, "allowed": 0.05}
+    assert may_be_worse(item)
+    assert not may_be_worse({**item, "delta": 0.1})
+    assert not may_be_worse({**item, "verdict": "same"})
+
+
+@pytest.mark.parametrize("field", ["bytes", "peak_rss_bytes", "kl_mean", "decode"])
+def test_what_the_baseline_has_must_be_measured_again(field: str) -> None:
+    both = {**speed(), **result(drifts())}
+    less = {key: value for key, value in both.items() if key != field}
+    with pytest.raises(InputError, match=r"the baseline has .*, the report has not"):
+        compare_with_baseline(report(less), report(both), DEFAULTS)
+    if field != "peak_rss_bytes":
+        assert len(compare_with_baseline(report(both), report(less), DEFAULTS)["unpaired"]) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_figure_that_is_no_number_passes(value: float) -> None:
+    odd = speed(decode={**speed()["decode"], "per_token_seconds_p50": value})
+    with pytest.raises(InputError, match=r"damaged report .*decode\.p50 is no finite number"):
+        compare_with_baseline(report(odd), report(speed()), DEFAULTS)
 
 
 def test_artifacts_are_paired_by_name() -> None:
@@ -211,6 +227,8 @@ def test_latency_of_another_processor_is_inconclusive() -> None:
     found = compare_with_baseline(report(speed(3.0), cpu="y"), report(speed()), DEFAULTS)
     assert found["verdict"] == "inconclusive"
     assert found["pairs"][0]["reason"] == "measured on another processor: y, baseline x"
+    strict = compare_with_baseline(report(speed(3.0), cpu="y"), report(speed()), DEFAULTS, strict=True)
+    assert (strict["verdict"], strict["passed"]) == ("worse", False)
 
 
 @pytest.mark.parametrize(
