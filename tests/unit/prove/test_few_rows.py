@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from qwen3_export.prove.baseline import DRIFT, _paired, compare_with_baseline
 from qwen3_export.prove.pair import may_be_worse
 from qwen3_export.prove.tolerance import DEFAULTS, Tolerance
+from tests.cli.helpers import call
 from tests.unit.prove.reports import drifts, report, result
 from tests.unit.prove.test_baseline import verdicts
 
@@ -57,3 +61,16 @@ def test_one_row_decides_only_when_strict() -> None:
     assert (better["pairs"][0]["verdict"], better["passed"]) == ("inconclusive", True)
     assert not any(map(may_be_worse, better["pairs"]))
     assert verdicts(old, old)["kl_mean"] == "same"
+
+
+def test_the_command_warns_of_what_only_strict_refuses(tmp_path: Path) -> None:
+    for name, scale in (("old", 1.0), ("new", 2.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(report(result(drifts(scale, rows=1)))))
+    asked = ("gate", tmp_path / "new", "--baseline", tmp_path / "old")
+    lax = call(*asked, "--json")
+    assert (lax.code, lax.json["verdict"]) == (0, "inconclusive")
+    assert "warning: model.gguf: kl_mean went from " in lax.err
+    assert "one row is too few for an interval" in call(*asked).out
+    strict = call(*asked, "--strict", "--json")
+    assert (strict.code, strict.json["verdict"]) == (1, "worse")
