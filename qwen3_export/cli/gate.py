@@ -19,7 +19,9 @@ def gate(
     report: Annotated[Path, typer.Argument(help="A report folder of validate or bench, or its report.json.")],
     baseline: Annotated[Path, typer.Option(help="The report to compare with.")],
     tolerance: Annotated[Path | None, typer.Option(help="YAML or JSON file: what may get worse by how much.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="A worse mean fails, even inside its interval.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="What is beyond its tolerance fails, chance or not.")
+    ] = False,
     output: Reports = None,
     force: Force = False,
     json: Json = False,
