@@ -35,7 +35,8 @@ def triton(
 
     It generates text: streaming, chat template, sampling, a bounded queue.
     """
-    from qwen3_export.ship.triton import export_triton, kind_of
+    from qwen3_export.ship.triton import export_triton
+    from qwen3_export.ship.triton.artifact import kind_of
     from qwen3_export.ship.triton.config import Serving
 
     show = console(json, quiet, verbose)

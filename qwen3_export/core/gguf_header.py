@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -92,9 +93,50 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
     Raises InputError when it is no GGUF file.
     """
-    parts = _parts(path)
-    found = [_read(part) for part in parts]
-    return GgufHeader(found[0][0], tuple(tensor for _, tensors in found for tensor in tensors), tuple(parts))
+    return _joined({part: _read(part) for part in _parts(path)})
+
+
+def read_whole_gguf(path: Path) -> GgufHeader:
+    """The same of a file that llama.cpp can open.
+
+    Raises InputError also where a part's name is not that of its header, and where a file ends before its tensors do.
+    """
+    found = {part: _read(part) for part in _parts(path)}
+    for number, (part, (values, tensors)) in enumerate(found.items()):
+        _check_place(part, values, number, len(found))
+        size = part.stat().st_size
+        for tensor in tensors:
+            if tensor.begin + tensor.bytes > size:
+                raise InputError(
+                    f"{part}: tensor {tensor.name} ends at byte {tensor.begin + tensor.bytes}, the file at {size}",
+                    "the file is truncated: copy, download or export it again",
+                )
+    return _joined(found)
+
+
+def part_name(prefix: str, number: int, count: int) -> str:
+    """A split model's name for one of its parts, which are counted from 1."""
+    return f"{prefix}-{number:05}-of-{count:05}.gguf"
+
+
+def _joined(found: Mapping[Path, tuple[dict[str, Any], list[GgufTensor]]]) -> GgufHeader:
+    """The header of all parts: the first one's values, and every tensor."""
+    tensors = tuple(tensor for _, listed in found.values() for tensor in listed)
+    return GgufHeader(next(iter(found.values()))[0], tensors, tuple(found))
+
+
+def _check_place(part: Path, values: Mapping[str, Any], number: int, count: int) -> None:
+    """Raise InputError for a part whose header tells another place than its name."""
+    stated = values.get("split.no", 0), values.get("split.count", 0) or 1
+    if stated == (number, count):
+        return
+    if isinstance(stated[0], int) and isinstance(stated[1], int):
+        right = part_name("PREFIX", stated[0] + 1, stated[1])
+        raise InputError(
+            f"{part}: by its header it is part {stated[0] + 1} of {stated[1]}, by its name {number + 1} of {count}",
+            f"give every part its own name again, this one {right if stated[1] > 1 else 'one without numbers'}",
+        )
+    raise InputError(f"{part}: split.no and split.count are no whole numbers", "export or download it again")
 
 
 def _parts(path: Path) -> list[Path]:
@@ -102,7 +144,9 @@ def _parts(path: Path) -> list[Path]:
     if not split:
         return [path]
     stem, count = path.name[: split.start()], int(split[2])
-    parts = [path.with_name(f"{stem}-{number:05}-of-{split[2]}.gguf") for number in range(1, count + 1)]
+    if not 1 <= int(split[1]) <= count:
+        raise InputError(f"{path}: there is no part {int(split[1])} of {count}", "give every part its own name again")
+    parts = [path.with_name(part_name(stem, number, count)) for number in range(1, count + 1)]
     for part in parts:
         if not part.is_file():
             raise InputError(f"{part}: this part of the split model is missing", "keep all parts in one folder")

@@ -33,16 +33,17 @@ _KINDS: dict[str, tuple[type, ...]] = {
 MARKER = ".qwen3-export-partial"
 
 
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes.
+def sha256_file(*paths: Path) -> str:
+    """Hex digest of a file's bytes, or of several files' one after the other.
 
     The pieces are large, since each waits for Python's lock.
     """
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        buffer = memoryview(bytearray(max(1, min(_PIECE, os.fstat(file.fileno()).st_size))))
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            buffer = memoryview(bytearray(max(1, min(_PIECE, os.fstat(file.fileno()).st_size))))
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
     return digest.hexdigest()
 
 

@@ -16,7 +16,7 @@ from qwen3_export.run.artifact import open_session
 from qwen3_export.run.generate import Sampling, chat
 from qwen3_export.run.session import RuntimeOptions
 from qwen3_export.ship.tensorrt import export_tensorrt
-from qwen3_export.ship.triton import REQUIREMENTS
+from qwen3_export.ship.triton.artifact import REQUIREMENTS
 from tests.cli.helpers import call
 from tests.serving import tritonserver
 from tests.serving.client_questions import DRAWN, QUESTIONS

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qwen3_export.core.disk import flush
+from qwen3_export.core.gguf_header import part_name
 from qwen3_export.core.manifest import MARKER
 from qwen3_export.core.outputs import clear_partial, partial_path, reserved, write_atomic
 from qwen3_export.core.places import Inputs, checked_place
@@ -30,7 +31,7 @@ def shard_paths(output: Path, count: int) -> list[Path]:
     if count == 1:
         return [output]
     stem = output.name.removesuffix(".gguf")
-    return [output.with_name(f"{stem}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+    return [output.with_name(part_name(stem, number, count)) for number in range(1, count + 1)]
 
 
 def earlier_files(output: Path, paths: Sequence[Path]) -> list[Path]:

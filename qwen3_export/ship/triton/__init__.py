@@ -3,7 +3,7 @@
     REPO/NAME/config.pbtxt        inputs, outputs, instances and the queue's bound
     REPO/NAME/1/model.py          the python backend's code
     REPO/NAME/1/qwen3_export/     the part of this package that runs artifacts
-    REPO/NAME/1/artifact…         the ONNX folder, GGUF file or TensorRT folder, tokenizer inside
+    REPO/NAME/1/artifact…         the ONNX folder, GGUF file (all parts) or TensorRT folder, tokenizer inside
 
     REPO/NAME/1/model.json        of a quantized folder instead: engine arguments for Triton's vllm backend
     REPO/NAME/1/model/            the folder
@@ -19,28 +19,19 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen3_export.core.files import read_object
 from qwen3_export.core.gguf_header import read_gguf_header
 from qwen3_export.core.manifest import file_list, read_manifest, sha256_file, write_manifest
 from qwen3_export.core.outputs import staged_folder
 from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.errors import InputError
+from qwen3_export.ship.triton.artifact import Kind, kind_of
 from qwen3_export.ship.triton.config import Serving, python_config, vllm_config
 
 # Answers that one copy decodes together in ONNX Runtime, where nothing else is asked for.
 SEQUENCES = 8
-# What the server's Python needs, by the kind of artifact. A plan's library comes last: its version is added.
-REQUIREMENTS = {
-    "onnx": "numpy ml_dtypes safetensors tokenizers jinja2 huggingface_hub PyYAML onnxruntime",
-    "gguf": "numpy ml_dtypes safetensors tokenizers jinja2 huggingface_hub PyYAML xllamacpp==2026.10.11549",
-    "rtx": "numpy ml_dtypes safetensors tokenizers jinja2 huggingface_hub PyYAML tensorrt-rtx",
-    "trt": "numpy ml_dtypes safetensors tokenizers jinja2 huggingface_hub PyYAML tensorrt",
-    "vllm": "vllm",
-}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Bytes of a folder's name on Linux.
 _LONGEST_NAME = 255
@@ -48,70 +39,23 @@ _PACKAGE = Path(__file__).resolve().parents[2]
 _SERVED = ("__init__.py", "api.py", "errors.py", "result.py", "core", "text", "run")
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What is served, and under which name it lies in the repository.
-
-    `device` is what the runner is asked for; `requirements` are what the server's Python needs.
-    """
-
-    name: str
-    place: str
-    requirements: str
-    device: str | None = None
-
-
-def kind_of(artifact: Path) -> Kind:
-    """ONNX folder, GGUF file, TensorRT folder, or a folder for vLLM.
-
-    Raises InputError for what is none.
-    """
-    hint = "give a .gguf file, an ONNX folder, a TensorRT folder or a quantized folder"
-    if artifact.is_file():
-        with artifact.open("rb") as file:
-            if file.read(4) == b"GGUF":
-                return Kind("gguf", "artifact.gguf", REQUIREMENTS["gguf"])
-        raise InputError(f"{artifact}: not a GGUF file", hint)
-    if (artifact / "engine.json").is_file():
-        return _plan(artifact)
-    if (artifact / "model.onnx").is_file():
-        return Kind("onnx", "artifact", REQUIREMENTS["onnx"])
-    if (artifact / "config.json").is_file() and any(artifact.glob("*.safetensors")):
-        return Kind("vllm", "model", REQUIREMENTS["vllm"])
-    if any(artifact.glob("onnx/*.onnx")):
-        raise InputError(f"{artifact}: a folder for browsers, which no server runs", "export it with --target cpu")
-    raise InputError(f"{artifact}: no such artifact", hint)
-
-
 def _origin_of_folder(artifact: Path) -> dict[str, Any]:
     """What a folder's manifest says of its source."""
     return {key: value for key, value in read_manifest(artifact).items() if key in ("source", "quantized", "recipe")}
 
 
-def _origin_of_file(artifact: Path) -> dict[str, Any]:
-    """What a GGUF file says of its source, and its own hash."""
-    values = read_gguf_header(artifact).values
-    origin: dict[str, Any] = {"artifact_sha256": sha256_file(artifact)}
+def _origin_of_file(kind: Kind) -> dict[str, Any]:
+    """What a GGUF file says of its source, and its own hash.
+
+    Parts of a split model are hashed as one file.
+    """
+    files = [file for file, _ in kind.parts]
+    values = read_gguf_header(files[0]).values
+    origin: dict[str, Any] = {"artifact_sha256": sha256_file(*files)}
     if source := values.get("qwen3_export.source.sha256"):
         origin["source"] = {"name": str(values.get("general.name")), "sha256": str(source)}
         origin["quantized"] = {"recipe": str(values.get("qwen3_export.recipe"))}
     return origin
-
-
-def _plan(artifact: Path) -> Kind:
-    """A TensorRT folder, which is served by its plan alone.
-
-    Where that cannot run, the server refuses the model.
-    """
-    described = read_object(artifact / "engine.json", hint="export the folder again")
-    if not (artifact / "model.plan").is_file() or described.get("engine") not in REQUIREMENTS:
-        hint = "in that folder, on its device, run the command that stands under trtexec in engine.json"
-        raise InputError(
-            f"{artifact}: its plan has not been built", hint if "trtexec" in described else "export the folder again"
-        )
-    needed, version = REQUIREMENTS[described["engine"]], described.get("version")
-    # The version of a plan that was built elsewhere is not known here: whoever built it has it installed.
-    return Kind(described["engine"], "artifact", f"{needed}=={version}" if version else needed, device="plan")
 
 
 def export_triton(
@@ -136,7 +80,7 @@ def export_triton(
         version = folder / name / "1"
         version.mkdir(parents=True)
         progress.log(f"copying {artifact}")
-        _copy(artifact, version / kind.place)
+        _copy(artifact, kind, version)
         if kind.name == "vllm":
             text = vllm_config(name)
             engine = {"model": f"{mount.rstrip('/')}/{name}/1/{kind.place}", "disable_log_stats": True}
@@ -146,8 +90,13 @@ def export_triton(
             shutil.copyfile(Path(__file__).with_name("model.py"), version / "model.py")
             _copy_package(version / "qwen3_export")
         (folder / name / "config.pbtxt").write_text(text)
-        origin = _origin_of_file(artifact) if artifact.is_file() else _origin_of_folder(artifact)
-        values = {"model": name, "artifact": artifact.name, "backend": kind.name, "requirements": kind.requirements}
+        origin = _origin_of_file(kind) if kind.parts else _origin_of_folder(artifact)
+        values = {
+            "model": name,
+            "artifact": kind.parts[0][0].name if kind.parts else artifact.name,
+            "backend": kind.name,
+            "requirements": kind.requirements,
+        }
         write_manifest(folder, "triton", {**values, **origin})
         files = file_list(folder)
     return {
@@ -197,12 +146,12 @@ def _check_files(artifact: Path) -> None:
                 raise InputError(f"{path} is no regular file", "copy the artifact again")
 
 
-def _copy(source: Path, target: Path) -> None:
-    """A file or a folder, links followed."""
-    if source.is_file():
-        shutil.copyfile(source, target)
-    else:
-        shutil.copytree(source, target, copy_function=shutil.copyfile)
+def _copy(artifact: Path, kind: Kind, version: Path) -> None:
+    """A folder, or the files of a GGUF model; links are followed."""
+    for file, name in kind.parts:
+        shutil.copyfile(file, version / name)
+    if not kind.parts:
+        shutil.copytree(artifact, version / kind.place, copy_function=shutil.copyfile)
 
 
 def _copy_package(target: Path) -> None:
