@@ -11,11 +11,11 @@ from typing import Any
 from qwen3_export.cli.companions import describe_imatrix, describer
 from qwen3_export.cli.console import fields, size, table
 from qwen3_export.cli.show_companions import show_companion
-from qwen3_export.core.files import read_object
 from qwen3_export.core.gguf_header import GgufTensor, read_gguf_header
 from qwen3_export.core.gguf_types import CONVERTERS_TYPES
 from qwen3_export.core.manifest import MANIFEST, read_manifest
 from qwen3_export.core.onnx_header import OnnxHeader, OnnxTensor, onnx_data_files, read_onnx_header
+from qwen3_export.core.plan_folder import ENGINE, PLAN, read_engine, why_damaged
 from qwen3_export.run.onnx_files import find_onnx, is_onnx
 from qwen3_export.run.signature import why_no_decoder
 
@@ -24,7 +24,6 @@ _STATED = (
     "version", "target", "flavor", "precision", "accuracy_level", "added_kl", "kv_cache", "kv_cache_kl", "exact",
     "expert_layers", "source", "quantized",
 )  # fmt: skip
-_PLAN, _ENGINE = "model.plan", "engine.json"
 _OURS, _FOREIGN = "qwen3-export", "another tool"
 # Of a file that the converter, and whoever else writes the same bytes, would not sign.
 _UNNAMED = "llama.cpp's converter, or qwen3-export, whose files of these types are the same"
@@ -40,7 +39,7 @@ def describe_artifact(path: Path) -> dict[str, Any]:
 
     A plan is described with the folder that it lies in.
     """
-    if path.name == _PLAN and (path.parent / _ENGINE).is_file():
+    if path.name == PLAN and (path.parent / ENGINE).is_file():
         return _onnx(path.parent)
     found = describer(path)
     if found:
@@ -91,8 +90,8 @@ def _onnx(path: Path) -> dict[str, Any]:
     files = find_onnx(path)
     header = read_onnx_header(files.graph)
     manifest = read_manifest(files.folder) if (files.folder / MANIFEST).is_file() else {}
-    engine, built = files.folder / _ENGINE, files.folder / _PLAN
-    plan = {"engine": read_object(engine)} if engine.is_file() else {}
+    engine, built = files.folder / ENGINE, files.folder / PLAN
+    plan = {"engine": read_engine(files.folder)} if engine.is_file() else {}
     stated = {key: manifest[key] for key in _STATED if key in manifest}
     parts = [files.graph, *onnx_data_files(files.graph), *([built] if plan and built.is_file() else [])]
     return {
@@ -126,10 +125,11 @@ def _lacking(graph: Path, header: OnnxHeader) -> dict[str, Any]:
 
 
 def _built(plan: Path) -> str:
-    """A plan's file and size, or that it has to be built."""
+    """A plan's file, size and damage, or that it has to be built."""
     if plan.is_file():
-        return f"{plan.name}, {size(plan.stat().st_size)}"
-    return f"not built yet: trtexec in {_ENGINE} is the command, for this folder on the plan's device"
+        reason = why_damaged(plan.parent)
+        return f"{plan.name}, {size(plan.stat().st_size)}" + (f", damaged: {reason}" if reason else "")
+    return f"not built yet: trtexec in {ENGINE} is the command, for this folder on the plan's device"
 
 
 def _gguf(path: Path) -> dict[str, Any]:

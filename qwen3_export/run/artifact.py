@@ -10,6 +10,7 @@ from typing import Any
 from qwen3_export.core.coverage import GGUF_KEY, Summary, read_coverage, summary_of
 from qwen3_export.core.memory import memory_named
 from qwen3_export.core.onnx_header import onnx_data_files
+from qwen3_export.core.plan_folder import ENGINE
 from qwen3_export.errors import InputError, MissingRuntimeError
 from qwen3_export.run.devices import PROVIDERS, check_device, find_provider
 from qwen3_export.run.onnx_files import find_onnx, is_onnx
@@ -116,7 +117,10 @@ def check_runnable(artifact: Path, device: str | None, exact: bool = False) -> N
     """
     options = RuntimeOptions(device=device, exact=exact)
     check_device(device)
-    if kind_of(artifact) != "onnx":
+    kind = kind_of(artifact)
+    if kind == "onnx" and (artifact / ENGINE).is_file():
+        read_plan(artifact)
+    if kind != "onnx":
         if device not in (None, "cpu"):
             raise InputError(
                 f"{artifact}: --device {device} is for ONNX and TensorRT folders", "leave --device away for this one"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.memory import lacks_memory, out_of_memory
 from qwen3_export.core.onnx_header import read_onnx_header
+from qwen3_export.core.plan_folder import ENGINE
 from qwen3_export.core.process import uninterrupted
 from qwen3_export.core.processors import sums_int8_exactly, thread_count
 from qwen3_export.errors import ExportError, InputError, MissingRuntimeError
@@ -23,7 +24,6 @@ from qwen3_export.run.devices import PROVIDERS, find_provider, open_on
 from qwen3_export.run.exact_graph import exact_graph, kernels
 from qwen3_export.run.onnx_files import OnnxFiles, find_onnx
 from qwen3_export.run.ort_words import reason_of
-from qwen3_export.run.plan_files import ENGINE
 from qwen3_export.run.session import RuntimeOptions, check_ids
 from qwen3_export.run.signature import read_signature
 

@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_export.core.cuda import Gpu
-from qwen3_export.core.files import read_object
+from qwen3_export.core.plan_folder import ENGINE, ENGINES, PLAN, read_engine
 from qwen3_export.core.process import uninterrupted
 from qwen3_export.errors import MissingRuntimeError
 
-PLAN, ENGINE = "model.plan", "engine.json"
 _MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
-_NAMES = {"rtx": "tensorrt-rtx", "trt": "tensorrt"}
 _INSTALL = {"rtx": "pip install 'qwen3-export[tensorrt]'", "trt": "install TensorRT for this device"}
 _BUILD = "build the plan for this device with `qwen3-export tensorrt`, or leave --device away to run its ONNX"
 
@@ -41,7 +39,7 @@ class PlanFiles:
     @property
     def runtime(self) -> str:
         """The name of the plan's own runtime."""
-        return _NAMES[self.engine]
+        return ENGINES[self.engine]
 
 
 def has_plan(artifact: Path) -> bool:
@@ -50,12 +48,12 @@ def has_plan(artifact: Path) -> bool:
 
 
 def read_plan(folder: Path) -> PlanFiles:
-    """Read engine.json; InputError when it is damaged."""
-    values = read_object(folder / ENGINE, hint="export the folder again")
-    engine, version, named = (values.get(key) for key in ("engine", "version", "compute_capabilities"))
+    """Read engine.json; InputError when it is damaged or names an unknown engine."""
+    values = read_engine(folder)
+    version, named = values.get("version"), values.get("compute_capabilities")
     return PlanFiles(
         folder / PLAN,
-        engine if engine in _MODULES else "rtx",
+        values["engine"],
         str(version) if version else None,
         tuple(map(str, named)) if isinstance(named, list) else (),
     )

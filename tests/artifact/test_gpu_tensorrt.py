@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from qwen3_export.core.cuda import Gpu
+from qwen3_export.core.plan_folder import CAPABILITIES
 from qwen3_export.core.source import open_source
 from qwen3_export.errors import MissingRuntimeError
 from qwen3_export.run import devices
@@ -20,7 +21,6 @@ from qwen3_export.run.artifact import open_session
 from qwen3_export.run.session import RuntimeOptions
 from qwen3_export.ship.onnx import export_onnx
 from qwen3_export.ship.tensorrt import export_tensorrt
-from qwen3_export.ship.tensorrt.capabilities import CAPABILITIES
 from qwen3_export.ship.tensorrt.profiles import Profile
 
 pytestmark = pytest.mark.gpu

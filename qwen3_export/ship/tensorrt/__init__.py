@@ -22,6 +22,7 @@ from typing import Any
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.manifest import file_list, to_json, write_manifest
 from qwen3_export.core.outputs import staged_folder
+from qwen3_export.core.plan_folder import CAPABILITIES, ENGINE, PLAN
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.scheme import QuantScheme
@@ -33,10 +34,10 @@ from qwen3_export.ship.onnx import size as onnx_size
 from qwen3_export.ship.onnx.dense_experts import MOST_EXPERTS
 from qwen3_export.ship.onnx.target import MODEL, Files, choose
 from qwen3_export.ship.result import check_schemes, exactness, export_result, onnx_linear_bytes, provenance
-from qwen3_export.ship.tensorrt.capabilities import CAPABILITIES, DEFAULT, fitting, supports, too_old
+from qwen3_export.ship.tensorrt.capabilities import DEFAULT, fitting, supports, too_old
 from qwen3_export.ship.tensorrt.cost import BuildCost, build_cost, check_memory
 from qwen3_export.ship.tensorrt.parser import check_graph
-from qwen3_export.ship.tensorrt.plan_file import MODULES, PLAN, build_plan
+from qwen3_export.ship.tensorrt.plan_file import MODULES, build_plan
 from qwen3_export.ship.tensorrt.profiles import (
     Profile,
     Shapes,
@@ -47,7 +48,6 @@ from qwen3_export.ship.tensorrt.profiles import (
     trtexec_line,
 )
 
-ENGINE = "engine.json"
 INSTALL = {"rtx": "pip install 'qwen3-export[tensorrt]'", "trt": "pip install tensorrt (on a machine with its GPU)"}
 # Bytes of a plan beside its weights, in all and per block. Measured with 1.7; more capabilities add nothing.
 _ENGINE_BYTES, _BLOCK_BYTES, _QUANTIZED_BLOCK_BYTES = 1_120_000, 753_000, 1_020_000

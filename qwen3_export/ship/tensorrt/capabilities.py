@@ -16,8 +16,6 @@ from collections.abc import Iterable
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.ship.onnx import qdq
 
-# Bit of each compute capability in a TensorRT-RTX plan's header.
-CAPABILITIES = {"7.5": 0x01, "8.0": 0x02, "8.6": 0x04, "8.9": 0x08, "12.0": 0x10, "12.1": 0x20}
 DEFAULT = ("8.6", "8.9", "12.0")
 _GROUPS = (16, 32, 64, 128)
 

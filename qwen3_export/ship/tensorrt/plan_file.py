@@ -1,11 +1,5 @@
 """The plan file: built in a child process, its header and size checked.
 
-    0   4s   magic, "vtrt"             TensorRT-RTX 1.7; other engines have other headers
-    16  u64  size of the file
-    24  4*u8 version
-    32  u64  compute capabilities, one bit each
-    56  u64  bytes of weights
-
 The compiler has a process of its own because it writes to stderr, and because a crash must not end this process.
 """
 
@@ -21,13 +15,12 @@ from typing import Any
 
 from qwen3_export.core.cuda import Gpu
 from qwen3_export.core.memory import check_child, out_of_memory
+from qwen3_export.core.plan_folder import PLAN, capability_bits, read_plan_header
 from qwen3_export.core.progress import Progress
 from qwen3_export.errors import ResourceError, UnsupportedError
 from qwen3_export.ship.onnx.target import DATA, MODEL
-from qwen3_export.ship.tensorrt.capabilities import CAPABILITIES
 from qwen3_export.ship.tensorrt.profiles import Shapes
 
-PLAN = "model.plan"
 MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
 # How many times the ONNX's weight bytes a plan may store. Constants and rounded-up sizes add a little, and a second
 # profile may lay small matrices out anew; 4-bit weights expanded to 16 would quadruple the size.
@@ -92,24 +85,17 @@ def _build(folder: Path, engine: str, capabilities: Sequence[str], profiles: Seq
 
 def check_header(path: Path, version: str, capabilities: Sequence[str]) -> None:
     """Raise UnsupportedError when a TensorRT-RTX plan's header differs from the request."""
-    with path.open("rb") as file:
-        header = file.read(64)
-    size = int.from_bytes(header[16:24], "little")
-    found = ".".join(str(number) for number in header[24:28])
-    mask = int.from_bytes(header[32:40], "little")
-    wanted = sum(CAPABILITIES[name] for name in set(capabilities))
-    if header[:4] != b"vtrt" or size != path.stat().st_size or found != version or mask != wanted:
+    found, size, wanted = read_plan_header(path), path.stat().st_size, capability_bits(capabilities)
+    if (found.magic, found.size, found.version, found.capabilities) != (b"vtrt", size, version, wanted):
         raise UnsupportedError(
-            f"{path.name}: header says {size} bytes, version {found}, capabilities {mask:#x}; "
-            f"{path.stat().st_size} bytes, version {version}, capabilities {wanted:#x} were expected"
+            f"{path.name}: header says {found.size} bytes, version {found.version}, capabilities "
+            f"{found.capabilities:#x}; {size} bytes, version {version}, capabilities {wanted:#x} were expected"
         )
 
 
 def stored_share(folder: Path) -> float:
     """Ratio of the plan's weight bytes to the ONNX's."""
-    with (folder / PLAN).open("rb") as file:
-        file.seek(56)
-        stored = int.from_bytes(file.read(8), "little")
+    stored = read_plan_header(folder / PLAN).weight_bytes
     return max(0, stored - _SLACK_BYTES) / (folder / DATA).stat().st_size
 
 
