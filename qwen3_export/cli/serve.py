@@ -35,16 +35,14 @@ def triton(
 
     It generates text: streaming, chat template, sampling, a bounded queue.
     """
+    from qwen3_export.preflight.served import check_startable
     from qwen3_export.ship.triton import export_triton
     from qwen3_export.ship.triton.artifact import kind_of
     from qwen3_export.ship.triton.config import Serving
 
     show = console(json, quiet, verbose)
     serving = Serving(instances, threads, sequences, queue)
-    if kind_of(artifact).name == "vllm":
-        from qwen3_export.preflight.runtimes import check_served
-
-        check_served(artifact)
+    check_startable(kind_of(artifact).name, artifact)
     result = export_triton(artifact, output, name, serving, mount, force, show)
     show.result(result, lambda: _written(result))
 

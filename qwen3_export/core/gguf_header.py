@@ -160,7 +160,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, struct.error, UnicodeDecodeError, OverflowError) as error:
-        raise InputError(f"{path}: not a GGUF file ({error})") from error
+        raise InputError(f"{path}: not a GGUF file ({error})", "copy, download or export it again") from error
 
 
 def _header(file: BinaryIO) -> tuple[dict[str, Any], list[GgufTensor]]:
@@ -217,7 +217,10 @@ def _string(file: BinaryIO) -> str:
 
 
 def _unpack(file: BinaryIO, form: str) -> tuple[Any, ...]:
-    return struct.unpack(f"<{form}", file.read(struct.calcsize(f"<{form}")))
+    raw = file.read(struct.calcsize(f"<{form}"))
+    if len(raw) < struct.calcsize(f"<{form}"):
+        raise ValueError("it is truncated")
+    return struct.unpack(f"<{form}", raw)
 
 
 def _limited(count: int, limit: int) -> int:

@@ -59,7 +59,7 @@ _DEEPEST = 8
 class OnnxTensor:
     """One weight: its type, shape, size, and data file.
 
-    The data file is None where the graph itself holds it.
+    The data file is None where the graph itself holds it, and `end` is the place in it where the weight ends.
     """
 
     name: str
@@ -67,6 +67,7 @@ class OnnxTensor:
     shape: tuple[int, ...]
     bytes: int
     file: str | None
+    end: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,25 @@ def onnx_data_files(path: Path) -> list[Path]:
     """
     names = {tensor.file for tensor in read_onnx_header(path).tensors if tensor.file}
     return [found for name in sorted(names) if (found := path.parent / name).is_file()]
+
+
+def check_onnx_data(path: Path) -> None:
+    """Raise InputError where a data file is missing, too short or outside."""
+    ends: dict[str, int] = {}
+    for tensor in read_onnx_header(path).tensors:
+        if tensor.file is not None:
+            ends[tensor.file] = max(tensor.end, ends.get(tensor.file, 0))
+    for name, end in sorted(ends.items()):
+        file = path.parent / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{path}: its weights lie outside of the folder, in {name}", "export it again")
+        if not file.is_file():
+            raise InputError(f"{file}: missing; {path.name} keeps its weights there", "copy or export the folder again")
+        if file.stat().st_size < end:
+            raise InputError(
+                f"{file}: {file.stat().st_size} bytes, {path.name} expects {end}",
+                "the file is truncated: copy or export the folder again",
+            )
 
 
 def _model(data: Buffer) -> OnnxHeader:
@@ -176,7 +196,9 @@ def _tensor(data: Buffer) -> OnnxTensor:
             parts = dict(_fields(_inner(value)))
             outside[_text(parts[1])] = _text(parts[2])
     label, bits = TYPES.get(kind, (f"type {kind}", 0))
-    return OnnxTensor(name, label, tuple(shape), math.ceil(math.prod(shape) * bits / 8), outside.get("location"))
+    size = math.ceil(math.prod(shape) * bits / 8)
+    end = int(outside.get("offset") or 0) + int(outside.get("length") or size)
+    return OnnxTensor(name, label, tuple(shape), size, outside.get("location"), end)
 
 
 def _value_info(data: Buffer) -> tuple[str, str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import open_checkpoint
+from qwen3_export.core.resources import resource
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.source import open_source
 from qwen3_export.errors import InputError, MissingRuntimeError, UnsupportedError
@@ -252,6 +254,7 @@ def test_a_plan_whose_version_is_unknown_is_served_by_whatever_is_installed(
     """As after `--onnx-only`, where the plan is built on another machine."""
     export_tensorrt(open_checkpoint(make_checkpoint()), tmp_path / "trt", engine="trt", onnx_only=True)
     (tmp_path / "trt" / "model.plan").write_bytes(b"of another machine")
+    shutil.copyfile(resource("calibration") / "reference-model" / "tokenizer.json", tmp_path / "trt" / "tokenizer.json")
     needed = export_triton(tmp_path / "trt", tmp_path / "repository")["requirements"]
     assert needed.split()[-1] == "tensorrt"
     assert "None" not in (tmp_path / "repository" / "README.md").read_text()
