@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import pytest
 from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import open_checkpoint
-from qwen3_export.core.resources import resource
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.source import open_source
 from qwen3_export.errors import InputError, MissingRuntimeError, UnsupportedError
@@ -223,14 +221,22 @@ def test_a_prompt_fits_into_the_cache(make_checkpoint: Callable) -> None:
         default_profile(config, 96, 64)
 
 
-def test_the_line_for_tensorrt_rtx_names_its_own_tool(make_checkpoint: Callable, tmp_path: Path) -> None:
-    """It has `trtexec`'s options, but none for the typing, since it has strongly typed networks alone."""
+@pytest.mark.parametrize(
+    ("asked", "named"), [(None, "86,89,120"), (("7.5",), "75"), (("12.1", "8.9", "12.1", "8.9"), "121,89")]
+)
+def test_the_line_for_tensorrt_rtx_names_its_own_tool(
+    asked: tuple[str, ...] | None, named: str, make_checkpoint: Callable, tmp_path: Path
+) -> None:
+    """It has `trtexec`'s options, but none for the typing, and the compute capabilities of engine.json, once each."""
     checkpoint = open_checkpoint(make_checkpoint())
-    others, profiles = parsed(export_tensorrt(checkpoint, tmp_path / "rtx", onnx_only=True)["trtexec"])
-    assert others[0] == "tensorrt_rtx"
-    assert "--stronglyTyped" not in others
-    wanted = tensorrt.profiles_of(checkpoint, default_profile(checkpoint.config))
-    assert profiles == [{name: list(shapes) for name, shapes in one.items()} for one in wanted]
+    line = export_tensorrt(checkpoint, tmp_path / "rtx", capabilities=asked, onnx_only=True)["trtexec"]
+    described = json.loads((tmp_path / "rtx" / "engine.json").read_text())
+    assert [name.replace(".", "") for name in described["compute_capabilities"]] == named.split(",")
+    for others, profiles in (parsed(line), parsed(described["trtexec"])):
+        assert others[0] == "tensorrt_rtx"
+        assert others[3:] == [f"--computeCapabilities={named}", "--skipInference"]
+        wanted = tensorrt.profiles_of(checkpoint, default_profile(checkpoint.config))
+        assert profiles == [{name: list(shapes) for name, shapes in one.items()} for one in wanted]
 
 
 def test_without_the_library_the_line_is_the_hint(make_checkpoint: Callable, tmp_path: Path) -> None:
@@ -246,18 +252,6 @@ def test_without_the_library_the_line_is_the_hint(make_checkpoint: Callable, tmp
     assert profiles == [{name: list(shapes) for name, shapes in one.items()} for one in wanted]
     assert "--onnx-only" in hint
     assert not (tmp_path / "trt").exists()
-
-
-def test_a_plan_whose_version_is_unknown_is_served_by_whatever_is_installed(
-    make_checkpoint: Callable, tmp_path: Path
-) -> None:
-    """As after `--onnx-only`, where the plan is built on another machine."""
-    export_tensorrt(open_checkpoint(make_checkpoint()), tmp_path / "trt", engine="trt", onnx_only=True)
-    (tmp_path / "trt" / "model.plan").write_bytes(b"of another machine")
-    shutil.copyfile(resource("calibration") / "reference-model" / "tokenizer.json", tmp_path / "trt" / "tokenizer.json")
-    needed = export_triton(tmp_path / "trt", tmp_path / "repository")["requirements"]
-    assert needed.split()[-1] == "tensorrt"
-    assert "None" not in (tmp_path / "repository" / "README.md").read_text()
 
 
 def test_a_folder_without_its_plan_says_how_it_is_built(make_checkpoint: Callable, tmp_path: Path) -> None:

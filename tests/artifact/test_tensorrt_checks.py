@@ -19,6 +19,7 @@ import tensorrt_rtx
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.cuda import Gpu
 from qwen3_export.core.progress import Progress
+from qwen3_export.core.resources import resource
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.errors import InputError, MissingRuntimeError, UnsupportedError
 from qwen3_export.run.plan_engine import PlanEngine
@@ -28,6 +29,7 @@ from qwen3_export.ship.tensorrt import export_tensorrt, plan_file
 from qwen3_export.ship.tensorrt.parser import check_graph
 from qwen3_export.ship.tensorrt.plan_file import check_weights
 from qwen3_export.ship.tensorrt.profiles import Profile
+from qwen3_export.ship.triton import export_triton
 from tests.artifact.plans import onnx_weight_bytes, refused
 from tests.artifact.support import round_to_nearest
 from tests.conftest import tiny_config, write_checkpoint
@@ -165,3 +167,15 @@ def test_the_library_itself_tells_a_damaged_plan_from_a_missing_driver(
     with pytest.raises(kind, match=reason) as caught:
         PlanEngine(tensorrt_rtx, read_plan(tmp_path))
     assert caught.type is kind
+
+
+def test_a_plan_whose_version_is_unknown_is_served_by_whatever_is_installed(
+    make_checkpoint: Callable, tmp_path: Path
+) -> None:
+    """As after `--onnx-only`, where the plan is built on another machine."""
+    export_tensorrt(open_checkpoint(make_checkpoint()), tmp_path / "trt", engine="trt", onnx_only=True)
+    (tmp_path / "trt" / "model.plan").write_bytes(b"of another machine")
+    shutil.copyfile(resource("calibration") / "reference-model" / "tokenizer.json", tmp_path / "trt" / "tokenizer.json")
+    needed = export_triton(tmp_path / "trt", tmp_path / "repository")["requirements"]
+    assert needed.split()[-1] == "tensorrt"
+    assert "None" not in (tmp_path / "repository" / "README.md").read_text()

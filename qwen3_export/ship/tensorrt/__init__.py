@@ -93,7 +93,7 @@ def export_tensorrt(
             "profile": asdict(profile),
             "profiles": built["profiles"] if built else len(profiles),
             "source_sha256": origin["source"]["sha256"],
-            **({} if built else {"trtexec": trtexec_line(Path(MODEL), Path(PLAN), profiles, engine)}),
+            **({} if built else {"trtexec": trtexec_line(Path(MODEL), Path(PLAN), profiles, engine, capabilities)}),
         }
         (folder / ENGINE).write_text(to_json(described), encoding="utf-8")
         for path in checkpoint.sidecars():
@@ -102,7 +102,7 @@ def export_tensorrt(
         files = file_list(folder)
     result = export_result(output, files, checkpoint, inexact, started, onnx_linear_bytes(output))
     if built is None:
-        return {**result, "trtexec": trtexec_line(output / MODEL, output / PLAN, profiles, engine)}
+        return {**result, "trtexec": trtexec_line(output / MODEL, output / PLAN, profiles, engine, capabilities)}
     plan_bytes = next(item["bytes"] for item in files if item["path"] == PLAN)
     result["bits_per_weight"] = 8 * plan_bytes / checkpoint.config.num_parameters
     result["peak_rss_bytes"] = max(result["peak_rss_bytes"], built["peak_rss_bytes"])
@@ -221,7 +221,7 @@ def _capabilities(checkpoint: Checkpoint, engine: str, asked: Sequence[str] | No
                 "leave --sm away: TensorRT builds for the GPU it runs on",
             )
         return ()
-    chosen = fitting(checkpoint.schemes.values(), DEFAULT) if asked is None else tuple(asked)
+    chosen = fitting(checkpoint.schemes.values(), DEFAULT) if asked is None else tuple(dict.fromkeys(asked))
     unknown = [name for name in chosen if name not in CAPABILITIES]
     if unknown or not chosen:
         raise InputError(f"--sm {' '.join(unknown) or 'without a value'}: known are {', '.join(CAPABILITIES)}")

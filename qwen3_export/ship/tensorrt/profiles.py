@@ -85,14 +85,19 @@ def _shapes(
     return found
 
 
-def trtexec_line(onnx: Path, plan: Path, profiles: Sequence[Shapes], engine: str = "trt") -> str:
+def trtexec_line(
+    onnx: Path, plan: Path, profiles: Sequence[Shapes], engine: str = "trt", capabilities: Sequence[str] = ()
+) -> str:
     """The `trtexec` command that builds the same plan.
 
-    In its syntax each profile's shapes follow `--profile=N`. TensorRT-RTX's own tool is called `tensorrt_rtx` and knows
-    strongly typed networks alone.
+    In its syntax each profile's shapes follow `--profile=N`. TensorRT-RTX's own tool is called `tensorrt_rtx`, knows
+    strongly typed networks alone, and is told the compute capabilities; `trtexec` builds for the GPU it runs on.
     """
-    tool, typed = ("trtexec", ["--stronglyTyped"]) if engine == "trt" else ("tensorrt_rtx", [])
-    words = [tool, f"--onnx={onnx}", f"--saveEngine={plan}", *typed, "--skipInference"]
+    tool, more = "trtexec", ["--stronglyTyped"]
+    if engine == "rtx":
+        named = ",".join(name.replace(".", "") for name in capabilities)
+        tool, more = "tensorrt_rtx", [f"--computeCapabilities={named}"]
+    words = [tool, f"--onnx={onnx}", f"--saveEngine={plan}", *more, "--skipInference"]
     for number, shapes in enumerate(profiles):
         words.append(f"--profile={number}")
         for place, option in enumerate(("--minShapes", "--optShapes", "--maxShapes")):
