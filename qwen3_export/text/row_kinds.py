@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen3_export.core.files import parse_json
+from qwen3_export.text.messages import read_message
 
 # ShareGPT's speakers, by their role in a chat.
 _SPEAKERS = {
@@ -71,7 +72,7 @@ def _chat(domain: str, messages: Any, item: Mapping[str, Any], mapped: str = "")
     tools = parse_json(tools, "tools") if isinstance(tools, str) and tools.strip() else tools or None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise TypeError("tools is no list of objects")
-    chat = [_message(message) for message in messages]
+    chat = [read_message(message) for message in messages]
     json.dumps([chat, tools], ensure_ascii=False).encode()
     return Document(domain, chat, tools or None, mapped)
 
@@ -128,38 +129,3 @@ def _text(value: Any, key: str) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{key} is no text")
     return value
-
-
-def _message(message: Any) -> dict[str, Any]:
-    """A message whose content is one text; TypeError when it is not a message.
-
-    Content may be absent where there are tool calls.
-    """
-    if not isinstance(message, dict):
-        raise TypeError("a message is no JSON object")
-    calls = message.get("tool_calls") or []
-    content = message.get("content")
-    content = "" if content is None and calls else _joined(content)
-    if not isinstance(message.get("role"), str) or not isinstance(content, str):
-        raise TypeError("a message needs a role and a content, both text")
-    if not isinstance(message.get("reasoning_content"), str | None):
-        raise TypeError("reasoning_content is no string")
-    for call in calls if isinstance(calls, list) else [calls]:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise TypeError("a tool call needs a function with a name")
-    return {**message, "content": content}
-
-
-def _joined(content: Any) -> Any:
-    """One text from content in parts, `[{"type": "text", "text": "…"}, "…"]`."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
-        if not isinstance(text, str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise TypeError(f"a part of a content is {kind!r}, a text was expected")
-        texts.append(text)
-    return "".join(texts)

@@ -100,6 +100,8 @@ def main() -> None:
         {"text_input": "x", "sampling_parameters": '{"beams": 4}'},
         {"text_input": "word " * 100_000},
         {"messages": "[]", "text_input": ""},
+        {"messages": json.dumps([{"role": "robot", "content": "x"}]), "text_input": ""},
+        {"messages": json.dumps([{"role": "user", "content": None}]), "text_input": ""},
         {"other": 1},
     ]
     found["bad"] = [post("generate", body) for body in bad] + [post("generate", b"no JSON")]

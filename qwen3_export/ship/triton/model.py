@@ -27,6 +27,7 @@ from qwen3_export.run.artifact import open_session, tokenizer_of
 from qwen3_export.run.generate import Sampling
 from qwen3_export.run.serving import Chat, Server
 from qwen3_export.run.session import RuntimeOptions
+from qwen3_export.text.messages import read_chat
 
 _FINAL = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 # Names of vLLM's sampling parameters, their types, and ours.
@@ -108,8 +109,7 @@ def _read(request: Any) -> dict[str, Any]:
         if not text or not text.strip():
             raise InputError("text_input is empty")
         messages = [{"role": "user", "content": text}]
-    elif not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
-        raise InputError('messages: a list of {"role": …, "content": …} was expected')
+    messages = read_chat(messages)
     sampling: dict[str, Any] = {}
     for key, value in (_json(request, "sampling_parameters", dict) or {}).items():
         if key not in _SAMPLING:
