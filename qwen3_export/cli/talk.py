@@ -14,6 +14,12 @@ from qwen3_export.cli.console import Console
 from qwen3_export.cli.prove import RunDevice, ThinkingBudget, Threads, find
 from qwen3_export.core.files import read_text
 from qwen3_export.errors import InputError
+from qwen3_export.run import limits
+
+
+def _option(limit: limits.SamplingLimit, text: str) -> Any:
+    """An option of a number between limits."""
+    return typer.Option(min=limit.least, max=limit.most, help=text)
 
 
 @app.command(epilog='Example: qwen3-export run model-onnx --prompt "What does ocean mean?" --max-new-tokens 32')
@@ -27,10 +33,10 @@ def run(
     system: Annotated[str | None, typer.Option(help="A system message before it.")] = None,
     thinking: Annotated[bool, typer.Option("--thinking/--no-thinking", help="Qwen3's switch.")] = True,
     thinking_budget: ThinkingBudget = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=1 << 20, help="Stop after this many tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, max=1000, help="0 takes the most likely token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Nucleus sampling; with a temperature.")] = 0.95,
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of the sampling.")] = 0,
+    max_new_tokens: Annotated[int, _option(limits.MAX_NEW_TOKENS, "Stop after this many tokens.")] = 256,
+    temperature: Annotated[float, _option(limits.TEMPERATURE, "0 takes the most likely token.")] = 0.0,
+    top_p: Annotated[float, _option(limits.TOP_P, "Nucleus sampling; with a temperature.")] = 0.95,
+    seed: Annotated[int, _option(limits.SEED, "Of the sampling.")] = 0,
     threads: Threads = None,
     device: RunDevice = None,
     json: Json = False,

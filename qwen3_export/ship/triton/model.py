@@ -23,6 +23,7 @@ import triton_python_backend_utils as pb
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from qwen3_export.errors import ExportError, InputError
+from qwen3_export.run import limits
 from qwen3_export.run.artifact import open_session, tokenizer_of
 from qwen3_export.run.generate import Sampling
 from qwen3_export.run.serving import Chat, Server
@@ -30,12 +31,12 @@ from qwen3_export.run.session import RuntimeOptions
 from qwen3_export.text.messages import read_chat
 
 _FINAL = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-# Names of vLLM's sampling parameters, their types, and ours.
-_SAMPLING: dict[str, tuple[str, type, float, float]] = {
-    "max_tokens": ("max_new_tokens", int, 1, 1 << 20),
-    "temperature": ("temperature", float, 0, 100),
-    "top_p": ("top_p", float, 0, 1),
-    "seed": ("seed", int, 0, 2**63 - 1),
+# Names of vLLM's sampling parameters, ours, and their limits.
+_SAMPLING = {
+    "max_tokens": ("max_new_tokens", limits.MAX_NEW_TOKENS),
+    "temperature": ("temperature", limits.TEMPERATURE),
+    "top_p": ("top_p", limits.TOP_P),
+    "seed": ("seed", limits.SEED),
 }
 
 
@@ -114,11 +115,12 @@ def _read(request: Any) -> dict[str, Any]:
     for key, value in (_json(request, "sampling_parameters", dict) or {}).items():
         if key not in _SAMPLING:
             raise InputError(f"sampling_parameters: unknown {key!r}; known are {', '.join(_SAMPLING)}")
-        name, kind, least, most = _SAMPLING[key]
-        number = float(value) if kind is float and type(value) is int else value
-        if not isinstance(number, kind) or isinstance(number, bool) or not least <= number <= most:  # type: ignore[operator]
+        name, limit = _SAMPLING[key]
+        number: Any = float(value) if limit.kind is float and type(value) is int else value
+        if type(number) is not limit.kind or not limit.least <= number <= limit.most:
             raise InputError(
-                f"sampling_parameters: {key} is {value!r}; {kind.__name__} from {least} to {most} expected"
+                f"sampling_parameters: {key} is {value!r}; {limit.kind.__name__} from {limit.least} to {limit.most} "
+                "expected"
             )
         sampling[name] = number
     return {

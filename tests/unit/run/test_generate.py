@@ -46,6 +46,10 @@ def test_the_seed_decides_the_draws() -> None:
     assert first.tolist() == again.tolist() != other.tolist()
 
 
+def test_a_nucleus_of_nothing_is_the_most_likely_token() -> None:
+    assert frequencies(Sampling(temperature=1000, top_p=0), 50).tolist() == [0, 1, 0, 0, 0]
+
+
 def test_large_logits_do_not_overflow() -> None:
     logits = np.array([1e30, 0, -1e30], np.float32)
     assert choose(logits, Sampling(temperature=0.5), np.random.default_rng(0)) == 0

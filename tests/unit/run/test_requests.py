@@ -14,6 +14,7 @@ import pytest
 
 from qwen3_export.errors import InputError
 from qwen3_export.text.chat_template import render_chat
+from tests.cli.helpers import call
 
 USER = {"role": "user", "content": "hi"}
 
@@ -79,3 +80,33 @@ def test_parts_of_text_are_one_text(model: ModuleType) -> None:
     assert [message["content"] for message in found] == ["Be brief.", "What is the sea?", ""]
     assert render_chat("{{ messages[1].content }}", found) == "What is the sea?"
     assert model._read(asked(text_input="hi"))["messages"] == [USER]
+
+
+# Options of `run` and of a request, and numbers at their limits and just beyond.
+LIMITS = [
+    ("--max-new-tokens", "max_tokens", (1, 1 << 20), (0, (1 << 20) + 1)),
+    ("--temperature", "temperature", (0, 1000), (-0.001, 1000.5)),
+    ("--top-p", "top_p", (0, 0.005, 1), (-0.001, 1.001)),
+    ("--seed", "seed", (0, (1 << 63) - 1), (-1, 1 << 63)),
+]
+
+
+@pytest.mark.parametrize(("option", "key", "taken", "refused"), LIMITS, ids=[item[1] for item in LIMITS])
+def test_requests_take_the_numbers_that_run_takes(
+    model: ModuleType, option: str, key: str, taken: tuple[float, ...], refused: tuple[float, ...]
+) -> None:
+    for number in taken:
+        found = model._read(asked(text_input="hi", sampling_parameters={key: number}))["sampling"]
+        assert getattr(found, {"max_tokens": "max_new_tokens"}.get(key, key)) == number
+        assert "nowhere: no such folder" in call("run", "nowhere", "--prompt", "hi", option, number).err
+    for number in refused:
+        with pytest.raises(InputError, match=f"sampling_parameters: {key} is "):
+            model._read(asked(text_input="hi", sampling_parameters={key: number}))
+        assert f"Invalid value for '{option}'" in call("run", "nowhere", "--prompt", "hi", option, number).err
+
+
+@pytest.mark.parametrize("value", [True, "1", None, [1], float("nan")])
+@pytest.mark.parametrize("key", ["max_tokens", "temperature", "top_p", "seed"])
+def test_sampling_takes_numbers_alone(model: ModuleType, key: str, value: object) -> None:
+    with pytest.raises(InputError, match=key):
+        model._read(asked(text_input="hi", sampling_parameters={key: value}))
