@@ -82,6 +82,7 @@ def main() -> None:
     found: dict[str, object] = {"backend": config.backend, "decoupled": config.model_transaction_policy.decoupled}
     found["generate"] = post("generate", asked(QUESTIONS[0]))
     found["stream"] = post("generate_stream", asked(QUESTIONS[0], stream=True))
+    found["stream without its path"] = post("generate", asked(QUESTIONS[0], stream=True))
     found["chat"] = post("generate", asked("", messages=json.dumps([{"role": "user", "content": QUESTIONS[0]}])))
     with ThreadPoolExecutor(8) as pool:
         found["together"] = [json.loads(text) for _, text in pool.map(lambda q: post("generate", asked(q)), QUESTIONS)]

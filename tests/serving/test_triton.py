@@ -104,6 +104,8 @@ def test_server_answers_as_run_does(
     assert "".join(piece["text_output"] for piece in pieces) == wanted[0]
     assert len(pieces) > 3
     assert pieces[-1]["finish_reason"] in ("stop", "length")
+    code, text = found["stream without its path"]
+    assert (code, list(json.loads(text))) == (200, ["error"]), "docs/serving.md says what Triton does here"
     # Eight at once fit into the queue: every one is answered, and as if it were alone.
     assert [item.get("text_output") for item in found["together"]] == wanted
     for name, (thinking, sampling) in DRAWN.items():
