@@ -93,7 +93,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
     Raises InputError when it is no GGUF file.
     """
-    return _joined({part: _read(part) for part in _parts(path)})
+    return _joined({part: _read(part) for part in gguf_parts(path)})
 
 
 def read_whole_gguf(path: Path) -> GgufHeader:
@@ -101,7 +101,7 @@ def read_whole_gguf(path: Path) -> GgufHeader:
 
     Raises InputError also where a part's name is not that of its header, and where a file ends before its tensors do.
     """
-    found = {part: _read(part) for part in _parts(path)}
+    found = {part: _read(part) for part in gguf_parts(path)}
     for number, (part, (values, tensors)) in enumerate(found.items()):
         _check_place(part, values, number, len(found))
         size = part.stat().st_size
@@ -139,7 +139,11 @@ def _check_place(part: Path, values: Mapping[str, Any], number: int, count: int)
     raise InputError(f"{part}: split.no and split.count are no whole numbers", "export or download it again")
 
 
-def _parts(path: Path) -> list[Path]:
+def gguf_parts(path: Path) -> list[Path]:
+    """All parts of a split model, whichever is named, or the file itself.
+
+    They are told by their names. Raises InputError when one is missing.
+    """
     split = _SPLIT.search(path.name)
     if not split:
         return [path]

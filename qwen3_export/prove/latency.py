@@ -31,7 +31,7 @@ from qwen3_export.prove.failed import measure_each
 from qwen3_export.prove.gate import check
 from qwen3_export.prove.meters import NOTICEABLE, EnergyMeter, MachineLoad, energy_meter, memory_bandwidth
 from qwen3_export.prove.naming import unique_names
-from qwen3_export.run.artifact import artifact_coverage, of_a_plan, open_session, tokenizer_of
+from qwen3_export.run.artifact import artifact_bytes, artifact_coverage, of_a_plan, open_session, tokenizer_of
 from qwen3_export.run.session import RuntimeOptions, Session
 from qwen3_export.text.documents import document_ids, load_documents
 
@@ -95,7 +95,7 @@ def _bandwidth(artifact: Path, found: Mapping[str, Any], sparse: bool) -> dict[s
 def weight_bytes(artifact: Path) -> int:
     """Bytes of the files that hold an artifact's weights, a plan left out."""
     if artifact.is_file():
-        return artifact.stat().st_size
+        return artifact_bytes(artifact)
     files = [*artifact.glob("*.data"), *artifact.glob("*.onnx_data*"), *artifact.glob("*.safetensors")]
     return sum(path.stat().st_size for path in files)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_export.core.coverage import GGUF_KEY, Summary, read_coverage, summary_of
+from qwen3_export.core.gguf_header import gguf_parts
 from qwen3_export.core.memory import memory_named
 from qwen3_export.core.onnx_header import onnx_data_files
 from qwen3_export.core.plan_folder import ENGINE
@@ -76,7 +77,8 @@ def _open(artifact: Path, options: RuntimeOptions) -> Session:
     if kind == "gguf":
         from qwen3_export.run.llamacpp import LlamaSession
 
-        return LlamaSession(artifact, options)
+        # llama.cpp opens a split model by its first part.
+        return LlamaSession(gguf_parts(artifact)[0], options)
     from qwen3_export.run.torch import TorchSession
 
     return TorchSession(artifact, options)
@@ -170,6 +172,6 @@ def artifact_coverage(artifact: Path, session: Session) -> Summary | None:
 def artifact_bytes(artifact: Path) -> int:
     """Size of an artifact on disk."""
     if artifact.is_file():
-        outside = onnx_data_files(artifact) if artifact.suffix == ".onnx" else []
-        return sum(path.stat().st_size for path in [artifact, *outside])
+        files = [artifact, *onnx_data_files(artifact)] if artifact.suffix == ".onnx" else gguf_parts(artifact)
+        return sum(path.stat().st_size for path in files)
     return sum(path.stat().st_size for path in artifact.rglob("*") if path.is_file())

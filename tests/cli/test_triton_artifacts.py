@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 import pytest
 
+from qwen3_export.prove.latency import weight_bytes
+from qwen3_export.run.artifact import artifact_bytes
 from qwen3_export.run.generate import Sampling, chat
 from tests.cli.helpers import call, names, refused
 
@@ -46,6 +48,15 @@ def test_all_parts_of_a_split_model_are_served(split: list[Path], tmp_path: Path
         sampling = Sampling(max_new_tokens=4)
         assert chat(opened, _QUESTION, False, sampling)["text"] == chat(split[0], _QUESTION, False, sampling)["text"]
         assert digest in (place / "README.md").read_text()
+
+
+def test_any_part_stands_for_the_whole_model(split: list[Path], tmp_path: Path) -> None:
+    """In `run`, and in a report, whose size is that of all parts."""
+    text = [call("run", part, "--prompt", "hi", "--max-new-tokens", "4", "--json").json["text"] for part in split]
+    assert len(set(text)) == 1
+    assert artifact_bytes(split[-1]) == weight_bytes(split[-1]) == sum(part.stat().st_size for part in split)
+    alone = shutil.copyfile(split[-1], tmp_path / split[-1].name)
+    refused(call("run", alone, "--prompt", "hi"), 2, split[0].name, "is missing", "keep all parts in one folder")
 
 
 def test_parts_that_are_missing_or_misnamed_are_refused(split: list[Path], tmp_path: Path) -> None:
