@@ -60,8 +60,11 @@ def onnx(
         ),
     ] = None,
     kv_cache: Annotated[
-        str, typer.Option(help="fp32; int8 or int4: calibrated codes, a quarter or an eighth of the cache's memory.")
-    ] = "fp32",
+        str | None,
+        typer.Option(
+            help="int8 or int4: calibrated codes, a quarter or an eighth of fp32's memory (default: as --precision)."
+        ),
+    ] = None,
     opset: Annotated[
         int | None, typer.Option(help="Of `standard`: 21 for older runtimes, 23 or 24 (default: 23).")
     ] = None,
@@ -99,7 +102,7 @@ def onnx(
 
     rounds = accuracy_level == 4 or (accuracy_level is None and target in ("cpu", "web") and flavor != "standard")
     # Of the plan's two kinds of ONNX the second is not measured.
-    measured = "onnx" if rounds or kv_cache != "fp32" else "onnx-standard"
+    measured = "onnx" if rounds or kv_cache in ("int8", "int4") else "onnx-standard"
 
     def check(checkpoint: Checkpoint) -> int:
         # Imported here, while the source is hashed.

@@ -193,7 +193,7 @@ def _paired(
 
 
 def _deviations(metric: str, counts: NDArray, sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What each row adds to the sum behind a figure beyond its share, to first order."""
+    """What each row adds to a figure beyond its share, to first order."""
     mean = sums.sum() / counts.sum()
     slope = float(np.exp(mean)) if metric == "ppl_ratio" else 1.0
     return slope * (sums - mean * counts)

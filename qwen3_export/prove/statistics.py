@@ -66,9 +66,10 @@ def resampled(counts: NDArray, *sums: NDArray) -> tuple[NDArray[np.float64], ...
 
 
 def interval_of_few(counts: NDArray, difference: float, deviations: NDArray[np.float64]) -> list[float]:
-    """The 95 % interval of a difference by Student's t, for 2 to 4 rows.
+    """The 95 % interval of a difference over few rows, by Student's t.
 
-    `deviations` are what each row's sum, of `counts` positions, adds to the difference beyond its share of it.
+    There are 2 to 4 rows; `deviations` are what each row's sum, of `counts` positions, adds to the difference beyond
+    its share of it.
     """
     rows = len(counts)
     error = np.sqrt(rows / (rows - 1) * (deviations**2).sum()) / counts.sum()

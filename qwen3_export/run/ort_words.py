@@ -23,7 +23,7 @@ def reason_of(error: Exception) -> str:
 
 
 def _without_function(text: str) -> str:
-    """`text` without the C++ function that it begins with: a bare name, or one with its parameters."""
+    """`text` without the C++ function, with parameters or none, that it begins with."""
     name, space, rest = text.partition(" ")
     opened = text.find("(")
     if opened < 0 or "::" not in text[:opened]:

@@ -24,6 +24,7 @@ from qwen3_export.ship.onnx import export_onnx
 from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.artifact.support import THREADS, OnnxFolder, OnnxWeights, logits, mean_kl
 from tests.artifact.test_genai import genai_greedy
+from tests.cli.helpers import call, reported
 
 # Largest KL that the codes may add, and their size beside fp32's.
 LIMITS = {"int8": (2e-4, 0.26), "int4": (0.05, 0.14)}
@@ -122,3 +123,23 @@ def test_what_has_no_such_cache_is_refused(source: Callable[[str], Path], tmp_pa
             export_onnx(checkpoint, tmp_path / "out", kv_cache="int8", **options)
     with pytest.raises(InputError, match="one of fp32, int8, int4"):
         export_onnx(checkpoint, tmp_path / "out", kv_cache="int2")
+    with pytest.raises(InputError, match="--kv-cache fp32: beside fp16 activations the cache is fp16"):
+        export_onnx(checkpoint, tmp_path / "out", kv_cache="fp32", target="cuda")
+    with pytest.raises(InputError, match="--kv-cache fp16: beside fp32 activations the cache is fp32"):
+        export_onnx(checkpoint, tmp_path / "out", kv_cache="fp16")
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        (("--target", "cuda"), "fp16"),
+        (("--target", "web", "--kv-cache", "fp16"), "fp16"),
+        (("--target", "standard", "--precision", "bf16"), "bf16"),
+        (("--target", "cpu", "--kv-cache", "fp32"), "fp32"),
+    ],
+)
+def test_the_result_names_the_cache_that_was_written(
+    source: Callable[[str], Path], tmp_path: Path, options: tuple[str, ...], kind: str
+) -> None:
+    outcome = call("onnx", source("original"), "--output", tmp_path / "out", "--json", *options)
+    assert reported(outcome, "onnx")["kv_cache"] == kind

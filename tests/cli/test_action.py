@@ -77,6 +77,14 @@ def test_the_action_fails_where_a_limit_does(job: dict[str, str], tmp_path: Path
     assert "**FAIL**" in (tmp_path / "summary.md").read_text()
 
 
+def test_what_is_kept_has_a_name_without_slashes(job: dict[str, str], tmp_path: Path) -> None:
+    done = act(tmp_path, **job, report="out/a report")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "github_output").read_text() == "name=out-a-report\n"
+    assert (tmp_path / "out" / "a report" / "report.json").is_file()
+    assert ACTION["runs"]["steps"][-1]["with"]["name"] == "${{ steps.kept.outputs.name }}"
+
+
 def test_inputs_reach_the_shell_as_values_only() -> None:
     """An input that stood in a script would be run by it."""
     for step in ACTION["runs"]["steps"]:

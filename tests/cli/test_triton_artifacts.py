@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
+import qwen3_export
 from qwen3_export.prove.latency import weight_bytes
 from qwen3_export.run.artifact import artifact_bytes
 from qwen3_export.run.generate import Sampling, chat
@@ -48,6 +49,21 @@ def test_all_parts_of_a_split_model_are_served(split: list[Path], tmp_path: Path
         sampling = Sampling(max_new_tokens=4)
         assert chat(opened, _QUESTION, False, sampling)["text"] == chat(split[0], _QUESTION, False, sampling)["text"]
         assert digest in (place / "README.md").read_text()
+
+
+def test_caches_beside_the_modules_are_not_copied(
+    split: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As linters and type checkers leave them in a working copy."""
+    package = tmp_path / "package"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(qwen3_export.__file__).parent, package, ignore=ignored)
+    (package / "run" / ".cache").mkdir()
+    (package / "run" / ".cache" / "kept").touch()
+    monkeypatch.setattr("qwen3_export.ship.triton._PACKAGE", package)
+    assert call("triton", split[0], "--output", tmp_path / "repository").code == 0
+    assert (tmp_path / "repository/qwen3/1/qwen3_export/run/session.py").is_file()
+    assert not [path for path in (tmp_path / "repository").rglob("*") if path.name.startswith(".")]
 
 
 def test_any_part_stands_for_the_whole_model(split: list[Path], tmp_path: Path) -> None:

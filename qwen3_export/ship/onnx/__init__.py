@@ -31,7 +31,7 @@ from qwen3_export.ship.onnx.decoder import build_decoder
 from qwen3_export.ship.onnx.graph import GraphBuilder
 from qwen3_export.ship.onnx.library import ir
 from qwen3_export.ship.onnx.sidecars import context_length, genai_config, model_config
-from qwen3_export.ship.onnx.target import MOST_WEB_SHARDS, Files, Target, choose, files_of
+from qwen3_export.ship.onnx.target import MOST_WEB_SHARDS, PRECISIONS, Files, Target, choose, files_of
 from qwen3_export.ship.result import check_schemes, exactness, export_result, onnx_linear_bytes, provenance
 
 TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -57,7 +57,7 @@ def export_onnx(
     target: str = "cpu",
     max_shard_size: int | None = None,
     measure: Measure | None = None,
-    kv_cache: str = "fp32",
+    kv_cache: str | None = None,
     study_cache: StudyCache | None = None,
     opset: int | None = None,
 ) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def export_onnx(
         _write_sidecars(checkpoint, folder, aim, files, len(hashes), cache)
         # The level's cost is that of a plain cache, so that both costs add up.
         level = _level(checkpoint, aim, folder if cache is None else folder / _PLAIN, measure)
-        level = {**_cost_of(cache, folder, study_cache, kv_cache if cache else aim.precision), **level}
+        level = {**_cost_of(cache, folder, study_cache, kv_cache if cache and kv_cache else aim.precision), **level}
         values = {
             "target": aim.name, "flavor": aim.flavor, "precision": aim.precision,
             **level, **_described(cache), **provenance(checkpoint), **exactness(inexact), **sparse,
@@ -143,7 +143,7 @@ def check_request(
     accuracy_level: int | None = None,
     target: str = "cpu",
     max_shard_size: int | None = None,
-    kv_cache: str = "fp32",
+    kv_cache: str | None = None,
     opset: int | None = None,
 ) -> Target:
     """Everything that can be known before the long work.
@@ -159,9 +159,14 @@ def check_request(
     if aim.flavor == "ort":
         _check_shapes(checkpoint)
     files_of(aim, checkpoint)
-    if kv_cache not in BITS:
-        raise InputError(f"--kv-cache {kv_cache}: one of {', '.join(BITS)} was expected")
-    if kv_cache != "fp32" and (aim.flavor, aim.precision, aim.name) != ("ort", "fp32", "cpu"):
+    if kv_cache in PRECISIONS and kv_cache != aim.precision:
+        raise InputError(
+            f"--kv-cache {kv_cache}: beside {aim.precision} activations the cache is {aim.precision}",
+            f"--precision {kv_cache}, or leave --kv-cache away",
+        )
+    if kv_cache is not None and kv_cache not in (*PRECISIONS, *BITS):
+        raise InputError(f"--kv-cache {kv_cache}: one of fp32, int8, int4 was expected")
+    if kv_cache in BITS and (aim.flavor, aim.precision, aim.name) != ("ort", "fp32", "cpu"):
         raise InputError(
             f"--kv-cache {kv_cache} is GroupQueryAttention's of ONNX Runtime's CPU kernels, beside fp32 activations",
             "leave --target, --flavor and --precision away",
@@ -194,13 +199,18 @@ def _check_shapes(checkpoint: Checkpoint) -> None:
 
 
 def _calibrated(
-    checkpoint: Checkpoint, folder: Path, aim: Target, kv_cache: str, study: StudyCache | None, progress: Progress
+    checkpoint: Checkpoint,
+    folder: Path,
+    aim: Target,
+    kv_cache: str | None,
+    study: StudyCache | None,
+    progress: Progress,
 ) -> QuantizedCache | None:
     """A quantized cache's scales, measured on the same model.
 
     A model with a plain cache is kept until the cost is known.
     """
-    bits = BITS[kv_cache]
+    bits = BITS.get(kv_cache or aim.precision)
     if bits is None:
         return None
     assert study is not None, "whoever asks for a quantized cache says how its scales are found"

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from qwen3_export.ship.onnx.graph import GraphBuilder
 from qwen3_export.ship.onnx.library import ir
 
-BITS = {"fp32": None, "int8": 8, "int4": 4}
+BITS = {"int8": 8, "int4": 4}
 # Inputs of the operator between the total length and the scales: cos, sin, positions, bias, sinks.
 _ABSENT = 5
 

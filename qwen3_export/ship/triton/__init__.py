@@ -156,7 +156,7 @@ def _copy(artifact: Path, kind: Kind, version: Path) -> None:
 
 def _copy_package(target: Path) -> None:
     """The modules that load and run an artifact, without caches and lint settings."""
-    ignored: Callable[..., set[str]] = shutil.ignore_patterns("__pycache__", "ruff.toml", "*.pyc")
+    ignored: Callable[..., set[str]] = shutil.ignore_patterns("__pycache__", "ruff.toml", "*.pyc", ".*")
     target.mkdir()
     for name in _SERVED:
         source = _PACKAGE / name
