@@ -1,7 +1,7 @@
-"""Standard streams whose failures do not change the exit code.
+"""Standard streams whose failures do not end a command.
 
 When the reader is gone (`… | head -1`), the disk is full, or the stream is closed, output is dropped; a character that
-the encoding lacks is escaped.
+the encoding lacks is escaped. A result that is lost, unless its reader left, makes the exit code 4 at the end.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ import os
 import select
 import sys
 from typing import Any, TextIO
+
+from qwen3_export.errors import ResourceError
+
+_LOST = "free some room, or send stdout elsewhere; other files of the command are whole"
 
 
 class _Steady(io.RawIOBase):
@@ -65,13 +69,19 @@ def _steady(old: TextIO | None, number: int) -> TextIO:
     return io.TextIOWrapper(buffer, encoding, "backslashreplace", write_through=number == 2, line_buffering=True)
 
 
-def finish_streams() -> None:
-    """Flush stdout and stderr.
+def finish_streams(code: int) -> int:
+    """Flush stdout and stderr, and return the exit code: `code`, or 4 for a lost result.
 
-    A result that could not be written is reported on stderr, unless its reader had closed the pipe.
+    A result that could not be written is told on stderr, unless its reader had closed the pipe. A code other than 0
+    stays.
     """
     sys.stdout.flush()
     lost = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "lost", None)
     if lost is not None and lost.errno != errno.EPIPE:
-        print(f"warning: the result could not be shown: {lost.strerror}", file=sys.stderr)
+        kind = "warning" if code else "error"
+        print(f"{kind}: the result could not be written to stdout: {lost.strerror}", file=sys.stderr)
+        if not code:
+            print(f"hint: {_LOST}", file=sys.stderr)
+            code = ResourceError.exit_code
     sys.stderr.flush()
+    return code

@@ -1,4 +1,4 @@
-"""A result stays a result: closed, full and narrow streams change no exit code, and no file."""
+"""A result stays a result: closed and narrow streams change no exit code, and no stream a file."""
 
 from __future__ import annotations
 
@@ -39,16 +39,33 @@ def test_failed_gate_is_the_only_one(made: dict[str, Path], tmp_path: Path) -> N
 )
 def test_export_under_odd_streams(redirection: str, made: dict[str, Path], tmp_path: Path) -> None:
     found = _shell(f"{_SHELL} gguf {made['quantized']} --output out {redirection}", tmp_path)
-    assert found.returncode == 0
+    assert found.returncode == (4 if redirection.startswith(">/dev/full") else 0)
     assert b"Traceback" not in found.stderr
     assert hashes(tmp_path / "out") == hashes(made["gguf"])
     assert names(tmp_path) == ["out"]
 
 
-def test_lost_result_is_told(tmp_path: Path) -> None:
-    found = _shell(f"{_SHELL} recipes list --json >/dev/full", tmp_path)
-    assert found.returncode == 0
-    assert found.stderr == b"warning: the result could not be shown: No space left on device\n"
+@pytest.mark.parametrize("arguments", ["recipes list --json", "recipes show rtn-w4a16-g32", "--version", "plan --help"])
+def test_lost_result_is_an_error(arguments: str, tmp_path: Path) -> None:
+    """Whoever redirects stdout relies on the exit code, not on a line on stderr."""
+    found = _shell(f"{_SHELL} {arguments} >/dev/full", tmp_path)
+    error, hint = found.stderr.decode().splitlines()
+    assert found.returncode == 4
+    assert error == "error: the result could not be written to stdout: No space left on device"
+    assert hint.startswith("hint: free some room")
+
+
+def test_lost_result_of_a_limited_file(tmp_path: Path) -> None:
+    found = _shell(f"ulimit -f 0; {_SHELL} recipes list --json >out", tmp_path)
+    assert (found.returncode, (tmp_path / "out").read_bytes()) == (4, b"")
+    assert found.stderr.startswith(b"error: the result could not be written to stdout: File too large\n")
+
+
+def test_code_of_a_failed_command_stays(made: dict[str, Path], tmp_path: Path) -> None:
+    gate = f"{_SHELL} validate {made['onnx']} --reference {made['reference']} -q --max-kl 0 --json >/dev/full"
+    found = _shell(gate, tmp_path)
+    assert found.returncode == 1
+    assert found.stderr == b"warning: the result could not be written to stdout: No space left on device\n"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "utf-8"])

@@ -35,7 +35,9 @@ def make(random: Random, place: Place) -> Trial:
         ({}, {"COLUMNS": "abc"}, {"COLUMNS": "0"}, {"COLUMNS": "9" * 30}, {"TERM": None}, {"LC_ALL": "C"})
     )
     what = f"{name} {env or ''}"
-    return Trial(what, command, frozenset({0}), outputs=outputs, env=env, setup=_STREAMS[name])
+    # What cannot be written to stdout is lost, and says so.
+    code = 4 if name == "stdout full" else 0
+    return Trial(what, command, frozenset({code}), outputs=outputs, env=env, setup=_STREAMS[name])
 
 
 def _closed(*numbers: int) -> Callable[[], None]:
