@@ -70,7 +70,7 @@ def _steady(old: TextIO | None, number: int) -> TextIO:
 
 
 def finish_streams(code: int) -> int:
-    """Flush stdout and stderr, and return the exit code: `code`, or 4 for a lost result.
+    """Flush stdout and stderr; returns the exit code, 4 for a lost result.
 
     A result that could not be written is told on stderr, unless its reader had closed the pipe. A code other than 0
     stays.

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qwen3_export.core.unique_keys import DuplicateKeyError, loads_json, loads_yaml
 from qwen3_export.errors import CheckpointError, InputError
 
 Kind = type[InputError]
@@ -92,21 +93,24 @@ def read_lines(path: Path, kind: Kind = InputError) -> Iterator[str]:
         raise kind(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def parse_json(data: str | bytes, where: object, kind: Kind = InputError) -> Any:
-    """A JSON value, refused where nesting, digits or letters go too far."""
+def parse_json(data: str | bytes, where: object, kind: Kind = InputError, unique: bool = False) -> Any:
+    """A JSON value, refused where nesting, digits or letters go too far.
+
+    With `unique`, for what people write, an object that has a key twice is refused too.
+    """
 
     def read() -> Any:
         text = _decode(data) if isinstance(data, bytes) else data
-        values = json.loads(text)
+        values = loads_json(text) if unique else json.loads(text)
         _check_values(values, "\\u" in text)
         return values
 
     return _parsed(read, where, "valid JSON", kind)
 
 
-def read_json(path: Path, kind: Kind = InputError, hint: str | None = None) -> Any:
-    """The value in a JSON file."""
-    return parse_json(read_bytes(path, kind, hint), path, kind)
+def read_json(path: Path, kind: Kind = InputError, hint: str | None = None, unique: bool = False) -> Any:
+    """The value in a JSON file; `unique` as in `parse_json`."""
+    return parse_json(read_bytes(path, kind, hint), path, kind, unique)
 
 
 def read_object(path: Path, kind: Kind = InputError, hint: str | None = None) -> dict[str, Any]:
@@ -126,13 +130,14 @@ def read_sidecar(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path, kind: Kind = InputError) -> Any:
-    """The value in a YAML file, plain types alone."""
+    """The value in a YAML file, plain types alone.
+
+    A mapping that has a key twice is refused.
+    """
     text = read_text(path, kind)
 
     def read() -> Any:
-        import yaml
-
-        values = yaml.safe_load(text)
+        values = loads_yaml(text)
         _check_values(values, True, _MOST_YAML_VALUES)
         return values
 
@@ -142,6 +147,8 @@ def read_yaml(path: Path, kind: Kind = InputError) -> Any:
 def _parsed(read: Callable[[], Any], where: object, wanted: str, kind: Kind) -> Any:
     try:
         return read()
+    except DuplicateKeyError as error:
+        raise kind(f"{where}: {error}", "keep one of the two") from error
     except Exception as error:  # parsers raise far more than they document: OverflowError, KeyError, AttributeError …
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise kind(f"{where}: not {wanted} ({reason})") from error

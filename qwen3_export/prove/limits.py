@@ -96,7 +96,12 @@ def read_limits(path: Path) -> dict[str, float]:
     values = read_yaml(path)
     if not isinstance(values, dict) or not values:
         raise InputError(f"{path}: a mapping of limits was expected", _known())
-    return {name: parse_limit(name, value, f"{path}: ") for name, value in _flat(values)}
+    limits: dict[str, float] = {}
+    for name, value in _flat(values):
+        if name in limits:
+            raise InputError(f"{path}: {name} is given twice, as one name and nested", "keep one of the two")
+        limits[name] = parse_limit(name, value, f"{path}: ")
+    return limits
 
 
 def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

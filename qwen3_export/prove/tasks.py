@@ -29,6 +29,7 @@ from qwen3_export.core.files import read_lines
 from qwen3_export.core.manifest import sha256_text
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.scheme import check_keys
+from qwen3_export.core.unique_keys import loads_json
 from qwen3_export.errors import InputError, RecipeError
 from qwen3_export.run.generate import Sampling, answer
 from qwen3_export.run.session import Session
@@ -100,7 +101,7 @@ def read_tasks(path: Path) -> list[Task]:
 
 def _task(line: str, where: str) -> Task:
     try:
-        values = json.loads(line)
+        values = loads_json(line)
         if not isinstance(values, dict):
             raise ValueError("no JSON object")
         check_keys(values, _KEYS, where)

@@ -102,7 +102,7 @@ def _read_jsonl(path: Path) -> list[Document]:
     for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             where = f"{path}, line {number}"
-            documents.append(_document(parse_json(line, where), path.stem, where))
+            documents.append(_document(parse_json(line, where, unique=True), path.stem, where))
     return documents
 
 
@@ -111,7 +111,7 @@ def _read_json(path: Path) -> list[Document]:
     first = next((line for line in read_lines(path) if line.strip()), "")
     if first.rstrip().endswith("}") and first.lstrip().startswith("{"):
         return _read_jsonl(path)
-    values = read_json(path)
+    values = read_json(path, unique=True)
     rows = values if isinstance(values, list) else [values]
     return [_document(row, path.stem, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
 

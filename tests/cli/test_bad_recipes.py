@@ -17,6 +17,7 @@ BAD: dict[str, tuple[str, tuple[str, ...]]] = {
     "code in it": ("!!python/object/apply:os.system ['id']", ("recipe.yaml", "YAML")),
     "empty": ("", ("recipe.yaml", "mapping")),
     "a list": ("- 1", ("recipe.yaml", "mapping")),
+    "a key twice": (GOOD + "method: rtn\n", ("recipe.yaml", "'method' is given twice, in lines 2 and 6")),
     "no method": ("name: mine\nrules: []", ("method",)),
     "unknown method": (GOOD.replace("gptq", "gtpq"), ("gtpq", "gptq")),
     "method outside": (GOOD.replace("gptq", "../rtn"), ("../rtn",)),

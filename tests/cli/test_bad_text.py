@@ -27,6 +27,12 @@ BAD: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
         b'{"messages": [{"role": "user", "content": "\\udc00"}]}',
         ("text.jsonl", "line 1"),
     ),
+    "a key twice": ("text.jsonl", f'{{"text": "a", "text": "{WORDS}"}}'.encode(), ("text.jsonl, line 1", "'text'")),
+    "a key twice in one value": (
+        "text.json",
+        f'[{{"text": "a",\n"text": "{WORDS}"}}]'.encode(),
+        ("text.json", "'text'"),
+    ),
     "unknown kind": ("text.csv", b"a,b", ("text.csv", ".jsonl")),
     "too short": ("text.txt", b"a few words", ("token",)),
 }
