@@ -100,8 +100,9 @@ def reference(
         int | None, typer.Option(min=32, max=1 << 20, help="Tokens per row (default: 256, or what the model takes).")
     ] = None,
     top_k: Annotated[
-        int, typer.Option(min=0, max=1 << 20, help="Most likely tokens kept per position; 0 keeps all.")
-    ] = 256,
+        int | None,
+        typer.Option(min=0, max=1 << 20, help="Most likely tokens kept per position; 0 keeps all (default: 256)."),
+    ] = None,
     thinking_budget: ThinkingBudget = None,
     tasks: Tasks = None,
     force: Force = False,
@@ -113,12 +114,13 @@ def reference(
 
     Held-out text, the most likely tokens at every position of it, and greedy texts: what `validate` compares with.
     """
-    from qwen3_export.prove.original import write_reference
+    from qwen3_export.prove.original import TOP_K, write_reference
     from qwen3_export.prove.tasks import read_tasks
     from qwen3_export.prove.validate import WINDOW, held_out
 
     show = console(json, quiet, verbose)
     if merge:
+        _refuse_measuring(text=text, tokens=tokens, window=window, top_k=top_k, budget=thinking_budget, tasks=tasks)
         _merge([Path(source), *merge], output, force, show)
         return
     checkpoint = open_source(source)
@@ -129,9 +131,21 @@ def reference(
     inputs = [checkpoint.folder, tasks, *(split_domain(item)[1] for item in text or ())]
     check_output(output, inputs, force, folder=False)
     rows = held_out(checkpoint.folder, text or (), window or min(WINDOW, most), tokens)
-    result = write_reference(checkpoint, rows, output, top_k, force, show, thinking_budget, asked)
+    result = write_reference(
+        checkpoint, rows, output, TOP_K if top_k is None else top_k, force, show, thinking_budget, asked
+    )
     shown = {k: result[k] for k in ("output", "positions", "rows", "top_k")} | {"size": size(result["bytes"])}
     show.result(result, lambda: fields(shown))
+
+
+def _refuse_measuring(**options: Any) -> None:
+    """Raise InputError for options of measuring, which merging does not do."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        name = {"budget": "thinking-budget"}.get(given[0], given[0].replace("_", "-"))
+        raise InputError(
+            f"--{name}: --merge joins answers that are measured already", "leave it away, or measure without --merge"
+        )
 
 
 def _merge(paths: list[Path], output: Path, force: bool, show: Console) -> None:

@@ -27,6 +27,7 @@ from qwen3_export.core.outputs import check_output, staged_file
 from qwen3_export.core.processors import MOST_THREADS
 from qwen3_export.core.recipe import load_recipe, recipe_names
 from qwen3_export.core.source import open_source
+from qwen3_export.core.unread import no_effect
 from qwen3_export.core.working_folders import scratch_folder
 from qwen3_export.errors import InputError
 
@@ -83,8 +84,9 @@ def search_recipe(
         typer.Option(help="Below 8 bits: `symmetric`, `signed` scales, `asymmetric`; or `gguf`: ggml types."),
     ] = "signed,asymmetric",
     groups: Annotated[
-        str, typer.Option(help="Sizes of groups that are tried below 8 bits, of 128, 64 and 32.")
-    ] = "128,64,32",
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Sizes of groups that are tried below 8 bits (default: 128,64,32)."),
+    ] = None,
     by_kind: Annotated[
         bool,
         typer.Option("--by-kind/--by-layer", help="One scheme per kind of linear in all layers, for other models too."),
@@ -117,10 +119,13 @@ def search_recipe(
     from qwen3_export.model.workers import import_torch
 
     import_torch()
+    from qwen3_export.solve.mixed_precision.candidates import GROUPS
     from qwen3_export.solve.mixed_precision.result import outcome, to_yaml
     from qwen3_export.solve.mixed_precision.search import SearchSettings, search
 
     show = console(json, quiet, verbose)
+    if "gguf" in _words(grids) and (warning := no_effect({"groups": groups}, "ggml's types have blocks of their own")):
+        show.warn(warning)
     settings = SearchSettings(
         target_bpw,
         None if bits is None else _numbers("--bits", bits),
@@ -136,7 +141,7 @@ def search_recipe(
         embeddings,
         fold,
         cluster,
-        _numbers("--groups", groups),
+        GROUPS if groups is None else _numbers("--groups", groups),
         by_kind,
     )
     inputs: list[str | Path | None] = [checkpoint.folder, calibration]

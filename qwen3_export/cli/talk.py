@@ -13,6 +13,7 @@ from qwen3_export.cli.app import Json, Quiet, Verbose, app, console
 from qwen3_export.cli.console import Console
 from qwen3_export.cli.prove import RunDevice, ThinkingBudget, Threads, find
 from qwen3_export.core.files import read_text
+from qwen3_export.core.unread import no_effect
 from qwen3_export.errors import InputError
 from qwen3_export.run import limits
 
@@ -35,8 +36,10 @@ def run(
     thinking_budget: ThinkingBudget = None,
     max_new_tokens: Annotated[int, _option(limits.MAX_NEW_TOKENS, "Stop after this many tokens.")] = 256,
     temperature: Annotated[float, _option(limits.TEMPERATURE, "0 takes the most likely token.")] = 0.0,
-    top_p: Annotated[float, _option(limits.TOP_P, "Nucleus sampling; with a temperature.")] = 0.95,
-    seed: Annotated[int, _option(limits.SEED, "Of the sampling.")] = 0,
+    top_p: Annotated[
+        float | None, _option(limits.TOP_P, "Nucleus sampling; with a temperature (default: 0.95).")
+    ] = None,
+    seed: Annotated[int | None, _option(limits.SEED, "Of the sampling; with a temperature (default: 0).")] = None,
     threads: Threads = None,
     device: RunDevice = None,
     json: Json = False,
@@ -50,7 +53,10 @@ def run(
 
     show = console(json, quiet, verbose)
     messages = [{"role": "system", "content": system}] if system else []
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed, thinking_budget)
+    _tell_unread(show, {"top_p": top_p, "seed": seed}, temperature, thinking, thinking_budget)
+    usual = Sampling()
+    nucleus, start = usual.top_p if top_p is None else top_p, usual.seed if seed is None else seed
+    sampling = Sampling(max_new_tokens, temperature, nucleus, start, thinking_budget)
     on_text, on_answer = (None, _nothing) if json else (_stream, lambda found: _spoken(show, found))
     path, options = find(artifact, device), RuntimeOptions(threads=threads, device=device)
     try:
@@ -62,6 +68,18 @@ def run(
     if not found:
         raise InputError("nothing was said in the conversation", "one line of stdin is one question")
     show.result({**found[-1], "turns": found} if chat else found[0], _nothing)
+
+
+def _tell_unread(
+    show: Console, drawing: dict[str, Any], temperature: float, thinking: bool, budget: int | None
+) -> None:
+    """Warn of options of sampling and thinking that change nothing."""
+    warnings = (
+        no_effect(drawing if temperature == 0 else {}, "without a --temperature the likeliest token is taken"),
+        no_effect({} if thinking else {"thinking_budget": budget}, "--no-thinking asks for no thought"),
+    )
+    for warning in filter(None, warnings):
+        show.warn(warning)
 
 
 def _questions(prompt: str | None, file: Path | None, chat: bool) -> Iterator[str]:

@@ -208,7 +208,7 @@ def _needs(
     from qwen3_export.model.workers import import_torch
     from qwen3_export.solve.blocks import rtn_without_torch
     from qwen3_export.solve.preflight import activation_bytes, artifact_bytes
-    from qwen3_export.solve.quantize import check_device, check_recipe, needs_inputs
+    from qwen3_export.solve.quantize import check_device, check_recipe, samples_needed
 
     check_recipe(checkpoint, recipe, settings.layout or recipe.layout)
     without_torch = settings.device == "cpu" and rtn_without_torch.serves(checkpoint, recipe)
@@ -216,7 +216,7 @@ def _needs(
         import_torch()
         check_device(settings.device)
     method, options = load_method(recipe)
-    samples = planned_samples(checkpoint, recipe, settings, progress) if needs_inputs(recipe, method, options) else None
+    samples = samples_needed(checkpoint, recipe, settings, progress, planned_samples)
     original, outputs = method.needs_original(options), method.fisher_samples(options)
     memory = _solving_peak(checkpoint, recipe, samples, without_torch)
     artifact = artifact_bytes(checkpoint, recipe)

@@ -35,6 +35,8 @@ from qwen3_export.text.tokenizer import ModelTokenizer
 if TYPE_CHECKING:
     from qwen3_export.model.decoder import Decoder
 
+# Most likely tokens kept per position, unless told otherwise.
+TOP_K = 256
 PROMPT_TOKENS, NEW_TOKENS, PROMPTS, CHATS = 32, 32, 8, 4
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from qwen3_export.core.processors import check_device_name
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.core.unread import no_effect
 from qwen3_export.core.working_folders import scratch_folder
 from qwen3_export.errors import InputError, MissingRuntimeError, RecipeError
 from qwen3_export.model.workers import fast_matmul, import_torch
@@ -33,7 +34,7 @@ from qwen3_export.solve.output_folder import PROGRESS, STATE, QuantizedFolder, r
 from qwen3_export.solve.preflight import check_disk, check_memory
 from qwen3_export.solve.record import finished_run, manifest_of, report_experts, result_of
 from qwen3_export.solve.setup import has_head_apart, new_job, open_pool, runs_without_torch
-from qwen3_export.text.documents import load_documents
+from qwen3_export.text.documents import check_readable, load_documents
 from qwen3_export.text.samples import Samples, calibration_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 
@@ -65,7 +66,7 @@ def quantize(
     without_torch = runs_without_torch(checkpoint, recipe, settings)
     _import_libraries(without_torch, settings.device)
     method, options = load_method(recipe)
-    samples = calibration_of(checkpoint, recipe, settings, progress) if needs_inputs(recipe, method, options) else None
+    samples = samples_needed(checkpoint, recipe, settings, progress, calibration_of)
     original, fisher_samples = method.needs_original(options), method.fisher_samples(options)
     token_floor = recipe.experts.token_floor(checkpoint.config.expert_width)
     outer = any(recipe.scheme_for(module) for module in checkpoint.config.outer_matrices())
@@ -198,6 +199,35 @@ def needs_inputs(recipe: Recipe, method: ModuleType, options: Any) -> bool:
     """
     measured = any(rule.scheme and rule.scheme.has_input_scale for rule in recipe.rules)
     return measured or method.needs_inputs(options) or fold_of(options) != "none"
+
+
+SamplesOf = Callable[[Checkpoint, Recipe, QuantizeSettings, Progress], Samples]
+
+
+def samples_needed(
+    checkpoint: Checkpoint, recipe: Recipe, settings: QuantizeSettings, progress: Progress, samples_of: SamplesOf
+) -> Samples | None:
+    """The calibration rows, None for a recipe that reads none.
+
+    Of such a recipe options about them are warned of.
+    """
+    if needs_inputs(recipe, *load_method(recipe)):
+        return samples_of(checkpoint, recipe, settings, progress)
+    _tell_unread(recipe, settings, progress)
+    return None
+
+
+def _tell_unread(recipe: Recipe, settings: QuantizeSettings, progress: Progress) -> None:
+    """Warn of calibration options that a recipe without calibration does not read.
+
+    Raises InputError for a file that is not there.
+    """
+    check_readable(settings.calibration)
+    usual = QuantizeSettings()
+    chosen = {name: getattr(settings, name) for name in ("calibration", "samples", "sequence_length", "seed")}
+    given = {name: None if value == getattr(usual, name) else value for name, value in chosen.items()}
+    if warning := no_effect(given, f"{recipe.name} reads no calibration text"):
+        progress.warn(warning)
 
 
 def _check_layout(checkpoint: Checkpoint, recipe: Recipe, name: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,33 @@ def load_documents(spec: str) -> list[Document]:
         return _read_jsonl(resource(BUNDLED_HELDOUT))
     if spec.startswith("hf:"):
         return _from_hub(spec[3:])
+    path, read = _file_reader(spec)
+    try:
+        documents = read(path)
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    if not documents:
+        raise InputError(f"{path}: no text in it", HINT)
+    return documents
+
+
+def check_readable(spec: str) -> None:
+    """Raise InputError for a file that is missing or of an unknown kind.
+
+    Its text is not read.
+    """
+    text = split_domain(spec)[1]
+    if text in ("bundled", "heldout", "self") or text.startswith("hf:"):
+        return
+    path, _ = _file_reader(text)
+    try:
+        open_regular(path).close()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _file_reader(spec: str) -> tuple[Path, Callable[[Path], list[Document]]]:
+    """A text file's path, and what reads a file of its kind."""
     path = Path(os.path.expanduser(spec))
     readers = {
         **dict.fromkeys((".jsonl", ".ndjson"), _read_jsonl),
@@ -82,13 +110,7 @@ def load_documents(spec: str) -> list[Document]:
     }
     if path.suffix not in readers:
         raise InputError(f"{spec}: unknown kind of text", f"known: bundled, hf:DATASET, {', '.join(readers)} files")
-    try:
-        documents = readers[path.suffix](path)
-    except (OSError, UnicodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-    if not documents:
-        raise InputError(f"{path}: no text in it", HINT)
-    return documents
+    return path, readers[path.suffix]
 
 
 def _read_text(path: Path) -> list[Document]:

@@ -73,6 +73,24 @@ def test_a_plan_that_cannot_run_here_is_called_by_what_ran(made: dict[str, Path]
         refused(call(command, artifact, *more, "--device", "plan"), 3, "NVIDIA")
 
 
+@pytest.mark.parametrize(
+    ("options", "warning"),
+    [
+        (("--no-thinking", "--thinking-budget", "5"), "--thinking-budget 5 has no effect: --no-thinking"),
+        (("--top-p", "0.1", "--seed", "4"), "--top-p 0.1 and --seed 4 have no effect: without a --temperature"),
+        (("--seed", "0"), "--seed 0 has no effect: without a --temperature"),
+        (("--top-p", "0.1", "--seed", "4", "--temperature", "1"), None),
+        (("--thinking-budget", "5"), None),
+    ],
+)
+def test_options_without_effect_are_told(options: tuple[str, ...], warning: str | None, made: dict[str, Path]) -> None:
+    said = call("run", made["onnx"], "--prompt", "Why?", *FEW, *options)
+    assert said.code == 0
+    told = [line for line in said.err.splitlines() if line.startswith("warning: ")]
+    assert len(told) == (warning is not None)
+    assert all(line.startswith(f"warning: {warning}") for line in told)
+
+
 def test_thinking_budget_ends_the_thought(made: dict[str, Path]) -> None:
     command = ("run", made["onnx"], "--prompt", "Why?", "--max-new-tokens", "40", "--threads", "1", "--json")
     cut = call(*command, "--thinking-budget", "3").json

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen3_export.cli import prove as commands
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.tensorfile import TensorFile, write_tensors
 from qwen3_export.errors import InputError
 from qwen3_export.prove.drift import sample_drift
 from qwen3_export.prove.merging import merge_references
-from qwen3_export.prove.original import write_reference
+from qwen3_export.prove.original import TOP_K, write_reference
 from qwen3_export.prove.reference import ReferenceFile, Truth, answer_specs, full_truth, partial_truth, top_of
 from qwen3_export.prove.statistics import SampleDrift
 from qwen3_export.prove.tail import TAIL_SAMPLES
@@ -30,11 +28,9 @@ from tests.conftest import tiny_config, write_checkpoint
 # Whole runs, many of them.
 pytestmark = pytest.mark.slow
 
-SHIPPED = int(inspect.signature(commands.reference).parameters["top_k"].default)
-
 
 def test_thirty_two_blocks_at_the_real_vocabulary_stay_under_20_mb() -> None:
-    specs = answer_specs(32 * 256, SHIPPED, 151_936)
+    specs = answer_specs(32 * 256, TOP_K, 151_936)
     answers = sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values())
     tokens = 4 * 32 * 257
     assert answers + tokens + 200_000 < 20e6
@@ -58,7 +54,7 @@ def measured(answers: list[tuple[np.ndarray, Truth, np.ndarray]], k: int) -> Sam
 
 def test_what_a_file_keeps_gives_the_full_kl_and_a_bound_that_grows_with_k(answers) -> None:
     whole = np.concatenate([sample_drift(truth, logits, ids).kl for ids, truth, logits in answers])
-    drifts = {k: measured(answers, k) for k in (16, 64, SHIPPED)}
+    drifts = {k: measured(answers, k) for k in (16, 64, TOP_K)}
     for drift in drifts.values():
         assert (drift.kl_bound <= whole + 1e-5).all()
         assert (drift.kl_bound <= drift.kl + 1e-9).all()
@@ -68,7 +64,7 @@ def test_what_a_file_keeps_gives_the_full_kl_and_a_bound_that_grows_with_k(answe
     shares = [drift.kl_bound.mean() / whole.mean() for drift in drifts.values()]
     assert shares == sorted(shares)
     assert shares[-1] > 0.85
-    shipped = drifts[SHIPPED]
+    shipped = drifts[TOP_K]
     assert shipped.kl.mean() == pytest.approx(whole.mean(), rel=0.01)
     assert np.sqrt(shipped.kl_variance.sum()) / whole.sum() < 0.005
 
