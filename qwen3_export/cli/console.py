@@ -21,6 +21,7 @@ class Console(Progress):
 
     def __init__(self, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
         self.json, self.quiet, self.verbose = json, quiet, verbose
+        self._warned = set[str]()
         self._live = sys.stderr.isatty() and not quiet
 
     @contextmanager
@@ -64,8 +65,10 @@ class Console(Progress):
             self.say(text)
 
     def warn(self, text: str) -> None:
-        """Print a warning, unless --quiet."""
-        self.say(f"warning: {text}")
+        """Print a warning once, unless --quiet."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self.say(f"warning: {text}")
 
     def result(self, values: dict[str, Any], lines: Callable[[], None]) -> None:
         """Print the result: one JSON object with --json, else what `lines` prints."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_export.core.files import read_object, read_sidecar, read_text
+from qwen3_export.core.progress import Progress
 from qwen3_export.errors import CheckpointError
 
 TOKENIZER, CONFIG, SPECIAL_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -31,6 +32,20 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a vocabulary in either form."""
+    return any(os.path.lexists(folder / name) for name in (TOKENIZER, _VOCAB))
+
+
+def warn_without_tokenizer(folder: Path, name: str, progress: Progress) -> None:
+    """Say that a folder called `name`, which is written from, has no tokenizer."""
+    if not has_tokenizer(folder):
+        progress.warn(
+            f"{name} has no {TOKENIZER}: what is written takes no text, in `run`, `validate` or a server, until the "
+            "tokenizer files of the original model are copied into it"
+        )
 
 
 def tokenizer_values(folder: Path) -> dict[str, Any]:
@@ -186,7 +201,7 @@ def id_lookup(folder: Path) -> Callable[[str], int | None]:
 
     @cache
     def ids() -> dict[str, int]:
-        if not any(os.path.lexists(folder / name) for name in (TOKENIZER, _VOCAB)):
+        if not has_tokenizer(folder):
             return {}
         values = tokenizer_values(folder)
         model, added = values.get("model"), values.get("added_tokens")

@@ -22,7 +22,7 @@ from qwen3_export.core.manifest import file_list, to_json, write_manifest
 from qwen3_export.core.outputs import staged_folder
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.scheme import QuantScheme
-from qwen3_export.core.tokenizer_files import TOKENIZER, tokenizer_values
+from qwen3_export.core.tokenizer_files import TOKENIZER, has_tokenizer, tokenizer_values, warn_without_tokenizer
 from qwen3_export.errors import InputError, UnsupportedError
 from qwen3_export.ship.exactness import cast_errors
 from qwen3_export.ship.onnx import experts, nbits, ort_ops, standard_ops, w8a8
@@ -72,6 +72,7 @@ def export_onnx(
     started, progress = time.monotonic(), progress or Progress()
     aim = check_request(checkpoint, flavor, precision, accuracy_level, target, max_shard_size, kv_cache, opset)
     _warn_of_browsers(aim, checkpoint, progress)
+    warn_without_tokenizer(checkpoint.folder, checkpoint.name, progress)
     checkpoint.hash_ahead()
     files, inexact = files_of(aim, checkpoint), cast_errors(checkpoint, aim.precision)
     with staged_folder(output, force, inputs=[checkpoint.folder]) as folder:
@@ -110,7 +111,11 @@ def _level(checkpoint: Checkpoint, target: Target, folder: Path, measure: Measur
     if all(w8a8.fits(scheme) for scheme in checkpoint.schemes.values()):
         return {"accuracy_level": None}
     rounds = target.accuracy_level > 0
-    return {"accuracy_level": target.accuracy_level, **(measure(folder) if measure and rounds else {})}
+    cost = measure(folder) if measure and rounds else {}
+    if reason := cost.get("added_kl_reason"):
+        # The folder that is measured gets another name later; what it lacks the source lacks.
+        cost["added_kl_reason"] = reason.replace(str(folder), checkpoint.name)
+    return {"accuracy_level": target.accuracy_level, **cost}
 
 
 def _check_shards(target: Target, shards: int) -> None:
@@ -170,6 +175,11 @@ def check_request(
         raise InputError(
             f"--kv-cache {kv_cache} is GroupQueryAttention's of ONNX Runtime's CPU kernels, beside fp32 activations",
             "leave --target, --flavor and --precision away",
+        )
+    if kv_cache != "fp32" and not has_tokenizer(checkpoint.folder):
+        raise InputError(
+            f"--kv-cache {kv_cache} is calibrated on text, and {checkpoint.folder / TOKENIZER} is missing",
+            "copy the tokenizer files of the original model into the folder, or leave --kv-cache away",
         )
     return aim
 
