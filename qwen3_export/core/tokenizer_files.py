@@ -235,6 +235,14 @@ def special_id(folder: Path, role: str) -> int | None:
     return None
 
 
+def template_place(folder: Path, name: str = "default") -> Path:
+    """The file that holds the chat template of a name."""
+    file = folder / "chat_template.jinja"
+    if not os.path.lexists(file):
+        return folder / CONFIG
+    return file if name == "default" else folder / "additional_chat_templates" / f"{name}.jinja"
+
+
 def chat_templates(folder: Path) -> dict[str, str]:
     """Chat templates by name, empty for a base model without one; `default` first."""
     path = folder / "chat_template.jinja"

@@ -27,10 +27,9 @@ from qwen3_export.prove.sidecars import read_sidecars
 from qwen3_export.prove.tasks import Task, solve, tasks_sha256
 from qwen3_export.run.session import RuntimeOptions, check_logits
 from qwen3_export.run.thinking import Thought, thinking_budget
-from qwen3_export.text.chat_template import render_chat
 from qwen3_export.text.documents import load_documents
 from qwen3_export.text.samples import Samples
-from qwen3_export.text.tokenizer import ModelTokenizer
+from qwen3_export.text.tokenizer import ModelTokenizer, chat_text
 
 if TYPE_CHECKING:
     from qwen3_export.model.decoder import Decoder
@@ -118,7 +117,7 @@ def _questions(checkpoint: Checkpoint, budget_tokens: int | None) -> Chats | Non
     asked = [asked[i] for i in np.linspace(0, len(asked) - 1, CHATS).astype(int)]
     prompts = {}
     for mode, thinking in MODES.items():
-        texts = [render_chat(tokenizer.template, chat, generate=True, thinking=thinking) for chat in asked]
+        texts = [chat_text(tokenizer, chat, generate=True, thinking=thinking) for chat in asked]
         prompts[mode] = tuple(tuple(int(i) for i in tokenizer.encode(text)) for text in texts)
     stops = tuple(sorted(stop for stop in tokenizer.stop_ids() if 0 <= stop < checkpoint.config.vocab_size))
     budget = thinking_budget(tokenizer, budget_tokens)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # A rendered chat is little longer than its messages and template; far longer ones are refused.
 _MOST_ADDED, _MOST_TIMES = 1 << 20, 16
+_REMEDY = "mend it, take the original model's, or remove it: without a template roles and texts are simply joined"
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -34,12 +35,13 @@ def render_chat(
     thinking: bool = True,
     tools: list[dict[str, Any]] | None = None,
     special_tokens: Mapping[str, str] | None = None,
+    place: str | None = None,
 ) -> str:
     """A chat as text by a Jinja template.
 
     `generate` appends the assistant's opening, `thinking` is Qwen3's switch, `special_tokens` are texts by role,
-    such as `bos_token`. Without a template (a base model) roles and contents are simply joined. InputError when
-    the template fails or meets a limit.
+    such as `bos_token`, `place` is where the template stands. Without a template (a base model) roles and contents are
+    simply joined. InputError when the template fails or meets a limit.
     """
     if template is None:
         return "\n".join(map(_plain, messages)) + ("\nassistant: " if generate else "")
@@ -54,7 +56,8 @@ def render_chat(
     try:
         text: str = confined(render)(template, variables)
     except ConfinedError as error:
-        raise InputError(f"the chat template failed: {error}") from error
+        where = f"{place}: " if place else ""
+        raise InputError(f"{where}the chat template failed: {error}", _REMEDY) from error
     return text
 
 

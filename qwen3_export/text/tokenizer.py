@@ -30,6 +30,9 @@ class TextModel(Protocol):
     def tool_template(self) -> str | None:
         """The chat template for chats with tools, where it is another one."""
 
+    def template_place(self, tools: bool = False) -> str:
+        """Where the chat template stands, or that for chats with tools."""
+
     @property
     def special_tokens(self) -> Mapping[str, str]:
         """Special tokens as texts by role, which chat templates may use."""
@@ -55,8 +58,9 @@ def chat_text(
     tools: list[dict[str, Any]] | None = None,
 ) -> str:
     """A chat as text by a model's own template; see `render_chat`."""
-    template = (tokenizer.tool_template if tools else None) or tokenizer.template
-    return render_chat(template, messages, generate, thinking, tools, tokenizer.special_tokens)
+    special = tokenizer.tool_template if tools else None
+    template, place = special or tokenizer.template, tokenizer.template_place(bool(special))
+    return render_chat(template, messages, generate, thinking, tools, tokenizer.special_tokens, place)
 
 
 class ModelTokenizer:
@@ -105,6 +109,10 @@ class ModelTokenizer:
     def tool_template(self) -> str | None:
         """The chat template for chats with tools, where it is another one."""
         return self._templates.get("tool_use")
+
+    def template_place(self, tools: bool = False) -> str:
+        """The file that holds the chat template, or that for chats with tools."""
+        return str(tokenizer_files.template_place(self.folder, "tool_use" if tools else "default"))
 
     @cached_property
     def special_tokens(self) -> Mapping[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,34 @@ def test_options_without_effect_are_told(options: tuple[str, ...], warning: str 
     told = [line for line in said.err.splitlines() if line.startswith("warning: ")]
     assert len(told) == (warning is not None)
     assert all(line.startswith(f"warning: {warning}") for line in told)
+
+
+BROKEN = {"{{ messages | nope }}": "No filter named 'nope'.", "{{ raise_exception('not so') }}": "not so"}
+
+
+@pytest.mark.parametrize("template", BROKEN)
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+def test_broken_template_is_named(template: str, name: str, made: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(made["onnx"], folder)
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    text = template if name.endswith("jinja") else json.dumps({**values, "chat_template": template})
+    (folder / name).write_text(text)
+    outcome = call("run", folder, "--prompt", "hi", *FEW)
+    refused(outcome, 2, f"{folder / name}: the chat template failed: {BROKEN[template]}", "hint: mend it", "remove it")
+    # What the hint says works.
+    (folder / name).write_text(json.dumps({key: value for key, value in values.items() if key != "chat_template"}))
+    if name.endswith("jinja"):
+        (folder / name).unlink()
+    assert call("run", folder, "--prompt", "hi", *FEW).code == 0
+
+
+def test_broken_template_in_a_gguf_file_is_named(made: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(made["quantized"], tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages | nope }}")
+    assert call("gguf", tmp_path / "model", "--output", tmp_path / "model.gguf").code == 0
+    words = ("GGUF file's metadata (tokenizer.chat_template): the chat template failed", "hint: mend it")
+    refused(call("run", tmp_path / "model.gguf", "--prompt", "hi", *FEW), 2, *words)
 
 
 def test_thinking_budget_ends_the_thought(made: dict[str, Path]) -> None:

@@ -39,6 +39,10 @@ class LlamaTokenizer:
         text = self._lib.llama_model_chat_template(self._model, b"tool_use")
         return text.decode("utf-8", "replace") if text else None
 
+    def template_place(self, tools: bool = False) -> str:
+        """Where the chat template stands: in the header."""
+        return f"the GGUF file's metadata (tokenizer.chat_template{'.tool_use' if tools else ''})"
+
     @property
     def special_tokens(self) -> dict[str, str]:
         """Special tokens as texts, by role, that the file names."""

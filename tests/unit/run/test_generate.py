@@ -62,6 +62,9 @@ class Letters:
     tool_template = None
     special_tokens: ClassVar[dict[str, str]] = {}
 
+    def template_place(self, tools: bool = False) -> str:
+        return "here"
+
     def encode(self, text: str) -> NDArray[np.int32]:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 

@@ -21,6 +21,9 @@ class ByteModel:
     tool_template: str | None = None
     special_tokens: ClassVar[dict[str, str]] = {}
 
+    def template_place(self, tools: bool = False) -> str:
+        return "here"
+
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
