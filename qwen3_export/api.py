@@ -189,9 +189,11 @@ def export(
         from qwen3_export.prove.rounding import level_cost
 
         given |= {"measure": level_cost, "study_cache": (cache_scales, cache_cost)}
+    from qwen3_export.core.places import file_place
     from qwen3_export.core.source import open_source
 
-    return Result(write(open_source(str(source)), Path(output), force=force, progress=_progress(progress), **given))
+    place = file_place(str(output)) if format == "gguf" else Path(output)
+    return Result(write(open_source(str(source)), place, force=force, progress=_progress(progress), **given))
 
 
 @_named

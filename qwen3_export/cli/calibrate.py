@@ -22,6 +22,7 @@ from qwen3_export.cli.app import (
 )
 from qwen3_export.cli.console import fields, size
 from qwen3_export.core.outputs import check_output
+from qwen3_export.core.places import file_place
 from qwen3_export.core.processors import MOST_THREADS, check_device_name
 from qwen3_export.core.source import open_source
 
@@ -29,7 +30,10 @@ from qwen3_export.core.source import open_source
 @app.command(epilog="Example: qwen3-export calibrate reference-model --output imatrix.gguf --samples 16")
 def calibrate(
     source: Source,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, e.g. imatrix.gguf.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", parser=file_place, metavar="<path>", help="File to write, e.g. imatrix.gguf."),
+    ],
     calibration: Annotated[str, typer.Option(help="As for quantize.")] = "bundled",
     samples: SampleCount = 128,
     sequence_length: SampleLength = 512,

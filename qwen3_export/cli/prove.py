@@ -11,6 +11,7 @@ from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console
 from qwen3_export.cli.console import Console, fields, size
 from qwen3_export.cli.validated import validated
 from qwen3_export.core.outputs import check_output
+from qwen3_export.core.places import file_place
 from qwen3_export.core.processors import MOST_THREADS
 from qwen3_export.core.source import locate, open_source
 from qwen3_export.errors import InputError
@@ -90,7 +91,7 @@ def find(artifact: str, device: str | None = None, exact: bool = False) -> Path:
 @app.command(epilog="Example: qwen3-export reference reference-model --output original.safetensors")
 def reference(
     source: Annotated[str, typer.Argument(help="A folder, a hub id, `reference-model`; a reference file to merge.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", parser=file_place, metavar="<path>", help="File to write.")],
     text: Texts = None,
     merge: Annotated[
         list[Path] | None, typer.Option(help="SOURCE is a reference file: add the rows of this one; repeatable.")
@@ -154,6 +155,7 @@ def _merge(paths: list[Path], output: Path, force: bool, show: Console) -> None:
     for path in paths:
         if not path.is_file():
             raise InputError(f"{path}: no such file", "--merge takes reference files, and SOURCE is one too")
+    check_output(output, paths, force, folder=False)
     result = merge_references(paths, output, force)
     shown = {k: result[k] for k in ("output", "positions", "rows", "top_k")} | {"size": size(result["bytes"])}
     show.result(result, lambda: fields(shown))

@@ -24,6 +24,7 @@ from qwen3_export.cli.app import (
 )
 from qwen3_export.cli.console import fields, size, table, yaml_text
 from qwen3_export.core.outputs import check_output, staged_file
+from qwen3_export.core.places import file_place
 from qwen3_export.core.processors import MOST_THREADS
 from qwen3_export.core.recipe import load_recipe, recipe_names
 from qwen3_export.core.source import open_source
@@ -63,7 +64,13 @@ def search_recipe(
     ],
     output: Annotated[
         Optional[Path],  # noqa: UP045  (typer reads this annotation at run time)
-        typer.Option("--output", "-o", help="YAML file to write (default: NAME-mixed-BPWbpw.yaml)."),
+        typer.Option(
+            "--output",
+            "-o",
+            parser=file_place,
+            metavar="PATH",
+            help="YAML file to write (default: NAME-mixed-BPWbpw.yaml).",
+        ),
     ] = None,
     calibration: Annotated[
         str, typer.Option(help="`bundled`, a .txt/.jsonl/.parquet file, or hf:DATASET.")

@@ -10,11 +10,14 @@ import typer
 from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console
 from qwen3_export.cli.console import fields
 from qwen3_export.core.outputs import staged_file
+from qwen3_export.core.places import file_place
 
 
 @app.command(epilog="Example: qwen3-export tasks --output tasks.jsonl --count 60 --kinds arithmetic,copying,json")
 def tasks(
-    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file to write.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", parser=file_place, metavar="<path>", help="JSONL file to write.")
+    ],
     count: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many tasks.")] = 60,
     kinds: Annotated[str, typer.Option(help="Of `arithmetic`, `copying` and `json`, in turn.")] = (
         "arithmetic,copying,json"

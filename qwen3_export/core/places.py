@@ -43,6 +43,17 @@ def checked_place(output: Path, inputs: Inputs = (), force: bool = False, folder
     return place
 
 
+def file_place(output: str) -> Path:
+    """The path of an output that is one file.
+
+    InputError for a name that ends in a slash, which a path does not keep.
+    """
+    name = output.rstrip("/")
+    if name and name != output:
+        raise InputError(f"{output} names a folder, a file was expected", f"{name}, or a file in it: {name}/NAME")
+    return Path(output)
+
+
 def absolute_place(output: Path) -> Path:
     """The path without `..`, its last name not followed where it is a link.
 
@@ -54,6 +65,8 @@ def absolute_place(output: Path) -> Path:
         raise InputError(f"{str(output)!a}: not valid UTF-8", "choose another name") from error
     if "\0" in str(output):
         raise InputError(f"{str(output)!a}: a name cannot hold a zero byte", "choose another name")
+    if str(output) == "-":
+        raise InputError("an output cannot go to stdout, which '-' stands for", "name a file or folder")
     place = output.absolute()
     if ".." in place.parts:
         place = _resolved(place) if place.name == ".." else _resolved(place.parent) / place.name

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+import qwen3_export
+from qwen3_export.errors import InputError
 from tests.cli.helpers import call, fill, hashes, names, refused
 
 WRITERS: dict[str, Callable[[dict[str, Path], Path], tuple[Any, ...]]] = {
@@ -19,6 +21,47 @@ WRITERS: dict[str, Callable[[dict[str, Path], Path], tuple[Any, ...]]] = {
     "reference": lambda made, model: ("reference", model, "--tokens", "64"),
 }
 FILES = ("gguf", "reference")
+
+
+FILE_WRITERS: dict[str, Callable[[dict[str, Path], Path], tuple[Any, ...]]] = {
+    **{kind: WRITERS[kind] for kind in FILES},
+    "calibrate": lambda made, model: ("calibrate", model, "--samples", "2", "--sequence-length", "32"),
+    "search": lambda made, model: ("recipes", "search", model, "--target-bpw", "5"),
+    "tasks": lambda made, model: ("tasks",),
+    "merge": lambda made, model: ("reference", made["reference"], "--merge", made["reference"]),
+}
+
+
+@pytest.mark.parametrize("kind", FILE_WRITERS)
+@pytest.mark.parametrize("option", [["-o", "{}"], ["--output={}"]], ids=str)
+def test_file_is_no_folder(kind: str, option: list[str], made: dict[str, Path], model: Path, tmp_path: Path) -> None:
+    wanted = tmp_path / "new" / "out.gguf"
+    line = FILE_WRITERS[kind](made, model)
+    outcome = call(*line, *(word.format(f"{wanted}/") for word in option))
+    refused(outcome, 2, f"{wanted}/ names a folder, a file was expected", f"hint: {wanted}, or a file in it")
+    assert names(tmp_path) == []
+
+
+def test_folder_may_have_a_slash(made: dict[str, Path], tmp_path: Path) -> None:
+    assert call("onnx", made["quantized"], "--output", f"{tmp_path}/out/").code == 0
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("kind", [*WRITERS, *FILE_WRITERS])
+def test_stdout_is_no_output(
+    kind: str, made: dict[str, Path], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("-", "./-"):
+        outcome = call(*{**WRITERS, **FILE_WRITERS}[kind](made, model), "-o", name)
+        refused(outcome, 2, "cannot go to stdout", "hint: name a file or folder")
+    assert names(tmp_path) == []
+
+
+def test_python_writes_no_file_in_place_of_a_folder(made: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"out/ names a folder"):
+        qwen3_export.export(made["quantized"], f"{tmp_path}/out/", "gguf")
+    assert names(tmp_path) == []
 
 
 @pytest.fixture(params=WRITERS)
