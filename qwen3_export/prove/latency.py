@@ -146,7 +146,7 @@ def measure(artifact: Path, workload: Workload) -> dict[str, Any]:
         if session.context < longest:
             raise InputError(f"{artifact} holds {session.context} positions, {longest} were asked for")
         text = _text(artifact, session, workload)
-        prefill = [_prefill(session, text[:count], workload.repeat) for count in workload.prompt_tokens]
+        prefill = [_prefill(session, text[:count], workload.repeat) for count in dict.fromkeys(workload.prompt_tokens)]
         decode = _decode(session, text[: min(workload.prompt_tokens)], workload)
         return {
             "artifact": str(artifact),

@@ -7,14 +7,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qwen3_export.core.processors import cpu_quota, others_wait, processors
-from qwen3_export.prove.latency import _warnings, weight_bytes
+from qwen3_export.core.source import open_source
+from qwen3_export.prove.latency import Workload, _warnings, measure, weight_bytes
 from qwen3_export.prove.meters import MachineLoad, energy_meter, memory_bandwidth
 from qwen3_export.ship.gguf.encode import in_order
+from qwen3_export.ship.tensorrt import check_request
 
 
 def _tree(base: Path, files: dict[str, str]) -> Path:
@@ -155,3 +159,19 @@ def test_doubtful_figures_say_so(tmp_path: Path) -> None:
     assert "25%" in _warnings({**quiet, "decode": {"scatter": 0.25}})[0]
     folder = _tree(tmp_path, {"model.onnx": "x" * 9, "model.onnx.data": "x" * 70, "model.plan": "x" * 80})
     assert weight_bytes(folder) == 70
+
+
+def test_a_length_that_is_given_twice_is_measured_once(reference_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So is a compute capability built for."""
+    timed: list[int] = []
+
+    def prefill(_session: object, ids: Sequence[int], _repeat: int) -> dict[str, Any]:
+        timed.append(len(ids))
+        return {"prompt_tokens": len(ids), "seconds_p50": 1.0, "seconds_p95": 1.0}
+
+    monkeypatch.setattr("qwen3_export.prove.latency._prefill", prefill)
+    found = measure(reference_folder, Workload((8, 16, 8), new_tokens=1, repeat=1, threads=1))
+    assert timed == [8, 16]
+    assert [item["prompt_tokens"] for item in found["prefill"]] == timed
+    chosen = check_request(open_source("reference-model"), "rtx", ["8.9", "8.6", "8.9"], "fp16", onnx_only=True)
+    assert chosen == ("8.9", "8.6")
