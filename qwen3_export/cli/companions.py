@@ -172,6 +172,8 @@ def _measured(item: dict[str, Any]) -> dict[str, Any]:
         "node": _as(node.get("label"), str) or _as(node.get("name"), str),
         "runtime": _as(item.get("runtime"), str),
         "kl_mean": _number(item.get("kl_mean")),
+        "kl_estimate": _as(item.get("kl_estimate"), dict),
+        "kl_is_lower_bound": _as(item.get("kl_is_lower_bound"), bool),
         "bytes": _as(item.get("bytes"), int),
         "tokens_per_second": _number(speed),
         "error": _as(item.get("error"), str),

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from qwen3_export.cli.console import fields, size, table, tell, yaml_text
+from qwen3_export.cli.console import fields, nats, size, table, tell, yaml_text
 
 
 def show_companion(values: dict[str, Any]) -> None:
@@ -84,7 +84,7 @@ def _show_report(values: dict[str, Any]) -> None:
             *([item["node"] or "-"] if in_a_lab else ()),
             item["runtime"] or "-",
             "-" if item["bytes"] is None else size(item["bytes"]),
-            "-" if item["kl_mean"] is None else f"{item['kl_mean'] + 0.0:.5f}",
+            "-" if item["kl_mean"] is None else nats(item),
             "-" if item["tokens_per_second"] is None else f"{item['tokens_per_second']:.0f}",
         ]
         for item in values["artifacts"]

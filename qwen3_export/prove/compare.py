@@ -1,7 +1,7 @@
 """`compare`: candidates of several reports in one table, the Pareto front marked.
 
-A candidate is on the front when no other is at least as good in size, drift and speed, and better in one of them. Two
-candidates are compared only in what was measured of both.
+A candidate is on the front when no other is at least as good in size, drift and speed, and better in one of them.
+Another is so only if it has every figure that the candidate has.
 """
 
 from __future__ import annotations
@@ -85,6 +85,8 @@ def _candidate(item: Mapping[str, Any]) -> dict[str, Any]:
         "bytes": item.get("bytes"),
         "kl_mean": item.get("kl_mean"),
         "kl_ci95": item.get("kl_ci95"),
+        "kl_estimate": item.get("kl_estimate"),
+        "kl_is_lower_bound": item.get("kl_is_lower_bound"),
         "top1_agreement": item.get("top1_agreement"),
         "ppl_ratio": item.get("ppl_ratio"),
         "tokens_per_second": item.get("decode", {}).get("tokens_per_second_p50"),
@@ -100,10 +102,12 @@ def _comparable(item: Mapping[str, Any]) -> bool:
 def _dominates(other: Mapping[str, Any], item: Mapping[str, Any]) -> bool:
     """Whether another candidate is at least as good in all, and better in one.
 
-    Figures that only one of them has do not count.
+    All means every figure that the candidate has: the other has them too. Further ones of the other do not count.
     """
-    both = [(axis, more) for axis, more in _AXES.items() if item[axis] is not None and other[axis] is not None]
-    signs = [(other[axis] - item[axis]) * (1 if more else -1) for axis, more in both]
+    known = [axis for axis in _AXES if item[axis] is not None]
+    if any(other[axis] is None for axis in known):
+        return False
+    signs = [(other[axis] - item[axis]) * (1 if _AXES[axis] else -1) for axis in known]
     return len(signs) > 1 and min(signs) >= 0 and max(signs) > 0
 
 

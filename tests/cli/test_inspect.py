@@ -194,7 +194,7 @@ def test_a_report_that_somebody_changed_is_shown_as_far_as_it_can_be(tmp_path: P
     values = {"results": [odd, {"artifact": "a", "decode": 7}], "passed": "x", "environment": [1], "verdict": {}}
     (tmp_path / "report.json").write_text(json.dumps(values))
     found = described(tmp_path)
-    assert [list(item.values()) for item in found["artifacts"]] == [["3", *[None] * 6], ["a", *[None] * 6]]
+    assert [list(item.values()) for item in found["artifacts"]] == [["3", *[None] * 8], ["a", *[None] * 8]]
     assert (found["passed"], found["verdict"], found["environment"]) == (None, None, None)
     assert "nothing was asked" in call("inspect", tmp_path).out
 

@@ -10,7 +10,7 @@ from math import log10
 from typing import Any
 
 from qwen3_export.prove.report.heat import hidden_state_strips, rounding_strips
-from qwen3_export.prove.report.numbers import bytes_text, fixed, short
+from qwen3_export.prove.report.numbers import bytes_text, fixed, kl_mark, short
 from qwen3_export.prove.report.svg import WIDTH, Chart, box, color, curve, dot, legend, line, picture, text, ticks
 from qwen3_export.prove.report.tables import named
 
@@ -182,7 +182,7 @@ def _candidate(item: Mapping[str, Any], index: int, x: float, y: float, fastest:
     speed = item["tokens_per_second"]
     radius = 4 + 10 * (speed / fastest) ** 0.5 if speed and fastest else 4.0
     pace = f"{speed:.1f} tok/s" if speed else "speed not measured"
-    title = f"{item['name']}: {bytes_text(item['bytes'])}, KL {short(item['kl_mean'])}, {pace}"
+    title = f"{item['name']}: {bytes_text(item['bytes'])}, KL {kl_mark(item)}{short(item['kl_mean'])}, {pace}"
     fill = f"fill {color(index)}"
     shapes = [dot(x, y, radius, fill, title) if speed else box(x - 4, y - 4, 8, 8, fill, title)]
     if item["pareto"]:

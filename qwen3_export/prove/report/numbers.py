@@ -11,10 +11,14 @@ def fixed(value: float, digits: int) -> str:
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
+def kl_mark(item: Mapping[str, Any]) -> str:
+    """What stands before a mean KL: `≥` for a lower bound, `≈` for an estimate."""
+    return "≥ " if item.get("kl_is_lower_bound") else "≈ " if item.get("kl_estimate") else ""
+
+
 def marked_kl(item: Mapping[str, Any], digits: int) -> str:
-    """Mean KL, with `≥` before a lower bound and `≈` before an estimate."""
-    mark = "≥ " if item.get("kl_is_lower_bound") else "≈ " if item.get("kl_estimate") else ""
-    return mark + fixed(item["kl_mean"], digits)
+    """Mean KL, with its mark."""
+    return kl_mark(item) + fixed(item["kl_mean"], digits)
 
 
 def signed(value: float, digits: int = 6) -> str:

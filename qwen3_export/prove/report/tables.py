@@ -244,7 +244,7 @@ def compare_table(result: Mapping[str, Any]) -> ReportTable:
             item["report"],
             item["runtime"],
             "-" if item["bytes"] is None else bytes_text(item["bytes"]),
-            "-" if item["kl_mean"] is None else fixed(item["kl_mean"], 6),
+            "-" if item["kl_mean"] is None else marked_kl(item, 6),
             "-" if item["top1_agreement"] is None else fixed(item["top1_agreement"], 4),
             "-" if item["tokens_per_second"] is None else fixed(item["tokens_per_second"], 1),
             "-" if item["peak_rss_bytes"] is None else bytes_text(item["peak_rss_bytes"]),

@@ -12,6 +12,9 @@ import pytest
 from qwen3_export.errors import InputError
 from qwen3_export.prove.compare import compare
 from qwen3_export.prove.naming import unique_names
+from qwen3_export.prove.report.charts import charts
+from qwen3_export.prove.report.tables import compare_table
+from tests.cli.helpers import call
 from tests.unit.prove.reports import OLD, drifts, report, result, speed
 
 
@@ -48,6 +51,35 @@ def test_the_front_has_what_no_other_beats_in_size_drift_and_speed(tmp_path: Pat
         "unmeasured": False,
     }
     assert [c["report"] for c in found["candidates"]] == ["one"] * 3 + ["two"] * 3
+
+
+def test_only_a_candidate_with_every_figure_beats_another(tmp_path: Path) -> None:
+    """Smaller and better, but of unknown speed: it stands on the front beside what was measured in full."""
+    measured, unknown = candidate("measured", 30, 0.1, 1.0), candidate("unknown", 10, 0.05, None)
+    worse = candidate("worse", 31, 0.2, None)
+    for order in ((measured, unknown, worse), (worse, unknown, measured)):
+        place = tmp_path / order[0]["artifact"]
+        found = compare([write(place, report(*order))])["candidates"]
+        assert {c["name"]: c["pareto"] for c in found} == {"measured": True, "unknown": True, "worse": False}
+
+
+def test_an_estimated_kl_is_marked(tmp_path: Path) -> None:
+    estimate = {"lower_bound": 0.1, "stderr": 0.01}
+    items = (
+        {**candidate("estimated", 10, 0.5, 1.0), "kl_estimate": estimate},
+        {**candidate("bound", 20, 0.25, 1.0), "kl_is_lower_bound": True},
+        candidate("exact", 30, 0.125, 1.0),
+    )
+    folder = write(tmp_path / "one", report(*items))
+    found = compare([folder])
+    rows = {row[0]: row for row in compare_table(found).rows}
+    for name, kl in {"estimated": "≈ 0.500000", "bound": "≥ 0.250000", "exact": "0.125000"}.items():
+        assert kl in rows[name]
+    assert "estimated: 10 B, KL ≈ 0.5, 100.0 tok/s" in "".join(chart.svg for chart in charts(found))
+    said = call("inspect", folder)
+    assert "≈ 0.50000" in said.out
+    assert "≥ 0.25000" in said.out
+    assert call("inspect", folder, "--json").json["artifacts"][0]["kl_estimate"] == estimate
 
 
 def test_drift_and_latency_of_an_artifact_become_one_candidate(tmp_path: Path) -> None:
