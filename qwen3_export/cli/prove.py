@@ -22,7 +22,14 @@ Texts = Annotated[
     list[str] | None,
     typer.Option("--text", help="Text in place of the bundled one: FILE or DOMAIN=FILE; repeatable."),
 ]
-Tokens = Annotated[int | None, typer.Option(min=64, max=1_000_000_000, help="Use about this many tokens of the text.")]
+Tokens = Annotated[
+    int | None,
+    typer.Option(
+        min=64,
+        max=1_000_000_000,
+        help="Use about so many tokens of the text, in whole rows of up to 256 tokens: at least one row.",
+    ),
+]
 Report = Annotated[Path | None, typer.Option(help="Folder for report.json, .md, .html and .xml (JUnit).")]
 ThinkingBudget = Annotated[
     int | None,

@@ -97,7 +97,10 @@ def heldout_samples(tokenizer: TextModel, documents: list[Document], length: int
 
 
 def subsample(samples: Samples, tokens: int | None) -> Samples:
-    """Whole samples of at most `tokens` tokens, spread evenly over text and domains."""
+    """About `tokens` tokens in whole samples, at least one, spread evenly.
+
+    Samples differ in length, so the chosen ones can have more tokens than that, or fewer.
+    """
     if tokens is None or samples.tokens <= tokens:
         return samples
     count = max(1, len(samples.ids) * tokens // samples.tokens)

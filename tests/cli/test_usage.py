@@ -214,3 +214,13 @@ def test_bare_command_shows_the_help() -> None:
 def test_process_ends_with_the_same_code(tmp_path: Path) -> None:
     outcome = finish(start("inspect", tmp_path / "absent", env={"PYTHONPATH": os.environ.get("PYTHONPATH", "")}))
     refused(outcome, 2, "absent")
+
+
+@pytest.mark.parametrize("command", ["validate", "reference"])
+def test_help_says_that_tokens_are_whole_rows(command: str, model: Path, tmp_path: Path) -> None:
+    """The least that may be asked for gives a row of more tokens."""
+    said = " ".join(call(command, "--help").out.split())
+    assert "in whole rows of up to 256 tokens: at least one row" in said
+    written = call("reference", model, "--tokens", "64", "--output", tmp_path / "out", "--json").json
+    assert written["rows"] == 1
+    assert 64 < written["positions"] < 256

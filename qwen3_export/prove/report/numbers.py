@@ -12,7 +12,7 @@ def fixed(value: float, digits: int) -> str:
 
 
 def kl_mark(item: Mapping[str, Any]) -> str:
-    """What stands before a mean KL: `≥` for a lower bound, `≈` for an estimate."""
+    """The mark before a mean KL: `≥` for a bound, `≈` for an estimate."""
     return "≥ " if item.get("kl_is_lower_bound") else "≈ " if item.get("kl_estimate") else ""
 
 
