@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from qwen3_export import __version__
 from qwen3_export.cli.console import Console
+from qwen3_export.core.places import file_place
 
 # In the order in which a newcomer needs them.
 ORDER = (
@@ -53,6 +54,7 @@ Cluster = Annotated[
     str | None,
     typer.Option(help="Share the work by Ray: HOST:PORT, or local[:N] for N workers here. Never changes the result."),
 ]
+OutputFile = Annotated[Path, typer.Option("--output", "-o", parser=file_place, metavar="<path>", help="File to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 
 

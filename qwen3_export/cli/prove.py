@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from qwen3_export.cli.app import Force, Json, Quiet, Verbose, app, console
+from qwen3_export.cli.app import Force, Json, OutputFile, Quiet, Verbose, app, console
 from qwen3_export.cli.console import Console, fields, size
 from qwen3_export.cli.validated import validated
 from qwen3_export.core.outputs import check_output
-from qwen3_export.core.places import file_place
 from qwen3_export.core.processors import MOST_THREADS
 from qwen3_export.core.source import locate, open_source
 from qwen3_export.errors import InputError
@@ -98,7 +97,7 @@ def find(artifact: str, device: str | None = None, exact: bool = False) -> Path:
 @app.command(epilog="Example: qwen3-export reference reference-model --output original.safetensors")
 def reference(
     source: Annotated[str, typer.Argument(help="A folder, a hub id, `reference-model`; a reference file to merge.")],
-    output: Annotated[Path, typer.Option("--output", "-o", parser=file_place, metavar="<path>", help="File to write.")],
+    output: OutputFile,
     text: Texts = None,
     merge: Annotated[
         list[Path] | None, typer.Option(help="SOURCE is a reference file: add the rows of this one; repeatable.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qwen3_export.cli.app import Force, Json, Quiet, Source, Verbose, app, console
+from qwen3_export.cli.app import Force, Json, OutputFile, Quiet, Source, Verbose, app, console
 from qwen3_export.cli.exported import exported
 from qwen3_export.cli.on_the_way import (
     Calibration,
@@ -30,7 +30,6 @@ from qwen3_export.cli.on_the_way import (
     prepared,
 )
 from qwen3_export.cli.solve import parse_bytes
-from qwen3_export.core.places import file_place
 from qwen3_export.core.process import uncollected, uninterrupted
 from qwen3_export.core.units import parse_size
 from qwen3_export.errors import InputError, MissingRuntimeError
@@ -129,7 +128,7 @@ def onnx(
 @app.command(epilog="Example: qwen3-export gguf quantized --output model.gguf")
 def gguf(
     source: Source,
-    output: Annotated[Path, typer.Option("--output", "-o", parser=file_place, metavar="<path>", help="File to write.")],
+    output: OutputFile,
     type_name: Annotated[
         str | None,
         typer.Option("--type", help="bf16, f16, q8_0, q4_k_m … (default: what holds the codes, else bf16)."),

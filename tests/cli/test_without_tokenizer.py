@@ -15,7 +15,6 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "quantize": ("--recipe", "rtn-w4a16-g32"),
     "onnx": ("--recipe", "rtn-w4a16-g32"),
     "tensorrt": ("--onnx-only",),
-    "triton": (),
 }
 
 
@@ -26,8 +25,8 @@ def _without(model: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_missing_tokenizer_is_told(command: str, model: Path, made: dict[str, Path], tmp_path: Path) -> None:
-    source = _without(made["onnx"] if command == "triton" else model, tmp_path / "bare")
+def test_missing_tokenizer_is_told(command: str, model: Path, tmp_path: Path) -> None:
+    source = _without(model, tmp_path / "bare")
     line = (command, source, "--output", tmp_path / "out", *COMMANDS[command])
     outcome = call(*line, "--json")
     assert outcome.code == 0, outcome.err

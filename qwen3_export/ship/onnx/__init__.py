@@ -176,7 +176,7 @@ def check_request(
             f"--kv-cache {kv_cache} is GroupQueryAttention's of ONNX Runtime's CPU kernels, beside fp32 activations",
             "leave --target, --flavor and --precision away",
         )
-    if kv_cache != "fp32" and not has_tokenizer(checkpoint.folder):
+    if kv_cache in BITS and not has_tokenizer(checkpoint.folder):
         raise InputError(
             f"--kv-cache {kv_cache} is calibrated on text, and {checkpoint.folder / TOKENIZER} is missing",
             "copy the tokenizer files of the original model into the folder, or leave --kv-cache away",
