@@ -132,7 +132,7 @@ def _report(error: BaseException, arguments: Sequence[str] = (), started: float 
         return _say("interrupted", _after_interrupt(arguments, started), _EXIT_INTERRUPTED)
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return _say("no more threads may be started", "give fewer --threads, or raise the limit", _EXIT_RESOURCES)
-    if isinstance(error, MemoryError | RuntimeError) and lacks_memory(error):
+    if isinstance(error, MemoryError | RuntimeError | ImportError | OSError) and lacks_memory(error):
         reason = str(error).strip().partition("\n")[0]
         return _say("out of memory" + (f" ({reason})" if reason else ""), HINT, _EXIT_RESOURCES)
     if isinstance(error, OSError):
@@ -156,10 +156,14 @@ def _after_interrupt(arguments: Sequence[str], started: float) -> str:
         found = max(map(_appeared, [Path(output), *Path(output).parent.glob(f"{Path(output).stem}-00001-of-*.gguf")]))
         if found >= started:
             return _WHOLE.format(output)
-        for kept in (Path(f"{output}{ending}") for ending in _KEPT):
-            if os.path.lexists(kept):
-                return _GOES_ON.format(kept)
+        if kept := _kept(output):
+            return _GOES_ON.format(kept)
     return _AGAIN
+
+
+def _kept(output: str) -> str | None:
+    """The folder from which a stopped run goes on, if there is one."""
+    return next((f"{output}{ending}" for ending in _KEPT if os.path.lexists(f"{output}{ending}")), None)
 
 
 def _outputs(arguments: Sequence[str]) -> Iterator[str]:
@@ -215,9 +219,12 @@ def _on(error: OSError) -> str:
 
 
 def _full_disk_hint(arguments: Sequence[str]) -> str:
-    hint = "free some room and repeat the command: a quantize run goes on where it stopped"
-    spills = arguments[:1] and arguments[0] in ("quantize", "calibrate", "onnx", "gguf", "tensorrt")
-    return f"{hint}, also with its activations on another disk (--scratch DIR)" if spills else hint
+    hint = "free some room and repeat the command"
+    if kept := any(map(_kept, _outputs(arguments))):
+        hint += ": a quantize run goes on where it stopped"
+    if arguments[:1] and arguments[0] in ("quantize", "calibrate", "onnx", "gguf", "tensorrt"):
+        hint += f", {'also' if kept else 'or'} with its activations on another disk (--scratch DIR)"
+    return hint
 
 
 def _say(message: str, hint: str | None, code: int) -> int:

@@ -147,7 +147,7 @@ class RaySession:
         return list(ready)
 
     def answer(self, call: Any, seconds: float | None = None) -> Any:
-        """The result of a call, awaited.
+        """The result of a call, awaited; what it raises comes home as it is.
 
         Raises LostWorkerError when the process is gone, ResourceError when it takes too long.
         """
@@ -166,19 +166,25 @@ class RaySession:
 
 def _get(call: Any, seconds: float | None = None) -> Any:
     import ray
-    from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RaySystemError
+    from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RaySystemError, RayTaskError
 
     try:
         return ray.get(call, timeout=seconds)
+    except RayTaskError as error:
+        # Ray's own has the class of what the actor raised, but neither its errno nor its file.
+        raise error.cause from error
     except GetTimeoutError as error:
         raise ResourceError(
             f"a worker on the cluster has not answered for {seconds:.0f} s",
-            "ray status shows what its nodes are busy with; what is finished is kept",
+            "ray status shows what its nodes are busy with",
         ) from error
     except ActorDiedError as error:
         if "creation task" in str(error) or "__init__" in str(error):
+            reason = str(error).strip().splitlines()[-1]
+            if lacks_memory(reason):
+                raise out_of_memory("a node cannot start a worker", reason) from error
             raise MissingRuntimeError(
-                f"a node cannot start a worker: {str(error).strip().splitlines()[-1]}",
+                f"a node cannot start a worker: {reason}",
                 "other machines need the same version of qwen3-export with the extra `cluster`, this one memory",
             ) from error
         raise LostWorkerError(str(error)) from error

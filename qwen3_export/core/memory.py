@@ -9,6 +9,7 @@ The machine's own counts, and the limits of its containers.
 
 from __future__ import annotations
 
+import errno
 import re
 import signal
 import subprocess
@@ -29,10 +30,12 @@ GPU_HINT = "close what else uses the GPU, or give a smaller context"
 #                    Available memory of 100 is smaller than requested bytes of 200
 #   torch            DefaultCPUAllocator: can't allocate memory: you tried to allocate 8589934592 bytes
 #   llama.cpp        unable to allocate CPU buffer; failed to allocate buffer for kv cache; insufficient memory
+#   the loader       libtorch.so: failed to map segment from shared object
 #   TensorRT, CUDA   OutOfMemory (Requested size was 8589934592 bytes.); out of memory
 _LACKS = re.compile(
     r"\bMemoryError\b|bad.?alloc|out.?of.?memory|(not enough|insufficient) memory|memory allocation failed"
-    r"|((failed|unable) to|can.?t|cannot|could not) allocate|available memory of \d+ is smaller than",
+    r"|((failed|unable) to|can.?t|cannot|could not) allocate|available memory of \d+ is smaller than"
+    r"|failed to map segment(?!.*not permitted)",
     re.IGNORECASE,
 )
 
@@ -64,6 +67,9 @@ def _room_in(folder: Path) -> int | None:
 
 def lacks_memory(error: BaseException | str) -> bool:
     """Whether an error, or a runtime's words, say that an allocation failed."""
+    if isinstance(error, OSError) and error.errno is not None:
+        # Its words name a file, which may have any name.
+        return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or _LACKS.search(str(error)) is not None
 
 

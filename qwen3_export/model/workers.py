@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qwen3_export.core.memory import lacks_memory
 from qwen3_export.core.process import keep_few_kernels, keep_freed_memory, uncollected, uninterrupted
 from qwen3_export.core.processors import thread_count
 from qwen3_export.errors import MissingRuntimeError
@@ -149,6 +150,8 @@ def import_torch() -> None:
         with uninterrupted(), uncollected():
             import torch  # noqa: F401  (asked for here, so that its absence is a clear error)
     except ImportError as error:
+        if lacks_memory(error):
+            raise
         raise MissingRuntimeError("quantizing needs torch", "pip install 'qwen3-export[solve]'") from error
 
 

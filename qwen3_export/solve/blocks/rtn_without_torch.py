@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import Checkpoint
+from qwen3_export.core.memory import lacks_memory
 from qwen3_export.core.process import uncollected, uninterrupted
 from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.recipe import Recipe
@@ -51,6 +52,8 @@ def import_loops() -> None:
         with uninterrupted(), uncollected():
             importlib.import_module("qwen3_export.solve.rounding.kernels")
     except ImportError as error:
+        if lacks_memory(error):
+            raise
         raise MissingRuntimeError("rounding to nearest needs numba", "pip install 'qwen3-export[rtn]'") from error
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -12,9 +14,10 @@ from typing import Any
 
 import pytest
 import ray  # noqa: TID251  (its start is watched)
+from ray.exceptions import RayTaskError  # noqa: TID251  (what it makes of errors)
 
-from qwen3_export.cluster.session import open_session
-from qwen3_export.errors import ExportError, MissingRuntimeError, ResourceError
+from qwen3_export.cluster.session import LostWorkerError, RaySession, open_session
+from qwen3_export.errors import ExportError, MissingRuntimeError, ResourceError, StateError
 
 HERE, THERE = "leave --cluster away", "RAY_AUTH_MODE=token"
 NOT_STARTED: list[tuple[str, Exception, type[ExportError], str]] = [
@@ -39,6 +42,34 @@ def test_what_helps_a_cluster_to_start_is_said(
         pass
     assert hint in str(caught.value.hint)
     assert ("token" in str(caught.value.hint)) == (address == "auto")
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "/shared/out.partial/a.new"),
+        OSError(errno.ESTALE, "Stale file handle", "/shared/a"),
+        MemoryError("Unable to allocate 8.00 GiB"),
+        ImportError("libtorch.so: failed to map segment from shared object"),
+        StateError("a file is damaged", "remove it"),
+        LostWorkerError("the board"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_of_a_worker_comes_home_as_it_is(raised: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Ray's own classes, and through its pickles."""
+    sent = pickle.loads(pickle.dumps(RayTaskError("solve", "Traceback", raised, "worker", 1, "127.0.0.1")))
+
+    def get(*_: Any, **__: Any) -> None:
+        raise sent.as_instanceof_cause()
+
+    monkeypatch.setattr(ray, "get", get)
+    with pytest.raises(type(raised)) as caught:
+        RaySession().answer(None)
+    found = caught.value
+    assert (type(found), str(found), vars(found)) == (type(raised), str(raised), vars(raised))
+    for name in ("errno", "filename"):
+        assert getattr(found, name, None) == getattr(raised, name, None)
 
 
 def test_rays_store_is_small_and_spills_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
