@@ -31,6 +31,13 @@ class StateError(InputError):
     """
 
 
+class ClusterError(InputError):
+    """The nodes of a cluster cannot do the run; others may.
+
+    What was finished before is kept.
+    """
+
+
 class CheckpointError(InputError):
     """A checkpoint is broken, incomplete or not a Qwen3 model."""
 

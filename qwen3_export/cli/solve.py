@@ -120,7 +120,13 @@ def quantize(
         int | None, typer.Option(min=16, max=1 << 20, help="Tokens per sample (default: the recipe's).")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Chooses the calibration samples.")] = 0,
-    memory: Annotated[str | None, typer.Option(help="Refuse to start when more is needed, e.g. 8GiB.")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Refuse to start when more is needed, e.g. 8GiB. With --cluster local:N the workers count too, "
+            "on other nodes each by itself."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="`cpu` or `cuda`.")] = "cpu",
     threads: Annotated[
         int | None, typer.Option(min=1, max=MOST_THREADS, help="Default: all. Never changes the bytes.")

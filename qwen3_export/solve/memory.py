@@ -16,7 +16,7 @@ an expert, or samples on their way through all experts, beside the running weigh
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qwen3_export.core.architecture import is_expert
 from qwen3_export.core.processors import thread_count
@@ -67,6 +67,14 @@ class Memory:
         experts = self.running + max(self.expert, self.routed)
         alive = max(self.block + max(self.linear, experts), self.embedding, self.outer)
         return self.always + alive + min(int(_HOLES_SHARE * alive), self.most_holes)
+
+    @property
+    def without_blocks(self) -> int:
+        """The same of a process that has its blocks solved by others.
+
+        It has embedding, pass back and head.
+        """
+        return replace(self, block=0, running=0, linear=0, expert=0, routed=0).peak
 
 
 def memory_parts(

@@ -29,7 +29,7 @@ from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.shards import INDEX
 from qwen3_export.core.tensorfile import Spec, TensorFile, TensorFileWriter
-from qwen3_export.errors import CheckpointError, ExportError, InputError, StateError
+from qwen3_export.errors import CheckpointError, ClusterError, ExportError, InputError, StateError
 from qwen3_export.solve.job import SolvedBlock, SolvedLinear
 from qwen3_export.solve.scratch import bring_activations, drop_activations
 
@@ -41,11 +41,12 @@ _SAID = {"matmul": "kind of processor", "version": "version of qwen3-export"}
 def resumable(state: Path, error: BaseException) -> bool:
     """Whether a stopped run can go on: blocks are done, and it may succeed.
 
-    After an error of the input the next run would fail too. A damaged state is kept, so that the user can decide.
+    After an error of the input, not of a cluster, the next run would fail too. A damaged state is kept, so that the
+    user can decide.
     """
     if isinstance(error, StateError):
         return True
-    return (state / PROGRESS).is_file() and not isinstance(error, InputError)
+    return (state / PROGRESS).is_file() and (isinstance(error, ClusterError) or not isinstance(error, InputError))
 
 
 def read_progress(path: Path) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def check_memory(
     samples: Samples | None,
     original: bool,
     limit: int | None,
+    workers: int = 0,
     token_floor: int = 0,
     fisher_samples: int = 0,
     outer: bool = False,
@@ -45,15 +46,20 @@ def check_memory(
 ) -> int:
     """Raise InputError when the run needs more than `--memory`.
 
-    Gives what it needs in bytes.
+    Gives what a process needs that solves blocks, in bytes: this one, or each of `workers` on this machine, which count
+    together with this one.
     """
-    needed = memory_needed(config, samples, original, token_floor, fisher_samples, outer, without_torch)
+    parts = memory_parts(config, samples, original, token_floor, fisher_samples, outer, without_torch)
+    needed = parts.peak + ((workers - 1) * parts.peak + parts.without_blocks if workers else 0)
     if limit is not None and needed > limit:
+        each = f" ({workers} workers with {binary_size(parts.peak)} each, and the command itself)" if workers else ""
         raise InputError(
-            f"this run needs about {binary_size(needed)} of memory, --memory allows {binary_size(limit)}",
-            "allow more; one block and the work on its largest linear must fit",
+            f"this run needs about {binary_size(needed)} of memory{each}, --memory allows {binary_size(limit)}",
+            "allow more"
+            + (", or give fewer workers" if workers > 1 else "")
+            + "; one block and the work on its largest linear must fit",
         )
-    return needed
+    return parts.peak
 
 
 def check_peak_memory(limit: int | None) -> None:

@@ -69,11 +69,11 @@ def quantize(
     method, options = load_method(recipe)
     samples = samples_needed(checkpoint, recipe, settings, progress, calibration_of)
     original, fisher_samples = method.needs_original(options), method.fisher_samples(options)
-    token_floor = recipe.experts.token_floor(checkpoint.config.expert_width)
     outer = any(recipe.scheme_for(module) for module in checkpoint.config.outer_matrices())
     needed = check_memory(
-        checkpoint.config, samples, original, settings.memory, token_floor, fisher_samples, outer, without_torch
-    )
+        checkpoint.config, samples, original, settings.memory, _workers_here(settings),
+        recipe.experts.token_floor(checkpoint.config.expert_width), fisher_samples, outer, without_torch,
+    )  # fmt: skip
     if settings.reuse and (done := finished_run(output, checkpoint, recipe, samples, settings)):
         progress.note("everything is quantized already")
         return result_of(output, done, checkpoint.config.num_layers, time.monotonic() - started)
@@ -94,6 +94,15 @@ def quantize(
         manifest = _finish(target, job, settings, found, progress)
     result = result_of(output, manifest, resumed, time.monotonic() - started)
     return result if workers_found is None else {**result, "workers": workers_found}
+
+
+def _workers_here(settings: QuantizeSettings) -> int:
+    """Workers that `--cluster` starts on this machine."""
+    if settings.cluster is None:
+        return 0
+    from qwen3_export.solve.cluster import workers_here
+
+    return workers_here(settings.cluster, settings)
 
 
 def _spelled_out(recipe: Recipe, checkpoint: Checkpoint, progress: Progress) -> Recipe:

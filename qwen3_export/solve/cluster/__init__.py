@@ -24,10 +24,11 @@ from qwen3_export.cluster.session import Node, local_workers, open_session
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.processors import MOST_THREADS, thread_count
 from qwen3_export.core.progress import Progress
-from qwen3_export.errors import InputError, ResourceError
-from qwen3_export.solve.cluster.executor import MACHINES, Cluster, fits
+from qwen3_export.errors import ClusterError, ExportError, ResourceError
+from qwen3_export.solve.cluster.executor import MACHINES, Cluster, lacking
 from qwen3_export.solve.cluster.member import Run, SearchRequest, arithmetic, fingerprint
 from qwen3_export.solve.executor import PIECES
+from qwen3_export.solve.job import QuantizeSettings
 
 _SHARED = "put the source and --output on a path that all nodes see alike, such as NFS"
 
@@ -36,12 +37,12 @@ _SHARED = "put the source and --output on a path that all nodes see alike, such 
 def open_cluster(address: str, run: Run, needed: int, checkpoint: Checkpoint, progress: Progress) -> Iterator[Cluster]:
     """Start workers on the cluster at `address`, checked to give the same bytes.
 
-    `needed` is the memory of each in bytes. Raises InputError where nodes differ or do not see the same files,
-    ResourceError where no node has the memory, MissingRuntimeError where something is not installed.
+    `needed` is the memory of each in bytes. Raises ClusterError where nodes differ or do not see the same files,
+    or offer no CPU or GPU, ResourceError where no node has the memory, MissingRuntimeError where something is not
+    installed.
     """
-    count = local_workers(address)
+    count, threads = local_workers(address), thread_count(run.settings.threads)
     gpus = _gpus() if run.settings.device != "cpu" else 0
-    threads = thread_count(run.settings.threads)
     total = count or gpus or threads
     run = replace(run, threads=max(1, threads // total) if count is not None else run.settings.threads or MOST_THREADS)
     with open_session(address, total, gpus) as session:
@@ -57,6 +58,14 @@ def open_cluster(address: str, run: Run, needed: int, checkpoint: Checkpoint, pr
             session.end([worker.handle for worker in cluster.workers])
 
 
+def workers_here(address: str, settings: QuantizeSettings) -> int:
+    """How many workers `--cluster` starts on this machine; 0 for a running cluster."""
+    count = local_workers(address)
+    if count is None:
+        return 0
+    return count or (_gpus() if settings.device != "cpu" else 0) or thread_count(settings.threads)
+
+
 def _gpus() -> int:
     import torch
 
@@ -66,8 +75,8 @@ def _gpus() -> int:
 def _places(nodes: list[Node], local: int | None, needed: int, run: Run, progress: Progress) -> list[Node]:
     """The node of each worker.
 
-    A cluster has one worker per node or GPU; `local:N` has N on this machine. Raises ResourceError where memory or GPUs
-    do not suffice.
+    A cluster has one worker per node or GPU; `local:N` has N on this machine. Raises ResourceError where memory does
+    not suffice, ClusterError where no node offers a CPU, or a GPU.
     """
     if local is not None:
         (node,) = nodes
@@ -78,33 +87,43 @@ def _places(nodes: list[Node], local: int | None, needed: int, run: Run, progres
                 f"--cluster local:{max(1, node.memory // needed)}" if node.memory >= needed else None,
             )
         return [node] * local
-    chosen = [node for node in nodes if fits(node, needed, run)]
+    lacks = {node.id: lacking(node, needed, run) for node in nodes}
+    chosen = [node for node in nodes if not lacks[node.id]]
     for node in nodes:
-        if node not in chosen:
-            progress.note(
-                f"{node.name} is left out: {node.cpus:g} CPUs, {node.gpus:g} GPUs, {node.memory / 2**30:.2f} GiB"
-            )
+        if lacks[node.id]:
+            offers = f"{node.cpus:g} CPUs, {node.gpus:g} GPUs, {node.memory / 2**30:.2f} GiB"
+            progress.note(f"{node.name} is left out: it lacks {' and '.join(lacks[node.id])} ({offers})")
     if not chosen:
-        raise ResourceError(
-            f"no node of the cluster has the {needed / 2**30:.2f} GiB of memory that a worker needs"
-            + ("" if run.settings.device == "cpu" else ", and a GPU"),
-            "qwen3-export plan says what a run needs; ray start --memory=BYTES sets what a node offers",
-        )
+        raise _none_fits(list(lacks.values()))
     each = [max(1, int(node.gpus)) if run.settings.device != "cpu" else 1 for node in chosen]
     return [node for node, times in zip(chosen, each, strict=True) for _ in range(times)]
 
 
+def _none_fits(lacks: list[list[str]]) -> ExportError:
+    """The error where every node lacks something that a worker needs."""
+    everywhere = [what for what in lacks[0] if all(what in found for found in lacks)]
+    wanted = everywhere or list(dict.fromkeys(what for found in lacks for what in found))
+    kind = ResourceError if any("memory" in what for what in everywhere) else ClusterError
+    options = {"a CPU": "--num-cpus=N", "a GPU": "--num-gpus=N"}
+    offers = ", ".join(options.get(what, "--memory=BYTES") for what in wanted)
+    return kind(
+        f"no node of the cluster offers {' and '.join(wanted)}{'' if everywhere else ' together'}, "
+        "which a worker needs",
+        f"ray start {offers} sets what a node offers; qwen3-export plan says what a run needs",
+    )
+
+
 def _check_alike(seen: list[dict[str, Any]], source: str, run: Run) -> None:
-    """Raise InputError for nodes that see other files or would compute other bytes."""
+    """Raise ClusterError for nodes that see other files or would compute other bytes."""
     here = arithmetic(run.settings.device, run.without_torch)
     for item in seen:
         if item["source"] != source:
-            raise InputError(f"{item['node']} does not see {run.source} as this machine does", _SHARED)
+            raise ClusterError(f"{item['node']} does not see {run.source} as this machine does", _SHARED)
         if not item["wrote"]:
-            raise InputError(f"{item['node']} does not see {run.partial} as this machine does", _SHARED)
+            raise ClusterError(f"{item['node']} does not see {run.partial} as this machine does", _SHARED)
         for key, value in here.items():
             if item["arithmetic"].get(key) != value:
-                raise InputError(
+                raise ClusterError(
                     f"{item['node']} has another kind of arithmetic: {key} {item['arithmetic'].get(key)}, "
                     f"this machine {value}",
                     "bytes depend on it: give the cluster nodes of one kind, with the same versions",
@@ -127,4 +146,4 @@ def _forget_after_restart(seen: list[dict[str, Any]], run: Run) -> dict[str, str
     return {**(before or {}), **now}
 
 
-__all__ = ["Cluster", "Run", "SearchRequest", "open_cluster"]
+__all__ = ["Cluster", "Run", "SearchRequest", "open_cluster", "workers_here"]

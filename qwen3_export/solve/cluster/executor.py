@@ -10,16 +10,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen3_export import errors
 from qwen3_export.cluster.session import LOCAL_HINT, Handle, LostWorkerError, Node, RaySession
 from qwen3_export.core.outputs import write_atomic
 from qwen3_export.core.process import ONE_HEAP
 from qwen3_export.core.progress import Progress
-from qwen3_export.errors import ExportError, MissingRuntimeError, ResourceError
+from qwen3_export.errors import MissingRuntimeError, ResourceError
 from qwen3_export.solve.cluster.member import Member, Run, SearchRequest
 from qwen3_export.solve.executor import PIECES
 from qwen3_export.solve.job import BlockRecord, Job
-from qwen3_export.solve.output_folder import QuantizedFolder
+from qwen3_export.solve.output_folder import PROGRESS, STATE, QuantizedFolder
 
 # After so many losses in a row without a finished piece, the run ends.
 _MOST_LOSSES = 5
@@ -72,7 +71,7 @@ class Cluster:
             except LostWorkerError as error:
                 # The new worker reads the block from the finished pieces and solves nothing again.
                 fresh = self._replace(worker, error)
-                self._checked(self.session.answer(fresh.handle.call("solve", layer, job.fisher is not None)))
+                self.session.answer(fresh.handle.call("solve", layer, job.fisher is not None))
 
     def written(self, layer: int) -> None:
         """See `Executor`."""
@@ -96,12 +95,7 @@ class Cluster:
                 try:
                     answer = self.session.answer(call)
                 except LostWorkerError as error:
-                    raise ResourceError(
-                        f"{worker.node.name}: the worker there was lost", "a search begins anew: repeat the command"
-                    ) from error
-                if isinstance(answer, tuple):
-                    kind, text, hint = answer
-                    raise getattr(errors, kind, ExportError)(text, hint)
+                    raise ResourceError(f"{worker.node.name}: the worker there was lost", self._after_loss()) from error
         return list(answer)
 
     def _solve_together(self, job: Job, layer: int) -> BlockRecord:
@@ -118,7 +112,7 @@ class Cluster:
             ready = self.session.answers([worker.call for worker in waiting])
             for worker in (worker for worker in waiting if worker.call in ready):
                 try:
-                    record = self._checked(self.session.answer(worker.call))
+                    record = self.session.answer(worker.call)
                     worker.call = None
                 except LostWorkerError as error:
                     fresh = self._replace(worker, error)
@@ -138,27 +132,21 @@ class Cluster:
             ready = self.session.answers([worker.call for worker in waiting])
             for worker in (worker for worker in waiting if worker.call in ready):
                 try:
-                    self.found[worker.layer] = self._checked(self.session.answer(worker.call))
+                    self.found[worker.layer] = self.session.answer(worker.call)
                     worker.call = None
                 except LostWorkerError as error:
                     fresh = self._replace(worker, error)
                     fresh.layer, fresh.call = worker.layer, fresh.handle.call("solve_alone", worker.layer)
         return self.found.pop(layer)
 
-    def _checked(self, answer: Any) -> BlockRecord:
-        """The record of a solved block; raises the error that a worker returned instead."""
-        if isinstance(answer, BlockRecord):
-            return answer
-        kind, text, hint = answer
-        raise getattr(errors, kind, ExportError)(text, hint)
-
     def start(self, nodes: list[Node]) -> list[dict[str, Any]]:
         """Place a worker on each node, and return what each reports of itself (`Member.look`).
 
         A node that is named several times gets several workers.
         """
-        token, folders = f"shared-{uuid.uuid4().hex}", {self.run.partial, self.run.scratch}
+        token, folders = f"shared-{uuid.uuid4().hex}", self.run.tried
         for folder in folders:
+            folder.mkdir(exist_ok=True)
             (folder / token).write_text(token)
         try:
             self.workers = [self._place(node) for node in nodes]
@@ -210,8 +198,13 @@ class Cluster:
         except LostWorkerError as error:
             raise ResourceError(
                 "the process that shares out the work was lost",
-                "what is finished is kept: the same command goes on",
+                self._after_loss(),
             ) from error
+
+    def _after_loss(self) -> str:
+        """What the same command does when this run has ended; see `output_folder.resumable`."""
+        is_kept = (self.run.partial / STATE / PROGRESS).is_file()
+        return "what is finished is kept: the same command goes on" if is_kept else "the same command starts over"
 
     def _replace(self, worker: _Worker, error: LostWorkerError) -> _Worker:
         """Replace a lost worker, on the same node or on a free one.
@@ -223,7 +216,7 @@ class Cluster:
         if self.losses > _MOST_LOSSES:
             raise ResourceError(
                 f"{worker.node.name}: workers were lost {self.losses} times and nothing got done between",
-                "perhaps their memory is too small; what is finished is kept, the same command goes on",
+                f"perhaps their memory is too small; {self._after_loss()}",
             ) from error
         self._ask_board("lost", worker.number)
         alive = {node.id: node for node in self.session.nodes()}
@@ -231,7 +224,7 @@ class Cluster:
         if node is None:
             raise ResourceError(
                 f"{worker.node.name} is gone, and no other node of the cluster has room for its work",
-                "what is finished is kept: the same command goes on when there are nodes again",
+                f"{self._after_loss()} when there are nodes again",
             ) from error
         self.progress.note(f"worker {worker.number} on {worker.node.name} was lost, another takes over its work")
         fresh = self._place(node)
@@ -245,9 +238,14 @@ class Cluster:
 
     def _free(self, alive: Mapping[str, Node]) -> list[Node]:
         taken = {worker.node.id for worker in self.workers}
-        return [node for node in alive.values() if node.id not in taken and fits(node, self.needed, self.run)]
+        return [node for node in alive.values() if node.id not in taken and not lacking(node, self.needed, self.run)]
 
 
-def fits(node: Node, needed: int, run: Run) -> bool:
-    """Whether a node has the memory, processor and GPU that a worker needs."""
-    return node.memory >= needed and node.cpus >= 1 and (run.settings.device == "cpu" or node.gpus >= 1)
+def lacking(node: Node, needed: int, run: Run) -> list[str]:
+    """What a worker needs and a node does not have."""
+    amounts = {
+        "a CPU": node.cpus >= 1,
+        "a GPU": run.settings.device == "cpu" or node.gpus >= 1,
+        f"{needed / 2**30:.2f} GiB of memory": node.memory >= needed,
+    }
+    return [what for what, suffices in amounts.items() if not suffices]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.cluster.session import Handle
 from qwen3_export.core.checkpoint import Checkpoint, open_checkpoint
-from qwen3_export.core.disk import FULL
+from qwen3_export.core.disk import naming_full
 from qwen3_export.core.process import end_with_parent, trim_heap
 from qwen3_export.core.processors import thread_count
 from qwen3_export.core.progress import peak_rss_bytes
@@ -32,7 +32,7 @@ from qwen3_export.errors import ExportError
 from qwen3_export.solve.executor import PIECES, solve_block
 from qwen3_export.solve.job import BlockRecord, Job, QuantizeSettings, SolvedBlock
 from qwen3_export.solve.methods import load_method
-from qwen3_export.solve.output_folder import QuantizedFolder
+from qwen3_export.solve.output_folder import STATE, QuantizedFolder
 from qwen3_export.text.samples import Samples
 
 if TYPE_CHECKING:
@@ -53,6 +53,14 @@ class Run:
     head_apart: bool
     without_torch: bool
     threads: int = 1
+
+    @property
+    def tried(self) -> set[Path]:
+        """Folders in which every worker writes a file before the start.
+
+        It shows that all nodes share them. A finished output holds none of these files, even after a kill meanwhile.
+        """
+        return {self.partial / STATE, self.scratch}
 
 
 @dataclass(frozen=True)
@@ -108,18 +116,11 @@ def boot_id() -> str:
         return ""
 
 
-def _expected(error: ExportError | OSError, folder: Path) -> tuple[str, str, str | None]:
-    """Class, message and hint of an expected error; raises any other."""
-    if isinstance(error, ExportError):
-        return type(error).__name__, str(error), error.hint
-    if error.errno not in FULL:
-        raise error
-    text = f"{error.filename or folder}: {os.strerror(error.errno)}"
-    return "ResourceError", text, "free some room: what is finished is kept, the same command goes on"
-
-
 class Member:
-    """The worker's actor; the board knows it by its `number`."""
+    """The worker's actor; the board knows it by its `number`.
+
+    Its errors reach the driver as they are (`cluster.session`).
+    """
 
     def __init__(self, run: Run, number: int, board: Handle) -> None:
         end_with_parent()
@@ -143,19 +144,16 @@ class Member:
         except (ExportError, OSError) as error:
             found["source"] = str(error)
         try:
-            for folder in {run.partial, run.scratch}:
+            for folder in run.tried:
                 (folder / token).read_text()
                 (folder / f"{token}.{self._number}").write_text(token)
         except OSError as error:
             found["output"] = str(error)
         return found
 
-    def solve(self, layer: int, fisher: bool) -> BlockRecord | tuple[str, str, str | None]:
-        """Solve a block together with the other workers; returns its record.
-
-        An expected error is returned as class, message and hint.
-        """
-        try:
+    def solve(self, layer: int, fisher: bool) -> BlockRecord:
+        """Solve a block together with the other workers; returns its record."""
+        with naming_full(self._run.scratch):
             job, folder = self._opened(fisher), self._run.scratch / PIECES / f"{layer:04d}"
             job.pool.begin(folder)  # type: ignore[attr-defined]
             self._solved = {}
@@ -163,8 +161,6 @@ class Member:
             started = time.monotonic()
             spare = self._spare_files(folder / "spare")
             self._solved = {layer: solve_block(replace(job, apart=f"-{layer:04d}", spare_files=spare), layer)}
-        except (ExportError, OSError) as error:
-            return _expected(error, self._run.scratch)
         self._seconds += time.monotonic() - started
         return self._solved[layer].record
 
@@ -175,16 +171,15 @@ class Member:
 
     def write(self, layer: int) -> None:
         """Write the shard of the block that was just solved."""
-        self._target().write_block(layer, self._solved.pop(layer))
+        with naming_full(self._run.partial):
+            self._target().write_block(layer, self._solved.pop(layer))
 
-    def solve_alone(self, layer: int) -> BlockRecord | tuple[str, str, str | None]:
+    def solve_alone(self, layer: int) -> BlockRecord:
         """Solve and write a block that does not depend on any other."""
-        try:
-            started, job = time.monotonic(), self._opened(False)
-            solved = solve_block(job, layer)
+        started, job = time.monotonic(), self._opened(False)
+        solved = solve_block(job, layer)
+        with naming_full(self._run.partial):
             self._target().write_block(layer, solved)
-        except (ExportError, OSError) as error:
-            return _expected(error, self._run.partial)
         trim_heap()
         self._seconds += time.monotonic() - started
         return solved.record
@@ -222,12 +217,9 @@ class Member:
         """Measure the sensitivities of all units together with the other workers."""
         method, options = load_method(self._run.recipe)
         checkpoint, scratch = open_checkpoint(self._run.source), self._run.scratch
-        try:
-            with self._workers(fast=False) as pool:
-                pool.begin(scratch / PIECES)
-                return request.measure(checkpoint, method, options, pool, scratch, request)
-        except (ExportError, OSError) as error:
-            return _expected(error, scratch)
+        with naming_full(scratch), self._workers(fast=False) as pool:
+            pool.begin(scratch / PIECES)
+            return request.measure(checkpoint, method, options, pool, scratch, request)
 
     def _workers(self, fast: bool) -> Any:
         from qwen3_export.model.workers import workers, workers_without_torch

@@ -62,8 +62,8 @@ class BoardThread:
 class ThreadSession:
     """In place of `cluster.session.RaySession`; `deaths` are the calls that kill their worker."""
 
-    def __init__(self, nodes: int, deaths: Sequence[int]) -> None:
-        self._count, self._deaths, self.asked = nodes, {*deaths}, 0
+    def __init__(self, nodes: int, deaths: Sequence[int], cpus: int) -> None:
+        self._count, self._deaths, self._cpus, self.asked = nodes, {*deaths}, cpus, 0
         self.boards: list[BoardThread] = []
         self.current, self._lock = threading.local(), threading.Lock()
 
@@ -85,7 +85,7 @@ class ThreadSession:
             thread.end()
 
     def nodes(self) -> list[Node]:
-        return [Node(str(i), f"node {i}", 1, 0, 1 << 40) for i in range(self._count)]
+        return [Node(str(i), f"node {i}", self._cpus, 0, 1 << 40) for i in range(self._count)]
 
     def place(self, kind: type, arguments: Sequence[Any], *_: Any, **__: Any) -> Any:
         if kind is Board:
@@ -101,9 +101,9 @@ class ThreadSession:
 
 
 @contextmanager
-def threads_for_nodes(nodes: int, deaths: Sequence[int] = ()) -> Iterator[ThreadSession]:
+def threads_for_nodes(nodes: int, deaths: Sequence[int] = (), cpus: int = 1) -> Iterator[ThreadSession]:
     """Have `--cluster host:1` find so many nodes for a `with` block."""
-    session = ThreadSession(nodes, deaths)
+    session = ThreadSession(nodes, deaths, cpus)
 
     @contextmanager
     def open_session(*_: Any) -> Iterator[ThreadSession]:

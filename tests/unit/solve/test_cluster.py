@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import random
+import shutil
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
-import torch
 
-from qwen3_export.cluster.session import Node
 from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.manifest import sha256_file
-from qwen3_export.core.progress import Progress
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.errors import (
     CheckpointError,
+    ClusterError,
     InputError,
     ResourceError,
-    StateError,
 )
-from qwen3_export.solve.cluster import Run, _places
-from qwen3_export.solve.cluster.part_files import read_parts, write_parts
+from qwen3_export.solve.cluster.member import Member
 from qwen3_export.solve.job import QuantizeSettings
 from qwen3_export.solve.mixed_precision.search import SearchSettings, search
 from qwen3_export.solve.quantize import quantize
@@ -116,13 +114,12 @@ def test_what_lost_workers_were_given_is_done_by_others(
 
 
 @mixture
-def test_workers_that_die_again_and_again_end_the_run_which_can_go_on(
-    source: Path, wanted: Wanted, tmp_path: Path
-) -> None:
+def test_workers_that_die_again_and_again_end_the_run(source: Path, wanted: Wanted, tmp_path: Path) -> None:
     expected = wanted("paper")
     with threads_for_nodes(2, range(30, 100)), pytest.raises(ResourceError, match="lost 6 times") as caught:
         run(source, "paper", tmp_path / "out", cluster="host:1")
-    assert "the same command goes on" in str(caught.value.hint)
+    assert "the same command starts over" in str(caught.value.hint)
+    assert not (tmp_path / "out.partial").exists()
     with threads_for_nodes(2):
         assert run(source, "paper", tmp_path / "out", cluster="host:1") == expected
 
@@ -132,8 +129,9 @@ def test_a_run_goes_on_with_and_without_workers(source: Path, wanted: Wanted, tm
     expected = wanted("all rungs")
     with threads_for_nodes(2) as session:
         run(source, "all rungs", tmp_path / "whole", cluster="host:1")
-    with threads_for_nodes(2, range(session.asked - 20, 1000)), pytest.raises(ResourceError):
+    with threads_for_nodes(2, range(session.asked - 20, 1000)), pytest.raises(ResourceError) as caught:
         run(source, "all rungs", tmp_path / "out", cluster="host:1")
+    assert "the same command goes on" in str(caught.value.hint)
     pieces = tmp_path / "out.partial" / "state" / "pieces"
     assert [path.name for path in pieces.iterdir() if path.is_dir()] == ["0001"]
     assert any((pieces / "0001").iterdir())
@@ -155,6 +153,26 @@ def test_an_error_of_a_worker_is_the_run_s(tmp_path: Path, reference_folder: Pat
             run(folder, name, tmp_path / "out", cluster="host:1")
 
 
+@mixture
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("paper", "output_folder.TensorFileWriter"), ("without inputs", "output_folder.TensorFileWriter"),
+     ("paper", "cluster.member.solve_block")],
+)  # fmt: skip
+def test_a_full_disk_under_a_worker_names_the_folder(
+    name: str, where: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"qwen3_export.solve.{where}", full)
+    with threads_for_nodes(2), pytest.raises(OSError, match="No space left") as caught:
+        run(source, name, tmp_path / "out", cluster="host:1")
+    assert caught.value.errno == errno.ENOSPC
+    assert str(caught.value.filename).startswith(str(tmp_path / "out.partial"))
+
+
 @pytest.mark.parametrize(
     ("what", "words"),
     [
@@ -166,8 +184,6 @@ def test_an_error_of_a_worker_is_the_run_s(tmp_path: Path, reference_folder: Pat
 def test_nodes_that_are_not_alike_are_refused_by_name(
     what: dict[str, Any], words: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwen3_export.solve.cluster.member import Member
-
     look = Member.look
 
     def other(self: Member, token: str) -> dict[str, Any]:
@@ -181,6 +197,50 @@ def test_nodes_that_are_not_alike_are_refused_by_name(
         run(source, "paper", tmp_path / "out", cluster="host:1")
     assert "node 1" in str(caught.value)
     assert not list(tmp_path.glob("out*"))
+
+
+@mixture
+@pytest.mark.parametrize("apart", [False, True], ids=["beside", "with scratch"])
+def test_a_command_killed_while_workers_start_leaves_nothing_in_the_finished_folder(
+    source: Path, apart: bool, wanted: Wanted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies there when a worker has been seen is what a kill leaves beside finished blocks."""
+    look, left = Member.look, tmp_path / "left"
+    places = [tmp_path / "out.partial", *([tmp_path / "scratch"] if apart else [])]
+    changes: dict[str, Any] = {"cluster": "host:1", **({"scratch": places[-1]} if apart else {})}
+
+    def killed(self: Member, token: str) -> dict[str, Any]:
+        look(self, token)
+        for place in places:
+            shutil.copytree(place, left / place.name)
+        raise KeyboardInterrupt
+
+    with threads_for_nodes(1) as session:
+        run(source, "paper", tmp_path / "whole", **changes)
+    with threads_for_nodes(1, range(session.asked - 2, 1000)), pytest.raises(ResourceError):
+        run(source, "paper", tmp_path / "out", **changes)
+    with threads_for_nodes(1), monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        patch.setattr(Member, "look", killed)
+        run(source, "paper", tmp_path / "out", **changes)
+    assert [*left.rglob("shared-*")]
+    for place in places:
+        shutil.rmtree(place)
+        (left / place.name).rename(place)
+    with threads_for_nodes(1):
+        assert run(source, "paper", tmp_path / "out", **changes) == wanted("paper")
+    assert not [*tmp_path.rglob("shared-*")]
+
+
+@mixture
+def test_unfit_nodes_leave_an_unfinished_run_as_it_is(source: Path, wanted: Wanted, tmp_path: Path) -> None:
+    with threads_for_nodes(2) as session:
+        run(source, "paper", tmp_path / "whole", cluster="host:1")
+    with threads_for_nodes(2, range(session.asked - 2, 1000)), pytest.raises(ResourceError):
+        run(source, "paper", tmp_path / "out", cluster="host:1")
+    with threads_for_nodes(2, cpus=0), pytest.raises(ClusterError, match="offers a CPU, which"):
+        run(source, "paper", tmp_path / "out", cluster="host:1")
+    assert (tmp_path / "out.partial" / "state" / "progress.json").exists()
+    assert run(source, "paper", tmp_path / "out") == wanted("paper")
 
 
 @pytest.mark.parametrize("more", [{}, {"embeddings": True, "method": "rtn"}], ids=["linears", "embeddings too"])
@@ -197,64 +257,10 @@ def test_a_search_finds_the_same_on_many_nodes(source: Path, more: dict[str, Any
 
 def test_a_search_ends_where_a_worker_is_lost(source: Path, tmp_path: Path) -> None:
     settings = SearchSettings(4.5, samples=16, sequence_length=32, measure=3, threads=1, cluster="host:1")
-    with threads_for_nodes(2, [20]), pytest.raises(ResourceError, match=r"node \d: the worker there was lost"):
+    with (
+        threads_for_nodes(2, [20]),
+        pytest.raises(ResourceError, match=r"node \d: the worker there was lost") as caught,
+    ):
         search(open_checkpoint(source), settings, tmp_path)
+    assert caught.value.hint == "the same command starts over"
     assert not list(tmp_path.iterdir())
-
-
-def test_parts_are_read_back_bit_for_bit(tmp_path: Path) -> None:
-    parts = {
-        "tensor": torch.randn(3, 5).to(torch.bfloat16),
-        "strip": torch.arange(12.0).reshape(3, 4)[:, 1:3],
-        "scales": np.array([[1.5, 2.0]], ml_dtypes.bfloat16),
-        "float8": np.array([1, 2], ml_dtypes.float8_e4m3fn),
-        "empty": torch.empty(0, 4),
-        "nothing": None,
-        "error": 0.1 + 0.2,
-        "inner": {"names": ["a", "b"], "array": np.arange(3, dtype=np.uint8)},
-    }
-    write_parts(tmp_path / "parts", parts)
-    found = read_parts(tmp_path / "parts")
-    assert found["error"] == parts["error"]
-    assert found["nothing"] is None
-    assert found["inner"]["names"] == ["a", "b"]
-    for key in ("tensor", "strip", "empty"):
-        assert torch.equal(found[key], parts[key])
-    for key in ("scales", "float8"):
-        assert found[key].dtype == parts[key].dtype
-        assert found[key].tobytes() == parts[key].tobytes()
-    (tmp_path / "parts").write_bytes((tmp_path / "parts").read_bytes()[:-1])
-    with pytest.raises(StateError, match="cut off"):
-        read_parts(tmp_path / "parts")
-
-
-class Notes(Progress):
-    """Keeps what is noted."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
-def run_of(tmp_path: Path, source: Path) -> Run:
-    return Run(source, recipe("paper"), None, SETTINGS, tmp_path, tmp_path, "compressed-tensors", False, False)
-
-
-def test_nodes_with_too_little_memory_are_left_out_by_name(source: Path, tmp_path: Path) -> None:
-    small, large, none = (Node(name, name, cpus, 0, memory) for name, cpus, memory in (
-        ("small", 1, 1 << 30), ("large", 1, 4 << 30), ("head", 0, 4 << 30)))  # fmt: skip
-    notes, run = Notes(), run_of(tmp_path, source)
-    assert _places([small, large, none], None, 2 << 30, run, notes) == [large]
-    assert [note.split()[0] for note in notes.notes] == ["small", "head"]
-    with pytest.raises(ResourceError, match=r"no node of the cluster has the 8\.00 GiB"):
-        _places([small, large], None, 8 << 30, run, Notes())
-
-
-def test_workers_of_this_machine_must_fit_into_its_memory(source: Path, tmp_path: Path) -> None:
-    here = Node("here", "here", 4, 0, 5 << 30)
-    assert _places([here], 2, 2 << 30, run_of(tmp_path, source), Notes()) == [here, here]
-    with pytest.raises(ResourceError, match=r"3 workers need about 6\.00 GiB") as caught:
-        _places([here], 3, 2 << 30, run_of(tmp_path, source), Notes())
-    assert caught.value.hint == "--cluster local:2"
