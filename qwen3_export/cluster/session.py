@@ -7,43 +7,36 @@ are small, so its object store has 100 MB and never spills to disk.
 from __future__ import annotations
 
 import logging
+import math
 import os
-import secrets
+import resource
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 from qwen3_export.cluster.address import check_reachable, parsed
+from qwen3_export.cluster.environment import VARIABLES, own_token
 from qwen3_export.cluster.folder import ray_folder
+from qwen3_export.cluster.head import check_head
 from qwen3_export.core.memory import lacks_memory, out_of_memory
 from qwen3_export.core.process import uncollected, uninterrupted
-from qwen3_export.errors import InputError, MissingRuntimeError, ResourceError
+from qwen3_export.core.units import binary_size
+from qwen3_export.errors import ExportError, InputError, MissingRuntimeError, ResourceError
 
 STORE_BYTES = 100 << 20
-# Seconds to wait for a process to end.
-_END_SECONDS = 10
-# Environment variables of Ray's authentication: `token` or `disabled`, and the token.
-_MODE, _TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
+# Seconds to wait for a process to end, and for a call before it is asked whether the head still answers.
+_END_SECONDS, _STEP_SECONDS = 10, 5
 # Remedies where Ray's processes do not start: on this machine alone, and on a cluster.
-LOCAL_HINT = "Ray lacks memory, processes (ulimit -u) or room for temporary files here: leave --cluster away or give it"
+LOCAL_HINT = (
+    "Ray lacks memory, processes (ulimit -u), large files (ulimit -f) or room for temporary files here: "
+    "leave --cluster away or give it"
+)
 _JOIN_HINT = (
     "run on a node of the cluster (ray start --address=HOST:PORT), with the same versions of Python and ray; "
     "if the cluster has a token, with RAY_AUTH_MODE=token and that token in ~/.ray/auth_token"
 )
-_QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS": "0",
-    "RAY_DISABLE_IMPORT_WARNING": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # Ray would kill workers when memory is short; the run has a memory limit of its own.
-    "RAY_memory_monitor_refresh_ms": "0",
-    "RAY_enable_metrics_collection": "0",
-    # Ray would give workers a niceness of 15, so that every other process of the machine comes first.
-    "RAY_worker_niceness": "0",
-}
 
 
 class LostWorkerError(Exception):
@@ -107,6 +100,7 @@ class RaySession:
         """All nodes that are alive, by name."""
         import ray
 
+        _check_head()
         found = []
         for item in ray.nodes():
             if item["Alive"]:
@@ -132,6 +126,7 @@ class RaySession:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        _check_head()
         where: Any = "DEFAULT" if node is None else NodeAffinitySchedulingStrategy(node.id, soft=False)
         asked = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory or None, "resources": dict(resources or {})}
         options = {**asked, "max_restarts": 0, "scheduling_strategy": where, "max_concurrency": together}
@@ -141,10 +136,7 @@ class RaySession:
 
     def answers(self, calls: Sequence[Any], seconds: float | None = None) -> list[Any]:
         """Wait until a call finishes; a list of that one, or empty after `seconds`."""
-        import ray
-
-        ready, _ = ray.wait(list(calls), num_returns=1, timeout=seconds)
-        return list(ready)
+        return _wait(calls, seconds)
 
     def answer(self, call: Any, seconds: float | None = None) -> Any:
         """The result of a call, awaited; what it raises comes home as it is.
@@ -164,32 +156,57 @@ class RaySession:
                 _get(handle.actor.__ray_ready__.remote(), _END_SECONDS)
 
 
+def _wait(calls: Sequence[Any], seconds: float | None = None) -> list[Any]:
+    """A finished call, awaited in short steps; empty after `seconds`.
+
+    Raises LostHeadError when the head is lost meanwhile.
+    """
+    import ray
+
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
+    while True:
+        left = max(0.0, deadline - time.monotonic())
+        ready, _ = ray.wait(list(calls), num_returns=1, timeout=min(_STEP_SECONDS, left))
+        if ready or left <= _STEP_SECONDS:
+            return list(ready)
+        _check_head()
+
+
+def _check_head() -> None:
+    import ray
+
+    check_head(ray.get_runtime_context().gcs_address)
+
+
 def _get(call: Any, seconds: float | None = None) -> Any:
     import ray
-    from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RaySystemError, RayTaskError
+    from ray.exceptions import ActorDiedError, RayActorError, RaySystemError, RayTaskError
 
-    try:
-        return ray.get(call, timeout=seconds)
-    except RayTaskError as error:
-        # Ray's own has the class of what the actor raised, but neither its errno nor its file.
-        raise error.cause from error
-    except GetTimeoutError as error:
+    if not _wait([call], seconds):
         raise ResourceError(
             f"a worker on the cluster has not answered for {seconds:.0f} s",
             "ray status shows what its nodes are busy with",
-        ) from error
+        )
+    try:
+        return ray.get(call)
+    except RayTaskError as error:
+        # Ray's own has the class of what the actor raised, but neither its errno nor its file.
+        raise error.cause from error
     except ActorDiedError as error:
         if "creation task" in str(error) or "__init__" in str(error):
-            reason = str(error).strip().splitlines()[-1]
-            if lacks_memory(reason):
-                raise out_of_memory("a node cannot start a worker", reason) from error
-            raise MissingRuntimeError(
-                f"a node cannot start a worker: {reason}",
-                "other machines need the same version of qwen3-export with the extra `cluster`, this one memory",
-            ) from error
+            raise _cannot_start(str(error).strip().splitlines()[-1]) from error
         raise LostWorkerError(str(error)) from error
     except (RayActorError, RaySystemError) as error:
         raise LostWorkerError(str(error)) from error
+
+
+def _cannot_start(reason: str) -> ExportError:
+    if lacks_memory(reason):
+        return out_of_memory("a node cannot start a worker", reason)
+    return MissingRuntimeError(
+        f"a node cannot start a worker: {reason}",
+        "other machines need the same version of qwen3-export with the extra `cluster`, this one memory",
+    )
 
 
 @contextmanager
@@ -199,19 +216,32 @@ def open_session(address: str, workers: int = 1, gpus: int = 0) -> Iterator[RayS
     Raises MissingRuntimeError without ray, or where no cluster answers.
     """
     check_cluster(address)
-    for name, value in _QUIET.items():
+    for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)
     is_local = local_workers(address) is not None
     if not is_local and address != "auto":
         check_reachable(address)
     with uninterrupted(), uncollected():
         import ray
+    if is_local:
+        _check_file_size(address)
     with ray_folder() if is_local else nullcontext() as folder:
         _connect(address, folder, workers, gpus)
         try:
             yield RaySession()
         finally:
             ray.shutdown()
+
+
+def _check_file_size(address: str) -> None:
+    """Raise ResourceError where Ray's object store may not get as large as it is."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit != resource.RLIM_INFINITY and limit < STORE_BYTES:
+        raise ResourceError(
+            f"--cluster {address}: Ray keeps a file of {binary_size(STORE_BYTES)}, and files may not get larger than "
+            f"{binary_size(limit)} here",
+            "raise the limit (ulimit -f unlimited), or leave --cluster away",
+        )
 
 
 def _connect(address: str, folder: str | None, workers: int, gpus: int) -> None:
@@ -222,7 +252,7 @@ def _connect(address: str, folder: str | None, workers: int, gpus: int) -> None:
     is_local = folder is not None
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL, "configure_logging": True}
     try:
-        with uninterrupted(), _own_token() if is_local else nullcontext():
+        with uninterrupted(), own_token() if is_local else nullcontext():
             if is_local:
                 ray.init(
                     address="local", num_cpus=workers, num_gpus=gpus, include_dashboard=False,
@@ -241,25 +271,3 @@ def _connect(address: str, folder: str | None, workers: int, gpus: int) -> None:
             f"--cluster {address}: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
             LOCAL_HINT if is_local else _JOIN_HINT,
         ) from error
-
-
-@contextmanager
-def _own_token() -> Iterator[None]:
-    """A token for a cluster that is started here.
-
-    Ray would write one into the home folder, and from then on ask for it on clusters that the user starts.
-    """
-    before = {name: os.environ.get(name) for name in (_MODE, _TOKEN)}
-    os.environ.setdefault(_TOKEN, _token())
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-
-
-@cache
-def _token() -> str:
-    """One for all clusters of this process, since Ray reads it once."""
-    return secrets.token_hex(32)

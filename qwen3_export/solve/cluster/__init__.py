@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 from qwen3_export.cluster.board import Board
+from qwen3_export.cluster.head import LostHeadError
 from qwen3_export.cluster.session import Node, local_workers, open_session
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.processors import MOST_THREADS, thread_count
@@ -54,6 +55,8 @@ def open_cluster(address: str, run: Run, needed: int, checkpoint: Checkpoint, pr
             _check_alike(seen, fingerprint(checkpoint), run)
             cluster.machines = _forget_after_restart(seen, run)
             yield cluster
+        except LostHeadError as error:
+            raise ResourceError(str(error), cluster.after_loss()) from error
         finally:
             session.end([worker.handle for worker in cluster.workers])
 

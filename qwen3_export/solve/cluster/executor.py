@@ -95,7 +95,7 @@ class Cluster:
                 try:
                     answer = self.session.answer(call)
                 except LostWorkerError as error:
-                    raise ResourceError(f"{worker.node.name}: the worker there was lost", self._after_loss()) from error
+                    raise ResourceError(f"{worker.node.name}: the worker there was lost", self.after_loss()) from error
         return list(answer)
 
     def _solve_together(self, job: Job, layer: int) -> BlockRecord:
@@ -198,10 +198,10 @@ class Cluster:
         except LostWorkerError as error:
             raise ResourceError(
                 "the process that shares out the work was lost",
-                self._after_loss(),
+                self.after_loss(),
             ) from error
 
-    def _after_loss(self) -> str:
+    def after_loss(self) -> str:
         """What the same command does when this run has ended; see `output_folder.resumable`."""
         is_kept = (self.run.partial / STATE / PROGRESS).is_file()
         return "what is finished is kept: the same command goes on" if is_kept else "the same command starts over"
@@ -216,7 +216,7 @@ class Cluster:
         if self.losses > _MOST_LOSSES:
             raise ResourceError(
                 f"{worker.node.name}: workers were lost {self.losses} times and nothing got done between",
-                f"perhaps their memory is too small; {self._after_loss()}",
+                f"perhaps their memory is too small; {self.after_loss()}",
             ) from error
         self._ask_board("lost", worker.number)
         alive = {node.id: node for node in self.session.nodes()}
@@ -224,7 +224,7 @@ class Cluster:
         if node is None:
             raise ResourceError(
                 f"{worker.node.name} is gone, and no other node of the cluster has room for its work",
-                f"{self._after_loss()} when there are nodes again",
+                f"{self.after_loss()} when there are nodes again",
             ) from error
         self.progress.note(f"worker {worker.number} on {worker.node.name} was lost, another takes over its work")
         fresh = self._place(node)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import resource
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray  # noqa: TID251  (its start is watched)
 from ray.exceptions import RayTaskError  # noqa: TID251  (what it makes of errors)
 
+from qwen3_export.cluster import head
 from qwen3_export.cluster.session import LostWorkerError, RaySession, open_session
 from qwen3_export.errors import ExportError, MissingRuntimeError, ResourceError, StateError
 
@@ -63,6 +68,7 @@ def test_an_error_of_a_worker_comes_home_as_it_is(raised: Exception, monkeypatch
     def get(*_: Any, **__: Any) -> None:
         raise sent.as_instanceof_cause()
 
+    monkeypatch.setattr(ray, "wait", lambda calls, **_: (calls, []))
     monkeypatch.setattr(ray, "get", get)
     with pytest.raises(type(raised)) as caught:
         RaySession().answer(None)
@@ -70,6 +76,34 @@ def test_an_error_of_a_worker_comes_home_as_it_is(raised: Exception, monkeypatch
     assert (type(found), str(found), vars(found)) == (type(raised), str(raised), vars(raised))
     for name in ("errno", "filename"):
         assert getattr(found, name, None) == getattr(raised, name, None)
+
+
+def test_a_lost_head_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the calls are not answered; a head that listens again is none."""
+    monkeypatch.setattr(head, "_LOST_SECONDS", 1)
+
+    def wait(calls: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        time.sleep(0.2)
+        return [], calls
+
+    monkeypatch.setattr(ray, "wait", wait)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=address))
+        with pytest.raises(ResourceError, match="has not answered for 6 s"):
+            RaySession().answer(None, 6)
+    for asked in (lambda: RaySession().answer(None), lambda: RaySession().answers([None]), RaySession().nodes):
+        with pytest.raises(head.LostHeadError, match=f"the head of the Ray cluster, {address}, was lost"):
+            asked()
+
+
+def test_a_file_size_limit_below_rays_store_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (200 << 10, 200 << 10))
+    with (
+        pytest.raises(ResourceError, match=r"local:1: Ray keeps a file of .* larger than 200 KiB"),
+        open_session("local:1"),
+    ):
+        pass
 
 
 def test_rays_store_is_small_and_spills_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
