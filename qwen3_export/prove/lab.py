@@ -10,7 +10,7 @@ every node sees.
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ from qwen3_export.prove.latency import Workload, bench, judged
 from qwen3_export.prove.tasks import Task
 from qwen3_export.prove.validate import open_reference, validate
 from qwen3_export.run.session import RuntimeOptions
+
+# After so many seconds without a measurement that runs, it is said what is waited for.
+_SAID_AFTER_SECONDS = 15
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,9 @@ class Device:
     def __init__(self) -> None:
         end_with_parent()
 
+    def start(self) -> None:
+        """Answered as soon as this process runs."""
+
     def measure(self, artifact: Path, request: DriftRequest | LatencyRequest) -> Any:
         """Measure; returns the host's name, and a result or an error's parts."""
         name = socket.gethostname()
@@ -88,18 +94,10 @@ def measure_on_nodes(
     """
     tasks = [(artifact.absolute(), label) for label in (labels or [""]) for artifact in artifacts]
     with open_session(address, local_workers(address) or thread_count()) as session:
-        _check_labels(session, labels)
+        _check_nodes(session, labels)
         devices = [_start(session, label) for _, label in tasks]
-        # By the task's number, since one artifact may be asked for several times.
-        calls = {devices[number].call("measure", task[0], request): number for number, task in enumerate(tasks)}
-        found: dict[int, dict[str, Any]] = {}
         with progress.bar("measure on nodes", len(tasks)) as tick:
-            while len(found) < len(tasks):
-                for call in session.answers(list(calls)):
-                    number = calls.pop(call)
-                    found[number] = _answer(session, call, *tasks[number])
-                    session.end([devices[number]])
-                    tick()
+            found = _measured(session, devices, tasks, request, progress, tick)
     answers = [found[number] for number in range(len(tasks))]
     results, failed = ([item for item in answers if ("error" in item) is wrong] for wrong in (False, True))
     passed = not failed and all(item.get("gate", {}).get("passed", True) for item in results)
@@ -109,8 +107,15 @@ def measure_on_nodes(
     return result
 
 
-def _check_labels(session: RaySession, labels: Sequence[str]) -> None:
-    offered = sorted({label for node in session.nodes() for label in node.labels})
+def _check_nodes(session: RaySession, labels: Sequence[str]) -> None:
+    """Raise InputError where no node can ever take a task."""
+    nodes = session.nodes()
+    if not labels and not any(node.cpus >= 1 for node in nodes):
+        raise InputError(
+            "no node of the cluster offers a CPU, which a measurement takes",
+            "ray start --num-cpus=N sets what a node offers; or name devices by --node LABEL",
+        )
+    offered = sorted({label for node in nodes for label in node.labels})
     for label in labels:
         if label not in offered:
             raise InputError(
@@ -118,6 +123,28 @@ def _check_labels(session: RaySession, labels: Sequence[str]) -> None:
                 + (f"; there are {', '.join(offered)}" if offered else ""),
                 f"on the device: ray start --address=HOST:PORT --resources='{{\"{label}\": 1}}'",
             )
+
+
+def _measured(
+    session: RaySession, devices: Sequence[Handle], tasks: Sequence[tuple[Path, str]],
+    request: DriftRequest | LatencyRequest, progress: Progress, tick: Callable[[], None],
+) -> dict[int, dict[str, Any]]:  # fmt: skip
+    """Results and errors by the task's number, since one artifact may be asked for several times."""
+    started = [device.call("start") for device in devices]
+    calls = {devices[number].call("measure", task[0], request): number for number, task in enumerate(tasks)}
+    found, is_told = dict[int, dict[str, Any]](), False
+    while len(found) < len(tasks):
+        ready = session.answers(list(calls), None if is_told else _SAID_AFTER_SECONDS)
+        if not ready and not is_told and not any(session.answers([started[number]], 0) for number in calls.values()):
+            wanted = " or ".join(dict.fromkeys(tasks[number][1] or "CPU" for number in calls.values()))
+            progress.note(f"waiting for a node with a free {wanted}: other work uses them (see ray status)")
+            is_told = True
+        for call in ready:
+            number = calls.pop(call)
+            found[number] = _answer(session, call, *tasks[number])
+            session.end([devices[number]])
+            tick()
+    return found
 
 
 def _start(session: RaySession, label: str) -> Handle:
