@@ -184,6 +184,6 @@ def _passes(config: Qwen3Config, fisher_samples: int) -> int:
 
 def _outer(config: Qwen3Config, samples: Samples | None, original: bool) -> int:
     """Codes of the table in pieces, joined and packed; work on a piece."""
-    piece = out_rows_at_once(config.hidden_size) * config.hidden_size
+    piece = min(out_rows_at_once(config.hidden_size), config.vocab_size) * config.hidden_size
     squares = 0 if samples is None else (14 if original else 8) * config.hidden_size**2
     return 3 * config.vocab_size * config.hidden_size + 4 * (6 * piece + squares)

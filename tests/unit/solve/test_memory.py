@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -61,6 +63,27 @@ def test_moments_of_a_wide_linear_are_fewer() -> None:
 def test_layers_do_not_count() -> None:
     for name in MODELS:
         assert memory_parts(config(name), ROWS, original=True) == memory_parts(config(name, 4), ROWS, original=True)
+
+
+def test_without_torch_a_second_block_is_there_while_the_first_is_written() -> None:
+    one, two, many = (
+        memory_parts(config("30B-A3B", count), None, without_torch=True).peak
+        for count in (1, 2, MODELS["30B-A3B"].layers)
+    )
+    weights = sum(map(math.prod, config("30B-A3B", 1).linear_shapes(0).values()))
+    assert two == many == one + weights
+
+
+def test_a_small_table_is_one_piece() -> None:
+    """The work on it grows with its words, until they fill a piece of fixed size."""
+    sizes = (1024, 8192, 1 << 17, 1 << 18)
+    found = [
+        memory_parts(parse_config(tiny_config(hidden_size=256, vocab_size=words), "test"), ROWS, outer=True).outer
+        for words in sizes
+    ]
+    whole, in_pieces = (3 + 4 * 6) * 256, 3 * 256
+    assert found[1] - found[0] == whole * (sizes[1] - sizes[0])
+    assert found[3] - found[2] == in_pieces * (sizes[3] - sizes[2])
 
 
 def test_the_peak_is_the_largest_moment() -> None:
