@@ -16,18 +16,10 @@ _LOST_SECONDS, _CONNECT_SECONDS, _PAUSE_SECONDS = 15, 5, 1
 
 
 class LostHeadError(ResourceError):
-    """The cluster's head does not answer any more."""
+    """The cluster's head, or its process on this machine, does not answer any more."""
 
-    def __init__(self, address: str) -> None:
-        super().__init__(
-            f"the head of the Ray cluster, {address}, was lost",
-            "start the cluster again if it was yours, and repeat the command",
-        )
-        self.address = address
-
-    def __reduce__(self) -> tuple[type[LostHeadError], tuple[str]]:
-        """As Ray sends it from worker to driver."""
-        return type(self), (self.address,)
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message, hint or "start the cluster again if it was yours, and repeat the command")
 
 
 def check_head(address: str) -> None:
@@ -39,5 +31,19 @@ def check_head(address: str) -> None:
                 return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise LostHeadError(address) from error
+                raise LostHeadError(f"the head of the Ray cluster, {address}, was lost") from error
         time.sleep(_PAUSE_SECONDS)
+
+
+def check_store(path: str) -> None:
+    """Raise LostHeadError when nobody listens at the socket of the object store.
+
+    It is that of the raylet on this machine, without which Ray ends this process with exit code 1.
+    """
+    with socket.socket(socket.AF_UNIX) as connection:
+        try:
+            connection.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError) as error:
+            raise LostHeadError("Ray's process on this machine, the raylet, was lost") from error
+        except OSError:
+            return  # It is busy.

@@ -19,7 +19,7 @@ from typing import Any
 from qwen3_export.cluster.address import check_reachable, parsed
 from qwen3_export.cluster.environment import VARIABLES, own_token
 from qwen3_export.cluster.folder import ray_folder
-from qwen3_export.cluster.head import check_head
+from qwen3_export.cluster.head import check_head, check_store
 from qwen3_export.core.memory import lacks_memory, out_of_memory
 from qwen3_export.core.process import uncollected, uninterrupted
 from qwen3_export.core.units import binary_size
@@ -165,6 +165,7 @@ def _wait(calls: Sequence[Any], seconds: float | None = None) -> list[Any]:
 
     deadline = math.inf if seconds is None else time.monotonic() + seconds
     while True:
+        _check_node()
         left = max(0.0, deadline - time.monotonic())
         ready, _ = ray.wait(list(calls), num_returns=1, timeout=min(_STEP_SECONDS, left))
         if ready or left <= _STEP_SECONDS:
@@ -178,6 +179,15 @@ def _check_head() -> None:
     check_head(ray.get_runtime_context().gcs_address)
 
 
+def _check_node() -> None:
+    """Raise LostHeadError when the raylet here is gone: Ray would end this process."""
+    from ray._private import worker
+
+    store = getattr(getattr(worker, "_global_node", None), "plasma_store_socket_name", None)
+    if store is not None:
+        check_store(store)
+
+
 def _get(call: Any, seconds: float | None = None) -> Any:
     import ray
     from ray.exceptions import ActorDiedError, RayActorError, RaySystemError, RayTaskError
@@ -187,6 +197,7 @@ def _get(call: Any, seconds: float | None = None) -> Any:
             f"a worker on the cluster has not answered for {seconds:.0f} s",
             "ray status shows what its nodes are busy with",
         )
+    _check_node()
     try:
         return ray.get(call)
     except RayTaskError as error:

@@ -97,6 +97,25 @@ def test_a_lost_head_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
             asked()
 
 
+def test_a_lost_raylet_is_told_before_ray_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tempfile.mkdtemp(dir="/tmp", prefix="c")
+    store = f"{place}/store"
+    monkeypatch.setattr(ray, "wait", lambda calls, **_: (calls, []))
+    monkeypatch.setattr(ray, "get", lambda _: "answer")
+    monkeypatch.setattr("ray._private.worker._global_node", SimpleNamespace(plasma_store_socket_name=store))
+    try:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(store)
+            server.listen()
+            assert RaySession().answer(None) == "answer"
+        for _ in range(2):
+            with pytest.raises(head.LostHeadError, match="Ray's process on this machine"):
+                RaySession().answer(None)
+            Path(store).unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(place)
+
+
 def test_a_file_size_limit_below_rays_store_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (200 << 10, 200 << 10))
     with (
