@@ -129,7 +129,10 @@ def _measured(
     session: RaySession, devices: Sequence[Handle], tasks: Sequence[tuple[Path, str]],
     request: DriftRequest | LatencyRequest, progress: Progress, tick: Callable[[], None],
 ) -> dict[int, dict[str, Any]]:  # fmt: skip
-    """Results and errors by the task's number, since one artifact may be asked for several times."""
+    """Results and errors by the task's number.
+
+    One artifact may be asked for several times.
+    """
     started = [device.call("start") for device in devices]
     calls = {devices[number].call("measure", task[0], request): number for number, task in enumerate(tasks)}
     found, is_told = dict[int, dict[str, Any]](), False
