@@ -142,6 +142,7 @@ def _gguf(path: Path) -> dict[str, Any]:
         "artifact": str(path),
         "kind": "GGUF",
         **({"shard": _shard(header.files, path)} if len(header.files) > 1 else {}),
+        **({"truncated": header.truncated} if header.truncated else {}),
         "bytes": sum(file.stat().st_size for file in header.files),
         "files": {file.name: file.stat().st_size for file in header.files},
         "values": header.values,

@@ -81,11 +81,15 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """The metadata of a GGUF file, and the tensors of all its parts."""
+    """The metadata of a GGUF file, and the tensors of all its parts.
+
+    `truncated` names the first tensor whose data a file ends before, if there is one.
+    """
 
     values: dict[str, Any]
     tensors: tuple[GgufTensor, ...]
     files: tuple[Path, ...]
+    truncated: str | None = None
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -102,16 +106,12 @@ def read_whole_gguf(path: Path) -> GgufHeader:
     Raises InputError also where a part's name is not that of its header, and where a file ends before its tensors do.
     """
     found = {part: _read(part) for part in gguf_parts(path)}
-    for number, (part, (values, tensors)) in enumerate(found.items()):
+    for number, (part, (values, _)) in enumerate(found.items()):
         _check_place(part, values, number, len(found))
-        size = part.stat().st_size
-        for tensor in tensors:
-            if tensor.begin + tensor.bytes > size:
-                raise InputError(
-                    f"{part}: tensor {tensor.name} ends at byte {tensor.begin + tensor.bytes}, the file at {size}",
-                    "the file is truncated: copy, download or export it again",
-                )
-    return _joined(found)
+    header = _joined(found)
+    if header.truncated:
+        raise InputError(header.truncated, "the file is truncated: copy, download or export it again")
+    return header
 
 
 def part_name(prefix: str, number: int, count: int) -> str:
@@ -122,7 +122,17 @@ def part_name(prefix: str, number: int, count: int) -> str:
 def _joined(found: Mapping[Path, tuple[dict[str, Any], list[GgufTensor]]]) -> GgufHeader:
     """The header of all parts: the first one's values, and every tensor."""
     tensors = tuple(tensor for _, listed in found.values() for tensor in listed)
-    return GgufHeader(next(iter(found.values()))[0], tensors, tuple(found))
+    return GgufHeader(next(iter(found.values()))[0], tensors, tuple(found), _truncated(found))
+
+
+def _truncated(found: Mapping[Path, tuple[dict[str, Any], list[GgufTensor]]]) -> str | None:
+    """What a file lacks at its end, None where all tensors are whole."""
+    for part, (_, tensors) in found.items():
+        size = part.stat().st_size
+        for tensor in tensors:
+            if tensor.begin + tensor.bytes > size:
+                return f"{part}: tensor {tensor.name} ends at byte {tensor.begin + tensor.bytes}, the file at {size}"
+    return None
 
 
 def _check_place(part: Path, values: Mapping[str, Any], number: int, count: int) -> None:

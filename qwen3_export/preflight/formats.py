@@ -16,6 +16,7 @@ from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.layouts import layout
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
+from qwen3_export.core.tokenizer_files import TOKENIZER, has_tokenizer
 from qwen3_export.errors import ExportError, InputError
 
 # Bytes of the manifest: for each quantized tensor, and for everything else.
@@ -126,6 +127,8 @@ def _onnx(flavor: str) -> Callable[[Checkpoint], Verdict]:
 def _gguf(quantized: Checkpoint) -> Verdict:
     from qwen3_export.ship.gguf import planned_bytes
 
+    if not has_tokenizer(quantized.folder):
+        return Verdict(f"a GGUF file holds the tokenizer, and {quantized.folder / TOKENIZER} is missing")
     return Verdict(None, planned_bytes(quantized))
 
 

@@ -20,6 +20,7 @@ from qwen3_export.core.outputs import staged_file
 from qwen3_export.core.process import uninterrupted
 from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.core.tensorfile import TensorFileWriter
+from qwen3_export.core.tokenizer_files import has_tokenizer
 from qwen3_export.errors import InputError, MissingRuntimeError
 from qwen3_export.prove.generation import MODES, Chats, ended
 from qwen3_export.prove.reference import Continuations, Truth, answer_specs, file_metadata, full_truth, top_of
@@ -69,8 +70,7 @@ class LiveReference:
         if max(int(ids.max()) for ids in samples.ids) >= self.vocab_size:
             raise InputError(f"{checkpoint.folder}: the tokenizer has more tokens than the model's vocabulary")
         self.checkpoint, self.source_sha256, self._folder = checkpoint, checkpoint.sha256, checkpoint.folder
-        has_tokenizer = (checkpoint.folder / "tokenizer.json").is_file()
-        self.sidecars = read_sidecars(checkpoint.folder) if has_tokenizer else None
+        self.sidecars = read_sidecars(checkpoint.folder) if has_tokenizer(checkpoint.folder) else None
         with workers() as pool:
             self._decoder = Decoder(checkpoint, pool)
             with progress.bar(f"original {checkpoint.name}", checkpoint.config.num_layers) as tick:
@@ -106,7 +106,7 @@ def _prompts(samples: Samples) -> tuple[NDArray[np.int32], ...]:
 
 def _questions(checkpoint: Checkpoint, budget_tokens: int | None) -> Chats | None:
     """Questions of the held-out chats, rendered in both modes; None without a template."""
-    if not (checkpoint.folder / "tokenizer.json").is_file():
+    if not has_tokenizer(checkpoint.folder):
         return None
     tokenizer = ModelTokenizer(checkpoint.folder)
     if tokenizer.template is None:

@@ -188,6 +188,15 @@ def test_what_is_none_of_these_is_refused(tmp_path: Path, name: str, content: by
     refused(call("inspect", tmp_path / name), 2, *words)
 
 
+def test_a_truncated_gguf_file_is_told(made: dict[str, Path], tmp_path: Path) -> None:
+    whole = made["gguf"].read_bytes()
+    (tmp_path / "short.gguf").write_bytes(whole[:-100])
+    said = described(tmp_path / "short.gguf")["truncated"]
+    assert said.endswith(f", the file at {len(whole) - 100}")
+    assert said in call("inspect", tmp_path / "short.gguf").out
+    assert "truncated" not in described(made["gguf"])
+
+
 def test_a_report_that_somebody_changed_is_shown_as_far_as_it_can_be(tmp_path: Path) -> None:
     odd = {"artifact": 3, "kl_mean": "x", "bytes": True, "runtime": [], "decode": {"tokens_per_second_p50": 1e999}}
     odd |= {"error": 7, "node": {"label": [], "name": 2}}

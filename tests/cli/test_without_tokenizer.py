@@ -50,6 +50,10 @@ def test_what_needs_text_is_refused(model: Path, tmp_path: Path) -> None:
     missing = (str(source / "tokenizer.json"), "hint: copy the tokenizer files of the original model")
     refused(call("onnx", source, "--kv-cache", "int8", "--output", tmp_path / "out"), 2, "--kv-cache int8", *missing)
     refused(call("gguf", source, "--output", tmp_path / "out"), 2, *missing)
+    planned = call("plan", source, "--recipe", "rtn-w4a16-g32", "--format", "gguf", "--json")
+    assert planned.code == 2
+    assert json.loads(planned.out)["formats"]["gguf"]["supported"] is False
+    assert f"gguf: a GGUF file holds the tokenizer, and {source / 'tokenizer.json'} is missing" in planned.err
     assert names(tmp_path) == ["bare"]
 
 
