@@ -41,10 +41,12 @@ def processors() -> int:
 
 
 def others_wait(loadavg: Path = Path("/proc/loadavg"), looks: int = 5, pause: float = 0.002) -> bool:
-    """Whether other work leaves a runtime fewer processors than the machine has.
+    """Whether other work leaves a runtime noticeably fewer processors than it has threads for.
 
-    More tasks want to run than this one, at every one of some looks a moment apart; False where that cannot be read.
+    So it is where at every one of some looks, a moment apart, other tasks want to run, too many for the processors that
+    are left and for an eighth of all. False where that cannot be read.
     """
+    machine = os.cpu_count() or 1
     for look in range(looks):
         if look:
             time.sleep(pause)
@@ -53,7 +55,8 @@ def others_wait(loadavg: Path = Path("/proc/loadavg"), looks: int = 5, pause: fl
         except (OSError, ValueError, IndexError):
             return False
         # One of them is this process, which reads.
-        if running - 1 + processors() <= (os.cpu_count() or 1):
+        others = running - 1
+        if others + processors() <= machine or others * 8 < machine:
             return False
     return True
 

@@ -53,13 +53,23 @@ def test_quota_and_affinity_decide_the_threads(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    ("running", "threads", "waits"),
-    [("1/90", 2, False), ("2/90", 2, True), ("3/90", 1, True), ("2/90", 1, False), ("0/0", 2, False), ("?", 2, False)],
+    ("running", "threads", "count", "waits"),
+    [
+        ("1/90", 2, 2, False),
+        ("2/90", 2, 2, True),
+        ("3/90", 1, 2, True),
+        ("2/90", 1, 2, False),
+        ("4/90", 64, 64, False),
+        ("9/90", 64, 64, True),
+        ("9/90", 8, 64, False),
+        ("0/0", 2, 2, False),
+        ("?", 2, 2, False),
+    ],
 )
-def test_other_work_that_wants_a_processor_of_two(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, running: str, threads: int, waits: bool
+def test_other_work_that_wants_a_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, running: str, threads: int, count: int, waits: bool
 ) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: count)
     monkeypatch.setattr("qwen3_export.core.processors.processors", lambda: threads)
     (tmp_path / "loadavg").write_text(f"0.50 0.40 0.30 {running} 4711\n")
     assert others_wait(tmp_path / "loadavg") == waits
