@@ -18,6 +18,7 @@ from qwen3_export.core.qwen3 import parse_config
 from qwen3_export.core.tensorfile import write_tensors
 from qwen3_export.errors import CheckpointError
 from qwen3_export.model.decoder import Decoder
+from tests.artifact.support import tiny_with_tokenizer
 from tests.cli.helpers import call, refused
 from tests.conftest import random_tensors, tiny_config, tiny_moe_config, write_checkpoint
 
@@ -189,13 +190,15 @@ def test_an_adapter_and_bitsandbytes_are_refused_by_name_with_the_remedy(tmp_pat
     refused(call("inspect", folder), 2, "bitsandbytes", "dequantize")
 
 
-def test_the_asymmetric_gptq_layout_is_warned_of_with_layouts_that_load(tmp_path: Path) -> None:
+def test_the_asymmetric_gptq_layout_is_warned_of_with_layouts_that_load(tmp_path: Path, reference_folder: Path) -> None:
     recipe = tmp_path / "asym.yaml"
     recipe.write_text(
         "name: asym\nmethod: rtn\nrules:\n"
         "  - {match: '*', scheme: {num_bits: 4, symmetric: false, strategy: group, group_size: 32}}\n"
     )
-    folder = write_checkpoint(tmp_path / "model", tiny_config(hidden_size=64, intermediate_size=96))
+    folder = tiny_with_tokenizer(
+        tmp_path / "model", reference_folder, tiny_config(hidden_size=64, intermediate_size=96)
+    )
     outcome = call("quantize", folder, "--recipe", recipe, "--layout", "gptq", "--output", tmp_path / "out")
     assert outcome.code == 0, outcome.err
     assert outcome.err.count("warning: ") == 1

@@ -86,7 +86,10 @@ def test_bits_per_weight_are_those_of_the_mix(name: str, bits: float) -> None:
 def test_the_readmes_figures_are_those_of_the_results() -> None:
     readme = " ".join((ROOT / "README.md").read_text().split())
     said = re.search(
-        r"`gguf-q4_k_m` has ([\d.]+) .*?, ([\d.]+) with outlier .*?; `edge-w4` ([\d.]+) and ([\d.]+) of", readme
+        r"`gguf-q4_k_m` has ([\d.]+) .*?, and ([\d.]+) of it with outlier .*?\. "
+        r"`edge-w4-mixed` has ([\d.]+) and ([\d.]+) of .*?, "
+        r"`edge-w4` ([\d.]+) and ([\d.]+) at ([\d.]+) of",
+        readme,
     )
     assert said
     kl = {(row["checkpoint"], row["type"], row["way"]): row["kl"] for row in json.loads(RESULTS.read_text())["quality"]}
@@ -95,5 +98,7 @@ def test_the_readmes_figures_are_those_of_the_results() -> None:
         for name in ("reference-model", "outliers")
     ]
     onnx = RESULTS.with_name("2026-11-onnx.md").read_text()
-    found += re.findall(r"\| edge-w4 \|.*\| ([\d.]+) × builder int4 \|", onnx)
+    for recipe in ("edge-w4-mixed", "edge-w4"):
+        found += re.findall(rf"\| {recipe} \|.*\| ([\d.]+) × builder int4[ ,|]", onnx)
+    found.append(re.findall(r"\| edge-w4 \|.*\| ([\d.]+) × \|", onnx)[0])
     assert list(said.groups()) == found

@@ -188,7 +188,7 @@ def test_neither_threads_nor_memory_change_a_byte(
 
 def test_rounding_does_not_depend_on_threads_or_text(run: Callable[..., dict[str, str]]) -> None:
     rounded = run("two", recipe("rtn"))
-    assert run("three", recipe("rtn"), threads=3, calibration="/nowhere.txt") == rounded
+    assert run("three", recipe("rtn"), threads=3, calibration="hf:no/such-dataset") == rounded
 
 
 @pytest.mark.parametrize(

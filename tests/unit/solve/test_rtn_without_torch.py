@@ -107,7 +107,8 @@ def test_other_recipes_say_that_they_need_torch(tmp_path: Path, name: str) -> No
     given = ["quantize", str(source), "--recipe", name, "--output", str(tmp_path / "made")]
     done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *given], capture_output=True, text=True, check=False)
     assert done.returncode == MissingRuntimeError.exit_code, done.stderr
-    assert done.stderr == "error: quantizing needs torch\nhint: pip install 'qwen3-export[solve]'\n"
+    assert done.stderr.endswith("\nerror: quantizing needs torch\nhint: pip install 'qwen3-export[solve]'\n")
+    assert done.stderr.startswith("warning: source has no tokenizer.json")
     assert not (tmp_path / "made").exists()
 
 
