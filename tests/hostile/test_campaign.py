@@ -18,7 +18,7 @@ from tests.hostile.judge import faults, snapshot
 from tests.hostile.trial import Trial
 
 ROOT = Path(__file__).resolve().parents[2]
-SEED, EACH = 0, 3
+SEED, EACH = 0, 2
 
 
 @pytest.fixture(scope="module")
