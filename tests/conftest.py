@@ -23,6 +23,7 @@ from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.resources import resource
 from qwen3_export.core.source import open_source
 from qwen3_export.core.tensorfile import write_tensors
+from tests.once import once
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What starts the tests may set COLUMNS, which commands started here would take for a terminal's width.
@@ -153,19 +154,16 @@ def exact_products() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`quantized(recipe)` → the reference model quantized with few samples, once per session."""
+    """`quantized(recipe)` → the reference model quantized with few samples, once per run of the tests."""
     from qwen3_export.solve.job import QuantizeSettings
     from qwen3_export.solve.quantize import quantize
 
-    base, made = tmp_path_factory.mktemp("quantized"), {}
-
     def get(recipe: str) -> Path:
-        if recipe not in made:
-            folder = base / Path(recipe).stem
-            settings = QuantizeSettings(samples=32, sequence_length=256)
-            quantize(open_source("reference-model"), load_recipe(recipe), folder, settings)
-            made[recipe] = folder
-        return made[recipe]
+        name = Path(recipe).stem
+        settings = QuantizeSettings(samples=32, sequence_length=256)
+        source, loaded = open_source("reference-model"), load_recipe(recipe)
+        folder, _ = once(tmp_path_factory, name, lambda base: quantize(source, loaded, base / name, settings) and None)
+        return folder / name
 
     return get
 

@@ -235,7 +235,8 @@ def _tell_unread(recipe: Recipe, settings: QuantizeSettings, progress: Progress)
     """
     check_readable(settings.calibration)
     usual = QuantizeSettings()
-    chosen = {name: getattr(settings, name) for name in ("calibration", "samples", "sequence_length", "seed")}
+    names = ("calibration", "samples", "sequence_length", "seed", "scratch")
+    chosen = {name: getattr(settings, name) for name in names}
     given = {name: None if value == getattr(usual, name) else value for name, value in chosen.items()}
     if warning := no_effect(given, f"{recipe.name} reads no calibration text"):
         progress.warn(warning)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen3_export.core.files import parse_json
-from qwen3_export.text.messages import read_message
+from qwen3_export.text.messages import ROLES, read_message
 
 # ShareGPT's speakers, by their role in a chat.
 _SPEAKERS = {
@@ -73,6 +73,10 @@ def _chat(domain: str, messages: Any, item: Mapping[str, Any], mapped: str = "")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise TypeError("tools is no list of objects")
     chat = [read_message(message) for message in messages]
+    for message in chat:
+        # Qwen3's template would leave the message out without a word.
+        if message["role"] not in ROLES:
+            raise ValueError(f"a message has the role {message['role']!r}; one of {', '.join(ROLES)} was expected")
     json.dumps([chat, tools], ensure_ascii=False).encode()
     return Document(domain, chat, tools or None, mapped)
 

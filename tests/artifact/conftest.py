@@ -18,6 +18,7 @@ from qwen3_export.text.samples import heldout_samples
 from qwen3_export.text.tokenizer import ModelTokenizer
 from tests.artifact import support
 from tests.artifact.support import Exported
+from tests.once import once
 
 ORIGINAL = "original"
 
@@ -57,14 +58,14 @@ def torch_logits(source: Callable[[str], Path], rows: list[NDArray]) -> Callable
 @pytest.fixture(scope="session")
 def onnx_folder(tmp_path_factory: pytest.TempPathFactory, source: Callable[[str], Path]) -> Callable[..., Exported]:
     """`onnx_folder(recipe, flavor=…, precision=…, accuracy_level=…)`, each written once."""
-    base, made = tmp_path_factory.mktemp("onnx"), {}
 
     def get(name: str, **options: Any) -> Exported:
-        key = (name, *sorted(options.items()))
-        if key not in made:
-            checkpoint, output = open_source(str(source(name))), base / str(len(made))
-            made[key] = Exported(output, export_onnx(checkpoint, output, **options), checkpoint)
-        return made[key]
+        checkpoint = open_source(str(source(name)))
+        called = "-".join(["onnx", Path(name).stem, *(f"{key}-{value}" for key, value in sorted(options.items()))])
+        folder, result = once(
+            tmp_path_factory, called, lambda base: export_onnx(checkpoint, base / "folder", **options)
+        )
+        return Exported(folder / "folder", result, checkpoint)
 
     return get
 
@@ -72,14 +73,13 @@ def onnx_folder(tmp_path_factory: pytest.TempPathFactory, source: Callable[[str]
 @pytest.fixture(scope="session")
 def gguf_file(tmp_path_factory: pytest.TempPathFactory, source: Callable[[str], Path]) -> Callable[..., Exported]:
     """`gguf_file(recipe, type_name)`, each written once; None takes the codes' own type."""
-    base, made = tmp_path_factory.mktemp("gguf"), {}
 
     def get(name: str, type_name: str | None = None) -> Exported:
-        key = (name, type_name)
-        if key not in made:
-            checkpoint, output = open_source(str(source(name))), base / f"{len(made)}.gguf"
-            made[key] = Exported(output, export_gguf(checkpoint, output, type_name), checkpoint)
-        return made[key]
+        checkpoint, called = open_source(str(source(name))), f"gguf-{Path(name).stem}-{type_name}"
+        folder, result = once(
+            tmp_path_factory, called, lambda base: export_gguf(checkpoint, base / "model.gguf", type_name)
+        )
+        return Exported(folder / "model.gguf", result, checkpoint)
 
     return get
 

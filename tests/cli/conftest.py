@@ -11,6 +11,7 @@ import pytest
 
 from tests.cli.deep_runs import LAYERS, OPTIONS
 from tests.cli.helpers import call, hashes, small_disk, write_text_model
+from tests.once import once
 
 SHORT = ("--samples", "8", "--sequence-length", "64")
 
@@ -30,22 +31,33 @@ def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def undisturbed(deep_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Hashes of every file of a run of `deep_model` that nothing disturbed."""
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    assert call("quantize", deep_model, *OPTIONS, "--output", out, "--threads", "1").code == 0
-    return hashes(out)
+
+    def run(base: Path) -> dict[str, str]:
+        outcome = call("quantize", deep_model, *OPTIONS, "--output", base / "out", "--threads", "1")
+        assert outcome.code == 0, outcome.err
+        return hashes(base / "out")
+
+    _, found = once(tmp_path_factory, "undisturbed", run)
+    return dict(found)
 
 
 @pytest.fixture(scope="session")
 def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """`model` quantized, exported to every format, and its reference file, by kind."""
-    folder = tmp_path_factory.mktemp("made")
-    paths = {
-        "quantized": folder / "quantized",
-        "onnx": folder / "model-onnx",
-        "gguf": folder / "model.gguf",
-        "tensorrt": folder / "model-trt",
-        "reference": folder / "original.safetensors",
+    folder, names = once(tmp_path_factory, "made", lambda base: _make(model, base))
+    return {kind: folder / name for kind, name in names.items()}
+
+
+def _make(model: Path, folder: Path) -> dict[str, str]:
+    """Write the artifacts of `made`; their names by kind."""
+    names = {
+        "quantized": "quantized",
+        "onnx": "model-onnx",
+        "gguf": "model.gguf",
+        "tensorrt": "model-trt",
+        "reference": "original.safetensors",
     }
+    paths = {kind: folder / name for kind, name in names.items()}
     commands: list[tuple[Any, ...]] = [
         ("quantize", model, "--recipe", "gptq-w4a16-g32", "--output", paths["quantized"], *SHORT),
         ("onnx", paths["quantized"], "--output", paths["onnx"]),
@@ -56,7 +68,7 @@ def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     for command in commands:
         outcome = call(*command)
         assert outcome.code == 0, outcome.err
-    return paths
+    return names
 
 
 @pytest.fixture

@@ -40,11 +40,12 @@ def test_options_that_are_not_read_are_told(command: str, model: Path, tmp_path:
 
 
 def test_bytes_are_the_same_without_them(model: Path, tmp_path: Path) -> None:
+    more = ("--sequence-length", "32", "--scratch", tmp_path / "scratch")
     plain = call("quantize", model, *RTN, "--output", tmp_path / "plain")
-    told = call("quantize", model, *RTN, "--output", tmp_path / "told", "--sequence-length", "32")
+    told = call("quantize", model, *RTN, "--output", tmp_path / "told", *more)
     assert plain.code == told.code == 0
     assert "no effect" not in plain.err
-    assert "--sequence-length 32 has no effect" in told.err
+    assert f"--sequence-length 32 and --scratch {tmp_path / 'scratch'} have no effect" in told.err
     tensors = [{k: v for k, v in hashes(tmp_path / name).items() if "safetensors" in k} for name in ("plain", "told")]
     assert tensors[0] == tensors[1]
     assert tensors[0]
