@@ -26,6 +26,8 @@ from qwen3_export.core.tensorfile import write_tensors
 from tests.once import once
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Other tests run beside these: llama.cpp's threads sleep while they wait (`run.llamacpp.interface`).
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 # What starts the tests may set COLUMNS, which commands started here would take for a terminal's width.
 os.environ.pop("COLUMNS", None)
 # In a shell's background Ctrl-C is ignored, which the commands started here would inherit.
@@ -41,18 +43,26 @@ _SLOW = ("artifact", "cli", "hostile", "install", "reference", "serving", "web")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark slow tests, and distribute tests to processes.
+    """Mark slow tests, and have those that share something slow run in one process, since each process makes its own.
 
-    Those of an installation run in one process, since it is made once; those of our own first, since they take longest.
+    These are the tests of an installation, and those of a file with fixtures that are made once for it.
     """
     tests = Path(__file__).parent
-    folder = {item: item.path.relative_to(tests).parts[0] for item in items}
     for item in items:
-        if folder[item] in _SLOW:
-            item.add_marker(pytest.mark.slow)
-        if folder[item] in ("install", "serving", "web"):
-            item.add_marker(pytest.mark.xdist_group(folder[item]))
-    items.sort(key=lambda item: folder[item] != "install")
+        place = item.path.relative_to(tests)
+        folder = place.parts[0]
+        if folder not in _SLOW:
+            continue
+        item.add_marker(pytest.mark.slow)
+        if folder in ("install", "serving", "web"):
+            item.add_marker(pytest.mark.xdist_group(folder))
+        elif item.get_closest_marker("xdist_group") is None and _has_fixture_of_its_file(item):
+            item.add_marker(pytest.mark.xdist_group(str(place.with_suffix(""))))
+
+
+def _has_fixture_of_its_file(item: pytest.Item) -> bool:
+    made = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
+    return any(definitions[-1].scope == "module" for definitions in made)
 
 
 @pytest.fixture(scope="session")

@@ -119,10 +119,13 @@ def _bits(result: dict[str, Any]) -> Bits:
 
 def _quantize(folder: Path, recipe: str, show: Console) -> Bits:
     from qwen3_export.solve.job import QuantizeSettings
-    from qwen3_export.solve.quantize import quantize
+    from qwen3_export.solve.methods import load_method
+    from qwen3_export.solve.quantize import needs_inputs, quantize
 
-    settings = QuantizeSettings(samples=_SAMPLES, sequence_length=_LENGTH)
-    return _bits(quantize(open_source(REFERENCE_MODEL), load_recipe(recipe), folder / recipe, settings, show))
+    loaded, settings = load_recipe(recipe), QuantizeSettings()
+    if needs_inputs(loaded, *load_method(loaded)):
+        settings = QuantizeSettings(samples=_SAMPLES, sequence_length=_LENGTH)
+    return _bits(quantize(open_source(REFERENCE_MODEL), loaded, folder / recipe, settings, show))
 
 
 def _products(folder: Path, show: Console) -> list[Product]:

@@ -18,7 +18,7 @@ from qwen3_export.core.memory import lacks_memory, out_of_memory
 from qwen3_export.core.onnx_header import read_onnx_header
 from qwen3_export.core.plan_folder import ENGINE
 from qwen3_export.core.process import uninterrupted
-from qwen3_export.core.processors import sums_int8_exactly, thread_count
+from qwen3_export.core.processors import others_wait, sums_int8_exactly, thread_count
 from qwen3_export.errors import ExportError, InputError, MissingRuntimeError
 from qwen3_export.run.devices import PROVIDERS, find_provider, open_on
 from qwen3_export.run.exact_graph import exact_graph, kernels
@@ -105,6 +105,10 @@ class OrtSession:
         """ONNX Runtime's settings of this session."""
         settings.intra_op_num_threads = self.threads
         settings.log_severity_level = 4
+        # Threads that wait for each other spin, also between two runs. Where other work has a processor, that takes it
+        # from what is waited for: prompts then take twice as long.
+        if self.threads > 1 and others_wait():
+            settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if needs_exact_sums(files.graph):
             settings.add_session_config_entry("session.x64quantprecision", "1")
         if exact or self.runtime != OrtSession.runtime:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.memory import lacks_memory, out_of_memory
 from qwen3_export.core.process import trim_heap
-from qwen3_export.core.processors import thread_count
+from qwen3_export.core.processors import others_wait, thread_count
 from qwen3_export.errors import InputError, MissingRuntimeError
 from qwen3_export.run.exact_graph import kernels, without_rounding
 from qwen3_export.run.graph_parts import GraphParts, Part
@@ -56,7 +56,7 @@ class PartedModel:
         onnxruntime, self._threads = onnxruntime_for(folder), thread_count(threads)
         self._runtime, self._folder, self._path = onnxruntime, folder, find_onnx(folder).graph
         self.graph = GraphParts(self._path)
-        self._exact_sums = needs_exact_sums(self._path)
+        self._exact_sums, self._others_wait = needs_exact_sums(self._path), others_wait()
         self.vocab_size, self.context = self.graph.vocab_size, int(self.graph.metadata["qwen3_export.context"])
 
     def stream(self, sequences: Sequence[Sequence[NDArray]], exact: bool = False) -> Stream:
@@ -194,6 +194,8 @@ class PartedModel:
         entries = {"session.model_external_initializers_file_folder_path": str(self._path.parent)}
         if self._exact_sums:
             entries["session.x64quantprecision"] = "1"
+        if self._others_wait:
+            entries["session.intra_op.allow_spinning"] = "0"  # see `run.ort`
         if exact:
             entries["session.qdq_matmulnbits_accuracy_level"] = "0"
         if not packs:

@@ -51,7 +51,8 @@ def make(folder: Path, requirements: str) -> Environment:
     pinned = {line.split("==")[0].lower(): line for line in CONSTRAINTS.read_text().split() if "==" in line}
     wanted = [name if "==" in name else pinned.get(name.lower(), name) for name in requirements.split()]
     wanted = [name for name in wanted if not name.startswith(("numpy", "ml_dtypes"))]
-    pip = [made.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    # A module is compiled when it is first imported, which most never are.
+    pip = [made.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
     for words in ([*NUMPY, *wanted, CLIENT], ["--no-deps", SERVER]):
         done = subprocess.run([*pip, *words], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -46,7 +46,9 @@ def code_of(value: np.float32, scale: np.float32, zero: np.float32, largest: np.
 @compiled
 def _bounds(work: Array, low: Array, high: Array) -> None:
     """Least and largest weight of every row; columns added as padding count as zeros."""
-    low[:], high[:] = work[0], work[0]
+    # A loop: numba would compile the message of a wrong shape for an assignment, which takes 3 s.
+    for r in range(TILE):
+        low[r] = high[r] = work[0, r]
     for j in range(0, len(work), 4):
         for r in range(TILE):
             a, b, c, d = work[j, r], work[j + 1, r], work[j + 2, r], work[j + 3, r]
@@ -162,7 +164,8 @@ def _search(
     coarse = len(order)
     for turn in range(coarse + 2 if 1 < coarse < len(factors) else coarse):
         if turn == coarse:
-            middle[:] = best
+            for r in range(TILE):
+                middle[r] = best[r]
         for r in range(TILE):
             beside = middle[r] + (1 if turn > coarse else -1)
             number[r] = order[turn] if turn < coarse else min(max(beside, 0), len(factors) - 1)
@@ -197,7 +200,8 @@ def round_groups(
         for group in range(scales.shape[1]):
             column = group * length
             load(words, shift, row, column, length, bits)
-            weights[:length] = importance[column : column + length]
+            for j in range(length):
+                weights[j] = importance[column + j]
             _bounds(work, lines[_LOW], lines[_HIGH])
             _search(work, weights, kind, factors, order, top, storage, lines)
             for r in range(here):

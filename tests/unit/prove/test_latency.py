@@ -7,17 +7,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.processors import cpu_quota, others_wait, processors
 from qwen3_export.core.source import open_source
 from qwen3_export.prove.latency import Workload, _warnings, measure, weight_bytes
 from qwen3_export.prove.meters import MachineLoad, energy_meter, memory_bandwidth
 from qwen3_export.ship.gguf.encode import in_order
+from qwen3_export.ship.onnx import export_onnx
 from qwen3_export.ship.tensorrt import check_request
 
 
@@ -86,6 +88,27 @@ def test_waiting_threads_of_llamacpp_sleep_where_other_work_has_a_processor() ->
     for waits, spins in ((True, "0"), (False, "20000")):
         command = [sys.executable, "-c", read.format(waits=waits)]
         assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == spins
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_waiting_threads_of_onnxruntime_sleep_where_other_work_has_a_processor(
+    waits: bool, monkeypatch: pytest.MonkeyPatch, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    from qwen3_export.run.artifact import open_session
+    from qwen3_export.run.session import RuntimeOptions
+
+    export_onnx(open_checkpoint(make_checkpoint()), tmp_path / "onnx")
+    monkeypatch.setattr("qwen3_export.run.ort.others_wait", lambda: waits)
+    for threads in (1, 2):
+        session: Any = open_session(tmp_path / "onnx", RuntimeOptions(threads=threads))
+        asked = session._session.get_session_options()
+        entry = "session.intra_op.allow_spinning"
+        if waits and threads == 2:
+            assert asked.get_session_config_entry(entry) == "0"
+        else:
+            with pytest.raises(RuntimeError):
+                asked.get_session_config_entry(entry)
+        session.close()
 
 
 def test_every_runtime_takes_the_threads_of_the_quota(monkeypatch: pytest.MonkeyPatch, reference_folder: Path) -> None:
