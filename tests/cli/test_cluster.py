@@ -121,12 +121,13 @@ def test_killed_workers_and_drivers_change_no_byte(
     wait_for_end(logs)
 
 
+@pytest.mark.parametrize(("name", "method"), [("dense", "rtn"), ("moe", "gptq")])
 def test_a_search_on_nodes_finds_the_recipe_of_one_process(
-    nodes: Nodes, models: dict[str, Path], tmp_path: Path
+    name: str, method: str, nodes: Nodes, models: dict[str, Path], tmp_path: Path
 ) -> None:
     nodes.grow(2)
     options = ("--target-bpw", "5", "--grids", "symmetric", "--fused", "--measure-rows", "4", *OPTIONS[2:])
-    asked = ("recipes", "search", models["moe"], "--method", "gptq", *options)
+    asked = ("recipes", "search", models[name], "--method", method, *options)
     files = tmp_path / "alone.yaml", tmp_path / "shared.yaml"
     alone = call(*asked, "--output", files[0], "--json")
     shared = call(*asked, "--output", files[1], "--cluster", nodes.address, "--json", "-v")
@@ -266,5 +267,5 @@ def test_what_no_node_offers_is_refused_by_name(nodes: Nodes, made: dict[str, Pa
 def test_four_nodes_give_the_bytes_of_one_process(
     nodes: Nodes, models: dict[str, Path], wanted: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
-    """On the mixture, after all that needs fewer nodes, since more workers take longer to start."""
-    _same_bytes_on(4, nodes, {"moe": models["moe"]}, wanted, tmp_path)
+    """After all that needs fewer nodes, since more workers take longer to start."""
+    _same_bytes_on(4, nodes, models, wanted, tmp_path)

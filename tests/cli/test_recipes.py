@@ -19,12 +19,7 @@ from tests.reference.models import our_logits, random_rows
 ALLOWED = {8: 0.2, 6: 0.3, 5: 0.45, 4: 0.6, 3: 0.9, 2: 1.25}
 # Eight rows, of which the target shift holds one out.
 SHORT = ("--samples", "8", "--sequence-length", "32")
-# Those of other llama.cpp types run on a mixture of experts, in `tests/unit/solve/test_every_recipe.py`.
-NAMES = sorted(
-    path.stem
-    for path in resource("recipes").iterdir()
-    if path.suffix == ".yaml" and (not path.stem.startswith("gguf-") or path.stem == "gguf-q4_k_m")
-)
+NAMES = sorted(path.stem for path in resource("recipes").iterdir() if path.suffix == ".yaml")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -78,7 +78,8 @@ def test_every_figure_is_the_one_that_the_program_prints(inputs: tuple[Path, Pat
     table = parsed(printed_by(command, inputs, tmp_path / "base.bin"))
     ids, base = base_answers(tmp_path / "base.bin")
     assert base.shape[:2] == (ROWS, ROW // 2 - 1)
-    same_digits(ours(ids, base, logits(inputs[1], ids)), table)
+    # The program has another version of the kernels: without AVX-512 a largest difference was 1.6e-6 apart.
+    same_digits(ours(ids, base, logits(inputs[1], ids)), table, {"kl": 2})
     assert 0.001 < table["kl.mean"].value < 0.1
 
 

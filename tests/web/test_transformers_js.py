@@ -31,7 +31,7 @@ VERSION, NEW = "4.3.2", 12
 PROMPTS = ["The quick brown fox", "def add(a, b):\n    ", "长城是", "Once"]
 # Two releases of ONNX Runtime round fp16 differently: a token may differ where the best two are this close.
 TIE = 0.1
-# Prompts that our session continues without such a tie.
+# Prompts that our session continues without such a tie, at least two of them on any processor: that decides the codes.
 CLEAR = ['{"name": "', "import numpy as", "Once upon a time, there was", "def add(a, b):\n    "]
 
 
@@ -117,12 +117,14 @@ def test_greedy_text_is_our_sessions(node_modules: Path, folder: Path) -> None:
 
 def test_text_without_ties_is_the_same(node_modules: Path, folder: Path) -> None:
     """Token by token, in prompts where no two tokens are close at any step."""
-    command = ["node", "greedy.mjs", str(folder), json.dumps(CLEAR), str(NEW)]
+    tokenizer = ModelTokenizer(folder)
+    answers = {prompt: greedy_text(folder, tokenizer, prompt) for prompt in CLEAR}
+    clear = {prompt: wanted for prompt, (wanted, margin) in answers.items() if margin > TIE}
+    assert len(clear) >= 2, answers
+    command = ["node", "greedy.mjs", str(folder), json.dumps([*clear]), str(NEW)]
     answer = subprocess.run(command, cwd=node_modules, capture_output=True, text=True, check=True, timeout=120)
-    result, tokenizer = json.loads(answer.stdout), ModelTokenizer(folder)
-    for prompt, text, *rows in zip(CLEAR, result["text"], result["alone"], result["batch"], strict=True):
-        wanted, margin = greedy_text(folder, tokenizer, prompt)
-        assert margin > TIE, prompt
+    result = json.loads(answer.stdout)
+    for wanted, text, *rows in zip(clear.values(), result["text"], result["alone"], result["batch"], strict=True):
         assert [row[: len(wanted)] for row in rows] == [wanted, wanted]
         assert text == tokenizer.decode(wanted)
 

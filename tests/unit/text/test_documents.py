@@ -56,6 +56,8 @@ def test_a_text_file_is_one_document_of_its_own_domain(tmp_path: Path, suffix: s
         {"messages": [{"content": "hello"}]},
         {"messages": [{"role": "user", "content": None}]},
         {"messages": [{"role": 1, "content": "hello"}]},
+        {"messages": [{"role": "developer", "content": "hello"}]},
+        {"prompt": [{"role": "moderator", "content": "hello"}], "completion": "hi"},
         {"messages": []},
         {"messages": {}},
         {"messages": [[]]},
