@@ -170,9 +170,12 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
     def get(recipe: str) -> Path:
         name = Path(recipe).stem
-        settings = QuantizeSettings(samples=32, sequence_length=256)
-        source, loaded = open_source("reference-model"), load_recipe(recipe)
-        folder, _ = once(tmp_path_factory, name, lambda base: quantize(source, loaded, base / name, settings) and None)
+
+        def make(base: Path) -> None:
+            settings = QuantizeSettings(samples=32, sequence_length=256)
+            quantize(open_source("reference-model"), load_recipe(recipe), base / name, settings)
+
+        folder, _ = once(tmp_path_factory, name, make)
         return folder / name
 
     return get

@@ -26,8 +26,6 @@ from tests.artifact.support import THREADS, OnnxFolder, OnnxWeights, logits, mea
 from tests.artifact.test_genai import genai_greedy
 from tests.cli.helpers import call, reported
 
-# In one process, since the folders are made once.
-pytestmark = pytest.mark.xdist_group("onnx-cache")
 # Largest KL that the codes may add, and their size beside fp32's.
 LIMITS = {"int8": (2e-4, 0.26), "int4": (0.05, 0.14)}
 

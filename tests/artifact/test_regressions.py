@@ -25,8 +25,6 @@ from qwen3_export.core.tensorfile import write_tensors
 from qwen3_export.ship.gguf import export_gguf
 from tests.cli.helpers import call
 
-# In one process, since the healthy artifact is made once.
-pytestmark = pytest.mark.xdist_group("regressions")
 GATE = Path(__file__).resolve().parents[2] / ".ci" / "gate.yaml"
 TOKENS = ("--tokens", "4096", "--top-k", "0")
 Tensors = dict[str, np.ndarray]

@@ -17,8 +17,6 @@ from tests.cli.helpers import call
 from tests.cli.shell_steps import ROOT, load, run_step, summary_of
 from tests.cli.test_action import act
 
-# In one process, since what they check is made once.
-pytestmark = pytest.mark.xdist_group("pipelines")
 GUIDE = (ROOT / "docs" / "ci.md").read_text(encoding="utf-8")
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
