@@ -14,9 +14,11 @@ from pathlib import Path
 def environment(name: str, *packages: str, shares: bool = False) -> Path:
     """The folder of an environment's programs, with `packages` from PyPI; made where it is missing.
 
-    With `shares` it also sees what this environment has installed, such as torch.
+    With `shares` it also sees what this environment has installed, such as torch. It then lies in this
+    environment: pip leaves out what is here already, so it is of no use once this one is gone or another.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qwen3-export-tests"
+    user = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qwen3-export-tests"
+    cache = Path(sys.prefix) / "test-environments" if shares else user
     folder = cache / name
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / f"{name}.lock", "w") as lock:
