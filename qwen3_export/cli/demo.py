@@ -22,14 +22,14 @@ from qwen3_export.core.checkpoint import open_checkpoint
 from qwen3_export.core.manifest import write_manifest
 from qwen3_export.core.model_card import update_card
 from qwen3_export.core.outputs import staged_folder
-from qwen3_export.core.process import uninterrupted
+from qwen3_export.core.process import sleeping_threads, uninterrupted
 from qwen3_export.core.recipe import load_recipe
 from qwen3_export.core.source import REFERENCE_MODEL, open_source
 from qwen3_export.errors import MissingRuntimeError
 
 # Largest KL of a sound artifact of the embedded model, nats per token.
 LIMITS = {"16 bit": 1e-3, "8 bit": 2e-3, "4 bit": 0.05, "another tool's": 0.5}
-_SAMPLES, _LENGTH, _HELD_OUT = 64, 256, 8_000
+_SAMPLES, _LENGTH, _HELD_OUT = 32, 256, 4_000
 # Bits per weight: of the decoder's linears (None where unknown), and of the whole model.
 Bits = tuple[float | None, float]
 
@@ -89,7 +89,7 @@ def demo(
 def _need_torch() -> None:
     if importlib.util.find_spec("torch") is None:
         raise MissingRuntimeError("the demo quantizes, and needs torch", "pip install 'qwen3-export[solve]'")
-    with uninterrupted():
+    with uninterrupted(), sleeping_threads():
         importlib.import_module("torch")
 
 

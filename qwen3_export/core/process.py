@@ -13,6 +13,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from qwen3_export.core.processors import others_wait
+
 # Parameters of mallopt; 32 MiB is the most that it takes for the second.
 _M_ARENA_MAX, _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -8, -3, -1
 # Option of prctl, Linux's alone.
@@ -20,6 +22,8 @@ _PARENT_DEATH_SIGNAL = 1
 _LARGEST_IN_HEAP, _KEPT = 32 << 20, 1 << 30
 # How many kernels torch keeps, in all and in every thread. It reads these variables when it makes the first kernel.
 _KERNELS, _CACHES = 32, ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+# How long a waiting thread of GNU's OpenMP spins. The library reads it once, when it is loaded.
+SPINS = "GOMP_SPINCOUNT"
 
 
 # For a process whose threads, made by others, would have heaps before `keep_freed_memory` is called.
@@ -88,6 +92,24 @@ def uncollected() -> Iterator[None]:
     finally:
         if active:
             gc.enable()
+
+
+@contextmanager
+def sleeping_threads() -> Iterator[None]:
+    """Around the first import of torch: its waiting threads sleep where other work has a processor.
+
+    A thread that spins takes the processor from what it waits for: prompts and decoding then took three to four times
+    as long. What the user has set is respected.
+    """
+    if SPINS in os.environ or not others_wait():
+        yield
+        return
+    os.environ[SPINS] = "0"
+    try:
+        yield
+    finally:
+        # Not for child processes: they look for themselves.
+        os.environ.pop(SPINS, None)
 
 
 @contextmanager

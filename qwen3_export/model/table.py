@@ -25,6 +25,8 @@ from qwen3_export.core.tensor import QuantizedTensor, dequantize
 from qwen3_export.model.activations import rounder
 
 _ROWS_AT_ONCE = 16384
+# Numbers of a table that is kept in fp32: 128 MiB.
+_SMALL = 1 << 25
 
 
 def to_torch(array: NDArray) -> Tensor:
@@ -42,7 +44,11 @@ def to_numpy(tensor: Tensor) -> NDArray:
 
 
 class Table:
-    """An embedding or head; `expand` dequantizes all codes at once, `[vocab, hidden]` in fp32."""
+    """An embedding or head `[vocab, hidden]`.
+
+    `expand` dequantizes all codes at once, and keeps the numbers of a small table in fp32, which saves a conversion at
+    every decoded token.
+    """
 
     def __init__(self, stored: QuantizedTensor | NDArray, expand: bool = False) -> None:
         self._round: Callable[[Tensor], Tensor] | None = None
@@ -54,6 +60,8 @@ class Table:
             self._plain = torch.from_numpy(dequantize(stored))
         elif not isinstance(stored, QuantizedTensor):
             self._plain = to_torch(stored)
+            if expand and stored.size <= _SMALL:
+                self._plain = self._plain.float()
         self._length = stored.shape[0]
 
     def rows(self, chosen: slice | NDArray) -> Tensor:

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen3_export.core.memory import lacks_memory
-from qwen3_export.core.process import keep_few_kernels, keep_freed_memory, uncollected, uninterrupted
+from qwen3_export.core.process import keep_few_kernels, keep_freed_memory, sleeping_threads, uncollected, uninterrupted
 from qwen3_export.core.processors import thread_count
 from qwen3_export.errors import MissingRuntimeError
 from qwen3_export.model.threads import Threads, ThreadsApart, results
@@ -147,7 +147,7 @@ def import_torch() -> None:
     Raises MissingRuntimeError where it is not installed.
     """
     try:
-        with uninterrupted(), uncollected():
+        with uninterrupted(), uncollected(), sleeping_threads():
             import torch  # noqa: F401  (asked for here, so that its absence is a clear error)
     except ImportError as error:
         if lacks_memory(error):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from qwen3_export.core.checkpoint import Checkpoint
 from qwen3_export.core.manifest import sha256_file
 from qwen3_export.core.outputs import staged_file
-from qwen3_export.core.process import uninterrupted
+from qwen3_export.core.process import sleeping_threads, uninterrupted
 from qwen3_export.core.progress import Progress, peak_rss_bytes
 from qwen3_export.core.tensorfile import TensorFileWriter
 from qwen3_export.core.tokenizer_files import has_tokenizer
@@ -57,7 +57,7 @@ class LiveReference:
         budget_tokens: int | None = None,
     ) -> None:
         try:
-            with uninterrupted():
+            with uninterrupted(), sleeping_threads():
                 from qwen3_export.model.decoder import Decoder
                 from qwen3_export.model.workers import workers
         except ImportError as error:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import open_checkpoint
-from qwen3_export.core.process import uninterrupted
+from qwen3_export.core.process import sleeping_threads, uninterrupted
 from qwen3_export.core.processors import processors, thread_count
 from qwen3_export.errors import MissingRuntimeError
 from qwen3_export.run.session import RuntimeOptions, check_ids
@@ -26,7 +26,7 @@ class TorchSession:
     def __init__(self, folder: Path, options: RuntimeOptions) -> None:
         checkpoint = open_checkpoint(folder)
         try:
-            with uninterrupted():
+            with uninterrupted(), sleeping_threads():
                 import torch
                 from qwen3_export.model.decoder import Decoder
         except ImportError as error:

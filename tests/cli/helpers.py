@@ -94,13 +94,18 @@ def run_silently(arguments: list[str], log: str) -> None:
     os._exit(code)
 
 
+# What `quantize` imports when it is needed.
+_IMPORTED = ("torch", "numba", "ray", "qwen3_export.solve.blocks.block", "qwen3_export.solve.methods.gptq")
+
+
 def fork(*arguments: object, log: Path | str = os.devnull) -> BaseProcess:
     """Start a command line in a forked process, which has its imports done; its output goes to `log`.
 
     So a signal can reach the command at a chosen moment of its work.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["qwen3_export.cli", "qwen3_export.solve.quantize", "tests.cli.helpers"])
+    own = ("qwen3_export.cli", "qwen3_export.solve.quantize", "tests.cli.helpers")
+    context.set_forkserver_preload([*own, *_IMPORTED])
     process = context.Process(target=run_silently, args=([str(argument) for argument in arguments], str(log)))
     process.start()
     return process

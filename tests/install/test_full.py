@@ -77,7 +77,7 @@ def test_demo_proves_every_artifact(demo: Demo) -> None:
     assert report["skipped"] == {}
     for name, result in found.items():
         assert result["artifact"] == str(Path("demo-output") / name)
-        assert result["tokens"] > 7000
+        assert result["tokens"] > 3500
         assert result["gate"]["passed"] is True
         assert result["decode"]["tokens_per_second_p50"] > 0
     kl = {name: result["kl_mean"] for name, result in found.items()}

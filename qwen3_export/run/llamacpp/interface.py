@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_export.core.memory import lacks_memory, out_of_memory
+from qwen3_export.core.process import SPINS
 from qwen3_export.core.processors import others_wait
 from qwen3_export.errors import ExportError, InputError, MissingRuntimeError, ResourceError
 
@@ -156,7 +157,7 @@ def library() -> C.CDLL:
     # Threads that wait for each other spin briefly before they sleep: sleeping at every operation halves the speed of
     # a small model. Where other work has a processor, the thread that is waited for needs the one that would be spun
     # on: spinning then takes two to four times as long.
-    os.environ.setdefault("GOMP_SPINCOUNT", "0" if others_wait() else "20000")
+    os.environ.setdefault(SPINS, "0" if others_wait() else "20000")
     spec = importlib.util.find_spec("xllamacpp")
     assert spec is not None
     assert spec.origin is not None

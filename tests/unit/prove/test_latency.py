@@ -90,6 +90,34 @@ def test_waiting_threads_of_llamacpp_sleep_where_other_work_has_a_processor() ->
         assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == spins
 
 
+ASKS = {
+    "quantize": "from qwen3_export.model.workers import import_torch; import_torch()",
+    "run": "import pathlib, qwen3_export.run.torch as run; run.TorchSession(pathlib.Path('{model}'), None)",
+    "validate": "from qwen3_export.prove.validate import open_reference; open_reference('{model}', tokens=64)",
+    "demo": "from qwen3_export.cli.demo import _need_torch; _need_torch()",
+}
+
+
+@pytest.mark.parametrize("asks", ASKS)
+def test_waiting_threads_of_torch_sleep_where_other_work_has_a_processor(
+    asks: str, reference_folder: Path, tmp_path: Path
+) -> None:
+    """Its OpenMP reads the variable when it is loaded; children of the process look for themselves."""
+    (tmp_path / "torch.py").write_text("import os; print(os.environ.get('GOMP_SPINCOUNT')); raise ImportError('none')")
+    read = (
+        "import os, sys; os.environ.pop('GOMP_SPINCOUNT', None); os.environ.update({given})\n"
+        "from qwen3_export.core import process\n"
+        "process.others_wait = lambda: {waits}\n"
+        f"try:\n    {ASKS[asks].format(model=reference_folder)}\n"
+        "except Exception:\n    print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    for waits, given, found in ((True, {}, "0 None"), (False, {}, "None None"), (True, {"GOMP_SPINCOUNT": "9"}, "9 9")):
+        command = [sys.executable, "-c", read.format(waits=waits, given=given)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == found.split(), (waits, given)
+
+
 @pytest.mark.parametrize("waits", [True, False])
 def test_waiting_threads_of_onnxruntime_sleep_where_other_work_has_a_processor(
     waits: bool, monkeypatch: pytest.MonkeyPatch, make_checkpoint: Callable[..., Path], tmp_path: Path
