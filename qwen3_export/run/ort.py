@@ -27,6 +27,10 @@ from qwen3_export.run.ort_words import reason_of
 from qwen3_export.run.session import RuntimeOptions, check_ids
 from qwen3_export.run.signature import read_signature
 
+# Keeps products of uint8 and int8 from saturating: ONNX Runtime makes int8 matrices uint8. The second entry has it
+# leave DequantizeLinear's alone. Of those 1.31 makes what it then refuses: zero points of another shape than the
+# scales, and a matrix with two readers twice.
+EXACT_SUMS = {"session.x64quantprecision": "1", "session.qdqisint8allowed": "1"}
 _SMALLEST_CACHE = 256
 # Tokens that try out an order of caches, and how far logits may be apart, as a share of their range.
 _TRIED, _ALIKE = 12, 0.02
@@ -109,8 +113,8 @@ class OrtSession:
         # from what is waited for: prompts then take twice as long.
         if self.threads > 1 and others_wait():
             settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if needs_exact_sums(files.graph):
-            settings.add_session_config_entry("session.x64quantprecision", "1")
+        for name, value in exact_sums(files.graph).items():
+            settings.add_session_config_entry(name, value)
         if exact or self.runtime != OrtSession.runtime:
             settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
         if exact:
@@ -258,17 +262,16 @@ class OrtSession:
         del self._binding, self._session
 
 
-def needs_exact_sums(graph: Path) -> bool:
-    """Whether a session must be told to add products of int8 exactly.
+def exact_sums(graph: Path) -> dict[str, str]:
+    """What a session must be told so that it adds products of int8 exactly.
 
     They saturate on x86 without VNNI, unless the session forbids it; with VNNI that would cost half the speed.
-
-    Beside DequantizeLinear in blocks the setting must stay away: ONNX Runtime 1.31 then breaks that operator.
     """
     try:
         operators = read_onnx_header(graph).operators
     except InputError:
         # Whatever is wrong with the file, ONNX Runtime says it better.
-        return False
-    multiplies = "MatMulInteger" in operators and "DequantizeLinear" not in operators
-    return multiplies and not sums_int8_exactly()
+        return {}
+    # Not beside Q/DQ pairs: of those ONNX Runtime would make products of int8 and uint8, for which it has no kernel.
+    pairs = {"QuantizeLinear", "DequantizeLinear"} <= operators.keys()
+    return {} if "MatMulInteger" not in operators or pairs or sums_int8_exactly() else EXACT_SUMS

@@ -24,7 +24,7 @@ from qwen3_export.errors import InputError, MissingRuntimeError
 from qwen3_export.run.exact_graph import kernels, without_rounding
 from qwen3_export.run.graph_parts import GraphParts, Part
 from qwen3_export.run.onnx_files import find_onnx
-from qwen3_export.run.ort import needs_exact_sums, onnxruntime_for
+from qwen3_export.run.ort import exact_sums, onnxruntime_for
 from qwen3_export.run.ort_words import reason_of
 from qwen3_export.run.session import check_ids, check_logits
 
@@ -56,7 +56,7 @@ class PartedModel:
         onnxruntime, self._threads = onnxruntime_for(folder), thread_count(threads)
         self._runtime, self._folder, self._path = onnxruntime, folder, find_onnx(folder).graph
         self.graph = GraphParts(self._path)
-        self._exact_sums, self._others_wait = needs_exact_sums(self._path), others_wait()
+        self._exact_sums, self._others_wait = exact_sums(self._path), others_wait()
         self.vocab_size, self.context = self.graph.vocab_size, int(self.graph.metadata["qwen3_export.context"])
 
     def stream(self, sequences: Sequence[Sequence[NDArray]], exact: bool = False) -> Stream:
@@ -191,9 +191,7 @@ class PartedModel:
         # An arena keeps what it has grown to, and a pattern is one piece as large as all activations together, whose
         # place in the heap smaller ones take: 0.5 GB of freed memory, where 0.1 GB was ever in use.
         settings.enable_cpu_mem_arena = settings.enable_mem_pattern = False
-        entries = {"session.model_external_initializers_file_folder_path": str(self._path.parent)}
-        if self._exact_sums:
-            entries["session.x64quantprecision"] = "1"
+        entries = {"session.model_external_initializers_file_folder_path": str(self._path.parent), **self._exact_sums}
         if self._others_wait:
             entries["session.intra_op.allow_spinning"] = "0"  # see `run.ort`
         if exact:

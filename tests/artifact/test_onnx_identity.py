@@ -22,7 +22,8 @@ from qwen3_export.core.processors import sums_int8_exactly
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, parse_config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
-from qwen3_export.ship.onnx import export_onnx, w8a8
+from qwen3_export.run.ort import EXACT_SUMS
+from qwen3_export.ship.onnx import export_onnx
 from qwen3_export.ship.onnx.experts import LOOP, QMOE
 from tests.artifact.ort_folders import packed_rows
 from tests.artifact.support import Exported, OnnxWeights, round_to_nearest, tiny_with_tokenizer
@@ -67,9 +68,7 @@ def answer(weights: OnnxWeights, output: str, given: dict[str, NDArray[np.float3
     model = onnx.helper.make_model(cut, opset_imports=weights.model.opset_import, ir_version=weights.model.ir_version)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    # As our session does: ONNX Runtime breaks DequantizeLinear where it is told so.
-    rounds = any(node.op_type == "DequantizeLinear" for node in nodes)
-    for key, entry in () if sums_int8_exactly() or rounds else w8a8.SESSION.items():
+    for key, entry in () if sums_int8_exactly() else EXACT_SUMS.items():
         options.add_session_config_entry(key, entry)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     found: NDArray[np.float32] = session.run(None, given)[0]

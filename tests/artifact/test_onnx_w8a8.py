@@ -16,12 +16,24 @@ import pytest
 from numpy.typing import NDArray
 
 from qwen3_export.core.processors import sums_int8_exactly
+from qwen3_export.core.qwen3 import EMBEDDING, HEAD, parse_config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor
-from qwen3_export.ship.onnx import w8a8
+from qwen3_export.run import ort
+from qwen3_export.run.parted import PartedModel
+from qwen3_export.ship.onnx import export_onnx, w8a8
 from qwen3_export.ship.onnx.graph import GraphBuilder
 from tests.artifact.ort_folders import packed_rows
-from tests.artifact.support import OnnxWeights, load_graph, logits, mean_kl
+from tests.artifact.support import (
+    OnnxWeights,
+    largest_difference,
+    load_graph,
+    logits,
+    mean_kl,
+    random_ids,
+    round_to_nearest,
+)
+from tests.conftest import random_tensors, tiny_config
 
 TOKEN = QuantScheme(8, strategy="channel", activations="dynamic-token")
 STATIC = QuantScheme(8, strategy="tensor", activations="static-tensor")
@@ -75,6 +87,69 @@ def test_a_folder(onnx_folder: Callable, torch_logits: Callable, rows: list[NDAr
     assert mean_kl(torch_logits("int8-dynamic"), logits(exported.path, rows)) < 5e-4
     if flavor == "standard":
         onnx.checker.check_model(str(exported.path / "model.onnx"), full_check=True)
+
+
+TABLES = {
+    "8 bits": QuantScheme(8, group_size=32),
+    "8 bits per channel": QuantScheme(8, strategy="channel"),
+    "8 bits, zero points": QuantScheme(8, group_size=32, symmetric=False),
+    "4 bits": QuantScheme(4, group_size=32),
+}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES.keys())
+def test_beside_dequantized_matrices_products_are_exact(
+    make_checkpoint: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: QuantScheme, tied: bool
+) -> None:
+    """Codes of the one W8A8 matrix are all at the ends of their range: sums that saturate move logits by 3."""
+    shape = {"num_hidden_layers": 1, "hidden_size": 128, "intermediate_size": 128}
+    config, down = tiny_config(**shape, tie_word_embeddings=tied), "model.layers.0.mlp.down_proj"
+    tensors = random_tensors(parse_config(config, "test"))
+    name = f"{down}.weight"
+    tensors[name] = (np.sign(tensors[name].astype(np.float32)) / 8).astype(tensors[name].dtype)
+    outer = [(EMBEDDING, table)] if tied else [(EMBEDDING, table), (HEAD, table)]
+    rules = (*outer, (down, TOKEN), ("*.v_proj", table), ("*", None))
+    checkpoint = round_to_nearest(make_checkpoint(config, tensors), tmp_path / "quantized", *rules)
+    folder, ids = tmp_path / "onnx", random_ids(24)
+    export_onnx(checkpoint, folder, flavor="standard")
+    truth = logits(checkpoint.folder, [ids])
+    parts = PartedModel(folder)
+    in_parts = [np.concatenate([piece for ((piece,),) in parts.logits(parts.stream([[ids]]))], -1)]
+    for found in (logits(folder, [ids]), in_parts):
+        assert largest_difference(truth, found) < 0.05
+    # A processor of the other kind, as far as our session knows.
+    for sums in (True, False):
+        monkeypatch.setattr(ort, "sums_int8_exactly", lambda sums=sums: sums)
+        assert ort.exact_sums(folder / "model.onnx") == ({} if sums else ort.EXACT_SUMS)
+    assert largest_difference(truth, logits(folder, [ids])) < 0.05
+
+
+def test_beside_pairs_the_settings_stay_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another tool's graph, which has a product of each kind, opens as it did."""
+    monkeypatch.setattr(ort, "sums_int8_exactly", lambda: False)
+    number, one = onnx.TensorProto, onnx.helper.make_node
+    nodes = [
+        one("QuantizeLinear", ["x", "scale", "zero"], ["codes"]),
+        one("DequantizeLinear", ["codes", "scale", "zero"], ["rounded"]),
+        one("DequantizeLinear", ["matrix", "scale", "zero"], ["weight"]),
+        one("MatMul", ["rounded", "weight"], ["y"]),
+        one("DynamicQuantizeLinear", ["x"], ["bytes", "unit", "middle"]),
+        one("MatMulInteger", ["bytes", "matrix", "middle"], ["sums"]),
+    ]
+    constants = {"scale": np.float32(0.02), "zero": np.int8(0), "matrix": np.full((8, 4), 127, np.int8)}
+    ends = [("y", number.FLOAT), ("sums", number.INT32)]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "pairs",
+        [onnx.helper.make_tensor_value_info("x", number.FLOAT, [1, 8])],
+        [onnx.helper.make_tensor_value_info(end, kind, [1, 4]) for end, kind in ends],
+        [onnx.numpy_helper.from_array(np.asarray(value), key) for key, value in constants.items()],
+    )
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10), path)
+    assert ort.exact_sums(path) == {}
+    onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
 def test_genai_runs_it_and_is_told_not_to_saturate(onnx_folder: Callable) -> None:
