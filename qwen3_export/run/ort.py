@@ -15,22 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_export.core.memory import lacks_memory, out_of_memory
-from qwen3_export.core.onnx_header import read_onnx_header
 from qwen3_export.core.plan_folder import ENGINE
 from qwen3_export.core.process import uninterrupted
-from qwen3_export.core.processors import others_wait, sums_int8_exactly, thread_count
+from qwen3_export.core.processors import thread_count
 from qwen3_export.errors import ExportError, InputError, MissingRuntimeError
 from qwen3_export.run.devices import PROVIDERS, find_provider, open_on
 from qwen3_export.run.exact_graph import exact_graph, kernels
 from qwen3_export.run.onnx_files import OnnxFiles, find_onnx
+from qwen3_export.run.ort_settings import session_settings
 from qwen3_export.run.ort_words import reason_of
 from qwen3_export.run.session import RuntimeOptions, check_ids
 from qwen3_export.run.signature import read_signature
 
-# Keeps products of uint8 and int8 from saturating: ONNX Runtime makes int8 matrices uint8. The second entry has it
-# leave DequantizeLinear's alone. Of those 1.31 makes what it then refuses: zero points of another shape than the
-# scales, and a matrix with two readers twice.
-EXACT_SUMS = {"session.x64quantprecision": "1", "session.qdqisint8allowed": "1"}
 _SMALLEST_CACHE = 256
 # Tokens that try out an order of caches, and how far logits may be apart, as a share of their range.
 _TRIED, _ALIKE = 12, 0.02
@@ -73,7 +69,7 @@ class OrtSession:
         self.threads = thread_count(options.threads)
         if of_plan := (folder / ENGINE).is_file():
             self.runtime = "onnxruntime (the plan's ONNX)"
-        settings = self._settings(onnxruntime.SessionOptions(), files, options.exact)
+        settings = session_settings(onnxruntime, files.graph, self.threads, options.exact or of_plan, options.exact)
         try:
             graph = exact_graph(files.graph) if options.exact else str(files.graph)
             if provider is None:
@@ -104,23 +100,6 @@ class OrtSession:
         if self.in_place:
             self._grow(_SMALLEST_CACHE)
         self._check_order()
-
-    def _settings(self, settings: Any, files: OnnxFiles, exact: bool) -> Any:
-        """ONNX Runtime's settings of this session."""
-        settings.intra_op_num_threads = self.threads
-        settings.log_severity_level = 4
-        # Threads that wait for each other spin, also between two runs. Where other work has a processor, that takes it
-        # from what is waited for: prompts then take twice as long.
-        if self.threads > 1 and others_wait():
-            settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        for name, value in exact_sums(files.graph).items():
-            settings.add_session_config_entry(name, value)
-        if exact or self.runtime != OrtSession.runtime:
-            settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-        if exact:
-            place = str(files.graph.parent)
-            settings.add_session_config_entry("session.model_external_initializers_file_folder_path", place)
-        return settings
 
     def _read_signature(self, files: OnnxFiles) -> None:
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
@@ -260,18 +239,3 @@ class OrtSession:
     def close(self) -> None:
         """Free the model."""
         del self._binding, self._session
-
-
-def exact_sums(graph: Path) -> dict[str, str]:
-    """What a session must be told so that it adds products of int8 exactly.
-
-    They saturate on x86 without VNNI, unless the session forbids it; with VNNI that would cost half the speed.
-    """
-    try:
-        operators = read_onnx_header(graph).operators
-    except InputError:
-        # Whatever is wrong with the file, ONNX Runtime says it better.
-        return {}
-    # Not beside Q/DQ pairs: of those ONNX Runtime would make products of int8 and uint8, for which it has no kernel.
-    pairs = {"QuantizeLinear", "DequantizeLinear"} <= operators.keys()
-    return {} if "MatMulInteger" not in operators or pairs or sums_int8_exactly() else EXACT_SUMS

@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.memory import lacks_memory, out_of_memory
 from qwen3_export.core.process import trim_heap
-from qwen3_export.core.processors import others_wait, thread_count
+from qwen3_export.core.processors import thread_count
 from qwen3_export.errors import InputError, MissingRuntimeError
 from qwen3_export.run.exact_graph import kernels, without_rounding
 from qwen3_export.run.graph_parts import GraphParts, Part
 from qwen3_export.run.onnx_files import find_onnx
-from qwen3_export.run.ort import exact_sums, onnxruntime_for
+from qwen3_export.run.ort import onnxruntime_for
+from qwen3_export.run.ort_settings import session_settings
 from qwen3_export.run.ort_words import reason_of
 from qwen3_export.run.session import check_ids, check_logits
 
@@ -56,7 +57,6 @@ class PartedModel:
         onnxruntime, self._threads = onnxruntime_for(folder), thread_count(threads)
         self._runtime, self._folder, self._path = onnxruntime, folder, find_onnx(folder).graph
         self.graph = GraphParts(self._path)
-        self._exact_sums, self._others_wait = exact_sums(self._path), others_wait()
         self.vocab_size, self.context = self.graph.vocab_size, int(self.graph.metadata["qwen3_export.context"])
 
     def stream(self, sequences: Sequence[Sequence[NDArray]], exact: bool = False) -> Stream:
@@ -186,20 +186,11 @@ class PartedModel:
         return self._runtime.OrtValue.ortvalue_from_shape_and_type(shape, kind.elem_type)
 
     def _settings(self, exact: bool, threads: int, packs: bool) -> Any:
-        settings = self._runtime.SessionOptions()
-        settings.intra_op_num_threads, settings.log_severity_level = threads, 4
+        entries = {} if packs else {"disable_prepacking": "1"}
+        settings = session_settings(self._runtime, self._path, threads, exact, data=True, **entries)
         # An arena keeps what it has grown to, and a pattern is one piece as large as all activations together, whose
         # place in the heap smaller ones take: 0.5 GB of freed memory, where 0.1 GB was ever in use.
         settings.enable_cpu_mem_arena = settings.enable_mem_pattern = False
-        entries = {"session.model_external_initializers_file_folder_path": str(self._path.parent), **self._exact_sums}
-        if self._others_wait:
-            entries["session.intra_op.allow_spinning"] = "0"  # see `run.ort`
-        if exact:
-            entries["session.qdq_matmulnbits_accuracy_level"] = "0"
-        if not packs:
-            entries["session.disable_prepacking"] = "1"
-        for name, value in entries.items():
-            settings.add_session_config_entry(name, value)
         return settings
 
 

@@ -22,7 +22,7 @@ from qwen3_export.core.processors import sums_int8_exactly
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, parse_config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor, dequantize
-from qwen3_export.run.ort import EXACT_SUMS
+from qwen3_export.run.ort_settings import EXACT_SUMS
 from qwen3_export.ship.onnx import export_onnx
 from qwen3_export.ship.onnx.experts import LOOP, QMOE
 from tests.artifact.ort_folders import packed_rows

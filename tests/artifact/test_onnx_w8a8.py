@@ -19,7 +19,7 @@ from qwen3_export.core.processors import sums_int8_exactly
 from qwen3_export.core.qwen3 import EMBEDDING, HEAD, parse_config
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import SCALE_TYPES, QuantizedTensor
-from qwen3_export.run import ort
+from qwen3_export.run import ort_settings
 from qwen3_export.run.parted import PartedModel
 from qwen3_export.ship.onnx import export_onnx, w8a8
 from qwen3_export.ship.onnx.graph import GraphBuilder
@@ -120,14 +120,14 @@ def test_beside_dequantized_matrices_products_are_exact(
         assert largest_difference(truth, found) < 0.05
     # A processor of the other kind, as far as our session knows.
     for sums in (True, False):
-        monkeypatch.setattr(ort, "sums_int8_exactly", lambda sums=sums: sums)
-        assert ort.exact_sums(folder / "model.onnx") == ({} if sums else ort.EXACT_SUMS)
+        monkeypatch.setattr(ort_settings, "sums_int8_exactly", lambda sums=sums: sums)
+        assert ort_settings.exact_sums(folder / "model.onnx") == ({} if sums else ort_settings.EXACT_SUMS)
     assert largest_difference(truth, logits(folder, [ids])) < 0.05
 
 
 def test_beside_pairs_the_settings_stay_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another tool's graph, which has a product of each kind, opens as it did."""
-    monkeypatch.setattr(ort, "sums_int8_exactly", lambda: False)
+    monkeypatch.setattr(ort_settings, "sums_int8_exactly", lambda: False)
     number, one = onnx.TensorProto, onnx.helper.make_node
     nodes = [
         one("QuantizeLinear", ["x", "scale", "zero"], ["codes"]),
@@ -148,7 +148,7 @@ def test_beside_pairs_the_settings_stay_away(tmp_path: Path, monkeypatch: pytest
     )
     path = tmp_path / "model.onnx"
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10), path)
-    assert ort.exact_sums(path) == {}
+    assert ort_settings.exact_sums(path) == {}
     onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 

@@ -126,7 +126,7 @@ def test_waiting_threads_of_onnxruntime_sleep_where_other_work_has_a_processor(
     from qwen3_export.run.session import RuntimeOptions
 
     export_onnx(open_checkpoint(make_checkpoint()), tmp_path / "onnx")
-    monkeypatch.setattr("qwen3_export.run.ort.others_wait", lambda: waits)
+    monkeypatch.setattr("qwen3_export.run.ort_settings.others_wait", lambda: waits)
     for threads in (1, 2):
         session: Any = open_session(tmp_path / "onnx", RuntimeOptions(threads=threads))
         asked = session._session.get_session_options()
