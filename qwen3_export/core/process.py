@@ -96,7 +96,7 @@ def uncollected() -> Iterator[None]:
 
 @contextmanager
 def sleeping_threads() -> Iterator[None]:
-    """Around the first import of torch: its waiting threads sleep where other work has a processor.
+    """Have torch, imported inside, let waiting threads sleep on a busy machine.
 
     A thread that spins takes the processor from what it waits for: prompts and decoding then took three to four times
     as long. What the user has set is respected.

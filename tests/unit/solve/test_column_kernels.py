@@ -60,17 +60,24 @@ def both(function: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> tuple[
         return compiled, function()
 
 
-def from_a_tie(exact: torch.Tensor) -> torch.Tensor:
+def from_a_tie(exact: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
     """How far numbers are from the nearest middle of two codes, as a share of their size."""
-    return (exact - exact.floor() - 0.5).abs() / exact.abs().clamp(min=1)
+    if scheme.block_type is None:
+        distance = (exact - exact.floor() - 0.5).abs()
+    else:
+        numbers = torch.tensor(scheme.block_type.values, dtype=torch.float64)
+        distance = (exact[..., None] - (numbers[1:] + numbers[:-1]) / 2).abs().amin(-1)
+    return distance / exact.abs().clamp(min=1)
 
 
-def assert_same_but_for_ties(found: torch.Tensor, wanted: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+def assert_same_but_for_ties(
+    found: torch.Tensor, wanted: torch.Tensor, exact: torch.Tensor, scheme: QuantScheme
+) -> torch.Tensor:
     """In each row (a column here) the first difference is a tie; returns which rows have none."""
     different = found != wanted
     same = ~different.any(0)
     first = different.int().argmax(0)
-    distance = from_a_tie(exact).gather(0, first[None])[0]
+    distance = from_a_tie(exact, scheme).gather(0, first[None])[0]
     assert (distance[~same] < TIE).all()
     assert (~same).sum() <= max(1, 0.05 * len(same))
     return same
@@ -98,7 +105,7 @@ def test_a_block_is_rounded_as_by_torch(bits: int, kind: str, monkeypatch: pytes
         )
         assert torch.equal(case.weight, before), "what is rounded is the caller's"
         exact, errors = rounded(case, plain[0])
-        same = assert_same_but_for_ties(compiled[0], plain[0], exact)
+        same = assert_same_but_for_ties(compiled[0], plain[0], exact, case.scheme)
         assert same.any() or rows == 1
         # fp32 sums of weights, of which the errors are a small part at 8 bits.
         size = 1e-5 * float(case.weight.abs().max())
@@ -124,7 +131,7 @@ def test_the_search_takes_the_candidate_that_torch_takes(bits: int, kind: str, m
         assert (~same).sum() <= max(1, 0.05 * rows)
         case.scales, case.zeros = (m.gather(0, plain[2][None]).expand(wide, rows) for m in case.tried)
         exact, _ = rounded(case, plain[0])
-        alike = assert_same_but_for_ties(compiled[0][:, same], plain[0][:, same], exact[:, same])
+        alike = assert_same_but_for_ties(compiled[0][:, same], plain[0][:, same], exact[:, same], case.scheme)
         torch.testing.assert_close(totals[0][same][alike], totals[1][same][alike], rtol=1e-3, atol=1e-9)
         chosen_of |= set(compiled[2].tolist())
     assert len(chosen_of) > 2, "with one candidate for all nothing is searched"
@@ -184,7 +191,7 @@ def test_a_block_descends_as_by_torch_and_never_uphill(bits: int, kind: str, mon
         codes, before = nearest, costs(case, nearest)
         for _ in range(2):
             compiled, plain = both(lambda case=case, codes=codes: descended(case, codes), monkeypatch)
-            assert_same_but_for_ties(compiled[0], plain[0], minimisers(case, codes, plain[0]))
+            assert_same_but_for_ties(compiled[0], plain[0], minimisers(case, codes, plain[0]), case.scheme)
             torch.testing.assert_close(compiled[1], (compiled[0] - codes) * case.scales)
             after = costs(case, compiled[0])
             assert (after <= before * (1 + 1e-5)).all()
@@ -193,6 +200,47 @@ def test_a_block_descends_as_by_torch_and_never_uphill(bits: int, kind: str, mon
         assert codes.min() >= 0
         assert codes.max() <= case.scheme.max_code
     assert fell > 100, "a pass that changes nothing proves nothing"
+
+
+@pytest.mark.parametrize("name", ["iq4_nl", "iq4_xs"])
+def test_a_codebook_is_rounded_and_descends_as_by_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme, fell = QuantScheme(num_bits=4, type="kquant", ggml_type=name), 0
+    assert scheme.block_type is not None
+    assert scheme.block_type.values is not None
+    numbers = torch.tensor(scheme.block_type.values, dtype=torch.float32)
+    for rows, wide in SHAPES:
+        case = Case(rows, wide, scheme_of(4, "symmetric"))
+        sign = torch.where(torch.arange(rows) % 2 == 0, 1.0, -1.0)
+        case.scheme, case.zeros = scheme, torch.zeros(wide, rows)
+        case.scales = (case.weight.abs().amax(0) / 127 * sign).expand(wide, rows).contiguous()
+        compiled, plain = both(
+            lambda case=case: round_block(case.weight, case.scales, case.zeros, case.upper, scheme), monkeypatch
+        )
+        exact, errors = rounded(case, plain[0])
+        same = assert_same_but_for_ties(compiled[0], plain[0], exact, scheme)
+        size = 1e-5 * float(case.weight.abs().max())
+        for found in (compiled[1], plain[1]):
+            torch.testing.assert_close(found[:, same].double(), errors[:, same], rtol=1e-4, atol=size)
+        codes, before = compiled[0], costs(case, compiled[0])
+        compiled, plain = both(lambda case=case, codes=codes: descended(case, codes), monkeypatch)
+        assert_same_but_for_ties(compiled[0], plain[0], minimisers(case, codes, plain[0]), scheme)
+        after = costs(case, compiled[0])
+        assert (after <= before * (1 + 1e-5)).all()
+        fell += int((after < 0.99 * before).sum())
+        assert torch.isin(compiled[0], numbers).all()
+    assert fell > 20, "a pass that changes nothing proves nothing"
+
+
+def test_where_two_numbers_of_a_codebook_are_as_near_the_lesser_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme = QuantScheme(num_bits=4, type="kquant", ggml_type="iq4_nl")
+    assert scheme.block_type is not None
+    numbers = torch.tensor(scheme.block_type.values, dtype=torch.float32)
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    weight, upper = torch.cat([numbers, middles, middles + 1e-3, torch.tensor([-500.0, 500.0])])[None], torch.eye(1)
+    ones = torch.ones_like(weight)
+    compiled, plain = both(lambda: round_block(weight, ones, 0 * ones, upper, scheme)[0][0], monkeypatch)
+    assert torch.equal(compiled, torch.cat([numbers, numbers[:-1], numbers[1:], numbers[[0, -1]]]))
+    assert torch.equal(compiled, plain)
 
 
 def test_floats_and_integers_take_their_own_paths(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,20 @@
-"""The compiled inner loops of GPTQ for integer codes.
+"""The compiled inner loops of GPTQ, for integer codes and codebooks.
 
 They go column by column, for a few output rows at a time; everything is `[columns, rows]` in solving order. With only a
 few rows, calling torch for every column would take a hundred times as long. The loops do not hold Python's lock, so
 that pieces run in parallel.
 
 Every operation is the one that torch performs in `gptq.columns`, in fp32: a division, a rounding half to even, a clamp,
-and multiplications whose products are rounded before they are added.
+and multiplications whose products are rounded before they are added. They are compiled once for each kind of codes.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import numba
 import numpy as np
+from numba.extending import overload
 from numpy.typing import NDArray
 
 from qwen3_export.model.compiled import Array, compiled
@@ -18,6 +22,36 @@ from qwen3_export.model.tiles import TILE
 from qwen3_export.solve.rounding.kernels import code_of
 
 _ZERO = np.float32(0.0)
+# A codebook of sixteen numbers, in order, with the fifteen middles between them.
+Book = tuple[Array, Array]
+# What codes are: integers from 0 to this one, or the numbers of a codebook.
+Codes = np.float32 | Book
+
+
+def _code(value: Any, scale: Any, zero: Any, codes: Any) -> Any:
+    """The code nearest to a value, in fp32."""
+    of = _of_integers if isinstance(codes, np.float32) else _of_book
+    return of(value, scale, zero, codes)
+
+
+def _of_integers(value: Any, scale: Any, zero: Any, codes: Any) -> Any:
+    return code_of(value, scale, zero, codes)
+
+
+def _of_book(value: Any, scale: Any, zero: Any, codes: Any) -> Any:
+    """Count the middles below: of two numbers as near, the lesser.
+
+    A codebook has no zero point.
+    """
+    unit, place = value / scale, 0
+    for step in (8, 4, 2, 1):
+        place += step if unit > codes[1][place + step - 1] else 0
+    return codes[0][place]
+
+
+@overload(_code, jit_options={"error_model": "numpy"})
+def _compiled_code(value: Any, scale: Any, zero: Any, codes: Any) -> Any:
+    return _of_integers if isinstance(codes, numba.types.Float) else _of_book
 
 
 @compiled
@@ -49,7 +83,7 @@ def _spread(errors: Array, shares: Array, j: int, work: Array) -> None:
 
 @compiled
 def round_block(
-    rest: Array, scales: Array, zeros: Array, upper: Array, largest: np.float32, codes: Array, errors: Array
+    rest: Array, scales: Array, zeros: Array, upper: Array, numbers: Codes, codes: Array, errors: Array
 ) -> None:
     """GPTQ's recursion over one block of columns `[n, rows]` against U `[n, n]`.
 
@@ -63,7 +97,7 @@ def round_block(
         for j in range(columns):
             for r in range(wide):
                 value, scale, zero = work[j, r], scales[j, begin + r], zeros[j, begin + r]
-                code = code_of(value, scale, zero, largest)
+                code = _code(value, scale, zero, numbers)
                 codes[j, begin + r] = code
                 made[j, r] = (value - (code - zero) * scale) / upper[j, j]
                 errors[j, begin + r] = made[j, r]
@@ -72,7 +106,7 @@ def round_block(
 
 @compiled
 def search_block(
-    part: Array, scales: Array, zeros: Array, upper: Array, largest: np.float32, codes: Array, errors: Array
+    part: Array, scales: Array, zeros: Array, upper: Array, numbers: Codes, codes: Array, errors: Array
 ) -> NDArray[np.int64]:
     """Solve one group `[n, rows]` with every candidate scale and zero point `[candidates, rows]`.
 
@@ -96,7 +130,7 @@ def search_block(
             for j in range(columns):
                 for r in range(TILE):
                     value = work[j, r]
-                    code = code_of(value, scale[r], zero[r], largest)
+                    code = _code(value, scale[r], zero[r], numbers)
                     tried[j, r] = code
                     error = (value - (code - zero[r]) * scale[r]) / upper[j, j]
                     made[j, r] = error
@@ -118,7 +152,7 @@ def search_block(
 
 @compiled
 def descend_block(
-    values: Array, scales: Array, zeros: Array, block: Array, largest: np.float32,
+    values: Array, scales: Array, zeros: Array, block: Array, numbers: Codes,
     slopes: Array, codes: Array, steps: Array,
 ) -> None:  # fmt: skip
     """Set each code of a block `[n, rows]` to its minimiser, column by column.
@@ -135,7 +169,7 @@ def descend_block(
             for r in range(wide):
                 scale = scales[j, begin + r]
                 best = values[j, begin + r] - work[j, r] / block[j, j]
-                code = code_of(best, scale, zeros[j, begin + r], largest)
+                code = _code(best, scale, zeros[j, begin + r], numbers)
                 step = (code - codes[j, begin + r]) * scale
                 steps[j, begin + r] = step
                 made[j, r] = -step

@@ -1,9 +1,9 @@
 """One block of columns: GPTQ's rounding, scale search and coordinate descent.
 
 Everything is `[columns, rows]` in solving order, so that the innermost loops work on contiguous memory. Integer codes
-use the compiled loops of `gptq.column_kernels`, floats use torch. A test bounds the difference of their results. The
-compiled loops run on the CPU, also where a GPU has the tensors: every column waits for the one before it, and a GPU
-would be given thousands of tasks that are too small for it.
+and codebooks use the compiled loops of `gptq.column_kernels`, floats use torch. A test bounds the difference of their
+results. The compiled loops run on the CPU, also where a GPU has the tensors: every column waits for the one before it,
+and a GPU would be given thousands of tasks that are too small for it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ def round_block(
         from qwen3_export.solve.methods.gptq import column_kernels
 
         codes, errors = torch.empty(rest.shape), torch.empty(rest.shape)
-        column_kernels.round_block(
-            *_arrays(rest, scales, zeros, upper), _largest(scheme), codes.numpy(), errors.numpy()
-        )
+        column_kernels.round_block(*_arrays(rest, scales, zeros, upper), _codes(scheme), codes.numpy(), errors.numpy())
         return codes.to(rest.device), errors.to(rest.device)
     codes, errors, rest = torch.empty_like(rest), torch.empty_like(rest), rest.clone()
     for j, pivot in enumerate(upper.diagonal().tolist()):
@@ -53,7 +51,7 @@ def search_block(
 
         codes, errors = torch.empty(part.shape), torch.empty(part.shape)
         chosen = column_kernels.search_block(
-            *_arrays(part, scales, zeros, upper), _largest(scheme), codes.numpy(), errors.numpy()
+            *_arrays(part, scales, zeros, upper), _codes(scheme), codes.numpy(), errors.numpy()
         )
         return codes.to(part.device), errors.to(part.device), torch.from_numpy(chosen).to(part.device)
     tries, rows = scales.shape
@@ -78,7 +76,7 @@ def descend_block(
 
         found, steps = codes.cpu(), torch.empty(values.shape)
         arrays = _arrays(values, scales, zeros, block)
-        column_kernels.descend_block(*arrays, _largest(scheme), *_arrays(slopes), found.numpy(), steps.numpy())
+        column_kernels.descend_block(*arrays, _codes(scheme), *_arrays(slopes), found.numpy(), steps.numpy())
         if found is not codes:
             codes.copy_(found)
         return steps.to(values.device)
@@ -100,12 +98,16 @@ def multiply(left: Tensor, right: Tensor, matmul_dtype: torch.dtype) -> Tensor:
 
 
 def _is_compiled(scheme: QuantScheme) -> bool:
-    return scheme.type == "int" or (scheme.block_type is not None and scheme.block_type.values is None)
+    return scheme.type == "int" or scheme.block_type is not None
 
 
 def _arrays(*tensors: Tensor) -> list[Any]:
     return [np.ascontiguousarray(tensor.cpu().numpy()) for tensor in tensors]
 
 
-def _largest(scheme: QuantScheme) -> np.float32:
-    return np.float32(scheme.max_code)
+def _codes(scheme: QuantScheme) -> Any:
+    """What the compiled loops round to."""
+    if scheme.block_type is None or scheme.block_type.values is None:
+        return np.float32(scheme.max_code)
+    numbers = np.array(scheme.block_type.values, np.float32)
+    return numbers, (numbers[1:] + numbers[:-1]) / 2
