@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen3_export.core.genai_config import stated_graph
 from qwen3_export.core.gguf_header import GgufHeader, part_name, read_whole_gguf
 from qwen3_export.core.onnx_header import check_onnx_data
 from qwen3_export.core.plan_folder import ENGINE, PLAN, check_plan, read_engine
@@ -54,10 +55,10 @@ def kind_of(artifact: Path) -> Kind:
 
 
 def _folder(artifact: Path) -> Kind:
-    graph = artifact / "model.onnx"
     if (artifact / ENGINE).is_file():
         return _plan(artifact)
-    if graph.is_file():
+    graph = stated_graph(artifact) or artifact / "model.onnx"
+    if graph.is_file() and graph.parent != artifact / "onnx":
         check_onnx_data(graph)
         return Kind("onnx", "artifact", REQUIREMENTS["onnx"])
     if (artifact / "config.json").is_file() and any(artifact.glob("*.safetensors")):
