@@ -27,7 +27,7 @@ from qwen3_export.core.progress import Progress
 from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
-from qwen3_export.core.tokenizer_files import warn_without_tokenizer
+from qwen3_export.core.text_files import warn_of_text_files
 from qwen3_export.errors import InputError, MissingRuntimeError, UnsupportedError
 from qwen3_export.ship.exactness import cast_errors
 from qwen3_export.ship.onnx import TYPES, qdq, write_graph
@@ -78,7 +78,7 @@ def export_tensorrt(
     started, progress = time.monotonic(), progress or Progress()
     profile = profile or default_profile(checkpoint.config)
     capabilities = check_request(checkpoint, engine, capabilities, precision, profile, onnx_only)
-    warn_without_tokenizer(checkpoint.folder, checkpoint.name, progress)
+    warn_of_text_files(checkpoint.folder, checkpoint.name, progress)
     profiles = profiles_of(checkpoint, profile)
     inexact = cast_errors(checkpoint, precision) + scale_errors(checkpoint, precision)
     with staged_folder(output, force, inputs=[checkpoint.folder]) as folder:
