@@ -11,7 +11,7 @@ from qwen3_export.core.coverage import GGUF_KEY, Summary, read_coverage, summary
 from qwen3_export.core.gguf_header import gguf_parts, refuse_no_model
 from qwen3_export.core.memory import memory_named
 from qwen3_export.core.onnx_header import onnx_data_files
-from qwen3_export.core.plan_folder import ENGINE
+from qwen3_export.core.plan_folder import ENGINE, check_plan
 from qwen3_export.errors import InputError, MissingRuntimeError
 from qwen3_export.run.devices import PROVIDERS, check_device, find_provider
 from qwen3_export.run.onnx_files import find_onnx, is_onnx
@@ -119,6 +119,8 @@ def check_runnable(artifact: Path, device: str | None, exact: bool = False) -> N
     kind = kind_of(artifact)
     if kind == "onnx" and (artifact / ENGINE).is_file():
         read_plan(artifact)
+        if has_plan(artifact) and device in (None, "plan") and not exact:
+            check_plan(artifact)
     if kind != "onnx":
         if device not in (None, "cpu"):
             raise InputError(

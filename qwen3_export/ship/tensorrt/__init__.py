@@ -2,8 +2,8 @@
 
     model.onnx + model.onnx.data   ai.onnx operators only, also runs in ONNX Runtime
     model.plan                     runs on the compute capabilities named in engine.json, and no others
-    engine.json                    engine, version, capabilities, shape profile, hash of the source; where no plan was
-                                   built also `trtexec`, the command that builds it inside the folder
+    engine.json                    engine, version, capabilities, shape profile, hash of the source; the plan's size and
+                                   hash, or where none was built `trtexec`, the command that builds it in the folder
 
 TensorRT-RTX builds the plan without a GPU: it specialises its kernels when the plan is loaded on the device.
 """
@@ -86,7 +86,7 @@ def export_tensorrt(
         write_graph(checkpoint, folder, target, Files(), progress)
         check_graph(folder)
         built = None if onnx_only else build_plan(folder, engine, capabilities, profiles, progress)
-        origin = provenance(checkpoint)
+        origin, line = provenance(checkpoint), trtexec_line(Path(MODEL), Path(PLAN), profiles, engine, capabilities)
         described = {
             "engine": engine,
             "version": built["version"] if built else None,
@@ -95,13 +95,13 @@ def export_tensorrt(
             "profile": asdict(profile),
             "profiles": built["profiles"] if built else len(profiles),
             "source_sha256": origin["source"]["sha256"],
-            **({} if built else {"trtexec": trtexec_line(Path(MODEL), Path(PLAN), profiles, engine, capabilities)}),
+            **(built["file"] if built else {"trtexec": line}),
         }
         (folder / ENGINE).write_text(to_json(described), encoding="utf-8")
         for path in checkpoint.sidecars():
             shutil.copyfile(path, folder / path.name)
         write_manifest(folder, "tensorrt", {**origin, **described, **exactness(inexact)})
-        files = file_list(folder)
+        files = file_list(folder, {PLAN: described["plan_sha256"]} if built else None)
     result = export_result(output, files, checkpoint, inexact, started, onnx_linear_bytes(output))
     if built is None:
         return {**result, "trtexec": trtexec_line(output / MODEL, output / PLAN, profiles, engine, capabilities)}

@@ -104,7 +104,7 @@ def _plan(artifact: Path) -> Kind:
         raise InputError(
             f"{artifact}: its plan has not been built", hint if "trtexec" in described else "export the folder again"
         )
-    check_plan(artifact)
+    check_plan(artifact, whole=True)
     if not (artifact / "model.onnx").is_file():
         raise InputError(f"{artifact / 'model.onnx'}: missing", "copy or export the folder again")
     needed, version = REQUIREMENTS[described["engine"]], described.get("version")
