@@ -33,6 +33,7 @@ _EXIT_RESOURCES = 4
 _EXIT_INPUT = 2
 _GOES_ON = "finished blocks are kept in {}: repeat the command to go on"
 _AGAIN = "nothing was written: repeat the command to start over"
+_USAGE = "`qwen3-export COMMAND --help` shows the usage"
 _TOO_LARGE = "raise the limit (`ulimit -f unlimited`), or write to a file system that holds larger files"
 _WHOLE = "{} was finished before that, and is whole"
 # Commands that write no files.
@@ -123,11 +124,12 @@ def _report(error: BaseException, arguments: Sequence[str] = (), started: float 
     if isinstance(error, ExportError):
         return _say(str(error), error.hint, error.exit_code)
     if type(error).__name__ == "NoArgsIsHelpError":
-        print(error, file=sys.stderr)
-        return _EXIT_INPUT
+        # The error of a bare command has the help as its text.
+        print(f"{error}\n", file=sys.stderr)
+        return _say("Missing command.", _USAGE, _EXIT_INPUT)
     usage = _usage_message(error)
     if usage is not None:
-        return _say(usage, "`qwen3-export COMMAND --help` shows the usage", _EXIT_INPUT)
+        return _say(usage, _USAGE, _EXIT_INPUT)
     if _interrupted(error):
         return _say("interrupted", _after_interrupt(arguments, started), _EXIT_INTERRUPTED)
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):

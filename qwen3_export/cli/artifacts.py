@@ -11,7 +11,7 @@ from typing import Any
 from qwen3_export.cli.companions import describe_imatrix, describer
 from qwen3_export.cli.console import fields, size, table
 from qwen3_export.cli.show_companions import show_companion
-from qwen3_export.core.gguf_header import GgufTensor, read_gguf_header
+from qwen3_export.core.gguf_header import GgufTensor, gguf_kind, read_gguf_header
 from qwen3_export.core.gguf_types import CONVERTERS_TYPES
 from qwen3_export.core.manifest import MANIFEST, read_manifest
 from qwen3_export.core.onnx_header import OnnxHeader, OnnxTensor, onnx_data_files, read_onnx_header
@@ -133,9 +133,10 @@ def _built(plan: Path) -> str:
 
 
 def _gguf(path: Path) -> dict[str, Any]:
-    header = read_gguf_header(path)
-    if header.values.get("general.type") == "imatrix":
+    # A matrix is one file, whatever its name.
+    if gguf_kind(path) == "imatrix":
         return describe_imatrix(path)
+    header = read_gguf_header(path)
     ours = {key.removeprefix("qwen3_export."): value for key, value in header.values.items() if "qwen3_export." in key}
     plain = {tensor.type for tensor in header.tensors} <= set(CONVERTERS_TYPES)
     return {

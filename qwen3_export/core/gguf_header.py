@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -62,6 +62,8 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _TEXT, _ARRAY = 8, 9
 _KEPT_ITEMS = 16
 _LONGEST_TEXT, _MOST_ITEMS, _MOST_AXES = 1 << 26, 1 << 28, 8
+# What general.type says of files that are no models.
+_OTHERS = ("imatrix", "adapter", "mmproj")
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -98,6 +100,38 @@ def read_gguf_header(path: Path) -> GgufHeader:
     Raises InputError when it is no GGUF file.
     """
     return _joined({part: _read(part) for part in gguf_parts(path)})
+
+
+def read_gguf_file(path: Path) -> GgufHeader:
+    """The same of this file alone, whatever its name says of other parts."""
+    return _joined({path: _read(path)})
+
+
+def gguf_kind(path: Path) -> str:
+    """`general.type` of this file alone: `model`, `imatrix`, `adapter` or `mmproj`.
+
+    A file that states none, or cannot be read so far, is taken for a model.
+    """
+    try:
+        with open_regular(path) as file:
+            for name, value in _values(file, _counts(file)[1]):
+                if name == "general.type":
+                    return str(value)
+                # Vocabularies are long, and only models have one.
+                if name.startswith("tokenizer."):
+                    break
+    except (OSError, ValueError, struct.error, OverflowError):
+        pass
+    return "model"
+
+
+def refuse_no_model(path: Path) -> None:
+    """Raise InputError for an importance matrix, or another file that is no model."""
+    kind = gguf_kind(path)
+    if kind == "imatrix":
+        raise InputError(f"{path}: an importance matrix, no model", "`gguf --imatrix` takes it, `inspect` shows it")
+    if kind in _OTHERS:
+        raise InputError(f"{path}: its general.type is {kind}, no model", "give the .gguf file of a whole model")
 
 
 def read_whole_gguf(path: Path) -> GgufHeader:
@@ -178,21 +212,30 @@ def _read(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
 
 
 def _header(file: BinaryIO) -> tuple[dict[str, Any], list[GgufTensor]]:
-    if file.read(4) != b"GGUF":
-        raise ValueError("its first bytes are not GGUF")
-    version, tensors, count = _unpack(file, "IQQ")
-    if version not in (2, 3):
-        raise ValueError(f"version {version}; 2 and 3 are known")
-    values = {}
-    for _ in range(_limited(count, _MOST_ITEMS)):
-        name = _string(file)
-        values[name] = _value(file, _unpack(file, "I")[0])
+    tensors, count = _counts(file)
+    values = dict(_values(file, count))
     listed = [_tensor(file) for _ in range(_limited(tensors, _MOST_ITEMS))]
     alignment = values.get("general.alignment", ALIGNMENT)
     if type(alignment) is not int or not 1 <= alignment <= _MOST_ITEMS:
         raise ValueError(f"general.alignment is {str(alignment)[:40]!r}")
     start = -(-file.tell() // alignment) * alignment
     return values, [replace(tensor, begin=start + tensor.begin) for tensor in listed]
+
+
+def _counts(file: BinaryIO) -> tuple[int, int]:
+    """Numbers of tensors and of values, from the first bytes."""
+    if file.read(4) != b"GGUF":
+        raise ValueError("its first bytes are not GGUF")
+    version, tensors, count = _unpack(file, "IQQ")
+    if version not in (2, 3):
+        raise ValueError(f"version {version}; 2 and 3 are known")
+    return tensors, count
+
+
+def _values(file: BinaryIO, count: int) -> Iterator[tuple[str, Any]]:
+    for _ in range(_limited(count, _MOST_ITEMS)):
+        name = _string(file)
+        yield name, _value(file, _unpack(file, "I")[0])
 
 
 def _tensor(file: BinaryIO) -> GgufTensor:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from qwen3_export.core.files import open_regular, read_bytes
 from qwen3_export.core.gguf_file import read_fp32, write_fp32
-from qwen3_export.core.gguf_header import read_gguf_header
+from qwen3_export.core.gguf_header import read_gguf_file
 from qwen3_export.core.gguf_types import gguf_name
 from qwen3_export.core.qwen3 import Qwen3Config
 from qwen3_export.errors import InputError
@@ -148,7 +148,7 @@ def read_imatrix(path: Path) -> Imatrix:
 
 
 def _read_gguf(path: Path) -> Imatrix:
-    header = read_gguf_header(path)
+    header = read_gguf_file(path)
     metadata, tensors = header.values, {tensor.name: tensor for tensor in header.tensors}
     if metadata.get("general.type") != "imatrix":
         raise InputError(f"{path}: a GGUF file, but no importance matrix", "`qwen3-export calibrate` writes one")

@@ -7,7 +7,8 @@ One place owns how they are reserved, finished and cleaned up.
         …                           what becomes OUTPUT: the folder's files, or the one file
     OUTPUT                          appears by one rename, complete and flushed to the disk
 
-No link is followed on the way. Parents that do not exist are made, and removed again when the run fails.
+No link is followed on the way. Parents that do not exist are made, and removed again when the run fails. The empty
+partial folder of a run that was killed beside its finished OUTPUT goes with the next command that would write OUTPUT.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qwen3_export.core.disk import flush, naming, naming_full
 from qwen3_export.core.manifest import MARKER
-from qwen3_export.core.places import Inputs, checked_place, no_place, refuse_existing
+from qwen3_export.core.places import Inputs, absolute_place, checked_place, no_place, refuse_existing
+from qwen3_export.core.replacing import finish_replacing, move_into_place
 from qwen3_export.errors import InputError
 
 
@@ -37,9 +39,36 @@ def check_output(output: Path, inputs: Inputs = (), force: bool = False, folder:
 
     `inputs` are all files and folders that the command reads. The place is tried out: it is reserved and given back.
     """
-    place = checked_place(output, inputs, force, folder)
+    place = _checked(output, inputs, force, folder)
     with reserved(place) as reservation:
         reservation.undo()
+
+
+def remove_leftover(output: Path, *lists: str) -> None:
+    """Remove the partial folder of a run that was killed after its end.
+
+    Its output is whole: only the mark is in it, and perhaps `lists` of what was moved. Any other is left, and one that
+    a run holds.
+    """
+    with suppress(InputError, OSError):
+        place = absolute_place(output)
+        partial, known = partial_path(place), (*lists, MARKER)
+        if partial.is_symlink() or not (partial / MARKER).is_file() or _has_content(partial, known):
+            return
+        with reserved(place):
+            if not _has_content(partial, known):
+                for name in known:
+                    (partial / name).unlink(missing_ok=True)
+                partial.rmdir()
+
+
+def _checked(output: Path, inputs: Inputs, force: bool, folder: bool = True) -> Path:
+    """As `checked_place`; beside an output that is refused a leftover is removed."""
+    try:
+        return checked_place(output, inputs, force, folder)
+    except InputError:
+        remove_leftover(output)
+        raise
 
 
 @contextmanager
@@ -51,7 +80,7 @@ def staged_folder(
     On an error the partial folder is removed; where a run can go on, `resumable` says of an error whether it is kept
     as it stands. Raises InputError when the output exists, touches one of `inputs`, or is written by another run.
     """
-    place = checked_place(output, inputs, force)
+    place = _checked(output, inputs, force)
     with reserved(place) as reservation:
         refuse_existing(place, force)
         if resumable is None:
@@ -61,7 +90,7 @@ def staged_folder(
                 yield reservation.partial
             if not (reservation.partial / MARKER).exists():
                 raise InputError(f"{reservation.partial} was removed while it was written")
-            _move_into_place(reservation.partial, place)
+            move_into_place(reservation.partial, place)
         except BaseException as error:
             if resumable is None or not resumable(error):
                 reservation.undo(everything=True)
@@ -71,7 +100,7 @@ def staged_folder(
 @contextmanager
 def staged_file(output: Path, force: bool = False, inputs: Inputs = ()) -> Iterator[Path]:
     """As `staged_folder`, for a single file: yields `OUTPUT.partial/NAME`."""
-    place = checked_place(output, inputs, force, folder=False)
+    place = _checked(output, inputs, force, folder=False)
     with reserved(place) as reservation:
         refuse_existing(place, force, folder=False)
         clear_partial(reservation.partial)
@@ -125,9 +154,9 @@ class Reservation:
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
-def _has_content(partial: Path) -> bool:
+def _has_content(partial: Path, known: Collection[str] = (MARKER,)) -> bool:
     try:
-        return any(path.name != MARKER for path in partial.iterdir())
+        return any(path.name not in known for path in partial.iterdir())
     except OSError:
         return False
 
@@ -145,7 +174,7 @@ def reserved(place: Path) -> Iterator[Reservation]:
         try:
             _lock(descriptor, partial, place)
             _claim(descriptor, partial)
-            _finish_replacing(place)
+            finish_replacing(place)
             yield Reservation(partial, parents)
         except BaseException:
             if made and not _has_content(partial):
@@ -236,58 +265,3 @@ def _claim(descriptor: int, partial: Path) -> None:
         if os.listdir(descriptor):
             raise _foreign(partial)
         os.close(os.open(MARKER, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644, dir_fd=descriptor))
-
-
-def _replaced(place: Path) -> Path:
-    """Where an output that is being replaced lies between two renames."""
-    return place.with_name(f".{place.name}.replaced")
-
-
-def _finish_replacing(place: Path) -> None:
-    """Mend what a kill between the two renames left.
-
-    The old output is put back, or removed beside a new one. Raises InputError for a file of somebody else's with the
-    name that is needed.
-    """
-    old = _replaced(place)
-    if old.is_symlink() or not (old / MARKER).is_file():
-        if os.path.lexists(old) and place.is_dir():
-            raise InputError(f"{old} was not left by qwen3-export", "move it away: its name is needed")
-        return
-    if os.path.lexists(place):
-        _remove_marked(old)
-    else:
-        old.rename(place)
-        (place / MARKER).unlink()
-
-
-def _move_into_place(partial: Path, place: Path) -> None:
-    for path in partial.rglob("*"):
-        if path.is_file() and path.name != MARKER:
-            flush(path)
-    flush(partial)
-    if place.is_symlink():
-        place.unlink()
-    old = _replaced(place) if place.is_dir() else None
-    try:
-        if old is not None:
-            (place / MARKER).touch()
-            place.rename(old)
-        partial.rename(place)
-    except BaseException:
-        if old is not None:
-            _finish_replacing(place)
-            (place / MARKER).unlink(missing_ok=True)
-        raise
-    (place / MARKER).unlink()
-    if old is not None:
-        _remove_marked(old)
-    flush(place.parent)
-
-
-def _remove_marked(old: Path) -> None:
-    # The marker goes last: what an interruption leaves is still known as ours.
-    for path in old.iterdir():
-        if path.name != MARKER:
-            (shutil.rmtree if path.is_dir() and not path.is_symlink() else os.unlink)(path)
-    shutil.rmtree(old)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_export.core.files import read_object, read_sidecar, read_text
-from qwen3_export.core.progress import Progress
 from qwen3_export.errors import CheckpointError
 
 TOKENIZER, CONFIG, SPECIAL_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -37,15 +36,6 @@ _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder has a vocabulary in either form."""
     return any(os.path.lexists(folder / name) for name in (TOKENIZER, _VOCAB))
-
-
-def warn_without_tokenizer(folder: Path, name: str, progress: Progress) -> None:
-    """Say that a folder called `name`, which is written from, has no tokenizer."""
-    if not has_tokenizer(folder):
-        progress.warn(
-            f"{name} has no {TOKENIZER}: what is written takes no text, in `run`, `validate` or a server, until the "
-            "tokenizer files of the original model are copied into it"
-        )
 
 
 def tokenizer_values(folder: Path) -> dict[str, Any]:

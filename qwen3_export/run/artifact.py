@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_export.core.coverage import GGUF_KEY, Summary, read_coverage, summary_of
-from qwen3_export.core.gguf_header import gguf_parts
+from qwen3_export.core.gguf_header import gguf_parts, refuse_no_model
 from qwen3_export.core.memory import memory_named
 from qwen3_export.core.onnx_header import onnx_data_files
-from qwen3_export.core.plan_folder import ENGINE
+from qwen3_export.core.plan_folder import ENGINE, check_plan
 from qwen3_export.errors import InputError, MissingRuntimeError
 from qwen3_export.run.devices import PROVIDERS, check_device, find_provider
 from qwen3_export.run.onnx_files import find_onnx, is_onnx
@@ -38,12 +38,9 @@ def kind_of(artifact: Path) -> str:
         if is_onnx(artifact):
             return "onnx"
         with artifact.open("rb") as file:
-            head = file.read(256)
-        if head.startswith(b"GGUF"):
-            if b"general.type" in head and b"imatrix" in head:
-                raise InputError(
-                    f"{artifact}: an importance matrix, no model", "`gguf --imatrix` takes it, `inspect` shows it"
-                )
+            is_gguf = file.read(4) == b"GGUF"
+        if is_gguf:
+            refuse_no_model(artifact)
             return "gguf"
         raise InputError(
             f"{artifact}: neither a GGUF file, an ONNX file nor an artifact folder",
@@ -122,6 +119,8 @@ def check_runnable(artifact: Path, device: str | None, exact: bool = False) -> N
     kind = kind_of(artifact)
     if kind == "onnx" and (artifact / ENGINE).is_file():
         read_plan(artifact)
+        if has_plan(artifact) and device in (None, "plan") and not exact:
+            check_plan(artifact)
     if kind != "onnx":
         if device not in (None, "cpu"):
             raise InputError(

@@ -21,7 +21,7 @@ from qwen3_export.core.processors import check_device_name
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.recipe import Recipe
 from qwen3_export.core.scheme import QuantScheme
-from qwen3_export.core.tokenizer_files import warn_without_tokenizer
+from qwen3_export.core.text_files import warn_of_text_files
 from qwen3_export.core.unread import no_effect
 from qwen3_export.core.working_folders import scratch_folder
 from qwen3_export.errors import InputError, MissingRuntimeError, RecipeError
@@ -108,11 +108,11 @@ def _workers_here(settings: QuantizeSettings) -> int:
 def _spelled_out(recipe: Recipe, checkpoint: Checkpoint, progress: Progress) -> Recipe:
     """The recipe with its file type as rules.
 
-    Warns of types that the model's rows cannot have, and of a tokenizer that is missing.
+    Warns of types that the model's rows cannot have, and of tokenizer files that are missing or broken.
     """
     if (warning := recipe_fallbacks(recipe, checkpoint.config).warning()) is not None:
         progress.warn(warning)
-    warn_without_tokenizer(checkpoint.folder, checkpoint.name, progress)
+    warn_of_text_files(checkpoint.folder, checkpoint.name, progress)
     return recipe.for_model(checkpoint.config)
 
 

@@ -1,8 +1,4 @@
-"""Chat templates, rendered as transformers renders them, in a process under limits.
-
-variables    messages, tools, documents, add_generation_prompt, the special tokens by role, enable_thinking
-functions    raise_exception, strftime_now, dict, namespace, tojson with its four options
-syntax       loop controls and the `generation` tag, which marks an answer and renders as its content
+"""Chats as text, rendered by a model's own template as transformers renders them.
 
 Keys that are None are left out of messages, and a thought is given under every name that templates read.
 """
@@ -10,20 +6,13 @@ Keys that are None are left out of messages, and a thought is given under every 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwen3_export.core.confined import ConfinedError, confined
+from qwen3_export.core.jinja_template import render, variables_of
 from qwen3_export.errors import InputError
 
-if TYPE_CHECKING:
-    import jinja2
-
-# A rendered chat is little longer than its messages and template; far longer ones are refused.
-_MOST_ADDED, _MOST_TIMES = 1 << 20, 16
 _REMEDY = "mend it, take the original model's, or remove it: without a template roles and texts are simply joined"
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
@@ -45,14 +34,8 @@ def render_chat(
     """
     if template is None:
         return "\n".join(map(_plain, messages)) + ("\nassistant: " if generate else "")
-    variables = {
-        **(special_tokens or {}),
-        "messages": [_message(message) for message in messages],
-        "tools": tools,
-        "documents": None,
-        "add_generation_prompt": generate,
-        "enable_thinking": thinking,
-    }
+    given = [_message(message) for message in messages]
+    variables = variables_of(given, generate, thinking, tools, special_tokens or {})
     try:
         text: str = confined(render)(template, variables)
     except ConfinedError as error:
@@ -72,97 +55,3 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     given = {key: value for key, value in message.items() if value is not None}
     thought = next((given[key] for key in _THOUGHTS if key in given), None)
     return given if thought is None else {"thinking": thought, **given, "reasoning_content": thought}
-
-
-def render(template: str, variables: dict[str, Any]) -> str:
-    """Render in this process, without limits of time.
-
-    Raises ValueError when the text is far longer than the variables.
-    """
-    most = _MOST_ADDED + _MOST_TIMES * (len(template) + len(json.dumps(variables)))
-    parts, length = [], 0
-    for part in _compiled(template).generate(variables):
-        length += len(part)
-        if length > most:
-            raise ValueError(f"it makes a text of more than {most} characters")
-        parts.append(part)
-    text = "".join(parts)
-    text.encode()
-    return text
-
-
-@lru_cache(8)
-def _compiled(template: str) -> jinja2.Template:
-    import jinja2
-    from jinja2 import ext, nodes, sandbox
-
-    class Generation(ext.Extension):
-        """The tag around an assistant's answer."""
-
-        tags = {"generation"}  # noqa: RUF012 (jinja2's own form)
-
-        def parse(self, parser: Any) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            return nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
-
-        def _content(self, caller: Any) -> str:
-            return str(caller())
-
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals.update(raise_exception=_raise, strftime_now=_strftime, dict=_Dict())
-    environment.globals["namespace"] = _namespace_class(jinja2)
-    return environment.from_string(template)
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _strftime(form: str) -> str:
-    """The present time, or `SOURCE_DATE_EPOCH`, with which a calibration can be repeated another day."""
-    fixed = os.environ.get("SOURCE_DATE_EPOCH")
-    return (datetime.fromtimestamp(int(fixed), UTC) if fixed else datetime.now()).strftime(form)
-
-
-def _raise(message: str) -> None:
-    from jinja2.exceptions import TemplateError
-
-    raise TemplateError(message)
-
-
-class _Dict:
-    """`dict` for templates, without the rest of the type."""
-
-    def __call__(self, *items: Any, **named: Any) -> dict[Any, Any]:
-        return dict(*items, **named)
-
-    def fromkeys(self, keys: Any, value: Any = None) -> dict[Any, Any]:
-        """As `dict.fromkeys`."""
-        return dict.fromkeys(keys, value)
-
-
-def _namespace_class(jinja2: Any) -> type:
-    """jinja2's namespace without names that begin with an underscore, as transformers refuses them."""
-
-    class Namespace(jinja2.utils.Namespace):  # type: ignore[misc]
-        def __init__(*items: Any, **named: Any) -> None:
-            values = dict(*items[1:], **named)
-            for name in values:
-                _refuse(name)
-            jinja2.utils.Namespace.__init__(items[0], values)
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            _refuse(name)
-            jinja2.utils.Namespace.__setitem__(self, name, value)
-
-    def _refuse(name: object) -> None:
-        if isinstance(name, str) and name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a namespace has no attribute {name!r}: it begins with _")
-
-    return Namespace

@@ -15,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from qwen3_export.core.checkpoint import open_checkpoint
+from qwen3_export.core.manifest import sha256_file
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.source import open_source
 from qwen3_export.errors import InputError, MissingRuntimeError, UnsupportedError
@@ -92,6 +93,8 @@ def test_engine_json(folder: Callable, name: str) -> None:
         "profile": {"max_prompt": 128, "max_context": 512},
         "profiles": 1 if name == "original" else 2,
         "source_sha256": open_source("reference-model").sha256,
+        "plan_bytes": (exported.path / "model.plan").stat().st_size,
+        "plan_sha256": sha256_file(exported.path / "model.plan"),
     }
     listed = {item["path"]: item["bytes"] for item in exported.result["files"]}
     assert listed == {path.name: path.stat().st_size for path in exported.path.iterdir()}

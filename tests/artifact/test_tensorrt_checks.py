@@ -174,7 +174,7 @@ def test_a_plan_whose_version_is_unknown_is_served_by_whatever_is_installed(
 ) -> None:
     """As after `--onnx-only`, where the plan is built on another machine."""
     export_tensorrt(open_checkpoint(make_checkpoint()), tmp_path / "trt", engine="trt", onnx_only=True)
-    (tmp_path / "trt" / "model.plan").write_bytes(b"of another machine")
+    (tmp_path / "trt" / "model.plan").write_bytes(b"ftrt" + bytes(60))
     shutil.copyfile(resource("calibration") / "reference-model" / "tokenizer.json", tmp_path / "trt" / "tokenizer.json")
     needed = export_triton(tmp_path / "trt", tmp_path / "repository")["requirements"]
     assert needed.split()[-1] == "tensorrt"

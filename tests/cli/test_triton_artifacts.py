@@ -134,6 +134,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "plan's magic": ("tensorrt", lambda path: _change(path / "model.plan", 0), ("model.plan: ", "begins with b'vtrt'")),
     "plan's version": ("tensorrt", lambda path: _change(path / "model.plan", 24), ("model.plan: ", "of version ")),
     "plan's devices": ("tensorrt", lambda path: _change(path / "model.plan", 32), ("model.plan: ", "capabilities")),
+    "plan's weights": ("tensorrt", lambda path: _change(path / "model.plan", -1), ("model.plan: ", "its sha256 is ")),
     "plan alone": ("tensorrt", lambda path: (path / "model.onnx").unlink(), ("model.onnx: missing", "hint: ")),
     "plan's tokenizer": ("tensorrt", lambda path: (path / "tokenizer.json").unlink(), ("tokenizer.json: missing",)),
     "short weights": ("quantized", lambda path: _cut(next(path.glob("*.safetensors"))), ("safetensors: ",)),

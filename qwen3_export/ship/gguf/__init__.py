@@ -35,6 +35,7 @@ from qwen3_export.core.gguf_fallbacks import Fallbacks, fallbacks_of
 from qwen3_export.core.gguf_types import CONVERTERS_TYPES, FILE_TYPES, PLAIN
 from qwen3_export.core.manifest import sha256_file
 from qwen3_export.core.progress import Progress
+from qwen3_export.core.text_files import template_warning
 from qwen3_export.ggml import import_loops
 from qwen3_export.ship.gguf.encode import Encoder, in_order
 from qwen3_export.ship.gguf.losses import refuse_lost
@@ -77,6 +78,7 @@ def export_gguf(
     warnings = (
         unweighed(plan, encoder, options), another_model(checkpoint, options), larger_than_shards(plan, options),
         without_experts(types, checkpoint.config.num_experts), others.warning(),
+        template_warning(checkpoint.folder, checkpoint.name),
     )  # fmt: skip
     for warning in warnings:
         if warning is not None:

@@ -20,8 +20,9 @@ from pathlib import Path
 from qwen3_export.core.disk import flush
 from qwen3_export.core.gguf_header import part_name
 from qwen3_export.core.manifest import MARKER
-from qwen3_export.core.outputs import clear_partial, partial_path, reserved, write_atomic
+from qwen3_export.core.outputs import clear_partial, partial_path, remove_leftover, reserved, write_atomic
 from qwen3_export.core.places import Inputs, checked_place
+from qwen3_export.errors import InputError
 
 _MOVING = "moving.json"
 
@@ -55,8 +56,12 @@ def check_places(output: Path, count: int, force: bool, inputs: Inputs) -> None:
     That is one of its shards, or a file of an earlier output of its name. What a killed run has left may.
     """
     paths, inputs, left = shard_paths(output, count), list(inputs), left_by_a_kill(output)
-    for path in (*paths, *earlier_files(output, paths)):
-        checked_place(path, inputs, force or path in left, folder=False)
+    try:
+        for path in (*paths, *earlier_files(output, paths)):
+            checked_place(path, inputs, force or path in left, folder=False)
+    except InputError:
+        remove_leftover(output, _MOVING)
+        raise
 
 
 @contextmanager

@@ -22,7 +22,8 @@ from qwen3_export.core.manifest import file_list, to_json, write_manifest
 from qwen3_export.core.outputs import staged_folder
 from qwen3_export.core.progress import Progress
 from qwen3_export.core.scheme import QuantScheme
-from qwen3_export.core.tokenizer_files import TOKENIZER, has_tokenizer, tokenizer_values, warn_without_tokenizer
+from qwen3_export.core.text_files import warn_of_text_files
+from qwen3_export.core.tokenizer_files import TOKENIZER, has_tokenizer, tokenizer_values
 from qwen3_export.errors import InputError, UnsupportedError
 from qwen3_export.ship.exactness import cast_errors
 from qwen3_export.ship.onnx import experts, nbits, ort_ops, standard_ops, w8a8
@@ -72,7 +73,7 @@ def export_onnx(
     started, progress = time.monotonic(), progress or Progress()
     aim = check_request(checkpoint, flavor, precision, accuracy_level, target, max_shard_size, kv_cache, opset)
     _warn_of_browsers(aim, checkpoint, progress)
-    warn_without_tokenizer(checkpoint.folder, checkpoint.name, progress)
+    warn_of_text_files(checkpoint.folder, checkpoint.name, progress)
     checkpoint.hash_ahead()
     files, inexact = files_of(aim, checkpoint), cast_errors(checkpoint, aim.precision)
     with staged_folder(output, force, inputs=[checkpoint.folder]) as folder:

@@ -2,8 +2,8 @@
 
     model.onnx + model.onnx.data   ai.onnx operators only, also runs in ONNX Runtime
     model.plan                     runs on the compute capabilities named in engine.json, and no others
-    engine.json                    engine, version, capabilities, shape profile, hash of the source; where no plan was
-                                   built also `trtexec`, the command that builds it inside the folder
+    engine.json                    engine, version, capabilities, shape profile, hash of the source; the plan's size and
+                                   hash, or where none was built `trtexec`, the command that builds it in the folder
 
 TensorRT-RTX builds the plan without a GPU: it specialises its kernels when the plan is loaded on the device.
 """
@@ -27,7 +27,7 @@ from qwen3_export.core.progress import Progress
 from qwen3_export.core.qwen3 import block_name
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.core.tensor import QuantizedTensor
-from qwen3_export.core.tokenizer_files import warn_without_tokenizer
+from qwen3_export.core.text_files import warn_of_text_files
 from qwen3_export.errors import InputError, MissingRuntimeError, UnsupportedError
 from qwen3_export.ship.exactness import cast_errors
 from qwen3_export.ship.onnx import TYPES, qdq, write_graph
@@ -78,7 +78,7 @@ def export_tensorrt(
     started, progress = time.monotonic(), progress or Progress()
     profile = profile or default_profile(checkpoint.config)
     capabilities = check_request(checkpoint, engine, capabilities, precision, profile, onnx_only)
-    warn_without_tokenizer(checkpoint.folder, checkpoint.name, progress)
+    warn_of_text_files(checkpoint.folder, checkpoint.name, progress)
     profiles = profiles_of(checkpoint, profile)
     inexact = cast_errors(checkpoint, precision) + scale_errors(checkpoint, precision)
     with staged_folder(output, force, inputs=[checkpoint.folder]) as folder:
@@ -86,7 +86,7 @@ def export_tensorrt(
         write_graph(checkpoint, folder, target, Files(), progress)
         check_graph(folder)
         built = None if onnx_only else build_plan(folder, engine, capabilities, profiles, progress)
-        origin = provenance(checkpoint)
+        origin, line = provenance(checkpoint), trtexec_line(Path(MODEL), Path(PLAN), profiles, engine, capabilities)
         described = {
             "engine": engine,
             "version": built["version"] if built else None,
@@ -95,13 +95,13 @@ def export_tensorrt(
             "profile": asdict(profile),
             "profiles": built["profiles"] if built else len(profiles),
             "source_sha256": origin["source"]["sha256"],
-            **({} if built else {"trtexec": trtexec_line(Path(MODEL), Path(PLAN), profiles, engine, capabilities)}),
+            **(built["file"] if built else {"trtexec": line}),
         }
         (folder / ENGINE).write_text(to_json(described), encoding="utf-8")
         for path in checkpoint.sidecars():
             shutil.copyfile(path, folder / path.name)
         write_manifest(folder, "tensorrt", {**origin, **described, **exactness(inexact)})
-        files = file_list(folder)
+        files = file_list(folder, {PLAN: described["plan_sha256"]} if built else None)
     result = export_result(output, files, checkpoint, inexact, started, onnx_linear_bytes(output))
     if built is None:
         return {**result, "trtexec": trtexec_line(output / MODEL, output / PLAN, profiles, engine, capabilities)}

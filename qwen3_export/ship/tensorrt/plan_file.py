@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_export.core.cuda import Gpu
+from qwen3_export.core.manifest import sha256_file
 from qwen3_export.core.memory import check_child, out_of_memory
 from qwen3_export.core.plan_folder import PLAN, capability_bits, read_plan_header
 from qwen3_export.core.progress import Progress
@@ -33,7 +34,8 @@ def build_plan(
     """Build the plan of a folder's ONNX and check it.
 
     When a second profile makes the plan store weights twice, it is built again with the first profile alone. Returns
-    `{version, warnings, peak_rss_bytes, cpu_seconds, seconds, profiles, capability}`, `profiles` being their number.
+    `{version, warnings, peak_rss_bytes, cpu_seconds, seconds, profiles, capability, file}`, `profiles` being their
+    number and `file` what engine.json records of the plan's bytes.
     """
     started = time.monotonic()
     with progress.bar("build plan", 1) as tick:
@@ -47,7 +49,9 @@ def build_plan(
         check_header(folder / PLAN, built["version"], capabilities)
         check_weights(folder, _SECOND_PROFILE if len(profiles) > 1 else _EXPANDED)
     capability = _here() if engine == "trt" else None
-    return {**built, "seconds": time.monotonic() - started, "profiles": len(profiles), "capability": capability}
+    seconds, plan = time.monotonic() - started, folder / PLAN
+    file = {"plan_bytes": plan.stat().st_size, "plan_sha256": sha256_file(plan)}
+    return {**built, "seconds": seconds, "profiles": len(profiles), "capability": capability, "file": file}
 
 
 def _here() -> str:

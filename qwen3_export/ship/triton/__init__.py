@@ -26,6 +26,7 @@ from qwen3_export.core.gguf_header import read_gguf_header
 from qwen3_export.core.manifest import file_list, read_manifest, sha256_file, write_manifest
 from qwen3_export.core.outputs import staged_folder
 from qwen3_export.core.progress import Progress, peak_rss_bytes
+from qwen3_export.core.text_files import template_warning
 from qwen3_export.errors import InputError
 from qwen3_export.ship.triton.artifact import Kind, kind_of
 from qwen3_export.ship.triton.config import Serving, python_config, vllm_config
@@ -76,6 +77,8 @@ def export_triton(
     _check_options(name, mount)
     kind = kind_of(artifact)
     _check_files(artifact)
+    if artifact.is_dir() and (warning := template_warning(artifact, artifact.name)) is not None:
+        progress.warn(warning)
     with staged_folder(output, force, [artifact]) as folder:
         version = folder / name / "1"
         version.mkdir(parents=True)

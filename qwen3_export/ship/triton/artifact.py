@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen3_export.core.gguf_header import GgufHeader, part_name, read_whole_gguf
+from qwen3_export.core.genai_config import stated_graph
+from qwen3_export.core.gguf_header import GgufHeader, part_name, read_whole_gguf, refuse_no_model
 from qwen3_export.core.onnx_header import check_onnx_data
 from qwen3_export.core.plan_folder import ENGINE, PLAN, check_plan, read_engine
 from qwen3_export.core.tokenizer_files import tokenizer_values
@@ -54,10 +55,10 @@ def kind_of(artifact: Path) -> Kind:
 
 
 def _folder(artifact: Path) -> Kind:
-    graph = artifact / "model.onnx"
     if (artifact / ENGINE).is_file():
         return _plan(artifact)
-    if graph.is_file():
+    graph = stated_graph(artifact) or artifact / "model.onnx"
+    if graph.is_file() and graph.parent != artifact / "onnx":
         check_onnx_data(graph)
         return Kind("onnx", "artifact", REQUIREMENTS["onnx"])
     if (artifact / "config.json").is_file() and any(artifact.glob("*.safetensors")):
@@ -69,6 +70,7 @@ def _folder(artifact: Path) -> Kind:
 
 def _gguf(artifact: Path) -> Kind:
     """A GGUF file, or all parts of a split one, whichever was named."""
+    refuse_no_model(artifact)
     header = read_whole_gguf(artifact)
     if reason := _no_model(header):
         raise InputError(f"{artifact}: {reason}", "give the .gguf file of a whole model; `inspect` shows what this is")
@@ -83,7 +85,7 @@ def _no_model(header: GgufHeader) -> str | None:
     """Why a GGUF file is no model, or only a part of one."""
     kind = header.values.get("general.type", "model")
     if kind != "model":
-        return "an importance matrix, no model" if kind == "imatrix" else f"its general.type is {kind}, no model"
+        return f"its general.type is {kind}, no model"
     if not header.tensors:
         return "there are no weights in it"
     if "tokenizer.ggml.tokens" not in header.values:
@@ -102,7 +104,7 @@ def _plan(artifact: Path) -> Kind:
         raise InputError(
             f"{artifact}: its plan has not been built", hint if "trtexec" in described else "export the folder again"
         )
-    check_plan(artifact)
+    check_plan(artifact, whole=True)
     if not (artifact / "model.onnx").is_file():
         raise InputError(f"{artifact / 'model.onnx'}: missing", "copy or export the folder again")
     needed, version = REQUIREMENTS[described["engine"]], described.get("version")

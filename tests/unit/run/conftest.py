@@ -18,7 +18,7 @@ from qwen3_export.ship.tensorrt import export_tensorrt
 from qwen3_export.ship.tensorrt.profiles import decode_shapes, prefill_shapes
 from tests.conftest import tiny_config, write_checkpoint
 from tests.unit.run.fake_cuda import FakeDriver
-from tests.unit.run.fake_tensorrt import PROFILE, fake_module
+from tests.unit.run.fake_tensorrt import PROFILE, fake_module, plan_bytes
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("plan")
     checkpoint = open_checkpoint(write_checkpoint(base / "tiny", tiny_config()))
     export_tensorrt(checkpoint, base / "trt", capabilities=("8.9", "12.0"), profile=PROFILE, onnx_only=True)
-    (base / "trt" / "model.plan").write_bytes(b"vtrt")
+    (base / "trt" / "model.plan").write_bytes(plan_bytes(b"vtrt", "1.7.1.116", ("8.9", "12.0")))
     described = json.loads((base / "trt" / "engine.json").read_text())
     (base / "trt" / "engine.json").write_text(json.dumps({**described, "version": "1.7.1.116"}))
     return base / "trt"

@@ -8,6 +8,7 @@ reports: False, and a reason for the logger. Types, modes and shapes are the rea
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +17,22 @@ import numpy as np
 import onnxruntime
 import tensorrt_rtx as real
 
+from qwen3_export.core.plan_folder import capability_bits
 from qwen3_export.ship.tensorrt.profiles import Profile
 from tests.unit.run.fake_cuda import FakeDriver
 
 TYPES = {"tensor(float)": real.float32, "tensor(float16)": real.float16, "tensor(int64)": real.int64}
 PROFILE = Profile(max_prompt=16, max_context=96)
 Profiles = list[dict[str, Any]]
+
+
+def plan_bytes(magic: bytes, version: str, capabilities: Sequence[str] = (), rest: bytes = b"") -> bytes:
+    """A plan's header, with something behind it."""
+    data = bytearray(64) + rest
+    data[:4], data[16:24] = magic, len(data).to_bytes(8, "little")
+    data[24:28] = bytes(map(int, version.split(".")))
+    data[32:40] = capability_bits(capabilities).to_bytes(8, "little")
+    return bytes(data)
 
 
 class FakeContext:
@@ -156,7 +167,7 @@ def fake_module(folder: Path, driver: FakeDriver, profiles: Profiles, version: s
             self._log = log
 
         def deserialize_cuda_engine(self, plan: Any) -> FakeEngine | None:
-            if bytes(memoryview(plan)[:4]) != b"vtrt":
+            if bytes(memoryview(plan)[:4]) not in (b"vtrt", b"ftrt") or b"damaged" in bytes(plan):
                 self._log.log(real.ILogger.ERROR, "Error Code 1: Serialization (magic tag does not match)\nat a place")
                 self._log.log(real.ILogger.ERROR, "what follows from it")
                 return None

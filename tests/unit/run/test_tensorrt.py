@@ -21,7 +21,7 @@ from qwen3_export.run.ort import OrtSession
 from qwen3_export.run.session import RuntimeOptions
 from qwen3_export.run.tensorrt import PlanSession
 from tests.unit.run.fake_cuda import FakeDriver, nothing_is_held
-from tests.unit.run.fake_tensorrt import PROFILE
+from tests.unit.run.fake_tensorrt import PROFILE, plan_bytes
 
 IDS = np.random.default_rng(3).integers(0, 320, 40).astype(np.int32)
 
@@ -164,7 +164,9 @@ def test_a_plan_that_trtexec_built_runs_in_whatever_version_is_installed(
     """Its folder, of `--onnx-only`, names neither version nor capabilities."""
     for path in folder.iterdir():
         (tmp_path / path.name).symlink_to(path)
-    (tmp_path / "engine.json").unlink()
+    for name in ("engine.json", "model.plan"):
+        (tmp_path / name).unlink()
+    (tmp_path / "model.plan").write_bytes(plan_bytes(b"ftrt", "10.13.0.35"))
     described = json.loads((folder / "engine.json").read_text())
     unknown = {**described, "engine": "trt", "version": None, "compute_capabilities": []}
     (tmp_path / "engine.json").write_text(json.dumps(unknown))

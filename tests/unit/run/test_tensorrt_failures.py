@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from qwen3_export.errors import ExportError, InputError, MissingRuntimeError, Re
 from qwen3_export.run.artifact import open_session
 from qwen3_export.run.session import RuntimeOptions
 from tests.unit.run.fake_cuda import FakeDriver, nothing_is_held
-from tests.unit.run.fake_tensorrt import FakeEngine
+from tests.unit.run.fake_tensorrt import FakeEngine, plan_bytes
 
 IDS = np.random.default_rng(3).integers(0, 320, 40).astype(np.int32)
 KERNEL, MEMORY = (
@@ -113,10 +114,26 @@ def with_plan(folder: Path, output: Path, plan: bytes) -> Path:
 
 def test_a_plan_that_is_none(device: Callable, folder: Path, tmp_path: Path) -> None:
     driver, _ = device()
+    plan = plan_bytes(b"vtrt", "1.7.1.116", ("8.9", "12.0"), b"damaged")
     with pytest.raises(InputError, match=r"tensorrt-rtx cannot load it \(.*magic tag does not match\)\)$") as caught:
-        open_session(with_plan(folder, tmp_path / "none", b"none"))
+        open_session(with_plan(folder, tmp_path / "none", plan))
     assert caught.type is InputError
     assert nothing_is_held(driver)
+
+
+@pytest.mark.parametrize("engine", ["rtx", "trt"])
+def test_a_plan_that_begins_as_none_is_told_without_its_runtime(engine: str, folder: Path, tmp_path: Path) -> None:
+    """Also where its ONNX would run in its place; not where that was asked for."""
+    other = with_plan(folder, tmp_path / "none", b"<html>")
+    described = json.loads((folder / "engine.json").read_text())
+    (other / "engine.json").unlink()
+    (other / "engine.json").write_text(json.dumps({**described, "engine": engine}))
+    for options in (RuntimeOptions(), RuntimeOptions(device="plan")):
+        with pytest.raises(InputError, match=r"model\.plan: the plan is damaged: it begins with b'<htm'"):
+            open_session(other, options)
+    session = open_session(other, RuntimeOptions(device="cpu", threads=1))
+    assert session.runtime == "onnxruntime (the plan's ONNX)"
+    session.close()
 
 
 def test_a_full_gpu_is_a_lack_of_memory(device: Callable, folder: Path) -> None:
