@@ -186,7 +186,8 @@ def test_special_files_are_not_replaced(made: dict[str, Path], tmp_path: Path) -
 def test_stopped_export_with_a_recipe_goes_on(
     kind: str, number: signal.Signals, deep_model: Path, tmp_path: Path
 ) -> None:
-    command = (kind, deep_model, "--recipe", "gptq-w4a16-g32", "--output", tmp_path / "out")
+    few = ("--samples", "32", "--sequence-length", "128")
+    command = (kind, deep_model, "--recipe", "gptq-w4a16-g32", "--output", tmp_path / "out", *few)
     process = start(*command)
     solved = tmp_path / "out.quantized.partial"
     wait_for((solved / f"{deep_model.name}.partial" / "state" / "progress.json").exists, process)
@@ -198,7 +199,7 @@ def test_stopped_export_with_a_recipe_goes_on(
         refused(outcome, 130, "interrupted")
     assert names(tmp_path) == ["out.quantized.partial"]
     assert (solved / MARKER).is_file()
-    other = (kind, deep_model, "--recipe", "gptq-w4a16-g128", "--output", tmp_path / "out")
+    other = (kind, deep_model, "--recipe", "gptq-w4a16-g128", "--output", tmp_path / "out", *few)
     refused(call(*other), 2, "another recipe", "out.quantized.partial")
     outcome = call(*command)
     assert outcome.code == 0, outcome.err
