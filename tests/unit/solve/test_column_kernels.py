@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import pytest
 import torch
 
 from qwen3_export.core.scheme import QuantScheme
 from qwen3_export.solve.methods.gptq import columns
-from qwen3_export.solve.methods.gptq.columns import descend_block, round_block, search_block
+from qwen3_export.solve.methods.gptq.columns import round_block, search_block
 from qwen3_export.solve.rounding.grid import range_grid
+from tests.unit.solve import torch_columns
 
 TIE = 1e-5
 KINDS: dict[str, dict[str, Any]] = {
@@ -52,20 +55,26 @@ class Case:
         self.scales, self.zeros = (values[1].expand(wide, rows).contiguous() for values in self.tried)
 
 
-def both(function: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+def both(function: Callable[[Any], Any]) -> tuple[Any, Any]:
     """What the compiled loops find, and what torch's operations do."""
-    compiled = function()
-    with monkeypatch.context() as patch:
-        patch.setattr(columns, "_is_compiled", lambda *_: False)
-        return compiled, function()
+    return function(columns), function(torch_columns)
+
+
+def numbers_of(scheme: QuantScheme) -> torch.Tensor:
+    """All codes of a codebook or a format of floats, in order, by ml_dtypes where that knows them."""
+    if scheme.block_type is not None:
+        return torch.tensor(scheme.block_type.values, dtype=torch.float32)
+    kind, count = (ml_dtypes.float8_e4m3fn, 256) if scheme.num_bits == 8 else (ml_dtypes.float4_e2m1fn, 16)
+    found = np.arange(count, dtype=np.uint8).view(kind).astype(np.float32)
+    return torch.from_numpy(np.unique(found[np.isfinite(found)]))
 
 
 def from_a_tie(exact: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
     """How far numbers are from the nearest middle of two codes, as a share of their size."""
-    if scheme.block_type is None:
+    if scheme.type == "int":
         distance = (exact - exact.floor() - 0.5).abs()
     else:
-        numbers = torch.tensor(scheme.block_type.values, dtype=torch.float64)
+        numbers = numbers_of(scheme).double()
         distance = (exact[..., None] - (numbers[1:] + numbers[:-1]) / 2).abs().amin(-1)
     return distance / exact.abs().clamp(min=1)
 
@@ -96,12 +105,12 @@ def rounded(case: Case, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 @every_scheme
 @every_width
-def test_a_block_is_rounded_as_by_torch(bits: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_is_rounded_as_by_torch(bits: int, kind: str) -> None:
     for rows, wide in SHAPES:
         case = Case(rows, wide, scheme_of(bits, kind))
         before = case.weight.clone()
         compiled, plain = both(
-            lambda case=case: round_block(case.weight, case.scales, case.zeros, case.upper, case.scheme), monkeypatch
+            lambda loops, case=case: loops.round_block(case.weight, case.scales, case.zeros, case.upper, case.scheme)
         )
         assert torch.equal(case.weight, before), "what is rounded is the caller's"
         exact, errors = rounded(case, plain[0])
@@ -117,12 +126,12 @@ def test_a_block_is_rounded_as_by_torch(bits: int, kind: str, monkeypatch: pytes
 
 @every_scheme
 @every_width
-def test_the_search_takes_the_candidate_that_torch_takes(bits: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_takes_the_candidate_that_torch_takes(bits: int, kind: str) -> None:
     chosen_of = set()
     for rows, wide in SHAPES:
         case = Case(rows, wide, scheme_of(bits, kind))
         compiled, plain = both(
-            lambda case=case: search_block(case.weight, *case.tried, case.upper, case.scheme), monkeypatch
+            lambda loops, case=case: loops.search_block(case.weight, *case.tried, case.upper, case.scheme)
         )
         totals = [found[1].double().square().sum(0) for found in (compiled, plain)]
         scales = [case.tried[0].gather(0, found[2][None])[0] for found in (compiled, plain)]
@@ -159,12 +168,12 @@ def costs(case: Case, codes: torch.Tensor) -> torch.Tensor:
     return ((case.hessian.double() @ delta) * delta).sum(0)
 
 
-def descended(case: Case, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def descended(case: Case, codes: torch.Tensor, loops: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes after one pass, and the steps of the values."""
     values, codes = (codes - case.zeros) * case.scales, codes.clone()
     slopes = case.hessian @ (values - case.weight)
     before = [m.clone() for m in (values, slopes)]
-    steps = descend_block(values, case.scales, case.zeros, case.hessian, slopes, codes, case.scheme)
+    steps = loops.descend_block(values, case.scales, case.zeros, case.hessian, slopes, codes, case.scheme)
     assert torch.equal(values, before[0])
     assert torch.equal(slopes, before[1])
     return codes, steps
@@ -183,14 +192,14 @@ def minimisers(case: Case, before: torch.Tensor, after: torch.Tensor) -> torch.T
 
 @every_scheme
 @every_width
-def test_a_block_descends_as_by_torch_and_never_uphill(bits: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_descends_as_by_torch_and_never_uphill(bits: int, kind: str) -> None:
     fell = 0
     for rows, wide in SHAPES:
         case = Case(rows, wide, scheme_of(bits, kind))
         nearest = (case.weight / case.scales).round().add(case.zeros).clamp(0, case.scheme.max_code)
         codes, before = nearest, costs(case, nearest)
         for _ in range(2):
-            compiled, plain = both(lambda case=case, codes=codes: descended(case, codes), monkeypatch)
+            compiled, plain = both(lambda loops, case=case, codes=codes: descended(case, codes, loops))
             assert_same_but_for_ties(compiled[0], plain[0], minimisers(case, codes, plain[0]), case.scheme)
             torch.testing.assert_close(compiled[1], (compiled[0] - codes) * case.scales)
             after = costs(case, compiled[0])
@@ -202,52 +211,61 @@ def test_a_block_descends_as_by_torch_and_never_uphill(bits: int, kind: str, mon
     assert fell > 100, "a pass that changes nothing proves nothing"
 
 
-@pytest.mark.parametrize("name", ["iq4_nl", "iq4_xs"])
-def test_a_codebook_is_rounded_and_descends_as_by_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    scheme, fell = QuantScheme(num_bits=4, type="kquant", ggml_type=name), 0
-    assert scheme.block_type is not None
-    assert scheme.block_type.values is not None
-    numbers = torch.tensor(scheme.block_type.values, dtype=torch.float32)
+OTHERS = {
+    "iq4_nl": QuantScheme(num_bits=4, type="kquant", ggml_type="iq4_nl"),
+    "iq4_xs": QuantScheme(num_bits=4, type="kquant", ggml_type="iq4_xs"),
+    "e2m1": QuantScheme(num_bits=4, type="float", group_size=16, scale_dtype="e4m3"),
+    "e4m3": QuantScheme(num_bits=8, type="float", strategy="channel"),
+}
+every_other = pytest.mark.parametrize("scheme", OTHERS.values(), ids=OTHERS.keys())
+
+
+def case_of(rows: int, wide: int, scheme: QuantScheme) -> Case:
+    """A case without zero points; the scales of every other row are negative."""
+    case, sign = Case(rows, wide, scheme_of(4, "symmetric")), torch.where(torch.arange(rows) % 2 == 0, 1.0, -1.0)
+    case.scheme, case.zeros = scheme, torch.zeros(wide, rows)
+    case.scales = (case.weight.abs().amax(0) / numbers_of(scheme).abs().max() * sign).expand(wide, rows).contiguous()
+    case.tried = [torch.stack([case.scales[0] * share for share in TRIED[2]]), torch.zeros(len(TRIED[2]), rows)]
+    return case
+
+
+@every_other
+def test_floats_and_codebooks_are_solved_as_by_torch(scheme: QuantScheme) -> None:
+    fell, chosen = 0, set()
     for rows, wide in SHAPES:
-        case = Case(rows, wide, scheme_of(4, "symmetric"))
-        sign = torch.where(torch.arange(rows) % 2 == 0, 1.0, -1.0)
-        case.scheme, case.zeros = scheme, torch.zeros(wide, rows)
-        case.scales = (case.weight.abs().amax(0) / 127 * sign).expand(wide, rows).contiguous()
+        case = case_of(rows, wide, scheme)
         compiled, plain = both(
-            lambda case=case: round_block(case.weight, case.scales, case.zeros, case.upper, scheme), monkeypatch
+            lambda loops, case=case: loops.round_block(case.weight, case.scales, case.zeros, case.upper, case.scheme)
         )
         exact, errors = rounded(case, plain[0])
         same = assert_same_but_for_ties(compiled[0], plain[0], exact, scheme)
         size = 1e-5 * float(case.weight.abs().max())
         for found in (compiled[1], plain[1]):
             torch.testing.assert_close(found[:, same].double(), errors[:, same], rtol=1e-4, atol=size)
+        searched = both(lambda loops, case=case: loops.search_block(case.weight, *case.tried, case.upper, case.scheme))
+        totals = [found[1].square().sum(0) for found in searched]
+        torch.testing.assert_close(totals[0], totals[1], rtol=1e-2, atol=0)
+        chosen |= set(searched[0][2].tolist())
         codes, before = compiled[0], costs(case, compiled[0])
-        compiled, plain = both(lambda case=case, codes=codes: descended(case, codes), monkeypatch)
+        compiled, plain = both(lambda loops, case=case, codes=codes: descended(case, codes, loops))
         assert_same_but_for_ties(compiled[0], plain[0], minimisers(case, codes, plain[0]), scheme)
         after = costs(case, compiled[0])
         assert (after <= before * (1 + 1e-5)).all()
         fell += int((after < 0.99 * before).sum())
-        assert torch.isin(compiled[0], numbers).all()
+        assert torch.isin(compiled[0], numbers_of(scheme)).all()
     assert fell > 20, "a pass that changes nothing proves nothing"
+    assert len(chosen) > 2, "with one candidate for all nothing is searched"
 
 
-def test_where_two_numbers_of_a_codebook_are_as_near_the_lesser_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    scheme = QuantScheme(num_bits=4, type="kquant", ggml_type="iq4_nl")
-    assert scheme.block_type is not None
-    numbers = torch.tensor(scheme.block_type.values, dtype=torch.float32)
+@every_other
+def test_every_number_and_every_middle_of_two_is_rounded_as_by_torch(scheme: QuantScheme) -> None:
+    """Bit for bit, negative zeros of floats too: a file stores them as other codes."""
+    numbers = numbers_of(scheme)
     middles = (numbers[1:] + numbers[:-1]) / 2
-    weight, upper = torch.cat([numbers, middles, middles + 1e-3, torch.tensor([-500.0, 500.0])])[None], torch.eye(1)
+    near = torch.cat([torch.nextafter(middles, torch.full_like(middles, end)) for end in (-1e9, 1e9)])
+    weight = torch.cat([numbers, middles, near, torch.tensor([-0.0, -1e9, 1e9, -1e-30, 1e-30])])[None]
     ones = torch.ones_like(weight)
-    compiled, plain = both(lambda: round_block(weight, ones, 0 * ones, upper, scheme)[0][0], monkeypatch)
-    assert torch.equal(compiled, torch.cat([numbers, numbers[:-1], numbers[1:], numbers[[0, -1]]]))
-    assert torch.equal(compiled, plain)
-
-
-def test_floats_and_integers_take_their_own_paths(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(3, 5, scheme_of(4, "symmetric"))
-    monkeypatch.setattr("qwen3_export.solve.methods.gptq.column_kernels.round_block", None)
-    with pytest.raises(TypeError):
-        round_block(case.weight, case.scales, case.zeros, case.upper, case.scheme)
-    floats = QuantScheme(num_bits=8, type="float", strategy="channel")
-    codes, _ = round_block(case.weight, case.scales, torch.zeros_like(case.zeros), case.upper, floats)
-    assert torch.isfinite(codes).all()
+    found = both(lambda loops: loops.round_block(weight, ones, 0 * ones, torch.eye(1), scheme)[0])
+    assert torch.equal(*(codes.view(torch.int32) for codes in found))
+    assert torch.equal(found[0][0, : len(numbers)], numbers)
+    assert set(found[0][0].tolist()) == set(numbers.tolist())

@@ -1,11 +1,11 @@
-"""The compiled inner loops of GPTQ, for integer codes and codebooks.
+"""The compiled inner loops of GPTQ, for integers, floats and codebooks.
 
 They go column by column, for a few output rows at a time; everything is `[columns, rows]` in solving order. With only a
 few rows, calling torch for every column would take a hundred times as long. The loops do not hold Python's lock, so
 that pieces run in parallel.
 
-Every operation is the one that torch performs in `gptq.columns`, in fp32: a division, a rounding half to even, a clamp,
-and multiplications whose products are rounded before they are added. They are compiled once for each kind of codes.
+Every operation is one that torch would perform, in fp32: a division, a rounding half to even, a clamp, and
+multiplications whose products are rounded before they are added. They are compiled once for each kind of codes.
 """
 
 from __future__ import annotations
@@ -24,25 +24,42 @@ from qwen3_export.solve.rounding.kernels import code_of
 _ZERO = np.float32(0.0)
 # A codebook of sixteen numbers, in order, with the fifteen middles between them.
 Book = tuple[Array, Array]
-# What codes are: integers from 0 to this one, or the numbers of a codebook.
-Codes = np.float32 | Book
+# A format of floats: the largest, the least normal number, the step below it, and the bits of fp32's mantissa that the
+# format lacks.
+Format = tuple[np.float32, np.float32, np.float32, int]
+# What codes are: integers from 0 to this one, or numbers of a format or codebook.
+Codes = np.float32 | Format | Book
 
 
 def _code(value: Any, scale: Any, zero: Any, codes: Any) -> Any:
-    """The code nearest to a value, in fp32."""
-    of = _of_integers if isinstance(codes, np.float32) else _of_book
-    return of(value, scale, zero, codes)
+    """The code nearest to a value, in fp32.
+
+    Floats and codebooks have no zero point.
+    """
+    if isinstance(codes, np.float32):
+        return _of_integers(value, scale, zero, codes)
+    return (_of_book if len(codes) == 2 else _of_floats)(value, scale, zero, codes)
 
 
 def _of_integers(value: Any, scale: Any, zero: Any, codes: Any) -> Any:
     return code_of(value, scale, zero, codes)
 
 
-def _of_book(value: Any, scale: Any, zero: Any, codes: Any) -> Any:
-    """Count the middles below: of two numbers as near, the lesser.
+def _of_floats(value: Any, scale: Any, zero: Any, codes: Any) -> Any:
+    """Round the mantissa's bits half to even; below the normal numbers, steps are alike."""
+    largest, normal, step, lacks = codes
+    unit = value / scale
+    unit = unit if unit < largest else largest
+    unit = unit if unit > -largest else -largest
+    if abs(unit) < normal:
+        return np.rint(unit / step) * step
+    bits = np.int64(np.float32(unit).view(np.int32))
+    bits = ((bits + (1 << (lacks - 1)) - 1 + ((bits >> lacks) & 1)) >> lacks) << lacks
+    return np.int32(bits).view(np.float32)
 
-    A codebook has no zero point.
-    """
+
+def _of_book(value: Any, scale: Any, zero: Any, codes: Any) -> Any:
+    """Count the middles below: of two numbers as near, the lesser."""
     unit, place = value / scale, 0
     for step in (8, 4, 2, 1):
         place += step if unit > codes[1][place + step - 1] else 0
@@ -51,7 +68,9 @@ def _of_book(value: Any, scale: Any, zero: Any, codes: Any) -> Any:
 
 @overload(_code, jit_options={"error_model": "numpy"})
 def _compiled_code(value: Any, scale: Any, zero: Any, codes: Any) -> Any:
-    return _of_integers if isinstance(codes, numba.types.Float) else _of_book
+    if isinstance(codes, numba.types.Float):
+        return _of_integers
+    return _of_book if len(codes) == 2 else _of_floats
 
 
 @compiled

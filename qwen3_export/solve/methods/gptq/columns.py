@@ -1,9 +1,8 @@
 """One block of columns: GPTQ's rounding, scale search and coordinate descent.
 
-Everything is `[columns, rows]` in solving order, so that the innermost loops work on contiguous memory. Integer codes
-and codebooks use the compiled loops of `gptq.column_kernels`, floats use torch. A test bounds the difference of their
-results. The compiled loops run on the CPU, also where a GPU has the tensors: every column waits for the one before it,
-and a GPU would be given thousands of tasks that are too small for it.
+Everything is `[columns, rows]` in solving order, so that the innermost loops of `gptq.column_kernels` work on
+contiguous memory. They run on the CPU, also where a GPU has the tensors: every column waits for the one before it, and
+a GPU would be given thousands of tasks that are too small for it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qwen3_export.core.scheme import QuantScheme
-from qwen3_export.solve.rounding.grid import round_to
+from qwen3_export.model.activations import LARGEST_E2M1, LARGEST_E4M3
 
 
 def round_block(
@@ -25,18 +24,11 @@ def round_block(
 
     Returns codes and errors e.
     """
-    if _is_compiled(scheme):
-        from qwen3_export.solve.methods.gptq import column_kernels
+    from qwen3_export.solve.methods.gptq import column_kernels
 
-        codes, errors = torch.empty(rest.shape), torch.empty(rest.shape)
-        column_kernels.round_block(*_arrays(rest, scales, zeros, upper), _codes(scheme), codes.numpy(), errors.numpy())
-        return codes.to(rest.device), errors.to(rest.device)
-    codes, errors, rest = torch.empty_like(rest), torch.empty_like(rest), rest.clone()
-    for j, pivot in enumerate(upper.diagonal().tolist()):
-        codes[j] = round_to(rest[j], scales[j], zeros[j], scheme)
-        errors[j] = (rest[j] - (codes[j] - zeros[j]) * scales[j]) / pivot
-        rest[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
-    return codes, errors
+    codes, errors = torch.empty(rest.shape), torch.empty(rest.shape)
+    column_kernels.round_block(*_arrays(rest, scales, zeros, upper), _codes(scheme), codes.numpy(), errors.numpy())
+    return codes.to(rest.device), errors.to(rest.device)
 
 
 def search_block(
@@ -46,21 +38,12 @@ def search_block(
 
     Returns codes and errors of each row's best candidate, the first with the least Σ e², and its number.
     """
-    if _is_compiled(scheme):
-        from qwen3_export.solve.methods.gptq import column_kernels
+    from qwen3_export.solve.methods.gptq import column_kernels
 
-        codes, errors = torch.empty(part.shape), torch.empty(part.shape)
-        chosen = column_kernels.search_block(
-            *_arrays(part, scales, zeros, upper), _codes(scheme), codes.numpy(), errors.numpy()
-        )
-        return codes.to(part.device), errors.to(part.device), torch.from_numpy(chosen).to(part.device)
-    tries, rows = scales.shape
-    wide = part.repeat(1, tries)
-    each = [values.reshape(-1).expand(len(part), -1) for values in (scales, zeros)]
-    codes, errors = round_block(wide, each[0], each[1], upper, scheme)
-    best = errors.square().sum(0).reshape(tries, rows).argmin(0)
-    taken = best * rows + torch.arange(rows, device=part.device)
-    return codes[:, taken], errors[:, taken], best
+    codes, errors = torch.empty(part.shape), torch.empty(part.shape)
+    arrays = _arrays(part, scales, zeros, upper)
+    chosen = column_kernels.search_block(*arrays, _codes(scheme), codes.numpy(), errors.numpy())
+    return codes.to(part.device), errors.to(part.device), torch.from_numpy(chosen).to(part.device)
 
 
 def descend_block(
@@ -71,22 +54,14 @@ def descend_block(
     `block` `[n, n]` is the block's part of H, `values` are the present weights, `slopes` their gradient. Changes
     `codes` `[n, rows]` and returns the steps of the values.
     """
-    if _is_compiled(scheme):
-        from qwen3_export.solve.methods.gptq import column_kernels
+    from qwen3_export.solve.methods.gptq import column_kernels
 
-        found, steps = codes.cpu(), torch.empty(values.shape)
-        arrays = _arrays(values, scales, zeros, block)
-        column_kernels.descend_block(*arrays, _codes(scheme), *_arrays(slopes), found.numpy(), steps.numpy())
-        if found is not codes:
-            codes.copy_(found)
-        return steps.to(values.device)
-    steps, slopes = torch.empty_like(values), slopes.clone()
-    for j, pivot in enumerate(block.diagonal().tolist()):
-        code = round_to(values[j] - slopes[j] / pivot, scales[j], zeros[j], scheme)
-        steps[j] = (code - codes[j]) * scales[j]
-        codes[j] = code
-        slopes.addr_(block[:, j], steps[j])
-    return steps
+    found, steps = codes.cpu(), torch.empty(values.shape)
+    arrays = _arrays(values, scales, zeros, block)
+    column_kernels.descend_block(*arrays, _codes(scheme), *_arrays(slopes), found.numpy(), steps.numpy())
+    if found is not codes:
+        codes.copy_(found)
+    return steps.to(values.device)
 
 
 def multiply(left: Tensor, right: Tensor, matmul_dtype: torch.dtype) -> Tensor:
@@ -97,17 +72,17 @@ def multiply(left: Tensor, right: Tensor, matmul_dtype: torch.dtype) -> Tensor:
     return left.to(matmul_dtype) @ right.to(matmul_dtype)
 
 
-def _is_compiled(scheme: QuantScheme) -> bool:
-    return scheme.type == "int" or scheme.block_type is not None
-
-
 def _arrays(*tensors: Tensor) -> list[Any]:
     return [np.ascontiguousarray(tensor.cpu().numpy()) for tensor in tensors]
 
 
 def _codes(scheme: QuantScheme) -> Any:
-    """What the compiled loops round to."""
-    if scheme.block_type is None or scheme.block_type.values is None:
-        return np.float32(scheme.max_code)
-    numbers = np.array(scheme.block_type.values, np.float32)
-    return numbers, (numbers[1:] + numbers[:-1]) / 2
+    """What the compiled loops round to: `column_kernels.Codes`."""
+    if scheme.block_type is not None and scheme.block_type.values is not None:
+        numbers = np.array(scheme.block_type.values, np.float32)
+        return numbers, (numbers[1:] + numbers[:-1]) / 2
+    if scheme.type == "float":
+        e4m3, e2m1 = (LARGEST_E4M3, 2.0**-6, 2.0**-9, 20), (LARGEST_E2M1, 1.0, 0.5, 22)
+        *sizes, lacks = e4m3 if scheme.num_bits == 8 else e2m1
+        return (*map(np.float32, sizes), lacks)
+    return np.float32(scheme.max_code)
