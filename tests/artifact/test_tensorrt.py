@@ -75,7 +75,8 @@ def test_the_plan_stores_the_onnx_weights_and_no_more(folder: Callable, name: st
 def test_what_building_took_is_what_was_predicted(folder: Callable) -> None:
     built = folder("gptq-w4a16-g128").result["build"]
     assert built["peak_rss_bytes"] == pytest.approx(built["predicted"]["peak_rss_bytes"], rel=0.15)
-    assert 0.5 < built["cpu_seconds"] / built["predicted"]["seconds"] < 2
+    # The prediction is for one processor; others, and one that is busy, take up to twice its time and a little more.
+    assert 1 / 3 < built["cpu_seconds"] / built["predicted"]["seconds"] < 3
     assert built["seconds"] > 0.5 * built["cpu_seconds"]
     assert built["profiles"] == 2
 
