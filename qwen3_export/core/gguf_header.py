@@ -14,6 +14,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -112,16 +113,13 @@ def gguf_kind(path: Path) -> str:
 
     A file that states none, or cannot be read so far, is taken for a model.
     """
-    try:
-        with open_regular(path) as file:
-            for name, value in _values(file, _counts(file)[1]):
-                if name == "general.type":
-                    return str(value)
-                # Vocabularies are long, and only models have one.
-                if name.startswith("tokenizer."):
-                    break
-    except (OSError, ValueError, struct.error, OverflowError):
-        pass
+    with suppress(OSError, ValueError, struct.error, OverflowError), open_regular(path) as file:
+        for name, value in _values(file, _counts(file)[1]):
+            if name == "general.type":
+                return str(value)
+            # Vocabularies are long, and only models have one.
+            if name.startswith("tokenizer."):
+                break
     return "model"
 
 
